@@ -1,0 +1,303 @@
+"""Every knob of a run, once: typed, with its unit and reason. Experiment files in configs/ only override.
+
+`default()` returns the locked ConfigDict; a key that is not here is an error, and so is a value of another type.
+`problems()` lists everything wrong with a config, each with the nearest legal value, without touching a device.
+A knob whose default is None is unset; setting a loss option that the chosen loss does not use is an error.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import ml_collections
+from ml_collections import config_dict
+
+DTYPES = ("float32", "bfloat16")
+
+# Knobs that may change between a checkpoint and its resumption: they do not change the mathematics of any step.
+RESUMABLE = frozenset(
+    {
+        "train.max_steps",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.log_every",
+        "logging.tensorboard",
+        "logging.wandb_project",
+        "reference.batch_per_device",
+        "reference.cache_dir",
+    }
+)
+
+
+def default() -> ml_collections.ConfigDict:
+    """Return the locked default configuration; it needs model.path, data.train and loss options to run."""
+    c = ml_collections.ConfigDict()
+    c.seed = 42  # data order; the model has no dropout
+    c.stage = "align"  # this version trains one stage
+
+    c.model = ml_collections.ConfigDict()
+    c.model.path = ""  # Hugging Face directory or hub name: weights, config and tokenizer
+    c.model.revision = config_dict.placeholder(str)  # hub commit; None = the hub's main
+    c.model.param_dtype = "float32"  # master weights and optimiser states
+    c.model.compute_dtype = "bfloat16"  # matmul operands; softmax, norms and losses are always float32
+    c.model.remat = "full"  # none | full: recompute each layer in the backward pass
+    c.model.attention = "auto"  # auto | xla | cudnn
+
+    c.tokenizer = ml_collections.ConfigDict()
+    c.tokenizer.path = config_dict.placeholder(str)  # None = model.path
+    c.tokenizer.chat_template = config_dict.placeholder(str)  # named key, Jinja file or Jinja text; None = tokenizer's
+
+    c.data = ml_collections.ConfigDict()
+    c.data.format = "json"  # hh | chat_pairs | json
+    c.data.train = ""  # file, directory or hub name
+    c.data.train_split = "train"  # split of a hub data set
+    c.data.train_rows = ""  # slice of the rows, "0:1600"; "" = all
+    c.data.eval = config_dict.placeholder(str)  # as train; None = no evaluation
+    c.data.eval_split = "test"
+    c.data.eval_rows = ""
+    c.data.rule = "chat"  # chat (templates, spec 3.3) | raw (plain text, spec 2.4)
+    c.data.max_length = 2048  # tokens of prompt + response
+    c.data.max_prompt_length = 1800  # tokens kept of a prompt when the row is too long (rule chat)
+    c.data.max_response_length = config_dict.placeholder(int)  # tokens of a response incl. EOS (rule raw)
+    c.data.truncation = "keep_end"  # keep_end | keep_start of an over-long prompt
+    c.data.truncate_together = True  # the original cuts every response of a group when the longest overflows
+    c.data.auto_insert_empty_system = True  # the original adds an empty system turn where the template has one
+    c.data.hh_split = "last_turn"  # last_turn | first_difference (the original's construction)
+    c.data.group_size = 2  # K: candidates per group; records with more are cut in consecutive groups
+    c.data.on_empty_response = "drop"  # drop | error
+    c.data.on_long_prompt = "truncate"  # truncate | drop | error
+    c.data.on_identical = "keep"  # keep | drop groups whose responses are all the same text
+    c.data.buckets = ()  # row lengths to compile for, ascending; () = max_length alone
+    c.data.shuffle = True
+    c.data.last_batch = "drop"  # drop | pad the ragged last batch of an epoch
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.name = "alpha"  # `python -m fpo_jax.losses` lists names, aliases and the options each one takes
+    c.loss.temperature = config_dict.placeholder(float)  # logits are divided by it before the log-softmax
+    c.loss.sft_weight = config_dict.placeholder(float)  # weight of an added token-mean NLL of the chosen response
+    c.loss.target = config_dict.placeholder(str)  # preference | rewards
+    c.loss.score = config_dict.placeholder(str)  # log_ratio | mean_logp
+    c.loss.alpha = config_dict.placeholder(float)  # of the alpha-divergence; 0 = EXO, 1 = DPO
+    c.loss.beta_pi = config_dict.placeholder(float)  # scale of the log-ratio score
+    c.loss.beta_r = config_dict.placeholder(float)  # temperature of the reward target
+    c.loss.beta = config_dict.placeholder(float)  # scale of the mean log-prob score, or of a pairwise objective
+    c.loss.gamma_beta_ratio = config_dict.placeholder(float)  # margin over beta, taken off the chosen mean log-prob
+
+    c.optim = ml_collections.ConfigDict()
+    c.optim.learning_rate = 1e-6  # peak
+    c.optim.schedule = "cosine"  # cosine | linear | constant; all after a linear warm-up from 0
+    c.optim.warmup_fraction = 0.0  # of the decay horizon, rounded up to steps
+    c.optim.warmup_steps = config_dict.placeholder(int)  # instead of warmup_fraction
+    c.optim.decay_over = "run"  # run | epochs: horizon when max_steps stops the run before the epochs end
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.0  # never on norms and biases
+    c.optim.clip_norm = 1.0  # global gradient norm; 0 = off
+
+    c.train = ml_collections.ConfigDict()
+    c.train.batch_size = 128  # groups per update, over all devices
+    c.train.micro_batch_per_device = 2  # groups per device and forward pass; accumulation follows from it
+    c.train.epochs = 1.0
+    c.train.max_steps = config_dict.placeholder(int)  # updates; stops the run earlier
+    c.train.eval_every = 400  # updates; 0 = only at the start and the end
+    c.train.eval_batch_per_device = 4  # groups per device
+    c.train.save_every = 100  # updates
+    c.train.keep_checkpoints = 2
+    c.train.log_every = 5  # updates between lines on the terminal; metrics.jsonl has every update
+    c.train.on_nonfinite = "stop"  # stop | skip an update whose loss or gradient is not finite
+    c.train.max_nonfinite = 10  # skipped updates in a row before the run stops anyway
+
+    c.reference = ml_collections.ConfigDict()
+    c.reference.path = config_dict.placeholder(str)  # None = model.path before training
+    c.reference.batch_per_device = 8  # groups per device in the reference pass
+    c.reference.cache_dir = config_dict.placeholder(str)  # None = inside the workdir; share it between sweeps
+
+    c.kernel = ml_collections.ConfigDict()
+    c.kernel.implementation = "auto"  # auto | chunked | reference (dense, for tests)
+    c.kernel.workspace_mib = 256  # budget of one vocabulary chunk's logits
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = 1  # devices along each axis; -1 = all that remain (at most one axis)
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+
+    c.logging = ml_collections.ConfigDict()
+    c.logging.tensorboard = True  # where tensorboardX is installed
+    c.logging.wandb_project = config_dict.placeholder(str)  # None = no W&B
+    _add_rare_loss_options(c.loss)
+    c.lock()
+    return c
+
+
+def _add_rare_loss_options(loss: ml_collections.ConfigDict) -> None:
+    pass
+
+
+def loss_options(config: ml_collections.ConfigDict) -> dict[str, object]:
+    """Return the loss options that are set, without the name."""
+    return {key: value for key, value in config.loss.items() if key != "name" and value is not None}
+
+
+def problems(config: ml_collections.ConfigDict) -> list[str]:
+    """List what is wrong with the values, one sentence each: fact, limit, remedy."""
+    found: list[str] = []
+
+    def choice(path: str, allowed: Sequence[str]) -> None:
+        value = _get(config, path)
+        if value not in allowed:
+            found.append(f"{path}={value!r} is not one of {', '.join(allowed)}.")
+
+    def number(path: str, low: float, *, exclusive: bool = False, high: float = math.inf) -> None:
+        value = _get(config, path)
+        if value is None:
+            return
+        inside = (value > low if exclusive else value >= low) and value <= high
+        if not math.isfinite(value) or not inside:
+            bound = f"{'greater than' if exclusive else 'at least'} {low:g}"
+            bound += "" if high == math.inf else f" and at most {high:g}"
+            found.append(f"{path}={value!r} must be finite and {bound}.")
+
+    def required(path: str, what: str) -> None:
+        if not _get(config, path):
+            found.append(f"{path} is empty; give {what}.")
+
+    choice("stage", ("align",))
+    required("model.path", "a Hugging Face directory or hub name, e.g. --config.model.path=...")
+    required("data.train", "a file, a directory or a hub name, e.g. --config.data.train=...")
+    choice("model.param_dtype", DTYPES)
+    choice("model.compute_dtype", DTYPES)
+    choice("model.remat", ("none", "full"))
+    choice("model.attention", ("auto", "xla", "cudnn"))
+    choice("data.format", ("hh", "chat_pairs", "json"))
+    choice("data.rule", ("chat", "raw"))
+    choice("data.truncation", ("keep_end", "keep_start"))
+    choice("data.hh_split", ("last_turn", "first_difference"))
+    choice("data.on_empty_response", ("drop", "error"))
+    choice("data.on_long_prompt", ("truncate", "drop", "error"))
+    choice("data.on_identical", ("keep", "drop"))
+    choice("data.last_batch", ("drop", "pad"))
+    for path in ("data.train_rows", "data.eval_rows"):
+        try:
+            row_slice(_get(config, path))
+        except ValueError as error:
+            found.append(f"{path}: {error}")
+    number("data.max_length", 2)
+    number("data.group_size", 1)
+    found += _length_problems(config)
+    choice("optim.schedule", ("cosine", "linear", "constant"))
+    choice("optim.decay_over", ("run", "epochs"))
+    number("optim.learning_rate", 0.0, exclusive=True)
+    number("optim.warmup_fraction", 0.0, high=1.0)
+    number("optim.warmup_steps", 0)
+    if config.optim.warmup_steps is not None and config.optim.warmup_fraction:
+        found.append(
+            f"optim.warmup_steps={config.optim.warmup_steps} and optim.warmup_fraction={config.optim.warmup_fraction:g}"
+            " are both set; set one (warmup_fraction=0 or warmup_steps=None)."
+        )
+    for path in ("optim.b1", "optim.b2"):
+        number(path, 0.0, high=1.0)
+    number("optim.eps", 0.0, exclusive=True)
+    number("optim.weight_decay", 0.0)
+    number("optim.clip_norm", 0.0)
+    number("train.epochs", 0.0, exclusive=True)
+    for path in ("batch_size", "micro_batch_per_device", "eval_batch_per_device", "save_every", "keep_checkpoints"):
+        number(f"train.{path}", 1)
+    for path in ("log_every", "max_nonfinite", "max_steps"):
+        number(f"train.{path}", 1)
+    number("train.eval_every", 0)
+    choice("train.on_nonfinite", ("stop", "skip"))
+    number("reference.batch_per_device", 1)
+    choice("kernel.implementation", ("auto", "chunked", "reference"))
+    number("kernel.workspace_mib", 1)
+    axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    if any(axis == 0 or axis < -1 for axis in axes) or axes.count(-1) > 1:
+        found.append(
+            f"mesh data={axes[0]} fsdp={axes[1]} tensor={axes[2]}: each axis is a number of devices, and at most one is"
+            " -1 (all that remain)."
+        )
+    return found
+
+
+def validate(config: ml_collections.ConfigDict, *, extra: Iterable[str] = ()) -> None:
+    """Raise ValueError with every problem at once, numbered; `extra` adds problems other modules found."""
+    raise_problems([*problems(config), *extra])
+
+
+def raise_problems(found: Sequence[str]) -> None:
+    """Raise ValueError with a numbered list, or return when it is empty."""
+    if found:
+        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(found, 1))
+        raise ValueError(f"the configuration has {len(found)} problem{'s' * (len(found) > 1)}:\n{lines}")
+
+
+def row_slice(text: str) -> slice:
+    """Parse "first:last" (either may be empty; "" = all rows) into a slice.
+
+    >>> row_slice("0:1600")
+    slice(0, 1600, None)
+    """
+    if not text:
+        return slice(None)
+    parts = text.split(":")
+    try:
+        first, last = (int(part) if part else None for part in parts)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a row slice; write first:last, e.g. 0:1600 or 1600:") from None
+    if (first or 0) < 0 or (last is not None and last <= (first or 0)):
+        raise ValueError(f"{text!r} selects no row; write first:last with 0 <= first < last, e.g. 0:1600.")
+    return slice(first, last)
+
+
+def difference(old: dict, new: dict, *, ignore: frozenset[str] = frozenset()) -> list[str]:
+    """List the dotted keys whose values differ between two nested dicts, as "key: old -> new"."""
+    flat_old, flat_new = _flatten(old), _flatten(new)
+    keys = sorted((flat_old.keys() | flat_new.keys()) - ignore)
+    missing = "(absent)"
+    pairs = ((key, flat_old.get(key, missing), flat_new.get(key, missing)) for key in keys)
+    return [f"{key}: {a!r} -> {b!r}" for key, a, b in pairs if a != b]
+
+
+def _length_problems(config: ml_collections.ConfigDict) -> list[str]:
+    data, found = config.data, []
+    if data.rule == "chat":
+        if data.max_response_length is not None:
+            found.append(
+                "data.max_response_length is not used by data.rule='chat' (responses get max_length -"
+                " max_prompt_length tokens); unset it or use rule='raw'."
+            )
+        if not 0 < data.max_prompt_length < data.max_length:
+            found.append(
+                f"data.max_prompt_length={data.max_prompt_length} leaves no room for a response in"
+                f" data.max_length={data.max_length}; use at most {data.max_length - 1}."
+            )
+    elif data.rule == "raw":
+        limit = data.max_response_length
+        if limit is None or not 0 < limit < data.max_length:
+            found.append(
+                f"data.max_response_length={limit} must lie between 1 and data.max_length - 1 ="
+                f" {data.max_length - 1} for data.rule='raw'."
+            )
+    buckets = tuple(data.buckets)
+    if buckets and (list(buckets) != sorted(set(buckets)) or buckets[-1] != data.max_length or buckets[0] < 2):
+        found.append(
+            f"data.buckets={buckets} must ascend and end with data.max_length={data.max_length}, e.g."
+            f" {(data.max_length // 4, data.max_length // 2, data.max_length)}."
+        )
+    return found
+
+
+def _get(config: ml_collections.ConfigDict, path: str):
+    value = config
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

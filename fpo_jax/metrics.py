@@ -1,0 +1,95 @@
+"""(sum, count) pairs to numbers, and the writers that keep them.
+
+`metrics.jsonl` holds what the mathematics determines, one line per update or evaluation, so that a resumed run writes
+the same bytes as an uninterrupted one; what depends on the machine (times, rates) goes to `timing.jsonl`.
+"""
+
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+METRICS_FILE = "metrics.jsonl"
+TIMING_FILE = "timing.jsonl"
+
+
+def means(pairs: Mapping[str, tuple]) -> dict[str, float]:
+    """Turn (sum, count) pairs into means; a name with count 0 has no value and is left out.
+
+    >>> means({"loss": (3.0, 2.0), "absent": (0.0, 0.0)})
+    {'loss': 1.5}
+    """
+    numbers = {name: (float(total), float(count)) for name, (total, count) in pairs.items()}
+    return {name: total / count for name, (total, count) in numbers.items() if count}
+
+
+def add(first: Mapping[str, tuple] | None, second: Mapping[str, tuple]) -> dict[str, tuple]:
+    """Add two sets of (sum, count) pairs on the host, in float64."""
+    host = {name: tuple(np.float64(np.asarray(part)) for part in pair) for name, pair in second.items()}
+    if first is None:
+        return host
+    return {name: (first[name][0] + pair[0], first[name][1] + pair[1]) for name, pair in host.items()}
+
+
+class Writers:
+    """jsonl always; TensorBoard where tensorboardX is installed; W&B when a project is named."""
+
+    def __init__(self, workdir: Path, *, resume_step: int, tensorboard: bool, wandb_project: str | None, config: dict):
+        """Open the files, dropping lines after `resume_step` that an interrupted run wrote."""
+        self._files = {name: _open_until(workdir / name, resume_step) for name in (METRICS_FILE, TIMING_FILE)}
+        self._tensorboard = None
+        if tensorboard and importlib.util.find_spec("tensorboardX"):
+            import tensorboardX
+
+            self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._wandb = None
+        if wandb_project is not None:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError(
+                    f"logging.wandb_project={wandb_project!r} needs the wandb package; install fpo_jax[wandb] or unset it."
+                ) from None
+            self._wandb = wandb.init(project=wandb_project, dir=str(workdir), config=config, id=workdir.name, resume="allow")
+
+    def write(self, step: int, numbers: Mapping[str, float], *, timing: bool = False) -> None:
+        """Append one line; `timing` marks numbers that depend on the machine."""
+        file = self._files[TIMING_FILE if timing else METRICS_FILE]
+        file.write(json.dumps({"step": step, **numbers}) + "\n")
+        file.flush()
+        if self._tensorboard is not None:
+            for name, number in numbers.items():
+                self._tensorboard.add_scalar(name, number, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(numbers), step=step)
+
+    def sync(self) -> None:
+        """Bring the files to the disk; called before a checkpoint that relies on them commits."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Flush and close all writers."""
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read(path: Path) -> list[dict]:
+    """Read a jsonl file of ours; a last line cut short by a kill is left out."""
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _open_until(path: Path, last_step: int):
+    kept = [line for line in read(path) if line["step"] <= last_step] if path.exists() else []
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.replace(path)
+    return path.open("a")

@@ -1,0 +1,106 @@
+"""Log-probs under the frozen reference: computed once before the first update, kept on disk, verified at every start.
+
+The file is named by a fingerprint of everything that matters (weights, tokens, masks, temperature, dtype), so that
+neither another data set nor another model can be taken for it, and a resumed run never uses its own weights as the
+reference. The reference is not in memory while training.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from fpo_jax import shapes
+
+VERIFIED_ROWS = 3
+
+
+def fingerprint(parts: Mapping[str, object]) -> str:
+    """Return a sha256 over the named parts; equal parts in any order give the same text."""
+    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
+
+
+def compute(score: Callable[[shapes.Batch], np.ndarray], batches: Iterable[shapes.Batch], *, groups: int) -> np.ndarray:
+    """Score every group once.
+
+    Args:
+        score: Batch -> summed log-probs [B, K] on the host.
+        batches: fixed order over the data; `row_ids_B` says where each group belongs, -1 is padding.
+        groups: number of groups in the data.
+
+    Returns:
+        Summed log-probs [groups, K], float32.
+
+    Raises:
+        ValueError: a log-prob is not finite, naming the groups.
+    """
+    result = None
+    for batch in batches:
+        logps_BK = np.asarray(score(batch), np.float32)
+        result = np.full((groups, logps_BK.shape[1]), np.nan, np.float32) if result is None else result
+        real_B = np.asarray(batch.row_ids_B) >= 0
+        result[np.asarray(batch.row_ids_B)[real_B]] = logps_BK[real_B]
+    assert result is not None
+    bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"the reference gives log-probs that are not finite for {bad.size} of {groups} groups (first:"
+            f" {bad[:5].tolist()}); check that the model's weights are finite and that its dtype fits."
+        )
+    return result
+
+
+def save(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:
+    """Write the log-probs with their parts and digest; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    metadata = {"parts": json.dumps(dict(parts), sort_keys=True), "sha256": _digest(logps)}
+    safetensors.numpy.save_file({"reference_logps": logps}, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+def load(path: Path) -> np.ndarray:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: the file is damaged; the remedy is to delete it.
+    """
+    remedy = f"delete {path} and start again: it is computed anew."
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            logps = file.get_tensor("reference_logps")
+            digest = (file.metadata() or {}).get("sha256")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the reference log-probs in {path} cannot be read ({error}); {remedy}") from None
+    if _digest(logps) != digest:
+        raise ValueError(f"the reference log-probs in {path} do not match their digest; {remedy}")
+    return logps
+
+
+def verify(stored_NK: np.ndarray, fresh_NK: np.ndarray, *, rtol: float, path: Path) -> float:
+    """Compare stored rows with rows computed just now; returns the largest absolute difference in nats.
+
+    Raises:
+        ValueError: they differ by more than rtol * (1 + |log-prob|).
+    """
+    difference = np.abs(stored_NK - fresh_NK)
+    if not (difference <= rtol * (1.0 + np.abs(fresh_NK))).all():
+        raise ValueError(
+            f"the reference log-probs in {path} are {difference.max():.3g} nats off those the reference model gives now"
+            f" (allowed: {rtol:g} relative); the file belongs to another model or is damaged: delete it to compute it anew."
+        )
+    return float(difference.max())
+
+
+def verification_rows(groups: int) -> np.ndarray:
+    """Return the groups to recompute: first, middle and last."""
+    return np.unique(np.linspace(0, groups - 1, VERIFIED_ROWS).astype(int))
+
+
+def _digest(logps: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(logps).tobytes()).hexdigest()

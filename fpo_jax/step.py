@@ -1,0 +1,254 @@
+"""The update and the evaluation of one batch: pure functions, jitted once per batch shape.
+
+    batch [A micro-batches] -> scan: hidden states -> log-probs -> losses -> gradients (float32 sums) -> AdamW
+
+Every mean is taken over the whole update, not over a micro-batch, so that the number of micro-batches changes nothing
+but rounding. An update whose loss or gradient is not finite leaves the state as it was.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from fpo_jax import logps, losses, model, shapes, sharding
+
+Pairs = dict[str, tuple[jax.Array, jax.Array]]  # metric name -> (sum, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """What is static about turning a batch into log-probs; calling it gives ResponseLogps over the N rows."""
+
+    config: model.ModelConfig
+    compute_dtype: str
+    remat: str
+    attention: str
+    implementation: str
+    workspace_bytes: int
+    temperature: float
+
+    def __call__(self, params: shapes.PyTree, batch: shapes.Batch) -> logps.ResponseLogps:
+        """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
+        with jax.named_scope("model"):
+            hidden_NTD = model.hidden_states(
+                params,
+                batch.tokens_NT,
+                batch.valid_NT,
+                config=self.config,
+                compute_dtype=jnp.dtype(self.compute_dtype),
+                remat=self.remat,
+                attention=self.attention,
+            )
+        with jax.named_scope("logps"):
+            return logps.response_logps(
+                hidden_NTD,
+                model.head(params, config=self.config).astype(self.compute_dtype),
+                predictors_NR=batch.predictors_NR,
+                targets_NR=batch.targets_NR,
+                scored_NR=batch.scored_NR,
+                temperature=self.temperature,
+                implementation=self.implementation,
+                workspace_bytes=self.workspace_bytes,
+            )
+
+
+def train_step(
+    state: shapes.TrainState,
+    batch: shapes.Batch,
+    *,
+    scorer: Scorer,
+    loss: losses.Loss,
+    optimizer: optax.GradientTransformation,
+    rate: Callable,
+) -> tuple[shapes.TrainState, Pairs]:
+    """Apply one update of the A micro-batches in `batch` (every leaf has a leading A).
+
+    objective = sum_b w_b L_b / sum_b w_b + sft_weight * sum_b NLL_b / sum_b tokens_b  (second sum: chosen responses)
+
+    Returns:
+        The new state (unchanged but for `step` where loss or gradient is not finite) and metrics as (sum, count).
+    """
+    totals = _totals(batch)
+    batch_kl = _batch_kl(state.params, batch, scorer=scorer, weight=totals[0]) if loss.needs_batch_kl else None
+    differentiate = jax.value_and_grad(functools.partial(_objective, scorer=scorer, loss=loss), has_aux=True)
+
+    def accumulate(carry, micro):
+        (value, pairs), grads = differentiate(state.params, micro, totals=totals, batch_kl=batch_kl)
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs)), None
+
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+        _carry_shapes(differentiate, state.params, batch, totals, batch_kl),
+    )
+    (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, batch)
+    with jax.named_scope("optimizer"):
+        applied = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")[0][1]  # what the schedule counts
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new = (optax.apply_updates(state.params, updates), opt_state)
+        params, opt_state = jax.tree.map(
+            lambda fresh, old: jnp.where(finite, fresh, old), new, (state.params, state.opt_state)
+        )
+    one = jnp.float32(1.0)
+    pairs |= {
+        "loss": (value, one),
+        "grad_norm": (grad_norm, one),
+        "learning_rate": (rate(applied), one),
+        "nonfinite": (1.0 - finite.astype(jnp.float32), one),
+    }
+    return shapes.TrainState(params, opt_state, state.step + 1), pairs
+
+
+def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: Scorer, loss: losses.Loss) -> Pairs:
+    """Return the metrics of one batch of B groups as (sum, count), `loss` (without the SFT term) among them.
+
+    For a loss with a batch statistic (KTO) that statistic is the evaluation batch's own.
+    """
+    response = scorer(params, batch)
+    candidates = _candidates(batch, response, None)
+    if loss.needs_batch_kl:
+        ratio = jnp.sum(batch.weight_B[:, None] * (candidates.logps_BK - candidates.reference_logps_BK))
+        count = jnp.maximum(jnp.sum(batch.weight_B), 1.0) * candidates.logps_BK.shape[1]
+        candidates = candidates._replace(batch_kl=ratio / count)
+    losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
+    pairs = _pairs(batch, response, candidates, losses_B, loss)
+    return pairs | {"loss": (jnp.sum(batch.weight_B * losses_B), jnp.sum(batch.weight_B))}
+
+
+def score_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: Scorer) -> jax.Array:
+    """Return the summed log-probs [B, K], float32: the reference pass."""
+    return scorer(params, batch).sum_N.reshape(batch.rewards_BK.shape)
+
+
+def jit_train_step(step: Callable, *, mesh: Mesh, state_shardings: shapes.TrainState) -> jax.stages.Wrapped:
+    """Jit `step(state, batch)` over the mesh, donating the state."""
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh, stacked=True)),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(step: Callable, *, mesh: Mesh, param_shardings: shapes.PyTree) -> jax.stages.Wrapped:
+    """Jit `step(params, batch)` over the mesh; the result is replicated."""
+    return jax.jit(
+        step,
+        in_shardings=(param_shardings, sharding.batch_sharding(mesh, stacked=False)),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def stack_micro_batches(batch: shapes.Batch, *, accumulation: int) -> shapes.Batch:
+    """Cut a batch into A micro-batches of consecutive groups: every leaf gets a leading A."""
+    return shapes.Batch(*(leaf.reshape(accumulation, leaf.shape[0] // accumulation, *leaf.shape[1:]) for leaf in batch))
+
+
+def _objective(params, batch: shapes.Batch, *, totals, batch_kl, scorer: Scorer, loss: losses.Loss):
+    response = scorer(params, batch)
+    candidates = _candidates(batch, response, batch_kl)
+    with jax.named_scope("loss"):
+        losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
+        groups, tokens = totals
+        value = jnp.sum(batch.weight_B * losses_B) / groups
+        pairs = _pairs(batch, response, candidates, losses_B, loss)
+        if loss.sft_weight:
+            value += loss.sft_weight * pairs["sft_loss"][0] / tokens
+    return value, jax.lax.stop_gradient(pairs)
+
+
+def _candidates(batch: shapes.Batch, response: logps.ResponseLogps, batch_kl) -> losses.Candidates:
+    shape_BK = batch.rewards_BK.shape
+    return losses.Candidates(
+        logps_BK=response.sum_N.reshape(shape_BK),
+        reference_logps_BK=batch.reference_logps_BK,
+        lengths_BK=response.count_N.astype(jnp.float32).reshape(shape_BK),
+        rewards_BK=batch.rewards_BK,
+        batch_kl=jnp.float32(0.0) if batch_kl is None else batch_kl,
+    )
+
+
+def _totals(batch: shapes.Batch) -> tuple[jax.Array, jax.Array]:
+    """Groups and chosen tokens of the whole update: the denominators that make any micro-batch split equal."""
+    lengths_ABK = jnp.sum(batch.scored_NR, axis=-1, dtype=jnp.float32).reshape(batch.rewards_BK.shape)
+    chosen_AB = jnp.argmax(batch.rewards_BK, axis=-1)
+    tokens_AB = jnp.take_along_axis(lengths_ABK, chosen_AB[..., None], axis=-1)[..., 0]
+    return jnp.maximum(jnp.sum(batch.weight_B), 1.0), jnp.maximum(jnp.sum(batch.weight_B * tokens_AB), 1.0)
+
+
+def _batch_kl(params, batch: shapes.Batch, *, scorer: Scorer, weight) -> jax.Array:
+    """Mean of logp - reference logp over every candidate of the update, by a forward pass of its own."""
+
+    def add(total, micro):
+        ratio_BK = score_step(params, micro, scorer=scorer) - micro.reference_logps_BK
+        return total + jnp.sum(micro.weight_B[:, None] * ratio_BK), None
+
+    total, _ = jax.lax.scan(add, jnp.float32(0.0), batch)
+    return total / (weight * batch.rewards_BK.shape[-1])
+
+
+def _pairs(batch, response, candidates: losses.Candidates, losses_B, loss: losses.Loss) -> Pairs:
+    """Metrics of B groups under TRL's names; chosen and rejected are the candidates of highest and lowest reward."""
+    weight_B = batch.weight_B
+    best_B = jnp.argmax(candidates.rewards_BK, axis=-1)
+    worst_B = jnp.argmin(candidates.rewards_BK, axis=-1)
+
+    def pick(values_BK, index_B):
+        return jnp.take_along_axis(values_BK, index_B[:, None], axis=1)[:, 0]
+
+    def pair(values_B, weights_B):
+        return jnp.sum(jnp.where(weights_B > 0, weights_B * values_B, 0.0)), jnp.sum(weights_B)
+
+    logps_BK, lengths_BK = candidates.logps_BK, candidates.lengths_BK
+    chosen_logps_B, chosen_lengths_B = pick(logps_BK, best_B), pick(lengths_BK, best_B)
+    pairs = {
+        # A padding group scores no token, so that its NLL and its length are exactly 0.
+        "sft_loss": (-jnp.sum(weight_B * chosen_logps_B), jnp.sum(weight_B * chosen_lengths_B)),
+        "lengths/chosen": pair(chosen_lengths_B, weight_B),
+    }
+    if candidates.rewards_BK.shape[1] == 1:
+        return pairs
+    # Groups without a preference (all rewards equal) say nothing about chosen against rejected.
+    decided_B = weight_B * (pick(candidates.rewards_BK, best_B) > pick(candidates.rewards_BK, worst_B))
+    implied_BK = loss.implied_rewards(candidates)
+    margins_B = pick(implied_BK, best_B) - pick(implied_BK, worst_B)
+    shown_BK = logps_BK / jnp.maximum(lengths_BK, 1.0) if loss.length_normalized else logps_BK
+    mean_logits_BK = response.mean_logit_N.reshape(logps_BK.shape)
+    pairs |= {
+        "rewards/chosen": pair(pick(implied_BK, best_B), decided_B),
+        "rewards/rejected": pair(pick(implied_BK, worst_B), decided_B),
+        "rewards/margins": pair(margins_B, decided_B),
+        "rewards/accuracies": pair((margins_B > 0) + 0.5 * (margins_B == 0), decided_B),
+        "logps/chosen": pair(pick(shown_BK, best_B), decided_B),
+        "logps/rejected": pair(pick(shown_BK, worst_B), decided_B),
+        "logits/chosen": pair(pick(mean_logits_BK, best_B), decided_B),
+        "logits/rejected": pair(pick(mean_logits_BK, worst_B), decided_B),
+        "lengths/rejected": pair(pick(lengths_BK, worst_B), decided_B),
+    }
+    log_q_BK = loss.log_target(candidates)
+    if log_q_BK is not None:
+        log_p_BK = jax.nn.log_softmax(loss.scores(candidates), axis=-1)
+        pairs |= {
+            "f_divergence": pair(losses_B, weight_B),
+            "group_kl": pair(
+                losses.f_divergence(log_p_BK, jax.nn.log_softmax(log_q_BK, axis=-1), name="kl_policy_target"), weight_B
+            ),
+        }
+    if loss.needs_reference:
+        ratio_B = jnp.mean(logps_BK - candidates.reference_logps_BK, axis=-1)
+        pairs["reference_kl"] = pair(ratio_B, weight_B)
+    return pairs
+
+
+def _carry_shapes(differentiate, params, batch, totals, batch_kl):
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    (value, pairs), grads = jax.eval_shape(
+        functools.partial(differentiate, totals=totals, batch_kl=batch_kl), params, micro
+    )
+    return value, grads, pairs
