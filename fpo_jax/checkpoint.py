@@ -32,14 +32,12 @@ class Checkpointer:
         return self._manager.latest_step()
 
     def save(self, step: int, state: shapes.TrainState, meta: dict) -> None:
-        """Write step `step` in the background; the state may be donated as soon as this returns."""
-        # A copy on the device: the next step donates the state's buffers, and on CPU the writer may only hold a view.
-        params, optimizer = jax.tree.map(lambda x: x.copy(), (state.params, state.opt_state))
+        """Write step `step` in the background; orbax has copied the state when this returns, so it may be donated."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer=ocp.args.StandardSave(optimizer),
+                params=ocp.args.StandardSave(state.params),
+                optimizer=ocp.args.StandardSave(state.opt_state),
                 meta=ocp.args.JsonSave({**meta, "step": step}),
             ),
             force=True,
@@ -90,9 +88,10 @@ def restore_params(workdir: Path, step: int | None) -> tuple[shapes.PyTree, dict
     if step is not None and step not in steps:
         raise ValueError(f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
     chosen = steps[-1] if step is None else step
-    with ocp.CheckpointManager(folder, item_names=("params", "optimizer", "meta")) as manager:
+    handlers = {"params": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         meta = manager.restore(chosen, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        stored = manager.item_metadata(chosen)["params"].tree
+        stored = manager.item_metadata(chosen)["params"]
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), stored)
         params = manager.restore(chosen, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]

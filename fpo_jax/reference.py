@@ -82,19 +82,39 @@ def load(path: Path) -> np.ndarray:
     return logps
 
 
-def verify(stored_NK: np.ndarray, fresh_NK: np.ndarray, *, rtol: float, path: Path) -> float:
-    """Compare stored rows with rows computed just now; returns the largest absolute difference in nats.
+def verify(
+    stored: np.ndarray,
+    score: Callable[[shapes.Batch], np.ndarray],
+    batches: Iterable[shapes.Batch],
+    *,
+    rtol: float,
+    path: Path,
+) -> float:
+    """Score a few groups again and compare; returns the largest absolute difference in nats.
+
+    Args:
+        stored: what the file holds, [groups, K].
+        score: as in `compute`.
+        batches: the groups to compare.
+        rtol: allowed difference relative to 1 + |log-prob|.
+        path: named in the error.
 
     Raises:
-        ValueError: they differ by more than rtol * (1 + |log-prob|).
+        ValueError: they differ by more.
     """
-    difference = np.abs(stored_NK - fresh_NK)
-    if not (difference <= rtol * (1.0 + np.abs(fresh_NK))).all():
-        raise ValueError(
-            f"the reference log-probs in {path} are {difference.max():.3g} nats off those the reference model gives now"
-            f" (allowed: {rtol:g} relative); the file belongs to another model or is damaged: delete it to compute it anew."
-        )
-    return float(difference.max())
+    worst = 0.0
+    for batch in batches:
+        real_B = np.asarray(batch.row_ids_B) >= 0
+        fresh_BK = np.asarray(score(batch), np.float32)[real_B]
+        difference_BK = np.abs(stored[np.asarray(batch.row_ids_B)[real_B]] - fresh_BK)
+        worst = max(worst, float(difference_BK.max(initial=0.0)))
+        if not (difference_BK <= rtol * (1.0 + np.abs(fresh_BK))).all():
+            raise ValueError(
+                f"the reference log-probs in {path} are {worst:.3g} nats off those the reference model gives now"
+                f" (allowed: {rtol:g} relative); the file belongs to another model or is damaged: delete it to compute"
+                " it anew."
+            )
+    return worst
 
 
 def verification_rows(groups: int) -> np.ndarray:

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import tests.shapecheck  # noqa: F401 - the hook below names it
 from jaxtyping import install_import_hook
 
-install_import_hook("fpo_jax", "beartype.beartype")
+install_import_hook("fpo_jax", "tests.shapecheck.checked")

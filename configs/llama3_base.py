@@ -1,0 +1,22 @@
+"""Llama-3-8B-Base (SFT on UltraChat) on UltraFeedback, alpha = 0.99, reference-free.
+
+Command   python train.py --config configs/llama3_base.py --workdir runs/llama3_base
+Data      HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs -> 477 updates of 128, 48 of them warm-up
+Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 1.0
+Expect    SimPO with learning rate 7e-7 instead of 6e-7, to within 0.7 % of the loss for margins in [-3, 3]
+"""
+
+from configs import mistral_base
+
+
+def get_config():
+    """Return the locked configuration."""
+    c = mistral_base.get_config()
+    c.model.path = "princeton-nlp/Llama-3-Base-8B-SFT"
+    c.tokenizer.chat_template = "llama3"
+    c.data.max_length = 2048
+    c.data.max_prompt_length = 1800
+    c.loss.beta = 2.0
+    c.loss.gamma_beta_ratio = 0.5
+    c.optim.learning_rate = 7e-7
+    return c

@@ -1,0 +1,24 @@
+"""Pythia-2.8B on HH with K = 4 sampled responses scored by a reward model, alpha = 0.1, with a reference.
+
+Command   python train.py --config configs/pythia_hh_rw.py --workdir runs/hh_rw --config.model.path=<SFT directory>
+          --config.data.train=<hh_rw/train.json> --config.data.eval=<hh_rw/test.json>
+Data      prompt / completions / rewards: the SFT model's samples at temperature 0.8, labelled by the reward model
+Original  as pythia_hh_pref, with beta_r * beta_pi = 0.035 and the target's log clamped at -10
+Expect    nothing published for this recipe; NOTES.md has our runs on small models
+"""
+
+from configs import pythia_hh_pref
+
+
+def get_config():
+    """Return the locked configuration."""
+    c = pythia_hh_pref.get_config()
+    c.data.format = "json"
+    c.data.hh_split = "last_turn"
+    c.data.train = "data/hh_rw/train.json"
+    c.data.eval = "data/hh_rw/test.json"
+    c.data.group_size = 4
+    c.loss.name = "alphapo-rw"
+    c.loss.beta_pi = 0.35
+    c.loss.beta_r = 0.1
+    return c

@@ -1,0 +1,27 @@
+"""Pythia-2.8B on TL;DR comparisons, alpha = 0.025, with a reference.
+
+Command   python train.py --config configs/pythia_tldr_pref.py --workdir runs/tldr_pref
+          --config.model.path=<SFT directory> --config.data.train=<tldr/train.json> --config.data.eval=<tldr/test.json>
+Data      prompt / chosen / rejected: 92,858 comparisons -> 726 updates an epoch, of which 350 are run
+Original  1,400 micro-steps = 350 updates, 48 % of the epoch, while the cosine spans all of it (rate still 0.53 of peak)
+Expect    nothing published for this recipe; NOTES.md has our runs on small models
+"""
+
+from configs import pythia_hh_pref
+
+
+def get_config():
+    """Return the locked configuration."""
+    c = pythia_hh_pref.get_config()
+    c.data.format = "json"
+    c.data.hh_split = "last_turn"
+    c.data.train = "data/tldr/train.json"
+    c.data.eval = "data/tldr/test.json"
+    c.data.max_length = 650
+    c.data.max_response_length = 75
+    c.loss.alpha = 0.025
+    c.loss.beta_pi = 0.3
+    c.train.max_steps = 350
+    c.train.eval_every = 72  # the original's checkpoint interval: 290 micro-steps
+    c.train.save_every = 72
+    return c

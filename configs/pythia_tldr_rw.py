@@ -1,0 +1,22 @@
+"""Pythia-2.8B on TL;DR with K = 4 sampled summaries scored by a reward model, alpha = 0.025, with a reference.
+
+Command   python train.py --config configs/pythia_tldr_rw.py --workdir runs/tldr_rw --config.model.path=<SFT directory>
+          --config.data.train=<tldr_rw/train.json> --config.data.eval=<tldr_rw/test.json>
+Data      prompt / completions / rewards: the SFT model's samples at temperature 0.8, labelled by the reward model
+Original  as pythia_tldr_pref, with beta_r * beta_pi = 0.05 and the target's log clamped at -10
+Expect    nothing published for this recipe; NOTES.md has our runs on small models
+"""
+
+from configs import pythia_tldr_pref
+
+
+def get_config():
+    """Return the locked configuration."""
+    c = pythia_tldr_pref.get_config()
+    c.data.train = "data/tldr_rw/train.json"
+    c.data.eval = "data/tldr_rw/test.json"
+    c.data.group_size = 4
+    c.loss.name = "alphapo-rw"
+    c.loss.beta_pi = 0.5
+    c.loss.beta_r = 0.1
+    return c

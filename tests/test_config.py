@@ -1,0 +1,169 @@
+import importlib
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from fpo_jax import config
+from tests.paths import REPO
+
+RECIPES = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
+
+
+def valid():
+    c = config.default()
+    c.model.path = c.data.train = "somewhere"
+    return c
+
+
+def flat(tree, prefix=""):
+    for key, value in tree.items():
+        yield from flat(value, f"{prefix}{key}.") if hasattr(value, "items") else [(f"{prefix}{key}", value)]
+
+
+def set_path(c, path, value):
+    *parents, last = path.split(".")
+    for parent in parents:
+        c = c[parent]
+    c[last] = value
+
+
+def test_default_has_only_the_required_problems():
+    assert len(config.problems(config.default())) == 2
+    assert config.problems(valid()) == []
+
+
+def test_unknown_key_and_wrong_type_are_errors():
+    c = valid()
+    with pytest.raises(AttributeError, match="learning_rate"):
+        c.optim.learning_rat = 1.0
+    with pytest.raises(TypeError, match="batch_size"):
+        c.train.batch_size = "many"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model.param_dtype", "float16", "model.param_dtype='float16' is not one of float32, bfloat16"),
+        ("data.rule", "chatty", "data.rule='chatty' is not one of chat, raw"),
+        ("data.train_rows", "9:3", "selects no row"),
+        ("data.train_rows", "a:b", "is not a row slice"),
+        ("data.max_prompt_length", 4000, "use at most 2047"),
+        ("data.max_response_length", 5, "is not used by data.rule='chat'"),
+        ("data.buckets", (512, 256, 2048), "must ascend"),
+        ("optim.learning_rate", float("nan"), "must be finite and greater than 0"),
+        ("optim.b2", 1.5, "at most 1"),
+        ("optim.warmup_steps", -3, "at least 0"),
+        ("train.batch_size", 0, "at least 1"),
+        ("train.on_nonfinite", "hope", "stop, skip"),
+        ("mesh.data", -1, "at most one is -1"),
+        ("kernel.implementation", "magic", "auto, chunked, reference"),
+        ("stage", "sft", "stage='sft' is not one of align"),
+    ],
+)
+def test_each_problem_names_fact_and_remedy(path, value, message):
+    c = valid()
+    set_path(c, path, value)
+    with pytest.raises(ValueError, match="1 problem") as raised:
+        config.validate(c)
+    assert message in str(raised.value)
+
+
+def test_all_problems_at_once_numbered():
+    c = valid()
+    c.optim.warmup_steps, c.optim.warmup_fraction, c.train.epochs = 3, 0.1, -1.0
+    with pytest.raises(ValueError, match="has 3 problems") as raised:
+        config.validate(c, extra=["the loss is odd"])
+    assert [line.split(".")[0].strip() for line in str(raised.value).splitlines()[1:]] == ["1", "2", "3"]
+
+
+def test_raw_rule_needs_a_response_length():
+    c = valid()
+    c.data.rule = "raw"
+    assert "data.max_response_length=None" in config.problems(c)[0]
+
+
+def test_difference_names_dotted_keys_and_ignores_the_resumable():
+    old, new = valid().to_dict(), valid().to_dict()
+    new["optim"]["learning_rate"], new["train"]["log_every"] = 1.0, 99
+    assert config.difference(old, new, ignore=config.RESUMABLE) == ["optim.learning_rate: 1e-06 -> 1.0"]
+
+
+def test_resumable_keys_exist():
+    assert {path for path, _ in flat(valid())} >= config.RESUMABLE
+
+
+def test_every_loss_option_has_a_knob_and_every_knob_an_option():
+    losses = importlib.import_module("fpo_jax.losses")
+    assert set(valid().loss) - {"name"} == set(losses.OPTIONS)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_validates_and_resolves_its_loss(name):
+    losses = importlib.import_module("fpo_jax.losses")
+    c = importlib.import_module(f"configs.{name}").get_config()
+    assert c.is_locked
+    config.validate(c)
+    losses.resolve(c.loss.name, **config.loss_options(c))
+
+
+SPEC_3_1 = {  # spec 3.1: max_length, max_prompt_length, beta, gamma/beta, learning rate, alpha
+    "llama3_base": (2048, 1800, 2.0, 0.5, 7e-7, 0.99),
+    "llama3_instruct": (2048, 1800, 2.6, 0.55, 1e-6, 0.99),
+    "mistral_base": (1024, 512, 2.0, 0.8, 3e-7, 0.99),
+    "mistral_instruct": (2048, 1800, 2.5, 0.12, 6e-7, 0.925),
+}
+SPEC_2_8 = {  # spec 2.8: max_length, max_response_length, group size, alpha, beta_r, beta_pi, loss, max_steps
+    "pythia_hh_pref": (512, 200, 2, 0.1, None, 0.5, "alphapo-pref", None),
+    "pythia_hh_rw": (512, 200, 4, 0.1, 0.1, 0.35, "alphapo-rw", None),
+    "pythia_tldr_pref": (650, 75, 2, 0.025, None, 0.3, "alphapo-pref", 350),
+    "pythia_tldr_rw": (650, 75, 4, 0.025, 0.1, 0.5, "alphapo-rw", 350),
+}
+
+
+@pytest.mark.parametrize("name", SPEC_3_1)
+def test_alpha_po_recipes_to_the_digit(name):
+    c = importlib.import_module(f"configs.{name}").get_config()
+    d, loss, o, t = c.data, c.loss, c.optim, c.train
+    found = (d.max_length, d.max_prompt_length, loss.beta, loss.gamma_beta_ratio, o.learning_rate, loss.alpha)
+    assert found == SPEC_3_1[name]
+    assert (loss.name, d.rule, o.schedule, o.warmup_fraction) == ("alphapo", "chat", "cosine", 0.1)
+    assert (t.batch_size, t.epochs, t.eval_every, c.seed) == (128, 1.0, 400, 42)
+    assert (o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (0.9, 0.999, 1e-8, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("name", SPEC_2_8)
+def test_pythia_recipes_to_the_digit(name):
+    c = importlib.import_module(f"configs.{name}").get_config()
+    d, loss, o = c.data, c.loss, c.optim
+    found = (d.max_length, d.max_response_length, d.group_size, loss.alpha, loss.beta_r, loss.beta_pi, loss.name)
+    assert (*found, c.train.max_steps) == SPEC_2_8[name]
+    assert (d.rule, loss.temperature, o.b2, o.clip_norm, o.warmup_fraction, c.seed) == ("raw", 0.8, 0.95, 1.0, 0.0, 1234)
+    assert (o.learning_rate, o.schedule, c.train.batch_size) == (1e-6, "cosine", 128)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--config.optim.learning_rat=1", 'Did you mean "learning_rate"'),
+        ("--config.train.batch_size=many", "invalid literal"),
+        ("--confg.seed=1", "Unknown command line flag"),
+        ("stray", "unexpected arguments"),
+    ],
+)
+def test_command_line_errors_are_one_sentence(option, message, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", "--config", "configs/mistral_base.py", "--workdir", str(tmp_path / "w"), option],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_recipes_are_lab_notes():
+    for name, word in itertools.product(set(RECIPES) - {"__init__"}, ("Command", "Data", "Expect")):
+        assert word in (importlib.import_module(f"configs.{name}").__doc__ or ""), (name, word)

@@ -1,0 +1,43 @@
+import json
+
+import numpy as np
+import pytest
+
+from fpo_jax import metrics
+
+
+def writers(workdir, resume_step=-1, **options):
+    options = {"tensorboard": False, "wandb_project": None, "config": {}} | options
+    return metrics.Writers(workdir, resume_step=resume_step, **options)
+
+
+def test_means_and_sums_over_batches():
+    total = metrics.add(None, {"a": (np.float32(1.0), np.float32(2.0)), "never": (np.float32(0), np.float32(0))})
+    total = metrics.add(total, {"a": (np.float32(5.0), np.float32(1.0)), "never": (np.float32(0), np.float32(0))})
+    assert metrics.means(total) == {"a": 2.0}
+
+
+def test_resume_drops_the_lines_of_updates_that_run_again(tmp_path):
+    first = writers(tmp_path)
+    for step in range(4):
+        first.write(step, {"loss": 0.1 * step})
+        first.write(step, {"seconds": 1.0}, timing=True)
+    first.close()
+    whole = (tmp_path / metrics.METRICS_FILE).read_bytes()
+    with (tmp_path / metrics.METRICS_FILE).open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    again = writers(tmp_path, resume_step=2)
+    again.write(3, {"loss": 0.1 * 3})
+    again.sync()
+    again.close()
+    assert (tmp_path / metrics.METRICS_FILE).read_bytes() == whole
+    assert [line["step"] for line in metrics.read(tmp_path / metrics.TIMING_FILE)] == [0, 1, 2]
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
+    log = writers(tmp_path, tensorboard=True)
+    log.write(1, {"loss": 0.5})
+    log.close()
+    assert list((tmp_path / "tensorboard").iterdir())
+    assert json.loads((tmp_path / metrics.METRICS_FILE).read_text()) == {"step": 1, "loss": 0.5}
