@@ -35,7 +35,7 @@ def main(_argv: list[str]) -> None:
     """Run, and turn each outcome into an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("fpo_jax").setLevel(logging.INFO)
-    from fpo_jax import loop  # after the flags: a misspelt option answers at once
+    from fpo_jax import execution, loop  # after the flags: a misspelt option answers at once
 
     try:
         loop.run(_CONFIG.value, Path(_WORKDIR.value))
@@ -43,7 +43,7 @@ def main(_argv: list[str]) -> None:
         _fail(2, error)
     except loop.NonFinite as error:
         _fail(1, error)
-    except loop.Stopped as error:
+    except execution.Stopped as error:
         _fail(75, error)
 
 

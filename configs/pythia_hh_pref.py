@@ -16,8 +16,9 @@ def get_config():
     c.seed = 1234
     c.model.path = "EleutherAI/pythia-2.8b"  # the recipe starts from its SFT checkpoint: override
     c.data.format = "hh"
-    c.data.train = "Anthropic/hh-rlhf/helpful-base"
-    c.data.eval = "Anthropic/hh-rlhf/helpful-base"
+    c.data.train = c.data.eval = "Anthropic/hh-rlhf"
+    c.data.subfolder = "helpful-base"
+    c.data.train_split, c.data.eval_split = "train", "test"
     c.data.hh_split = "first_difference"  # how the original builds prompt and responses
     c.data.rule = "raw"
     c.data.max_length = 512

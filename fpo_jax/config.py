@@ -46,14 +46,19 @@ def default() -> ml_collections.ConfigDict:
     c.tokenizer.path = config_dict.placeholder(str)  # None = model.path
     c.tokenizer.chat_template = config_dict.placeholder(str)  # named key, Jinja file or Jinja text; None = tokenizer's
 
+    c.tokenizer.eos_token = config_dict.placeholder(str)  # spelling, where the tokenizer's files name none
+
     c.data = ml_collections.ConfigDict()
     c.data.format = "json"  # hh | chat_pairs | json
     c.data.train = ""  # file, directory or hub name
-    c.data.train_split = "train"  # split of a hub data set
+    c.data.train_split = config_dict.placeholder(str)  # split of a hub or saved data set; None for a file
     c.data.train_rows = ""  # slice of the rows, "0:1600"; "" = all
     c.data.eval = config_dict.placeholder(str)  # as train; None = no evaluation
-    c.data.eval_split = "test"
+    c.data.eval_split = config_dict.placeholder(str)
     c.data.eval_rows = ""
+    c.data.subfolder = config_dict.placeholder(str)  # folder inside the hub repository ("helpful-base")
+    c.data.revision = config_dict.placeholder(str)  # commit of the hub repository; pin it for a repeatable run
+    c.data.on_bad_row = "error"  # error | skip rows that are not what the format says (at most 1 in 1,000)
     c.data.rule = "chat"  # chat (templates, spec 3.3) | raw (plain text, spec 2.4)
     c.data.max_length = 2048  # tokens of prompt + response
     c.data.max_prompt_length = 1800  # tokens kept of a prompt when the row is too long (rule chat)
@@ -72,15 +77,31 @@ def default() -> ml_collections.ConfigDict:
 
     c.loss = ml_collections.ConfigDict()
     c.loss.name = "alpha"  # `python -m fpo_jax.losses` lists names, aliases and the options each one takes
-    c.loss.temperature = config_dict.placeholder(float)  # logits are divided by it before the log-softmax
+    # Unset options take the loss's own default; setting one that the loss does not use is an error.
+    c.loss.temperature = config_dict.placeholder(float)  # logits, the reference's too, are divided by it before the log-softmax
     c.loss.sft_weight = config_dict.placeholder(float)  # weight of an added token-mean NLL of the chosen response
-    c.loss.target = config_dict.placeholder(str)  # preference | rewards
-    c.loss.score = config_dict.placeholder(str)  # log_ratio | mean_logp
+    c.loss.target = config_dict.placeholder(str)  # preference | rewards: where q comes from
+    c.loss.score = config_dict.placeholder(str)  # log_ratio | mean_logp: what p is the softmax of
     c.loss.alpha = config_dict.placeholder(float)  # of the alpha-divergence; 0 = EXO, 1 = DPO
+    c.loss.weight = config_dict.placeholder(float)  # of p in the Jensen-Shannon mixture
+    c.loss.epsilon = config_dict.placeholder(float)  # label of a rejected candidate; the authors' code has exp(-10), their paper 1e-3
+    c.loss.normalize = config_dict.placeholder(bool)  # labels (1-epsilon, epsilon) instead of (1, epsilon)
+    c.loss.tie_policy = config_dict.placeholder(str)  # second (the authors' code) | first | uniform: who is chosen among equal rewards
     c.loss.beta_pi = config_dict.placeholder(float)  # scale of the log-ratio score
-    c.loss.beta_r = config_dict.placeholder(float)  # temperature of the reward target
-    c.loss.beta = config_dict.placeholder(float)  # scale of the mean log-prob score, or of a pairwise objective
-    c.loss.gamma_beta_ratio = config_dict.placeholder(float)  # margin over beta, taken off the chosen mean log-prob
+    c.loss.beta_r = config_dict.placeholder(float)  # temperature of the reward target; unit of a reward
+    c.loss.log_clamp = config_dict.placeholder(float)  # floor of log q in nats; -inf = none
+    c.loss.beta = config_dict.placeholder(float)  # scale of a log-prob without reference
+    c.loss.gamma_beta_ratio = config_dict.placeholder(float)  # gamma/beta, nats per token taken off the chosen response before beta
+    c.loss.label_smoothing = config_dict.placeholder(float)  # probability of a wrong label (dpo, simpo, ...)
+    c.loss.tau = config_dict.placeholder(float)  # IPO
+    c.loss.delta = config_dict.placeholder(float)  # margin of the hinge losses, nats
+    c.loss.chosen_nll_weight = config_dict.placeholder(float)  # RRHF, SLiC, CPO: weight of the chosen response's summed NLL
+    c.loss.odds_weight = config_dict.placeholder(float)  # ORPO
+    c.loss.length_penalty = config_dict.placeholder(float)  # R-DPO, logits per token
+    c.loss.desirable_weight = config_dict.placeholder(float)  # KTO
+    c.loss.undesirable_weight = config_dict.placeholder(float)  # KTO
+    c.loss.reward_alpha = config_dict.placeholder(float)  # AlphaPO of arXiv 2501.03884
+    c.loss.constraint_alpha = config_dict.placeholder(float)  # f-DPO
 
     c.optim = ml_collections.ConfigDict()
     c.optim.learning_rate = 1e-6  # peak
@@ -124,13 +145,8 @@ def default() -> ml_collections.ConfigDict:
     c.logging = ml_collections.ConfigDict()
     c.logging.tensorboard = True  # where tensorboardX is installed
     c.logging.wandb_project = config_dict.placeholder(str)  # None = no W&B
-    _add_rare_loss_options(c.loss)
     c.lock()
     return c
-
-
-def _add_rare_loss_options(loss: ml_collections.ConfigDict) -> None:
-    pass
 
 
 def loss_options(config: ml_collections.ConfigDict) -> dict[str, object]:
@@ -175,6 +191,7 @@ def problems(config: ml_collections.ConfigDict) -> list[str]:
     choice("data.on_empty_response", ("drop", "error"))
     choice("data.on_long_prompt", ("truncate", "drop", "error"))
     choice("data.on_identical", ("keep", "drop"))
+    choice("data.on_bad_row", ("error", "skip"))
     choice("data.last_batch", ("drop", "pad"))
     for path in ("data.train_rows", "data.eval_rows"):
         try:

@@ -11,12 +11,12 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import resource
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +29,11 @@ import tqdm
 from jax.sharding import Mesh
 
 from fpo_jax import (
+    attention,
     chat,
     checkpoint,
     data,
+    execution,
     hf,
     logps,
     losses,
@@ -52,12 +54,16 @@ log = logging.getLogger("fpo_jax")
 REFERENCE_RTOL = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
-class Stopped(Exception):
-    """SIGTERM or SIGINT arrived; the state is saved and the same command goes on from there."""
-
-
 class NonFinite(Exception):
     """The loss or the gradient is not finite and the configuration says stop."""
+
+
+class Dataset(NamedTuple):
+    """Token rows, what was found while making them, and one decoded row with its scored part marked."""
+
+    prepared: data.Prepared
+    audit: data.Audit
+    sample: str
 
 
 class Inputs(NamedTuple):
@@ -66,8 +72,8 @@ class Inputs(NamedTuple):
     loss: losses.Loss
     source: Path
     model_config: model.ModelConfig
-    train: data.Prepared
-    evaluation: data.Prepared | None
+    train: Dataset
+    evaluation: Dataset | None
 
 
 class Plan(NamedTuple):
@@ -80,50 +86,23 @@ class Plan(NamedTuple):
     horizon: int
 
 
-class Program:
-    """A jitted `f(first, batch)` compiled ahead of its first call, once per batch shape."""
-
-    def __init__(self, name: str, jitted: jax.stages.Wrapped):
-        """Take the function to compile; `name` is for the log."""
-        self.name, self._jitted = name, jitted
-        self._compiled: dict[tuple, jax.stages.Compiled] = {}
-
-    def __call__(self, first, batch: shapes.Batch):
-        """Run on the batch, compiling when its shape is new."""
-        key = (batch.tokens_NT.shape, batch.targets_NR.shape)
-        if key not in self._compiled:
-            start = time.perf_counter()
-            self._compiled[key] = self._jitted.lower(first, batch).compile()
-            memory = self._compiled[key].memory_analysis()
-            size = f", {_mib(memory.argument_size_in_bytes)} arguments + {_mib(memory.temp_size_in_bytes)} temporaries"
-            log.info(
-                "compiled %s for rows of %d tokens, %d scored, in %.1f s%s per device",
-                self.name,
-                key[0][-1],
-                key[1][-1],
-                time.perf_counter() - start,
-                size if memory else "",
-            )
-        return self._compiled[key](first, batch)
-
-    @property
-    def compilations(self) -> int:
-        """Number of batch shapes compiled so far."""
-        return len(self._compiled)
-
-
-def run(config: ml_collections.ConfigDict, workdir: Path) -> None:
+def run(config: ml_collections.ConfigDict, workdir: Path, *, devices: Sequence[jax.Device] | None = None) -> None:
     """Train as configured, resuming from the newest checkpoint in `workdir`.
+
+    Args:
+        config: from a file of configs/.
+        workdir: the run's folder; made when absent.
+        devices: what to build the mesh of; None = all of them.
 
     Raises:
         ValueError: the configuration, the data or the model cannot be used; nothing has been changed.
-        Stopped: a signal asked to stop; the state is saved.
+        execution.Stopped: a signal asked to stop; the state is saved.
         NonFinite: loss or gradient not finite.
     """
-    with _StopRequest() as stop:
+    with execution.StopRequest() as stop:
         inputs = prepare(config)
         claim_workdir(config, workdir, inputs)
-        mesh = sharding.make_mesh(**config.mesh, devices=jax.devices())
+        mesh = sharding.make_mesh(**config.mesh, devices=jax.devices() if devices is None else devices)
         _Run(config, workdir, inputs, mesh, stop).train()
 
 
@@ -144,14 +123,52 @@ def prepare(config: ml_collections.ConfigDict) -> Inputs:
             f" tokens ({source}); use at most {model_config.max_positions}."
         )
     tokenizer = chat.load_tokenizer(
-        config.tokenizer.path or str(source), chat_template=config.tokenizer.chat_template, rule=config.data.rule
+        config.tokenizer.path or source, chat_template=config.tokenizer.chat_template, eos_token=config.tokenizer.eos_token
     )
     hf.check_vocabulary(len(tokenizer), model_config)
-    train = _read(config, tokenizer, config.data.train, config.data.train_split, config.data.train_rows, "train")
-    evaluation = None
-    if config.data.eval:
-        evaluation = _read(config, tokenizer, config.data.eval, config.data.eval_split, config.data.eval_rows, "eval")
+    train = _dataset(config, "train", tokenizer, model_config.vocab_size)
+    evaluation = _dataset(config, "eval", tokenizer, model_config.vocab_size) if config.data.eval else None
     return Inputs(loss, source, model_config, train, evaluation)
+
+
+def _dataset(config: ml_collections.ConfigDict, name: str, tokenizer, vocab_size: int) -> Dataset:
+    """Read and tokenise the train or eval data."""
+    options = config.data
+    rows = configuration.row_slice(options[f"{name}_rows"])
+    records = data.read(
+        options[name],
+        format=options.format,
+        split=options[f"{name}_split"],
+        hh_split=options.hh_split,
+        on_bad_row=options.on_bad_row,
+        start=rows.start or 0,
+        stop=rows.stop,
+        data_dir=options.subfolder,
+        revision=options.revision,
+    )
+    chat_only = {}
+    if options.rule == "chat":
+        chat_only = {
+            "max_prompt_length": options.max_prompt_length,
+            "truncate_together": options.truncate_together,
+            "auto_insert_empty_system": options.auto_insert_empty_system,
+        }
+    prepared, audit = data.prepare(
+        records,
+        tokenizer,
+        rule=options.rule,
+        max_length=options.max_length,
+        max_response_length=options.max_response_length,
+        group_size=options.group_size,
+        truncation_mode=options.truncation,
+        on_empty_response=options.on_empty_response,
+        on_long_prompt=options.on_long_prompt,
+        on_identical=options.on_identical,
+        buckets=_buckets(config),
+        vocab_size=vocab_size,
+        **chat_only,
+    )
+    return Dataset(prepared, audit, data.masked_sample(prepared, tokenizer))
 
 
 def claim_workdir(config: ml_collections.ConfigDict, workdir: Path, inputs: Inputs) -> None:
@@ -183,14 +200,23 @@ def claim_workdir(config: ml_collections.ConfigDict, workdir: Path, inputs: Inpu
 class _Run:
     """One run's objects and its loop."""
 
-    def __init__(self, config, workdir: Path, inputs: Inputs, mesh: Mesh, stop: "_StopRequest"):
+    def __init__(
+        self, config: ml_collections.ConfigDict, workdir: Path, inputs: Inputs, mesh: Mesh, stop: execution.StopRequest
+    ):
         self.config, self.workdir, self.inputs, self.mesh, self.stop = config, workdir, inputs, mesh, stop
         self.devices = sharding.batch_devices(mesh)
-        self.plan = plan(config, groups=len(inputs.train), devices=self.devices)
-        abstract = params.abstract(inputs.model_config, jnp.dtype(config.model.param_dtype))
-        self.param_shardings = sharding.param_shardings(
-            params.logical_axes(inputs.model_config), abstract, mesh=mesh
+        self.plan = plan(config, groups=inputs.train.prepared.groups, devices=self.devices)
+        self.schedule = data.schedule(
+            inputs.train.prepared,
+            batch_size=config.train.batch_size,
+            buckets=_buckets(config),
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+            last_batch=config.data.last_batch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
+        self.param_shardings = _param_shardings(config, inputs.model_config, mesh)
         rate = optim.schedule(
             kind=config.optim.schedule,
             peak=config.optim.learning_rate,
@@ -206,27 +232,52 @@ class _Run:
             clip_norm=config.optim.clip_norm,
             decay_mask=params.decay_mask(inputs.model_config),
         )
-        self.state_shardings = self._state_shardings(abstract)
-        self.scorer, reasons = _scorer(config, inputs, mesh)
-        bound = functools.partial(step.eval_step, scorer=self.scorer, loss=inputs.loss)
-        self.eval_program = Program(
-            "eval_step", step.jit_eval_step(bound, mesh=mesh, param_shardings=self.param_shardings)
-        )
-        self.score_program = Program(
-            "reference pass",
-            step.jit_eval_step(
-                functools.partial(step.score_step, scorer=self.scorer),
-                mesh=mesh,
-                param_shardings=self.param_shardings,
-            ),
+        self.state_shardings = self._state_shardings()
+        self.scorer = _scorer(config, inputs, mesh)
+        self.score_program = _score_program(self.scorer, mesh, self.param_shardings)
+        evaluate = functools.partial(step.eval_step, scorer=self.scorer, loss=inputs.loss)
+        self.eval_program = execution.Program(
+            "eval_step", step.jit_eval_step(evaluate, mesh=mesh, param_shardings=self.param_shardings)
         )
         update = functools.partial(
             step.train_step, scorer=self.scorer, loss=inputs.loss, optimizer=self.optimizer, rate=rate
         )
-        self.train_program = Program(
+        self.train_program = execution.Program(
             "train_step", step.jit_train_step(update, mesh=mesh, state_shardings=self.state_shardings)
         )
-        self._announce(reasons, abstract)
+        self._announce()
+
+    def _announce(self) -> None:
+        """Say everything about the run before anything expensive: what a reader needs to trust or to stop it."""
+        config, plan = self.config, self.plan
+        changed = configuration.difference(configuration.default().to_dict(), config.to_dict())
+        log.info("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
+        shape = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        log.info("mesh: %s over %d %s devices", shape, self.mesh.size, self.mesh.devices.flat[0].device_kind)
+        abstract = self._abstract_state()
+        per_device = sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves((abstract.params, abstract.opt_state))
+        )
+        count = params.count(self.inputs.model_config)
+        log.info("model: %s, %s parameters, %s of state per device", self.inputs.source, f"{count:,}", execution.mib(per_device))
+        for name, dataset in (("train", self.inputs.train), ("eval", self.inputs.evaluation)):
+            if dataset is not None:
+                log.info("%s: %s", name, dataset.audit.text())
+        log.info("one row as the model gets it, scored tokens between ⟦ and ⟧:\n%s", self.inputs.train.sample)
+        compiled = data.batch_shapes(self.schedule, steps=min(plan.steps, plan.steps_per_epoch))
+        log.info(
+            "plan: %d updates of %d groups (%d an epoch), %d micro-batches each, warm-up %d, decay over %d; %d batch shapes"
+            " to compile: %s",
+            plan.steps,
+            config.train.batch_size,
+            plan.steps_per_epoch,
+            plan.accumulation,
+            plan.warmup,
+            plan.horizon,
+            len(compiled),
+            ", ".join(f"T={length} R={scored}" for length, scored in compiled),
+        )
 
     def train(self) -> None:
         """Load or resume, then update until the plan is done."""
@@ -263,7 +314,7 @@ class _Run:
             self.train_program.compilations,
             self.eval_program.compilations,
             self.score_program.compilations,
-            _mib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+            execution.mib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
         )
 
     def _updates(self, state, meta, fingerprints, references, checkpointer, writers) -> None:
@@ -271,7 +322,7 @@ class _Run:
         streak = meta.get("nonfinite_in_a_row", 0)
         pending = None  # the previous update's metrics, read while this one runs
         saved = int(state.step)
-        bar = tqdm.tqdm(total=total, initial=saved, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        bar = tqdm.tqdm(total=total, initial=saved, unit="step", disable=not _terminal(), dynamic_ncols=True)
 
         def settle():
             nonlocal pending, streak
@@ -308,7 +359,7 @@ class _Run:
                     saved = number
                 if stopping and number < total:
                     checkpointer.wait()
-                    raise Stopped(f"{self.stop.requested}: saved step {saved} of {total}; the same command goes on.")
+                    raise execution.Stopped(f"{self.stop.requested}: saved step {saved} of {total}; the same command goes on.")
             checkpointer.wait()
 
     def _record(self, number, pairs, batch, started, streak, writers, bar) -> int:
@@ -351,8 +402,11 @@ class _Run:
         if self.inputs.evaluation is None:
             return
         started, total = time.perf_counter(), None
-        for batch in self._sequential(self.inputs.evaluation, self.config.train.eval_batch_per_device):
-            batch = _with_reference(batch, references[1])
+        batches = _in_order(
+            self.inputs.evaluation.prepared, self.config, self.config.train.eval_batch_per_device * self.devices
+        )
+        for index in range(batches.steps_per_epoch):
+            batch = _with_reference(data.batch_at(batches, index), references[1])
             total = metrics.add(total, jax.device_get(self.eval_program(weights, self._place(batch, stacked=False))))
         assert total is not None
         numbers = metrics.means(total)
@@ -372,17 +426,17 @@ class _Run:
         if path is not None:
             source = hf.local_dir(path)
             scorer = dataclasses.replace(self.scorer, config=hf.read_config(source))
-            shardings = _param_shardings(scorer.config, self.config, self.mesh)
-            weights = hf.load_params(source, scorer.config, dtype=_dtype(self.config.model.param_dtype), shardings=shardings)
+            shardings = _param_shardings(self.config, scorer.config, self.mesh)
+            weights = hf.load_params(source, scorer.config, dtype=jnp.dtype(self.config.model.param_dtype), shardings=shardings)
             program = _score_program(scorer, self.mesh, shardings)
         digest = hf.weights_fingerprint(source)
         train, evaluation = self.inputs.train, self.inputs.evaluation
         return (
-            self._reference("train", train, weights, program, digest),
-            None if evaluation is None else self._reference("eval", evaluation, weights, program, digest),
+            self._reference("train", train.prepared, weights, program, digest),
+            None if evaluation is None else self._reference("eval", evaluation.prepared, weights, program, digest),
         )
 
-    def _reference(self, name: str, prepared: data.Prepared, weights, program: Program, digest: str) -> np.ndarray:
+    def _reference(self, name: str, prepared: data.Prepared, weights, program: execution.Program, digest: str):
         config = self.config
         parts = {
             "weights": digest,
@@ -392,41 +446,30 @@ class _Run:
         }
         folder = Path(config.reference.cache_dir) if config.reference.cache_dir else self.workdir / "reference"
         path = folder / f"{name}-{reference.fingerprint(parts)[:16]}.safetensors"
+        batches = _in_order(prepared, config, config.reference.batch_per_device * self.devices)
 
-        def score(batch):
+        def score(batch: shapes.Batch) -> np.ndarray:
             return jax.device_get(program(weights, self._place(batch, stacked=False)))
 
-        def batches(groups=None):
-            size = config.reference.batch_per_device * self.devices
-            return self.stop.checked(_sequential(prepared, size, config, groups))
+        def chosen(numbers: Sequence[int]) -> Iterator[shapes.Batch]:
+            return self.stop.checked(data.batch_at(batches, number) for number in numbers)
 
         if not path.exists():
             started = time.perf_counter()
-            total = -(-len(prepared) // (config.reference.batch_per_device * self.devices))
-            bar = tqdm.tqdm(batches(), f"reference {name}", total, disable=not sys.stderr.isatty(), unit="batch")
-            reference.save(path, reference.compute(score, bar, groups=len(prepared)), parts)
-            log.info("reference log-probs of %s: %d groups in %.1f s", name, len(prepared), time.perf_counter() - started)
+            everything = chosen(range(batches.steps_per_epoch))
+            bar = tqdm.tqdm(everything, f"reference {name}", batches.steps_per_epoch, disable=not _terminal())
+            reference.save(path, reference.compute(score, bar, groups=prepared.groups), parts)
+            log.info("reference log-probs of %s: %d groups, %.1f s", name, prepared.groups, time.perf_counter() - started)
         stored = reference.load(path)
-        rows = reference.verification_rows(len(prepared))
-        off = reference.verify(stored, score, batches(rows), rtol=REFERENCE_RTOL[config.model.compute_dtype], path=path)
-        log.info("reference log-probs of %s: %s, %d groups recomputed, off by %.2g nats", name, path.name, len(rows), off)
+        again = chosen(reference.verification_steps(batches.steps_per_epoch))
+        off = reference.verify(stored, score, again, rtol=REFERENCE_RTOL[config.model.compute_dtype], path=path)
+        log.info("reference log-probs of %s: %s, verified to %.2g nats", name, path.name, off)
         return stored
 
     def _train_batch(self, index: int, references: np.ndarray | None) -> shapes.Batch:
         """Update number `index` (from 0) as [A, ...] leaves: this process's part of it."""
-        config = self.config
-        batch = data.batch_at(
-            self.inputs.train,
-            step=index,
-            batch_size=config.train.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-            last_batch=config.data.last_batch,
-            buckets=_buckets(config),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        return step.stack_micro_batches(_with_reference(batch, references), accumulation=self.plan.accumulation)
+        batch = _with_reference(data.batch_at(self.schedule, index), references)
+        return step.stack_micro_batches(batch, accumulation=self.plan.accumulation)
 
     def _place(self, batch: shapes.Batch, *, stacked: bool) -> shapes.Batch:
         placement = sharding.batch_sharding(self.mesh, stacked=stacked)
@@ -436,7 +479,7 @@ class _Run:
         return hf.load_params(
             self.inputs.source,
             self.inputs.model_config,
-            dtype=_dtype(self.config.model.param_dtype),
+            dtype=jnp.dtype(self.config.model.param_dtype),
             shardings=self.param_shardings,
         )
 
@@ -445,20 +488,35 @@ class _Run:
         return shapes.TrainState(weights, opt_state, jax.device_put(np.int32(0), self.state_shardings.step))
 
     def _abstract_state(self) -> shapes.TrainState:
-        abstract = params.abstract(self.inputs.model_config, _dtype(self.config.model.param_dtype))
+        abstract = self._abstract_params()
         opt_state = jax.eval_shape(self.optimizer.init, abstract)
         state = shapes.TrainState(abstract, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, self.state_shardings
         )
 
+    def _state_shardings(self) -> shapes.TrainState:
+        """The optimiser's moments live where their parameters do; its counters everywhere."""
+        alone = sharding.replicated(self.mesh)
+        moments = optax.tree_utils.tree_map_params(
+            self.optimizer,
+            lambda _, place: place,
+            jax.eval_shape(self.optimizer.init, self._abstract_params()),
+            self.param_shardings,
+            transform_non_params=lambda _: alone,
+        )
+        return shapes.TrainState(self.param_shardings, moments, alone)
+
+    def _abstract_params(self):
+        return params.abstract(self.inputs.model_config, jnp.dtype(self.config.model.param_dtype))
+
     def _fingerprints(self) -> dict[str, str]:
         """What must be the same for a checkpoint to be resumed."""
         evaluation = self.inputs.evaluation
         return {
             "model": hf.weights_fingerprint(self.inputs.source),
-            "train data": self.inputs.train.fingerprint(),
-            "eval data": "" if evaluation is None else evaluation.fingerprint(),
+            "train data": self.inputs.train.prepared.fingerprint(),
+            "eval data": "" if evaluation is None else evaluation.prepared.fingerprint(),
         }
 
     def _copy_source(self) -> None:
@@ -491,7 +549,8 @@ def plan(config: ml_collections.ConfigDict, *, groups: int, devices: int) -> Pla
             f"train.batch_size={train.batch_size} is not divisible by train.micro_batch_per_device="
             f"{train.micro_batch_per_device} x {devices} devices = {per_pass}; use {' or '.join(map(str, near))}."
         )
-    per_epoch = data.steps_per_epoch(groups, batch_size=train.batch_size, last_batch=config.data.last_batch)
+    full, rest = divmod(groups, train.batch_size)
+    per_epoch = full + (config.data.last_batch == "pad" and rest > 0)
     if per_epoch == 0:
         raise ValueError(
             f"{groups} training groups are less than one batch of {train.batch_size}; lower train.batch_size or set"
@@ -506,30 +565,74 @@ def plan(config: ml_collections.ConfigDict, *, groups: int, devices: int) -> Pla
     return Plan(train.batch_size // per_pass, per_epoch, steps, warmup, horizon)
 
 
-class _StopRequest:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads between updates; a second signal acts at once."""
+def _buckets(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    return tuple(config.data.buckets) or (config.data.max_length,)
 
-    def __init__(self) -> None:
-        self.requested: str | None = None
-        self._previous: dict[int, Callable] = {}
 
-    def __enter__(self) -> "_StopRequest":
-        with contextlib.suppress(ValueError):  # not the main thread: the caller's handlers stay
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._request)
-        return self
+def _in_order(prepared: data.Prepared, config: ml_collections.ConfigDict, batch_size: int) -> data.Schedule:
+    """Every group once, in the order of the data."""
+    return data.schedule(
+        prepared,
+        batch_size=batch_size,
+        buckets=_buckets(config),
+        seed=0,
+        shuffle=False,
+        last_batch="pad",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
-    def _request(self, number: int, _frame) -> None:
-        self.requested = signal.Signals(number).name
-        signal.signal(number, self._previous[number])
+def _with_reference(batch: shapes.Batch, references: np.ndarray | None) -> shapes.Batch:
+    """Fill in the reference log-probs of the batch's groups; padding groups keep zeros."""
+    if references is None:
+        return batch
+    real_B = batch.row_ids_B >= 0
+    logps_BK = np.where(real_B[:, None], references[np.where(real_B, batch.row_ids_B, 0)], np.float32(0))
+    return batch._replace(reference_logps_BK=logps_BK)
 
-    def checked(self, batches: Iterable[shapes.Batch]) -> Iterator[shapes.Batch]:
-        """Pass batches through until a signal arrives."""
-        for batch in batches:
-            if self.requested:
-                raise Stopped(f"{self.requested} before the first update; the same command starts again.")
-            yield batch
+
+def _param_shardings(config: ml_collections.ConfigDict, model_config: model.ModelConfig, mesh: Mesh):
+    abstract = params.abstract(model_config, jnp.dtype(config.model.param_dtype))
+    return sharding.param_shardings(params.logical_axes(model_config), abstract, mesh=mesh)
+
+
+def _scorer(config: ml_collections.ConfigDict, inputs: Inputs, mesh: Mesh) -> step.Scorer:
+    """Settle which attention and which head implementation run, once, and log why."""
+    platform = mesh.devices.flat[0].platform
+    dtype = config.model.compute_dtype
+    attention_name, reason = attention.choose(
+        config.model.attention, platform=platform, dtype=dtype, head_dim=inputs.model_config.head_dim
+    )
+    log.info("attention: %s (%s)", attention_name, reason)
+    rows = config.train.micro_batch_per_device * sharding.batch_devices(mesh) * config.data.group_size
+    head = logps.HeadShapes(
+        tokens=rows * config.data.max_length, width=inputs.model_config.width, vocab=inputs.model_config.vocab_size
+    )
+    implementation, reason = logps.choose(
+        platform=platform,
+        jax_version=jax.__version__,
+        shapes=head,
+        dtype=dtype,
+        requested=config.kernel.implementation,
+    )
+    log.info("log-probs: %s (%s)", implementation, reason)
+    return step.Scorer(
+        config=inputs.model_config,
+        compute_dtype=dtype,
+        remat=config.model.remat,
+        attention=attention_name,
+        implementation=implementation,
+        workspace_bytes=config.kernel.workspace_mib * 2**20,
+        token_shards=sharding.batch_devices(mesh),
+        temperature=inputs.loss.temperature,
+    )
+
+
+def _score_program(scorer: step.Scorer, mesh: Mesh, param_shardings) -> execution.Program:
+    score = functools.partial(step.score_step, scorer=scorer)
+    return execution.Program("reference pass", step.jit_eval_step(score, mesh=mesh, param_shardings=param_shardings))
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty()

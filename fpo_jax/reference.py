@@ -17,9 +17,6 @@ import safetensors.numpy
 
 from fpo_jax import shapes
 
-VERIFIED_ROWS = 3
-
-
 def fingerprint(parts: Mapping[str, object]) -> str:
     """Return a sha256 over the named parts; equal parts in any order give the same text."""
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
@@ -95,7 +92,7 @@ def verify(
     Args:
         stored: what the file holds, [groups, K].
         score: as in `compute`.
-        batches: the groups to compare.
+        batches: what to compare.
         rtol: allowed difference relative to 1 + |log-prob|.
         path: named in the error.
 
@@ -117,9 +114,13 @@ def verify(
     return worst
 
 
-def verification_rows(groups: int) -> np.ndarray:
-    """Return the groups to recompute: first, middle and last."""
-    return np.unique(np.linspace(0, groups - 1, VERIFIED_ROWS).astype(int))
+def verification_steps(steps: int) -> list[int]:
+    """Return the batches to score again: first, middle and last.
+
+    >>> verification_steps(101), verification_steps(1)
+    ([0, 50, 100], [0])
+    """
+    return sorted({0, (steps - 1) // 2, steps - 1})
 
 
 def _digest(logps: np.ndarray) -> str:

@@ -30,6 +30,7 @@ class Scorer:
     attention: str
     implementation: str
     workspace_bytes: int
+    token_shards: int  # devices that the rows are spread over
     temperature: float
 
     def __call__(self, params: shapes.PyTree, batch: shapes.Batch) -> logps.ResponseLogps:
@@ -47,13 +48,14 @@ class Scorer:
         with jax.named_scope("logps"):
             return logps.response_logps(
                 hidden_NTD,
-                model.head(params, config=self.config).astype(self.compute_dtype),
-                predictors_NR=batch.predictors_NR,
-                targets_NR=batch.targets_NR,
-                scored_NR=batch.scored_NR,
+                model.head(params, config=self.config),
+                batch.predictors_NR,
+                batch.targets_NR,
+                batch.scored_NR,
                 temperature=self.temperature,
                 implementation=self.implementation,
                 workspace_bytes=self.workspace_bytes,
+                token_shards=self.token_shards,
             )
 
 
@@ -73,7 +75,7 @@ def train_step(
     Returns:
         The new state (unchanged but for `step` where loss or gradient is not finite) and metrics as (sum, count).
     """
-    totals = _totals(batch)
+    totals = _totals(batch, loss)
     batch_kl = _batch_kl(state.params, batch, scorer=scorer, weight=totals[0]) if loss.needs_batch_kl else None
     differentiate = jax.value_and_grad(functools.partial(_objective, scorer=scorer, loss=loss), has_aux=True)
 
@@ -174,12 +176,15 @@ def _candidates(batch: shapes.Batch, response: logps.ResponseLogps, batch_kl) ->
     )
 
 
-def _totals(batch: shapes.Batch) -> tuple[jax.Array, jax.Array]:
+def _totals(batch: shapes.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array]:
     """Groups and chosen tokens of the whole update: the denominators that make any micro-batch split equal."""
-    lengths_ABK = jnp.sum(batch.scored_NR, axis=-1, dtype=jnp.float32).reshape(batch.rewards_BK.shape)
-    chosen_AB = jnp.argmax(batch.rewards_BK, axis=-1)
-    tokens_AB = jnp.take_along_axis(lengths_ABK, chosen_AB[..., None], axis=-1)[..., 0]
-    return jnp.maximum(jnp.sum(batch.weight_B), 1.0), jnp.maximum(jnp.sum(batch.weight_B * tokens_AB), 1.0)
+    rewards_BK = batch.rewards_BK.reshape(-1, batch.rewards_BK.shape[-1])
+    lengths_BK = jnp.sum(batch.scored_NR, axis=-1, dtype=jnp.float32).reshape(rewards_BK.shape)
+    zeros_BK = jnp.zeros_like(lengths_BK)
+    chosen_BK = loss.chosen(losses.Candidates(zeros_BK, zeros_BK, lengths_BK, rewards_BK, jnp.float32(0.0)))
+    weight_B = batch.weight_B.reshape(-1)
+    tokens = jnp.sum(weight_B[:, None] * chosen_BK * lengths_BK)
+    return jnp.maximum(jnp.sum(weight_B), 1.0), jnp.maximum(tokens, 1.0)
 
 
 def _batch_kl(params, batch: shapes.Batch, *, scorer: Scorer, weight) -> jax.Array:
@@ -194,55 +199,50 @@ def _batch_kl(params, batch: shapes.Batch, *, scorer: Scorer, weight) -> jax.Arr
 
 
 def _pairs(batch, response, candidates: losses.Candidates, losses_B, loss: losses.Loss) -> Pairs:
-    """Metrics of B groups under TRL's names; chosen and rejected are the candidates of highest and lowest reward."""
+    """Metrics of B groups under TRL's names; rejected is the candidate of lowest reward."""
     weight_B = batch.weight_B
-    best_B = jnp.argmax(candidates.rewards_BK, axis=-1)
-    worst_B = jnp.argmin(candidates.rewards_BK, axis=-1)
-
-    def pick(values_BK, index_B):
-        return jnp.take_along_axis(values_BK, index_B[:, None], axis=1)[:, 0]
+    logps_BK, lengths_BK, rewards_BK = candidates.logps_BK, candidates.lengths_BK, candidates.rewards_BK
+    best_BK = loss.chosen(candidates)
+    worst_BK = jax.nn.one_hot(jnp.argmin(rewards_BK, axis=-1), rewards_BK.shape[-1])
 
     def pair(values_B, weights_B):
         return jnp.sum(jnp.where(weights_B > 0, weights_B * values_B, 0.0)), jnp.sum(weights_B)
 
-    logps_BK, lengths_BK = candidates.logps_BK, candidates.lengths_BK
-    chosen_logps_B, chosen_lengths_B = pick(logps_BK, best_B), pick(lengths_BK, best_B)
+    def pick(values_BK, which_BK):
+        return jnp.sum(jnp.where(which_BK > 0, which_BK * values_BK, 0.0), axis=-1)
+
+    # A padding group scores no token, so that its NLL and its length are exactly 0.
     pairs = {
-        # A padding group scores no token, so that its NLL and its length are exactly 0.
-        "sft_loss": (-jnp.sum(weight_B * chosen_logps_B), jnp.sum(weight_B * chosen_lengths_B)),
-        "lengths/chosen": pair(chosen_lengths_B, weight_B),
+        "sft_loss": (-jnp.sum(weight_B * pick(logps_BK, best_BK)), jnp.sum(weight_B * pick(lengths_BK, best_BK))),
+        "lengths/chosen": pair(pick(lengths_BK, best_BK), weight_B),
     }
-    if candidates.rewards_BK.shape[1] == 1:
+    if rewards_BK.shape[-1] == 1:
         return pairs
     # Groups without a preference (all rewards equal) say nothing about chosen against rejected.
-    decided_B = weight_B * (pick(candidates.rewards_BK, best_B) > pick(candidates.rewards_BK, worst_B))
+    decided_B = weight_B * (jnp.max(rewards_BK, axis=-1) > jnp.min(rewards_BK, axis=-1))
     implied_BK = loss.implied_rewards(candidates)
-    margins_B = pick(implied_BK, best_B) - pick(implied_BK, worst_B)
+    margins_B = pick(implied_BK, best_BK) - pick(implied_BK, worst_BK)
     shown_BK = logps_BK / jnp.maximum(lengths_BK, 1.0) if loss.length_normalized else logps_BK
-    mean_logits_BK = response.mean_logit_N.reshape(logps_BK.shape)
     pairs |= {
-        "rewards/chosen": pair(pick(implied_BK, best_B), decided_B),
-        "rewards/rejected": pair(pick(implied_BK, worst_B), decided_B),
+        "rewards/chosen": pair(pick(implied_BK, best_BK), decided_B),
+        "rewards/rejected": pair(pick(implied_BK, worst_BK), decided_B),
         "rewards/margins": pair(margins_B, decided_B),
         "rewards/accuracies": pair((margins_B > 0) + 0.5 * (margins_B == 0), decided_B),
-        "logps/chosen": pair(pick(shown_BK, best_B), decided_B),
-        "logps/rejected": pair(pick(shown_BK, worst_B), decided_B),
-        "logits/chosen": pair(pick(mean_logits_BK, best_B), decided_B),
-        "logits/rejected": pair(pick(mean_logits_BK, worst_B), decided_B),
-        "lengths/rejected": pair(pick(lengths_BK, worst_B), decided_B),
+        "logps/chosen": pair(pick(shown_BK, best_BK), decided_B),
+        "logps/rejected": pair(pick(shown_BK, worst_BK), decided_B),
+        "lengths/rejected": pair(pick(lengths_BK, worst_BK), decided_B),
     }
+    if response.mean_logit_N is not None:
+        mean_logits_BK = response.mean_logit_N.reshape(logps_BK.shape)
+        pairs["logits/chosen"] = pair(pick(mean_logits_BK, best_BK), decided_B)
+        pairs["logits/rejected"] = pair(pick(mean_logits_BK, worst_BK), decided_B)
+    if loss.needs_reference:
+        pairs["reference_kl"] = pair(jnp.mean(logps_BK - candidates.reference_logps_BK, axis=-1), weight_B)
     log_q_BK = loss.log_target(candidates)
     if log_q_BK is not None:
         log_p_BK = jax.nn.log_softmax(loss.scores(candidates), axis=-1)
-        pairs |= {
-            "f_divergence": pair(losses_B, weight_B),
-            "group_kl": pair(
-                losses.f_divergence(log_p_BK, jax.nn.log_softmax(log_q_BK, axis=-1), name="kl_policy_target"), weight_B
-            ),
-        }
-    if loss.needs_reference:
-        ratio_B = jnp.mean(logps_BK - candidates.reference_logps_BK, axis=-1)
-        pairs["reference_kl"] = pair(ratio_B, weight_B)
+        group_kl_B = losses.f_divergence(log_p_BK, jax.nn.log_softmax(log_q_BK, axis=-1), name="kl_policy_target")
+        pairs |= {"f_divergence": pair(losses_B, weight_B), "group_kl": pair(group_kl_B, weight_B)}
     return pairs
 
 

@@ -167,3 +167,9 @@ def test_command_line_errors_are_one_sentence(option, message, tmp_path):
 def test_recipes_are_lab_notes():
     for name, word in itertools.product(set(RECIPES) - {"__init__"}, ("Command", "Data", "Expect")):
         assert word in (importlib.import_module(f"configs.{name}").__doc__ or ""), (name, word)
+
+
+def test_unset_knobs_are_independent():
+    c = valid()
+    c.loss.alpha = 0.5
+    assert c.loss.beta_pi is None and config.loss_options(c) == {"alpha": 0.5}

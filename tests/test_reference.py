@@ -56,6 +56,6 @@ def test_fingerprint_depends_on_every_part_and_no_order():
         assert reference.fingerprint(parts) != reference.fingerprint(parts | {key: value})
 
 
-def test_verification_rows_span_the_data():
-    assert reference.verification_rows(101).tolist() == [0, 50, 100]
-    assert reference.verification_rows(1).tolist() == [0]
+def test_verification_steps_span_the_data():
+    assert reference.verification_steps(101) == [0, 50, 100]
+    assert reference.verification_steps(1) == [0]

@@ -1,0 +1,89 @@
+"""Two things every run needs around its pure functions: ahead-of-time compilation per batch shape, and stopping."""
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+
+from fpo_jax import shapes
+
+log = logging.getLogger("fpo_jax")
+
+
+class Stopped(Exception):
+    """SIGTERM or SIGINT arrived; what is saved is saved, and the same command goes on from there."""
+
+
+class Program:
+    """A jitted `f(first, batch)`, compiled ahead of its first call once per batch shape."""
+
+    def __init__(self, name: str, jitted: Callable):
+        """Take the jitted function; `name` is for the log."""
+        self.name, self._jitted = name, jitted
+        self._compiled: dict[tuple, jax.stages.Compiled] = {}
+
+    def __call__(self, first: shapes.PyTree, batch: shapes.Batch):
+        """Run on the batch, compiling when its shape is new."""
+        key = (batch.tokens_NT.shape, batch.targets_NR.shape)
+        if key not in self._compiled:
+            start = time.perf_counter()
+            self._compiled[key] = compiled = self._jitted.lower(first, batch).compile()
+            seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+            size = ""
+            if memory is not None:
+                size = f"; {mib(memory.argument_size_in_bytes)} arguments, {mib(memory.temp_size_in_bytes)} temporaries"
+            log.info(
+                "compiled %s for rows of %d tokens (%d scored) in %.1f s%s", self.name, key[0][-1], key[1][-1], seconds, size
+            )
+        return self._compiled[key](first, batch)
+
+    @property
+    def compilations(self) -> int:
+        """Number of batch shapes compiled so far."""
+        return len(self._compiled)
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a flag that the loop reads between updates; a second signal acts at once."""
+
+    def __init__(self) -> None:
+        """Start without a request; signals are caught inside `with`."""
+        self.requested: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        with contextlib.suppress(ValueError):  # not the main thread: the caller's handlers stay
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _request(self, number: int, _frame: object) -> None:
+        self.requested = signal.Signals(number).name
+        signal.signal(number, self._previous[number])  # pyright: ignore[reportArgumentType]
+
+    def checked(self, items: Iterable) -> Iterator:
+        """Pass items through until a signal arrives.
+
+        Raises:
+            Stopped: a signal has arrived.
+        """
+        for item in items:
+            if self.requested:
+                raise Stopped(f"{self.requested}: nothing of this stage is kept; the same command starts it again.")
+            yield item
+
+
+def mib(count: float) -> str:
+    """Bytes as text, in MiB below 10 GiB and in GiB from there on.
+
+    >>> mib(3 * 2**20), mib(20 * 2**30)
+    ('3.0 MiB', '20.0 GiB')
+    """
+    return f"{count / 2**20:.1f} MiB" if count < 10 * 2**30 else f"{count / 2**30:.1f} GiB"
