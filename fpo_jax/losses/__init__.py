@@ -1,0 +1,46 @@
+"""Losses: the divergence table of f-PO, its targets and scores, and other objectives on the same inputs.
+
+    Candidates [B, K] -> scores -> p = softmax ┐
+                      -> rewards -> target q   ┴-> D_f(p‖q) [B]
+
+Read `divergences.py` first: it is the paper's table. `python -m fpo_jax.losses` prints every row, name and option.
+Nothing here touches tokens, models or batches; the step averages over groups and adds the SFT term.
+"""
+
+from fpo_jax.losses.divergences import DIVERGENCES, Divergence, f_divergence
+from fpo_jax.losses.loss import Loss
+from fpo_jax.losses.names import PRESETS, Preset, names_of, resolve
+from fpo_jax.losses.numerics import log_softmax
+from fpo_jax.losses.objectives import OBJECTIVES, Objective
+from fpo_jax.losses.options import OPTIONS, Option, options_of
+from fpo_jax.losses.scores import SCORES, Candidates, Score, log_ratio_scores, mean_logp_scores, mean_logps
+from fpo_jax.losses.targets import TARGETS, TIE_POLICIES, Target, chosen_shares, preference_target, reward_target
+
+__all__ = [
+    "DIVERGENCES",
+    "OBJECTIVES",
+    "OPTIONS",
+    "PRESETS",
+    "SCORES",
+    "TARGETS",
+    "TIE_POLICIES",
+    "Candidates",
+    "Divergence",
+    "Loss",
+    "Objective",
+    "Option",
+    "Preset",
+    "Score",
+    "Target",
+    "chosen_shares",
+    "f_divergence",
+    "log_ratio_scores",
+    "log_softmax",
+    "mean_logp_scores",
+    "mean_logps",
+    "names_of",
+    "options_of",
+    "preference_target",
+    "resolve",
+    "reward_target",
+]

@@ -1,0 +1,131 @@
+"""A loss with all its options settled: `Candidates` in, one number per group out. Made by `names.resolve`."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from fpo_jax.losses import numerics, targets
+from fpo_jax.losses.divergences import DIVERGENCES, f_divergence
+from fpo_jax.losses.objectives import OBJECTIVES, Objective, over_pairs
+from fpo_jax.losses.scores import SCORES, Candidates, Options, Score
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A row of DIVERGENCES or OBJECTIVES with its options; frozen and hashable, so a static argument of jit."""
+
+    name: str  # canonical
+    options: Options  # every option this loss reads, filled in
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.options.items()))))
+
+    @property
+    def temperature(self) -> float:
+        """Logits of policy and reference are divided by it before the log-softmax, in `logps.py`."""
+        return self.options["temperature"]
+
+    @property
+    def sft_weight(self) -> float:
+        """Weight of the token-mean NLL of the chosen candidates that `step.py` adds."""
+        return self.options["sft_weight"]
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `reference_logps_BK` is read."""
+        return self._scoring.needs_reference
+
+    @property
+    def needs_batch_kl(self) -> bool:
+        """Whether `batch_kl` is read."""
+        return self.name in OBJECTIVES and OBJECTIVES[self.name].needs_batch_kl
+
+    @property
+    def length_normalized(self) -> bool:
+        """Whether scores are per token, so that mean log-probs are what to show."""
+        return self._scoring.length_normalized
+
+    @property
+    def minimum_candidates(self) -> int:
+        """Smallest K it is defined for: 1 for `sft`, else 2."""
+        return 1 if self.name in OBJECTIVES and OBJECTIVES[self.name].pair is None else 2
+
+    @property
+    def _scoring(self) -> Score | Objective:
+        return OBJECTIVES[self.name] if self.name in OBJECTIVES else SCORES[self.options["score"]]
+
+    def loss(self, candidates: Candidates) -> Float[jax.Array, " B"]:
+        """Return one loss per group: Σ_i q_i f(p_i/q_i) with p = softmax(scores), or the objective's equation.
+
+        Args:
+            candidates: [B, K] log-probs, lengths and rewards; K >= minimum_candidates.
+
+        Returns:
+            [B], float32 (float64 when given float64), not averaged.
+
+        Raises:
+            ValueError: fewer candidates than the loss compares, or fields of different shapes.
+
+        >>> import numpy as np
+        >>> from fpo_jax.losses import names
+        >>> f = np.float32
+        >>> pair = Candidates(f([[-1, -3]]), f([[-2, -2]]), f([[1, 1]]), f([[1, 0]]), f(0))  # log-ratios 1 and -1
+        >>> [round(float(x), 4) for x in names.resolve("dpo", beta_pi=0.5).loss(pair)]  # log(1 + exp(-0.5·2))
+        [0.3133]
+        """
+        candidates = self._checked(candidates)
+        if self.name in DIVERGENCES:
+            return self._divergence(candidates)
+        return self._objective(candidates)
+
+    def scores(self, candidates: Candidates) -> Float[jax.Array, "B K"]:
+        """Return the score of each candidate; p = softmax(scores) where the loss is a divergence."""
+        candidates = self._checked(candidates)
+        return jnp.asarray(self._scoring.score(candidates, self.chosen(candidates), self.options))
+
+    def implied_rewards(self, candidates: Candidates) -> Float[jax.Array, "B K"]:
+        """Return the rewards that metrics show, without gradient and without γ: β_π·log-ratio, or β·mean logp."""
+        rewards_BK = self._scoring.reward(self._checked(candidates), self.options)
+        return jax.lax.stop_gradient(jnp.asarray(rewards_BK))
+
+    def log_target(self, candidates: Candidates) -> Float[jax.Array, "B K"] | None:
+        """Return log q, or None where the loss has no target distribution."""
+        return self._log_q(candidates) if self.name in DIVERGENCES else None
+
+    def chosen(self, candidates: Candidates) -> Float[jax.Array, "B K"]:
+        """Return the shares of the chosen label; a tie is shared where the loss itself names no winner."""
+        return targets.chosen_shares(candidates.rewards_BK, tie_policy=self.options.get("tie_policy", "uniform"))
+
+    def _divergence(self, candidates: Candidates) -> jax.Array:
+        row = DIVERGENCES[self.name]
+        log_p_BK, log_q_BK = numerics.log_softmax(self.scores(candidates)), self._log_q(candidates)
+        parameters = {name: self.options[name] for name in row.parameters}
+        return f_divergence(log_p_BK, log_q_BK, name=self.name, **parameters) + row.loss_offset(log_q_BK)
+
+    def _log_q(self, candidates: Candidates) -> jax.Array:
+        target = targets.TARGETS[self.options["target"]]
+        return target.log_q(candidates.rewards_BK, **{name: self.options[name] for name in target.options})
+
+    def _objective(self, candidates: Candidates) -> jax.Array:
+        row, chosen_BK = OBJECTIVES[self.name], self.chosen(candidates)
+        losses_B = jnp.zeros(chosen_BK.shape[0], chosen_BK.dtype)
+        if row.pair is not None:
+            pair = row.pair
+            losses_B += over_pairs(lambda win, lose: pair(win, lose, self.options), self.scores(candidates), chosen_BK)
+        if row.chosen_term is not None:
+            losses_B += (chosen_BK * row.chosen_term(candidates, self.options)).sum(axis=-1)
+        return losses_B
+
+    def _checked(self, candidates: Candidates) -> Candidates:
+        shapes = {field: array.shape for field, array in candidates._asdict().items() if field != "batch_kl"}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"candidates of different shapes: {shapes}; every field but batch_kl is [B, K]")
+        count = candidates.logps_BK.shape[-1]
+        if count < self.minimum_candidates:
+            raise ValueError(
+                f"a group of K={count} candidates holds nothing to compare; {self.name!r} needs K >= "
+                f"{self.minimum_candidates}: give more responses per prompt, or use 'sft'"
+            )
+        return Candidates(*numerics.as_float(*candidates))

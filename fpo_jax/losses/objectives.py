@@ -1,0 +1,277 @@
+"""The table of objectives that are not a divergence between p and q, on the same inputs, for comparison.
+
+Each row is a score per candidate, a link that turns the scores of a chosen and of another candidate into a loss, and,
+in some, a term on the chosen candidate alone. A group of K candidates has K-1 pairs, the chosen one against each other
+one, and its loss is their mean; K = 2 is the published formula. DPO, cDPO, EXO and SimPO are rows of `divergences.py`.
+
+Letters of the equations: w chosen, l other; logp = Σ_t log π; ℓ = logp/|y|; Δ = logp - logp_ref; m = score_w - score_l.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from fpo_jax.losses import numerics
+from fpo_jax.losses.scores import SCORES, Candidates, Options, mean_logps
+from fpo_jax.shapes import Array
+
+# A mean log-prob above this counts as this in the odds p/(1-p): p = 1 has no finite odds. Gradient <= 1e6.
+HIGHEST_MEAN_LOGP = -1e-6
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+    """One row. `options` are its own, with defaults; every row also has tie_policy."""
+
+    name: str
+    source: str
+    equation: str
+    options: Options
+    score: Callable[[Candidates, Array, Options], Array]  # (candidates, chosen_BK, options) -> [B, K]
+    reward: Callable[[Candidates, Options], Array]  # implied rewards, for metrics
+    pair: Callable[[Array, Array, Options], Array] | None  # (score_w, score_l, options); None: K >= 1
+    chosen_term: Callable[[Candidates, Options], Array] | None = None  # [B, K], counted at the chosen candidate
+    needs_reference: bool = False
+    needs_batch_kl: bool = False
+    length_normalized: bool = False  # scores are per token
+
+
+def over_pairs(
+    pair: Callable[[Array, Array], Array],
+    scores_BK: Float[Array, "B K"],
+    chosen_BK: Float[Array, "B K"],
+) -> Float[jax.Array, " B"]:
+    """Return the mean of pair(score of chosen, score of other) over the K-1 pairs of each group.
+
+    Args:
+        pair: elementwise loss of a chosen and another score.
+        scores_BK: one score per candidate, K >= 2.
+        chosen_BK: shares of the chosen label; a shared label averages over its holders.
+
+    >>> over_pairs(lambda win, lose: win - lose, jnp.array([[5.0, 3.0, 2.0]]), jnp.array([[1.0, 0.0, 0.0]])).tolist()
+    [2.5]
+    """
+    candidates = scores_BK.shape[-1]
+    losses_BKK = pair(scores_BK[:, :, None], scores_BK[:, None, :])
+    weights_BKK = chosen_BK[:, :, None] * (1 - jnp.eye(candidates, dtype=chosen_BK.dtype)) / (candidates - 1)
+    return jnp.sum(weights_BKK * losses_BKK, axis=(1, 2))
+
+
+def log_odds(mean_logps_BK: Float[Array, "B K"]) -> Float[jax.Array, "B K"]:
+    """Return log(p/(1-p)) with p = exp(ℓ) (ORPO, arXiv 2403.07691); ℓ above -1e-6 counts as -1e-6.
+
+    >>> round(float(log_odds(jnp.log(jnp.array([[0.75]])))[0, 0]), 4)  # log 3
+    1.0986
+    """
+    (mean_logps_BK,) = numerics.as_float(mean_logps_BK)
+    capped_BK = jnp.minimum(mean_logps_BK, HIGHEST_MEAN_LOGP)
+    return capped_BK - jnp.log(-jnp.expm1(capped_BK))
+
+
+def log_sigmoid_link(margins: Float[Array, "*shape"], *, label_smoothing: float) -> Float[jax.Array, "*shape"]:
+    """Return -(1-ls) log σ(m) - ls log σ(-m); label_smoothing ls in [0, ½) is the probability of a wrong label.
+
+    >>> round(float(log_sigmoid_link(jnp.array(0.0), label_smoothing=0.25)), 4)  # log 2
+    0.6931
+    """
+    return (1 - label_smoothing) * jax.nn.softplus(-margins) + label_smoothing * jax.nn.softplus(margins)
+
+
+def hinge_link(margins: Float[Array, "*shape"], *, delta: float) -> Float[jax.Array, "*shape"]:
+    """Return max(0, δ - m); gradient 0 at the kink.
+
+    >>> hinge_link(jnp.array([0.25, 3.0]), delta=1.0).tolist()
+    [0.75, 0.0]
+    """
+    return jax.nn.relu(delta - margins)
+
+
+def squared_link(margins: Float[Array, "*shape"], *, tau: float) -> Float[jax.Array, "*shape"]:
+    """Return (m - 1/(2τ))² (IPO).
+
+    >>> float(squared_link(jnp.array(4.0), tau=0.25))
+    4.0
+    """
+    return jnp.square(margins - 1 / (2 * tau))
+
+
+def kto_link(
+    chosen: Float[Array, "*#shape"],
+    other: Float[Array, "*#shape"],
+    *,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> Float[jax.Array, "..."]:
+    """Return λ_w (1 - σ(s_w)) + λ_l (1 - σ(-s_l)), scores s = βΔ - z (KTO, arXiv 2402.01306).
+
+    SimPO's table prints +λ_l σ(z - βΔ_l) as the second term, which would raise the rejected response; this is KTO's.
+
+    >>> float(kto_link(jnp.array(0.0), jnp.array(0.0), desirable_weight=1.0, undesirable_weight=3.0))
+    2.0
+    """
+    return desirable_weight * jax.nn.sigmoid(-chosen) + undesirable_weight * jax.nn.sigmoid(other)
+
+
+def _log_ratio(c):
+    return c.logps_BK - c.reference_logps_BK
+
+
+def _mean_logp(c):
+    return mean_logps(c.logps_BK, c.lengths_BK)
+
+
+def _power_reward(c, o):
+    """β (1 - p̄^(-a))/a with p̄ = exp(ℓ), AlphaPO's reward; β ℓ at a = 0."""
+    return o["beta"] * numerics.box_cox(_mean_logp(c), power=-o["reward_alpha"])
+
+
+def _kto_score(c, chosen_BK, o):
+    drift = jax.lax.stop_gradient(jnp.maximum(c.batch_kl, 0.0))
+    return o["beta_pi"] * _log_ratio(c) - o["beta_pi"] * drift
+
+
+def _log_sigmoid(win, lose, o):
+    return log_sigmoid_link(win - lose, label_smoothing=o["label_smoothing"])
+
+
+def _f_dpo(name: str, equation: str, f_prime: Callable, **options: float) -> Objective:
+    """Return a row of f-DPO: f generalises the *constraint* KL(π‖π_ref), u = π/π_ref of a whole response.
+
+    f-PO's f generalises the matching divergence and keeps the optimum; this changes the optimum. u^a saturates above
+    e^30 (`numerics.saturating_exp`): sequence-level ratios overflow, which a group's softmax never does.
+    """
+    return Objective(
+        name=f"f_dpo_{name}",
+        source="f-DPO, arXiv 2309.16240",
+        equation=f"-log σ(β f'(u_w) - β f'(u_l)), u = exp(Δ), f'(u) = {equation}",
+        options={"beta_pi": 0.1, **options, "label_smoothing": 0.0},
+        score=lambda c, chosen_BK, o: o["beta_pi"] * f_prime(_log_ratio(c), o),
+        reward=SCORES["log_ratio"].reward,
+        pair=_log_sigmoid,
+        needs_reference=True,
+    )
+
+
+_ROWS = (
+    Objective(
+        name="sft",
+        source="maximum likelihood",
+        equation="-ℓ_w",
+        options={},
+        score=lambda c, chosen_BK, o: _mean_logp(c),
+        reward=lambda c, o: _mean_logp(c),
+        pair=None,
+        chosen_term=lambda c, o: -_mean_logp(c),
+        length_normalized=True,
+    ),
+    Objective(
+        name="ipo",
+        source="IPO, arXiv 2310.12036",
+        equation="(Δ_w - Δ_l - 1/(2τ))²",
+        options={"tau": 0.1},
+        score=lambda c, chosen_BK, o: _log_ratio(c),
+        reward=lambda c, o: o["tau"] * _log_ratio(c),
+        pair=lambda win, lose, o: squared_link(win - lose, tau=o["tau"]),
+        needs_reference=True,
+    ),
+    Objective(
+        name="slic",
+        source="SLiC-HF, arXiv 2305.10425",
+        equation="max(0, δ - logp_w + logp_l) - λ logp_w",
+        options={"delta": 1.0, "chosen_nll_weight": 0.1},
+        score=lambda c, chosen_BK, o: c.logps_BK,
+        reward=lambda c, o: c.logps_BK,
+        pair=lambda win, lose, o: hinge_link(win - lose, delta=o["delta"]),
+        chosen_term=lambda c, o: -o["chosen_nll_weight"] * c.logps_BK,
+    ),
+    Objective(
+        name="hinge",
+        source="SimPO's code",
+        equation="max(0, 1 - β(ℓ_w - ℓ_l - γ/β))",
+        options={"beta": 2.0, "gamma_beta_ratio": 0.25},
+        score=SCORES["mean_logp"].score,
+        reward=SCORES["mean_logp"].reward,
+        pair=lambda win, lose, o: hinge_link(win - lose, delta=1.0),
+        length_normalized=True,
+    ),
+    Objective(
+        name="rrhf",
+        source="RRHF, arXiv 2304.05302",
+        equation="max(0, ℓ_l - ℓ_w) - λ logp_w",
+        options={"chosen_nll_weight": 1.0},
+        score=lambda c, chosen_BK, o: _mean_logp(c),
+        reward=lambda c, o: _mean_logp(c),
+        pair=lambda win, lose, o: hinge_link(win - lose, delta=0.0),
+        chosen_term=lambda c, o: -o["chosen_nll_weight"] * c.logps_BK,
+        length_normalized=True,
+    ),
+    Objective(
+        name="cpo",
+        source="CPO, arXiv 2401.08417",
+        equation="-log σ(β logp_w - β logp_l) - λ logp_w",
+        options={"beta": 0.1, "chosen_nll_weight": 1.0, "label_smoothing": 0.0},
+        score=lambda c, chosen_BK, o: o["beta"] * c.logps_BK,
+        reward=lambda c, o: o["beta"] * c.logps_BK,
+        pair=_log_sigmoid,
+        chosen_term=lambda c, o: -o["chosen_nll_weight"] * c.logps_BK,
+    ),
+    Objective(
+        name="orpo",
+        source="ORPO, arXiv 2403.07691",
+        equation="-ℓ_w - λ log σ(log odds_w - log odds_l), odds = p/(1-p), p = exp(ℓ)",
+        options={"odds_weight": 0.1},
+        score=lambda c, chosen_BK, o: log_odds(_mean_logp(c)),
+        reward=lambda c, o: o["odds_weight"] * _mean_logp(c),
+        pair=lambda win, lose, o: o["odds_weight"] * log_sigmoid_link(win - lose, label_smoothing=0.0),
+        chosen_term=lambda c, o: -_mean_logp(c),
+        length_normalized=True,
+    ),
+    Objective(
+        name="r_dpo",
+        source="R-DPO, arXiv 2403.19159",
+        equation="-log σ(β(Δ_w - Δ_l) + a|y_w| - a|y_l|)",
+        options={"beta_pi": 0.1, "length_penalty": 0.05, "label_smoothing": 0.0},
+        score=lambda c, chosen_BK, o: o["beta_pi"] * _log_ratio(c) + o["length_penalty"] * c.lengths_BK,
+        reward=SCORES["log_ratio"].reward,
+        pair=_log_sigmoid,
+        needs_reference=True,
+    ),
+    Objective(
+        name="kto",
+        source="KTO, arXiv 2402.01306",
+        equation="λ_w (1 - σ(βΔ_w - z)) + λ_l (1 - σ(z - βΔ_l)), z = β max(0, mean Δ of the update)",
+        options={"beta_pi": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+        score=_kto_score,
+        reward=SCORES["log_ratio"].reward,
+        pair=lambda win, lose, o: kto_link(
+            win, lose, desirable_weight=o["desirable_weight"], undesirable_weight=o["undesirable_weight"]
+        ),
+        needs_reference=True,
+        needs_batch_kl=True,
+    ),
+    Objective(
+        name="alphapo_length",
+        source="AlphaPO, arXiv 2501.03884 (not the original's `alphapo`, which is the alpha-divergence)",
+        equation="-log σ(β r_w - β r_l - γ), r = (1 - exp(ℓ)^(-a))/a; a = 0 is SimPO",
+        options={"beta": 2.0, "gamma_beta_ratio": 0.25, "reward_alpha": 0.25, "label_smoothing": 0.0},
+        score=lambda c, chosen_BK, o: _power_reward(c, o) - o["beta"] * o["gamma_beta_ratio"] * chosen_BK,
+        reward=_power_reward,
+        pair=_log_sigmoid,
+        length_normalized=True,
+    ),
+    _f_dpo("reverse_kl", "log u + 1 (this is DPO)", lambda log_u, o: log_u),
+    _f_dpo("forward_kl", "-1/u", lambda log_u, o: -numerics.saturating_exp(-log_u)),
+    _f_dpo("jensen_shannon", "log(2u/(1 + u))", lambda log_u, o: jnp.log(2.0) - jax.nn.softplus(-log_u)),
+    _f_dpo(
+        "alpha",
+        "(1 - u^(-a))/a; a = 0 is reverse_kl, 1 forward_kl; TRL's alpha is 1 - a",
+        lambda log_u, o: numerics.box_cox(log_u, power=-o["constraint_alpha"]),
+        constraint_alpha=0.5,
+    ),
+)
+
+OBJECTIVES: Mapping[str, Objective] = MappingProxyType({row.name: row for row in _ROWS})
