@@ -1,0 +1,76 @@
+"""Decoders as functions of a plain nested dict of arrays: tokens in, hidden states out, never logits.
+
+    tokens_NT, valid_NT, params ──► hidden_states ──► hidden_NTD ──(logps.py, with head)──► log-probs
+
+The modules under this package are Flax nnx; the hot path sees only `jax.jit` over plain pytrees, because
+`hidden_states` merges module and parameters inside the trace. params.py says what the dict holds.
+"""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from fpo_jax import attention as attention_module
+from fpo_jax import shapes
+from fpo_jax.model import decoder
+from fpo_jax.model.configuration import FAMILIES, ModelConfig, from_hf_config, to_hf_config
+from fpo_jax.model.rope import Rope
+
+__all__ = ["FAMILIES", "ModelConfig", "Rope", "from_hf_config", "head", "hidden_states", "to_hf_config"]
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def hidden_states(
+    params: shapes.PyTree,
+    tokens_NT: Int[jax.Array, "N T"],
+    valid_NT: Bool[jax.Array, "N T"],
+    *,
+    config: ModelConfig,
+    compute_dtype: jax.typing.DTypeLike,
+    remat: str = "none",
+    attention: str = "auto",
+) -> Float[jax.Array, "N T D"]:
+    """Run the decoder up to and including its final norm.
+
+    Every row starts at position 0 and is right-padded; what stands in the padding changes neither the valid
+    positions nor their gradient. Hidden states of padding positions are finite and mean nothing.
+
+    Args:
+        params: nested dict of arrays with the rows of params.py, any float dtype; cast to compute_dtype at use.
+        tokens_NT: token ids; ids outside the vocabulary at valid positions give NaN.
+        valid_NT: True = a real token; no True after a False.
+        config: the architecture; static.
+        compute_dtype: float32, bfloat16 or float16: dtype of matmul operands and of the residual stream. Norms,
+            softmax and rotary embedding are float32 in all of them. float32 means float32 on every device: matmuls
+            then run at the highest precision instead of TF32 or bfloat16 passes.
+        remat: "none", or "full" to recompute each layer in the backward pass from its input.
+        attention: "auto" (decided for the device this is traced on), "xla" or "cudnn".
+
+    Returns:
+        hidden_NTD in compute_dtype.
+
+    Raises:
+        ValueError: unknown compute_dtype, remat or attention.
+    """
+    dtype = jnp.dtype(compute_dtype)
+    if dtype.name not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype {dtype.name} is not one of {', '.join(COMPUTE_DTYPES)}.")
+    if remat not in decoder.REMAT:
+        raise ValueError(f"remat {remat!r} is not one of {', '.join(decoder.REMAT)}.")
+    if attention == "auto":
+        platform = jax.default_backend()
+        attention, _ = attention_module.choose(attention, platform=platform, dtype=dtype, head_dim=config.head_dim)
+    exact = jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
+    with exact:
+        return nnx.merge(decoder.graph(config), params)(
+            tokens_NT, valid_NT, compute_dtype=dtype, remat=remat, implementation=attention
+        )
+
+
+def head(params: shapes.PyTree, *, config: ModelConfig) -> Float[jax.Array, "V D"]:
+    """Return the LM head [V, D] in the parameters' dtype: the embedding where the two are tied."""
+    return params["embed"] if config.tied_head else params["head"]

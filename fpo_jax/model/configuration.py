@@ -1,0 +1,232 @@
+"""The frozen description of a decoder, and its translation from and to a Hugging Face config.json.
+
+Everything a config can say that would change the numbers is either honoured or refused by name; keys without effect
+on the forward pass (use_cache, architectures, ...) are passed over.
+"""
+
+import dataclasses
+from typing import Any
+
+from fpo_jax.model import parts, rope
+from fpo_jax.model.rope import Rope
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """One decoder's architecture; hashable, so that it can be a static argument of a jitted function."""
+
+    family: str  # Hugging Face model_type: llama, mistral or gpt_neox
+    vocab_size: int  # V
+    width: int  # D
+    layers: int  # L
+    heads: int  # H
+    kv_heads: int  # G, divides H; equal to H for gpt_neox
+    head_dim: int  # C; need not be D / H
+    ffn: int  # F
+    max_positions: int  # longest text the model was trained for; dynamic rope scales beyond it
+    activation: str = "silu"  # a key of parts.ACTIVATIONS
+    norm_eps: float = 1e-5
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    sliding_window: int | None = None  # positions a query sees, itself included; mistral only
+    parallel_residual: bool = False  # attention and MLP read the same input; gpt_neox only
+    tied_head: bool = False  # the LM head is the embedding
+    initializer_range: float = 0.02  # standard deviation of fresh weights
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self):
+        """Raise ValueError naming every field that is out of range or unsupported."""
+        if problems := _problems(self):
+            raise ValueError(f"unsupported {self.family} model: " + "; ".join(problems) + ".")
+
+
+# field of ModelConfig -> key of config.json, for the fields that are copied as they are
+_SHARED_KEYS = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "ffn": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "activation": "hidden_act",
+    "tied_head": "tie_word_embeddings",
+    "initializer_range": "initializer_range",
+    "bos_id": "bos_token_id",
+    "pad_id": "pad_token_id",
+}
+_LLAMA_KEYS = _SHARED_KEYS | {"norm_eps": "rms_norm_eps", "kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+_KEYS: dict[str, dict[str, str]] = {
+    "llama": _LLAMA_KEYS,
+    "mistral": _LLAMA_KEYS | {"sliding_window": "sliding_window"},
+    "gpt_neox": _SHARED_KEYS | {"norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
+}
+# What an absent key means, as in transformers' config classes; keys that stand in neither table must be present.
+_SHARED_DEFAULTS = {
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+_LLAMA_DEFAULTS = _SHARED_DEFAULTS | {"hidden_act": "silu", "rms_norm_eps": 1e-6, "head_dim": None}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA_DEFAULTS | {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    "mistral": _LLAMA_DEFAULTS
+    | {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "sliding_window": 4096},
+    "gpt_neox": _SHARED_DEFAULTS
+    | {"max_position_embeddings": 2048, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_parallel_residual": True},
+}
+_ROTARY_FRACTION = {"llama": 1.0, "mistral": 1.0, "gpt_neox": 0.25}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt_neox": "GPTNeoXForCausalLM"}
+FAMILIES = tuple(_ARCHITECTURES)
+
+# key of config.json -> values that leave the forward and backward pass as built here; any other value is refused
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "layer_types": (None,),
+    "mlp_bias": (None, False),
+    "attention_dropout": (None, 0),
+    "hidden_dropout": (None, 0),
+    "is_causal": (None, True),
+    "add_cross_attention": (None, False),
+    "is_encoder_decoder": (None, False),
+    "original_max_position_embeddings": (None,),
+}
+_NEUTRAL_ATTENTION_BIAS = {"llama": (None, False), "mistral": (None, False), "gpt_neox": (None, True)}
+
+
+def from_hf_config(config: dict[str, Any]) -> ModelConfig:
+    """Read the dict of a config.json, as transformers 4 or transformers 5 write it.
+
+    Raises:
+        ValueError: missing keys and unsupported features, all of them at once.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
+    problems = _refusals(config, family)
+    values: dict[str, Any] = {}
+    for field, key in _KEYS[family].items():
+        if key in config or key in _DEFAULTS[family]:
+            values[field] = config.get(key, _DEFAULTS[family].get(key))
+        else:
+            problems.append(f"{key} is missing")
+    try:
+        values["rope"] = _rope_from_hf(config, family, values.get("max_positions"))
+    except ValueError as error:
+        problems.append(str(error).rstrip("."))
+    if values.get("kv_heads") is None:
+        values["kv_heads"] = values.get("heads", 1)
+    if values.get("head_dim") is None:
+        values["head_dim"] = _default_head_dim(values, problems)
+    problems += rope.type_problems(ModelConfig, values, names=_KEYS[family])
+    eos = config.get("eos_token_id")
+    values["eos_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+    if any(type(token) is not int for token in values["eos_ids"]):
+        problems.append(f"eos_token_id={eos!r} must be int, a list of int or null")
+    if problems:
+        raise ValueError(f"config.json of a {family} model: " + "; ".join(problems) + ".")
+    return ModelConfig(family=family, **values)
+
+
+def to_hf_config(config: ModelConfig) -> dict[str, Any]:
+    """Write the config.json of a model that was born here, in the keys that transformers 4 and 5 both read.
+
+    from_hf_config(to_hf_config(config)) == config.
+    """
+    keys = {key: getattr(config, field) for field, key in _KEYS[config.family].items()}
+    eos_ids = config.eos_ids
+    keys["eos_token_id"] = None if not eos_ids else eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
+    theta_key = "rotary_emb_base" if config.family == "gpt_neox" else "rope_theta"
+    keys |= {theta_key: config.rope.theta, "rope_scaling": rope.to_hf(config.rope)}
+    if config.family == "gpt_neox":
+        keys["rotary_pct"] = config.rope.fraction
+    return {"architectures": [_ARCHITECTURES[config.family]], "model_type": config.family, **keys}
+
+
+def _refusals(config: dict[str, Any], family: str) -> list[str]:
+    neutral = _NEUTRAL | {"attention_bias": _NEUTRAL_ATTENTION_BIAS[family]}
+    return [
+        f"{key}={config[key]!r} is not supported (supported: {', '.join(map(repr, values))})"
+        for key, values in neutral.items()
+        if key in config and config[key] not in values
+    ]
+
+
+def _rope_from_hf(config: dict[str, Any], family: str, max_positions: Any) -> Rope:
+    """Gather the rope settings, which stand in up to three places, and refuse places that disagree."""
+    places = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    if len(places) == 2 and places[0] != places[1]:
+        raise ValueError("rope_parameters and rope_scaling disagree; keep one")
+    parameters = places[0] if places else {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"rope_scaling must be a dict, not {parameters!r}")
+
+    def one(default: float, *candidates: tuple[str, Any]) -> Any:
+        given = [(name, value) for name, value in candidates if value is not None] or [("", default)]
+        if any(value != given[0][1] for _, value in given):
+            raise ValueError("; ".join(f"{name}={value}" for name, value in given) + " disagree; keep one")
+        return given[0][1]
+
+    theta = one(
+        10000.0,
+        ("rope_theta in the rope dict", parameters.get("rope_theta")),
+        ("rope_theta", config.get("rope_theta")),
+        ("rotary_emb_base", config.get("rotary_emb_base")),
+    )
+    fraction = one(
+        _ROTARY_FRACTION[family],
+        ("partial_rotary_factor in the rope dict", parameters.get("partial_rotary_factor")),
+        ("partial_rotary_factor", config.get("partial_rotary_factor")),
+        ("rotary_pct", config.get("rotary_pct")),
+    )
+    return rope.from_hf(parameters, theta=theta, fraction=fraction, max_positions=max_positions)
+
+
+def _default_head_dim(values: dict[str, Any], problems: list[str]) -> int:
+    """Return D / H; where that is not an integer, add a problem and return a placeholder."""
+    width, heads = values.get("width"), values.get("heads")
+    if not isinstance(width, int) or not isinstance(heads, int) or heads < 1:
+        return 2
+    if width % heads:
+        problems.append(
+            f"hidden_size={width} is not a multiple of num_attention_heads={heads} and no head_dim is given"
+        )
+    return width // heads
+
+
+def _problems(config: ModelConfig) -> list[str]:
+    sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "max_positions")
+    problems = [f"{name}={getattr(config, name)} must be positive" for name in sizes if getattr(config, name) < 1]
+    if config.family not in FAMILIES:
+        problems.append(f"family {config.family!r} is none of {', '.join(FAMILIES)}")
+    problems += [
+        f"{name}={getattr(config, name)} must be 0 or larger"
+        for name in ("norm_eps", "initializer_range")
+        if not getattr(config, name) >= 0
+    ]
+    if config.activation not in parts.ACTIVATIONS:
+        problems.append(f"activation {config.activation!r} is none of {', '.join(parts.ACTIVATIONS)}")
+    window = config.sliding_window
+    if window is not None and window < 1:
+        problems.append(f"sliding_window={window} must be positive or None")
+    if window is not None and config.family != "mistral":
+        problems.append(f"sliding_window={window} has no meaning for {config.family}")
+    if config.parallel_residual and config.family != "gpt_neox":
+        problems.append(f"parallel_residual has no meaning for {config.family}")
+    if config.rope.fraction != 1 and config.family != "gpt_neox":
+        problems.append(f"partial_rotary_factor={config.rope.fraction} has no meaning for {config.family}")
+    if problems:
+        return problems
+    if config.heads % config.kv_heads:
+        problems.append(f"{config.heads} query heads are not a multiple of {config.kv_heads} key/value heads")
+    if config.family == "gpt_neox" and (config.kv_heads, config.head_dim * config.heads) != (
+        config.heads,
+        config.width,
+    ):
+        problems.append("gpt_neox has kv_heads = heads and head_dim = width / heads")
+    try:
+        rope.rotated_pairs(config.rope, head_dim=config.head_dim)
+    except ValueError as error:
+        problems.append(str(error).rstrip("."))
+    return problems

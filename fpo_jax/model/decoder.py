@@ -1,0 +1,82 @@
+"""Embedding, stacked layers under one scan, final norm: the same for every family. Hidden states, never logits.
+
+The module tree of `Decoder` is the tree of parameters: `layers` is one layer whose parameters carry a leading L axis.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Bool, Float, Int
+
+from fpo_jax.model import configuration, gpt_neox, llama, parts, rope
+
+# family -> (one layer, the norm after the last layer)
+_FAMILIES: dict[str, tuple[Callable, Callable]] = {
+    "llama": (llama.Layer, parts.RMSNorm),
+    "mistral": (llama.Layer, parts.RMSNorm),
+    "gpt_neox": (gpt_neox.Layer, parts.LayerNorm),
+}
+# What the backward pass keeps of a layer: "none" recomputes nothing, "full" keeps the layer's input alone.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda layer: layer,
+    "full": functools.partial(jax.checkpoint, prevent_cse=False),  # scan already keeps the recomputation apart
+}
+
+
+class Decoder(nnx.Module):
+    """A causal decoder without its LM head's matmul; declares parameters by shape, holds none."""
+
+    def __init__(self, config: configuration.ModelConfig):
+        layer, norm = _FAMILIES[config.family]
+        self.config = config
+        self.embed = parts.parameter(config.vocab_size, config.width)
+        self.layers = _stacked(layer(config), config.layers)
+        self.final_norm = norm(config.width, config.norm_eps)
+        if not config.tied_head:
+            self.head = parts.parameter(config.vocab_size, config.width)
+
+    def __call__(
+        self,
+        tokens_NT: Int[jax.Array, "N T"],
+        valid_NT: Bool[jax.Array, "N T"],
+        *,
+        compute_dtype: jax.typing.DTypeLike,
+        remat: str,
+        implementation: str,
+    ) -> Float[jax.Array, "N T D"]:
+        """Return the hidden states after the final norm, in compute_dtype."""
+        config = self.config
+        cos_XTP, sin_XTP = rope.rotation(
+            config.rope,
+            head_dim=config.head_dim,
+            max_positions=config.max_positions,
+            lengths_N=jnp.sum(valid_NT, axis=1, dtype=jnp.int32),
+            positions=tokens_NT.shape[1],
+        )
+        context = parts.Context(valid_NT, cos_XTP, sin_XTP, config.sliding_window, implementation)
+        graphdef, layers = nnx.split(self.layers)
+
+        def apply_layer(x_NTD, layer):
+            return nnx.merge(graphdef, layer)(x_NTD, context), None
+
+        # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless. The cast follows the gather:
+        # its gradient, a scatter-add, then sums in the parameters' own dtype. Ids outside the vocabulary give NaN.
+        tokens_NT = jnp.where(valid_NT, tokens_NT, 0)
+        x_NTD = jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype)
+        x_NTD, _ = jax.lax.scan(REMAT[remat](apply_layer), x_NTD, layers)
+        return self.final_norm(x_NTD)
+
+
+@functools.lru_cache(maxsize=32)
+def graph(config: configuration.ModelConfig) -> nnx.GraphDef:
+    """Return the static half of the decoder; merging it with a nested dict of arrays gives a callable module."""
+    return nnx.split(Decoder(config))[0]
+
+
+def _stacked(layer: nnx.Module, count: int) -> nnx.Module:
+    """Give every parameter of a declared layer a leading axis of `count`."""
+    graphdef, state = nnx.split(layer)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), state))

@@ -1,0 +1,67 @@
+"""The layer of GPT-NeoX and Pythia: LayerNorm, fused query-key-value, partial rotary embedding, biases.
+
+parallel residual    y = x + attention(norm1(x)) + mlp(norm2(x))
+sequential residual  h = x + attention(norm1(x));  y = h + mlp(norm2(h))
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from fpo_jax.model import configuration, parts
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; query, key and value are one matmul, as on disk."""
+
+    def __init__(self, config: configuration.ModelConfig):
+        D, H, C = config.width, config.heads, config.head_dim
+        self.qkv = parts.parameter(D, H, 3, C)
+        self.qkv_bias = parts.parameter(H, 3, C)
+        self.out = parts.parameter(H, C, D)
+        self.out_bias = parts.parameter(D)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
+        """Attend and project back."""
+        dtype = x_NTD.dtype
+        qkv_NTH3C = jnp.einsum("NTD,DHSC->NTHSC", x_NTD, self.qkv[...].astype(dtype))
+        qkv_NTH3C += self.qkv_bias[...].astype(dtype)
+        out_NTHC = context.attend(qkv_NTH3C[..., 0, :], qkv_NTH3C[..., 1, :], qkv_NTH3C[..., 2, :])
+        return jnp.einsum("NTHC,HCD->NTD", out_NTHC, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
+
+
+class MLP(nnx.Module):
+    """Two matmuls with biases around the activation."""
+
+    def __init__(self, config: configuration.ModelConfig):
+        self.activation = config.activation
+        self.up = parts.parameter(config.width, config.ffn)
+        self.up_bias = parts.parameter(config.ffn)
+        self.down = parts.parameter(config.ffn, config.width)
+        self.down_bias = parts.parameter(config.width)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
+        """Apply down(act(up(x)))."""
+        dtype = x_NTD.dtype
+        up_NTF = jnp.einsum("NTD,DF->NTF", x_NTD, self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
+        active_NTF = parts.ACTIVATIONS[self.activation](up_NTF)
+        return jnp.einsum("NTF,FD->NTD", active_NTF, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
+
+
+class Layer(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: configuration.ModelConfig):
+        self.parallel_residual = config.parallel_residual
+        self.attention_norm = parts.LayerNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = parts.LayerNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
+        """Apply attention and the MLP; with the parallel residual both read the layer's input."""
+        with jax.named_scope("attention"):
+            after_NTD = x_NTD + self.attention(self.attention_norm(x_NTD), context)
+        with jax.named_scope("mlp"):
+            return after_NTD + self.mlp(self.mlp_norm(x_NTD if self.parallel_residual else after_NTD))

@@ -1,0 +1,66 @@
+"""The layer of Llama 2, 3 and 3.1+ and of Mistral: RMSNorm, grouped-query attention, gated MLP, no biases.
+
+h = x + attention(norm(x))
+y = h + down(act(gate(norm(h))) * up(norm(h)))
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from fpo_jax.model import configuration, parts
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention: H query heads share G key/value heads."""
+
+    def __init__(self, config: configuration.ModelConfig):
+        D, H, G, C = config.width, config.heads, config.kv_heads, config.head_dim
+        self.query = parts.parameter(D, H, C)
+        self.key = parts.parameter(D, G, C)
+        self.value = parts.parameter(D, G, C)
+        self.out = parts.parameter(H, C, D)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
+        """Attend and project back."""
+        dtype = x_NTD.dtype
+        q_NTHC = jnp.einsum("NTD,DHC->NTHC", x_NTD, self.query[...].astype(dtype))
+        k_NTGC = jnp.einsum("NTD,DGC->NTGC", x_NTD, self.key[...].astype(dtype))
+        v_NTGC = jnp.einsum("NTD,DGC->NTGC", x_NTD, self.value[...].astype(dtype))
+        return jnp.einsum("NTHC,HCD->NTD", context.attend(q_NTHC, k_NTGC, v_NTGC), self.out[...].astype(dtype))
+
+
+class MLP(nnx.Module):
+    """Gated MLP of width F."""
+
+    def __init__(self, config: configuration.ModelConfig):
+        self.activation = config.activation
+        self.gate = parts.parameter(config.width, config.ffn)
+        self.up = parts.parameter(config.width, config.ffn)
+        self.down = parts.parameter(config.ffn, config.width)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
+        """Apply down(act(gate(x)) * up(x))."""
+        dtype = x_NTD.dtype
+        gate_NTF = jnp.einsum("NTD,DF->NTF", x_NTD, self.gate[...].astype(dtype))
+        up_NTF = jnp.einsum("NTD,DF->NTF", x_NTD, self.up[...].astype(dtype))
+        gated_NTF = parts.ACTIVATIONS[self.activation](gate_NTF) * up_NTF
+        return jnp.einsum("NTF,FD->NTD", gated_NTF, self.down[...].astype(dtype))
+
+
+class Layer(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: configuration.ModelConfig):
+        self.attention_norm = parts.RMSNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = parts.RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
+        """Apply attention, then the MLP, each on the normalised residual stream."""
+        with jax.named_scope("attention"):
+            x_NTD = x_NTD + self.attention(self.attention_norm(x_NTD), context)
+        with jax.named_scope("mlp"):
+            return x_NTD + self.mlp(self.mlp_norm(x_NTD))

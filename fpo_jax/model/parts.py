@@ -1,0 +1,86 @@
+"""What the decoder families share: parameter declarations, norms, activations, and the context of one forward pass.
+
+Modules here declare parameters by shape only. Values come from one place, the rows of params.py (initialised or read
+from safetensors), and enter by `nnx.merge`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from fpo_jax import attention
+from fpo_jax.model import rope
+
+# hidden_act of a Hugging Face config -> function; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def parameter(*shape: int) -> nnx.Param:
+    """Declare a parameter by its shape; `nnx.merge` supplies the array."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over D, float32 inside, dtype kept."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = parameter(width)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
+        """Normalise the last axis."""
+        wide_NTD = x_NTD.astype(jnp.float32)
+        mean_square_NT1 = jnp.mean(jnp.square(wide_NTD), axis=-1, keepdims=True)
+        scaled_NTD = wide_NTD * jax.lax.rsqrt(mean_square_NT1 + self.eps) * self.scale[...].astype(jnp.float32)
+        return scaled_NTD.astype(x_NTD.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over D, float32 inside, dtype kept."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = parameter(width)
+        self.bias = parameter(width)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
+        """Normalise the last axis."""
+        wide_NTD = x_NTD.astype(jnp.float32)
+        centred_NTD = wide_NTD - jnp.mean(wide_NTD, axis=-1, keepdims=True)
+        variance_NT1 = jnp.mean(jnp.square(centred_NTD), axis=-1, keepdims=True)
+        scaled_NTD = centred_NTD * jax.lax.rsqrt(variance_NT1 + self.eps) * self.scale[...].astype(jnp.float32)
+        return (scaled_NTD + self.bias[...].astype(jnp.float32)).astype(x_NTD.dtype)
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass sees besides its input."""
+
+    valid_NT: jax.Array  # bool
+    cos_XTP: jax.Array  # float32; X is N or 1
+    sin_XTP: jax.Array
+    sliding_window: int | None
+    implementation: str  # of attention.attend
+
+    def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
+        """Rotate queries and keys, then attend with logits scaled by C**-0.5."""
+        return attention.attend(
+            rope.rotate(q_NTHC, self.cos_XTP, self.sin_XTP),
+            rope.rotate(k_NTGC, self.cos_XTP, self.sin_XTP),
+            v_NTGC,
+            valid_NT=self.valid_NT,
+            scale=q_NTHC.shape[-1] ** -0.5,
+            sliding_window=self.sliding_window,
+            implementation=self.implementation,
+        )

@@ -1,0 +1,284 @@
+"""ONE ROW PER PARAMETER: path, shape, logical axes, Hugging Face name, layout on disk, initialisation, weight decay.
+
+Abstract shapes, initial values, shardings, decay masks, counts, and both directions of the Hugging Face translation
+are read off these rows; nothing else in the project names a parameter. A parameter tree is a nested dict of arrays,
+layers stacked on a leading L axis. How bytes reach the disk is hf.py's business.
+
+Layouts are spelled in the letters of shapes.py, a digit being a literal size. `letters` is our array, stacked:
+"LDHC" = [L, D, H, C]. `hf_letters` is one layer's tensor on disk, parentheses joining axes: "(HC)D" = [H*C, D].
+"""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpo_jax import shapes
+from fpo_jax.model import ModelConfig
+
+AXES = {
+    "L": "layers",
+    "D": "embed",
+    "H": "heads",
+    "G": "kv_heads",
+    "C": "head_dim",
+    "F": "mlp",
+    "V": "vocab",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One parameter."""
+
+    path: str  # "layers/attention/query": keys of the nested dict
+    letters: str  # layout here
+    hf_name: str  # "{layer}" stands for the layer's number
+    hf_letters: str  # layout of one layer on disk
+    init: str  # "normal" (standard deviation config.initializer_range), "ones" or "zeros"
+    decay: bool  # whether weight decay applies: matrices yes, norms and biases no
+    shape: tuple[int, ...] = ()
+    axes: tuple[str | None, ...] = ()  # logical axes for sharding.py, None = every device holds all of it
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter has a leading L axis."""
+        return self.letters.startswith("L")
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor on disk (of one layer where stacked)."""
+        sizes = dict(zip(self.letters, self.shape, strict=True))
+        return tuple(math.prod(sizes[letter] for letter in group) for group in _groups(self.hf_letters))
+
+    def hf_names(self) -> list[str]:
+        """Names on disk: one, or one per layer."""
+        return [self.hf_name.format(layer=layer) for layer in range(self.shape[0])] if self.stacked else [self.hf_name]
+
+
+def rows(config: ModelConfig) -> tuple[Row, ...]:
+    """Return the rows of a model, from the embedding to the head."""
+    return _rows(config)
+
+
+@functools.lru_cache(maxsize=32)
+def _rows(config: ModelConfig) -> tuple[Row, ...]:
+    sizes = {
+        "L": config.layers,
+        "D": config.width,
+        "H": config.heads,
+        "G": config.kv_heads,
+        "C": config.head_dim,
+        "F": config.ffn,
+        "V": config.vocab_size,
+    }
+    table = _FAMILIES[config.family](config)
+    return tuple(
+        dataclasses.replace(
+            row, shape=tuple(sizes.get(letter) or int(letter) for letter in row.letters), axes=_logical_axes(row)
+        )
+        for row in table
+    )
+
+
+def abstract(config: ModelConfig, dtype: jax.typing.DTypeLike) -> shapes.PyTree:
+    """Return the parameter tree as jax.ShapeDtypeStruct."""
+    return nest({row.path: jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype)) for row in rows(config)})
+
+
+def init(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike) -> shapes.PyTree:
+    """Draw fresh parameters: normal(0, initializer_range) matrices, norms of one, biases of zero.
+
+    Every parameter's key is folded from its path, so that adding a row changes no other. Jit it with out_shardings
+    to create a large model in place.
+
+    Args:
+        config: the architecture.
+        key: typed key from jax.random.key.
+        dtype: of the result; values are drawn in float32.
+    """
+    return nest({row.path: _initial(row, config, key).astype(dtype) for row in rows(config)})
+
+
+def logical_axes(config: ModelConfig) -> shapes.PyTree:
+    """Return, per parameter, a tuple with one logical axis name or None per dimension."""
+    return nest({row.path: row.axes for row in rows(config)})
+
+
+def decay_mask(config: ModelConfig) -> shapes.PyTree:
+    """Return, per parameter, whether weight decay applies."""
+    return nest({row.path: row.decay for row in rows(config)})
+
+
+def count(config: ModelConfig) -> int:
+    """Return the number of parameters; a tied head counts once."""
+    return sum(math.prod(row.shape) for row in rows(config))
+
+
+def from_hf(row: Row, tensor: np.ndarray) -> np.ndarray:
+    """Rearrange one tensor of the disk (one layer's where stacked) into our layout; a view where possible.
+
+    >>> row = Row("out", "HCD", "o_proj.weight", "D(HC)", "normal", True, shape=(2, 3, 5))
+    >>> from_hf(row, np.zeros((5, 6))).shape
+    (2, 3, 5)
+    """
+    disk = row.hf_letters.translate(_NO_PARENTHESES)
+    ours = row.letters.removeprefix("L")
+    sizes = dict(zip(row.letters, row.shape, strict=True))
+    return tensor.reshape([sizes[letter] for letter in disk]).transpose([disk.index(letter) for letter in ours])
+
+
+def to_hf(row: Row, array: np.ndarray) -> np.ndarray:
+    """Rearrange our array (one layer's where stacked) into the layout of the disk; the inverse of from_hf."""
+    disk = row.hf_letters.translate(_NO_PARENTHESES)
+    ours = row.letters.removeprefix("L")
+    return np.ascontiguousarray(array.transpose([ours.index(letter) for letter in disk]).reshape(row.hf_shape))
+
+
+def ignored_hf_names(config: ModelConfig) -> frozenset[str]:
+    """Return tensor names that published files hold and that carry no weights: rotary tables and causal masks."""
+    return frozenset(
+        template.format(layer=layer) for template in _BUFFERS[config.family] for layer in range(config.layers)
+    )
+
+
+def hf_head_name(config: ModelConfig) -> str:
+    """Return the head's name on disk; files of tied models may hold it as a copy of the embedding."""
+    return _HEAD_NAMES[config.family]
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn {"layers/mlp/up": x} into {"layers": {"mlp": {"up": x}}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a nested dict into {path: leaf}; the inverse of nest."""
+    return dict(_walk(tree, ""))
+
+
+def check(params: shapes.PyTree, config: ModelConfig) -> None:
+    """Verify that a tree has exactly the rows' paths and shapes.
+
+    Raises:
+        ValueError: every missing, unexpected or misshapen parameter.
+    """
+    found = flatten(params)
+    expected = {row.path: row.shape for row in rows(config)}
+    problems = [f"{path} is missing" for path in expected if path not in found]
+    problems += [f"{path} is unexpected" for path in found if path not in expected]
+    problems += [
+        f"{path} has shape {tuple(leaf.shape)}, expected {expected[path]}"
+        for path, leaf in found.items()
+        if path in expected and tuple(leaf.shape) != expected[path]
+    ]
+    if problems:
+        raise ValueError(f"these are not the parameters of this {config.family} model: " + "; ".join(problems) + ".")
+
+
+def _matrix(path: str, letters: str, hf_name: str, hf_letters: str) -> Row:
+    return Row(path, letters, hf_name, hf_letters, init="normal", decay=True)
+
+
+def _bias(path: str, letters: str, hf_name: str, hf_letters: str) -> Row:
+    return Row(path, letters, hf_name, hf_letters, init="zeros", decay=False)
+
+
+def _scale(path: str, letters: str, hf_name: str) -> Row:
+    return Row(path, letters, hf_name, "D", init="ones", decay=False)
+
+
+def _llama(config: ModelConfig) -> list[Row]:
+    at = "model.layers.{layer}."
+    table = [
+        _matrix("embed", "VD", "model.embed_tokens.weight", "VD"),
+        _scale("layers/attention_norm/scale", "LD", at + "input_layernorm.weight"),
+        _matrix("layers/attention/query", "LDHC", at + "self_attn.q_proj.weight", "(HC)D"),
+        _matrix("layers/attention/key", "LDGC", at + "self_attn.k_proj.weight", "(GC)D"),
+        _matrix("layers/attention/value", "LDGC", at + "self_attn.v_proj.weight", "(GC)D"),
+        _matrix("layers/attention/out", "LHCD", at + "self_attn.o_proj.weight", "D(HC)"),
+        _scale("layers/mlp_norm/scale", "LD", at + "post_attention_layernorm.weight"),
+        _matrix("layers/mlp/gate", "LDF", at + "mlp.gate_proj.weight", "FD"),
+        _matrix("layers/mlp/up", "LDF", at + "mlp.up_proj.weight", "FD"),
+        _matrix("layers/mlp/down", "LFD", at + "mlp.down_proj.weight", "DF"),
+        _scale("final_norm/scale", "D", "model.norm.weight"),
+    ]
+    return table if config.tied_head else [*table, _matrix("head", "VD", "lm_head.weight", "VD")]
+
+
+def _gpt_neox(config: ModelConfig) -> list[Row]:
+    at = "gpt_neox.layers.{layer}."
+    table = [
+        _matrix("embed", "VD", "gpt_neox.embed_in.weight", "VD"),
+        _scale("layers/attention_norm/scale", "LD", at + "input_layernorm.weight"),
+        _bias("layers/attention_norm/bias", "LD", at + "input_layernorm.bias", "D"),
+        _matrix("layers/attention/qkv", "LDH3C", at + "attention.query_key_value.weight", "(H3C)D"),
+        _bias("layers/attention/qkv_bias", "LH3C", at + "attention.query_key_value.bias", "(H3C)"),
+        _matrix("layers/attention/out", "LHCD", at + "attention.dense.weight", "D(HC)"),
+        _bias("layers/attention/out_bias", "LD", at + "attention.dense.bias", "D"),
+        _scale("layers/mlp_norm/scale", "LD", at + "post_attention_layernorm.weight"),
+        _bias("layers/mlp_norm/bias", "LD", at + "post_attention_layernorm.bias", "D"),
+        _matrix("layers/mlp/up", "LDF", at + "mlp.dense_h_to_4h.weight", "FD"),
+        _bias("layers/mlp/up_bias", "LF", at + "mlp.dense_h_to_4h.bias", "F"),
+        _matrix("layers/mlp/down", "LFD", at + "mlp.dense_4h_to_h.weight", "DF"),
+        _bias("layers/mlp/down_bias", "LD", at + "mlp.dense_4h_to_h.bias", "D"),
+        _scale("final_norm/scale", "D", "gpt_neox.final_layer_norm.weight"),
+        _bias("final_norm/bias", "D", "gpt_neox.final_layer_norm.bias", "D"),
+    ]
+    return table if config.tied_head else [*table, _matrix("head", "VD", "embed_out.weight", "VD")]
+
+
+_FAMILIES: dict[str, Callable[[ModelConfig], list[Row]]] = {"llama": _llama, "mistral": _llama, "gpt_neox": _gpt_neox}
+_HEAD_NAMES = {"llama": "lm_head.weight", "mistral": "lm_head.weight", "gpt_neox": "embed_out.weight"}
+_LLAMA_BUFFERS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
+_BUFFERS = {
+    "llama": _LLAMA_BUFFERS,
+    "mistral": _LLAMA_BUFFERS,
+    "gpt_neox": (
+        "gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq",
+        "gpt_neox.layers.{layer}.attention.bias",
+        "gpt_neox.layers.{layer}.attention.masked_bias",
+    ),
+}
+_NO_PARENTHESES = str.maketrans("", "", "()")
+
+
+def _logical_axes(row: Row) -> tuple[str | None, ...]:
+    """Name the axes; a vector over D stays whole, since cutting a few KiB saves nothing and costs a collective."""
+    vector = len(row.letters.removeprefix("L")) == 1
+    return tuple(None if vector and letter == "D" else AXES.get(letter) for letter in row.letters)
+
+
+def _groups(letters: str) -> Iterator[str]:
+    """Split "(HC)D" into "HC" and "D"."""
+    while letters:
+        group, letters = letters[1:].split(")", 1) if letters[0] == "(" else (letters[0], letters[1:])
+        yield group
+
+
+def _initial(row: Row, config: ModelConfig, key: jax.Array) -> jax.Array:
+    if row.init == "normal":
+        own_key = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
+        return config.initializer_range * jax.random.normal(own_key, row.shape, jnp.float32)
+    return {"ones": jnp.ones, "zeros": jnp.zeros}[row.init](row.shape, jnp.float32)
+
+
+def _walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from _walk(node, f"{prefix}{name}/")
+        else:
+            yield prefix + name, node

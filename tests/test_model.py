@@ -1,0 +1,417 @@
+"""Decoders: parity with transformers per config variant, padding, depth, precision, and the reading of configs."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from fpo_jax import hf, model, params, sharding
+from fpo_jax.model import rope
+from tests import tolerances
+
+V, T = 37, 44
+LENGTHS = (44, 29, 3)
+VALID_NT = np.arange(T)[None] < np.array(LENGTHS)[:, None]
+TOKENS_NT = np.where(VALID_NT, np.random.default_rng(0).integers(0, V, VALID_NT.shape), 0)
+
+# halves the time LLVM takes for programs that run once; XLA's own passes, and with them the maths, stay as they are
+QUICK = {"xla_backend_optimization_level": 0}
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": V,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # not hidden_size / heads
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 7}
+NEOX = {
+    "model_type": "gpt_neox",
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "layer_norm_eps": 1e-5,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "use_parallel_residual": True,
+    "hidden_act": "gelu",
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+VARIANTS = {
+    "llama MHA": LLAMA | {"num_key_value_heads": 4, "head_dim": None},
+    "llama GQA": LLAMA,
+    "llama MQA": LLAMA | {"num_key_value_heads": 1},
+    "llama tied": LLAMA | {"tie_word_embeddings": True},
+    "llama theta": LLAMA | {"rope_theta": 500000.0},
+    "llama eps": LLAMA | {"rms_norm_eps": 0.3},
+    "llama linear": LLAMA | {"rope_scaling": {"type": "linear", "factor": 3.0}},
+    "llama dynamic": LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 20},
+    "llama3 scaling": LLAMA | {"rope_scaling": LLAMA3_ROPE},
+    "llama yarn": LLAMA | {"rope_scaling": YARN},
+    "llama yarn factor": LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.4, "beta_fast": 2.0, "beta_slow": 0.2}},
+    "llama yarn mscale": LLAMA
+    | {"rope_scaling": YARN | {"mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False, "beta_fast": 2.0}},
+    "mistral window": MISTRAL,
+    "mistral no window": MISTRAL | {"sliding_window": None},
+    "neox parallel": NEOX,
+    "neox sequential": NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0},
+    "neox tied gelu_new": NEOX | {"tie_word_embeddings": True, "hidden_act": "gelu_new", "rotary_emb_base": 500},
+    "neox linear eps": NEOX | {"rope_scaling": {"type": "linear", "factor": 3.0}, "layer_norm_eps": 0.3},
+}
+# variants whose gradients are compared too, with the remat mode used for it
+WITH_GRADIENT = {"llama tied": "none", "mistral window": "full", "neox parallel": "none", "neox sequential": "full"}
+
+
+def random_params(config, seed=0, dtype="float32"):
+    """Weights large enough that every part of the model shows in the logits; norms and biases are random too."""
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for row in params.rows(config):
+        if row.init == "normal":
+            fan_in = config.width if row.path in ("embed", "head") else np.prod(row.hf_shape[1:])
+            flat[row.path] = rng.normal(size=row.shape) * (1.0 if row.path == "embed" else 1.5 / np.sqrt(fan_in))
+        else:
+            flat[row.path] = (row.init == "ones") + 0.3 * rng.normal(size=row.shape)
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), params.nest(flat))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "remat"), compiler_options=QUICK)
+def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", remat="none"):
+    return model.hidden_states(
+        tree, tokens_NT, valid_NT, config=config, compute_dtype=compute_dtype, remat=remat, attention="xla"
+    )
+
+
+def logits_of(tree, config, tokens_NT=TOKENS_NT, valid_NT=VALID_NT):
+    hidden_NTD = forward(tree, jnp.asarray(tokens_NT), jnp.asarray(valid_NT), config=config)
+    return np.asarray(hidden_NTD) @ np.asarray(model.head(tree, config=config)).T
+
+
+def next_token_logps(tree, config, remat):
+    """Sum of the log-probs of every valid token given the ones before it."""
+    hidden_NTD = model.hidden_states(
+        tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config, compute_dtype="float32", remat=remat
+    )
+    logps_NTV = jax.nn.log_softmax(hidden_NTD @ model.head(tree, config=config).T)
+    chosen_NT = jnp.take_along_axis(logps_NTV[:, :-1], jnp.asarray(TOKENS_NT)[:, 1:, None], axis=-1)[..., 0]
+    return jnp.sum(chosen_NT, where=jnp.asarray(VALID_NT)[:, 1:])
+
+
+def torch_twin(tmp_path, config_dict, tree, config):
+    """The transformers model with the same weights, through an exported directory."""
+    pytest.importorskip("torch", reason="torch, the other side of the parity tests, is not installed")
+    transformers = pytest.importorskip("transformers")
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config_dict))
+    hf.export(tree, config, out_dir=tmp_path / "model", source_dir=source, dtype="float32")
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", attn_implementation="eager", dtype="float32", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    return loaded.eval()
+
+
+def torch_logits(twin, config):
+    """Logits [N, T, V] and a differentiable total of next-token log-probs.
+
+    One row at a time without padding where the rope depends on the length of the batch, see rope.rotation.
+    """
+    import torch
+
+    tokens, valid = torch.tensor(TOKENS_NT), torch.tensor(VALID_NT)
+    if config.rope.type != "dynamic":
+        logits = twin(input_ids=tokens, attention_mask=valid.long(), use_cache=False).logits
+    else:
+        rows = []
+        for row, length in zip(tokens, LENGTHS, strict=True):
+            twin.model.rotary_emb = type(twin.model.rotary_emb)(twin.config)
+            alone = twin(input_ids=row[None, :length], use_cache=False).logits[0]
+            rows.append(torch.nn.functional.pad(alone, (0, 0, 0, T - length)))
+        logits = torch.stack(rows)
+    logps = torch.log_softmax(logits[:, :-1], -1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return logits, logps[valid[:, 1:]].sum()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", VARIANTS)
+def test_parity_with_transformers(tmp_path, name):
+    config = model.from_hf_config(VARIANTS[name])
+    tree = random_params(config)
+    twin = torch_twin(tmp_path, VARIANTS[name], tree, config)
+    expected, total = torch_logits(twin, config)
+    found = logits_of(tree, config)
+    expected = expected.detach().numpy()
+    assert np.abs(expected[VALID_NT]).max() > 1  # otherwise the tolerance would mean little
+    assert_allclose(found[VALID_NT], expected[VALID_NT], rtol=0, atol=tolerances.PARITY_LOGITS)
+    if name not in WITH_GRADIENT:
+        return
+    total.backward()
+    theirs = {name: tensor.grad.numpy() for name, tensor in twin.named_parameters()}
+    if "lm_head.weight" in theirs and config.family == "gpt_neox":
+        theirs["embed_out.weight"] = theirs.pop("lm_head.weight")  # transformers 5 renames it in memory, not on disk
+    differentiate = jax.jit(jax.value_and_grad(next_token_logps), static_argnums=(1, 2), compiler_options=QUICK)
+    value, grads = differentiate(tree, config, WITH_GRADIENT[name])
+    assert_allclose(value, total.item(), rtol=tolerances.PARITY_GRADIENT)
+    for row in params.rows(config):
+        layers = [params.from_hf(row, theirs.pop(hf_name)) for hf_name in row.hf_names()]
+        expected_grad = np.stack(layers) if row.stacked else layers[0]
+        found_grad = np.asarray(params.flatten(grads)[row.path])
+        scale = np.abs(expected_grad).max()
+        assert scale > 0
+        assert_allclose(found_grad / scale, expected_grad / scale, rtol=0, atol=tolerances.PARITY_GRADIENT)
+    assert not theirs
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["llama linear", "llama3 scaling", "llama yarn", "llama yarn mscale", "llama theta"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_inverse_frequencies_agree_to_the_last_bits(name, head_dim):
+    pytest.importorskip("torch", reason="torch, the other side of the parity tests, is not installed")
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    variant = VARIANTS[name] | {"head_dim": head_dim}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**variant))
+    ours, magnitude = rope.inverse_frequencies(model.from_hf_config(variant).rope, pairs=head_dim // 2)
+    assert ours.dtype == np.float32
+    np.testing.assert_array_max_ulp(ours, theirs.inv_freq.numpy(), maxulp=tolerances.ROPE_ULP)
+    assert_allclose(magnitude, theirs.attention_scaling, rtol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama GQA", {"rope": model.Rope(theta=5e5)}),
+        ("llama GQA", {"rope": model.Rope(type="linear", factor=2.0)}),
+        ("llama linear", {"rope": model.Rope(type="linear", factor=4.0)}),
+        ("llama dynamic", {"rope": model.Rope(type="dynamic", factor=3.0)}),
+        ("llama dynamic", {"max_positions": 30}),
+        ("llama GQA", {"norm_eps": 1e-2}),
+        ("llama GQA", {"activation": "gelu"}),
+        ("mistral window", {"sliding_window": 8}),
+        ("mistral window", {"sliding_window": None}),
+        ("neox parallel", {"parallel_residual": False}),
+        ("neox parallel", {"rope": model.Rope(fraction=0.5)}),
+        ("neox parallel", {"activation": "gelu_new"}),
+    ],
+)
+def test_every_knob_changes_the_logits(name, change):
+    config = model.from_hf_config(VARIANTS[name])
+    tree = random_params(config)
+    changed = logits_of(tree, dataclasses.replace(config, **change))
+    assert np.abs(changed - logits_of(tree, config))[VALID_NT].max() > tolerances.DIFFERENT
+
+
+@pytest.mark.parametrize(
+    ("base", "field", "values"),
+    [
+        (LLAMA3_ROPE, "factor", (8.0, 4.0)),
+        (LLAMA3_ROPE, "low_freq_factor", (1.0, 2.0)),
+        (LLAMA3_ROPE, "high_freq_factor", (4.0, 5.0)),
+        (LLAMA3_ROPE, "original_max_position_embeddings", (32, 40)),
+        (YARN, "factor", (4.0, 2.0)),
+        (YARN, "original_max_position_embeddings", (64, 32)),
+        (YARN, "attention_factor", (None, 1.5)),
+        (YARN, "beta_fast", (None, 2.0)),
+        (YARN, "beta_slow", (None, 0.2)),
+        (YARN | {"beta_fast": 2.0}, "truncate", (None, False)),
+        (YARN | {"mscale_all_dim": 0.5}, "mscale", (1.0, 1.5)),
+        (YARN | {"mscale": 0.5}, "mscale_all_dim", (1.0, 1.5)),
+    ],
+)
+def test_every_scaling_knob_changes_the_rotation(base, field, values):
+    tables = []
+    for value in values:
+        config = model.from_hf_config(LLAMA | {"rope_scaling": base | {field: value}})
+        tables.append(
+            rope.rotation(
+                config.rope, head_dim=16, max_positions=64, lengths_N=jnp.asarray([T], jnp.int32), positions=T
+            )
+        )
+    assert np.abs(np.asarray(tables[0]) - np.asarray(tables[1])).max() > tolerances.DIFFERENT
+
+
+MORE_PADDING = ((0, 1), (0, 6))  # a row of nothing but padding, and six positions on every row
+MORE_VALID_NT = np.pad(VALID_NT, MORE_PADDING)
+# a pad id beyond the vocabulary, as tokenizers with an added pad token have
+MORE_TOKENS_NT = np.where(MORE_VALID_NT, np.pad(TOKENS_NT, MORE_PADDING), V + 1000)
+
+
+@pytest.mark.parametrize("name", ["llama dynamic", "mistral window", "neox parallel"])
+def test_padding_does_not_change_hidden_states(name):
+    config = model.from_hf_config(VARIANTS[name])
+    tree = random_params(config)
+    expected = np.asarray(forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config))
+    found = np.asarray(forward(tree, jnp.asarray(MORE_TOKENS_NT), jnp.asarray(MORE_VALID_NT), config=config))
+    assert np.isfinite(found).all()
+    assert_allclose(found[MORE_VALID_NT], expected[VALID_NT], rtol=0, atol=tolerances.SAME_MATHS)
+
+
+def test_rows_and_padding_are_apart_in_the_gradient():
+    config = model.from_hf_config(VARIANTS["llama dynamic"] | {"tie_word_embeddings": True})
+    tree = random_params(config)
+
+    def total(tree, valid_NT):
+        hidden_NTD = model.hidden_states(
+            tree, jnp.asarray(MORE_TOKENS_NT), valid_NT, config=config, compute_dtype="float32"
+        )
+        return jnp.sum(jnp.where(valid_NT[..., None], jnp.sin(hidden_NTD), 0))
+
+    run = jax.jit(jax.grad(total), compiler_options=QUICK)
+    together = params.flatten(run(tree, jnp.asarray(MORE_VALID_NT)))
+    # one row at a time, every other row nothing but padding
+    alone = [params.flatten(run(tree, jnp.asarray(MORE_VALID_NT & (np.arange(4) == n)[:, None]))) for n in range(4)]
+    for path, grad in together.items():
+        scale = np.abs(grad).max()
+        assert scale > 0
+        assert not np.any(alone[3][path])
+        found = sum(grads[path] for grads in alone)
+        assert_allclose(found / scale, grad / scale, rtol=0, atol=tolerances.SAME_MATHS, err_msg=path)
+
+
+def test_dynamic_rope_ignores_the_other_rows():
+    config = model.from_hf_config(VARIANTS["llama dynamic"])
+    tree = random_params(config)
+    alone = forward(tree, jnp.asarray(TOKENS_NT[1:2]), jnp.asarray(VALID_NT[1:2]), config=config)
+    together = forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config)
+    assert_allclose(alone[0, :29], together[1, :29], rtol=0, atol=tolerances.SAME_MATHS)
+
+
+def test_a_token_outside_the_vocabulary_is_loud():
+    config = model.from_hf_config(LLAMA)
+    tokens_NT = TOKENS_NT.copy()
+    tokens_NT[1, 2] = V
+    assert np.isnan(logits_of(random_params(config), config, tokens_NT)[1, 2]).all()
+
+
+def equations(jaxpr):
+    """All equations, inner jaxprs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def gradient_jaxpr(config, compute_dtype="float32", remat="none"):
+    def total(tree, tokens_NT, valid_NT):
+        call = functools.partial(model.hidden_states, config=config, compute_dtype=compute_dtype, remat=remat)
+        return jnp.sum(call(tree, tokens_NT, valid_NT).astype(jnp.float32))
+
+    tokens_NT = jax.ShapeDtypeStruct((3, T), jnp.int32)
+    valid_NT = jax.ShapeDtypeStruct((3, T), jnp.bool)
+    return jax.make_jaxpr(jax.grad(total))(params.abstract(config, "float32"), tokens_NT, valid_NT).jaxpr
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_program_size_is_independent_of_depth(remat):
+    sizes = [
+        sum(
+            1
+            for _ in equations(gradient_jaxpr(model.from_hf_config(LLAMA | {"num_hidden_layers": layers}), remat=remat))
+        )
+        for layers in (2, 6)
+    ]
+    assert sizes[0] == sizes[1] > 50
+
+
+def test_full_remat_keeps_one_hidden_state_per_layer():
+    config = model.from_hf_config(LLAMA)
+    stacked = (config.layers, 3, T)
+    kept = {
+        remat: [
+            output.aval.shape
+            for equation in equations(gradient_jaxpr(config, remat=remat))
+            if equation.primitive.name == "scan"
+            for output in equation.outvars
+            if output.aval.shape[:3] == stacked
+        ]
+        for remat in ("none", "full")
+    }
+    assert kept["full"] == [(*stacked, config.width)]
+    assert len(kept["none"]) > 5
+
+
+def test_never_makes_logits():
+    config = model.from_hf_config(LLAMA)
+    shapes = {output.aval.shape for equation in equations(gradient_jaxpr(config)) for output in equation.outvars}
+    assert any(shape[-1:] == (config.width,) for shape in shapes)
+    assert not [shape for shape in shapes if shape[-1:] == (V,)]
+
+
+@pytest.mark.parametrize(("compute_dtype", "highest"), [("float32", True), ("bfloat16", False)])
+def test_float32_means_float32_on_every_device(compute_dtype, highest):
+    matmuls = [
+        equation
+        for equation in equations(gradient_jaxpr(model.from_hf_config(LLAMA), compute_dtype))
+        if equation.primitive.name == "dot_general"
+    ]
+    assert len(matmuls) > 20
+    precisions = {str(equation.params["precision"]) for equation in matmuls}
+    assert ("HIGHEST" in "".join(precisions)) is highest
+    if highest:
+        assert len(precisions) == 1
+
+
+@pytest.mark.parametrize("name", ["llama GQA", "neox parallel"])
+def test_bfloat16_compute(name):
+    config = model.from_hf_config(VARIANTS[name])
+    tree = random_params(config)
+    exact = np.asarray(forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config))
+    rounded = forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config, compute_dtype="bfloat16")
+    assert rounded.dtype == jnp.bfloat16
+    error = (np.asarray(rounded, np.float32) - exact)[VALID_NT]
+    assert_allclose(np.sqrt(np.mean(error**2)), 0, atol=tolerances.BFLOAT16_HIDDEN * np.sqrt(np.mean(exact**2)))
+    assert model.head(tree, config=config).dtype == jnp.float32
+
+
+def test_sharded_parameters_give_the_same_hidden_states():
+    config = model.from_hf_config(LLAMA | {"hidden_size": 32, "vocab_size": 40})
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
+    tree = random_params(config)
+    places = sharding.param_shardings(params.logical_axes(config), params.abstract(config, "float32"), mesh=mesh)
+    expected = forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config)
+    found = forward(jax.device_put(tree, places), jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config)
+    assert_allclose(found, expected, rtol=0, atol=tolerances.SAME_MATHS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_dtype": "float64"}, r"compute_dtype float64 is not one of float32, bfloat16, float16"),
+        ({"remat": "some"}, r"remat 'some' is not one of none, full"),
+        ({"attention": "flash"}, r"'flash' is not one of xla, cudnn"),
+    ],
+)
+def test_unknown_options_are_refused(options, message):
+    config = model.from_hf_config(LLAMA)
+    with pytest.raises(ValueError, match=message), jax.enable_x64(True):
+        model.hidden_states(
+            random_params(config),
+            jnp.asarray(TOKENS_NT),
+            jnp.asarray(VALID_NT),
+            **({"config": config, "compute_dtype": "float32"} | options),
+        )

@@ -1,0 +1,295 @@
+"""Hugging Face configs in and out: published models, both generations of keys, and every refusal."""
+
+import dataclasses
+
+import pytest
+
+from fpo_jax import model, params
+
+LLAMA2_7B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float16",
+    "use_cache": True,
+}
+LLAMA3_8B = LLAMA2_7B | {
+    "vocab_size": 128256,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+LLAMA32_1B = LLAMA3_8B | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "eos_token_id": [128001, 128008, 128009],
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+MISTRAL_7B = {
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PYTHIA_2_8B = {
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-05,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+# parameter counts as published with each model
+PUBLISHED = {
+    "Llama-2-7B": (LLAMA2_7B, 6_738_415_616),
+    "Llama-3-8B": (LLAMA3_8B, 8_030_261_248),
+    "Llama-3.2-1B": (LLAMA32_1B, 1_235_814_400),
+    "Mistral-7B-v0.1": (MISTRAL_7B, 7_241_732_096),
+    "Pythia-2.8B": (PYTHIA_2_8B, 2_775_208_960),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_published_size(name):
+    config, count = PUBLISHED[name]
+    assert params.count(model.from_hf_config(config)) == count
+
+
+def test_llama32_is_read_to_the_last_field():
+    assert model.from_hf_config(LLAMA32_1B) == model.ModelConfig(
+        family="llama",
+        vocab_size=128256,
+        width=2048,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        head_dim=64,
+        ffn=8192,
+        max_positions=131072,
+        activation="silu",
+        norm_eps=1e-5,
+        rope=model.Rope(
+            type="llama3",
+            theta=500000.0,
+            factor=32.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+        tied_head=True,
+        bos_id=128000,
+        eos_ids=(128001, 128008, 128009),
+    )
+
+
+def test_pythia_is_read_to_the_last_field():
+    config = model.from_hf_config(PYTHIA_2_8B)
+    assert (config.kv_heads, config.head_dim, config.parallel_residual, config.activation) == (32, 80, True, "gelu")
+    assert config.rope == model.Rope(fraction=0.25)
+    assert (config.bos_id, config.eos_ids, config.pad_id) == (0, (0,), None)
+
+
+def test_absent_keys_mean_the_defaults_of_transformers():
+    llama = {key: LLAMA2_7B[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
+    llama |= {"num_hidden_layers": 2, "num_attention_heads": 8}
+    config = model.from_hf_config(llama)
+    assert (config.kv_heads, config.head_dim, config.max_positions, config.norm_eps) == (8, 512, 2048, 1e-6)
+    assert (config.rope, config.sliding_window, config.tied_head, config.eos_ids) == (model.Rope(), None, False, ())
+    mistral = model.from_hf_config(llama | {"model_type": "mistral"})
+    assert (mistral.kv_heads, mistral.sliding_window, mistral.max_positions) == (8, 4096, 131072)
+    neox = model.from_hf_config(llama | {"model_type": "gpt_neox"})
+    assert (neox.parallel_residual, neox.activation, neox.norm_eps) == (True, "gelu", 1e-5)
+    assert neox.rope == model.Rope(fraction=0.25)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("config", "class_name"),
+    [(LLAMA2_7B, "LlamaConfig"), (MISTRAL_7B, "MistralConfig"), (PYTHIA_2_8B, "GPTNeoXConfig")],
+)
+def test_defaults_agree_with_transformers(config, class_name):
+    transformers = pytest.importorskip("transformers")
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    given = {key: config[key] for key in needed}
+    theirs = getattr(transformers, class_name)(**given).to_dict()
+    ours = model.from_hf_config(given | {"model_type": config["model_type"]})
+    explicit = model.from_hf_config(theirs)
+    assert dataclasses.replace(ours, bos_id=explicit.bos_id, eos_ids=explicit.eos_ids) == explicit
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_both_generations_of_rope_keys_mean_the_same(name):
+    old = dict(PUBLISHED[name][0])
+    expected = model.from_hf_config(old)
+    new = {key: value for key, value in old.items() if key not in ("rope_theta", "rotary_emb_base", "rotary_pct")}
+    scaling = new.pop("rope_scaling", None) or {"rope_type": "default"}
+    new["rope_parameters"] = scaling | {"rope_theta": expected.rope.theta}
+    if expected.family == "gpt_neox":
+        new["rope_parameters"]["partial_rotary_factor"] = expected.rope.fraction
+    assert model.from_hf_config(new) == expected
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "finetuned": True},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False, "mscale": 0.7},
+    ],
+)
+@pytest.mark.parametrize("base", [LLAMA3_8B, MISTRAL_7B | {"sliding_window": None, "pad_token_id": 3}, PYTHIA_2_8B])
+def test_writing_is_the_inverse_of_reading(base, scaling):
+    for config in (model.from_hf_config(base), model.from_hf_config(base | {"rope_scaling": scaling})):
+        assert model.from_hf_config(model.to_hf_config(config)) == config
+
+
+def test_an_absent_original_context_is_the_whole_context():
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    config = model.from_hf_config(LLAMA3_8B | {"rope_scaling": yarn})
+    assert config.rope.original_max_position_embeddings == 8192
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma2"}, r"model_type 'gemma2' is not supported; supported: llama, mistral, gpt_neox"),
+        ({"hidden_act": "relu2"}, r"activation 'relu2' is none of silu, swish, gelu"),
+        ({"attention_bias": True}, r"attention_bias=True is not supported \(supported: None, False\)"),
+        ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
+        ({"attention_dropout": 0.1}, r"attention_dropout=0\.1 is not supported \(supported: None, 0\)"),
+        ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not supported"),
+        ({"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\] is not supported"),
+        ({"is_causal": False}, r"is_causal=False is not supported"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            r"rope type 'longrope' is not supported; supported: def",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, r"rope type 'linear': factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"factor=0\.5 must be at least 1"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}}, r"'linear': mscale has no meaning"),
+        ({"rope_scaling": {"type": "linear", "factr": 2.0}}, r"rope type 'linear': factr is not supported"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0}},
+            r"low_freq_factor is missing; high_freq_factor is missing",
+        ),
+        ({"rope_scaling": "linear"}, r"rope_scaling must be a dict, not 'linear'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6}},
+            r"rope_theta in the rope dict=1000000\.0; rope_theta=500000\.0 disagree",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            r"rope_parameters and rope_scaling disagree; keep one",
+        ),
+        ({"rope_theta": -1.0}, r"rope_theta=-1\.0 must be positive"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 has no meaning for llama"),
+        ({"num_key_value_heads": 5}, r"32 query heads are not a multiple of 5 key/value heads"),
+        ({"hidden_size": 4097}, r"hidden_size=4097 is not a multiple of num_attention_heads=32 and no head_dim"),
+        ({"hidden_size": "4096"}, r"hidden_size='4096' must be int"),
+        ({"vocab_size": 32000.0}, r"vocab_size=32000\.0 must be int"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers=True must be int"),
+        ({"rms_norm_eps": None}, r"rms_norm_eps=None must be float"),
+        ({"rms_norm_eps": -1}, r"norm_eps=-1 must be 0 or larger"),
+        ({"tie_word_embeddings": "no"}, r"tie_word_embeddings='no' must be bool"),
+        ({"pad_token_id": "0"}, r"pad_token_id='0' must be int or null"),
+        ({"eos_token_id": [2, "3"]}, r"eos_token_id=\[2, '3'\] must be int, a list of int or null"),
+        ({"rope_theta": "1e6"}, r"rope_theta='1e6' must be float"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, r"factor='2' must be float or null"),
+        ({"num_hidden_layers": 0}, r"layers=0 must be positive"),
+        ({"head_dim": 33}, r"rope rotates int\(head_dim=33 \* 1\.0\) = 33 dimensions; it must be even"),
+    ],
+)
+def test_refusals(change, message):
+    with pytest.raises(ValueError, match=message):
+        model.from_hf_config({"head_dim": None} | LLAMA3_8B | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": False}, r"attention_bias=False is not supported \(supported: None, True\)"),
+        ({"hidden_dropout": 0.1}, r"hidden_dropout=0\.1 is not supported"),
+        ({"rotary_pct": 0.0}, r"rotated share of the head dimension is 0\.0"),
+        ({"rotary_pct": 0.03}, r"= 2 dimensions|dynamic rope needs more than 2 rotated"),
+    ],
+)
+def test_refusals_of_gpt_neox(change, message):
+    dynamic = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    with pytest.raises(ValueError, match=message):
+        model.from_hf_config(PYTHIA_2_8B | dynamic | change)
+
+
+def test_all_problems_come_at_once():
+    broken = {key: value for key, value in LLAMA3_8B.items() if key not in ("vocab_size", "hidden_size")}
+    with pytest.raises(ValueError, match=r"mlp_bias=True .*; vocab_size is missing; hidden_size is missing; rope type"):
+        model.from_hf_config(broken | {"mlp_bias": True, "rope_scaling": {"type": "longrope"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": 0}, r"sliding_window=0 must be positive or None"),
+        ({"family": "llama", "sliding_window": 4}, r"sliding_window=4 has no meaning for llama"),
+        ({"parallel_residual": True}, r"parallel_residual has no meaning for mistral"),
+        ({"family": "bert"}, r"family 'bert' is none of llama, mistral, gpt_neox"),
+        ({"family": "gpt_neox", "sliding_window": None}, r"gpt_neox has kv_heads = heads and head_dim = width / heads"),
+    ],
+)
+def test_impossible_configs_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(model.from_hf_config(MISTRAL_7B), **change)
+
+
+def test_configs_are_hashable_and_compare_by_value():
+    first, second = model.from_hf_config(LLAMA32_1B), model.from_hf_config(LLAMA32_1B)
+    assert first == second and hash(first) == hash(second)
+    assert dataclasses.replace(first, norm_eps=1e-4) != second
