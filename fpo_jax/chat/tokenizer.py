@@ -1,0 +1,288 @@
+"""Load a tokenizer, and encode so that only a chat template can write a control token, never the data.
+
+A control token is an added token that the tokenizer flags as special, that a SentencePiece vocabulary reserves (`<s>`,
+`</s>`), or that is spelt `<|...|>` (with either bar). `<think>` and runs of spaces are text. Text from the data may
+contain the same characters; it must stay text. So the encoder is a copy of the tokenizer in which every control token
+is renamed to an alias made of Unicode noncharacters: the ids, the flags and the merges of the text stay what they were,
+but the spelling `</s>` no longer matches anything.
+
+    data text  --protect-->  template  --alias-->  aliases for what the template wrote  --reveal + encode-->  ids
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import tokenizers
+import transformers
+from google.protobuf import message as protobuf
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece
+from transformers import PreTrainedTokenizerFast
+
+from fpo_jax.chat import templates
+
+# noncharacters: no text may carry them (Unicode 16, section 23.7), so they delimit what must not be forged
+_OPEN, _CLOSE, _HIDE = "\ufdd0", "\ufdd1", "\ufdd2"
+_RESERVED = re.compile(f"[{_OPEN}{_CLOSE}{_HIDE}]")
+_HIDDEN = re.compile(f"{_HIDE}([0-9]+){_HIDE}")
+
+# Llama-2 and its children keep these in the vocabulary, sometimes without the special flag (Phi-3: </s>)
+_SENTENCEPIECE_CONTROLS = ("<unk>", "<s>", "</s>", "<pad>")
+_MARKER = re.compile("<[|｜].*[|｜]>")
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+class Encoder(NamedTuple):
+    """A tokenizer whose control tokens no text can spell, and the ids that rows are built with."""
+
+    tokenizer: PreTrainedTokenizerFast  # renders templates and decodes
+    backend: tokenizers.Tokenizer  # encodes; control tokens renamed, adds nothing by itself
+    controls: tuple[str, ...]  # spelling of each control token
+    aliases: dict[str, str]  # spelling -> U+FDD0, index in `controls`, U+FDD1
+    pattern: re.Pattern[str]  # matches any control token, the longest first
+    eos_id: int
+    bos_id: int | None
+    adds_bos: bool  # whether the tokenizer itself opens a text with BOS
+
+    def __repr__(self) -> str:
+        """Name the tokenizer; its vocabulary would fill the screen."""
+        return f"Encoder({self.tokenizer.name_or_path!r})"
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, chat_template: str | None = None, eos_token: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer from a directory, a `tokenizer.json`, a SentencePiece `.model` file or the hub.
+
+    No code from the model's directory is ever run. A `.model` without a tokenizer.json is read as SentencePiece itself
+    reads it, with the prefix space, and with BOS in front of a text unless its settings say otherwise.
+
+    Args:
+        name_or_path: local directory or file, or a hub name `owner/name`.
+        chat_template: None keeps the tokenizer's own; else a key of `CHAT_TEMPLATES`, the path of a file with a Jinja
+            template, or the template itself (any text with a brace).
+        eos_token: spelling of the end token; only needed where the files do not name one.
+
+    Returns:
+        The tokenizer, with the chosen chat template and an EOS token. Its pad token is left as it is.
+
+    Raises:
+        ValueError: nothing there to load, no Rust tokenizer, no EOS token, a broken or unknown template.
+    """
+    path = Path(name_or_path).expanduser()
+    try:
+        tokenizer = _load(name_or_path, path)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ValueError(f"cannot load a tokenizer from {str(name_or_path)!r}: {cause}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"the tokenizer {str(name_or_path)!r} is a {type(tokenizer).__name__}, which has no Rust version; "
+            "save a tokenizer.json beside it"
+        )
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of {str(name_or_path)!r}")
+        tokenizer.eos_token = eos_token
+    if tokenizer.eos_token_id is None:
+        raise ValueError(_no_eos(name_or_path))
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+        _check_syntax(tokenizer)
+    return tokenizer
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
+    """Build the encoder of a tokenizer (half a second; build it once).
+
+    Raises:
+        ValueError: the tokenizer has no EOS token, or added tokens with ids of their own that it would not load again.
+    """
+    eos_id, bos_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+    if not isinstance(eos_id, int):
+        raise ValueError(_no_eos(tokenizer.name_or_path))
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = {*tokenizer.all_special_tokens, *_SENTENCEPIECE_CONTROLS}
+    ids = {
+        token["content"]: token["id"]
+        for token in state["added_tokens"]
+        if token["special"] or token["content"] in special or _MARKER.fullmatch(token["content"])
+    }
+    controls = tuple(sorted(ids, key=lambda spelling: (-len(spelling), spelling)))
+    aliases = {spelling: f"{_OPEN}{index}{_CLOSE}" for index, spelling in enumerate(controls)}
+    for token in state["added_tokens"]:
+        if token["content"] in aliases:
+            token |= {"content": aliases[token["content"]], "normalized": False}
+    _rename(state["model"], aliases)
+    backend = tokenizers.Tokenizer.from_str(
+        json.dumps(state | {"post_processor": None, "truncation": None, "padding": None})
+    )
+    if moved := [spelling for spelling, token_id in ids.items() if backend.token_to_id(aliases[spelling]) != token_id]:
+        raise ValueError(f"the tokenizer's ids of {', '.join(moved)} are not reproducible; save it anew and load that")
+    opening = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return Encoder(
+        tokenizer=tokenizer,
+        backend=backend,
+        controls=controls,
+        aliases=aliases,
+        pattern=re.compile("|".join(map(re.escape, controls)) or "(?!)"),
+        eos_id=eos_id,
+        bos_id=bos_id if isinstance(bos_id, int) else None,
+        adds_bos=isinstance(bos_id, int) and opening[:1] == [bos_id],
+    )
+
+
+def encode(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
+    """Encode a batch of texts; nothing is added, and only aliases become control tokens."""
+    return [encoding.ids for encoding in encoder.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def refuse_reserved(text: str) -> str:
+    """Return `text`, which must not contain the three noncharacters that mark control tokens here.
+
+    Raises:
+        ValueError: it does.
+    """
+    if found := _RESERVED.search(text):
+        raise ValueError(
+            f"the text contains the noncharacter U+{ord(found.group()):04X} at position {found.start()}, which marks "
+            "control tokens here; remove it from the data"
+        )
+    return text
+
+
+def protect(encoder: Encoder, text: str) -> str:
+    """Hide each control token's spelling in `text`, so that it passes through a template as text."""
+    return encoder.pattern.sub(
+        lambda found: f"{_HIDE}{encoder.controls.index(found.group())}{_HIDE}", refuse_reserved(text)
+    )
+
+
+def alias(encoder: Encoder, rendered: str) -> str:
+    """Turn the control tokens that a template wrote into aliases, and what `protect` hid back into text."""
+    written = encoder.pattern.sub(lambda found: encoder.aliases[found.group()], rendered)
+    return _HIDDEN.sub(lambda found: encoder.controls[int(found.group(1))], written)
+
+
+def _load(name_or_path: str | Path, path: Path) -> transformers.PreTrainedTokenizerBase:
+    if path.is_file():
+        return _from_file(path)
+    if path.is_dir():
+        found = sorted(entry.name for entry in path.iterdir())
+        if not any(name in found for name in _TOKENIZER_FILES):
+            raise ValueError(
+                f"the directory holds none of {', '.join(_TOKENIZER_FILES)}; it holds {', '.join(found) or 'nothing'}"
+            )
+        if "tokenizer.json" not in found and "tokenizer.model" in found:
+            return _from_sentencepiece(path)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) or path.suffix in (".json", ".model"):
+        raise ValueError("no such file or directory, and a hub name has the form owner/name")
+    return transformers.AutoTokenizer.from_pretrained(str(name_or_path), trust_remote_code=False)
+
+
+def _from_file(path: Path) -> transformers.PreTrainedTokenizerBase:
+    if path.suffix == ".json":
+        try:
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))
+        except Exception as error:  # the Rust library raises a bare Exception for a broken file
+            raise ValueError(f"not a tokenizer.json: {error}") from error
+    if path.suffix == ".model":
+        return _order_merges(transformers.LlamaTokenizer.from_pretrained(str(path), add_bos_token=True), path)
+    raise ValueError("a tokenizer file is a tokenizer.json or a SentencePiece .model")
+
+
+def _from_sentencepiece(path: Path) -> transformers.PreTrainedTokenizerBase:
+    """A directory with a `tokenizer.model` and no `tokenizer.json`, read with the settings beside it.
+
+    Without settings AutoTokenizer drops the prefix space ("Hi" becomes another token), and with settings that do not
+    say `add_bos_token` it drops BOS, which these models were trained with (seen in transformers 5.23).
+    """
+    model, config = path / "tokenizer.model", path / "tokenizer_config.json"
+    if not config.exists():
+        return _from_file(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if not isinstance(tokenizer, transformers.LlamaTokenizer):
+        return tokenizer
+    if "add_bos_token" not in json.loads(config.read_text("utf-8")):
+        tokenizer.add_bos_token = True
+    return _order_merges(tokenizer, model)
+
+
+def _order_merges(tokenizer: transformers.LlamaTokenizer, path: Path) -> transformers.LlamaTokenizer:
+    """Order the merges as SentencePiece does, by the score of the piece they make.
+
+    transformers 5.23 orders them by id. Mistral and Llama-2 give runs of spaces low ids and the lowest score, so there
+    59 % of the HH transcripts (those with two spaces somewhere) get other tokens than the model was trained with.
+    """
+    try:
+        model = sentencepiece.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+    except protobuf.DecodeError as error:
+        raise ValueError(f"not a SentencePiece model: {error}") from error
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        raise ValueError("the SentencePiece model is not a BPE; save a tokenizer.json beside it")
+    ids = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    normal = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
+    pairs = [
+        (-score, ids[whole], ids[left], ids[right], (left, right))
+        for whole, score in normal.items()
+        for cut in range(1, len(whole))
+        if (left := whole[:cut]) in normal and (right := whole[cut:]) in normal
+    ]
+    tokenizer.backend_tokenizer.model = tokenizers.models.BPE(
+        vocab=ids, merges=[pair[-1] for pair in sorted(pairs)], fuse_unk=True, byte_fallback=True
+    )
+    return tokenizer
+
+
+def _rename(model: dict, aliases: dict[str, str]) -> None:
+    """Rename control tokens inside the vocabulary, and drop the merges by which text could reach them."""
+    if model["type"] == "Unigram":
+        model["vocab"] = [[aliases.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {aliases.get(piece, piece): index for piece, index in model["vocab"].items()}
+    if model.get("unk_token") in aliases:
+        model["unk_token"] = aliases[model["unk_token"]]
+    if model.get("merges"):
+        joined = ("".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in model["merges"])
+        model["merges"] = [
+            merge
+            for merge, piece in zip(model["merges"], joined, strict=True)
+            if piece not in aliases and not _BYTE_PIECE.fullmatch(piece)
+        ]
+
+
+def _template_text(chat_template: str) -> str:
+    if chat_template in templates.CHAT_TEMPLATES:
+        return templates.CHAT_TEMPLATES[chat_template]
+    text = chat_template
+    if "{" not in text:
+        path = Path(chat_template).expanduser()
+        if not path.is_file():
+            raise ValueError(
+                f"chat_template {chat_template!r} is no file, no Jinja text, and not one of "
+                f"{', '.join(templates.CHAT_TEMPLATES)}"
+            )
+        text = path.read_text("utf-8")
+    return text
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"chat_template is broken Jinja at its line {error.lineno}: {error.message}") from error
+    except jinja2.TemplateError:
+        pass  # sound Jinja that refuses this conversation; the real ones will tell
+
+
+def _no_eos(name: str | Path) -> str:
+    return (
+        f"the tokenizer {str(name)!r} names no EOS token, so no response could be taught to end; add "
+        '"eos_token" to its tokenizer_config.json or pass eos_token="<|endoftext|>" (or what ends a text there)'
+    )

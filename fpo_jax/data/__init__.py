@@ -1,0 +1,39 @@
+"""Records -> prepared token rows -> batches. NumPy on the host; no JAX arrays, no torch.
+
+sources      files, saved data sets and hub names -> rows
+records      rows of a named format -> `Records`
+transcripts  HH-RLHF transcripts -> prompt and two responses
+prepared     records -> `Prepared` (flat token storage) with an `Audit` of everything cut, dropped or odd
+audit        what the audit counts, as text and as JSON
+batches      order of the groups, resumable cursor, static shapes -> `shapes.Batch`
+"""
+
+from fpo_jax.data.audit import Audit
+from fpo_jax.data.batches import (
+    Schedule,
+    batch_at,
+    batch_shapes,
+    group_ids,
+    order,
+    schedule,
+    sequential_batches,
+)
+from fpo_jax.data.prepared import Prepared, masked_sample, prepare
+from fpo_jax.data.records import Record, Records, read
+
+__all__ = [
+    "Audit",
+    "Prepared",
+    "Record",
+    "Records",
+    "Schedule",
+    "batch_at",
+    "batch_shapes",
+    "group_ids",
+    "masked_sample",
+    "order",
+    "prepare",
+    "read",
+    "schedule",
+    "sequential_batches",
+]

@@ -1,0 +1,218 @@
+"""The audit of a prepared data set: what was read, dropped, cut or odd, as text for a terminal and as JSON.
+
+What flows in: the prepared rows and what `prepare` noticed while building them. What flows out: an `Audit`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fpo_jax import chat
+
+if TYPE_CHECKING:
+    from fpo_jax.data.prepared import Prepared
+
+_EXAMPLES = 4  # sources named per reason in the text; the JSON has them all
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+class Lengths(NamedTuple):
+    """Distribution of a length in tokens."""
+
+    least: int
+    median: float
+    p90: float
+    p99: float
+    most: int
+    edges: tuple[int, ...]  # bin i counts edges[i] <= length < edges[i+1]; the last bin has no end
+    counts: tuple[int, ...]
+
+
+class Bucket(NamedTuple):
+    """Groups whose longest row needs this row length, each padded to it alone."""
+
+    length: int
+    groups: int
+    padding: float  # share of the positions that hold no token, 0 to 1
+
+
+class Audit(NamedTuple):
+    """What became of the rows of a data set; counts are exact."""
+
+    rule: str
+    rows_read: int
+    groups_formed: int  # before the groups in `dropped` were taken out
+    groups: int
+    group_size: int
+    tokens: int
+    scored_tokens: int
+    largest_token_id: int
+    dropped: dict[str, tuple[str, ...]]  # reason -> where; rows by the reader, groups by `prepare`
+    noted: dict[str, tuple[str, ...]]  # odd, dropped or not
+    prompts_cut: int  # groups
+    responses_cut: int  # rows, which lost their EOS
+    missing_eos: int  # rows that do not end in EOS
+    missing_eos_unexplained: int  # of those, rows that were not cut
+    merged: int  # rows in which a token straddles prompt and response
+    double_bos: int  # rows with more than one BOS
+    no_bos: int  # rows without, where the tokenizer opens texts with BOS: their prompts lost it
+    ties: int  # groups whose highest reward is shared
+    pad: str  # which id fills, and why
+    lengths: dict[str, Lengths]  # prompt, response, row
+    buckets: tuple[Bucket, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for `json.dumps`."""
+        return self._asdict() | {
+            "dropped": {reason: list(sources) for reason, sources in self.dropped.items()},
+            "noted": {reason: list(sources) for reason, sources in self.noted.items()},
+            "lengths": {name: lengths._asdict() for name, lengths in self.lengths.items()},
+            "buckets": [bucket._asdict() for bucket in self.buckets],
+        }
+
+    def text(self) -> str:
+        """Compact table for a terminal."""
+        lines = [
+            f"data audit, rule {self.rule}: {self.rows_read:,} rows read, {self.groups:,} groups of {self.group_size} "
+            f"kept, {self.tokens:,} tokens, {self.scored_tokens:,} scored"
+        ]
+        lines += [_reason("dropped", name, sources) for name, sources in self.dropped.items()]
+        lines += [_reason("noted", name, sources) for name, sources in self.noted.items()]
+        for name, count, unit in (
+            ("prompts cut", self.prompts_cut, f"of {self.groups:,} groups"),
+            ("responses cut", self.responses_cut, f"of {self.groups * self.group_size:,} rows"),
+            ("missing EOS", self.missing_eos, f"rows, {self.missing_eos_unexplained} of them not cut"),
+            ("boundary merges", self.merged, "rows, the token across the boundary is scored"),
+            ("double BOS", self.double_bos, "rows"),
+            ("lost BOS", self.no_bos, "rows, with the start of their prompts"),
+            ("reward ties", self.ties, "groups"),
+        ):
+            lines.append(f"  {name:<16}{count:>9,}  {unit}")
+        lines.append(f"  {'pad':<16}{self.pad}")
+        lines.append(
+            f"  {'tokens':<16}{'min':>9}{'median':>8}{'p90':>7}{'p99':>7}{'max':>7}  from {_edges(self.lengths)}"
+        )
+        for name, length in self.lengths.items():
+            lines.append(
+                f"  {name:<16}{length.least:>9}{length.median:>8.0f}{length.p90:>7.0f}{length.p99:>7.0f}"
+                f"{length.most:>7}  {_bars(length.counts)}"
+            )
+        lines += [
+            f"  {f'T = {bucket.length}':<16}{bucket.groups:>9,}  groups, {bucket.padding:.1%} padding"
+            for bucket in self.buckets
+        ]
+        return "\n".join(lines)
+
+
+def audit(
+    prepared: "Prepared",
+    facts_N4: np.ndarray,
+    encoder: chat.Encoder,
+    *,
+    rule: str,
+    rows_read: int,
+    groups_formed: int,
+    dropped: Mapping[str, Sequence[str]],
+    noted: Mapping[str, Sequence[str]],
+    buckets: Sequence[int],
+) -> Audit:
+    """Count everything worth knowing about prepared rows.
+
+    Args:
+        prepared: the rows.
+        facts_N4: int, per row: prompt length, prompt tokens cut, response tokens cut, merged.
+        encoder: of the tokenizer they were made with.
+        rule: `raw` or `chat`.
+        rows_read: rows the reader saw.
+        groups_formed: groups before any was dropped by `prepare`.
+        dropped: reason -> sources.
+        noted: reason -> sources of rows that are odd, dropped or not.
+        buckets: row lengths for the padding share.
+    """
+    shape_BK = prepared.rewards_BK.shape
+    prompt_cut_N, response_cut_N, merged_N = facts_N4[:, 1], facts_N4[:, 2], facts_N4[:, 3]
+    ends_N = prepared.starts_N + prepared.lengths_N
+    no_eos_N = prepared.tokens_S[ends_N - 1] != encoder.eos_id
+    bos_N = _bos_counts(prepared, encoder)
+    scored_N = prepared.lengths_N - prepared.prompt_lengths_N
+    return Audit(
+        rule=rule,
+        rows_read=rows_read,
+        groups_formed=groups_formed,
+        groups=prepared.groups,
+        group_size=prepared.group_size,
+        tokens=int(prepared.lengths_N.sum()),
+        scored_tokens=int(scored_N.sum()),
+        largest_token_id=int(prepared.tokens_S.max()),
+        dropped={reason: tuple(sources) for reason, sources in dropped.items()},
+        noted={reason: tuple(sources) for reason, sources in noted.items()},
+        prompts_cut=int((prompt_cut_N.reshape(shape_BK) > 0).any(axis=1).sum()),
+        responses_cut=int((response_cut_N > 0).sum()),
+        missing_eos=int(no_eos_N.sum()),
+        missing_eos_unexplained=int((no_eos_N & (response_cut_N == 0)).sum()),
+        merged=int(merged_N.sum()),
+        double_bos=int((bos_N > 1).sum()),
+        no_bos=int((bos_N == 0).sum()) if encoder.adds_bos else 0,
+        ties=int(((prepared.rewards_BK == prepared.rewards_BK.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum()),
+        pad=_pad_note(prepared.pad_id, encoder),
+        lengths={
+            "prompt": _lengths(prepared.prompt_lengths_N),
+            "response": _lengths(scored_N),
+            "row": _lengths(prepared.lengths_N),
+        },
+        buckets=_buckets(prepared.lengths_N.reshape(shape_BK), buckets),
+    )
+
+
+def _bos_counts(prepared: "Prepared", encoder: chat.Encoder) -> np.ndarray:
+    """BOS tokens per row; ones where BOS is also EOS and cannot be told from it."""
+    if encoder.bos_id is None or encoder.bos_id == encoder.eos_id:
+        return np.ones_like(prepared.lengths_N)
+    return np.add.reduceat((prepared.tokens_S == encoder.bos_id).astype(np.int32), prepared.starts_N)
+
+
+def _pad_note(pad_id: int, encoder: chat.Encoder) -> str:
+    same = " = EOS" if pad_id == encoder.eos_id else ""
+    why = "" if encoder.tokenizer.pad_token_id == pad_id else " as the model knows no pad token"
+    return f"id {pad_id}{same}{why}; filler only: masks come from lengths, EOS is scored"
+
+
+def _lengths(lengths_N: np.ndarray) -> Lengths:
+    edges = tuple(2**power for power in range(3, 15))
+    bins_N = np.searchsorted(edges, lengths_N, side="right")
+    p50, p90, p99 = (float(value) for value in np.percentile(lengths_N, [50, 90, 99]))
+    counts = np.bincount(bins_N, minlength=len(edges) + 1)
+    return Lengths(
+        int(lengths_N.min()), p50, p90, p99, int(lengths_N.max()), (0, *edges), tuple(int(count) for count in counts)
+    )
+
+
+def _buckets(lengths_BK: np.ndarray, buckets: Sequence[int]) -> tuple[Bucket, ...]:
+    bounds = sorted(set(buckets))
+    longest_B = lengths_BK.max(axis=1)
+    which_B = np.searchsorted(bounds, longest_B)
+    found = []
+    for index, bound in enumerate(bounds):
+        inside = lengths_BK[which_B == index]
+        found.append(Bucket(bound, len(inside), 1 - int(inside.sum()) / (inside.size * bound) if inside.size else 0.0))
+    return tuple(found)
+
+
+def _reason(kind: str, name: str, sources: Sequence[str]) -> str:
+    shown = []
+    for place, before in zip(sources[:_EXAMPLES], ("", *sources), strict=False):
+        same_file = ":" in place and place.rpartition(":")[0] == before.rpartition(":")[0]
+        shown.append(place.rpartition(":")[2] if same_file else place.rpartition("/")[2])
+    more = ", ..." if len(sources) > _EXAMPLES else ""
+    return f"  {kind:<8}{len(sources):>17,}  {name}: {', '.join(shown)}{more}"
+
+
+def _edges(lengths: Mapping[str, Lengths]) -> str:
+    edges = next(iter(lengths.values())).edges
+    return f"0, {edges[1]}, {edges[2]}, ... {edges[-1]} (doubling)"
+
+
+def _bars(counts: Sequence[int]) -> str:
+    most = max(counts)
+    return "".join(_BARS[-(-8 * count // most)] for count in counts)

@@ -1,0 +1,257 @@
+r"""Preference records from local files, saved data sets or the hub.
+
+What flows in: a source and the name of its format. What flows out: `Records`, each with its prompt, its K responses,
+their rewards and the file and line it came from, beside a list of what was dropped and why.
+
+    hh          columns chosen, rejected: whole transcripts ("\n\nHuman: ...\n\nAssistant: ...")
+    chat_pairs  columns chosen, rejected (and prompt, unused): message lists; the last turn is the response
+    json        columns prompt, chosen, rejected, or prompt, completions, rewards: texts or messages
+
+A file is JSON Lines or one JSON list, gzipped or not. Readers judge form only; what is empty, identical or too long is
+the business of `prepare`.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from fpo_jax.data import sources, transcripts
+from fpo_jax.data.sources import BadRow
+
+Message = dict[str, str]
+
+MAX_PROBLEMS = 10  # bad rows named before giving up
+MAX_BAD_FRACTION = 0.001  # of the rows read; more than this is a wrong format, not damage
+
+
+class Record(NamedTuple):
+    """One prompt with its candidate responses."""
+
+    prompt: str | list[Message]
+    responses: Sequence[str | Message]
+    rewards: Sequence[float]  # one per response; a preference pair carries [1, 0]
+    source: str  # "file:line" or "name[index]", for every message about this record
+
+
+class Records(NamedTuple):
+    """What a reader made of a source: the records, and the rows it dropped or remarked on, by reason."""
+
+    rows: Sequence[Record]
+    dropped: Mapping[str, Sequence[str]] = MappingProxyType({})  # reason -> sources
+    noted: Mapping[str, Sequence[str]] = MappingProxyType({})  # odd, dropped or not
+
+
+def read(
+    source: str | Path,
+    *,
+    format: str,
+    split: str | None = None,
+    hh_split: str = "last_turn",
+    on_bad_row: str = "error",
+    start: int = 0,
+    stop: int | None = None,
+    data_dir: str | None = None,
+    revision: str | None = None,
+) -> Records:
+    """Read preference records.
+
+    Args:
+        source: a file; a directory (its files `*.json`, `*.jsonl`, gzipped or not, in the order of their names, or
+            what `datasets.save_to_disk` wrote); or a hub name `owner/name`. A path that does not exist is an error.
+        format: `hh`, `chat_pairs` or `json`.
+        split: of a hub name or saved data set; in a directory, the files named `split.*` or `split-*`.
+        hh_split: `last_turn` or `first_difference` (see `transcripts`); for format `hh` only.
+        on_bad_row: `error` stops, naming the first ten; `skip` drops and counts them, up to one in a thousand
+            (a single one always).
+        start: first row to use, counted from 0 over the whole source.
+        stop: row before which to end; None = all.
+        data_dir: folder inside the hub repository ("helpful-base").
+        revision: commit of the hub repository; pin it for a run that must be repeatable.
+
+    Returns:
+        The records in the order of the source.
+
+    Raises:
+        ValueError: no such source, a damaged file, bad rows (each as "file:line: fact"), no rows at all.
+    """
+    sources.check_choice("format", format, list(_PARSERS))
+    sources.check_choice("hh_split", hh_split, list(transcripts.SPLITS))
+    sources.check_choice("on_bad_row", on_bad_row, ["error", "skip"])
+    if format != "hh" and hh_split != "last_turn":
+        raise ValueError(f"hh_split={hh_split!r} applies to format='hh' only, and format is {format!r}; leave it out")
+    if start < 0 or (stop is not None and stop <= start):
+        raise ValueError(f"start={start}, stop={stop} selects no rows; need 0 <= start < stop")
+    parse = _PARSERS[format]
+    rows: list[Record] = []
+    dropped: dict[str, list[str]] = {}
+    noted: dict[str, list[str]] = {}
+    problems: list[str] = []
+    count = 0
+    for where, row in itertools.islice(
+        sources.rows(str(source), split=split, data_dir=data_dir, revision=revision), start, stop
+    ):
+        count += 1
+        try:
+            found = parse(_columns(row), hh_split)
+        except BadRow as problem:
+            problems.append(f"{where}: {problem}")
+            dropped.setdefault("bad_row", []).append(where)
+            if on_bad_row == "error" and len(problems) == MAX_PROBLEMS:
+                break
+            continue
+        if found.note:
+            noted.setdefault(found.note, []).append(where)
+        if isinstance(found, transcripts.Dropped):
+            dropped.setdefault(found.reason, []).append(where)
+        else:
+            rows.append(Record(found.prompt, found.responses, found.rewards, where))
+    _check_problems(problems, count, on_bad_row)
+    if count == 0:
+        raise ValueError(f"{source}: no rows" + (f" from row {start} on" if start else ""))
+    return Records(rows, dropped, noted)
+
+
+class _Parsed(NamedTuple):
+    prompt: str | list[Message]
+    responses: Sequence[str | Message]
+    rewards: Sequence[float]
+    note: str = ""
+
+
+def _parse_hh(row: dict[str, Any], hh_split: str) -> _Parsed | transcripts.Dropped:
+    _want(row, "chosen", "rejected")
+    chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
+    try:
+        pair = transcripts.SPLITS[hh_split](chosen, rejected)
+    except ValueError as error:
+        raise BadRow(str(error)) from error
+    note = "odd_turns" if transcripts.has_odd_turns(chosen) or transcripts.has_odd_turns(rejected) else ""
+    if isinstance(pair, transcripts.Dropped):
+        return pair._replace(note=note)
+    return _Parsed(pair.prompt, [pair.chosen, pair.rejected], [1.0, 0.0], note)
+
+
+def _parse_chat_pairs(row: dict[str, Any], _: str) -> _Parsed | transcripts.Dropped:
+    _want(row, "chosen", "rejected")
+    chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise BadRow(f"{name} must be a prompt and one assistant turn last, but its turns are {roles}")
+    if chosen[:-1] != rejected[:-1]:
+        return transcripts.Dropped("prompts_differ")
+    return _Parsed(chosen[:-1], [chosen[-1], rejected[-1]], [1.0, 0.0])
+
+
+def _parse_json(row: dict[str, Any], _: str) -> _Parsed:
+    if "completions" in row or "rewards" in row:
+        _want(row, "prompt", "completions", "rewards")
+        responses, rewards = row["completions"], row["rewards"]
+        if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
+            raise BadRow("completions and rewards must be lists of one length")
+        if len(responses) < 2:
+            raise BadRow(f"{len(responses)} completions; a group needs at least 2")
+    else:
+        _want(row, "prompt", "chosen", "rejected")
+        responses, rewards = [row["chosen"], row["rejected"]], [1.0, 0.0]
+    prompt = row["prompt"]
+    prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
+    read_responses = [_response(response, prompt, index) for index, response in enumerate(responses)]
+    if len({type(response) for response in read_responses}) > 1:
+        raise BadRow("some responses are texts and some are messages")
+    return _Parsed(prompt, read_responses, [_reward(reward, index) for index, reward in enumerate(rewards)])
+
+
+_PARSERS: dict[str, Callable[[dict[str, Any], str], _Parsed | transcripts.Dropped]] = {
+    "hh": _parse_hh,
+    "chat_pairs": _parse_chat_pairs,
+    "json": _parse_json,
+}
+
+
+def _columns(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise BadRow(f"a row must be a JSON object, not {_kind(row)}")
+    return row
+
+
+def _want(row: dict[str, Any], *names: str) -> None:
+    if missing := [name for name in names if row.get(name) is None]:
+        raise BadRow(
+            f"missing or null: {', '.join(missing)}; wanted {', '.join(names)}; found {', '.join(row) or 'none'}"
+        )
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{name} must be a text, not {_kind(value)}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(f"{name} holds half a surrogate pair at character {error.start + 1}") from error
+    return value
+
+
+def _messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{name} must be a list of messages, not {_kind(value)}")
+    return [_message(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
+
+
+def _message(turn: Any, name: str) -> Message:
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        keys = f" with the keys {', '.join(turn)}" if isinstance(turn, dict) else ""
+        raise BadRow(f"{name} must be an object with role and content, not {_kind(turn)}{keys}")
+    if extra := [key for key, field in turn.items() if key not in ("role", "content") and field is not None]:
+        raise BadRow(f"{name} carries {', '.join(extra)}, which no template here would show; drop it first")
+    return {key: _text(turn[key], f"{name}.{key}") for key in ("role", "content")}
+
+
+def _response(value: Any, prompt: str | list[Message], index: int) -> str | Message:
+    """A response is a text, an assistant message, or a conversation that ends in one."""
+    name = f"response {index}"
+    if isinstance(value, str):
+        return _text(value, name)
+    turns = _messages(value if isinstance(value, list) else [value], name)
+    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if len(turns) > 1 and turns[:-1] != opening:
+        raise BadRow(f"{name} is a conversation that does not begin with the prompt")
+    if turns[-1]["role"] != "assistant":
+        raise BadRow(f"{name} must be an assistant turn, not one of role {turns[-1]['role']!r}")
+    return turns[-1]
+
+
+def _reward(value: Any, index: int) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"reward {index} must be a number, not {_kind(value)}")
+    if not math.isfinite(value):
+        raise BadRow(f"reward {index} is {value}; rewards must be finite")
+    return float(value)
+
+
+def _check_problems(problems: list[str], count: int, on_bad_row: str) -> None:
+    many = len(problems) > max(1, MAX_BAD_FRACTION * count)
+    if not problems or (on_bad_row == "skip" and not many):
+        return
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    head = (
+        f"{len(problems)} of the first {count} rows are bad"
+        if on_bad_row == "error"
+        else (f"{len(problems)} of {count} rows are bad, and on_bad_row='skip' allows {MAX_BAD_FRACTION:.1%}")
+    )
+    raise ValueError("\n  ".join([f"{head}:", *problems[:MAX_PROBLEMS]]))
+
+
+def _kind(value: Any) -> str:
+    """Name what a value is; a fault found while parsing speaks for itself."""
+    if isinstance(value, BadRow):
+        raise value
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    return names.get(type(value), "a number")

@@ -1,0 +1,159 @@
+"""Rows from wherever they lie: a file, a directory, a saved data set, the hub.
+
+What flows in: a source as the user wrote it. What flows out: (place, row) pairs, the place being "file:line" or
+"name[index]". A row that cannot be parsed comes out as the `BadRow` that says why; a source that cannot be read on is a
+ValueError. A line ends at LF, never at U+2028, and what a file holds is told by its first characters.
+"""
+
+import codecs
+import gzip
+import itertools
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+_ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_DATA_SUFFIX = re.compile(r"\.(jsonl?|gz|csv|tsv|txt|parquet|arrow|zip|zst|bz2|xz)$")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class BadRow(ValueError):
+    """A row that is not what its format says; `read` adds the file and line.
+
+    A fault inside JSON stands as a value of this type where the faulty value would be, so that it is reported with its
+    own row, and only if that value is used.
+    """
+
+    def __init__(self, fact: str, line: int = 1):
+        super().__init__(fact)
+        self.line = line  # within the text that was parsed, from 1
+
+
+def rows(source: str, *, split: str | None, data_dir: str | None, revision: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) from whatever `source` is; see `records.read` for the arguments.
+
+    Raises:
+        ValueError: nothing there, a damaged gzip stream or JSON list, an option that does not apply to the source.
+    """
+    path = Path(source).expanduser()
+    if path.exists() and (data_dir or revision):
+        raise ValueError(f"data_dir and revision apply to hub data sets only, and {source!r} is local; leave them out")
+    if path.is_dir():
+        saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+        yield from _saved_rows(path, split) if saved else _directory_rows(path, split)
+    elif path.exists():
+        if split:
+            raise ValueError(f"split={split!r} applies to directories and hub data sets, and {source!r} is one file")
+        yield from _file_rows(path)
+    elif _HUB_NAME.fullmatch(source) and not _DATA_SUFFIX.search(source) and not source.startswith("."):
+        yield from _hub_rows(source, split, data_dir, revision)
+    else:
+        raise ValueError(f"no file or directory {source!r} (a hub data set is named owner/name)")
+
+
+def _directory_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
+    names = sorted(entry.name for entry in path.iterdir() if entry.is_file() and entry.name.endswith(_ROW_FILES))
+    chosen = [name for name in names if not split or re.match(rf"{re.escape(split)}[.-]", name)]
+    if not chosen:
+        what = f"{split}.* or {split}-* among its {_ROW_FILES}" if split else f"{_ROW_FILES}"
+        raise ValueError(f"the directory {str(path)!r} has no file {what}; it has {', '.join(names) or 'none'}")
+    for name in chosen:
+        yield from _file_rows(path / name)
+
+
+def _saved_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
+    import datasets  # a second to import, and most sources are files
+
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, datasets.DatasetDict):
+        check_choice("split", split or "", [str(name) for name in saved])
+        saved = saved[split or ""]
+    elif split:
+        raise ValueError(f"split={split!r}, but the data set saved in {str(path)!r} has no splits; leave it out")
+    yield from ((f"{path}[{index}]", row) for index, row in enumerate(saved))
+
+
+def _hub_rows(name: str, split: str | None, data_dir: str | None, revision: str | None) -> Iterator[tuple[str, Any]]:
+    import datasets
+
+    if not split:
+        raise ValueError(f"the hub data set {name!r} needs a split, for example split='train'")
+    try:
+        table = datasets.load_dataset(name, split=split, data_dir=data_dir, revision=revision)
+    except Exception as error:  # the library raises a dozen types here, from DNS to a missing split
+        cause = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"there is no local path {name!r}, and the hub data set of that name cannot be loaded ({split!r}): {cause}"
+        ) from error
+    yield from ((f"{name}[{index}]", row) for index, row in enumerate(table))
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) of a JSON list or of JSON Lines, whichever the first character says."""
+    lines = _lines(path)
+    first = next(((number, line) for number, line in lines if line.strip()), None)
+    if first is None:
+        return
+    number, line = first
+    if line.lstrip().startswith(b"["):
+        whole = _loads(b"".join([line, *(line for _, line in lines)]))
+        if isinstance(whole, BadRow):
+            raise ValueError(f"{path}:{number + whole.line - 1}: {whole}")
+        yield from ((f"{path}[{index}]", row) for index, row in enumerate(whole))
+        return
+    for number, line in itertools.chain([first], lines):
+        if line.strip():
+            yield f"{path}:{number}", _loads(line.rstrip(b"\r\n"))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    with path.open("rb") as plain:
+        gzipped = path.suffix == ".gz" or plain.peek(2)[:2] == b"\x1f\x8b"
+        stream = gzip.GzipFile(fileobj=plain) if gzipped else plain
+        try:
+            for number, line in enumerate(stream, 1):
+                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(
+                f"{path}:{number + 1}: the gzip stream is cut or damaged after {number} whole lines ({error}); "
+                "fetch the file again"
+            ) from error
+
+
+def _loads(text: bytes) -> Any:
+    """Parse JSON, or return (not raise) the BadRow that says why it cannot be."""
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        line, column = text.count(b"\n", 0, error.start), error.start - text.rfind(b"\n", 0, error.start)
+        return BadRow(f"not UTF-8: byte 0x{text[error.start]:02x} at byte {column} of the line", line + 1)
+    except json.JSONDecodeError as error:
+        return BadRow(f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}", error.lineno)
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, lists nested thousands deep
+        return BadRow(f"broken JSON: {error}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRow:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    keys = [key for key, _ in pairs]
+    return BadRow(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+
+
+def _constant(name: str) -> BadRow:
+    return BadRow(f"{name} is not JSON")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse a name outside `choices`, listing them.
+
+    Raises:
+        ValueError: `value` is none of `choices`.
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
