@@ -1,0 +1,298 @@
+"""Response log-probs: which positions count, what masked ones may hold, and how the implementation is chosen."""
+
+import doctest
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fpo_jax import logps
+from tests import jaxpr_tools, tolerances
+
+N, T, R, D, V = 3, 7, 4, 8, 11
+
+#  row 0:  P P P a b c .      three scored: the token at 2 predicts a, 3 predicts b, 4 predicts c
+#  row 1:  P a b P P c d      a turn of the user between two answers
+#  row 2:  P P . . . . .      nothing scored
+PREDICTORS_NR = np.array([[2, 3, 4, 0], [0, 1, 4, 5], [0, 0, 0, 0]], np.int32)
+SCORED_NR = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]], bool)
+TARGETS_NR = np.array([[7, 0, 10, 0], [3, 3, 9, 1], [0, 0, 0, 0]], np.int32)
+
+
+def inputs(dtype="float32"):
+    rng = np.random.default_rng(0)
+    hidden_NTD = rng.normal(size=(N, T, D)).astype(np.float32)
+    head_VD = rng.normal(size=(V, D)).astype(np.float32)
+    return jnp.asarray(hidden_NTD, dtype), jnp.asarray(head_VD, dtype)
+
+
+def oracle(hidden_NTD, head_VD, *, temperature=1.0, softcap=None, vocab_size=V):
+    """One scored position at a time in float64: (sum, count, mean raw logit) per row."""
+    hidden_NTD, head_VD = np.asarray(hidden_NTD, np.float64), np.asarray(head_VD, np.float64)[:vocab_size]
+    sums, means = np.zeros(N), np.zeros(N)
+    for n, r in zip(*np.nonzero(SCORED_NR), strict=True):
+        raw_V = head_VD @ hidden_NTD[n, PREDICTORS_NR[n, r]]
+        logits_V = (softcap * np.tanh(raw_V / softcap) if softcap else raw_V) / temperature
+        sums[n] += logits_V[TARGETS_NR[n, r]] - np.log(np.exp(logits_V).sum())
+        means[n] += raw_V.mean() / SCORED_NR[n].sum()
+    return sums, SCORED_NR.sum(1), means
+
+
+jitted = jax.jit(
+    logps.response_logps,
+    static_argnames=("temperature", "softcap", "vocab_size", "implementation", "workspace_bytes", "token_shards"),
+)
+
+
+def response_logps(hidden_NTD, head_VD, *, scored_NR=SCORED_NR, **options):
+    """The function under test, under jit, on the batch drawn above."""
+    return jitted(hidden_NTD, head_VD, PREDICTORS_NR, TARGETS_NR, scored_NR, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("temperature", "softcap", "implementation"))
+@functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
+def gradients(hidden_NTD, head_VD, predictors_NR=PREDICTORS_NR, targets_NR=TARGETS_NR, **options):
+    """Gradients of a weighted sum of the rows' log-probs, and the log-probs."""
+    result = logps.response_logps(hidden_NTD, head_VD, predictors_NR, targets_NR, SCORED_NR, **options)
+    return jnp.sum(result.sum_N * jnp.arange(1.0, N + 1)), result
+
+
+OPTIONS = [{}, {"temperature": 0.8}, {"softcap": 2.0}, {"temperature": 1.7, "softcap": 1.5}]
+
+
+@pytest.mark.parametrize("implementation", logps.IMPLEMENTATIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_drawn_batch_matches_float64(implementation, options):
+    hidden_NTD, head_VD = inputs()
+    result = response_logps(hidden_NTD, head_VD, implementation=implementation, **options)
+    sum_N, count_N, mean_logit_N = oracle(hidden_NTD, head_VD, **options)
+    np.testing.assert_allclose(result.sum_N, sum_N, rtol=tolerances.LOGPS)
+    np.testing.assert_array_equal(result.count_N, count_N)
+    assert result.sum_N.dtype == result.count_N.dtype == jnp.float32
+    if "softcap" in options:
+        assert result.mean_logit_N is None  # the mean of capped logits is not linear in the hidden state
+    else:
+        np.testing.assert_allclose(result.mean_logit_N, mean_logit_N, rtol=tolerances.LOGPS, atol=tolerances.LOGPS)
+
+
+@pytest.mark.parametrize("implementation", logps.IMPLEMENTATIONS)
+def test_gradient_matches_finite_differences_in_float64(implementation):
+    with jax.enable_x64(True):
+        hidden_NTD, head_VD = inputs("float64")
+        options = {"temperature": 0.8, "softcap": 2.0, "implementation": implementation}
+        grads, _ = gradients(hidden_NTD, head_VD, **options)
+        rng, step = np.random.default_rng(1), 1e-6
+        directions = [rng.normal(size=x.shape) for x in (hidden_NTD, head_VD)]
+
+        def value(sign):
+            moved = (x + sign * step * d for x, d in zip((hidden_NTD, head_VD), directions, strict=True))
+            return np.sum(oracle(*moved, temperature=0.8, softcap=2.0)[0] * np.arange(1.0, N + 1))
+
+        slope = sum(np.sum(np.asarray(g) * d) for g, d in zip(grads, directions, strict=True))
+        np.testing.assert_allclose(slope, (value(1) - value(-1)) / (2 * step), rtol=tolerances.FINITE_DIFFERENCE)
+
+
+@pytest.mark.parametrize("implementation", logps.IMPLEMENTATIONS)
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30], ids=str)
+def test_what_is_not_scored_may_hold_anything(implementation, garbage):
+    """Outside the mask, hidden states, predictors and targets change no bit of value or gradient."""
+    read_NT = np.zeros((N, T), bool)
+    read_NT[np.nonzero(SCORED_NR)[0], PREDICTORS_NR[SCORED_NR]] = True
+    hidden_NTD, head_VD = inputs()
+    dirty_NTD = jnp.where(read_NT[:, :, None], hidden_NTD, garbage)
+    dirty_predictors_NR = np.where(SCORED_NR, PREDICTORS_NR, 6)  # in rows 0 and 2, a position full of garbage
+    dirty_targets_NR = np.where(SCORED_NR, TARGETS_NR, -100)
+
+    clean = gradients(hidden_NTD, head_VD, PREDICTORS_NR, TARGETS_NR, implementation=implementation)
+    dirty = gradients(dirty_NTD, head_VD, dirty_predictors_NR, dirty_targets_NR, implementation=implementation)
+    for ours, theirs in zip(jax.tree.leaves(dirty), jax.tree.leaves(clean), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    dhidden_NTD = np.asarray(dirty[0][0])
+    np.testing.assert_array_equal(dhidden_NTD[~read_NT], 0)
+    assert (np.abs(dhidden_NTD)[read_NT].max(axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("implementation", logps.IMPLEMENTATIONS)
+def test_row_without_a_scored_position_is_zero(implementation):
+    result = response_logps(*inputs(), implementation=implementation)
+    assert [float(x[2]) for x in result] == [0, 0, 0]
+    nothing = response_logps(*inputs(), implementation=implementation, scored_NR=np.zeros((N, R), bool))
+    for field in nothing:
+        np.testing.assert_array_equal(field, 0)
+
+
+def test_padding_changes_nothing():
+    """More tokens, more scored positions and more head rows, all padding."""
+    hidden_NTD, head_VD = inputs()
+    expected = response_logps(hidden_NTD, head_VD)
+    pad_NR = ((0, 0), (0, 9))
+    padded = jitted(
+        jnp.pad(hidden_NTD, ((0, 0), (0, 6), (0, 0)), constant_values=5),
+        jnp.pad(head_VD, ((0, 200), (0, 0)), constant_values=3),
+        np.pad(PREDICTORS_NR, pad_NR),
+        np.pad(TARGETS_NR, pad_NR),
+        np.pad(SCORED_NR, pad_NR),
+        vocab_size=V,
+    )
+    for ours, theirs in zip(padded, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerances.LOGPS, atol=tolerances.LOGPS)
+
+
+def test_scored_target_or_predictor_out_of_range_is_nan():
+    hidden_NTD, head_VD = inputs()
+    for wrong in (
+        {"targets_NR": np.where(TARGETS_NR == 9, V, TARGETS_NR)},
+        {"predictors_NR": np.where(PREDICTORS_NR == 5, T, PREDICTORS_NR)},
+    ):
+        arrays = {"predictors_NR": PREDICTORS_NR, "targets_NR": TARGETS_NR, "scored_NR": SCORED_NR, **wrong}
+        sum_N = jitted(hidden_NTD, head_VD, **arrays).sum_N
+        np.testing.assert_array_equal(np.isnan(sum_N), [False, True, False])
+
+
+def test_kernels_get_zeros_and_legal_targets_where_not_scored(monkeypatch):
+    """A kernel may index the head by the target, so what is not scored must be in range before it."""
+    seen = []
+
+    def spy(hidden_ND, head_VD, targets_N, *, spec):
+        seen.append((np.asarray(hidden_ND), np.asarray(targets_N)))
+        return logps.reference.token_stats(hidden_ND, head_VD, targets_N, spec=spec)
+
+    monkeypatch.setitem(logps.IMPLEMENTATIONS, "reference", spy)
+    targets_NR = np.where(SCORED_NR, TARGETS_NR, -100)
+    logps.response_logps(*inputs(), PREDICTORS_NR, targets_NR, SCORED_NR, implementation="reference")
+    ((hidden_MD, targets_M),) = seen
+    np.testing.assert_array_equal(targets_M, TARGETS_NR.ravel())
+    np.testing.assert_array_equal(hidden_MD[~SCORED_NR.ravel()], 0)
+
+
+def test_mean_logit_carries_no_gradient():
+    def mean_logit(hidden_NTD, head_VD):
+        return jnp.sum(response_logps(hidden_NTD, head_VD).mean_logit_N)
+
+    for grad in jax.jit(jax.grad(mean_logit, (0, 1)))(*inputs()):
+        np.testing.assert_array_equal(grad, 0)
+
+
+def test_bfloat16_model_with_float32_master_head():
+    hidden_NTD, _ = inputs("bfloat16")
+    _, head_VD = inputs()
+    result = response_logps(hidden_NTD, head_VD)
+    expected_N, _, _ = oracle(hidden_NTD, head_VD.astype(jnp.bfloat16))
+    np.testing.assert_allclose(result.sum_N, expected_N, rtol=tolerances.LOGPS)
+    assert [g.dtype for g in gradients(hidden_NTD, head_VD)[0]] == [jnp.bfloat16, jnp.float32]
+
+
+def test_only_scored_positions_reach_the_head_and_no_logits_exist():
+    """Neither [N, T, V] nor [N, R, V], in the traced or the compiled program; the reference is the positive control."""
+    rng = np.random.default_rng(0)
+    rows, tokens, scored, width, vocab = 4, 40, 20, 16, 601
+    hidden_NTD = jnp.asarray(rng.normal(size=(rows, tokens, width)), jnp.float32)
+    head_VD = jnp.asarray(rng.normal(size=(vocab, width)), jnp.float32)
+    batch = np.tile(np.arange(scored, dtype=np.int32), (rows, 1)), np.ones((rows, scored), np.int32)
+
+    def loss(hidden_NTD, head_VD, implementation):
+        mask_NR = np.ones((rows, scored), bool)
+        result = logps.response_logps(hidden_NTD, head_VD, *batch, mask_NR, implementation=implementation)
+        return jnp.sum(result.sum_N), result.mean_logit_N
+
+    for implementation, has_logits in (("chunked", False), ("reference", True)):
+        function = functools.partial(loss, implementation=implementation)
+        grad = jax.value_and_grad(function, (0, 1), has_aux=True)
+        for find in (jaxpr_tools.arrays_in_jaxpr, jaxpr_tools.arrays_in_program):
+            found = find(grad, hidden_NTD, head_VD, elements=rows * scored * vocab)
+            assert bool(found) == has_logits, (implementation, found)
+            assert not find(grad, hidden_NTD, head_VD, elements=rows * tokens * vocab)
+
+
+def test_rows_sharded_over_eight_devices_equal_one():
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",), axis_types=(AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    hidden_NTD = jnp.asarray(rng.normal(size=(16, T, D)), jnp.float32)
+    _, head_VD = inputs()
+    predictors_NR = rng.integers(0, T, (16, R)).astype(np.int32)
+    targets_NR = rng.integers(0, V, (16, R)).astype(np.int32)
+    arrays = hidden_NTD, head_VD, predictors_NR, targets_NR, rng.random((16, R)) < 0.7
+
+    def total(*arrays, token_shards):
+        return jnp.sum(logps.response_logps(*arrays, token_shards=token_shards).sum_N)
+
+    def run(arrays, token_shards):
+        return jax.jit(jax.value_and_grad(functools.partial(total, token_shards=token_shards), (0, 1)))(*arrays)
+
+    rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    sharded = [jax.device_put(x, everywhere if x is head_VD else rows) for x in arrays]
+    for ours, theirs in zip(
+        jax.tree.leaves(run(sharded, token_shards=8)), jax.tree.leaves(run(arrays, token_shards=1)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=tolerances.LOGPS, atol=tolerances.LOGPS)
+
+
+SHAPES = logps.HeadShapes(tokens=4096, width=512, vocab=32000)
+HERE = {"platform": "cpu", "jax_version": "0.10.2", "shapes": SHAPES, "dtype": "float32"}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_choice_is_pure_and_gives_its_reason(platform):
+    here = {**HERE, "platform": platform}
+    assert logps.choose(**here, requested="auto").implementation == "chunked"
+    assert platform in logps.choose(**here, requested="auto").reason
+    assert logps.choose(**here, requested="chunked") == logps.Choice("chunked", "requested")
+    dense = logps.choose(**here, requested="reference")
+    assert dense == logps.Choice("reference", "requested: holds 500.0 MiB of logits (4096 tokens x 32000 entries)")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"requested": "chunkd"}, "'chunkd' is unknown; use one of auto, reference, chunked; did you mean 'chunked'"),
+        ({"requested": "zzz"}, "'zzz' is unknown; use one of auto, reference, chunked$"),
+        ({"dtype": "float16"}, "hidden states in float16 are not supported; compute the model in one of bfloat16"),
+        ({"jax_version": "0.9.10"}, "jax 0.9.10 is below 0.10.2, the oldest tested; install jax>=0.10.2"),
+    ],
+    ids=str,
+)
+def test_choice_refuses_what_it_cannot_run(change, message):
+    with pytest.raises(ValueError, match=message):
+        logps.choose(**{**HERE, "requested": "auto", **change})
+
+
+@pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1", "0.13.0rc1", "1.0.0.dev20990101"])
+def test_newer_versions_are_accepted(version):
+    assert logps.choose(**{**HERE, "jax_version": version}, requested="auto").implementation == "chunked"
+
+
+def test_explain_names_blocks_and_memory():
+    text = logps.explain(**HERE)
+    assert "log-probs: chunked (auto on cpu" in text
+    assert "4096 tokens x 32000 vocabulary entries x 512 wide, float32 operands, float32 accumulation" in text
+    assert "4 blocks of 8064 head rows x 1 of 4096 tokens per device: 252.0 MiB of workspace (limit 256.0 MiB)" in text
+    assert "dense float32 logits, which are never held: 500.0 MiB" in text
+    assert "held in full: 500.0 MiB" in logps.explain(**HERE, requested="reference")
+    changes = {"vocab_size": 31000, "workspace_bytes": 2**24, "token_shards": 2}
+    for option, value in changes.items():
+        assert logps.explain(**HERE, **{option: value}) != text, option
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0 is not > 0; use 1.0"),
+        ({"temperature": float("nan")}, "temperature=nan is not > 0"),
+        ({"softcap": 0.0}, "softcap=0.0"),
+        ({"vocab_size": V + 1}, "vocab_size=12 is above the 11 rows of the head"),
+        ({"implementation": "pallas"}, "implementation 'pallas' is unknown"),
+        ({"workspace_bytes": 1}, "workspace_bytes=1 is below 1048576"),
+        ({"token_shards": 0}, "token_shards=0 is below 1"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        response_logps(*inputs(), **options)
+
+
+def test_doctests():
+    assert doctest.testmod(logps).failed == 0
