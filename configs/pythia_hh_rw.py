@@ -14,8 +14,8 @@ def get_config():
     """Return the locked configuration."""
     c = pythia_hh_pref.get_config()
     c.data.format = "json"
-    c.data.hh_split, c.data.subfolder = "last_turn", None
-    c.data.train_split = c.data.eval_split = None
+    c.data.hh_split, c.data.subfolder = "last_turn", ""
+    c.data.train_split = c.data.eval_split = ""
     c.data.train = "data/hh_rw/train.json"
     c.data.eval = "data/hh_rw/test.json"
     c.data.group_size = 4

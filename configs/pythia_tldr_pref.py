@@ -14,8 +14,8 @@ def get_config():
     """Return the locked configuration."""
     c = pythia_hh_pref.get_config()
     c.data.format = "json"
-    c.data.hh_split, c.data.subfolder = "last_turn", None
-    c.data.train_split = c.data.eval_split = None
+    c.data.hh_split, c.data.subfolder = "last_turn", ""
+    c.data.train_split = c.data.eval_split = ""
     c.data.train = "data/tldr/train.json"
     c.data.eval = "data/tldr/test.json"
     c.data.max_length = 650

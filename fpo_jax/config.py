@@ -2,7 +2,7 @@
 
 `default()` returns the locked ConfigDict; a key that is not here is an error, and so is a value of another type.
 `problems()` lists everything wrong with a config, each with the nearest legal value, without touching a device.
-A knob whose default is None is unset; setting a loss option that the chosen loss does not use is an error.
+A knob whose default is None or "" is unset; setting a loss option that the chosen loss does not use is an error.
 """
 
 import math
@@ -16,7 +16,6 @@ DTYPES = ("float32", "bfloat16")
 # Knobs that may change between a checkpoint and its resumption: they do not change the mathematics of any step.
 RESUMABLE = frozenset(
     {
-        "train.max_steps",
         "train.save_every",
         "train.keep_checkpoints",
         "train.log_every",
@@ -36,28 +35,28 @@ def default() -> ml_collections.ConfigDict:
 
     c.model = ml_collections.ConfigDict()
     c.model.path = ""  # Hugging Face directory or hub name: weights, config and tokenizer
-    c.model.revision = config_dict.placeholder(str)  # hub commit; None = the hub's main
+    c.model.revision = ""  # hub commit; "" = the hub's main
     c.model.param_dtype = "float32"  # master weights and optimiser states
     c.model.compute_dtype = "bfloat16"  # matmul operands; softmax, norms and losses are always float32
     c.model.remat = "full"  # none | full: recompute each layer in the backward pass
     c.model.attention = "auto"  # auto | xla | cudnn
 
     c.tokenizer = ml_collections.ConfigDict()
-    c.tokenizer.path = config_dict.placeholder(str)  # None = model.path
-    c.tokenizer.chat_template = config_dict.placeholder(str)  # named key, Jinja file or Jinja text; None = tokenizer's
+    c.tokenizer.path = ""  # "" = model.path
+    c.tokenizer.chat_template = ""  # named key, Jinja file or Jinja text; "" = tokenizer's
 
-    c.tokenizer.eos_token = config_dict.placeholder(str)  # spelling, where the tokenizer's files name none
+    c.tokenizer.eos_token = ""  # spelling, where the tokenizer's files name none
 
     c.data = ml_collections.ConfigDict()
     c.data.format = "json"  # hh | chat_pairs | json
     c.data.train = ""  # file, directory or hub name
-    c.data.train_split = config_dict.placeholder(str)  # split of a hub or saved data set; None for a file
+    c.data.train_split = ""  # split of a hub or saved data set; "" for a file
     c.data.train_rows = ""  # slice of the rows, "0:1600"; "" = all
-    c.data.eval = config_dict.placeholder(str)  # as train; None = no evaluation
-    c.data.eval_split = config_dict.placeholder(str)
+    c.data.eval = ""  # as train; "" = no evaluation
+    c.data.eval_split = ""
     c.data.eval_rows = ""
-    c.data.subfolder = config_dict.placeholder(str)  # folder inside the hub repository ("helpful-base")
-    c.data.revision = config_dict.placeholder(str)  # commit of the hub repository; pin it for a repeatable run
+    c.data.subfolder = ""  # folder inside the hub repository ("helpful-base")
+    c.data.revision = ""  # commit of the hub repository; pin it for a repeatable run
     c.data.on_bad_row = "error"  # error | skip rows that are not what the format says (at most 1 in 1,000)
     c.data.rule = "chat"  # chat (templates, spec 3.3) | raw (plain text, spec 2.4)
     c.data.max_length = 2048  # tokens of prompt + response
@@ -78,24 +77,32 @@ def default() -> ml_collections.ConfigDict:
     c.loss = ml_collections.ConfigDict()
     c.loss.name = "alpha"  # `python -m fpo_jax.losses` lists names, aliases and the options each one takes
     # Unset options take the loss's own default; setting one that the loss does not use is an error.
-    c.loss.temperature = config_dict.placeholder(float)  # logits, the reference's too, are divided by it before the log-softmax
+    c.loss.temperature = config_dict.placeholder(
+        float
+    )  # logits, the reference's too, are divided by it before the log-softmax
     c.loss.sft_weight = config_dict.placeholder(float)  # weight of an added token-mean NLL of the chosen response
-    c.loss.target = config_dict.placeholder(str)  # preference | rewards: where q comes from
-    c.loss.score = config_dict.placeholder(str)  # log_ratio | mean_logp: what p is the softmax of
+    c.loss.target = ""  # preference | rewards: where q comes from
+    c.loss.score = ""  # log_ratio | mean_logp: what p is the softmax of
     c.loss.alpha = config_dict.placeholder(float)  # of the alpha-divergence; 0 = EXO, 1 = DPO
     c.loss.weight = config_dict.placeholder(float)  # of p in the Jensen-Shannon mixture
-    c.loss.epsilon = config_dict.placeholder(float)  # label of a rejected candidate; the authors' code has exp(-10), their paper 1e-3
+    c.loss.epsilon = config_dict.placeholder(
+        float
+    )  # label of a rejected candidate; the authors' code has exp(-10), their paper 1e-3
     c.loss.normalize = config_dict.placeholder(bool)  # labels (1-epsilon, epsilon) instead of (1, epsilon)
-    c.loss.tie_policy = config_dict.placeholder(str)  # second (the authors' code) | first | uniform: who is chosen among equal rewards
+    c.loss.tie_policy = ""  # second (the authors' code) | first | uniform: who is chosen among equal rewards
     c.loss.beta_pi = config_dict.placeholder(float)  # scale of the log-ratio score
     c.loss.beta_r = config_dict.placeholder(float)  # temperature of the reward target; unit of a reward
     c.loss.log_clamp = config_dict.placeholder(float)  # floor of log q in nats; -inf = none
     c.loss.beta = config_dict.placeholder(float)  # scale of a log-prob without reference
-    c.loss.gamma_beta_ratio = config_dict.placeholder(float)  # gamma/beta, nats per token taken off the chosen response before beta
+    c.loss.gamma_beta_ratio = config_dict.placeholder(
+        float
+    )  # gamma/beta, nats per token taken off the chosen response before beta
     c.loss.label_smoothing = config_dict.placeholder(float)  # probability of a wrong label (dpo, simpo, ...)
     c.loss.tau = config_dict.placeholder(float)  # IPO
     c.loss.delta = config_dict.placeholder(float)  # margin of the hinge losses, nats
-    c.loss.chosen_nll_weight = config_dict.placeholder(float)  # RRHF, SLiC, CPO: weight of the chosen response's summed NLL
+    c.loss.chosen_nll_weight = config_dict.placeholder(
+        float
+    )  # RRHF, SLiC, CPO: weight of the chosen response's summed NLL
     c.loss.odds_weight = config_dict.placeholder(float)  # ORPO
     c.loss.length_penalty = config_dict.placeholder(float)  # R-DPO, logits per token
     c.loss.desirable_weight = config_dict.placeholder(float)  # KTO
@@ -129,9 +136,9 @@ def default() -> ml_collections.ConfigDict:
     c.train.max_nonfinite = 10  # skipped updates in a row before the run stops anyway
 
     c.reference = ml_collections.ConfigDict()
-    c.reference.path = config_dict.placeholder(str)  # None = model.path before training
+    c.reference.path = ""  # "" = model.path before training
     c.reference.batch_per_device = 8  # groups per device in the reference pass
-    c.reference.cache_dir = config_dict.placeholder(str)  # None = inside the workdir; share it between sweeps
+    c.reference.cache_dir = ""  # "" = inside the workdir; share it between sweeps
 
     c.kernel = ml_collections.ConfigDict()
     c.kernel.implementation = "auto"  # auto | chunked | reference (dense, for tests)
@@ -144,14 +151,14 @@ def default() -> ml_collections.ConfigDict:
 
     c.logging = ml_collections.ConfigDict()
     c.logging.tensorboard = True  # where tensorboardX is installed
-    c.logging.wandb_project = config_dict.placeholder(str)  # None = no W&B
+    c.logging.wandb_project = ""  # "" = no W&B
     c.lock()
     return c
 
 
 def loss_options(config: ml_collections.ConfigDict) -> dict[str, object]:
     """Return the loss options that are set, without the name."""
-    return {key: value for key, value in config.loss.items() if key != "name" and value is not None}
+    return {key: value for key, value in config.loss.items() if key != "name" and value not in (None, "")}
 
 
 def problems(config: ml_collections.ConfigDict) -> list[str]:

@@ -36,7 +36,12 @@ class Program:
             if memory is not None:
                 size = f"; {mib(memory.argument_size_in_bytes)} arguments, {mib(memory.temp_size_in_bytes)} temporaries"
             log.info(
-                "compiled %s for rows of %d tokens (%d scored) in %.1f s%s", self.name, key[0][-1], key[1][-1], seconds, size
+                "compiled %s for rows of %d tokens (%d scored) in %.1f s%s",
+                self.name,
+                key[0][-1],
+                key[1][-1],
+                seconds,
+                size,
             )
         return self._compiled[key](first, batch)
 

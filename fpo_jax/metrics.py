@@ -6,8 +6,9 @@ the same bytes as an uninterrupted one; what depends on the machine (times, rate
 
 import importlib.util
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,28 @@ class Writers:
                 raise ValueError(
                     f"logging.wandb_project={wandb_project!r} needs the wandb package; install fpo_jax[wandb] or unset it."
                 ) from None
-            self._wandb = wandb.init(project=wandb_project, dir=str(workdir), config=config, id=workdir.name, resume="allow")
+            self._wandb = wandb.init(
+                project=wandb_project, dir=str(workdir), config=config, id=workdir.name, resume="allow"
+            )
 
-    def write(self, step: int, numbers: Mapping[str, float], *, timing: bool = False) -> None:
-        """Append one line; `timing` marks numbers that depend on the machine."""
+    def write(
+        self, step: int, numbers: Mapping[str, float], *, timing: bool = False, rows: Sequence[int] | None = None
+    ) -> None:
+        """Append one line; a number that is not finite is null there and left out elsewhere.
+
+        Args:
+            step: updates so far.
+            numbers: metric name -> value.
+            timing: the numbers depend on the machine.
+            rows: data rows of an update that was not applied.
+        """
         file = self._files[TIMING_FILE if timing else METRICS_FILE]
-        file.write(json.dumps({"step": step, **numbers}) + "\n")
+        line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        file.write(
+            json.dumps({"step": step, **line, **({} if rows is None else {"nonfinite_rows": list(rows)})}) + "\n"
+        )
         file.flush()
+        numbers = {name: number for name, number in numbers.items() if math.isfinite(number)}
         if self._tensorboard is not None:
             for name, number in numbers.items():
                 self._tensorboard.add_scalar(name, number, step)

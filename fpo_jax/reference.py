@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from fpo_jax import shapes
 
+
 def fingerprint(parts: Mapping[str, object]) -> str:
     """Return a sha256 over the named parts; equal parts in any order give the same text."""
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()

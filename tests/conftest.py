@@ -1,6 +1,15 @@
 """Eight virtual CPU devices, no network, and shape checks on every annotated function of the package."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# Programs that several tests or their child processes compile are compiled once a session.
+_CACHE = tempfile.mkdtemp(prefix="fpo_jax_compiled_")
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1"
 
 os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -13,5 +13,7 @@ def shared_data(*parts: str) -> Path:
     root = Path(os.environ.get("FPO_SHARED", REPO.parent / "shared")) / "data"
     path = root.joinpath(*parts)
     if not path.exists():
-        pytest.skip(f"real test input {'/'.join(parts)} is absent: no {root} (set FPO_SHARED to the folder that holds data/)")
+        pytest.skip(
+            f"real test input {'/'.join(parts)} is absent: no {root} (set FPO_SHARED to the folder that holds data/)"
+        )
     return path

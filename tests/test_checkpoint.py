@@ -10,7 +10,9 @@ from fpo_jax import checkpoint, shapes, sharding
 
 def placed_state(value):
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2, devices=jax.devices())
-    place = sharding.param_shardings({"w": ("embed", "vocab")}, {"w": jax.ShapeDtypeStruct((8, 6), "float32")}, mesh=mesh)
+    place = sharding.param_shardings(
+        {"w": ("embed", "vocab")}, {"w": jax.ShapeDtypeStruct((8, 6), "float32")}, mesh=mesh
+    )
     rest = sharding.replicated(mesh)
     weights = jax.device_put({"w": jnp.full((8, 6), value, jnp.float32)}, place)
     moments = (jax.device_put(jnp.full((3,), value, jnp.bfloat16), rest), jax.device_put(jnp.int32(7), rest))

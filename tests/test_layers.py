@@ -29,6 +29,8 @@ LAYERS = [
     "checkpoint",
     "metrics",
     "execution",
+    "job",
+    "programs",
     "loop",
 ]
 FORBIDDEN = {"torch", "tensorflow", "eval", "kernels"}  # `kernels` and `eval` only by their own paths
@@ -54,7 +56,7 @@ def sources():
     package = REPO / "fpo_jax"
     for path in sorted(package.rglob("*.py")):
         relative = path.relative_to(package)
-        if relative.parts[0] != "kernels" and relative.name != "__init__.py" or len(relative.parts) > 1:
+        if (relative.parts[0] != "kernels" and relative.name != "__init__.py") or len(relative.parts) > 1:
             yield path, relative.parts[0].removesuffix(".py")
 
 

@@ -41,3 +41,11 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     log.close()
     assert list((tmp_path / "tensorboard").iterdir())
     assert json.loads((tmp_path / metrics.METRICS_FILE).read_text()) == {"step": 1, "loss": 0.5}
+
+
+def test_a_number_that_is_not_finite_is_null_and_rows_are_named(tmp_path):
+    log = writers(tmp_path)
+    log.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "fine": 1.0}, rows=[4, 2])
+    log.close()
+    line = json.loads((tmp_path / metrics.METRICS_FILE).read_text())
+    assert line == {"step": 1, "loss": None, "grad_norm": None, "fine": 1.0, "nonfinite_rows": [4, 2]}

@@ -23,7 +23,9 @@ def test_linear_reaches_zero_and_constant_stays():
     np.testing.assert_allclose(
         rates("linear", warmup=0, horizon=5), [2.0, 1.6, 1.2, 0.8, 0.4, 0, 0, 0, 0, 0], atol=tolerances.SCHEDULE
     )
-    np.testing.assert_allclose(rates("constant", warmup=4, horizon=5)[:6], [0, 0.5, 1, 1.5, 2, 2], atol=tolerances.SCHEDULE)
+    np.testing.assert_allclose(
+        rates("constant", warmup=4, horizon=5)[:6], [0, 0.5, 1, 1.5, 2, 2], atol=tolerances.SCHEDULE
+    )
 
 
 def test_warmup_steps_round_up_as_the_original():

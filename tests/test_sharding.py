@@ -13,7 +13,8 @@ def test_mesh_fills_the_free_axis_in_order():
 
 
 @pytest.mark.parametrize(
-    ("axes", "message"), [((3, -1, 1), "8 devices are not divisible by 3"), ((2, 2, 1), "needs 4 devices, 8 are present")]
+    ("axes", "message"),
+    [((3, -1, 1), "8 devices are not divisible by 3"), ((2, 2, 1), "needs 4 devices, 8 are present")],
 )
 def test_mesh_that_does_not_fit(axes, message):
     with pytest.raises(ValueError, match=message):

@@ -23,18 +23,29 @@ FINITE_DIFFERENCE = 1e-8  # central differences of step 1e-6 in float64; measure
 TRAJECTORY_LOSS = 1e-5  # the bound of the issue, float32 against float64 PyTorch after 20 updates; measured 2.3e-6
 TRAJECTORY_WEIGHTS = 1e-4  # the same, relative to the largest weight of each tensor; measured 6.7e-6
 
-# Models. Logits of random two-layer models (magnitude up to ...) against transformers in float32, absolute.
-PARITY_LOGITS = 1e-4
-# Gradients and value of the summed next-token log-probs against torch, relative to each parameter's largest entry.
-PARITY_GRADIENT = 1e-9
-# Units in the last place between our inverse frequencies and transformers' (float32 pow differs).
+# Models. Logits of random two-layer models against transformers in float32, absolute. Measured: 1.9e-5 at magnitude 6,
+# 2.3e-5 at magnitude 21 (tied heads); both sides round, the issue asks for 1e-4.
+PARITY_LOGITS = 5e-5
+# Gradients of the summed next-token log-probs against torch, relative to each parameter's largest entry (measured
+# 2.9e-6), and their value, relative (measured 1e-7).
+PARITY_GRADIENT = 1e-5
+# Units in the last place between our inverse frequencies and transformers' (float32 pow differs by 2; yarn adds a few).
 ROPE_ULP = 4
-# The same float32 maths in another order: padding, remat, sharding. Relative to values of order one.
-SAME_MATHS = 1e-9
-# Root mean square of the bfloat16 hidden states' error, relative to that of the states.
-BFLOAT16_HIDDEN = 1e-9
+# The same float32 maths in another order (padding, other rows, sharding) at values up to 4.4; measured 4.3e-6.
+SAME_MATHS = 1.5e-5
+# Root mean square of the bfloat16 hidden states' error, relative to that of the states; measured 0.0144 and 0.0084.
+BFLOAT16_HIDDEN = 0.03
 
 # Losses, relative, against textbook float64 NumPy.
 LOSS_FLOAT32 = 1e-5  # issue's bound; measured M1 over the tables of spec 1.8, gradients included
 LOSS_FLOAT64 = 1e-9  # issue's bound; measured M2, of which the textbook's own cancellation is most
 ALPHA_099_FLOAT32 = 1e-6  # alpha = 0.99 at a margin of 5, where the authors' form loses 2.4e-4; measured M3
+SAME_UPDATE = {"rtol": 1e-4, "atol": 1e-6}  # another summation order of float32; measured below
+EXACT64 = 1e-11  # an identity between two float64 evaluations of different form; measured M4
+NUMERIC_SLOPE = 1e-8  # central differences of step 1e-6 in float64; measured M5
+# stories260K in float32 against a float64 forward pass: one token's log-prob or logit (measured 9.5e-6 at magnitude
+# 17 to 30), and the sum of 200 log-probs (measured 2.0e-5 of 94.7).
+STORIES_LOGP = 3e-5
+STORIES_SUM = 1e-4
+# Mean absolute error of its 200 token log-probs in bfloat16 compute; measured 0.0064.
+STORIES_BFLOAT16 = 0.02

@@ -1,0 +1,81 @@
+"""Align the quickstart's tiny Llama with an f-divergence on its own rewarded samples (f-PO's `rw` setting, K = 4).
+
+Command:   python train.py --config configs/quickstart.py --workdir runs/quickstart/align-mine
+           after `make quickstart`, which writes model and data; `configs/quickstart.py:jeffreys` chooses another row
+           of `python -m fpo_jax.losses`
+Hardware:  any CPU; 2 cores are what it was tuned on
+Time:      about 10 s for 120 updates of 32 groups (128 rows of 24 tokens)
+Expected:  held-out reward accuracy from 0.5 to above 0.9
+
+`pretraining()` is the configuration of the model this one starts from and is measured against.
+"""
+
+from typing import Any
+
+from fpo_jax import config as configuration
+
+MAX_LENGTH, MAX_RESPONSE_LENGTH = 24, 12  # tokens; BOS + 8 digits + ">" and an answer of 8 digits + EOS need 19
+
+
+def get_config(divergence: str = "alpha") -> Any:
+    """Return the configuration of the alignment; `divergence` is a loss that can match rewards."""
+    c = _tiny()
+    c.model.path = "runs/quickstart/sft_model"
+    c.data.train = "runs/quickstart/data/groups.jsonl"
+    c.data.eval = "runs/quickstart/data/held_out_groups.jsonl"
+    c.data.group_size = 4
+    c.loss.name = divergence
+    c.loss.target = "rewards"
+    c.loss.score = "log_ratio"
+    c.loss.beta_pi = 0.5
+    c.loss.beta_r = 0.5  # at 0.1 the target is all but one-hot, and the log-probs of correct answers fall too
+    if divergence == "alpha":
+        c.loss.alpha = 0.5
+    c.optim.learning_rate = 5e-4
+    c.optim.schedule = "cosine"
+    c.optim.b2 = 0.99
+    c.train.batch_size = 32
+    c.train.micro_batch_per_device = 32
+    c.train.max_steps = 120
+    c.train.epochs = 4.0
+    c.train.eval_every = 20
+    c.train.eval_batch_per_device = 50
+    c.train.save_every = 120
+    c.reference.batch_per_device = 100
+    return c
+
+
+def pretraining() -> Any:
+    """Return the configuration of the maximum-likelihood training on the imperfect demonstrations."""
+    c = _tiny()
+    c.model.path = "runs/quickstart/start"
+    c.data.train = "runs/quickstart/data/demonstrations.jsonl"
+    c.data.group_size = 1
+    c.loss.name = "sft"
+    c.optim.learning_rate = 3e-3
+    c.optim.schedule = "cosine"
+    c.optim.warmup_fraction = 0.05
+    c.optim.b2 = 0.99
+    c.optim.weight_decay = 0.01
+    c.train.batch_size = 64
+    c.train.micro_batch_per_device = 64
+    c.train.epochs = 4.0
+    c.train.eval_every = 0
+    c.train.save_every = 500
+    return c
+
+
+def _tiny() -> Any:
+    """Return what both share: plain text, short rows, float32."""
+    c: Any = configuration.default()
+    c.seed = 0
+    c.model.compute_dtype = "float32"  # bfloat16 is slower on a CPU
+    c.model.remat = "none"
+    c.data.format = "json"
+    c.data.rule = "raw"
+    c.data.max_length = MAX_LENGTH
+    c.data.max_response_length = MAX_RESPONSE_LENGTH
+    c.train.log_every = 20
+    c.train.keep_checkpoints = 1
+    c.logging.tensorboard = False
+    return c

@@ -1,0 +1,70 @@
+"""Convert a checkpoint of a run into a Hugging Face directory that transformers and vLLM read.
+
+    python -m eval.export --workdir runs/hh --out runs/hh/export [--step 400] [--dtype bfloat16]
+
+Config, generation config, tokenizer and chat template come from the model the run started from.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fpo_jax import checkpoint, hf, model, params
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Export as the command line says; return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        line = export(options.workdir, options.out, step=options.step, dtype=options.dtype)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(line)
+    return 0
+
+
+def export(workdir: Path, out: Path, *, step: int | None, dtype: str | None) -> str:
+    """Write the directory and return one line that says what was written.
+
+    Args:
+        workdir: of the run.
+        out: absent or empty directory.
+        step: which checkpoint; None = the newest.
+        dtype: of the weights on disk; None = the dtype in the config of the model the run started from.
+
+    Raises:
+        ValueError: no such run or step, `out` in use, or weights that are not finite in `dtype`.
+    """
+    if not workdir.is_dir():
+        raise ValueError(f"{workdir} is not a directory; give the --workdir of a training run.")
+    tree, meta = checkpoint.restore_params(workdir, step)
+    config = model.from_hf_config(meta["hf_config"])
+    dtype = dtype or _source_dtype(meta["hf_config"])
+    hf.export(tree, config, out_dir=out, source_dir=Path(meta["model_dir"]), dtype=dtype)
+    return f"{out}: {config.family}, step {meta['step']}, {params.count(config):,} parameters in {dtype}"
+
+
+def _source_dtype(config: dict[str, Any]) -> str:
+    """Return the dtype the source model was published in; float32 where its config does not say."""
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"the source model's dtype {dtype!r} is not one of {', '.join(DTYPES)}; choose with --dtype.")
+    return dtype
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.export", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the training run")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write; absent or empty")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--dtype", choices=DTYPES, help="weights on disk (default: as the model the run started from)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

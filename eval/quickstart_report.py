@@ -1,0 +1,354 @@
+"""The quickstart's report: a summary and the files it was counted from in, report.md, report.html and plots out.
+
+The content is built once, as blocks; two small renderers write it. report.html holds its plots inside and needs no
+other file; report.md links the PNG files beside it.
+"""
+
+import base64
+import html
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from eval import quickstart_plots, quickstart_summary
+from eval import quickstart_task as task
+
+SAMPLES_SHOWN = 14
+
+
+class Heading(NamedTuple):
+    """A section title."""
+
+    text: str
+    level: int = 2
+
+
+class Text(NamedTuple):
+    """A paragraph; `code` and **strong** are the only markup."""
+
+    text: str
+
+
+class Table(NamedTuple):
+    """Rows under a header; the first column is left-aligned, `right` says whether the others are right-aligned."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    right: bool = True
+
+
+class Plot(NamedTuple):
+    """A PNG in the report's folder."""
+
+    file: str
+    caption: str
+
+
+class Code(NamedTuple):
+    """Commands to copy."""
+
+    text: str
+
+
+Block = Heading | Text | Table | Plot | Code
+
+
+def require_matplotlib() -> None:
+    """Raise ValueError where the plots could not be drawn, before anything else is done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the report's plots need matplotlib; pip install 'fpo_jax[report]' (make quickstart does).")
+
+
+def write(folder: Path, summary: dict[str, Any], *, workdir: Path) -> None:
+    """Write summary.json, the plots, report.md and report.html into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: workdir / relative for name, relative in summary["paths"].items()}
+    pretraining = quickstart_summary.read(paths["pretraining"] / "metrics.jsonl")
+    alignment = quickstart_summary.read(paths["alignment"] / "metrics.jsonl")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    quickstart_plots.success(folder / "success.png", summary["success"]["before"], summary["success"]["after"])
+    quickstart_plots.alignment(folder / "alignment.png", alignment)
+    quickstart_plots.pretraining(folder / "pretraining.png", pretraining)
+    blocks = [
+        *_result(summary),
+        *_method(summary),
+        *_training(alignment),
+        *_samples(quickstart_summary.read(paths["before"]), quickstart_summary.read(paths["after"])),
+        *_audit(json.loads((paths["alignment"] / "audit.json").read_text())),
+        *_costs(summary),
+        *_commands(summary, workdir),
+    ]
+    (folder / "report.md").write_text("\n\n".join(map(_markdown, blocks)) + "\n")
+    (folder / "report.html").write_text(_page(blocks, folder))
+
+
+def closing_lines(summary: dict[str, Any], workdir: Path) -> str:
+    """Return what the program prints last."""
+    before, after = summary["success"]["before"], summary["success"]["after"]
+    paths = summary["paths"]
+    return "\n".join(
+        [
+            "",
+            f"success on {before['count']:,} held-out prompts: {_percent(before)} before, {_percent(after)} after"
+            f" alignment: {_change(summary)}",
+            f"report   {workdir / paths['report'] / 'report.html'}",
+            f"model    {workdir / paths['export']}  (Hugging Face directory)",
+            f"next     {next_command(workdir, summary)}",
+        ]
+    )
+
+
+def next_command(workdir: Path, summary: dict[str, Any]) -> str:
+    """Return the command that aligns the same model with another divergence."""
+    other = "jeffreys" if summary["divergence"] != "jeffreys" else "alpha"
+    return f"python -m eval.quickstart --workdir {workdir} --seed {summary['seed']} --divergence {other}"
+
+
+def _result(summary: dict[str, Any]) -> list[Block]:
+    before, after = summary["success"]["before"], summary["success"]["after"]
+    outcomes = [[name, str(before["outcomes"][name]), str(after["outcomes"][name])] for name in before["outcomes"]]
+    return [
+        Heading(f"Quickstart: aligned with the {summary['divergence']} divergence", 1),
+        Text(
+            f"**{_percent(before)} → {_percent(after)}** of {before['count']:,} held-out prompts answered correctly:"
+            f" {_change(summary)}. The answers are drawn at temperature {summary['temperature']:g}, with the same"
+            " prompts, sampler and seed before and after."
+        ),
+        Plot("success.png", "Success on held-out prompts with 95 % intervals"),
+        Table(
+            ["held-out prompts", "before", "after"],
+            [
+                ["correct", *(f"{rates['correct']:,} of {rates['count']:,}" for rates in (before, after))],
+                ["success at temperature 1", *(_percent(rates) for rates in (before, after))],
+                [
+                    "95 % interval (Wilson)",
+                    *(f"{100 * r['low']:.1f} to {100 * r['high']:.1f} %" for r in (before, after)),
+                ],
+                ["success of greedy decoding", *(f"{100 * r['greedy_rate']:.1f} %" for r in (before, after))],
+            ],
+        ),
+        Text(
+            "Greedy decoding shows what the model knows, sampling what it does: alignment moves the probability that"
+            " pretraining gave to the demonstrator's mistakes onto the correct answer. What became of the mistakes:"
+        ),
+        Table(["answer", "before", "after"], outcomes),
+    ]
+
+
+def _method(summary: dict[str, Any]) -> list[Block]:
+    scale = summary["scale"]
+    options = ", ".join(f"{key} = {value}" for key, value in summary["loss"].items() if key != "name")
+    kinds = ", ".join(task.MISTAKES)
+    return [
+        Heading("What was done"),
+        Text(
+            f"The task is to sort {task.SHORTEST} to {task.LONGEST} digits: `73915>` is answered by `13579`. The checker"
+            " is exact match: reward 1 for the correct answer, 0 for anything else. The demonstrator errs with"
+            f" probability {summary['mistake_rate']:g}, with one mistake of one kind: {kinds}."
+        ),
+        Table(
+            ["stage", "what", "result"],
+            [
+                [
+                    "1. pretraining",
+                    f"Llama of {summary['parameters']:,} parameters, maximum likelihood",
+                    f"{scale['demonstrations']:,} demonstrations",
+                ],
+                [
+                    "2. sampling",
+                    f"{summary['candidates']} responses to each of {scale['aligned_prompts']:,} training prompts",
+                    summary["stages"]["sample"]["result"],
+                ],
+                ["3. alignment", f"{summary['divergence']}: {options}", "reference: the pretrained model"],
+                [
+                    "4. evaluation",
+                    f"{scale['held_out_prompts']:,} held-out prompts; none shares its answer with a training prompt",
+                    "one answer each",
+                ],
+            ],
+            right=False,
+        ),
+    ]
+
+
+def _training(alignment: list[dict[str, Any]]) -> list[Block]:
+    held_out = [line for line in alignment if "eval_loss" in line]
+    names = (
+        "loss",
+        "rewards/margins",
+        "rewards/accuracies",
+        "group_kl",
+        "reference_kl",
+        "logps/chosen",
+        "logps/rejected",
+    )
+    rows = [
+        [name, *(f"{line[f'eval_{name}']:.4f}" for line in (held_out[0], held_out[-1]))]
+        for name in names
+        if f"eval_{name}" in held_out[0]
+    ]
+    return [
+        Heading("Training"),
+        Plot("alignment.png", "Alignment: training batches (faint: single updates) and held-out groups"),
+        Table(["held-out groups", f"update {held_out[0]['step']}", f"update {held_out[-1]['step']}"], rows),
+        Plot("pretraining.png", "Pretraining"),
+    ]
+
+
+def _samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[Block]:
+    rows = [
+        [f"`{a['prompt']}`", f"`{task.answer(a['prompt'])}`", *(_judged(row) for row in (a, b))]
+        for a, b in zip(before[:SAMPLES_SHOWN], after[:SAMPLES_SHOWN], strict=True)
+    ]
+    return [
+        Heading("Answers side by side"),
+        Text(f"The first {len(rows)} held-out prompts, as they come."),
+        Table(["prompt", "correct answer", "before", "after"], rows, right=False),
+    ]
+
+
+def _judged(row: dict[str, Any]) -> str:
+    response = f"`{row['response']}`" if row["response"] else "(empty)"
+    return f"✓ {response}" if row["outcome"] == task.CORRECT else f"✗ {response} {row['outcome']}"
+
+
+def _audit(audit: dict[str, Any]) -> list[Block]:
+    names = {
+        "rows_read": "records read",
+        "groups": "groups kept",
+        "group_size": "candidates per group",
+        "tokens": "tokens",
+        "scored_tokens": "scored tokens",
+        "prompts_cut": "prompts cut",
+        "responses_cut": "responses cut",
+        "missing_eos": "rows without EOS",
+        "merged": "tokens across the boundary",
+        "double_bos": "rows with two BOS",
+        "ties": "groups with a tie for the best reward",
+    }
+    parts = list(audit.values())
+    rows = [
+        [label, *(f"{part[key]:,}" for part in parts)]
+        for key, label in names.items()
+        if all(key in part for part in parts)
+    ]
+    for kind in ("dropped", "noted"):
+        for reason in sorted({reason for part in parts for reason in part[kind]}):
+            rows.append([f"{kind}: {reason}", *(f"{len(part[kind].get(reason, ())):,}" for part in parts)])
+    return [
+        Heading("Audit of the alignment data"),
+        Text(
+            "A group whose candidates are all right or all wrong has nothing to prefer; its target is uniform, which"
+            " holds the model to the reference there."
+        ),
+        Table(["", *audit], rows),
+    ]
+
+
+def _costs(summary: dict[str, Any]) -> list[Block]:
+    rows = [
+        [name, f"{stage['seconds']:.1f} s", f"{stage['peak_rss_bytes'] / 2**20:,.0f} MiB", stage["result"]]
+        for name, stage in summary["stages"].items()
+    ]
+    total = ["total", f"{summary['seconds']:.1f} s", f"{summary['peak_rss_bytes'] / 2**20:,.0f} MiB", ""]
+    compiled = [f"{name}: {line}" for name, stage in summary["stages"].items() for line in stage["compiled"]]
+    return [
+        Heading("Time, memory, compilations"),
+        Text("Seconds include compilation; memory is the largest of the process so far."),
+        Table(["stage", "time", "peak memory", "result"], [*rows, total], right=False),
+        Code("\n".join(compiled)),
+    ]
+
+
+def _commands(summary: dict[str, Any], workdir: Path) -> list[Block]:
+    overrides = [f"--config.{key}={value}" for key, value in summary["overrides"].items()]
+    train = [
+        f"python train.py --config configs/quickstart.py:{summary['divergence']} --workdir {workdir / 'align-mine'}",
+        *overrides,
+    ]
+    aligned = workdir / summary["paths"]["alignment"]
+    return [
+        Heading("Go on"),
+        Text("Another divergence on the same samples; everything up to the sampling is kept:"),
+        Code(next_command(workdir, summary)),
+        Text("The alignment alone, through the trainer, with any setting of `fpo_jax/config.py` changed:"),
+        Code(" \\\n  ".join(train)),
+        Text("Its checkpoint as a Hugging Face directory, in bfloat16:"),
+        Code(f"python -m eval.export --workdir {aligned} --out {workdir / 'export-bfloat16'} --dtype bfloat16"),
+        Text("Your own model and preferences, here a small model on HH (see `configs/` for the recipes):"),
+        Code(
+            "python train.py --config configs/pythia_hh_pref.py --workdir runs/hh \\\n"
+            "  --config.model.path=MODEL_DIRECTORY --config.data.train=TRAIN.jsonl.gz --config.data.eval=TEST.jsonl.gz"
+        ),
+    ]
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {text}"
+        case Text(text):
+            return text
+        case Table(header, rows, right):
+            rule = [":--", *(["--:" if right else ":--"] * (len(header) - 1))]
+            return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+        case Plot(file, caption):
+            return f"![{caption}]({file})"
+        case Code(text):
+            return f"```\n{text}\n```"
+
+
+def _page(blocks: Sequence[Block], folder: Path) -> str:
+    title = next(block.text for block in blocks if isinstance(block, Heading))
+    body = "\n".join(_html(block, folder) for block in blocks)
+    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n{_CSS}'
+    return f'<!doctype html>\n<html lang="en">\n{head}\n{body}\n</html>\n'
+
+
+def _html(block: Block, folder: Path) -> str:
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{html.escape(text)}</h{level}>"
+        case Text(text):
+            return f"<p>{_inline(text)}</p>"
+        case Table(header, rows, right):
+            kind = ' class="numbers"' if right else ""
+            head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
+            body = "\n".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows)
+            return f"<table{kind}>\n<tr>{head}</tr>\n{body}\n</table>"
+        case Plot(file, caption):
+            data = base64.b64encode((folder / file).read_bytes()).decode()
+            return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
+        case Code(text):
+            return f"<pre>{html.escape(text)}</pre>"
+
+
+def _inline(text: str) -> str:
+    """Escape, then turn `code` and **strong** into tags; odd parts of a split are inside the marks."""
+    for mark, tag in (("`", "code"), ("**", "strong")):
+        parts = text.split(mark) if mark != "`" else html.escape(text, quote=False).split(mark)
+        text = "".join(f"<{tag}>{part}</{tag}>" if place % 2 else part for place, part in enumerate(parts))
+    return text
+
+
+def _change(summary: dict[str, Any]) -> str:
+    change = summary["difference"]
+    return f"{change['points']:+.1f} points (95 % interval {change['low']:.1f} to {change['high']:.1f})"
+
+
+def _percent(rates: dict[str, Any]) -> str:
+    return f"{100 * rates['rate']:.1f} %"
+
+
+_CSS = """<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #22303f; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #e3e7ec; padding-bottom: .3rem; }
+img { max-width: 100%; } figure { margin: 1rem 0; }
+table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .9rem .3rem 0; text-align: left; }
+th { border-bottom: 2px solid #b9c1cb; } td { border-bottom: 1px solid #e3e7ec; vertical-align: top; }
+table.numbers th:not(:first-child), table.numbers td:not(:first-child) { text-align: right; padding-left: 1.5rem; }
+code, pre { font: 14px/1.45 ui-monospace, monospace; background: #f4f6f8; border-radius: 4px; }
+code { padding: .1rem .3rem; } pre { padding: .8rem 1rem; overflow-x: auto; }
+</style>"""

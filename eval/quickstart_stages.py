@@ -1,0 +1,168 @@
+"""Stages of a program whose results are kept: a finished one is skipped while its inputs and outputs are unchanged.
+
+`workdir/stages.json` holds, per stage, the inputs (settings, and the sha256 of every file read), the sha256 of what it
+wrote, its time, and its one-line result. A stage that was interrupted has no entry and runs again.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RECORD_FILE = "stages.json"
+LOG_FILE = "quickstart.log"
+
+
+class StageError(Exception):
+    """A stage failed; the message names it and says why."""
+
+
+class Stages:
+    """Runs stages in order and announces each in one line."""
+
+    def __init__(self, workdir: Path, *, total: int):
+        """Open the record of `workdir`; `total` stages will be announced."""
+        self._workdir, self._total, self._number = workdir, total, 0
+        path = workdir / RECORD_FILE
+        self._record: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        """Return what is recorded of a finished stage: inputs, outputs, seconds, result, peak_rss_bytes, compiled."""
+        return self._record[name]
+
+    def run(
+        self, name: str, title: str, work: Callable[[], str], *, inputs: Mapping[str, Any], outputs: Sequence[Path]
+    ) -> None:
+        """Do the work unless it is done.
+
+        Args:
+            name: key in the record.
+            title: what is announced.
+            work: writes `outputs`, returns its result in a few words; it may find what an interrupted try left.
+            inputs: everything the work depends on: settings as JSON values, and Paths of what it reads.
+            outputs: files and folders the work writes.
+
+        Raises:
+            StageError: the work failed, or the record is of other inputs or of outputs that were changed since.
+        """
+        described = {key: self._digest(value) if isinstance(value, Path) else value for key, value in inputs.items()}
+        described = json.loads(json.dumps(described))
+        self._announce(title)
+        done = self._record.get(name)
+        if done is not None and all(path.exists() for path in outputs):
+            self._check_unchanged(name, done, described, outputs)
+            print(f"done before: {done['result']}", flush=True)
+            return
+        entry = self._timed(name, work)
+        self._record[name] = {"inputs": described, "outputs": self._digests(outputs), **entry}
+        self._save()
+        print(f"{entry['seconds']:.1f} s: {entry['result']}", flush=True)
+
+    def always(self, name: str, title: str, work: Callable[[], str]) -> None:
+        """Do the work, whatever the record says."""
+        self._announce(title)
+        entry = self._timed(name, work)
+        print(f"{entry['seconds']:.1f} s: {entry['result']}", flush=True)
+
+    def names(self) -> list[str]:
+        """Return the finished stages in the order they were finished."""
+        return list(self._record)
+
+    def _announce(self, title: str) -> None:
+        self._number += 1
+        print(f"[{self._number}/{self._total}] {title} ... ", end="", flush=True)
+
+    def _timed(self, name: str, work: Callable[[], str]) -> dict[str, Any]:
+        started = time.perf_counter()
+        try:
+            with _logged(self._workdir / LOG_FILE) as compiled:
+                result = work()
+        except ValueError as error:
+            print("failed", flush=True)
+            raise StageError(f"stage {name!r} failed: {error}\n(details: {self._workdir / LOG_FILE})") from error
+        except BaseException as error:
+            print("failed", flush=True)
+            error.add_note(f"in stage {name!r} of the quickstart; details: {self._workdir / LOG_FILE}")
+            raise
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+        return {
+            "seconds": time.perf_counter() - started,
+            "result": result,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+            "compiled": compiled,
+        }
+
+    def _check_unchanged(self, name: str, done: dict[str, Any], described: dict[str, Any], outputs) -> None:
+        old, new = done["inputs"], described
+        changed = [
+            f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)
+        ]
+        if changed:
+            print("refused", flush=True)
+            raise StageError(
+                f"{self._workdir} holds stage {name!r} made from other inputs:\n  "
+                + "\n  ".join(changed)
+                + "\nuse another --workdir, or delete this one to start over."
+            )
+        now = self._digests(outputs)
+        changed = [key for key, digest in now.items() if digest != done["outputs"].get(key)]
+        if changed:
+            print("refused", flush=True)
+            raise StageError(
+                f"{', '.join(changed)} in {self._workdir} changed since stage {name!r} wrote it; put it back, or delete"
+                " it and what was made from it."
+            )
+
+    def _digests(self, paths: Sequence[Path]) -> dict[str, str]:
+        return {path.relative_to(self._workdir).as_posix(): self._digest(path) for path in paths}
+
+    def _digest(self, path: Path) -> str:
+        """Sha256 of a file, or of names and contents of all files below a folder."""
+        if not path.exists():
+            raise StageError(f"{path} is missing; delete {self._workdir} to start over.")
+        files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+        total = hashlib.sha256()
+        for file in files:
+            name = file.relative_to(path).as_posix()
+            total.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        return total.hexdigest()
+
+    def _save(self) -> None:
+        path = self._workdir / RECORD_FILE
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._record, indent=2) + "\n")
+        temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _logged(path: Path) -> Iterator[list[str]]:
+    """Send log lines, warnings and progress to a file instead of the terminal; yields the lines about compilation."""
+    compiled: list[str] = []
+
+    class Collect(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "compil" in record.getMessage():
+                compiled.append(record.getMessage())
+
+    logger = logging.getLogger("fpo_jax")
+    level, propagate = logger.level, logger.propagate
+    with path.open("a") as file, contextlib.redirect_stderr(file):
+        handlers = [logging.StreamHandler(file), Collect()]
+        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        for handler in handlers:
+            logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        try:
+            yield compiled
+        finally:
+            for handler in handlers:
+                logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate

@@ -1,0 +1,191 @@
+"""What a run is before it touches a device: checked configuration, model description, tokenised data, sizes.
+
+config -> Inputs (loss, model config, data with audits) -> Plan (accumulation, steps) -> a workdir that is its own
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import ml_collections
+
+from fpo_jax import chat, checkpoint, data, hf, losses, model, optim
+from fpo_jax import config as configuration
+
+
+class Dataset(NamedTuple):
+    """Token rows, what was found while making them, and one decoded row with its scored part marked."""
+
+    prepared: data.Prepared
+    audit: data.Audit
+    sample: str
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it touches a device."""
+
+    loss: losses.Loss
+    source: Path
+    model_config: model.ModelConfig
+    train: Dataset
+    evaluation: Dataset | None
+
+
+class Plan(NamedTuple):
+    """The order and the sizes of a run."""
+
+    schedule: data.Schedule  # of the training batches
+    shapes: list[tuple[int, int]]  # their (T, R): one compilation each
+    accumulation: int  # micro-batches per update
+    steps: int  # updates of the whole run
+    warmup: int  # updates of the learning rate's rise
+    horizon: int  # updates over which it falls
+
+
+def prepare(config: ml_collections.ConfigDict) -> Inputs:
+    """Check the configuration and read model config, tokenizer and data; touches no device and writes nothing."""
+    problems, loss = [], None
+    try:
+        loss = losses.resolve(config.loss.name, **configuration.loss_options(config))
+    except ValueError as error:
+        problems.append(str(error))
+    configuration.validate(config, extra=problems)
+    assert loss is not None
+    source = hf.local_dir(config.model.path, revision=config.model.revision or None)
+    model_config = hf.read_config(source)
+    if config.data.max_length > model_config.max_positions:
+        raise ValueError(
+            f"data.max_length={config.data.max_length} exceeds the model's window of {model_config.max_positions}"
+            f" tokens ({source}); use at most {model_config.max_positions}."
+        )
+    tokenizer = chat.load_tokenizer(
+        config.tokenizer.path or source,
+        chat_template=config.tokenizer.chat_template or None,
+        eos_token=config.tokenizer.eos_token or None,
+    )
+    hf.check_vocabulary(len(tokenizer), model_config)
+    train = _dataset(config, "train", tokenizer, model_config.vocab_size)
+    evaluation = _dataset(config, "eval", tokenizer, model_config.vocab_size) if config.data.eval else None
+    return Inputs(loss, source, model_config, train, evaluation)
+
+
+def _dataset(config: ml_collections.ConfigDict, name: str, tokenizer, vocab_size: int) -> Dataset:
+    """Read and tokenise the train or eval data."""
+    options = config.data
+    rows = configuration.row_slice(options[f"{name}_rows"])
+    records = data.read(
+        options[name],
+        format=options.format,
+        split=options[f"{name}_split"] or None,
+        hh_split=options.hh_split,
+        on_bad_row=options.on_bad_row,
+        start=rows.start or 0,
+        stop=rows.stop,
+        data_dir=options.subfolder or None,
+        revision=options.revision or None,
+    )
+    chat_only = {}
+    if options.rule == "chat":
+        chat_only = {
+            "max_prompt_length": options.max_prompt_length,
+            "truncate_together": options.truncate_together,
+            "auto_insert_empty_system": options.auto_insert_empty_system,
+        }
+    prepared, audit = data.prepare(
+        records,
+        tokenizer,
+        rule=options.rule,
+        max_length=options.max_length,
+        max_response_length=options.max_response_length,
+        group_size=options.group_size,
+        truncation_mode=options.truncation,
+        on_empty_response=options.on_empty_response,
+        on_long_prompt=options.on_long_prompt,
+        on_identical=options.on_identical,
+        buckets=_buckets(config),
+        vocab_size=vocab_size,
+        **chat_only,
+    )
+    return Dataset(prepared, audit, data.masked_sample(prepared, tokenizer))
+
+
+def plan(config: ml_collections.ConfigDict, inputs: Inputs, *, devices: int) -> Plan:
+    """Work out order, shapes, accumulation, steps and warm-up.
+
+    Args:
+        config: the run's configuration.
+        inputs: from `prepare`.
+        devices: ways a batch is cut over the mesh.
+
+    Raises:
+        ValueError: the batch does not divide, or there is less than one batch of data.
+    """
+    train = config.train
+    per_pass = train.micro_batch_per_device * devices
+    if train.batch_size % per_pass:
+        near = sorted({max(1, train.batch_size // per_pass) * per_pass, (train.batch_size // per_pass + 1) * per_pass})
+        raise ValueError(
+            f"train.batch_size={train.batch_size} is not divisible by train.micro_batch_per_device="
+            f"{train.micro_batch_per_device} x {devices} devices = {per_pass}; use {' or '.join(map(str, near))}."
+        )
+    schedule = data.schedule(
+        inputs.train.prepared,
+        batch_size=train.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        last_batch=config.data.last_batch,
+        **_placement(config),
+    )
+    whole = max(1, round(train.epochs * schedule.steps_per_epoch))
+    steps = whole if train.max_steps is None else min(whole, train.max_steps)
+    horizon = whole if config.optim.decay_over == "epochs" else steps
+    warmup = optim.warmup_steps(fraction=config.optim.warmup_fraction, steps=config.optim.warmup_steps, horizon=horizon)
+    return Plan(
+        schedule, data.batch_shapes(schedule, steps=steps), train.batch_size // per_pass, steps, warmup, horizon
+    )
+
+
+def sequential_schedule(
+    config: ml_collections.ConfigDict, prepared: data.Prepared, *, batch_size: int
+) -> data.Schedule:
+    """Return the schedule of every group once in the order of the data, the last batch filled up."""
+    return data.schedule(prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", **_placement(config))
+
+
+def _placement(config: ml_collections.ConfigDict) -> dict:
+    return {
+        "buckets": _buckets(config),
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
+def _buckets(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+    return tuple(config.data.buckets) or (config.data.max_length,)
+
+
+def claim_workdir(config: ml_collections.ConfigDict, workdir: Path, inputs: Inputs) -> None:
+    """Write the run's identity into the workdir, or check that it is the same run's.
+
+    Raises:
+        ValueError: the workdir belongs to another configuration; lists what differs.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(config.to_json())
+    if path.exists():
+        changed = configuration.difference(json.loads(path.read_text()), mine, ignore=configuration.RESUMABLE)
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with another configuration:\n  "
+                + "\n  ".join(changed)
+                + "\nuse another --workdir, or give the old values to go on with that run."
+            )
+    elif workdir.is_dir() and (workdir / checkpoint.FOLDER).exists():
+        raise ValueError(f"{workdir} holds checkpoints but no config.json; use another --workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mine, indent=2) + "\n")
+    audits = {"train": inputs.train.audit.as_dict()}
+    if inputs.evaluation is not None:
+        audits["eval"] = inputs.evaluation.audit.as_dict()
+    (workdir / "audit.json").write_text(json.dumps(audits, indent=2) + "\n")

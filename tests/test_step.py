@@ -1,0 +1,171 @@
+"""The update: any split of the batch and any mesh give the same one; nothing that is not finite is ever applied."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpo_jax import logps, losses, model, optim, params, shapes, sharding, step
+from tests import batches, tolerances
+
+CONFIG = model.ModelConfig(
+    family="llama", vocab_size=24, width=8, layers=1, heads=4, kv_heads=2, head_dim=4, ffn=16, max_positions=32,
+    initializer_range=0.5,
+)  # fmt: skip
+GROUPS = 8
+
+
+def batch_of(candidates=2, seed=0):
+    batch = batches.random_batch(groups=GROUPS, candidates=candidates, length=13, vocab=24, seed=seed)
+    noise = np.random.default_rng(seed).normal(size=batch.rewards_BK.shape)
+    return batch._replace(reference_logps_BK=(-20.0 + noise).astype(np.float32))
+
+
+def updated(loss, batch, *, accumulation=1, mesh=None, **scorer_options):
+    """One update from fixed weights: (new parameters, optimiser state, metrics)."""
+    weights = params.init(CONFIG, jax.random.key(0), "float32")
+    rate = optim.schedule(kind="constant", peak=1e-2, warmup=0, horizon=9)
+    optimizer = optim.optimizer(
+        rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
+    )
+    scorer = batches.scorer(CONFIG, temperature=loss.temperature, **scorer_options)
+    update = functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate)
+    state = shapes.TrainState(weights, optimizer.init(weights), jnp.int32(0))
+    if mesh is None:
+        jitted = jax.jit(update)
+    else:
+        places = sharding.param_shardings(params.logical_axes(CONFIG), params.abstract(CONFIG, "float32"), mesh=mesh)
+        moments = jax.tree.map(lambda _: sharding.replicated(mesh), state.opt_state)
+        jitted = step.jit_train_step(
+            update, mesh=mesh, state_shardings=shapes.TrainState(places, moments, sharding.replicated(mesh))
+        )
+    state, pairs = jitted(state, step.stack_micro_batches(batch, accumulation=accumulation))
+    return state, {name: float(total) / float(count) for name, (total, count) in pairs.items() if float(count)}
+
+
+def assert_same_update(first, second):
+    for name in first[1]:
+        np.testing.assert_allclose(second[1][name], first[1][name], err_msg=name, **tolerances.SAME_UPDATE)
+    for a, b in zip(jax.tree.leaves(first[0].params), jax.tree.leaves(second[0].params), strict=True):
+        np.testing.assert_allclose(b, a, **tolerances.SAME_UPDATE)
+
+
+LOSSES = {
+    "alpha with reference": ("alphapo-pref", {"temperature": 0.8}),
+    "simpo with an SFT term": ("sigmoid", {"sft_weight": 0.5}),
+    "kto, which has a batch statistic": ("kto", {}),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_any_split_into_micro_batches_gives_the_same_update(name):
+    loss = losses.resolve(LOSSES[name][0], **LOSSES[name][1])
+    whole = updated(loss, batch_of())
+    assert whole[1]["grad_norm"] > tolerances.DIFFERENT
+    for accumulation in (2, 8):
+        assert_same_update(whole, updated(loss, batch_of(), accumulation=accumulation))
+
+
+@pytest.mark.slow  # compiles for eight virtual devices
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 8, 1), (2, 2, 2)])
+def test_any_mesh_gives_the_same_update(data, fsdp, tensor):
+    loss = losses.resolve("alphapo-pref")
+    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices())
+    alone = updated(loss, batch_of())
+    assert_same_update(alone, updated(loss, batch_of(), mesh=mesh, token_shards=sharding.batch_devices(mesh)))
+
+
+def test_remat_and_dense_head_give_the_same_update():
+    loss = losses.resolve("alphapo-pref")
+    assert_same_update(updated(loss, batch_of()), updated(loss, batch_of(), remat="full", implementation="reference"))
+
+
+def test_padding_groups_change_nothing():
+    loss = losses.resolve("sigmoid", sft_weight=0.5)
+    batch = batch_of()
+    empty = shapes.Batch(*(np.zeros_like(leaf) for leaf in batch))._replace(row_ids_B=np.full(GROUPS, -1, np.int32))
+    padded = shapes.Batch(*(np.concatenate(leaves) for leaves in zip(batch, empty, strict=True)))
+    assert_same_update(updated(loss, batch), updated(loss, padded))
+
+
+def test_padding_tokens_change_nothing():
+    loss = losses.resolve("alphapo-pref")
+    batch = batch_of()
+    wider = batch._replace(
+        tokens_NT=np.pad(batch.tokens_NT, ((0, 0), (0, 6)), constant_values=7),
+        valid_NT=np.pad(batch.valid_NT, ((0, 0), (0, 6))),
+        predictors_NR=np.pad(batch.predictors_NR, ((0, 0), (0, 3))),
+        targets_NR=np.pad(batch.targets_NR, ((0, 0), (0, 3)), constant_values=5),
+        scored_NR=np.pad(batch.scored_NR, ((0, 0), (0, 3))),
+    )
+    assert_same_update(updated(loss, batch), updated(loss, wider))
+
+
+@pytest.mark.parametrize("poison", ["a reference that is NaN", "a token outside the vocabulary"])
+def test_an_update_that_is_not_finite_leaves_the_state(poison):
+    loss = losses.resolve("alphapo-pref")
+    batch = batch_of()
+    if poison == "a reference that is NaN":
+        batch.reference_logps_BK[3, 0] = np.nan
+    else:
+        batch.tokens_NT[5, 0] = 999
+    state, numbers = updated(loss, batch, accumulation=2)
+    assert numbers["nonfinite"] == 1.0 and int(state.step) == 1
+    for old, new in zip(
+        jax.tree.leaves(params.init(CONFIG, jax.random.key(0), "float32")), jax.tree.leaves(state.params), strict=True
+    ):
+        np.testing.assert_array_equal(new, old)
+    assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_one_candidate_is_plain_fine_tuning():
+    loss = losses.resolve("sft")
+    batch = batch_of(candidates=1)
+    _, numbers = updated(loss, batch)
+    response = jax.jit(batches.scorer(CONFIG))(params.init(CONFIG, jax.random.key(0), "float32"), batch)
+    expected = -np.mean(np.asarray(response.sum_N) / np.asarray(response.count_N))
+    np.testing.assert_allclose(numbers["loss"], expected, rtol=tolerances.FLOAT32)
+    assert "rewards/margins" not in numbers
+
+
+def evaluated(loss, batch, logps_BK, lengths_BK):
+    """eval_step's metrics with the model's log-probs replaced."""
+
+    class Given(step.Scorer):
+        def __call__(self, *_):
+            return logps.ResponseLogps(
+                jnp.asarray(logps_BK, jnp.float32).reshape(-1),
+                jnp.asarray(lengths_BK, jnp.float32).reshape(-1),
+                jnp.arange(np.size(logps_BK), dtype=jnp.float32),
+            )
+
+    scorer = Given(**dataclasses.asdict(batches.scorer(CONFIG)) | {"config": CONFIG})
+    pairs = jax.jit(functools.partial(step.eval_step, scorer=scorer, loss=loss))({}, batch)
+    return {name: float(total) / float(count) for name, (total, count) in pairs.items() if float(count)}
+
+
+def test_metrics_by_hand():
+    """Three groups: ranked right, tied, and one without a preference that must not count."""
+    batch = batch_of()
+    batch = shapes.Batch(*(leaf[:3] if leaf.shape[0] == GROUPS else leaf[:6] for leaf in batch))._replace(
+        rewards_BK=np.array([[1, 0], [1, 0], [0, 0]], np.float32), reference_logps_BK=np.zeros((3, 2), np.float32)
+    )
+    loss = losses.resolve("dpo-pref", beta_pi=0.5)
+    numbers = evaluated(loss, batch, [[-2, -6], [-4, -4], [-1, -9]], [[2, 3], [4, 2], [1, 1]])
+    assert numbers["rewards/accuracies"] == 0.75  # ties count half
+    assert numbers["rewards/chosen"] == 0.5 * (-2 - 4) / 2 and numbers["rewards/rejected"] == 0.5 * (-6 - 4) / 2
+    assert numbers["rewards/margins"] == 1.0
+    assert numbers["logps/chosen"] == -3.0 and numbers["logps/rejected"] == -5.0
+    assert numbers["lengths/rejected"] == 2.5
+    assert numbers["logits/chosen"] == 1.0 and numbers["logits/rejected"] == 2.0
+    assert numbers["reference_kl"] == np.mean([-4, -4, -5])
+
+
+def test_length_normalised_losses_show_mean_logps():
+    batch = shapes.Batch(*(leaf[:1] if leaf.shape[0] == GROUPS else leaf[:2] for leaf in batch_of()))
+    numbers = evaluated(losses.resolve("alphapo", beta=2.0, gamma_beta_ratio=0.8), batch, [[-6, -8]], [[3, 2]])
+    assert numbers["logps/chosen"] == -2.0 and numbers["logps/rejected"] == -4.0
+    assert numbers["rewards/chosen"] == -4.0  # beta * mean logp, without gamma
