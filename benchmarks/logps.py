@@ -42,7 +42,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Command line: sizes, dtype, blocks to try, repeats, output."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time and compiled memory of the head.")
     parser.add_argument("--tokens", type=int, default=2048, help="N, scored positions")
     parser.add_argument("--width", type=int, default=512, help="D")
     parser.add_argument("--vocab", type=int, default=32000, help="V")

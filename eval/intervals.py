@@ -26,7 +26,10 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
     rate, weight = successes / count, Z95**2 / count
     centre = rate + weight / 2
     spread = Z95 * math.sqrt(rate * (1 - rate) / count + weight / (4 * count))
-    return max(0.0, (centre - spread) / (1 + weight)), min(1.0, (centre + spread) / (1 + weight))
+    # The bounds are exactly 0 and 1 at the ends, where rounding would leave them a little inside.
+    low = (centre - spread) / (1 + weight) if successes else 0.0
+    high = (centre + spread) / (1 + weight) if successes < count else 1.0
+    return low, high
 
 
 def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:

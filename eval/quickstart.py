@@ -11,6 +11,7 @@ Finished stages are kept: the same command goes on where it was, and another --d
 
 import argparse
 import dataclasses
+import functools
 import shutil
 import sys
 import zlib
@@ -21,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from configs import quickstart as recipe
-from eval import quickstart_configs, quickstart_model, quickstart_report, quickstart_summary
+from eval import export, quickstart_configs, quickstart_model, quickstart_report, quickstart_summary
 from eval import quickstart_task as task
 from eval.quickstart_configs import Scale
 from eval.quickstart_stages import StageError, Stages
-from fpo_jax import checkpoint, execution, hf, loop, losses, params, sample
+from fpo_jax import checkpoint, execution, loop, losses, params, sample
 from fpo_jax import config as configuration
 
+DEMONSTRATIONS = 2  # per prompt, of one demonstrator
 CANDIDATES = 4  # K, responses per prompt to align on
 TEMPERATURE = 1.0  # of the samples: the model's own distribution
 
@@ -158,26 +160,26 @@ class _Quickstart:
     def make_task(self) -> str:
         """Write the demonstrations, the held-out prompts and the starting model."""
         prompts = task.make_prompts(
-            train=self.scale.demonstrations,
+            train=self.scale.demonstrated_prompts,
             held_out=self.scale.held_out_prompts,
             random=np.random.default_rng([self.seed, 0]),
         )
-        random = np.random.default_rng([self.seed, 1])
+        demonstrate = functools.partial(
+            task.demonstrate, mistake_rate=task.MISTAKE_RATE, random=np.random.default_rng([self.seed, 1])
+        )
         rows = [
-            {
-                "prompt": prompt,
-                "completions": [task.demonstrate(prompt, mistake_rate=task.MISTAKE_RATE, random=random)],
-                "rewards": [0.0],  # nobody checks a demonstration
-            }
+            {"prompt": prompt, "completions": [demonstrate(prompt) for _ in range(DEMONSTRATIONS)]}
             for prompt in prompts.train
         ]
+        for row in rows:
+            row["rewards"] = [0.0] * DEMONSTRATIONS  # nobody checks a demonstration
         quickstart_summary.write(self.demonstrations, rows)
         quickstart_summary.write(self.held_out, [{"prompt": p, "answer": task.answer(p)} for p in prompts.held_out])
         shutil.rmtree(self.start, ignore_errors=True)
         quickstart_model.write_start(self.start, seed=_seed(self.seed, "weights"))
-        wrong = sum(task.reward(row["prompt"], row["completions"][0]) == 0.0 for row in rows)
+        right = [task.reward(row["prompt"], text) for row in rows for text in row["completions"]]
         size = params.count(quickstart_model.ARCHITECTURE)
-        return f"{len(rows):,} demonstrations, {wrong / len(rows):.1%} with a mistake; {size:,} parameters"
+        return f"{len(right):,} demonstrations, {1 - np.mean(right):.1%} with a mistake; {size:,} parameters"
 
     def pretrain(self) -> str:
         """Train on the demonstrations and export the model that everything is measured against."""
@@ -200,6 +202,11 @@ class _Quickstart:
                 {"prompt": prompt, "completions": texts, "rewards": [task.reward(prompt, text) for text in texts]}
                 for prompt, texts in zip(prompts, responses, strict=True)
             ]
+            if all(len(set(row["rewards"])) == 1 for row in rows):
+                raise ValueError(
+                    f"in each of {len(rows)} groups all {CANDIDATES} responses have the same reward, so there is"
+                    " nothing to prefer; the pretrained model is too weak (raise pretraining_steps) or already perfect."
+                )
             quickstart_summary.write(target, rows)
             rates.append(np.mean([row["rewards"] for row in rows]))
         return f"{CANDIDATES * self.scale.aligned_prompts:,} responses, {rates[0]:.1%} correct"
@@ -248,6 +255,7 @@ class _Quickstart:
             "divergence": name,
             **quickstart_summary.compare(before, after),
             "mistake_rate": task.MISTAKE_RATE,
+            "demonstrations": DEMONSTRATIONS,
             "candidates": CANDIDATES,
             "temperature": TEMPERATURE,
             "parameters": params.count(quickstart_model.ARCHITECTURE),
@@ -303,9 +311,7 @@ class _Quickstart:
 def _export(run_dir: Path, out_dir: Path) -> None:
     """Write the newest checkpoint as a Hugging Face directory, replacing what an interrupted try left."""
     shutil.rmtree(out_dir, ignore_errors=True)
-    weights, meta = checkpoint.restore_params(run_dir, None)
-    source = Path(meta["model_dir"])
-    hf.export(weights, hf.read_config(source), out_dir=out_dir, source_dir=source, dtype="float32")
+    export.export(run_dir, out_dir, step=None, dtype="float32")
 
 
 def _seed(seed: int, purpose: str) -> int:

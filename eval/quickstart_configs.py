@@ -16,13 +16,13 @@ PATHS = ("model.path", "data.train", "data.eval")
 class Scale:
     """The sizes that make the quickstart what it is; tests use smaller ones."""
 
-    demonstrations: int = 16_000  # prompts with one demonstration each
+    demonstrated_prompts: int = 10_000  # each demonstrated twice
     aligned_prompts: int = 2_000  # the first of them, answered K times by the pretrained model
     held_out_prompts: int = 1_000  # success is counted on these
     held_out_groups: int = 250  # the first of them, answered K times for the held-out loss and accuracy
     pretraining_steps: int | None = None  # None = what configs/quickstart.py says
     alignment_steps: int | None = None
-    sampling_rows: int = 500  # responses drawn at once
+    sampling_rows: int = 128  # responses drawn at once
 
 
 def pretraining(workdir: Path, *, seed: int, scale: Scale) -> Any:
@@ -54,10 +54,11 @@ def overrides(file: Any, used: Any) -> dict[str, Any]:
 
 
 def _fit(c: Any, *, seed: int, steps: int | None) -> Any:
-    """Spread each batch over all devices in one pass; where they do not divide it, the trainer says what would."""
+    """Spread each batch over all devices; where they do not divide it, the trainer says which size would do."""
     c.seed = seed
     c.train.max_steps = c.train.max_steps if steps is None else steps
-    c.train.micro_batch_per_device = max(1, c.train.batch_size // jax.device_count())
+    share = max(1, c.train.batch_size // jax.device_count())
+    c.train.micro_batch_per_device = min(c.train.micro_batch_per_device, share)
     return c
 
 

@@ -144,8 +144,8 @@ def _method(summary: dict[str, Any]) -> list[Block]:
     return [
         Heading("What was done"),
         Text(
-            f"The task is to sort {task.SHORTEST} to {task.LONGEST} digits: `73915>` is answered by `13579`. The checker"
-            " is exact match: reward 1 for the correct answer, 0 for anything else. The demonstrator errs with"
+            f"The task is to sort {task.SHORTEST} to {task.LONGEST} digits: `73915>` is answered by `13579`. The"
+            " checker is exact match: reward 1 for the correct answer, 0 for anything else. The demonstrator errs with"
             f" probability {summary['mistake_rate']:g}, with one mistake of one kind: {kinds}."
         ),
         Table(
@@ -154,7 +154,7 @@ def _method(summary: dict[str, Any]) -> list[Block]:
                 [
                     "1. pretraining",
                     f"Llama of {summary['parameters']:,} parameters, maximum likelihood",
-                    f"{scale['demonstrations']:,} demonstrations",
+                    f"{summary['demonstrations']} demonstrations of each of {scale['demonstrated_prompts']:,} prompts",
                 ],
                 [
                     "2. sampling",

@@ -142,7 +142,7 @@ class Stages:
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[list[str]]:
-    """Send log lines, warnings and progress to a file instead of the terminal; yields the lines about compilation."""
+    """Send all log lines and the progress bar to a file, not to the terminal; yields the lines about compilation."""
     compiled: list[str] = []
 
     class Collect(logging.Handler):
@@ -150,19 +150,15 @@ def _logged(path: Path) -> Iterator[list[str]]:
             if "compil" in record.getMessage():
                 compiled.append(record.getMessage())
 
-    logger = logging.getLogger("fpo_jax")
-    level, propagate = logger.level, logger.propagate
+    root, logger = logging.getLogger(), logging.getLogger("fpo_jax")
+    handlers, level = root.handlers, logger.level
     with path.open("a") as file, contextlib.redirect_stderr(file):
-        handlers = [logging.StreamHandler(file), Collect()]
-        handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        for handler in handlers:
-            logger.addHandler(handler)
+        to_file = logging.StreamHandler(file)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        root.handlers = [to_file, Collect()]
         logger.setLevel(logging.INFO)
-        logger.propagate = False
         try:
             yield compiled
         finally:
-            for handler in handlers:
-                logger.removeHandler(handler)
+            root.handlers = handlers
             logger.setLevel(level)
-            logger.propagate = propagate

@@ -85,14 +85,17 @@ def outcome(prompt: str, response: str) -> str:
 def demonstrate(prompt: str, *, mistake_rate: float, random: np.random.Generator) -> str:
     """Answer, with probability `mistake_rate` wrongly: a kind drawn evenly, then one of its results drawn evenly.
 
-    A kind that an answer does not admit (no two neighbours of "5555" can be swapped) is not drawn: the rate is exact.
+    Where an answer does not admit the kind drawn (no two neighbours of "5555" can be swapped), another is drawn, so
+    that the rate is exact.
     """
     right = answer(prompt)
     if random.random() >= mistake_rate:
         return right
-    possible = [sorted(results) for make in MISTAKES.values() if (results := make(right))]
-    kind = possible[random.integers(len(possible))]
-    return kind[random.integers(len(kind))]
+    kinds = list(MISTAKES.values())
+    results: list[str] = []
+    while not results:
+        results = sorted(kinds[random.integers(len(kinds))](right))
+    return results[random.integers(len(results))]
 
 
 def make_prompts(*, train: int, held_out: int, random: np.random.Generator) -> Prompts:

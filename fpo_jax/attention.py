@@ -62,7 +62,9 @@ def attend(
     return jnp.where(valid_NT[:, :, None, None], out_NTHC, 0)
 
 
-def choose(requested: str, *, platform: str, dtype: jax.typing.DTypeLike, head_dim: int) -> tuple[str, str]:
+def choose(
+    requested: str, *, platform: str, dtype: jax.typing.DTypeLike, head_dim: int, positions: int
+) -> tuple[str, str]:
     """Pick the implementation of `attend`; pure, so that a plan for absent hardware gets the same answer.
 
     Args:
@@ -70,6 +72,7 @@ def choose(requested: str, *, platform: str, dtype: jax.typing.DTypeLike, head_d
         platform: where the program will run, as `jax.default_backend()` names it: "cpu", "gpu" or "tpu".
         dtype: compute dtype of queries, keys and values.
         head_dim: C.
+        positions: T, the padded length of a row.
 
     Returns:
         The name for `attend` and the reason, for the log.
@@ -77,7 +80,7 @@ def choose(requested: str, *, platform: str, dtype: jax.typing.DTypeLike, head_d
     Raises:
         ValueError: unknown request, or cuDNN asked for where it cannot run.
 
-    >>> choose("auto", platform="gpu", dtype="float32", head_dim=64)
+    >>> choose("auto", platform="gpu", dtype="float32", head_dim=64, positions=512)
     ('xla', 'cuDNN attention needs bfloat16 or float16, not float32')
     """
     name = jnp.dtype(dtype).name
@@ -87,6 +90,8 @@ def choose(requested: str, *, platform: str, dtype: jax.typing.DTypeLike, head_d
         obstacle = f"cuDNN attention needs bfloat16 or float16, not {name}"
     elif head_dim % 8 or head_dim > CUDNN_MAX_HEAD_DIM:
         obstacle = f"cuDNN attention needs a head_dim divisible by 8 and at most {CUDNN_MAX_HEAD_DIM}, not {head_dim}"
+    elif positions % 2:
+        obstacle = f"cuDNN attention needs rows of an even length to train, not {positions}"
     else:
         obstacle = ""
     if requested == "xla":

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,8 @@ def _open(directory: Path, config: model.ModelConfig, stack: contextlib.ExitStac
     if len(files) == len(paths):
         problems += _mismatches(tensors, config)
     if problems:
-        raise ValueError(f"the weights in {directory} do not fit its config: " + _listed(problems))
+        shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
+        raise ValueError(f"the weights in {directory} do not fit its config: {'; '.join(shown)}.")
     return tensors
 
 
@@ -347,8 +348,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _dumps(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
-
-
-def _listed(problems: Sequence[str], limit: int = 20) -> str:
-    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-    return "; ".join(problems[:limit]) + more + "."

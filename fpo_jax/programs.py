@@ -118,9 +118,11 @@ def _scorer(
 ) -> tuple[step.Scorer, list[str]]:
     """Settle which attention and which head implementation run, once; returns the choices and their reasons as text."""
     platform, dtype = mesh.devices.flat[0].platform, config.model.compute_dtype
-    attends, attention_reason = attention.choose(
-        config.model.attention, platform=platform, dtype=dtype, head_dim=inputs.model_config.head_dim
+    choose = functools.partial(
+        attention.choose, config.model.attention, platform=platform, dtype=dtype, head_dim=inputs.model_config.head_dim
     )
+    every = [choose(positions=length) for length in plan.schedule.buckets]
+    attends, attention_reason = min(every, key=lambda choice: choice[0] != "xla")  # one that takes every row length
     shards = sharding.batch_devices(mesh)
     rows = config.train.micro_batch_per_device * shards * config.data.group_size
     head = {

@@ -40,7 +40,7 @@ def attend(q, k, v, *, sliding_window=None, scale=0.3, implementation="xla"):
     call = functools.partial(
         attention.attend, scale=scale, sliding_window=sliding_window, implementation=implementation
     )
-    return jax.jit(lambda q, k, v: call(q, k, v, valid_NT=jnp.asarray(VALID_NT)))(q, k, v)
+    return jax.jit(lambda q, k, v: call(q, k, v, valid_NT=jnp.asarray(VALID_NT[:, : q.shape[1]])))(q, k, v)
 
 
 def seen(sliding_window, valid):
@@ -140,39 +140,40 @@ def test_unknown_implementation_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("requested", "platform", "dtype", "head_dim", "name", "reason"),
+    ("requested", "platform", "dtype", "head_dim", "positions", "name", "reason"),
     [
-        ("auto", "cpu", "bfloat16", 64, "xla", "NVIDIA GPU, not cpu"),
-        ("auto", "tpu", "bfloat16", 128, "xla", "NVIDIA GPU, not tpu"),
-        ("auto", "gpu", "bfloat16", 128, "cudnn", "flash attention for bfloat16, head_dim 128"),
-        ("auto", "cuda", "float16", 80, "cudnn", "flash attention for float16"),
-        ("auto", "gpu", "float32", 64, "xla", "not float32"),
-        ("auto", "gpu", "bfloat16", 20, "xla", "divisible by 8 and at most 128, not 20"),
-        ("auto", "gpu", "bfloat16", 256, "xla", "not 256"),
-        ("xla", "gpu", "bfloat16", 64, "xla", "asked for"),
-        ("cudnn", "gpu", "bfloat16", 64, "cudnn", "asked for"),
+        ("auto", "cpu", "bfloat16", 64, 512, "xla", "NVIDIA GPU, not cpu"),
+        ("auto", "tpu", "bfloat16", 128, 512, "xla", "NVIDIA GPU, not tpu"),
+        ("auto", "gpu", "bfloat16", 128, 512, "cudnn", "flash attention for bfloat16, head_dim 128"),
+        ("auto", "cuda", "float16", 80, 512, "cudnn", "flash attention for float16"),
+        ("auto", "gpu", "float32", 64, 512, "xla", "not float32"),
+        ("auto", "gpu", "bfloat16", 20, 512, "xla", "divisible by 8 and at most 128, not 20"),
+        ("auto", "gpu", "bfloat16", 256, 512, "xla", "not 256"),
+        ("auto", "gpu", "bfloat16", 64, 511, "xla", "even length to train, not 511"),
+        ("xla", "gpu", "bfloat16", 64, 512, "xla", "asked for"),
+        ("cudnn", "gpu", "bfloat16", 64, 512, "cudnn", "asked for"),
     ],
 )
-def test_choose(requested, platform, dtype, head_dim, name, reason):
-    chosen, why = attention.choose(requested, platform=platform, dtype=dtype, head_dim=head_dim)
+def test_choose(requested, platform, dtype, head_dim, positions, name, reason):
+    chosen, why = attention.choose(requested, platform=platform, dtype=dtype, head_dim=head_dim, positions=positions)
     assert chosen == name
     assert reason in why
 
 
 def test_choose_refuses_cudnn_where_it_cannot_run():
     with pytest.raises(ValueError, match=r"needs an NVIDIA GPU, not cpu; set model\.attention to auto or xla"):
-        attention.choose("cudnn", platform="cpu", dtype="bfloat16", head_dim=64)
+        attention.choose("cudnn", platform="cpu", dtype="bfloat16", head_dim=64, positions=512)
     with pytest.raises(ValueError, match=r"not float32; set model\.attention"):
-        attention.choose("cudnn", platform="gpu", dtype="float32", head_dim=64)
+        attention.choose("cudnn", platform="gpu", dtype="float32", head_dim=64, positions=512)
     with pytest.raises(ValueError, match=r"'splash' is not one of auto, xla, cudnn"):
-        attention.choose("splash", platform="tpu", dtype="bfloat16", head_dim=64)
+        attention.choose("splash", platform="tpu", dtype="bfloat16", head_dim=64, positions=512)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN attention needs an NVIDIA GPU")
 @pytest.mark.parametrize("sliding_window", [None, 3])
 def test_cudnn_matches_xla(sliding_window):
-    q, k, v = (jnp.tile(x, (1, 1, 1, 2)) for x in inputs("bfloat16"))
+    q, k, v = (jnp.tile(x[:, :6], (1, 1, 1, 2)) for x in inputs("bfloat16"))
 
     def run(implementation):
         return jax.value_and_grad(

@@ -12,23 +12,13 @@ from sentencepiece import sentencepiece_model_pb2
 
 from fpo_jax import chat
 from fpo_jax.chat import tokenizer as tokens
-from tests import toy_tokenizers
+from tests import real_tokenizers, toy_tokenizers
 from tests.paths import shared_data
 
-NEOX = ("tokenizers", "gpt_neox_20B_tokenizer.json")
-REAL = {
-    "neox": (NEOX, "<|endoftext|>"),
-    "phi3": (("tokenizers", "phi-3-mini"), None),
-    "mistral1": (("tokenizers", "mistral-v1.model"), None),
-    "mistral3": (("tokenizers", "mistral-v3.model"), None),
-    "stories": (("stories260K",), None),
-}
 
-
-@pytest.fixture(scope="module", params=list(REAL))
+@pytest.fixture(scope="module", params=real_tokenizers.NAMES)
 def real(request):
-    parts, eos_token = REAL[request.param]
-    return chat.encoder(chat.load_tokenizer(shared_data(*parts), eos_token=eos_token))
+    return real_tokenizers.encoder(request.param)
 
 
 def transcripts(count):
@@ -39,17 +29,16 @@ def transcripts(count):
 class TestLoading:
     def test_bare_json_needs_an_eos_token(self):
         with pytest.raises(ValueError, match=r"names no EOS token, so no response .* pass eos_token="):
-            chat.load_tokenizer(shared_data(*NEOX))
+            chat.load_tokenizer(real_tokenizers.path("neox"))
 
     def test_eos_token_must_be_in_the_vocabulary(self):
         with pytest.raises(ValueError, match=r"eos_token '<eos>' is not in the vocabulary"):
-            chat.load_tokenizer(shared_data(*NEOX), eos_token="<eos>")
+            chat.load_tokenizer(real_tokenizers.path("neox"), eos_token="<eos>")
 
-    @pytest.mark.parametrize("name", ["mistral-v1.model", "mistral-v3.model"])
+    @pytest.mark.parametrize("name", ["mistral1", "mistral3"])
     def test_sentencepiece_file_encodes_as_sentencepiece_does(self, name):
-        path = shared_data("tokenizers", name)
-        tokenizer = chat.load_tokenizer(path)
-        oracle = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        tokenizer = real_tokenizers.encoder(name).tokenizer
+        oracle = sentencepiece.SentencePieceProcessor(model_file=str(real_tokenizers.path(name)))
         texts = [
             "Hi",
             "two  spaces   three ",
@@ -61,7 +50,7 @@ class TestLoading:
         assert {ids[0] for ids in tokenizer(texts)["input_ids"]} == {1}
 
     def test_saved_tokenizer_loads_the_same(self, tmp_path):
-        tokenizer = chat.load_tokenizer(shared_data("tokenizers", "mistral-v3.model"), chat_template="mistral")
+        tokenizer = real_tokenizers.encoder("mistral3", "mistral").tokenizer
         tokenizer.save_pretrained(tmp_path)
         again = chat.load_tokenizer(tmp_path)
         texts = ["two  spaces   three ", " a", "</s>x", *transcripts(20)]
@@ -79,7 +68,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("settings, bos", [(None, [1]), ({}, [1]), ({"add_bos_token": False}, [])])
     def test_directory_with_sentencepiece_only(self, tmp_path, settings, bos):
-        shutil.copy(shared_data("tokenizers", "mistral-v1.model"), tmp_path / "tokenizer.model")
+        shutil.copy(real_tokenizers.path("mistral1"), tmp_path / "tokenizer.model")
         if settings is not None:
             base = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(base | settings))
@@ -88,9 +77,9 @@ class TestLoading:
         assert tokenizer.eos_token_id == 2
 
     def test_phi3_directory(self):
-        tokenizer = chat.load_tokenizer(shared_data("tokenizers", "phi-3-mini"))
+        tokenizer = real_tokenizers.encoder("phi3").tokenizer
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (32000, 32000, 1)
-        assert not chat.encoder(tokenizer).adds_bos
+        assert not real_tokenizers.encoder("phi3").adds_bos
 
     def test_missing_path_is_not_taken_for_a_hub_name(self, tmp_path):
         for path in (tmp_path / "no" / "model", "tokenizer.json", "models/tokenizer.model", "justaname"):
@@ -173,8 +162,10 @@ class TestControlTokens:
         assert chat.encode(real, texts) == real.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     def test_text_that_spells_a_control_token_stays_text(self, real):
-        ids = {real.tokenizer.convert_tokens_to_ids(spelling) for spelling in real.controls}
-        texts = [f"x {spelling}\n{spelling} y" for spelling in real.controls]
+        vocabulary = real.tokenizer.get_vocab()
+        spellings = {*real.controls, *({"<s>", "</s>", "<unk>"} & vocabulary.keys())}  # Phi-3 does not flag its </s>
+        ids = {vocabulary[spelling] for spelling in spellings}
+        texts = [f"x {spelling}\n{spelling} y" for spelling in spellings]
         texts.append("<|eot_id|></s><0x0A><|endoftext|>")
         for text, encoded in zip(texts, chat.encode(real, texts), strict=True):
             assert not ids & set(encoded), text
@@ -226,7 +217,7 @@ class TestControlTokens:
             chat.raw_rows(encoder, ["abc"], [["x", character]], max_length=9, max_response_length=4)
 
     @given(st.text(max_size=30))
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=150, deadline=None)
     def test_any_text_survives_encoding(self, text):
         encoder = _LOSSLESS
         if tokens._RESERVED.search(text):
@@ -239,6 +230,12 @@ class TestControlTokens:
         tokenizer = toy_tokenizers.byte_bpe()
         tokenizer.eos_token = None
         with pytest.raises(ValueError, match=r"names no EOS token"):
+            chat.encoder(tokenizer)
+
+    def test_eos_token_that_is_not_an_added_token(self):
+        tokenizer = toy_tokenizers.byte_bpe()
+        tokenizer.eos_token = "."
+        with pytest.raises(ValueError, match=r"the EOS token '\.' is not an added token; use add_special_tokens"):
             chat.encoder(tokenizer)
 
 

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from fpo_jax import chat, data
+from fpo_jax import data
 from fpo_jax.data import Prepared, batches
+from tests import real_tokenizers
 from tests.paths import REPO, shared_data
 
 
@@ -281,7 +282,7 @@ class TestShapes:
 
 
 def test_real_rows_end_to_end():
-    tokenizer = chat.load_tokenizer(shared_data("stories260K"))
+    tokenizer = real_tokenizers.encoder("stories").tokenizer
     records = data.read(shared_data("hh_rlhf", "harmless-base.1800.jsonl.gz"), format="hh", stop=64)
     prepared, audit = data.prepare(
         records, tokenizer, rule="raw", max_length=256, max_response_length=96, vocab_size=512

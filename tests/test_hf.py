@@ -1,11 +1,13 @@
 """Model directories: import, export, atomicity, sharding, and every way a directory can be broken."""
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
 import stat
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -300,6 +302,35 @@ def test_places_without_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"is a local directory, revision='main' has no meaning"):
         hf.local_dir(source, revision="main")
     assert hf.local_dir(str(source)) == source
+
+
+def test_a_hub_name_fetches_weights_config_and_tokenizer_only(tmp_path, monkeypatch):
+    source = write(tmp_path / "source", LLAMA, tensors_of(LLAMA))
+    asked = {}
+
+    def download(name, *, revision, allow_patterns):
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        return str(source)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hf.local_dir("org/name-7b", revision="abc") == source
+    assert (asked["name"], asked["revision"]) == ("org/name-7b", "abc")
+
+    def fetched(file):
+        return any(fnmatch.fnmatch(file, pattern) for pattern in asked["patterns"])
+
+    wanted = ["model.safetensors", "model-00001-of-00003.safetensors", "model.safetensors.index.json", "config.json"]
+    wanted += ["generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"]
+    wanted += ["special_tokens_map.json", "chat_template.jinja", "merges.txt", "added_tokens.json"]
+    refused = [
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "modeling_llama.py",
+        "original/model.pth",
+        "tf_model.h5",
+    ]
+    assert all(map(fetched, wanted))
+    assert not any(map(fetched, refused))
 
 
 @pytest.mark.parametrize(

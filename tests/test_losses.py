@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -94,16 +94,16 @@ def test_table_is_complete():
 
 
 @each_divergence
-@settings(max_examples=4, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**32 - 1), spread=st.floats(1e-3, 6), mass=st.floats(-0.5, 0.5))
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(seed=st.integers(0, 2**32 - 1), spread=st.floats(1e-3, 2), mass=st.floats(-0.5, 0.5))
 def test_f_and_f_prime_and_log_space_agree(name, parameters, seed, spread, mass):
-    """Σ q f(u) and p f'(u): of the row, of the textbook and of the log-space form, for 32 groups; q is unnormalised."""
-    policy, target = spread * np.random.default_rng(seed).normal(size=(2, 32, K))
+    """Σ q f(u) and p f'(u): of the row, of the textbook and of the log-space form; q is unnormalised."""
+    policy, target = spread * np.random.default_rng(seed).uniform(-1, 1, size=(2, B, K))
     log_p, log_q = oracle.log_softmax(policy), oracle.log_softmax(target) + mass
     p, q, row = np.exp(log_p), np.exp(log_q), losses.DIVERGENCES[name]
     value, slope = in_float64(divergence_and_slope, log_p, log_q, name, parameters)
     # The textbook form of alpha divides a rounding error of its largest term by alpha (alpha - 1).
-    divisor = min(1.0, *(abs(x) for a in parameters.values() for x in (a, 1 - a) if x))
+    divisor = min([1.0, *(abs(x) for a in parameters.values() for x in (a, 1 - a) if x)])
     largest = np.max(p + q + p ** (1 - parameters.get("alpha", 0)) * q ** parameters.get("alpha", 0), axis=-1)
     rounding = 1e-14 * largest / divisor
     for f, f_prime in ((row.f, row.f_prime), (oracle.F[name], oracle.F_PRIME[name])):
@@ -118,11 +118,11 @@ def test_f_and_f_prime_and_log_space_agree(name, parameters, seed, spread, mass)
 
 @each_divergence
 def test_value_and_slope_at_the_target(name, parameters):
-    """At p = q the value is 0 and the slope p f'(1), exactly: no branch of the log-space form leaves a half slope there."""
-    log_p = np.log(np.array([[0.5, 0.3, 0.2]]))
+    """At p = q the value is 0 and the slope p f'(1): no branch of the log-space form leaves half a slope there."""
+    log_p = np.log(np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]))
     value, slope = in_float64(divergence_and_slope, log_p, log_p, name, parameters)
-    assert_array_equal(value, [0.0])
-    assert_allclose(slope, np.exp(log_p) * oracle.F_PRIME[name](1.0, *parameters.values()), atol=1e-16)
+    assert_array_equal(value, [0.0, 0.0])
+    assert_allclose(slope, np.exp(log_p) * oracle.F_PRIME[name](1.0, *parameters.values()), atol=1e-15)
 
 
 @each_divergence
@@ -132,8 +132,9 @@ def test_f_is_convex_with_its_zero_at_one(name, parameters):
     assert float(f(jnp.array(1.0))) == 0.0
     middles = (u[1:] + u[:-1]) / 2
     assert np.all(in_float64(f, middles) <= (in_float64(f, u[1:]) + in_float64(f, u[:-1])) / 2 + 1e-12)
-    slopes = in_float64(jax.vmap(jax.grad(f)), u[u != 1])
-    assert_allclose(slopes, in_float64(functools.partial(row.f_prime, **parameters), u[u != 1]), rtol=1e-6, atol=1e-12)
+    slopes = in_float64(jax.grad(lambda u: jnp.sum(f(u))), u)[u != 1]
+    expected = in_float64(functools.partial(row.f_prime, **parameters), u)[u != 1]
+    assert_allclose(slopes, expected, rtol=tolerances.LOSS_FLOAT64 / 1e-3, atol=1e-12)
 
 
 def extreme_inputs():
@@ -186,7 +187,7 @@ def test_a_hard_label_costs_its_slope_at_infinity(name, parameters):
     slope = row.slope_at_infinity(**parameters)
     log_p = oracle.log_softmax([0.5, -1.0, 0.25])
     hard = np.array([0.0, -np.inf, -np.inf])
-    value, grads = in_float64(divergence_and_slope, log_p[None], hard[None], name, parameters)
+    value, grads = in_float64(divergence_and_slope, np.stack([log_p] * B), np.stack([hard] * B), name, parameters)
     if not np.isfinite(slope):
         assert value[0] > 1e25
         return
@@ -326,15 +327,15 @@ def test_f_gradient_is_zero_at_the_target(name, parameters):
 def test_g_a_preference_is_learnt_at_a_margin_of_ten(name, parameters):
     """q = (1, e^-10): dL/dm is negative below m = 10, zero there, positive above (flat, for total variation)."""
     loss = losses.resolve(name, beta_pi=1.0, epsilon=np.exp(-10.0), **parameters)
-    margins = np.array([9.0, 10.0, 11.0])
-    pairs = losses.Candidates(
-        np.stack([margins, 0 * margins], 1),
-        np.zeros((3, 2)),
-        np.ones((3, 2)),
-        np.array([[1.0, 0.0]] * 3),
-        np.array(0.0),
-    )
-    below, at, above = in_float64(value_and_grad, loss, pairs)[1][:, 0]
+
+    def slopes(*margins):
+        scores_BK = np.array([(margin, 0.0) for margin in margins])
+        pairs = losses.Candidates(
+            scores_BK, 0 * scores_BK, 0 * scores_BK + 1, np.array([[1.0, 0.0]] * B), np.array(0.0)
+        )
+        return in_float64(value_and_grad, loss, pairs)[1][:, 0]
+
+    (below, above), (at, _) = slopes(9.0, 11.0), slopes(10.0, 11.0)
     assert below < -1e-6
     if name == "total_variation":
         assert abs(above) < 1e-12
@@ -375,14 +376,32 @@ def test_i_gamma_enters_once_before_beta_on_the_chosen_only():
 
 
 @pytest.fixture(scope="module")
-def at_long_responses():
-    """Log-probs of 0 to -1e4, empty responses, equal rewards: every loss, float32, one compiled program."""
-    low = np.concatenate(
-        [np.array([[0, -m, -m / 2], [-m, 0, -1], [0, 0, 0], [-m, -m, -m]]) for m in (100.0, 1e4)]
-    ).astype(np.float32)
-    shared = (np.broadcast_to(np.array(x, np.float32), low.shape) for x in ([3, 0, 2], [1, 0, 1]))
-    group = losses.Candidates(low, low[::-1].copy(), *shared, np.float32(1e4))
-    return jax.jit(lambda c: {key: value_and_grad_traced(loss, c) for key, loss in LOSSES.items()})(group)
+def compiled():
+    """Candidates -> {loss: (losses, gradients)}: every loss, group by group under vmap, in one compiled program."""
+
+    @jax.jit
+    def run(candidates):
+        def one(loss, *fields):
+            group = losses.Candidates(*(x[None] for x in fields), candidates.batch_kl)
+            return jax.tree.map(lambda x: x[0], value_and_grad_traced(loss, group))
+
+        return {key: jax.vmap(functools.partial(one, loss))(*candidates[:-1]) for key, loss in LOSSES.items()}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def at_long_responses(compiled):
+    """Log-probs of 0 to -1e4, an empty response, equal rewards, in float32."""
+    results = []
+    for m in (100.0, 1e4):
+        for low in ([[0, -m, -m / 2], [-m, 0, -1]], [[0, 0, 0], [-m, -m, -m]]):
+            lengths, rewards = [[3, 0, 2]] * B, [[1, 0, 1]] * B
+            group = groups(
+                logps_BK=low, reference_logps_BK=low[::-1], lengths_BK=lengths, rewards_BK=rewards, batch_kl=1e4
+            )
+            results.append(compiled(group))
+    return {key: jax.tree.map(lambda *x: np.concatenate(x), *(each[key] for each in results)) for key in LOSSES}
 
 
 @pytest.mark.parametrize("key", LOSSES)
@@ -594,24 +613,12 @@ def test_implied_rewards_carry_no_gradient():
 # ------------------------------------------------------------------------------------------ every row, every transform
 
 
-def test_every_loss_under_jit_grad_and_vmap():
-    """One program: the gradient of each loss, group by group under vmap, against the plain call."""
-    base = groups()
-
-    @jax.jit
-    def mapped(candidates):
-        def one(loss, *fields):
-            group = losses.Candidates(*(x[None] for x in fields), candidates.batch_kl)
-            values, grads = value_and_grad_traced(loss, group)
-            return values[0], grads[0]
-
-        return {key: jax.vmap(functools.partial(one, loss))(*candidates[:-1]) for key, loss in LOSSES.items()}
-
-    for key, (values, grads) in mapped(base).items():
-        expected_values, expected_grads = value_and_grad(LOSSES[key], base)
-        assert np.any(expected_grads != 0), key
-        assert_allclose(values, expected_values, rtol=tolerances.LOSS_FLOAT32, atol=1e-7, err_msg=key)
-        assert_allclose(grads, expected_grads, rtol=tolerances.LOSS_FLOAT32, atol=1e-6, err_msg=key)
+@pytest.mark.parametrize("key", LOSSES)
+def test_every_loss_under_jit_grad_and_vmap(compiled, key):
+    (values, grads), (expected_values, expected_grads) = compiled(groups())[key], value_and_grad(LOSSES[key], groups())
+    assert np.any(expected_grads != 0)
+    assert_allclose(values, expected_values, rtol=tolerances.LOSS_FLOAT32)
+    assert_allclose(grads, expected_grads, rtol=0, atol=tolerances.LOSS_FLOAT32 * np.abs(expected_grads).max())
 
 
 def test_a_loss_is_a_static_argument():
@@ -674,7 +681,7 @@ OTHER_VALUE = {
 def test_every_option_changes_the_loss_or_is_an_error(loss):
     settings_of = {key: loss.options[key] for key in ("target", "score") if key in loss.options}
     tied = groups(rewards_BK=[[1.0, 1.0, 0.5], [-0.5, 2.0, 2.0]])
-    base = value_and_grad(loss, tied)
+    base = loss.loss(tied)
     assert set(OTHER_VALUE) == set(losses.OPTIONS)
     for key, other in OTHER_VALUE.items():
         value = other[loss.options[key]] if isinstance(other, dict) and key in loss.options else other
@@ -690,10 +697,8 @@ def test_every_option_changes_the_loss_or_is_an_error(loss):
         if key in ("temperature", "sft_weight"):  # applied by logps.py and step.py
             assert getattr(changed, key) == value != getattr(loss, key)
             continue
-        before = value_and_grad(losses.resolve(loss.name, **settings_of, **extra), tied) if extra else base
-        after = value_and_grad(changed, tied)
-        moved = max(np.abs(x - y).max() for x, y in zip(before, after, strict=True))
-        assert moved > tolerances.DIFFERENT, key
+        before = losses.resolve(loss.name, **settings_of, **extra).loss(tied) if extra else base
+        assert np.abs(before - changed.loss(tied)).max() > tolerances.DIFFERENT, key
 
 
 # --------------------------------------------------------------------------------------------------------------- names

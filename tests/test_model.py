@@ -96,10 +96,16 @@ def random_params(config, seed=0, dtype="float32"):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params.nest(flat))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "remat"), compiler_options=QUICK)
-def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", remat="none"):
+@functools.partial(jax.jit, static_argnames=("config", "batch_sharding", "compute_dtype"), compiler_options=QUICK)
+def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", batch_sharding=None):
     return model.hidden_states(
-        tree, tokens_NT, valid_NT, config=config, compute_dtype=compute_dtype, remat=remat, attention="xla"
+        tree,
+        tokens_NT,
+        valid_NT,
+        config=config,
+        compute_dtype=compute_dtype,
+        attention="xla",
+        batch_sharding=batch_sharding,
     )
 
 
@@ -388,13 +394,16 @@ def test_bfloat16_compute(name):
     assert model.head(tree, config=config).dtype == jnp.float32
 
 
-def test_sharded_parameters_give_the_same_hidden_states():
+def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
     config = model.from_hf_config(LLAMA | {"hidden_size": 32, "vocab_size": 40})
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
-    tree = random_params(config)
     places = sharding.param_shardings(params.logical_axes(config), params.abstract(config, "float32"), mesh=mesh)
-    expected = forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config)
-    found = forward(jax.device_put(tree, places), jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config)
+    rows = sharding.batch_sharding(mesh, stacked=False)
+    tree = random_params(config)
+    batch = jnp.asarray(MORE_TOKENS_NT), jnp.asarray(MORE_VALID_NT)
+    expected = forward(tree, *batch, config=config)
+    found = forward(jax.device_put(tree, places), *jax.device_put(batch, rows), config=config, batch_sharding=rows)
+    assert found.sharding.is_equivalent_to(rows, 3)
     assert_allclose(found, expected, rtol=0, atol=tolerances.SAME_MATHS)
 
 

@@ -10,7 +10,7 @@ scored, and the row is reported as `merged`. The mask follows from lengths alone
 Where this differs from the originals:
   raw   The response is cut as token ids; the original decodes the cut ids, appends the text to the prompt and encodes
         again, which can move the boundary. BOS opens the row if the tokenizer itself opens texts with BOS, and survives
-        the cutting of the prompt. A prompt always keeps a token, the first predictor.
+        the cutting of the prompt.
   chat  The original renders the response as a conversation of its own and strips a leading BOS. That equals the
         difference taken here for templates that write turn by turn (Llama-3, Zephyr, Mistral's override, ChatML,
         Gemma-2), and is wrong or an error for the others: Llama-3.1 repeats its date header, Qwen its default system
@@ -183,10 +183,8 @@ def chat_texts(
     turns = [{"role": "assistant", "content": turn} if isinstance(turn, str) else turn for turn in responses]
     prompt_text = _render(encoder, template, messages)
     full_texts = [_render(encoder, template, [*messages, turn]) for turn in turns]
-    if not all(full.startswith(prompt_text) for full in full_texts):
-        prompt_text = prompt_text.removesuffix(
-            encoder.aliases[str(tokenizer.eos_token)]
-        )  # Phi-3 ends any text with EOS
+    if not all(full.startswith(prompt_text) for full in full_texts):  # Phi-3 ends any text with EOS
+        prompt_text = prompt_text.removesuffix(encoder.aliases[str(tokenizer.eos_token)])
     for full in full_texts:
         if not full.startswith(prompt_text):
             raise ValueError(

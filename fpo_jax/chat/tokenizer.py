@@ -88,7 +88,7 @@ def load_tokenizer(
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of {str(name_or_path)!r}")
-        tokenizer.eos_token = eos_token
+        tokenizer.add_special_tokens({"eos_token": eos_token})
     if tokenizer.eos_token_id is None:
         raise ValueError(_no_eos(name_or_path))
     if chat_template is not None:
@@ -101,7 +101,7 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
     """Build the encoder of a tokenizer (half a second; build it once).
 
     Raises:
-        ValueError: the tokenizer has no EOS token, or added tokens with ids of their own that it would not load again.
+        ValueError: the tokenizer has no EOS token, or special tokens that it would not load again as they are.
     """
     eos_id, bos_id = tokenizer.eos_token_id, tokenizer.bos_token_id
     if not isinstance(eos_id, int):
@@ -122,6 +122,8 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
     backend = tokenizers.Tokenizer.from_str(
         json.dumps(state | {"post_processor": None, "truncation": None, "padding": None})
     )
+    if str(tokenizer.eos_token) not in ids:
+        raise ValueError(f"the EOS token {tokenizer.eos_token!r} is not an added token; use add_special_tokens for it")
     if moved := [spelling for spelling, token_id in ids.items() if backend.token_to_id(aliases[spelling]) != token_id]:
         raise ValueError(f"the tokenizer's ids of {', '.join(moved)} are not reproducible; save it anew and load that")
     opening = tokenizer("a", add_special_tokens=True)["input_ids"]

@@ -22,6 +22,7 @@ from fpo_jax.data.audit import Audit
 from fpo_jax.data.records import Message, Record, Records
 
 RULES = ("raw", "chat")
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _CHUNK = 256  # groups tokenised at once: enough to keep the Rust threads busy, little to hold in memory
 
 
@@ -116,7 +117,8 @@ def prepare(
         (prepared, audit).
 
     Raises:
-        ValueError: an illegal option, a record that does not fit the rule, a policy of `error`, nothing left.
+        ValueError: an illegal option, a record that does not fit the rule, a reward that is not finite, a policy of
+            `error`, nothing left.
     """
     options: dict[str, Any] = {
         "max_length": max_length,
@@ -211,6 +213,8 @@ def _check_options(rule: str, options: dict[str, Any], group_size: int, policies
 def _groups(record: Record, group_size: int, rule: str) -> list[_Group]:
     """Cut a record's candidates into consecutive groups."""
     count = len(record.responses)
+    if not all(abs(reward) <= _FLOAT32_MAX for reward in record.rewards):  # nor is NaN
+        raise ValueError(f"{record.source}: rewards {list(record.rewards)} are not all finite float32 numbers")
     if count % group_size or len(record.rewards) != count or count == 0:
         raise ValueError(
             f"{record.source}: {count} responses with {len(record.rewards)} rewards do not make groups of "
@@ -259,8 +263,8 @@ def _row_fault(group: _Group, rows: Sequence[chat.Row], policies: _Policies, max
     cut = max(row.prompt_cut for row in rows)
     if cut and policies.on_long_prompt == "error":
         raise ValueError(
-            f"{group.source}: the prompt is {cut} tokens too long for max_length={max_length} beside its responses; "
-            "raise max_length, or on_long_prompt='truncate' or 'drop'"
+            f"{group.source}: the prompt does not fit into max_length={max_length} beside its responses, {cut} of its "
+            "tokens would be cut; raise max_length, or on_long_prompt='truncate' or 'drop'"
         )
     if cut and policies.on_long_prompt == "drop":
         return "long_prompt"

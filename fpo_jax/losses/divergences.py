@@ -49,10 +49,15 @@ class Divergence:
     loss_offset: Callable[[jax.Array], jax.Array] = lambda log_q: jnp.zeros(log_q.shape[:-1], log_q.dtype)
 
 
+def _power_log(u, power):
+    """(u^power - 1)/power, which is log u at power 0."""
+    return jnp.log(u) if abs(power) < numerics.TINY_POWER else jnp.expm1(power * jnp.log(u)) / power
+
+
 def _alpha_f(u, *, alpha):
     if abs(alpha) < numerics.TINY_POWER:
         return u * jnp.log(u) - u + 1
-    return (u - 1 - numerics.box_cox(jnp.log(u), power=1 - alpha)) / alpha
+    return (u - 1 - _power_log(u, 1 - alpha)) / alpha
 
 
 def _alpha_log_space(log_p, log_q, *, alpha):
@@ -123,7 +128,7 @@ _ROWS = (
         name="alpha",
         equation="(Σ p^(1-α) q^α - (1-α) Σp - α Σq) / (α(α-1))",
         f=_alpha_f,
-        f_prime=lambda u, *, alpha: numerics.box_cox(jnp.log(u), power=-alpha),
+        f_prime=lambda u, *, alpha: _power_log(u, -alpha),
         log_space=_alpha_log_space,
         slope_at_infinity=lambda *, alpha: 1 / alpha if alpha > 0 else math.inf,
         limits="α=0: KL(p‖q); α=1: KL(q‖p); α=½: 2·squared_hellinger; α=-1: ½·pearson_chi2; α=2: ½·neyman_chi2; "
@@ -163,7 +168,7 @@ _ROWS = (
         equation="½ Σ |p - q|",
         f=lambda u: jnp.abs(u - 1) / 2,
         f_prime=lambda u: jnp.sign(u - 1) / 2,
-        log_space=lambda log_p, log_q: jnp.abs(difference(log_p, log_q, log_p - log_q)) / 2,
+        log_space=lambda log_p, log_q: difference(log_p, log_q, log_p - log_q) * jnp.sign(log_p - log_q) / 2,
         slope_at_infinity=lambda: 0.5,
         limits="symmetric; not differentiable at p = q, where the gradient is taken as 0; not in the original",
     ),

@@ -33,6 +33,7 @@ def hidden_states(
     compute_dtype: jax.typing.DTypeLike,
     remat: str = "none",
     attention: str = "auto",
+    batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Float[jax.Array, "N T D"]:
     """Run the decoder up to and including its final norm.
 
@@ -49,6 +50,9 @@ def hidden_states(
             then run at the highest precision instead of TF32 or bfloat16 passes.
         remat: "none", or "full" to recompute each layer in the backward pass from its input.
         attention: "auto" (decided for the device this is traced on), "xla" or "cudnn".
+        batch_sharding: how a [N, ...] array is cut over the mesh, e.g. NamedSharding(mesh, P(("data", "fsdp"))). The
+            residual stream is pinned to it, which a mesh needs: left alone, the compiler cuts D where the embedding is
+            cut, rebuilds whole activations in every layer, and cuDNN attention does not compile. None = one device.
 
     Returns:
         hidden_NTD in compute_dtype.
@@ -62,12 +66,22 @@ def hidden_states(
     if remat not in decoder.REMAT:
         raise ValueError(f"remat {remat!r} is not one of {', '.join(decoder.REMAT)}.")
     if attention == "auto":
-        platform = jax.default_backend()
-        attention, _ = attention_module.choose(attention, platform=platform, dtype=dtype, head_dim=config.head_dim)
+        attention, _ = attention_module.choose(
+            attention,
+            platform=jax.default_backend(),
+            dtype=dtype,
+            head_dim=config.head_dim,
+            positions=tokens_NT.shape[1],
+        )
     exact = jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
     with exact:
         return nnx.merge(decoder.graph(config), params)(
-            tokens_NT, valid_NT, compute_dtype=dtype, remat=remat, implementation=attention
+            tokens_NT,
+            valid_NT,
+            compute_dtype=dtype,
+            remat=remat,
+            implementation=attention,
+            batch_sharding=batch_sharding,
         )
 
 

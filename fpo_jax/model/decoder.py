@@ -46,6 +46,7 @@ class Decoder(nnx.Module):
         compute_dtype: jax.typing.DTypeLike,
         remat: str,
         implementation: str,
+        batch_sharding: jax.sharding.Sharding | None,
     ) -> Float[jax.Array, "N T D"]:
         """Return the hidden states after the final norm, in compute_dtype."""
         config = self.config
@@ -59,13 +60,16 @@ class Decoder(nnx.Module):
         context = parts.Context(valid_NT, cos_XTP, sin_XTP, config.sliding_window, implementation)
         graphdef, layers = nnx.split(self.layers)
 
+        def pin(x_NTD):
+            return x_NTD if batch_sharding is None else jax.lax.with_sharding_constraint(x_NTD, batch_sharding)
+
         def apply_layer(x_NTD, layer):
-            return nnx.merge(graphdef, layer)(x_NTD, context), None
+            return pin(nnx.merge(graphdef, layer)(x_NTD, context)), None
 
         # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless. The cast follows the gather:
         # its gradient, a scatter-add, then sums in the parameters' own dtype. Ids outside the vocabulary give NaN.
         tokens_NT = jnp.where(valid_NT, tokens_NT, 0)
-        x_NTD = jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype)
+        x_NTD = pin(jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype))
         x_NTD, _ = jax.lax.scan(REMAT[remat](apply_layer), x_NTD, layers)
         return self.final_norm(x_NTD)
 

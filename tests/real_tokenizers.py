@@ -1,0 +1,33 @@
+"""The real tokenizers of the shared data, each loaded once: reading a SentencePiece file takes seconds."""
+
+from functools import lru_cache
+
+from fpo_jax import chat
+from tests.paths import shared_data
+
+NAMES = ("neox", "phi3", "mistral1", "mistral3", "stories")
+_PATHS = {
+    "neox": ("tokenizers", "gpt_neox_20B_tokenizer.json"),
+    "phi3": ("tokenizers", "phi-3-mini"),
+    "mistral1": ("tokenizers", "mistral-v1.model"),
+    "mistral3": ("tokenizers", "mistral-v3.model"),
+    "stories": ("stories260K",),
+}
+
+
+def path(name: str):
+    """Return where the files of a tokenizer are; skips the test where they are absent."""
+    return shared_data(*_PATHS[name])
+
+
+def encoder(name: str, template: str | None = None) -> chat.Encoder:
+    """Return the encoder with a named chat template, or with the tokenizer's own; good until the next call."""
+    loaded, own = _load(name)
+    loaded.tokenizer.chat_template = chat.CHAT_TEMPLATES[template] if template else own
+    return loaded
+
+
+@lru_cache
+def _load(name: str) -> tuple[chat.Encoder, str | None]:
+    loaded = chat.encoder(chat.load_tokenizer(path(name), eos_token="<|endoftext|>" if name == "neox" else None))
+    return loaded, loaded.tokenizer.chat_template

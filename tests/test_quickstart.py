@@ -1,0 +1,447 @@
+"""The quickstart: its task, its statistics, its stages, and one miniature run from nothing to the report."""
+
+import collections
+import json
+import logging
+import math
+import re
+import shlex
+
+import numpy as np
+import pytest
+import scipy.stats
+from absl import flags
+from ml_collections import config_flags
+
+from configs import quickstart as recipe
+from eval import (
+    intervals,
+    quickstart,
+    quickstart_configs,
+    quickstart_model,
+    quickstart_report,
+    quickstart_stages,
+    quickstart_summary,
+)
+from eval import quickstart_task as task
+from fpo_jax import chat, checkpoint, loop, losses, params
+from fpo_jax import config as configuration
+from tests import paths, tolerances
+
+TINY = quickstart_configs.Scale(
+    demonstrated_prompts=64,
+    aligned_prompts=64,
+    held_out_prompts=30,
+    held_out_groups=20,
+    pretraining_steps=5,
+    alignment_steps=3,
+    sampling_rows=32,
+)
+
+
+def prompts(count, seed=0):
+    return task.make_prompts(train=count, held_out=1, random=np.random.default_rng(seed)).train
+
+
+# --- the task
+
+
+def test_only_the_sorted_digits_are_rewarded():
+    for prompt in prompts(200):
+        right = task.answer(prompt)
+        assert collections.Counter(right) == collections.Counter(prompt[:-1])
+        assert list(right) == sorted(right)
+        assert task.reward(prompt, right) == 1.0
+        for wrong in (right + "0", right[1:], right[::-1] + "9", "", right + ">", f" {right}", prompt):
+            assert task.reward(prompt, wrong) == 0.0
+
+
+def test_every_mistake_is_wrong_and_has_one_kind():
+    for prompt in ["5555>", "10>2345>", *prompts(100)]:
+        right = task.answer(prompt)
+        seen = set()
+        for name, results in task.MISTAKES.items():
+            made = results(right)
+            assert right not in made
+            assert not made & seen
+            assert {task.outcome(prompt, text) for text in made} <= {name}
+            seen |= made
+        assert task.outcome(prompt, right) == task.CORRECT
+        assert task.outcome(prompt, right + right) == task.OTHER
+    literal = {name: sorted(results("112")) for name, results in task.MISTAKES.items()}
+    assert literal["two neighbours swapped"] == ["121"]
+    assert literal["a digit left out"] == ["11", "12"]
+    assert literal["a digit written twice"] == ["1112", "1122"]
+    assert len(literal["a digit replaced"]) == 27
+
+
+def test_demonstrations_err_at_the_stated_rate_in_all_kinds_evenly():
+    count, rate, random = 4000, 0.5, np.random.default_rng(3)
+    outcomes = collections.Counter(
+        task.outcome(prompt, task.demonstrate(prompt, mistake_rate=rate, random=random)) for prompt in prompts(count)
+    )
+    wrong = count - outcomes[task.CORRECT]
+    assert abs(wrong - count * rate) < 4 * math.sqrt(count * rate * (1 - rate))
+    assert outcomes[task.OTHER] == 0
+    for name in task.MISTAKES:  # a quarter of the mistakes each; four standard deviations
+        assert abs(outcomes[name] - wrong / 4) < 4 * math.sqrt(wrong * 3 / 16)
+    random = np.random.default_rng(0)
+    for prompt in prompts(50):
+        assert task.demonstrate(prompt, mistake_rate=0.0, random=random) == task.answer(prompt)
+        assert task.demonstrate(prompt, mistake_rate=1.0, random=random) != task.answer(prompt)
+    assert task.demonstrate("5555>", mistake_rate=1.0, random=random) != "5555"  # cannot be swapped
+
+
+def test_prompts_are_distinct_and_held_out_answers_are_never_trained_on():
+    made = task.make_prompts(train=3000, held_out=500, random=np.random.default_rng(1))
+    assert (len(set(made.train)), len(set(made.held_out))) == (3000, 500)
+    assert not {task.answer(prompt) for prompt in made.train} & {task.answer(prompt) for prompt in made.held_out}
+    for prompt in made.train + made.held_out:
+        assert re.fullmatch(rf"[0-9]{{{task.SHORTEST},{task.LONGEST}}}>", prompt)
+    assert {len(prompt) - 1 for prompt in made.held_out} == set(range(task.SHORTEST, task.LONGEST + 1))
+
+
+def test_the_task_is_a_function_of_the_seed():
+    first, again, other = (
+        task.make_prompts(train=30, held_out=7, random=np.random.default_rng(seed)) for seed in (5, 5, 6)
+    )
+    assert first == again
+    assert not set(first.held_out) & set(other.held_out)
+
+
+def test_too_many_prompts_are_refused():
+    with pytest.raises(ValueError, match="25000 \\+ 1 prompts are more than 25000"):
+        task.make_prompts(train=25_000, held_out=1, random=np.random.default_rng(0))
+
+
+# --- the statistics
+
+
+@pytest.mark.parametrize(("successes", "count"), [(0, 7), (3, 7), (7, 7), (591, 1000)])
+def test_wilson_agrees_with_scipy(successes, count):
+    expected = scipy.stats.binomtest(successes, count).proportion_ci(method="wilson")
+    low, high = intervals.wilson(successes, count)
+    np.testing.assert_allclose((low, high), expected, rtol=tolerances.INTERVAL, atol=tolerances.INTERVAL)
+    assert 0 <= low <= successes / count <= high <= 1
+
+
+def test_paired_difference_agrees_with_numpy():
+    random = np.random.default_rng(0)
+    before, after = random.random(50) < 0.4, random.random(50) < 0.7
+    changes = after.astype(float) - before
+    spread = 1.959963984540054 * changes.std(ddof=1) / math.sqrt(50)
+    expected = (changes.mean(), changes.mean() - spread, changes.mean() + spread)
+    np.testing.assert_allclose(
+        intervals.paired_difference(before.tolist(), after.tolist()), expected, rtol=tolerances.INTERVAL
+    )
+
+
+def test_intervals_refuse_what_is_no_sample():
+    with pytest.raises(ValueError, match="8 successes of 7 trials"):
+        intervals.wilson(8, 7)
+    with pytest.raises(ValueError, match="0 successes of 0 trials"):
+        intervals.wilson(0, 0)
+    with pytest.raises(ValueError, match="3 outcomes before and 2 after"):
+        intervals.paired_difference([True] * 3, [True] * 2)
+
+
+def test_answers_to_different_prompts_are_not_compared():
+    row = {"prompt": "4321>", "response": "1234", "outcome": task.CORRECT, "greedy": "1234"}
+    with pytest.raises(ValueError, match="to different prompts"):
+        quickstart_summary.compare([row, row], [row, row | {"prompt": "4320>"}])
+
+
+# --- the tokenizer and the configurations
+
+
+def test_the_tokenizer_gives_the_rows_the_trainer_builds():
+    tokenizer = quickstart_model.make_tokenizer(max_length=64)
+    ids = tokenizer("9081>")["input_ids"]
+    assert ids == [1, 13, 4, 12, 5, 14]
+    assert tokenizer.decode(ids[1:]) == "9081>"
+    ((row,),) = chat.raw_rows(chat.encoder(tokenizer), ["9081>"], [["0189"]], max_length=24, max_response_length=12)
+    assert row.ids == [*ids, 4, 5, 12, 13, tokenizer.eos_token_id]
+    assert (row.prompt_length, row.merged) == (len(ids), False)
+
+
+@pytest.mark.parametrize("name", [*losses.DIVERGENCES, "exo-rw", "dpo"])
+def test_every_divergence_can_be_asked_for(name):
+    c = recipe.get_config(name)
+    assert configuration.problems(c) == []
+    loss = losses.resolve(c.loss.name, **configuration.loss_options(c))
+    assert loss.options["target"] == "rewards"
+
+
+def test_the_longest_answer_fits_the_window():
+    c = recipe.get_config()
+    longest = 1 + task.LONGEST + 1 + recipe.MAX_RESPONSE_LENGTH  # BOS, digits, ">", response
+    assert longest <= c.data.max_length <= quickstart_model.ARCHITECTURE.max_positions
+    assert (
+        recipe.MAX_RESPONSE_LENGTH > task.LONGEST + 2
+    )  # a mistake's extra digit and EOS fit, an answer never fills it
+    pretraining = recipe.pretraining()
+    assert configuration.problems(pretraining) == []
+    assert losses.resolve(pretraining.loss.name, **configuration.loss_options(pretraining)).name == "sft"
+
+
+# --- the stages
+
+
+@pytest.fixture
+def stages(tmp_path):
+    """A function that runs one stage writing `out.txt` in a fresh program; returns how often its work was done."""
+    done = []
+
+    def run(setting=1, work=None):
+        def write():
+            done.append(1)
+            (tmp_path / "out.txt").write_text("made")
+            return "made it"
+
+        quickstart_stages.Stages(tmp_path, total=1).run(
+            "copy",
+            "Copy",
+            work or write,
+            inputs={"setting": setting, "source": tmp_path / "in.txt"},
+            outputs=[tmp_path / "out.txt"],
+        )
+        return len(done)
+
+    (tmp_path / "in.txt").write_text("one")
+    return run
+
+
+def test_a_finished_stage_is_skipped(stages, capsys):
+    assert [stages(), stages()] == [1, 1]
+    assert re.fullmatch(
+        r"\[1/1\] Copy \.\.\. [0-9.]+ s: made it\n\[1/1\] Copy \.\.\. done before: made it\n", capsys.readouterr().out
+    )
+
+
+def test_a_stage_whose_output_is_gone_is_done_again(stages, tmp_path):
+    stages()
+    (tmp_path / "out.txt").unlink()
+    assert stages() == 2
+
+
+def test_other_inputs_or_changed_outputs_are_refused(stages, tmp_path):
+    stages()
+    with pytest.raises(
+        quickstart_stages.StageError, match=r"'copy' made from other inputs:\n  setting: 1 -> 2\nuse another"
+    ):
+        stages(setting=2)
+    (tmp_path / "in.txt").write_text("two")
+    with pytest.raises(quickstart_stages.StageError, match="source: '[0-9a-f]{64}' -> '[0-9a-f]{64}'"):
+        stages()
+    (tmp_path / "in.txt").write_text("one")
+    (tmp_path / "out.txt").write_text("edited")
+    with pytest.raises(quickstart_stages.StageError, match=r"out.txt in .* changed since stage 'copy' wrote it"):
+        stages()
+    (tmp_path / "out.txt").write_text("made")
+    assert stages() == 1
+    (tmp_path / "in.txt").unlink()
+    with pytest.raises(quickstart_stages.StageError, match="in.txt is missing"):
+        stages()
+
+
+def test_a_failed_stage_is_named_and_done_again(stages, tmp_path):
+    def fail():
+        logging.getLogger("fpo_jax").info("about to fail")
+        raise ValueError("no digits left")
+
+    with pytest.raises(
+        quickstart_stages.StageError, match=r"stage 'copy' failed: no digits left\n\(details: .*quickstart.log"
+    ):
+        stages(work=fail)
+    assert "about to fail" in (tmp_path / "quickstart.log").read_text()
+    assert stages() == 1
+
+    def crash():
+        raise RuntimeError("bug")
+
+    (tmp_path / "out.txt").unlink()
+    with pytest.raises(RuntimeError, match="bug") as caught:
+        stages(work=crash)
+    assert "in stage 'copy' of the quickstart" in caught.value.__notes__[0]
+
+
+# --- the whole program, in miniature
+
+
+def odd_length(prompt, response):
+    """A reward that five updates can earn; they are too few to sort."""
+    return float(len(response) % 2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished miniature quickstart: (workdir, summary)."""
+    workdir = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "reward", odd_length)
+        return workdir, quickstart.run(workdir, seed=3, divergence="alpha", scale=TINY)
+
+
+@pytest.mark.slow  # about 20 s: two training runs of a few updates, each compiled for 8 devices
+def test_every_artefact_is_there(finished):
+    workdir, summary = finished
+    c = quickstart_configs.alignment(workdir, seed=3, divergence="alpha", scale=TINY)
+    for path in (c.model.path, c.data.train, c.data.eval):
+        assert json.dumps(path)[1:-1].startswith(str(workdir))
+    groups = quickstart_summary.read(workdir / "data" / "groups.jsonl")
+    assert len(groups) == TINY.aligned_prompts
+    for group in groups:
+        assert group["rewards"] == [odd_length(group["prompt"], text) for text in group["completions"]]
+    demonstrations = quickstart_summary.read(workdir / "data" / "demonstrations.jsonl")
+    assert [group["prompt"] for group in groups] == [row["prompt"] for row in demonstrations[: len(groups)]]
+    held_out = {row["prompt"] for row in quickstart_summary.read(workdir / "data" / "held_out.jsonl")}
+    assert not held_out & {row["prompt"] for row in demonstrations}
+    for folder in ("start", "sft_model", "export-alpha"):
+        names = {path.name for path in (workdir / folder).iterdir()}
+        assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    for name in ("report.md", "report.html", "summary.json", "success.png", "alignment.png", "pretraining.png"):
+        assert (workdir / "report" / name).stat().st_size > 0
+    assert json.loads((workdir / "report" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+
+
+@pytest.mark.slow
+def test_the_summary_has_its_fields_and_they_are_what_the_files_say(finished):
+    workdir, summary = finished
+    assert summary["seed"] == 3
+    assert summary["divergence"] == "alpha"
+    assert summary["loss"] | {"name": "alpha", "target": "rewards"} == summary["loss"]
+    assert (summary["mistake_rate"], summary["candidates"], summary["temperature"]) == (0.5, 4, 1.0)
+    assert summary["parameters"] == sum(
+        array.size for array in params.flatten(quickstart_model.load(workdir / "start").weights).values()
+    )
+    correct = {}
+    for moment in ("before", "after"):
+        rows = quickstart_summary.read(workdir / summary["paths"][moment])
+        right = ["".join(sorted(row["prompt"][:-1])) for row in rows]
+        correct[moment] = np.array([row["response"] == text for row, text in zip(rows, right, strict=True)])
+        found = summary["success"][moment]
+        assert (found["correct"], found["count"]) == (correct[moment].sum(), TINY.held_out_prompts)
+        assert found["rate"] == correct[moment].mean()
+        assert found["low"] <= found["rate"] <= found["high"]
+        assert found["greedy_rate"] == np.mean([row["greedy"] == text for row, text in zip(rows, right, strict=True)])
+        assert sum(found["outcomes"].values()) == TINY.held_out_prompts
+        assert sum(part["correct"] for part in found["by_digits"].values()) == found["correct"]
+    change = 100 * (correct["after"].astype(float) - correct["before"]).mean()
+    assert summary["difference"]["points"] == pytest.approx(change)
+    names = ["task", "pretrain", "sample", "align-alpha", "export-alpha", "before", "after-alpha"]
+    assert list(summary["stages"]) == names
+    assert summary["seconds"] == pytest.approx(sum(stage["seconds"] for stage in summary["stages"].values()))
+    assert summary["peak_rss_bytes"] == max(stage["peak_rss_bytes"] for stage in summary["stages"].values())
+    assert any("train 1, eval 1, reference 1" in line for line in summary["stages"]["align-alpha"]["compiled"])
+
+
+@pytest.mark.slow
+def test_the_report_shows_the_numbers_of_the_files(finished):
+    workdir, summary = finished
+    text = (workdir / "report" / "report.md").read_text()
+    before, after = (
+        quickstart_summary.success(quickstart_summary.read(workdir / summary["paths"][moment]))
+        for moment in ("before", "after")
+    )
+    assert f"**{100 * before['rate']:.1f} % → {100 * after['rate']:.1f} %** of 30 held-out prompts" in text
+    assert f"| correct | {before['correct']} of 30 | {after['correct']} of 30 |" in text
+    held_out = [
+        line for line in quickstart_summary.read(workdir / "align-alpha" / "metrics.jsonl") if "eval_loss" in line
+    ]
+    assert (held_out[0]["step"], held_out[-1]["step"]) == (0, TINY.alignment_steps)
+    assert f"| loss | {held_out[0]['eval_loss']:.4f} | {held_out[-1]['eval_loss']:.4f} |" in text
+    audit = json.loads((workdir / "align-alpha" / "audit.json").read_text())
+    assert f"| groups kept | {audit['train']['groups']} | {audit['eval']['groups']} |" in text
+    rows = quickstart_summary.read(workdir / summary["paths"]["after"])
+    assert all(f"| `{row['prompt']}` |" in text for row in rows[: quickstart_report.SAMPLES_SHOWN])
+    page = (workdir / "report" / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == 3
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert f"<strong>{100 * before['rate']:.1f} %" in page
+
+
+@pytest.mark.slow
+def test_finished_stages_are_not_done_again(finished, monkeypatch, capsys):
+    workdir, summary = finished
+    monkeypatch.setattr(loop, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(quickstart.sample, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    again = quickstart.run(workdir, seed=3, divergence="alpha", scale=TINY)
+    assert again == summary
+    assert capsys.readouterr().out.count("done before") == 7
+
+
+@pytest.mark.slow
+def test_another_seed_is_refused_in_the_same_workdir(finished, capsys):
+    workdir, _ = finished
+    with pytest.raises(quickstart_stages.StageError, match=r"seed: 3 -> 4\nuse another --workdir"):
+        quickstart.run(workdir, seed=4, divergence="alpha", scale=TINY)
+
+
+@pytest.mark.slow
+def test_the_training_command_of_the_report_gives_the_configuration_that_was_used(finished):
+    workdir, _ = finished
+    text = (workdir / "report" / "report.md").read_text()
+    (command,) = re.findall(r"```\n(python train.py --config configs/quickstart.py:alpha .*?)\n```", text, re.DOTALL)
+    words = shlex.split(command.replace("\\\n", " "))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    at = words.index("--config")
+    words[at + 1] = str(paths.REPO / words[at + 1])
+    values(words[1:])
+    used = json.loads((workdir / "align-alpha" / "config.json").read_text())
+    assert configuration.difference(json.loads(values.config.to_json()), used) == []
+
+
+@pytest.mark.slow
+def test_the_export_is_the_checkpoint_and_the_start_is_another_model(finished):
+    workdir, _ = finished
+    trained, _ = checkpoint.restore_params(workdir / "align-alpha", None)
+    exported = params.flatten(quickstart_model.load(workdir / "export-alpha").weights)
+    before = params.flatten(quickstart_model.load(workdir / "sft_model").weights)
+    for name, array in params.flatten(trained).items():
+        np.testing.assert_array_equal(exported[name], array)
+        assert np.any(np.asarray(before[name]) != array)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+def test_transformers_reads_the_export_and_answers_the_same(finished):
+    torch = pytest.importorskip("torch", reason="torch is absent: transformers cannot run a model here")
+    transformers = pytest.importorskip("transformers")
+    workdir, summary = finished
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(workdir / "export-alpha", dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "export-alpha")
+    for row in quickstart_summary.read(workdir / summary["paths"]["after"])[:4]:
+        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        written = theirs.generate(ids, do_sample=False, temperature=None, max_new_tokens=recipe.MAX_RESPONSE_LENGTH)
+        response = [token for token in written[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id]
+        assert tokenizer.decode(response) == row["greedy"]
+
+
+@pytest.mark.slow
+def test_samples_without_a_preference_are_refused(finished, monkeypatch, tmp_path):
+    workdir, _ = finished
+    program = quickstart._Quickstart(tmp_path, 3, "alpha", TINY)
+    program.sft_model, program.demonstrations = workdir / "sft_model", workdir / "data" / "demonstrations.jsonl"
+    monkeypatch.setattr(task, "reward", lambda prompt, response: 0.0)
+    with pytest.raises(ValueError, match="in each of 64 groups all 4 responses have the same reward"):
+        program.sample_groups()
+    assert not program.groups.exists()
+
+
+# --- bad input
+
+
+def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    workdir = tmp_path / "w"
+    assert quickstart.main(["--workdir", str(workdir), "--divergence", "jeffries"]) == 2
+    assert re.search(r"quickstart: unknown loss 'jeffries'; nearest: .*jeffreys", capsys.readouterr().err)
+    assert quickstart.main(["--workdir", str(workdir), "--divergence", "simpo"]) == 2
+    assert "contradicts 'simpo'" in capsys.readouterr().err
+    assert quickstart.main(["--workdir", str(workdir), "--seed", "-1"]) == 2
+    assert "--seed=-1 must lie in" in capsys.readouterr().err
+    monkeypatch.setattr(quickstart_report.importlib.util, "find_spec", lambda name: None)
+    assert quickstart.main(["--workdir", str(workdir)]) == 2
+    assert "plots need matplotlib" in capsys.readouterr().err
+    assert not workdir.exists()
