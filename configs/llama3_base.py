@@ -9,9 +9,9 @@ Expect    SimPO with learning rate 7e-7 instead of 6e-7, to within 0.7 % of the 
 from configs import mistral_base
 
 
-def get_config():
-    """Return the locked configuration."""
-    c = mistral_base.get_config()
+def get_config(loss: str = "alphapo"):
+    """Return the locked configuration; `configs/llama3_base.py:sigmoid` is the same recipe with SimPO's loss."""
+    c = mistral_base.get_config(loss)
     c.model.path = "princeton-nlp/Llama-3-Base-8B-SFT"
     c.tokenizer.chat_template = "llama3"
     c.data.max_length = 2048

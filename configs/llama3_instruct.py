@@ -9,9 +9,9 @@ Expect    SimPO with beta 2.6 instead of 2.5, to within 0.7 % of the loss for ma
 from configs import llama3_base
 
 
-def get_config():
-    """Return the locked configuration."""
-    c = llama3_base.get_config()
+def get_config(loss: str = "alphapo"):
+    """Return the locked configuration; `configs/llama3_instruct.py:sigmoid` is the same recipe with SimPO's loss."""
+    c = llama3_base.get_config(loss)
     c.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
     c.data.train = c.data.eval = "princeton-nlp/llama3-ultrafeedback"
     c.data.train_split, c.data.eval_split = "train", "test"

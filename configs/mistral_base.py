@@ -4,14 +4,14 @@ Command   python train.py --config configs/mistral_base.py --workdir runs/mistra
 Data      HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs -> 477 updates of 128, 48 of them warm-up
 Original  4 GPUs x 2 pairs x 16 accumulated; gamma = beta * gamma_beta_ratio = 1.6
 Expect    the loss differs from SimPO's by less than 0.7 % for margins in [-3, 3]: compare with a SimPO run
-          (--config.loss.name=sigmoid) at the same beta, gamma and rate, and with three seeds
+          (`configs/mistral_base.py:sigmoid`) at the same beta, gamma and rate, and with three seeds
 """
 
 from fpo_jax import config
 
 
-def get_config():
-    """Return the locked configuration."""
+def get_config(loss: str = "alphapo"):
+    """Return the locked configuration; `configs/mistral_base.py:sigmoid` is the same recipe with SimPO's loss."""
     c = config.default()
     c.seed = 42
     c.model.path = "alignment-handbook/zephyr-7b-sft-full"
@@ -25,8 +25,11 @@ def get_config():
     c.data.max_length = 1024
     c.data.max_prompt_length = 512
     c.data.last_batch = "drop"
-    c.loss.name = "alphapo"
-    c.loss.alpha = 0.99
+    c.loss.name = loss
+    if loss.startswith("alpha"):
+        c.loss.alpha = 0.99
+    if loss not in ("hinge", "sigmoid"):
+        c.loss.score = "mean_logp"  # reference-free
     c.loss.beta = 2.0
     c.loss.gamma_beta_ratio = 0.8
     c.optim.learning_rate = 3e-7

@@ -10,8 +10,8 @@ Expect    nothing published for this recipe; NOTES.md has our runs on small mode
 from fpo_jax import config
 
 
-def get_config():
-    """Return the locked configuration."""
+def get_config(loss: str = "alphapo-pref"):
+    """Return the locked configuration; `configs/pythia_hh_pref.py:exo-pref` is the same recipe with another loss."""
     c = config.default()
     c.seed = 1234
     c.model.path = "EleutherAI/pythia-2.8b"  # the recipe starts from its SFT checkpoint: override
@@ -25,8 +25,9 @@ def get_config():
     c.data.max_response_length = 200
     c.data.on_identical = "drop"
     c.data.last_batch = "pad"
-    c.loss.name = "alphapo-pref"
-    c.loss.alpha = 0.1
+    c.loss.name = loss
+    if loss.startswith("alpha"):
+        c.loss.alpha = 0.1
     c.loss.beta_pi = 0.5
     c.loss.temperature = 0.8  # logits of policy and reference are divided by it, as in the original
     c.optim.learning_rate = 1e-6

@@ -10,16 +10,15 @@ Expect    nothing published for this recipe; NOTES.md has our runs on small mode
 from configs import pythia_hh_pref
 
 
-def get_config():
-    """Return the locked configuration."""
-    c = pythia_hh_pref.get_config()
+def get_config(loss: str = "alphapo-rw"):
+    """Return the locked configuration; `configs/pythia_hh_rw.py:exo-rw` is the same recipe with another loss."""
+    c = pythia_hh_pref.get_config(loss)
     c.data.format = "json"
     c.data.hh_split, c.data.subfolder = "last_turn", ""
     c.data.train_split = c.data.eval_split = ""
     c.data.train = "data/hh_rw/train.json"
     c.data.eval = "data/hh_rw/test.json"
     c.data.group_size = 4
-    c.loss.name = "alphapo-rw"
     c.loss.beta_pi = 0.35
     c.loss.beta_r = 0.1
     return c

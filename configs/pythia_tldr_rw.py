@@ -10,13 +10,12 @@ Expect    nothing published for this recipe; NOTES.md has our runs on small mode
 from configs import pythia_tldr_pref
 
 
-def get_config():
-    """Return the locked configuration."""
-    c = pythia_tldr_pref.get_config()
+def get_config(loss: str = "alphapo-rw"):
+    """Return the locked configuration; `configs/pythia_tldr_rw.py:exo-rw` is the same recipe with another loss."""
+    c = pythia_tldr_pref.get_config(loss)
     c.data.train = "data/tldr_rw/train.json"
     c.data.eval = "data/tldr_rw/test.json"
     c.data.group_size = 4
-    c.loss.name = "alphapo-rw"
     c.loss.beta_pi = 0.5
     c.loss.beta_r = 0.1
     return c

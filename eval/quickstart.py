@@ -31,6 +31,7 @@ from fpo_jax import config as configuration
 
 DEMONSTRATIONS = 2  # per prompt, of one demonstrator
 CANDIDATES = 4  # K, responses per prompt to align on
+AFTER = "answers-after-"  # file name of the answers, before the divergence's
 TEMPERATURE = 1.0  # of the samples: the model's own distribution
 
 
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except execution.Stopped as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 75
+    except KeyboardInterrupt:
+        print("\nquickstart: interrupted; the same command goes on from the last finished stage.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -91,7 +95,7 @@ class _Quickstart:
         self.start, self.sft, self.sft_model = workdir / "start", workdir / "sft", workdir / "sft_model"
         self.aligned, self.exported = workdir / f"align-{divergence}", workdir / f"export-{divergence}"
         self.before = workdir / "answers-before.jsonl"
-        self.after = workdir / f"answers-after-{divergence}.jsonl"
+        self.after = workdir / f"{AFTER}{divergence}.jsonl"
 
     def run(self) -> dict[str, Any]:
         """Run the stages in order."""
@@ -186,7 +190,8 @@ class _Quickstart:
         loop.run(self.pretraining, self.sft)
         _export(self.sft, self.sft_model)
         lines = quickstart_summary.read(self.sft / "metrics.jsonl")
-        return f"{len(lines)} updates, loss {lines[0]['loss']:.2f} -> {lines[-1]['loss']:.2f}"
+        last = np.mean([line["loss"] for line in lines[-20:]])
+        return f"{len(lines)} updates, loss {lines[0]['loss']:.2f} -> {last:.2f}"
 
     def sample_groups(self) -> str:
         """Write the training and held-out groups: K responses per prompt, rewarded by the checker."""
@@ -254,6 +259,10 @@ class _Quickstart:
             "seed": self.seed,
             "divergence": name,
             **quickstart_summary.compare(before, after),
+            "after_by_divergence": {
+                path.stem.removeprefix(AFTER): quickstart_summary.success(quickstart_summary.read(path))
+                for path in sorted(self.workdir.glob(f"{AFTER}*.jsonl"))
+            },
             "mistake_rate": task.MISTAKE_RATE,
             "demonstrations": DEMONSTRATIONS,
             "candidates": CANDIDATES,

@@ -134,6 +134,22 @@ def _result(summary: dict[str, Any]) -> list[Block]:
             " pretraining gave to the demonstrator's mistakes onto the correct answer. What became of the mistakes:"
         ),
         Table(["answer", "before", "after"], outcomes),
+        *_divergences(summary),
+    ]
+
+
+def _divergences(summary: dict[str, Any]) -> list[Block]:
+    """Compare with the other divergences that were aligned in this folder, if any."""
+    results = summary["after_by_divergence"]
+    if len(results) == 1:
+        return []
+    rows = [
+        [name, _percent(rates), f"{100 * rates['low']:.1f} to {100 * rates['high']:.1f} %"]
+        for name, rates in sorted(results.items(), key=lambda item: -item[1]["rate"])
+    ]
+    return [
+        Text("Every divergence aligned in this folder so far, from the same model and samples:"),
+        Table(["divergence", "success after", "95 % interval"], rows),
     ]
 
 

@@ -83,7 +83,7 @@ class Stages:
         try:
             with _logged(self._workdir / LOG_FILE) as compiled:
                 result = work()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             print("failed", flush=True)
             raise StageError(f"stage {name!r} failed: {error}\n(details: {self._workdir / LOG_FILE})") from error
         except BaseException as error:

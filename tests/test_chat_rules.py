@@ -97,6 +97,10 @@ class TestRaw:
         row = chat.fit_raw([1, 2, 3, 4], [5, 6, 7, 0], max_length=max_length, max_response_length=max_response)
         assert row == chat.Row(ids, prompt, *cuts)
 
+    def test_response_that_fills_the_window_leaves_bos_alone(self):
+        row = chat.fit_raw([1, 2], [5, 6, 7], max_length=4, max_response_length=3, bos_id=9, adds_bos=True)
+        assert row == chat.Row([9, 5, 6, 7], 1, 2, 0)
+
     def test_leading_bos_of_a_response_is_dropped(self):
         row = chat.fit_raw([1, 2], [0], max_length=9, max_response_length=4, bos_id=0)  # BOS = EOS, empty response
         assert row == chat.Row([1, 2], 2, 0, 0)

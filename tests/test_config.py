@@ -171,6 +171,20 @@ def test_command_line_errors_are_one_sentence(option, message, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+REFERENCE_FREE = ["sigmoid", "hinge", "alphapo", "exo", "jensen_shannon"]
+FAMILY = ["alphapo", "exo", "dpo", "jspo", "jeffpo", "shpo"]
+
+
+@pytest.mark.parametrize("name", [*SPEC_3_1, *SPEC_2_8])
+def test_recipe_takes_every_loss_of_its_family(name):
+    losses = importlib.import_module("fpo_jax.losses")
+    suffix = name.rsplit("_", 1)[-1]
+    for loss in REFERENCE_FREE if name in SPEC_3_1 else [f"{member}-{suffix}" for member in FAMILY]:
+        c = importlib.import_module(f"configs.{name}").get_config(loss)
+        resolved = losses.resolve(c.loss.name, **config.loss_options(c))
+        assert resolved.needs_reference == (name in SPEC_2_8), loss
+
+
 def test_recipes_are_lab_notes():
     for name, word in itertools.product(set(RECIPES) - {"quickstart"}, ("Command", "Data", "Expect")):
         assert word in (importlib.import_module(f"configs.{name}").__doc__ or ""), (name, word)

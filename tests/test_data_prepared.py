@@ -175,8 +175,13 @@ class TestPolicies:
 
 class TestVocabulary:
     def test_token_outside_the_model(self, toy):
-        records = [pair(" a", " an", "a"), pair(" an", " the", source="f:2")]
+        tail = max((index, toy.decode([index])) for index in toy.get_vocab().values() if index > 256)[1]
+        records = [
+            pair(" a", " an", "a"),
+            pair(" a", " an", prompt=tail + " a", source="f:2"),
+        ]  # first token of its row
         largest = prepare(records, toy)[1].largest_token_id
+        assert largest == len(toy) - 1
         prepare(records, toy, vocab_size=largest + 1)
         with pytest.raises(
             ValueError, match=rf"f:2: token id {largest} is outside the model's vocabulary of {largest}"

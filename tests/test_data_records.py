@@ -109,6 +109,12 @@ class TestHH:
 
 
 class TestTranscripts:
+    @pytest.mark.parametrize("gap", ["", " ", "  ", "\n\n"])
+    def test_response_begins_with_one_space(self, gap):
+        head = "\n\nHuman: a\n\nAssistant:"
+        for split in transcripts.SPLITS.values():
+            assert split(f"{head}{gap}b ", f"{head} c\n\nd") == (head, " b ", " c\n\nd")
+
     def test_last_turn_is_a_human_one(self):
         side = "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Bye"
         assert transcripts.split_last_turn(side, side).reason == "last_turn_not_assistant"

@@ -365,9 +365,18 @@ def test_finished_stages_are_not_done_again(finished, monkeypatch, capsys):
     workdir, summary = finished
     monkeypatch.setattr(loop, "run", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(quickstart.sample, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    other = workdir / "answers-after-other.jsonl"
+    other.write_text((workdir / "answers-before.jsonl").read_text())
     again = quickstart.run(workdir, seed=3, divergence="alpha", scale=TINY)
-    assert again == summary
+    other.unlink()
+    assert again.pop("after_by_divergence") == {
+        "alpha": summary["success"]["after"],
+        "other": summary["success"]["before"],
+    }
+    assert again == {key: value for key, value in summary.items() if key != "after_by_divergence"}
     assert capsys.readouterr().out.count("done before") == 7
+    rate = 100 * summary["success"]["before"]["rate"]
+    assert f"| other | {rate:.1f} % |" in (workdir / "report" / "report.md").read_text()
 
 
 @pytest.mark.slow
