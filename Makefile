@@ -18,7 +18,7 @@ tests: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff format .

@@ -13,8 +13,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; override with --config.key=value.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and logs; resumes what it holds.")
-flags.mark_flags_as_required(["config", "workdir"])
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder for checkpoints, metrics and logs; resumes what it holds.")
+flags.mark_flags_as_required(["config"])
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -26,6 +26,8 @@ def parse(argv: list[str]) -> list[str]:
         _fail(2, f"unknown configuration key: {error.args[0]}; `fpo_jax/config.py` lists every key.")
     except (flags.Error, TypeError, ValueError, OSError) as error:
         _fail(2, error)
+    if not _WORKDIR.value:
+        _fail(2, "--workdir is missing; give the folder of the run, new or to be resumed.")
     if rest[1:]:
         _fail(2, f"unexpected arguments {rest[1:]}; settings are given as --config.key=value.")
     return rest

@@ -1,58 +1,19 @@
 """The quickstart's report: a summary and the files it was counted from in, report.md, report.html and plots out.
 
-The content is built once, as blocks; two small renderers write it. report.html holds its plots inside and needs no
-other file; report.md links the PNG files beside it.
+What is said is decided here, as blocks; quickstart_page.py writes them in both formats.
 """
 
-import base64
-import html
 import importlib.util
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from eval import quickstart_page as page
 from eval import quickstart_plots, quickstart_summary
 from eval import quickstart_task as task
+from eval.quickstart_page import Block, Code, Heading, Plot, Table, Text
 
 SAMPLES_SHOWN = 14
-
-
-class Heading(NamedTuple):
-    """A section title."""
-
-    text: str
-    level: int = 2
-
-
-class Text(NamedTuple):
-    """A paragraph; `code` and **strong** are the only markup."""
-
-    text: str
-
-
-class Table(NamedTuple):
-    """Rows under a header; the first column is left-aligned, `right` says whether the others are right-aligned."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    right: bool = True
-
-
-class Plot(NamedTuple):
-    """A PNG in the report's folder."""
-
-    file: str
-    caption: str
-
-
-class Code(NamedTuple):
-    """Commands to copy."""
-
-    text: str
-
-
-Block = Heading | Text | Table | Plot | Code
 
 
 def require_matplotlib() -> None:
@@ -80,8 +41,8 @@ def write(folder: Path, summary: dict[str, Any], *, workdir: Path) -> None:
         *_costs(summary),
         *_commands(summary, workdir),
     ]
-    (folder / "report.md").write_text("\n\n".join(map(_markdown, blocks)) + "\n")
-    (folder / "report.html").write_text(_page(blocks, folder))
+    (folder / "report.md").write_text(page.markdown(blocks))
+    (folder / "report.html").write_text(page.html(blocks, folder))
 
 
 def closing_lines(summary: dict[str, Any], workdir: Path) -> str:
@@ -301,54 +262,6 @@ def _commands(summary: dict[str, Any], workdir: Path) -> list[Block]:
     ]
 
 
-def _markdown(block: Block) -> str:
-    match block:
-        case Heading(text, level):
-            return f"{'#' * level} {text}"
-        case Text(text):
-            return text
-        case Table(header, rows, right):
-            rule = [":--", *(["--:" if right else ":--"] * (len(header) - 1))]
-            return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
-        case Plot(file, caption):
-            return f"![{caption}]({file})"
-        case Code(text):
-            return f"```\n{text}\n```"
-
-
-def _page(blocks: Sequence[Block], folder: Path) -> str:
-    title = next(block.text for block in blocks if isinstance(block, Heading))
-    body = "\n".join(_html(block, folder) for block in blocks)
-    head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n{_CSS}'
-    return f'<!doctype html>\n<html lang="en">\n{head}\n{body}\n</html>\n'
-
-
-def _html(block: Block, folder: Path) -> str:
-    match block:
-        case Heading(text, level):
-            return f"<h{level}>{html.escape(text)}</h{level}>"
-        case Text(text):
-            return f"<p>{_inline(text)}</p>"
-        case Table(header, rows, right):
-            kind = ' class="numbers"' if right else ""
-            head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
-            body = "\n".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows)
-            return f"<table{kind}>\n<tr>{head}</tr>\n{body}\n</table>"
-        case Plot(file, caption):
-            data = base64.b64encode((folder / file).read_bytes()).decode()
-            return f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}"></figure>'
-        case Code(text):
-            return f"<pre>{html.escape(text)}</pre>"
-
-
-def _inline(text: str) -> str:
-    """Escape, then turn `code` and **strong** into tags; odd parts of a split are inside the marks."""
-    for mark, tag in (("`", "code"), ("**", "strong")):
-        parts = text.split(mark) if mark != "`" else html.escape(text, quote=False).split(mark)
-        text = "".join(f"<{tag}>{part}</{tag}>" if place % 2 else part for place, part in enumerate(parts))
-    return text
-
-
 def _change(summary: dict[str, Any]) -> str:
     change = summary["difference"]
     return f"{change['points']:+.1f} points (95 % interval {change['low']:.1f} to {change['high']:.1f})"
@@ -356,15 +269,3 @@ def _change(summary: dict[str, Any]) -> str:
 
 def _percent(rates: dict[str, Any]) -> str:
     return f"{100 * rates['rate']:.1f} %"
-
-
-_CSS = """<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #22303f; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #e3e7ec; padding-bottom: .3rem; }
-img { max-width: 100%; } figure { margin: 1rem 0; }
-table { border-collapse: collapse; margin: 1rem 0; } th, td { padding: .3rem .9rem .3rem 0; text-align: left; }
-th { border-bottom: 2px solid #b9c1cb; } td { border-bottom: 1px solid #e3e7ec; vertical-align: top; }
-table.numbers th:not(:first-child), table.numbers td:not(:first-child) { text-align: right; padding-left: 1.5rem; }
-code, pre { font: 14px/1.45 ui-monospace, monospace; background: #f4f6f8; border-radius: 4px; }
-code { padding: .1rem .3rem; } pre { padding: .8rem 1rem; overflow-x: auto; }
-</style>"""

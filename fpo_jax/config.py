@@ -7,9 +7,12 @@ A knob whose default is None or "" is unset; setting a loss option that the chos
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
+
+Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 DTYPES = ("float32", "bfloat16")
 
@@ -27,9 +30,9 @@ RESUMABLE = frozenset(
 )
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> Config:
     """Return the locked default configuration; it needs model.path, data.train and loss options to run."""
-    c = ml_collections.ConfigDict()
+    c: Config = ml_collections.ConfigDict()
     c.seed = 42  # data order; the model has no dropout
     c.stage = "align"  # this version trains one stage
 
@@ -156,12 +159,12 @@ def default() -> ml_collections.ConfigDict:
     return c
 
 
-def loss_options(config: ml_collections.ConfigDict) -> dict[str, object]:
+def loss_options(config: Config) -> dict[str, object]:
     """Return the loss options that are set, without the name."""
     return {key: value for key, value in config.loss.items() if key != "name" and value not in (None, "")}
 
 
-def problems(config: ml_collections.ConfigDict) -> list[str]:
+def problems(config: Config) -> list[str]:
     """List what is wrong with the values, one sentence each: fact, limit, remedy."""
     found: list[str] = []
 
@@ -242,7 +245,7 @@ def problems(config: ml_collections.ConfigDict) -> list[str]:
     return found
 
 
-def validate(config: ml_collections.ConfigDict, *, extra: Iterable[str] = ()) -> None:
+def validate(config: Config, *, extra: Iterable[str] = ()) -> None:
     """Raise ValueError with every problem at once, numbered; `extra` adds problems other modules found."""
     raise_problems([*problems(config), *extra])
 
@@ -281,7 +284,7 @@ def difference(old: dict, new: dict, *, ignore: frozenset[str] = frozenset()) ->
     return [f"{key}: {a!r} -> {b!r}" for key, a, b in pairs if a != b]
 
 
-def _length_problems(config: ml_collections.ConfigDict) -> list[str]:
+def _length_problems(config: Config) -> list[str]:
     data, found = config.data, []
     if data.rule == "chat":
         if data.max_response_length is not None:
@@ -310,7 +313,7 @@ def _length_problems(config: ml_collections.ConfigDict) -> list[str]:
     return found
 
 
-def _get(config: ml_collections.ConfigDict, path: str):
+def _get(config: Config, path: str):
     value = config
     for part in path.split("."):
         value = value[part]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import ml_collections
 
 from fpo_jax import chat, checkpoint, data, hf, losses, model, optim
 from fpo_jax import config as configuration
@@ -43,7 +42,7 @@ class Plan(NamedTuple):
     horizon: int  # updates over which it falls
 
 
-def prepare(config: ml_collections.ConfigDict) -> Inputs:
+def prepare(config: configuration.Config) -> Inputs:
     """Check the configuration and read model config, tokenizer and data; touches no device and writes nothing."""
     problems, loss = [], None
     try:
@@ -70,7 +69,7 @@ def prepare(config: ml_collections.ConfigDict) -> Inputs:
     return Inputs(loss, source, model_config, train, evaluation)
 
 
-def _dataset(config: ml_collections.ConfigDict, name: str, tokenizer, vocab_size: int) -> Dataset:
+def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int) -> Dataset:
     """Read and tokenise the train or eval data."""
     options = config.data
     rows = configuration.row_slice(options[f"{name}_rows"])
@@ -110,7 +109,7 @@ def _dataset(config: ml_collections.ConfigDict, name: str, tokenizer, vocab_size
     return Dataset(prepared, audit, data.masked_sample(prepared, tokenizer))
 
 
-def plan(config: ml_collections.ConfigDict, inputs: Inputs, *, devices: int) -> Plan:
+def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:
     """Work out order, shapes, accumulation, steps and warm-up.
 
     Args:
@@ -146,14 +145,12 @@ def plan(config: ml_collections.ConfigDict, inputs: Inputs, *, devices: int) -> 
     )
 
 
-def sequential_schedule(
-    config: ml_collections.ConfigDict, prepared: data.Prepared, *, batch_size: int
-) -> data.Schedule:
+def sequential_schedule(config: configuration.Config, prepared: data.Prepared, *, batch_size: int) -> data.Schedule:
     """Return the schedule of every group once in the order of the data, the last batch filled up."""
     return data.schedule(prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", **_placement(config))
 
 
-def _placement(config: ml_collections.ConfigDict) -> dict:
+def _placement(config: configuration.Config) -> dict:
     return {
         "buckets": _buckets(config),
         "process_index": jax.process_index(),
@@ -161,11 +158,11 @@ def _placement(config: ml_collections.ConfigDict) -> dict:
     }
 
 
-def _buckets(config: ml_collections.ConfigDict) -> tuple[int, ...]:
+def _buckets(config: configuration.Config) -> tuple[int, ...]:
     return tuple(config.data.buckets) or (config.data.max_length,)
 
 
-def claim_workdir(config: ml_collections.ConfigDict, workdir: Path, inputs: Inputs) -> None:
+def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -> None:
     """Write the run's identity into the workdir, or check that it is the same run's.
 
     Raises:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import ml_collections
 import numpy as np
 import tqdm
 
@@ -46,7 +45,7 @@ class NonFinite(Exception):
     """The loss or the gradient is not finite and the configuration says stop."""
 
 
-def run(config: ml_collections.ConfigDict, workdir: Path, *, devices: Sequence[jax.Device] | None = None) -> None:
+def run(config: configuration.Config, workdir: Path, *, devices: Sequence | None = None) -> None:
     """Train as configured, resuming from the newest checkpoint in `workdir`.
 
     Args:
@@ -75,7 +74,7 @@ class _Run:
 
     def __init__(
         self,
-        config: ml_collections.ConfigDict,
+        config: configuration.Config,
         workdir: Path,
         inputs: job.Inputs,
         plan: job.Plan,
@@ -216,7 +215,9 @@ class _Run:
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad else 0
         if bad:
             names = [self.inputs.train.prepared.sources[group] for group in groups]
-            fact = f"step {number}: loss or gradient is not finite; the update was not applied; data: {', '.join(names)}"
+            fact = (
+                f"step {number}: loss or gradient is not finite; the update was not applied; data: {', '.join(names)}"
+            )
             if self.config.train.on_nonfinite == "stop" or self.nonfinite_in_a_row >= self.config.train.max_nonfinite:
                 raise NonFinite(
                     f"{fact}. {self.nonfinite_in_a_row} in a row; the newest checkpoint is sound. Look at these rows,"

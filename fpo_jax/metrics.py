@@ -49,10 +49,11 @@ class Writers:
         self._wandb = None
         if wandb_project is not None:
             try:
-                import wandb
+                import wandb  # pyright: ignore[reportMissingImports]
             except ImportError:
                 raise ValueError(
-                    f"logging.wandb_project={wandb_project!r} needs the wandb package; install fpo_jax[wandb] or unset it."
+                    f"logging.wandb_project={wandb_project!r} needs the wandb package; install fpo_jax[wandb] or unset"
+                    " it."
                 ) from None
             self._wandb = wandb.init(
                 project=wandb_project, dir=str(workdir), config=config, id=workdir.name, resume="allow"

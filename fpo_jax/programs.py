@@ -10,18 +10,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from fpo_jax import attention, execution, hf, job, logps, model, optim, params, shapes, sharding, step
+from fpo_jax import config as configuration
 
 
 class Programs:
     """`train(state, batch)`, `evaluate(params, batch)`, `score(params, batch)`, each compiled once per batch shape."""
 
-    def __init__(self, config: ml_collections.ConfigDict, inputs: job.Inputs, plan: job.Plan, mesh: Mesh):
+    def __init__(self, config: configuration.Config, inputs: job.Inputs, plan: job.Plan, mesh: Mesh):
         """Settle implementations and shardings.
 
         Raises:
@@ -114,7 +114,7 @@ def _score_program(scorer: step.Scorer, mesh: Mesh, param_shardings: shapes.PyTr
 
 
 def _scorer(
-    config: ml_collections.ConfigDict, inputs: job.Inputs, plan: job.Plan, mesh: Mesh
+    config: configuration.Config, inputs: job.Inputs, plan: job.Plan, mesh: Mesh
 ) -> tuple[step.Scorer, list[str]]:
     """Settle which attention and which head implementation run, once; returns the choices and their reasons as text."""
     platform, dtype = mesh.devices.flat[0].platform, config.model.compute_dtype

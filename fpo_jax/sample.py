@@ -130,7 +130,9 @@ def _extend(
     compute_dtype: str,
     attention: str,
 ) -> tuple[Int[Array, "N T"], Bool[Array, ""]]:
-    """Write up to `steps` tokens behind every row of length > 0; stops when all have ended.
+    """Write up to `steps` tokens behind every row, until all rows of length > 0 have ended.
+
+    A row that has ended is written on with the others: what stands behind its first EOS means nothing.
 
     Returns:
         The rows, and whether all logits that were sampled from are finite.
@@ -159,7 +161,7 @@ def _extend(
             keys_now_N = jax.vmap(lambda row_key: jax.random.fold_in(row_key, count))(keys_N)
             noise_NV = jax.vmap(lambda row_key: jax.random.gumbel(row_key, logits_NV.shape[1:]))(keys_now_N)
             drawn_N = jnp.argmax(logits_NV + temperature * noise_NV, axis=-1)
-        here_NT = (positions_T == (lengths_N + count)[:, None]) & ~ended_N[:, None]
+        here_NT = positions_T == (lengths_N + count)[:, None]
         tokens_NT = jnp.where(here_NT, drawn_N[:, None].astype(tokens_NT.dtype), tokens_NT)
         finite &= jnp.all(jnp.isfinite(logits_NV) | ended_N[:, None])
         return count + 1, tokens_NT, ended_N | (drawn_N == eos_id), finite

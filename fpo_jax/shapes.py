@@ -52,7 +52,7 @@ class TrainState(NamedTuple):
 
     params: PyTree  # nested dict of arrays, layers stacked on a leading L axis
     opt_state: PyTree
-    step: Array  # int32 scalar, updates applied or skipped so far
+    step: PyTree  # int32 scalar (or its shape, or its sharding): updates applied or skipped so far
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence) -> Mesh:
     """Arrange the devices as (data, fsdp, tensor); one axis may be -1, meaning all devices that remain.
 
     Raises:

@@ -38,8 +38,8 @@ class Scorer:
         with jax.named_scope("model"):
             hidden_NTD = model.hidden_states(
                 params,
-                batch.tokens_NT,
-                batch.valid_NT,
+                jnp.asarray(batch.tokens_NT),
+                jnp.asarray(batch.valid_NT),
                 config=self.config,
                 compute_dtype=jnp.dtype(self.compute_dtype),
                 remat=self.remat,
@@ -125,7 +125,7 @@ def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: Scorer, los
 
 def score_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: Scorer) -> jax.Array:
     """Return the summed log-probs [B, K], float32: the reference pass."""
-    return scorer(params, batch).sum_N.reshape(batch.rewards_BK.shape)
+    return jnp.asarray(scorer(params, batch).sum_N).reshape(batch.rewards_BK.shape)
 
 
 def jit_train_step(step: Callable, *, mesh: Mesh, state_shardings: shapes.TrainState) -> jax.stages.Wrapped:

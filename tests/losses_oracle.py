@@ -5,8 +5,10 @@ import numpy as np
 
 def log_softmax(scores):
     scores = np.asarray(scores, np.float64)
-    return scores - np.log(np.sum(np.exp(scores - scores.max(-1, keepdims=True)), -1, keepdims=True)) - scores.max(
-        -1, keepdims=True
+    return (
+        scores
+        - np.log(np.sum(np.exp(scores - scores.max(-1, keepdims=True)), -1, keepdims=True))
+        - scores.max(-1, keepdims=True)
     )
 
 

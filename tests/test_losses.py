@@ -94,7 +94,7 @@ def test_table_is_complete():
 
 
 @each_divergence
-@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(seed=st.integers(0, 2**32 - 1), spread=st.floats(1e-3, 2), mass=st.floats(-0.5, 0.5))
 def test_f_and_f_prime_and_log_space_agree(name, parameters, seed, spread, mass):
     """Σ q f(u) and p f'(u): of the row, of the textbook and of the log-space form; q is unnormalised."""
@@ -105,7 +105,7 @@ def test_f_and_f_prime_and_log_space_agree(name, parameters, seed, spread, mass)
     # The textbook form of alpha divides a rounding error of its largest term by alpha (alpha - 1).
     divisor = min([1.0, *(abs(x) for a in parameters.values() for x in (a, 1 - a) if x)])
     largest = np.max(p + q + p ** (1 - parameters.get("alpha", 0)) * q ** parameters.get("alpha", 0), axis=-1)
-    rounding = 1e-14 * largest / divisor
+    rounding = tolerances.TEXTBOOK64 * largest / divisor
     for f, f_prime in ((row.f, row.f_prime), (oracle.F[name], oracle.F_PRIME[name])):
         terms = q * in_float64(f, p / q, **parameters) if f is row.f else q * f(p / q, *parameters.values())
         slopes = (
@@ -122,7 +122,7 @@ def test_value_and_slope_at_the_target(name, parameters):
     log_p = np.log(np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]))
     value, slope = in_float64(divergence_and_slope, log_p, log_p, name, parameters)
     assert_array_equal(value, [0.0, 0.0])
-    assert_allclose(slope, np.exp(log_p) * oracle.F_PRIME[name](1.0, *parameters.values()), atol=1e-15)
+    assert_allclose(slope, np.exp(log_p) * oracle.F_PRIME[name](1.0, *parameters.values()), atol=tolerances.EXACT64)
 
 
 @each_divergence
@@ -131,10 +131,10 @@ def test_f_is_convex_with_its_zero_at_one(name, parameters):
     f = functools.partial(row.f, **parameters)
     assert float(f(jnp.array(1.0))) == 0.0
     middles = (u[1:] + u[:-1]) / 2
-    assert np.all(in_float64(f, middles) <= (in_float64(f, u[1:]) + in_float64(f, u[:-1])) / 2 + 1e-12)
+    assert np.all(in_float64(f, middles) <= (in_float64(f, u[1:]) + in_float64(f, u[:-1])) / 2 + tolerances.EXACT64)
     slopes = in_float64(jax.grad(lambda u: jnp.sum(f(u))), u)[u != 1]
     expected = in_float64(functools.partial(row.f_prime, **parameters), u)[u != 1]
-    assert_allclose(slopes, expected, rtol=tolerances.LOSS_FLOAT64 / 1e-3, atol=1e-12)
+    assert_allclose(slopes, expected, rtol=tolerances.PRINTED_F, atol=tolerances.EXACT64)
 
 
 def extreme_inputs():
@@ -172,12 +172,12 @@ def test_chi_squared_saturates_linearly_above_e30(name):
     large, small = np.zeros((4, 1)), -exponents[:, None]
     log_p, log_q = (large, small) if name == "pearson_chi2" else (small, large)
     values = in_float64(losses.f_divergence, log_p, log_q, name=name)
-    assert_allclose(values[:2], np.exp([29.0, 30.0]), rtol=1e-11)
-    assert_allclose(values[2:], np.exp(30.0) * np.array([11.0, 1e4 - 29]), rtol=1e-11)
+    assert_allclose(values[:2], np.exp([29.0, 30.0]), rtol=tolerances.EXACT64)
+    assert_allclose(values[2:], np.exp(30.0) * np.array([11.0, 1e4 - 29]), rtol=tolerances.EXACT64)
     assert_allclose(
         in_float64(losses.f_divergence, log_p, log_q, name="alpha", alpha=-1.0 if name == "pearson_chi2" else 2.0),
         values / 2,
-        rtol=1e-11,
+        rtol=tolerances.EXACT64,
     )
 
 
@@ -194,7 +194,7 @@ def test_a_hard_label_costs_its_slope_at_infinity(name, parameters):
     p = np.exp(log_p)
     expected = in_float64(row.f, p[0], **parameters) + slope * (p[1] + p[2])
     assert_allclose(value[0], expected, rtol=tolerances.LOSS_FLOAT64)
-    assert_allclose(grads[0, 1:], slope * p[1:], rtol=tolerances.LOSS_FLOAT64, atol=1e-15)
+    assert_allclose(grads[0, 1:], slope * p[1:], rtol=tolerances.LOSS_FLOAT64, atol=tolerances.EXACT64)
 
 
 def test_jensen_shannon_is_bounded_and_symmetric():
@@ -300,8 +300,8 @@ def test_d_alpha_limits(end, name, shift):
     for step in (1e-3, 1e-6, 1e-9, 1e-13):
         for alpha in (end - step, end + step):
             near, near_slope = divergence64("alpha", alpha=alpha, shift=shift)
-            assert_allclose(near, value, rtol=20 * step + tolerances.EXACT64)
-            assert_allclose(near_slope, slope, rtol=0, atol=20 * step + tolerances.EXACT64)
+            assert_allclose(near, value, rtol=tolerances.ALPHA_RATE * step + tolerances.EXACT64)
+            assert_allclose(near_slope, slope, rtol=0, atol=tolerances.ALPHA_RATE * step + tolerances.EXACT64)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -309,7 +309,7 @@ def test_e_duality(alpha):
     """D_α(p‖q) = D_(1-α)(q‖p)."""
     value, _ = divergence64("alpha", alpha=alpha)
     swapped, _ = divergence64("alpha", policy=TARGET, target=POLICY, alpha=1 - alpha)
-    assert_allclose(value, swapped, rtol=1e-9)
+    assert_allclose(value, swapped, rtol=tolerances.EXACT64)
 
 
 @each_divergence
@@ -319,8 +319,8 @@ def test_f_gradient_is_zero_at_the_target(name, parameters):
     optimum = base._replace(logps_BK=base.reference_logps_BK + base.rewards_BK / (0.5 * 0.25))
     values, grads = in_float64(value_and_grad, loss, optimum)
     entropy = loss.name == "kl_target_policy"  # its training loss keeps the entropy of q
-    assert_allclose(grads, 0.0, atol=1e-9)
-    assert entropy or np.all(np.abs(values) < 1e-12)
+    assert_allclose(grads, 0.0, atol=tolerances.EXACT64)
+    assert entropy or np.all(np.abs(values) < tolerances.EXACT64)
 
 
 @each_divergence
@@ -329,18 +329,16 @@ def test_g_a_preference_is_learnt_at_a_margin_of_ten(name, parameters):
     loss = losses.resolve(name, beta_pi=1.0, epsilon=np.exp(-10.0), **parameters)
 
     def slopes(*margins):
-        scores_BK = np.array([(margin, 0.0) for margin in margins])
-        pairs = losses.Candidates(
-            scores_BK, 0 * scores_BK, 0 * scores_BK + 1, np.array([[1.0, 0.0]] * B), np.array(0.0)
-        )
-        return in_float64(value_and_grad, loss, pairs)[1][:, 0]
+        scores_BK = np.array([(margin, 0.0, 0.0) for margin in margins])
+        group = groups(np.float64, logps_BK=scores_BK, reference_logps_BK=0 * scores_BK, rewards_BK=scores_BK)
+        return in_float64(value_and_grad, loss, group)[1][:, 0]
 
     (below, above), (at, _) = slopes(9.0, 11.0), slopes(10.0, 11.0)
-    assert below < -1e-6
+    assert below < -tolerances.EXACT64
     if name == "total_variation":
-        assert abs(above) < 1e-12
+        assert abs(above) < tolerances.EXACT64
     else:
-        assert abs(at) < 1e-12 and above > 1e-7
+        assert abs(at) < tolerances.EXACT64 < above
 
 
 @pytest.mark.parametrize("name", ["alphapo", "alphapo-pref", "orpo", "kto"])
@@ -417,7 +415,7 @@ def test_k_gradients_in_the_scores_sum_to_zero(name, parameters):
     for target in ("preference", "rewards"):
         loss = losses.resolve(name, target=target, **parameters)
         _, grads = in_float64(value_and_grad, loss, groups(np.float64))
-        assert_allclose(grads.sum(-1), 0.0, atol=1e-12 * max(1.0, np.abs(grads).max()))
+        assert_allclose(grads.sum(-1), 0.0, atol=tolerances.EXACT64 * max(1.0, np.abs(grads).max()))
 
 
 # ------------------------------------------------------------------------------------------------------------ targets
@@ -453,7 +451,7 @@ def test_reward_target_is_clamped_and_not_renormalised():
         losses.reward_target(rewards, beta_r=2.0), oracle.log_softmax(rewards / 2.0), rtol=tolerances.FLOAT32
     )
     clamped = losses.reward_target(rewards, beta_r=2.0, log_clamp=-10.0)
-    assert_allclose(clamped, [[-9.1e-4, -10.0, -7.0009]], rtol=2e-3)
+    assert_allclose(clamped, np.maximum(oracle.log_softmax(rewards / 2.0), -10.0), rtol=tolerances.FLOAT32)
     assert np.exp(clamped).sum() > 1
 
 
@@ -533,24 +531,30 @@ OBJECTIVE_CASES = [
 
 @pytest.mark.parametrize(("name", "chosen_options"), OBJECTIVE_CASES, ids=str)
 def test_objectives_against_their_published_formulas(name, chosen_options):
-    """Values and gradients for K = 3 and K = 2, float64 and float32."""
-    loss = losses.resolve(name, **chosen_options)
-    for width in (2, K):
-        full = groups(np.float64)
-        group = losses.Candidates(*(x[:, :width] for x in full[:-1]), full.batch_kl)
-        expected = published_group(name, loss.options, group)
-        slopes = np.zeros((B, width))
-        for b, k in np.ndindex(B, width):
-            step = np.zeros((B, width))
-            step[b, k] = 1e-6
-            up = published_group(name, loss.options, group._replace(logps_BK=group.logps_BK + step))
-            down = published_group(name, loss.options, group._replace(logps_BK=group.logps_BK - step))
-            slopes[b, k] = (up - down)[b] / 2e-6
-        values, grads = in_float64(value_and_grad, loss, group)
-        assert_allclose(values, expected, rtol=tolerances.LOSS_FLOAT64)
-        assert_allclose(grads, slopes, rtol=0, atol=tolerances.NUMERIC_SLOPE * max(1.0, np.abs(slopes).max()))
-        single = losses.Candidates(*(np.asarray(x, np.float32) for x in group))
-        assert_allclose(value_and_grad(loss, single)[0], expected, rtol=tolerances.LOSS_FLOAT32)
+    loss, group = losses.resolve(name, **chosen_options), groups(np.float64)
+    slopes = np.zeros((B, K))
+    for b, k in np.ndindex(B, K):
+        step = np.zeros((B, K))
+        step[b, k] = 1e-6
+        up = published_group(name, loss.options, group._replace(logps_BK=group.logps_BK + step))
+        down = published_group(name, loss.options, group._replace(logps_BK=group.logps_BK - step))
+        slopes[b, k] = (up - down)[b] / 2e-6
+    values, grads = in_float64(value_and_grad, loss, group)
+    assert_allclose(values, published_group(name, loss.options, group), rtol=tolerances.LOSS_FLOAT64)
+    assert_allclose(grads, slopes, rtol=0, atol=tolerances.NUMERIC_SLOPE * max(1.0, np.abs(slopes).max()))
+    assert_allclose(loss.loss(groups()), values, rtol=tolerances.LOSS_FLOAT32)
+
+
+def test_objectives_of_pairs_against_their_published_formulas():
+    """K = 2, which is what is published; f-DPO with the reverse KL is DPO."""
+    pair = losses.Candidates(*(x[:, :2] for x in groups()[:-1]), groups().batch_kl)
+    chosen = {str(case): losses.resolve(case[0], **case[1]) for case in OBJECTIVE_CASES}
+    chosen["dpo"] = losses.resolve("dpo", beta_pi=0.1)
+    results = jax.jit(lambda c: {key: loss.loss(c) for key, loss in chosen.items()})(pair)
+    for key, loss in chosen.items():
+        name = "f_dpo_reverse_kl" if key == "dpo" else loss.name
+        expected = published_group(name, loss.options, pair)
+        assert_allclose(results[key], expected, rtol=tolerances.LOSS_FLOAT32, err_msg=key)
 
 
 def test_dpo_side_losses_against_their_published_formulas():
@@ -578,13 +582,6 @@ def test_a_tie_is_the_mean_over_its_winners_for_pairwise_objectives():
         in_float64(losses.resolve("ipo", tie_policy=policy).loss, tied) for policy in ("first", "second", "uniform")
     )
     assert_allclose(uniform, (first + second) / 2, rtol=tolerances.EXACT64)
-
-
-def test_f_dpo_reverse_kl_is_dpo():
-    pair = losses.Candidates(*(x[:, :2] for x in groups()[:-1]), np.float32(0))
-    dpo, f_dpo = (losses.resolve(name, beta_pi=0.2) for name in ("dpo", "f_dpo_reverse_kl"))
-    for ours, theirs in zip(value_and_grad(f_dpo, pair), value_and_grad(dpo, pair), strict=True):
-        assert_allclose(ours, theirs, rtol=tolerances.LOSS_FLOAT32)
 
 
 def test_kto_reads_the_kl_of_the_whole_update():

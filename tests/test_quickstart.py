@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from eval import (
     quickstart,
     quickstart_configs,
     quickstart_model,
+    quickstart_page,
     quickstart_report,
     quickstart_stages,
     quickstart_summary,
@@ -149,6 +151,32 @@ def test_answers_to_different_prompts_are_not_compared():
     row = {"prompt": "4321>", "response": "1234", "outcome": task.CORRECT, "greedy": "1234"}
     with pytest.raises(ValueError, match="to different prompts"):
         quickstart_summary.compare([row, row], [row, row | {"prompt": "4320>"}])
+
+
+# --- the page
+
+
+def test_a_page_is_written_in_both_formats(tmp_path):
+    (tmp_path / "p.png").write_bytes(b"PNG")
+    blocks = [
+        quickstart_page.Heading("A & B", 1),
+        quickstart_page.Text("`x<y>` is **so**"),
+        quickstart_page.Table(["", "n"], [["a", "1"]]),
+        quickstart_page.Plot("p.png", "curve"),
+        quickstart_page.Code("run <it>"),
+    ]
+    assert quickstart_page.markdown(blocks) == (
+        "# A & B\n\n`x<y>` is **so**\n\n|  | n |\n| :-- | --: |\n| a | 1 |\n\n![curve](p.png)\n\n```\nrun <it>\n```\n"
+    )
+    text = quickstart_page.html(blocks, tmp_path)
+    for part in (
+        "<title>A &amp; B</title>",
+        "<p><code>x&lt;y&gt;</code> is <strong>so</strong></p>",
+        "<tr><td>a</td><td>1</td></tr>",
+        '<img alt="curve" src="data:image/png;base64,UE5H">',
+        "<pre>run &lt;it&gt;</pre>",
+    ):
+        assert part in text
 
 
 # --- the tokenizer and the configurations
@@ -387,7 +415,7 @@ def test_another_seed_is_refused_in_the_same_workdir(finished, capsys):
 
 
 @pytest.mark.slow
-def test_the_training_command_of_the_report_gives_the_configuration_that_was_used(finished):
+def test_the_training_command_of_the_report_gives_the_configuration_that_was_used(finished, monkeypatch):
     workdir, _ = finished
     text = (workdir / "report" / "report.md").read_text()
     (command,) = re.findall(r"```\n(python train.py --config configs/quickstart.py:alpha .*?)\n```", text, re.DOTALL)
@@ -397,6 +425,7 @@ def test_the_training_command_of_the_report_gives_the_configuration_that_was_use
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     at = words.index("--config")
     words[at + 1] = str(paths.REPO / words[at + 1])
+    monkeypatch.setattr(sys, "argv", words[1:])  # where config_flags looks for --config.key=value
     values(words[1:])
     used = json.loads((workdir / "align-alpha" / "config.json").read_text())
     assert configuration.difference(json.loads(values.config.to_json()), used) == []

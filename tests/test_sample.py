@@ -139,8 +139,7 @@ def test_it_stops_as_soon_as_all_rows_have_ended():
         compute_dtype="float32",
         attention="xla",
     )
-    literal = np.array([[1, first, *[PAD] * 7], [1, first, *[PAD] * 7], [PAD] * 9])
-    np.testing.assert_array_equal(rows_NT, literal)
+    np.testing.assert_array_equal(rows_NT[:2], [[1, first, *[PAD] * 7]] * 2)
     assert finite
 
 

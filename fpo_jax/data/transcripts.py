@@ -77,8 +77,8 @@ def split_first_difference(chosen: str, rejected: str) -> Pair | Dropped:
         return Dropped("identical" if len(ours) == len(theirs) else "no_differing_turn")
     if not ours[common].startswith(ASSISTANT) or not theirs[common].startswith(ASSISTANT):
         return Dropped("differ_at_human_turn")
-    start = len(ASSISTANT)
-    return Pair("".join(ours[:common]) + ASSISTANT, ours[common][start:], theirs[common][start:])
+    first, second = (" " + side[common].removeprefix(ASSISTANT).lstrip() for side in (ours, theirs))
+    return Pair("".join(ours[:common]) + ASSISTANT, first, second)
 
 
 SPLITS: dict[str, Callable[[str, str], Pair | Dropped]] = {

@@ -61,10 +61,15 @@ def _alpha_f(u, *, alpha):
 
 
 def _alpha_log_space(log_p, log_q, *, alpha):
-    if alpha < 0.5:  # D_α(p‖q) = D_{1-α}(q‖p): the form below is exact at α = 1, so that both ends are
-        return _alpha_log_space(log_q, log_p, alpha=1 - alpha)
-    # q f(u) = [(p - q) - q (u^t - 1)/t]/α with t = 1 - α: no 1/(α - 1), which costs 2.4e-4 relative at α = 0.99.
-    t, log_u = 1 - alpha, log_p - log_q
+    # D_α(p‖q) = D_{1-α}(q‖p), and the form used is exact at α = 1: so both ends are.
+    return (
+        _alpha_terms(log_p, log_q, alpha, 1 - alpha) if alpha >= 0.5 else _alpha_terms(log_q, log_p, 1 - alpha, alpha)
+    )
+
+
+def _alpha_terms(log_p, log_q, alpha, t):
+    # q f(u) = [(p - q) - q (u^t - 1)/t]/α, t = 1 - α: no factor 1/(α - 1), which costs 2.4e-4 relative at α = 0.99.
+    log_u = log_p - log_q
     if abs(t) < numerics.TINY_POWER:
         power = jnp.exp(log_q) * log_u
     else:
