@@ -88,7 +88,8 @@ def restore_params(workdir: Path, step: int | None) -> tuple[shapes.PyTree, dict
     if step is not None and step not in steps:
         raise ValueError(f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
     chosen = steps[-1] if step is None else step
-    handlers = {"params": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")}
+    handlers |= {"meta": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         meta = manager.restore(chosen, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         stored = manager.item_metadata(chosen)["params"]

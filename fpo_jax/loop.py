@@ -269,6 +269,7 @@ class _Run:
             "weights": digest,
             "data": prepared.fingerprint(),
             "temperature": self.inputs.loss.temperature,
+            "param_dtype": config.model.param_dtype,
             "compute_dtype": config.model.compute_dtype,
         }
         folder = Path(config.reference.cache_dir or self.workdir / "reference")

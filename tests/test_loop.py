@@ -14,7 +14,8 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, config, job, loop, metrics
+from eval import export
+from fpo_jax import checkpoint, config, hf, job, loop, metrics
 from tests import tiny
 from tests.paths import REPO
 
@@ -143,6 +144,17 @@ def test_metrics_have_the_expected_names(inputs, tmp_path):
     timing = metrics.read(tmp_path / metrics.TIMING_FILE)
     assert {"seconds", "valid_tokens_per_s", "padded_tokens_per_s", "padding_share"} <= set(timing[0])
     assert json.loads((tmp_path / "audit.json").read_text())["train"]["groups"] == 24
+
+
+def test_checkpoint_exports_to_a_directory_that_starts_the_next_run(inputs, tmp_path):
+    run(small(inputs, train__max_steps=2, train__save_every=1), tmp_path / "w")
+    assert export.main(["--workdir", str(tmp_path / "w"), "--out", str(tmp_path / "out"), "--step", "1"]) == 0
+    saved, _ = checkpoint.restore_params(tmp_path / "w", 1)
+    loaded = hf.load_params(tmp_path / "out", hf.read_config(tmp_path / "out"), dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, saved, loaded)
+    c = small(inputs, train__max_steps=1)
+    c.model.path = str(tmp_path / "out")
+    run(c, tmp_path / "next")
 
 
 def test_nonfinite_stops_with_the_rows_and_keeps_the_good_state(inputs, tmp_path):

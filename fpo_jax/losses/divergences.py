@@ -61,14 +61,14 @@ def _alpha_f(u, *, alpha):
 
 
 def _alpha_log_space(log_p, log_q, *, alpha):
-    # D_α(p‖q) = D_{1-α}(q‖p), and the form used is exact at α = 1: so both ends are.
-    return (
-        _alpha_terms(log_p, log_q, alpha, 1 - alpha) if alpha >= 0.5 else _alpha_terms(log_q, log_p, 1 - alpha, alpha)
-    )
+    # q f(u) = [(p - q) - q (u^t - 1)/t]/α with t = 1 - α, and the mirror image D_α(p‖q) = D_{1-α}(q‖p) for small α:
+    # exact at both ends, and no factor 1/(α(α-1)), which at α = 0.99 costs 2.4e-4 relative in float32.
+    if alpha < 0.5:
+        return _alpha_terms(log_q, log_p, 1 - alpha, alpha)
+    return _alpha_terms(log_p, log_q, alpha, 1 - alpha)
 
 
 def _alpha_terms(log_p, log_q, alpha, t):
-    # q f(u) = [(p - q) - q (u^t - 1)/t]/α, t = 1 - α: no factor 1/(α - 1), which costs 2.4e-4 relative at α = 0.99.
     log_u = log_p - log_q
     if abs(t) < numerics.TINY_POWER:
         power = jnp.exp(log_q) * log_u
@@ -85,9 +85,9 @@ def _jensen_shannon_f(u, *, weight):
 def _jensen_shannon_log_space(log_p, log_q, *, weight):
     log_u = log_p - log_q
     p_larger = log_u > 0
-    lighter = jnp.where(p_larger, 1 - weight, weight)
+    weight_of_smaller = jnp.where(p_larger, 1 - weight, weight)
     # log m - max(log p, log q) with m = w p + (1-w) q, through log1p and expm1 because it is tiny where p ≈ q.
-    log_m = jnp.log1p(lighter * jnp.expm1(jnp.where(p_larger, -log_u, log_u)))
+    log_m = jnp.log1p(weight_of_smaller * jnp.expm1(jnp.where(p_larger, -log_u, log_u)))
     log_p_over_m = jnp.where(p_larger, 0.0, log_u) - log_m
     log_q_over_m = jnp.where(p_larger, -log_u, 0.0) - log_m
     return weight * jnp.exp(log_p) * log_p_over_m + (1 - weight) * jnp.exp(log_q) * log_q_over_m
