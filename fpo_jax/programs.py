@@ -147,5 +147,6 @@ def _scorer(
         workspace_bytes=workspace,
         token_shards=shards,
         temperature=inputs.loss.temperature,
+        batch_sharding=sharding.batch_sharding(mesh, stacked=False),
     )
     return scorer, [f"attention: {attends} ({attention_reason})", explained]

@@ -32,6 +32,7 @@ class Scorer:
     workspace_bytes: int
     token_shards: int  # devices that the rows are spread over
     temperature: float
+    batch_sharding: jax.sharding.NamedSharding | None = None  # of the rows; pins the activations on a mesh
 
     def __call__(self, params: shapes.PyTree, batch: shapes.Batch) -> logps.ResponseLogps:
         """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
@@ -44,6 +45,7 @@ class Scorer:
                 compute_dtype=jnp.dtype(self.compute_dtype),
                 remat=self.remat,
                 attention=self.attention,
+                batch_sharding=self.batch_sharding,
             )
         with jax.named_scope("logps"):
             return logps.response_logps(

@@ -458,6 +458,15 @@ def test_transformers_reads_the_export_and_answers_the_same(finished):
 
 
 @pytest.mark.slow
+def test_before_and_after_differ_in_nothing_but_the_model(finished, tmp_path):
+    workdir, _ = finished
+    program = quickstart._Quickstart(workdir, 3, "alpha", TINY)
+    program.answer(workdir / "sft_model", tmp_path / program.after.name)
+    assert (tmp_path / program.after.name).read_bytes() == program.before.read_bytes()
+    assert program.after.read_bytes() != program.before.read_bytes()
+
+
+@pytest.mark.slow
 def test_samples_without_a_preference_are_refused(finished, monkeypatch, tmp_path):
     workdir, _ = finished
     program = quickstart._Quickstart(tmp_path, 3, "alpha", TINY)

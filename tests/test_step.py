@@ -75,7 +75,11 @@ def test_any_mesh_gives_the_same_update(data, fsdp, tensor):
     loss = losses.resolve("alphapo-pref")
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices())
     alone = updated(loss, batch_of())
-    assert_same_update(alone, updated(loss, batch_of(), mesh=mesh, token_shards=sharding.batch_devices(mesh)))
+    placed = {
+        "token_shards": sharding.batch_devices(mesh),
+        "batch_sharding": sharding.batch_sharding(mesh, stacked=False),
+    }
+    assert_same_update(alone, updated(loss, batch_of(), mesh=mesh, **placed))
 
 
 def test_remat_and_dense_head_give_the_same_update():
