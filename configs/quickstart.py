@@ -1,11 +1,12 @@
 """Align the quickstart's tiny Llama with an f-divergence on its own rewarded samples (f-PO's `rw` setting, K = 4).
 
-Command:   python train.py --config configs/quickstart.py --workdir runs/quickstart/align-mine
-           after `make quickstart`, which writes model and data; `configs/quickstart.py:jeffreys` chooses another row
-           of `python -m fpo_jax.losses`
-Hardware:  any CPU; 2 cores are what it was tuned on
-Time:      about 10 s for 120 updates of 32 groups (128 rows of 24 tokens)
-Expected:  held-out reward accuracy from 0.5 to above 0.9
+Command   python train.py --config configs/quickstart.py --workdir runs/quickstart/align-mine
+          after `make quickstart`, which writes model and data; `configs/quickstart.py:jeffreys` takes another row of
+          `python -m fpo_jax.losses`
+Data      4 samples of the pretrained model on each of 2,000 prompts, reward 1 where the checker says right, else 0
+Time      about 20 CPU-seconds, half of them compilation
+Expect    held-out reward accuracy from 0.50 to 0.99; success at temperature 1 from 53-56 % to 89-91 % (seeds 0, 1, 2);
+          every divergence of the table gains at least 30 points
 
 `pretraining()` is the configuration of the model this one starts from and is measured against.
 """

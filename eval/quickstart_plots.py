@@ -47,13 +47,11 @@ def success(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
         for place, (rates, colour) in enumerate(((before, BEFORE), (after, AFTER))):
             left.bar(place, 100 * rates["rate"], width=0.62, color=colour)
             left.errorbar(place, 100 * rates["rate"], yerr=_spread(rates), color=TEXT, capsize=5, linewidth=1.4)
-            # beside the whisker, inside the bar
             left.annotate(
                 f"{100 * rates['rate']:.1f} %",
-                (place, 100 * rates["low"] - 3),
+                (place, 100 * rates["high"] + 2),
                 ha="center",
-                va="top",
-                color="white",
+                va="bottom",
                 weight="bold",
             )
         left.set_xticks([0, 1], ["before", "after"])
@@ -61,7 +59,8 @@ def success(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
         left.grid(axis="x", visible=False)
         left.set_title("All held-out prompts")
         left.set_ylabel("correct answers, %")
-        left.set_ylim(0, 102)
+        left.set_ylim(0, 112)  # room for a label above 100 %
+        left.set_yticks(range(0, 101, 20))
         for rates, colour, label in ((before, BEFORE, "before"), (after, AFTER, "after")):
             digits = sorted(rates["by_digits"], key=int)
             points = [rates["by_digits"][key] for key in digits]
@@ -90,7 +89,7 @@ def alignment(path: Path, lines: Sequence[Line]) -> None:
 
     panels = (
         ("loss", "Loss", "divergence from the target"),
-        ("rewards/margins", "Margin", "implied reward, correct - wrong"),
+        ("rewards/margins", "Margin", "implied reward, chosen − rejected"),
         ("rewards/accuracies", "Reward accuracy", "groups in the right order, %"),
     )
     with plt.rc_context(STYLE):

@@ -100,7 +100,9 @@ def default() -> Config:
     c.loss.gamma_beta_ratio = config_dict.placeholder(
         float
     )  # gamma/beta, nats per token taken off the chosen response before beta
-    c.loss.label_smoothing = config_dict.placeholder(float)  # probability of a wrong label (dpo, simpo, ...)
+    c.loss.label_smoothing = config_dict.placeholder(
+        float
+    )  # CPO, R-DPO, ...; the divergences have epsilon and normalize
     c.loss.tau = config_dict.placeholder(float)  # IPO
     c.loss.delta = config_dict.placeholder(float)  # margin of the hinge losses, nats
     c.loss.chosen_nll_weight = config_dict.placeholder(

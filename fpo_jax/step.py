@@ -242,9 +242,11 @@ def _pairs(batch, response, candidates: losses.Candidates, losses_B, loss: losse
         pairs["reference_kl"] = pair(jnp.mean(logps_BK - candidates.reference_logps_BK, axis=-1), weight_B)
     log_q_BK = loss.log_target(candidates)
     if log_q_BK is not None:
-        log_p_BK = jax.nn.log_softmax(loss.scores(candidates), axis=-1)
-        group_kl_B = losses.f_divergence(log_p_BK, jax.nn.log_softmax(log_q_BK, axis=-1), name="kl_policy_target")
-        pairs |= {"f_divergence": pair(losses_B, weight_B), "group_kl": pair(group_kl_B, weight_B)}
+        pairs["f_divergence"] = pair(losses_B, weight_B)
+        if loss.options.get("epsilon") != 0:  # with hard labels KL(p‖q) is infinite
+            log_p_BK = losses.log_softmax(loss.scores(candidates))
+            group_kl_B = losses.f_divergence(log_p_BK, losses.log_softmax(log_q_BK), name="kl_policy_target")
+            pairs["group_kl"] = pair(group_kl_B, weight_B)
     return pairs
 
 

@@ -310,7 +310,7 @@ def finished(tmp_path_factory):
         return workdir, quickstart.run(workdir, seed=3, divergence="alpha", scale=TINY)
 
 
-@pytest.mark.slow  # about 20 s: two training runs of a few updates, each compiled for 8 devices
+@pytest.mark.slow  # 44 CPU-seconds for the fixture: two training runs of a few updates, each compiled for 8 devices
 def test_every_artefact_is_there(finished):
     workdir, summary = finished
     c = quickstart_configs.alignment(workdir, seed=3, divergence="alpha", scale=TINY)

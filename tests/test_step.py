@@ -166,6 +166,7 @@ def test_metrics_by_hand():
     assert numbers["lengths/rejected"] == 2.5
     assert numbers["logits/chosen"] == 1.0 and numbers["logits/rejected"] == 2.0
     assert numbers["reference_kl"] == np.mean([-4, -4, -5])
+    assert "group_kl" not in numbers  # infinite for hard labels
 
 
 def test_length_normalised_losses_show_mean_logps():
