@@ -13,7 +13,7 @@ quickstart: $(VENV)/installed
 test: quickstart tests
 
 tests: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
