@@ -254,11 +254,11 @@ def _commands(summary: dict[str, Any], workdir: Path) -> list[Block]:
         Code(" \\\n  ".join(train)),
         Text("Its checkpoint as a Hugging Face directory, in bfloat16:"),
         Code(f"python -m eval.export --workdir {aligned} --out {workdir / 'export-bfloat16'} --dtype bfloat16"),
-        Text("Your own model and preferences, here a small model on HH (see `configs/` for the recipes):"),
-        Code(
-            "python train.py --config configs/pythia_hh_pref.py --workdir runs/hh \\\n"
-            "  --config.model.path=MODEL_DIRECTORY --config.data.train=TRAIN.jsonl.gz --config.data.eval=TEST.jsonl.gz"
+        Text(
+            "A real model on real preferences: any Llama, Mistral or GPT-NeoX directory, for instance stories260K"
+            " (260,032 parameters), on HH-RLHF transcripts. The empty settings undo what the recipe says about the hub:"
         ),
+        Code(_HH_COMMAND),
     ]
 
 
@@ -269,3 +269,11 @@ def _change(summary: dict[str, Any]) -> str:
 
 def _percent(rates: dict[str, Any]) -> str:
     return f"{100 * rates['rate']:.1f} %"
+
+
+_HH_COMMAND = """\
+python train.py --config configs/pythia_hh_pref.py --workdir runs/hh \\
+  --config.model.path=MODEL_DIRECTORY --config.data.train=HH.jsonl.gz --config.data.eval=HH.jsonl.gz \\
+  --config.data.train_rows=0:1600 --config.data.eval_rows=1600: \\
+  --config.data.subfolder= --config.data.train_split= --config.data.eval_split= \\
+  --config.model.compute_dtype=float32 --config.optim.learning_rate=1e-3"""
