@@ -13,7 +13,7 @@ quickstart: $(VENV)/installed
 test: quickstart tests
 
 tests: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
