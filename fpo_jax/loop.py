@@ -250,11 +250,11 @@ class _Run:
         """Reference log-probs of the train and eval groups [groups, K], from disk or computed now; None if unused."""
         if not self.inputs.loss.needs_reference:
             return None, None
-        source, program = self.inputs.source, self.programs.score
+        program, digest = self.programs.score, self.fingerprints["model"]
         if self.config.reference.path:
             source = hf.local_dir(self.config.reference.path)
             weights, program = self.programs.load_other(source)
-        digest = hf.weights_fingerprint(source)
+            digest = hf.weights_fingerprint(source)
         train, evaluation = self.inputs.train, self.inputs.evaluation
         return (
             self._reference("train", train.prepared, weights, program, digest),
