@@ -146,8 +146,9 @@ def default() -> Config:
     c.reference.cache_dir = ""  # "" = inside the workdir; share it between sweeps
 
     c.kernel = ml_collections.ConfigDict()
-    c.kernel.implementation = "auto"  # auto | chunked | reference (dense, for tests)
-    c.kernel.workspace_mib = 256  # budget of one vocabulary chunk's logits
+    c.kernel.implementation = "auto"  # auto | reference | chunked | pallas_tpu | pallas_tpu_lean | pallas_gpu
+    c.kernel.fuse_loss = "auto"  # auto | on | off: the loss in the kernel of the log-probs; pallas_tpu alone can
+    c.kernel.workspace_mib = 192  # logits of one vocabulary block, per device
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = 1  # devices along each axis; -1 = all that remain (at most one axis)
@@ -236,7 +237,8 @@ def problems(config: Config) -> list[str]:
     number("train.eval_every", 0)
     choice("train.on_nonfinite", ("stop", "skip"))
     number("reference.batch_per_device", 1)
-    choice("kernel.implementation", ("auto", "chunked", "reference"))
+    choice("kernel.implementation", ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu"))
+    choice("kernel.fuse_loss", ("auto", "on", "off"))
     number("kernel.workspace_mib", 1)
     axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     if any(axis == 0 or axis < -1 for axis in axes) or axes.count(-1) > 1:

@@ -126,26 +126,31 @@ def _scorer(
     shards = sharding.batch_devices(mesh)
     rows = config.train.micro_batch_per_device * shards * config.data.group_size
     head = {
-        "platform": platform,
-        "jax_version": jax.__version__,
+        "target": logps.Target.of(mesh.devices.flat[0]),
         "shapes": logps.HeadShapes(
             tokens=rows * max(scored for _, scored in plan.shapes),
             width=inputs.model_config.width,
             vocab=inputs.model_config.vocab_size,
         ),
         "dtype": dtype,
+        "head_dtype": config.model.param_dtype,
         "requested": config.kernel.implementation,
+        "fuse_loss": config.kernel.fuse_loss,
+        "placement": sharding.head_placement(mesh),
     }
     workspace = config.kernel.workspace_mib * 2**20
-    explained = logps.explain(**head, workspace_bytes=workspace, token_shards=shards)
+    explained = logps.explain(**head, workspace_bytes=workspace)
+    choice = logps.choose(**head)
     scorer = step.Scorer(
         config=inputs.model_config,
         compute_dtype=dtype,
         remat=config.model.remat,
         attention=attends,
-        implementation=logps.choose(**head).implementation,
+        implementation=choice.implementation,
+        fuse_loss=choice.fuse_loss,
+        interpret=choice.interpret,
         workspace_bytes=workspace,
-        token_shards=shards,
+        placement=sharding.head_placement(mesh),
         temperature=inputs.loss.temperature,
         batch_sharding=sharding.batch_sharding(mesh, stacked=False),
     )

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpo_jax import shapes
+from fpo_jax.kernels import spec as specs
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -54,6 +55,13 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence) -> Mesh:
 def batch_devices(mesh: Mesh) -> int:
     """Return how many ways a batch is cut."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def head_placement(mesh: Mesh) -> specs.Placement | None:
+    """Return where the rows of a batch and the LM head live; None on one device."""
+    if mesh.size == 1:
+        return None
+    return specs.Placement(mesh, tokens=BATCH_AXES, vocab=RULES["vocab"], width=RULES["embed"])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from fpo_jax import logps, losses, model, shapes, sharding
+from fpo_jax.kernels import spec as specs
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]  # metric name -> (sum, count)
 
@@ -30,14 +31,56 @@ class Scorer:
     attention: str
     implementation: str
     workspace_bytes: int
-    token_shards: int  # devices that the rows are spread over
     temperature: float
+    fuse_loss: bool = False  # run the loss in the kernel of the log-probs, where it is differentiated
+    interpret: bool = False  # emulate that kernel
+    placement: specs.Placement | None = None  # of the rows and the head on a mesh
     batch_sharding: jax.sharding.NamedSharding | None = None  # of the rows; pins the activations on a mesh
 
     def __call__(self, params: shapes.PyTree, batch: shapes.Batch) -> logps.ResponseLogps:
         """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
+        hidden_NTD = self._hidden_states(params, batch)
+        with jax.named_scope("logps"):
+            return logps.response_logps(
+                hidden_NTD,
+                model.head(params, config=self.config),
+                batch.predictors_NR,
+                batch.targets_NR,
+                batch.scored_NR,
+                **self._options(),
+            )
+
+    def group_losses(
+        self, params: shapes.PyTree, batch: shapes.Batch, operands: losses.Candidates, *, loss: losses.Loss
+    ) -> tuple[shapes.Array, logps.ResponseLogps]:
+        """Run the model to the losses [B] of the groups, and the log-probs they come from."""
+        hidden_NTD = self._hidden_states(params, batch)
+        with jax.named_scope("loss"):
+            return logps.response_losses(
+                hidden_NTD,
+                model.head(params, config=self.config),
+                batch.predictors_NR,
+                batch.targets_NR,
+                batch.scored_NR,
+                operands,
+                group_loss=loss.of_logps,
+                groups=(batch.rewards_BK.shape[0], batch.rewards_BK.shape[1]),
+                fuse_loss=self.fuse_loss,
+                **self._options(),
+            )
+
+    def _options(self) -> dict:
+        return {
+            "temperature": self.temperature,
+            "implementation": self.implementation,
+            "interpret": self.interpret,
+            "workspace_bytes": self.workspace_bytes,
+            "placement": self.placement,
+        }
+
+    def _hidden_states(self, params: shapes.PyTree, batch: shapes.Batch) -> jax.Array:
         with jax.named_scope("model"):
-            hidden_NTD = model.hidden_states(
+            return model.hidden_states(
                 params,
                 jnp.asarray(batch.tokens_NT),
                 jnp.asarray(batch.valid_NT),
@@ -46,18 +89,6 @@ class Scorer:
                 remat=self.remat,
                 attention=self.attention,
                 batch_sharding=self.batch_sharding,
-            )
-        with jax.named_scope("logps"):
-            return logps.response_logps(
-                hidden_NTD,
-                model.head(params, config=self.config),
-                batch.predictors_NR,
-                batch.targets_NR,
-                batch.scored_NR,
-                temperature=self.temperature,
-                implementation=self.implementation,
-                workspace_bytes=self.workspace_bytes,
-                token_shards=self.token_shards,
             )
 
 
@@ -155,10 +186,10 @@ def stack_micro_batches(batch: shapes.Batch, *, accumulation: int) -> shapes.Bat
 
 
 def _objective(params, batch: shapes.Batch, *, totals, batch_kl, scorer: Scorer, loss: losses.Loss):
-    response = scorer(params, batch)
+    losses_B, response = scorer.group_losses(params, batch, _operands(batch, batch_kl), loss=loss)
     candidates = _candidates(batch, response, batch_kl)
-    with jax.named_scope("loss"):
-        losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
+    with jax.named_scope("objective"):
+        losses_B = jnp.where(batch.weight_B > 0, losses_B, 0.0)
         groups, tokens = totals
         value = jnp.sum(batch.weight_B * losses_B) / groups
         pairs = _pairs(batch, response, candidates, losses_B, loss)
@@ -169,10 +200,18 @@ def _objective(params, batch: shapes.Batch, *, totals, batch_kl, scorer: Scorer,
 
 def _candidates(batch: shapes.Batch, response: logps.ResponseLogps, batch_kl) -> losses.Candidates:
     shape_BK = batch.rewards_BK.shape
+    return _operands(batch, batch_kl)._replace(
+        logps_BK=response.sum_N.reshape(shape_BK), lengths_BK=response.count_N.astype(jnp.float32).reshape(shape_BK)
+    )
+
+
+def _operands(batch: shapes.Batch, batch_kl) -> losses.Candidates:
+    """What the loss of a batch reads besides the log-probs, which are 0 here."""
+    shape_BK = batch.rewards_BK.shape
     return losses.Candidates(
-        logps_BK=response.sum_N.reshape(shape_BK),
+        logps_BK=jnp.zeros(shape_BK, jnp.float32),
         reference_logps_BK=batch.reference_logps_BK,
-        lengths_BK=response.count_N.astype(jnp.float32).reshape(shape_BK),
+        lengths_BK=jnp.sum(batch.scored_NR, axis=1, dtype=jnp.float32).reshape(shape_BK),
         rewards_BK=batch.rewards_BK,
         batch_kl=jnp.float32(0.0) if batch_kl is None else batch_kl,
     )

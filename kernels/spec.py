@@ -15,11 +15,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 Array = jax.Array | np.ndarray
 
 DTYPES = ("bfloat16", "float32", "float64")
-DEFAULT_WORKSPACE_BYTES = 256 * 2**20
+DEFAULT_WORKSPACE_BYTES = 192 * 2**20
 MIN_WORKSPACE_BYTES = 2**20
 
 
@@ -40,6 +41,49 @@ class TokenStats(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where hidden and head live on a mesh of devices. Logical shapes stay [N, D] and [V, D].
+
+    Args:
+        mesh: all its axes are used; the operands are replicated over those not named here.
+        tokens: axes that the N tokens are cut over (data parallelism), in order.
+        vocab: axis that the V rows of the head are cut over (tensor parallelism); None for none. Not one of `tokens`.
+        width: axis that the D columns of the head are cut over (FSDP); None for none. One of `tokens`.
+
+    Raises:
+        ValueError: axes that the mesh does not have, or that cannot be combined.
+    """
+
+    mesh: Mesh
+    tokens: tuple[str, ...]
+    vocab: str | None = None
+    width: str | None = None
+
+    def __post_init__(self):
+        for axis in (*self.tokens, self.vocab, self.width):
+            if axis is not None and axis not in self.mesh.shape:
+                raise ValueError(f"mesh axis {axis!r} does not exist; use one of {', '.join(self.mesh.shape)}")
+        if self.vocab is not None and self.vocab in self.tokens:
+            raise ValueError(
+                f"mesh axis {self.vocab!r} cuts both tokens and vocabulary, so that no device could score a token"
+                " against all entries; use an axis of its own for the vocabulary"
+            )
+        if self.width is not None and self.width not in self.tokens:
+            raise ValueError(
+                f"mesh axis {self.width!r} cuts the width of the head but not the tokens {self.tokens}; its devices"
+                " would repeat each other's work: add it to tokens, or use None"
+            )
+
+
+class Axes(NamedTuple):
+    """The axes of a Placement that more than one device lies along; None, and () for tokens, where there is none."""
+
+    tokens: tuple[str, ...]
+    vocab: str | None
+    width: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class HeadSpec:
     """How hidden states become logits, and what computing them may cost. Hashable: a static argument under jit.
 
@@ -57,7 +101,9 @@ class HeadSpec:
             head can be multiplied in bfloat16 without a copy, and its gradient is still float32.
         workspace_bytes: bound on what a blocked implementation keeps per block of logits, at least 1 MiB, per device.
         vocab_block: rows of the head per block; the tokens are then cut to fit the budget. None: as many as fit.
-        token_shards: devices that the N tokens are spread over, so that the budget is met on each of them.
+        placement: where tokens and head live on a mesh; None for one device, or to leave the partitioning to XLA,
+            which it can do for `chunked` alone.
+        interpret: emulate a Pallas kernel on the CPU. Slow; for tests.
         want_entropy: return `entropy_N`.
         want_argmax: return `is_argmax_N`.
 
@@ -71,7 +117,8 @@ class HeadSpec:
     compute_dtype: str | None = None
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     vocab_block: int | None = None
-    token_shards: int = 1
+    placement: Placement | None = None
+    interpret: bool = False
     want_entropy: bool = False
     want_argmax: bool = False
 
@@ -87,10 +134,25 @@ class HeadSpec:
                 f"workspace_bytes={self.workspace_bytes} is below {MIN_WORKSPACE_BYTES} (1 MiB); "
                 f"use at least that, or leave it at {DEFAULT_WORKSPACE_BYTES}"
             )
-        for name in ("vocab_size", "vocab_block", "token_shards"):
+        for name in ("vocab_size", "vocab_block"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is below 1; use a positive integer")
+
+
+def axes(spec: HeadSpec) -> Axes:
+    """Return the axes of the placement that cut something."""
+    if spec.placement is None:
+        return Axes((), None, None)
+    place, sizes = spec.placement, spec.placement.mesh.shape
+    vocab, width = (axis if axis and sizes[axis] > 1 else None for axis in (place.vocab, place.width))
+    return Axes(tuple(axis for axis in place.tokens if sizes[axis] > 1), vocab, width)
+
+
+def shards(spec: HeadSpec, axis: str | tuple[str, ...] | None) -> int:
+    """Return how many parts the named axes of the placement cut an array dimension into."""
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(spec.placement.mesh.shape[name] for name in names) if spec.placement else 1
 
 
 def operand_dtype(hidden_dtype, head_dtype, spec: HeadSpec) -> np.dtype:
@@ -112,6 +174,19 @@ def operand_dtype(hidden_dtype, head_dtype, spec: HeadSpec) -> np.dtype:
 def accumulator_dtype(dtype) -> np.dtype:
     """Dtype of products, logits, softmax and sums: float64 for float64 operands, else float32."""
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
+
+
+def precision(dtype) -> jax.lax.Precision:
+    """Return the precision of a product; by default a TPU multiplies float32 in bfloat16 passes, a GPU in TF32."""
+    return jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+
+
+def cap(raw: Array, spec: HeadSpec) -> tuple[Array, Array | float]:
+    """Return the logits z of raw products, and dz/draw."""
+    if spec.softcap is None:
+        return spec.logit_scale * raw, spec.logit_scale
+    tanh = jnp.tanh(raw / spec.softcap)
+    return spec.logit_scale * spec.softcap * tanh, spec.logit_scale * (1 - tanh * tanh)
 
 
 def check(hidden_ND: Array, head_VD: Array, targets_N: Array, spec: HeadSpec) -> None:
@@ -139,4 +214,15 @@ def check(hidden_ND: Array, head_VD: Array, targets_N: Array, spec: HeadSpec) ->
             f"vocab_size={spec.vocab_size} is above the {head_VD.shape[0]} rows of the head; "
             f"use at most {head_VD.shape[0]}"
         )
+    cut = axes(spec)
+    for what, size, axis in (
+        ("tokens", hidden_ND.shape[0], cut.tokens),
+        ("rows of the head", head_VD.shape[0], cut.vocab),
+        ("columns of the head", head_VD.shape[1], cut.width),
+    ):
+        if size % shards(spec, axis):
+            raise ValueError(
+                f"{size} {what} are not divisible by the {shards(spec, axis)} devices along {axis!r}; "
+                f"use a multiple of {shards(spec, axis)}"
+            )
     operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)

@@ -36,5 +36,5 @@ def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed:
 def scorer(config, **changed) -> step.Scorer:
     """Return a float32 scorer of a tiny model."""
     options = {"compute_dtype": "float32", "remat": "none", "attention": "xla", "implementation": "chunked"}
-    options |= {"workspace_bytes": 2**20, "token_shards": 1, "temperature": 1.0}
+    options |= {"workspace_bytes": 2**20, "temperature": 1.0}
     return step.Scorer(config=config, **(options | changed))

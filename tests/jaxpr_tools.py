@@ -16,7 +16,11 @@ def arrays_in_jaxpr(function, *args, elements: int) -> list[str]:
 
 def arrays_in_program(function, *args, elements: int) -> list[str]:
     """Every shape of at least `elements` elements in the compiled program, inside fusions and loops too."""
-    text = jax.jit(function).lower(*args).compile().as_text()
+    return shapes_in_text(jax.jit(function).lower(*args).compile().as_text(), elements=elements)
+
+
+def shapes_in_text(text: str, *, elements: int) -> list[str]:
+    """Every shape of at least `elements` elements in a compiled program; on a mesh, of one device's part."""
     return [m.group() for m in SHAPE.finditer(text) if math.prod(map(int, m.group(1).split(","))) >= elements]
 
 

@@ -58,7 +58,7 @@ def test_unknown_key_and_wrong_type_are_errors():
         ("train.batch_size", 0, "at least 1"),
         ("train.on_nonfinite", "hope", "stop, skip"),
         ("mesh.data", -1, "at most one is -1"),
-        ("kernel.implementation", "magic", "auto, chunked, reference"),
+        ("kernel.implementation", "magic", "auto, reference, chunked, pallas_tpu"),
         ("stage", "sft", "stage='sft' is not one of align"),
     ],
 )

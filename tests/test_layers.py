@@ -17,9 +17,9 @@ LAYERS = [
     "attention",
     "model",
     "params",
+    "kernels",
     "sharding",
     "hf",
-    "kernels",
     "logps",
     "losses",
     "optim",
@@ -31,6 +31,7 @@ LAYERS = [
     "execution",
     "job",
     "programs",
+    "topologies",
     "loop",
 ]
 FORBIDDEN = {"torch", "tensorflow", "eval", "kernels"}  # `kernels` and `eval` only by their own paths

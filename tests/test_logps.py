@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fpo_jax import logps
+from fpo_jax.kernels.spec import Placement
 from tests import jaxpr_tools, tolerances
 
 N, T, R, D, V = 3, 7, 4, 8, 11
@@ -43,27 +44,38 @@ def oracle(hidden_NTD, head_VD, *, temperature=1.0, softcap=None, vocab_size=V):
 
 jitted = jax.jit(
     logps.response_logps,
-    static_argnames=("temperature", "softcap", "vocab_size", "implementation", "workspace_bytes", "token_shards"),
+    static_argnames=(
+        "temperature",
+        "softcap",
+        "vocab_size",
+        "implementation",
+        "workspace_bytes",
+        "placement",
+        "interpret",
+    ),
 )
 
 
 def response_logps(hidden_NTD, head_VD, *, scored_NR=SCORED_NR, **options):
     """The function under test, under jit, on the batch drawn above."""
-    return jitted(hidden_NTD, head_VD, PREDICTORS_NR, TARGETS_NR, scored_NR, **options)
+    interpret = options.get("implementation") in logps.PLATFORMS
+    return jitted(hidden_NTD, head_VD, PREDICTORS_NR, TARGETS_NR, scored_NR, interpret=interpret, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "softcap", "implementation"))
 @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
 def gradients(hidden_NTD, head_VD, predictors_NR=PREDICTORS_NR, targets_NR=TARGETS_NR, **options):
     """Gradients of a weighted sum of the rows' log-probs, and the log-probs."""
+    options["interpret"] = options.get("implementation") in logps.PLATFORMS
     result = logps.response_logps(hidden_NTD, head_VD, predictors_NR, targets_NR, SCORED_NR, **options)
     return jnp.sum(result.sum_N * jnp.arange(1.0, N + 1)), result
 
 
+FLOAT32 = [name for name in logps.IMPLEMENTATIONS if name != "pallas_gpu"]  # which multiplies bfloat16 alone
 OPTIONS = [{}, {"temperature": 0.8}, {"softcap": 2.0}, {"temperature": 1.7, "softcap": 1.5}]
 
 
-@pytest.mark.parametrize("implementation", logps.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", FLOAT32)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_drawn_batch_matches_float64(implementation, options):
     hidden_NTD, head_VD = inputs()
@@ -78,7 +90,7 @@ def test_the_drawn_batch_matches_float64(implementation, options):
         np.testing.assert_allclose(result.mean_logit_N, mean_logit_N, rtol=tolerances.LOGPS, atol=tolerances.LOGPS)
 
 
-@pytest.mark.parametrize("implementation", logps.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_gradient_matches_finite_differences_in_float64(implementation):
     with jax.enable_x64(True):
         hidden_NTD, head_VD = inputs("float64")
@@ -95,7 +107,7 @@ def test_gradient_matches_finite_differences_in_float64(implementation):
         np.testing.assert_allclose(slope, (value(1) - value(-1)) / (2 * step), rtol=tolerances.FINITE_DIFFERENCE)
 
 
-@pytest.mark.parametrize("implementation", logps.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", FLOAT32)
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e30], ids=str)
 def test_what_is_not_scored_may_hold_anything(implementation, garbage):
     """Outside the mask, hidden states, predictors and targets change no bit of value or gradient."""
@@ -115,7 +127,7 @@ def test_what_is_not_scored_may_hold_anything(implementation, garbage):
     assert (np.abs(dhidden_NTD)[read_NT].max(axis=1) > 0).all()
 
 
-@pytest.mark.parametrize("implementation", logps.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", FLOAT32)
 def test_row_without_a_scored_position_is_zero(implementation):
     result = response_logps(*inputs(), implementation=implementation)
     assert [float(x[2]) for x in result] == [0, 0, 0]
@@ -216,64 +228,128 @@ def test_rows_sharded_over_eight_devices_equal_one():
     targets_NR = rng.integers(0, V, (16, R)).astype(np.int32)
     arrays = hidden_NTD, head_VD, predictors_NR, targets_NR, rng.random((16, R)) < 0.7
 
-    def total(*arrays, token_shards):
-        return jnp.sum(logps.response_logps(*arrays, token_shards=token_shards).sum_N)
+    def total(*arrays, placement):
+        return jnp.sum(logps.response_logps(*arrays, placement=placement).sum_N)
 
-    def run(arrays, token_shards):
-        return jax.jit(jax.value_and_grad(functools.partial(total, token_shards=token_shards), (0, 1)))(*arrays)
+    def run(arrays, placement):
+        return jax.jit(jax.value_and_grad(functools.partial(total, placement=placement), (0, 1)))(*arrays)
 
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     sharded = [jax.device_put(x, everywhere if x is head_VD else rows) for x in arrays]
     for ours, theirs in zip(
-        jax.tree.leaves(run(sharded, token_shards=8)), jax.tree.leaves(run(arrays, token_shards=1)), strict=True
+        jax.tree.leaves(run(sharded, Placement(mesh, ("data",)))), jax.tree.leaves(run(arrays, None)), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, rtol=tolerances.LOGPS, atol=tolerances.LOGPS)
 
 
 SHAPES = logps.HeadShapes(tokens=4096, width=512, vocab=32000)
-HERE = {"platform": "cpu", "jax_version": "0.10.2", "shapes": SHAPES, "dtype": "float32"}
+HERE = {"target": logps.Target("cpu"), "shapes": SHAPES, "dtype": "bfloat16", "jax_version": "0.11.2"}
+TARGETS = {
+    "cpu": logps.Target("cpu"),
+    "v5e": logps.Target("tpu", "TPU v5 lite"),
+    "v5p": logps.Target("tpu", "TPU v5"),
+    "v4": logps.Target("tpu", "TPU v4"),
+    "v6e": logps.Target("tpu", "TPU v6 lite"),
+    "v7x": logps.Target("tpu", "TPU7x"),
+    "h200": logps.Target("gpu", "NVIDIA H200", "9.0"),
+    "a100": logps.Target("gpu", "NVIDIA A100-SXM4-80GB", "8.0"),
+}
+has_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11")
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-def test_choice_is_pure_and_gives_its_reason(platform):
-    here = {**HERE, "platform": platform}
-    assert logps.choose(**here, requested="auto").implementation == "chunked"
-    assert platform in logps.choose(**here, requested="auto").reason
-    assert logps.choose(**here, requested="chunked") == logps.Choice("chunked", "requested")
-    dense = logps.choose(**here, requested="reference")
-    assert dense == logps.Choice("reference", "requested: holds 500.0 MiB of logits (4096 tokens x 32000 entries)")
+@pytest.mark.parametrize(
+    ("target", "change", "implementation", "reason"),
+    [
+        ("cpu", {}, "chunked", "auto on cpu: XLA vocabulary blocks, which run everywhere"),
+        ("v5e", {}, "pallas_tpu", "auto on TPU v5 lite: fused kernel; loss in the same kernel"),
+        ("v6e", {}, "pallas_tpu", "loss in the same kernel"),
+        ("v7x", {}, "pallas_tpu", "loss in the same kernel"),
+        ("v5p", {}, "pallas_tpu", "loss apart: it would use one of the chip's two TensorCores"),
+        ("v4", {}, "chunked", "because TPU v4 is not one of v5e, v5p, v6e, v7x"),
+        ("v5e", {"dtype": "float32"}, "pallas_tpu", "fused kernel"),
+        ("v5e", {"dtype": "float64"}, "chunked", "float64 operands; the TPU kernels multiply bfloat16 or float32"),
+        ("v5e", {"shapes": SHAPES._replace(width=131072)}, "chunked", "MiB of VMEM, 58 MiB are there"),
+        ("a100", {}, "chunked", "compute capability 8.0 is not 9.0"),
+        ("h200", {"jax_version": "0.10.2"}, "chunked", "jax 0.10.2 is below 0.11, which the GPU kernels need"),
+        pytest.param("h200", {}, "pallas_gpu", "auto on NVIDIA H200: fused kernel", marks=has_mosaic_gpu),
+        pytest.param("h200", {"dtype": "float32"}, "chunked", "float32 operands; the GPU", marks=has_mosaic_gpu),
+        pytest.param("h200", {"shapes": SHAPES._replace(width=100)}, "chunked", "not a multiple", marks=has_mosaic_gpu),
+        pytest.param("h200", {"shapes": SHAPES._replace(vocab=50257)}, "chunked", "50257 rows", marks=has_mosaic_gpu),
+    ],
+    ids=str,
+)
+def test_choice_is_pure_and_gives_its_reason(target, change, implementation, reason):
+    choice = logps.choose(**{**HERE, "target": TARGETS[target], **change})
+    assert choice.implementation == implementation and reason in choice.reason, choice
+    assert choice.fuse_loss == ("loss in the same kernel" in choice.reason) and not choice.interpret
+    if implementation != "chunked":
+        assert "loss in the same" not in logps.choose(**{**HERE, "target": TARGETS[target]}, fuse_loss="off").reason
+
+
+def test_a_request_is_kept():
+    assert logps.choose(**HERE, requested="chunked") == logps.Choice("chunked", False, False, "requested")
+    dense = logps.choose(**{**HERE, "dtype": "float32"}, requested="reference")
+    assert dense.reason == "requested: holds 500.0 MiB of logits (4096 tokens x 32000 entries)"
+    lean = logps.choose(**{**HERE, "target": TARGETS["v5p"]}, requested="pallas_tpu_lean")
+    assert lean == logps.Choice("pallas_tpu_lean", False, False, "requested")
+    emulated = logps.choose(**HERE, requested="pallas_tpu")
+    assert emulated.interpret and "emulated on the CPU: for tests, very slow" in emulated.reason
+    both_cores = logps.choose(**{**HERE, "target": TARGETS["v5p"]}, fuse_loss="on")
+    assert both_cores.fuse_loss
+
+
+def test_a_cut_head_has_its_loss_apart():
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    here = {**HERE, "target": TARGETS["v5e"], "placement": Placement(mesh, ("data", "fsdp"), "tensor", "fsdp")}
+    assert "loss apart: the head is cut along mesh axis 'tensor'" in logps.choose(**here).reason
+    with pytest.raises(ValueError, match="fuse_loss='on' cannot be: the head is cut along mesh axis 'tensor'"):
+        logps.choose(**here, fuse_loss="on")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"requested": "chunkd"}, "'chunkd' is unknown; use one of auto, reference, chunked; did you mean 'chunked'"),
-        ({"requested": "zzz"}, "'zzz' is unknown; use one of auto, reference, chunked$"),
+        ({"requested": "chunkd"}, "'chunkd' is unknown; use one of auto, reference, chunked, .* mean 'chunked'"),
+        ({"requested": "zzz"}, "'zzz' is unknown; use one of auto, reference, chunked, pallas_tpu.*gpu$"),
         ({"dtype": "float16"}, "hidden states in float16 are not supported; compute the model in one of bfloat16"),
         ({"jax_version": "0.9.10"}, "jax 0.9.10 is below 0.10.2, the oldest tested; install jax>=0.10.2"),
+        ({"fuse_loss": "yes"}, "fuse_loss='yes' is unknown; use one of auto, on, off"),
+        ({"fuse_loss": "on"}, "fuse_loss='on' cannot be: chunked has no kernel for it; use 'auto' or 'off'"),
+        ({"requested": "pallas_gpu", "jax_version": "0.10.2"}, "'pallas_gpu' cannot run: jax 0.10.2 is below 0.11"),
+        ({"requested": "pallas_tpu", "target": TARGETS["h200"]}, "it runs on a TPU, and this is a GPU; use 'auto'"),
+        ({"requested": "pallas_gpu", "target": TARGETS["v5e"]}, "it runs on a GPU, and this is a TPU; use 'auto'"),
+        ({"requested": "pallas_tpu", "dtype": "float64"}, "cannot run: float64 operands"),
     ],
     ids=str,
 )
 def test_choice_refuses_what_it_cannot_run(change, message):
     with pytest.raises(ValueError, match=message):
-        logps.choose(**{**HERE, "requested": "auto", **change})
+        logps.choose(**{**HERE, **change})
 
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1", "0.13.0rc1", "1.0.0.dev20990101"])
 def test_newer_versions_are_accepted(version):
-    assert logps.choose(**{**HERE, "jax_version": version}, requested="auto").implementation == "chunked"
+    assert logps.choose(**{**HERE, "jax_version": version}).implementation == "chunked"
+
+
+def test_this_device_describes_itself():
+    assert logps.Target.of(jax.devices()[0]) == logps.Target("cpu", "cpu", "")
 
 
 def test_explain_names_blocks_and_memory():
-    text = logps.explain(**HERE)
+    here = {**HERE, "dtype": "float32"}
+    text = logps.explain(**here)
     assert "log-probs: chunked (auto on cpu" in text
     assert "4096 tokens x 32000 vocabulary entries x 512 wide, float32 operands, float32 accumulation" in text
-    assert "4 blocks of 8064 head rows x 1 of 4096 tokens per device: 252.0 MiB of workspace (limit 256.0 MiB)" in text
-    assert "dense float32 logits, which are never held: 500.0 MiB" in text
-    assert "held in full: 500.0 MiB" in logps.explain(**HERE, requested="reference")
-    changes = {"vocab_size": 31000, "workspace_bytes": 2**24, "token_shards": 2}
+    blocks = "6 blocks of 5376 head rows x 1 of 4096 tokens per device, 168.0 MiB of workspace (limit 192.0 MiB)"
+    assert f"forward: {blocks}\nbackward: {blocks}" in text
+    assert "dense float32 logits, which are never held: 500.0 MiB per device" in text
+    assert "held in full: 500.0 MiB" in logps.explain(**here, requested="reference")
+    assert "forward: one kernel, logits on the chip only" in logps.explain(**{**here, "target": TARGETS["v5e"]})
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    changes = {"vocab_size": 31000, "workspace_bytes": 2**24, "placement": Placement(mesh, ("data",))}
     for option, value in changes.items():
-        assert logps.explain(**HERE, **{option: value}) != text, option
+        assert logps.explain(**here, **{option: value}) != text, option
 
 
 @pytest.mark.parametrize(
@@ -285,7 +361,6 @@ def test_explain_names_blocks_and_memory():
         ({"vocab_size": V + 1}, "vocab_size=12 is above the 11 rows of the head"),
         ({"implementation": "pallas"}, "implementation 'pallas' is unknown"),
         ({"workspace_bytes": 1}, "workspace_bytes=1 is below 1048576"),
-        ({"token_shards": 0}, "token_shards=0 is below 1"),
     ],
     ids=str,
 )

@@ -76,7 +76,7 @@ def test_any_mesh_gives_the_same_update(data, fsdp, tensor):
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices())
     alone = updated(loss, batch_of())
     placed = {
-        "token_shards": sharding.batch_devices(mesh),
+        "placement": sharding.head_placement(mesh),
         "batch_sharding": sharding.batch_sharding(mesh, stacked=False),
     }
     assert_same_update(alone, updated(loss, batch_of(), mesh=mesh, **placed))

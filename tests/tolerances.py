@@ -60,3 +60,16 @@ SAME_UPDATE = {
     "rtol": 1e-5,
     "atol": 1e-6,
 }  # another summation order of float32; measured 7e-7 in metrics, 1.2e-7 in weights
+
+# Hopper kernels under the GPU interpreter, against float64 on the same bfloat16 operands.
+GPU_PARTIALS = 2e-6  # float32 products and sums, relative to the largest entry of the array; measured 7.4e-7
+GPU_DLOGITS_RTOL = 2**-8  # every entry on its own: half a unit in the last place of bfloat16; measured the same
+GPU_DLOGITS_FLOAT32 = 5e-6  # what float32 has lost by then, relative to the largest summand; measured 2.6e-6
+
+# Share of bfloat16 gradients that round to the other side after float32 sums in another order; measured 0.0002.
+FLIPPED_ROUNDINGS = 0.01
+
+# The loss of a group from hidden states against dense float64, relative to the largest: log-probs of -300 differ from
+# the reference's by a few nats, so a loss has the rounding of the former in units of the latter.
+HEAD_LOSS = 1e-5  # measured 1.2e-6
+HEAD_LOSS_GRADIENT = 2e-5  # measured 4.1e-6

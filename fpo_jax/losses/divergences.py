@@ -51,7 +51,7 @@ class Divergence:
 
 def _power_log(u, power):
     """(u^power - 1)/power, which is log u at power 0."""
-    return jnp.log(u) if abs(power) < numerics.TINY_POWER else jnp.expm1(power * jnp.log(u)) / power
+    return jnp.log(u) if abs(power) < numerics.TINY_POWER else numerics.expm1(power * jnp.log(u)) / power
 
 
 def _alpha_f(u, *, alpha):
@@ -87,7 +87,7 @@ def _jensen_shannon_log_space(log_p, log_q, *, weight):
     p_larger = log_u > 0
     weight_of_smaller = jnp.where(p_larger, 1 - weight, weight)
     # log m - max(log p, log q) with m = w p + (1-w) q, through log1p and expm1 because it is tiny where p ≈ q.
-    log_m = jnp.log1p(weight_of_smaller * jnp.expm1(jnp.where(p_larger, -log_u, log_u)))
+    log_m = jnp.log1p(weight_of_smaller * numerics.expm1(jnp.where(p_larger, -log_u, log_u)))
     log_p_over_m = jnp.where(p_larger, 0.0, log_u) - log_m
     log_q_over_m = jnp.where(p_larger, -log_u, 0.0) - log_m
     return weight * jnp.exp(log_p) * log_p_over_m + (1 - weight) * jnp.exp(log_q) * log_q_over_m
@@ -96,7 +96,7 @@ def _jensen_shannon_log_space(log_p, log_q, *, weight):
 def _ratio_squared(log_a, log_b):
     """(a - b)²/b, a and b from logarithms; saturates where a²/b overflows."""
     log_ratio = log_a - log_b
-    return saturating_exp(jnp.maximum(2 * log_a - log_b, log_b)) * jnp.square(jnp.expm1(-jnp.abs(log_ratio)))
+    return saturating_exp(jnp.maximum(2 * log_a - log_b, log_b)) * jnp.square(numerics.expm1(-jnp.abs(log_ratio)))
 
 
 def _entropy(log_q):

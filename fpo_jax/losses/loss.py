@@ -80,6 +80,10 @@ class Loss:
             return self._divergence(candidates)
         return self._objective(candidates)
 
+    def of_logps(self, logps_BK: Float[jax.Array, "B K"], operands: Candidates) -> Float[jax.Array, " B"]:
+        """Return `loss` with these log-probs in place of those in `operands`: what a kernel differentiates."""
+        return self.loss(operands._replace(logps_BK=logps_BK))
+
     def scores(self, candidates: Candidates) -> Float[jax.Array, "B K"]:
         """Return the score of each candidate; p = softmax(scores) where the loss is a divergence."""
         candidates = self._checked(candidates)

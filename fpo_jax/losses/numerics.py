@@ -1,13 +1,15 @@
 """Small numerical pieces of the losses that stay accurate and finite where the textbook form does not.
 
-Everything is float32 (float64 when given float64). Two constants say where mathematics ends and saturation begins.
+Everything is float32 (float64 when given float64), and made of elementwise functions and reductions that a TPU kernel
+can run, since the fused kernel traces the losses as they are: no gather, no sort, no reversal. Two constants say where
+mathematics ends and saturation begins.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from fpo_jax.shapes import Array
 
@@ -47,12 +49,55 @@ def log_softmax(scores: Float[Array, "*batch K"]) -> Float[jax.Array, "*batch K"
     [-6.14e-06, -12.00000572]
     """
     (scores,) = as_float(scores)
-    top = jnp.argmax(scores, axis=-1, keepdims=True)
-    is_top = jnp.arange(scores.shape[-1]) == top
+    is_top = first_of(scores == jnp.max(scores, axis=-1, keepdims=True))
     # The top's own 0 is a constant, so that its gradient is not 1 - 1 + p but p.
-    relative = jnp.where(is_top, 0.0, scores - jnp.take_along_axis(scores, top, axis=-1))
+    relative = jnp.where(is_top, 0.0, scores - jnp.sum(jnp.where(is_top, scores, 0.0), axis=-1, keepdims=True))
     others = jnp.sum(jnp.where(is_top, 0.0, jnp.exp(relative)), axis=-1, keepdims=True)
     return relative - jnp.log1p(others)
+
+
+def first_of(mask: Bool[Array, "*batch K"]) -> Bool[jax.Array, "*batch K"]:
+    """Keep the first True of the last axis.
+
+    >>> first_of(jnp.array([False, True, True])).tolist()
+    [False, True, False]
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, mask.shape, len(mask.shape) - 1)
+    return index == jnp.min(jnp.where(mask, index, mask.shape[-1]), axis=-1, keepdims=True)
+
+
+def last_of(mask: Bool[Array, "*batch K"]) -> Bool[jax.Array, "*batch K"]:
+    """Keep the last True of the last axis.
+
+    >>> last_of(jnp.array([False, True, True])).tolist()
+    [False, False, True]
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, mask.shape, len(mask.shape) - 1)
+    return index == jnp.max(jnp.where(mask, index, -1), axis=-1, keepdims=True)
+
+
+@jax.custom_jvp
+def expm1(x: Float[Array, "*shape"]) -> Float[jax.Array, "*shape"]:
+    """Return e^x - 1, right to a few ulp relative: below ½ by its series x (1 + x/2 (1 + x/3 (1 + ...))).
+
+    TPU kernels have no expm1 of their own; float64, which they do not have either, uses jnp.expm1.
+
+    >>> float(expm1(jnp.float32(1e-6))) / 1e-6 - 1 < 1e-6, round(float(expm1(jnp.float32(-1.0))), 6)
+    (True, -0.632121)
+    """
+    if x.dtype == jnp.float64:
+        return jnp.expm1(x)
+    is_small = jnp.abs(x) < 0.5
+    small, series = jnp.where(is_small, x, 0.0), 1.0
+    for n in range(10, 1, -1):  # the first term left out, x^10/11!, is 2e-11 of the sum at ½
+        series = 1.0 + small / n * series
+    return jnp.where(is_small, small * series, jnp.exp(x) - 1.0)
+
+
+@expm1.defjvp
+def _expm1_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return expm1(x), jnp.exp(x) * dx
 
 
 def saturating_exp(x: Float[Array, "*shape"]) -> Float[jax.Array, "*shape"]:
@@ -83,7 +128,7 @@ def difference(
     a_larger = log_ratio > 0
     # `where`, not `abs` or `minimum`: at a == b the slope must be that of one side, never their mean.
     minus_distance = jnp.where(a_larger, -log_ratio, log_ratio)
-    return jnp.where(a_larger, -1.0, 1.0) * saturating_exp(jnp.maximum(log_a, log_b)) * jnp.expm1(minus_distance)
+    return jnp.where(a_larger, -1.0, 1.0) * saturating_exp(jnp.maximum(log_a, log_b)) * expm1(minus_distance)
 
 
 def box_cox(log_u: Float[Array, "*shape"], *, power: float) -> Float[jax.Array, "*shape"]:
@@ -97,5 +142,5 @@ def box_cox(log_u: Float[Array, "*shape"], *, power: float) -> Float[jax.Array, 
     if abs(power) < TINY_POWER:
         return log_u
     exponent = power * log_u
-    near = jnp.expm1(jnp.minimum(exponent, SATURATION))
+    near = expm1(jnp.minimum(exponent, SATURATION))
     return (near + jnp.exp(SATURATION) * jnp.maximum(exponent - SATURATION, 0.0)) / power

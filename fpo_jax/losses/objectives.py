@@ -56,9 +56,15 @@ def over_pairs(
     [2.5]
     """
     candidates = scores_BK.shape[-1]
-    losses_BKK = pair(scores_BK[:, :, None], scores_BK[:, None, :])
-    weights_BKK = chosen_BK[:, :, None] * (1 - jnp.eye(candidates, dtype=chosen_BK.dtype)) / (candidates - 1)
-    return jnp.sum(weights_BKK * losses_BKK, axis=(1, 2))
+    losses_B = jnp.zeros(scores_BK.shape[0], scores_BK.dtype)
+    for chosen in range(candidates):
+        is_chosen_BK = jax.lax.broadcasted_iota(jnp.int32, scores_BK.shape, 1) == chosen
+        score_B1, share_B1 = (
+            jnp.sum(jnp.where(is_chosen_BK, x_BK, 0.0), axis=1, keepdims=True) for x_BK in (scores_BK, chosen_BK)
+        )
+        weights_BK = jnp.where(is_chosen_BK, 0.0, share_B1 / (candidates - 1))
+        losses_B += jnp.sum(weights_BK * pair(score_B1, scores_BK), axis=1)
+    return losses_B
 
 
 def log_odds(mean_logps_BK: Float[Array, "B K"]) -> Float[jax.Array, "B K"]:
@@ -69,7 +75,7 @@ def log_odds(mean_logps_BK: Float[Array, "B K"]) -> Float[jax.Array, "B K"]:
     """
     (mean_logps_BK,) = numerics.as_float(mean_logps_BK)
     capped_BK = jnp.minimum(mean_logps_BK, HIGHEST_MEAN_LOGP)
-    return capped_BK - jnp.log(-jnp.expm1(capped_BK))
+    return capped_BK - jnp.log(-numerics.expm1(capped_BK))
 
 
 def log_sigmoid_link(margins: Float[Array, "*shape"], *, label_smoothing: float) -> Float[jax.Array, "*shape"]:

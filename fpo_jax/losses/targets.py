@@ -17,19 +17,10 @@ from fpo_jax.losses import numerics
 from fpo_jax.losses.divergences import AUTHORS_EPSILON, NO_CLAMP
 from fpo_jax.shapes import Array
 
-
-def _last_of_best(best_BK):
-    return jnp.arange(best_BK.shape[-1]) == best_BK.shape[-1] - 1 - jnp.argmax(best_BK[..., ::-1], -1, keepdims=True)
-
-
-def _first_of_best(best_BK):
-    return jnp.arange(best_BK.shape[-1]) == jnp.argmax(best_BK, axis=-1, keepdims=True)
-
-
 TIE_POLICIES = MappingProxyType(
     {
-        "second": _last_of_best,  # the authors': of two equal rewards the second item wins; here the last of K
-        "first": _first_of_best,
+        "second": numerics.last_of,  # the authors': of two equal rewards the second item wins; here the last of K
+        "first": numerics.first_of,
         "uniform": lambda best_BK: best_BK,  # the best share the label
     }
 )

@@ -1,0 +1,198 @@
+"""The group loss from hidden states, composed and as one TPU kernel, against the dense float64 reference."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fpo_jax import losses
+from fpo_jax.kernels import chunked, head_loss, pallas_tpu, pallas_tpu_loss, reference
+from fpo_jax.kernels.spec import HeadSpec, Placement
+from tests import test_kernels, test_pallas_tpu, tolerances
+
+B, R, V, WIDTH = 3, 50, 257, 24
+FUSED = pallas_tpu_loss.fused_head_loss
+COMPOSED = functools.partial(head_loss.fpo_head_loss, token_stats=chunked.token_stats)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles of tokens and of the head, none of which ends where a candidate does."""
+    monkeypatch.setattr(pallas_tpu, "TILES", ((128, 128),))
+
+
+def inputs(K, *, seed=0):
+    """Hidden states, head, targets, mask and operands of B groups; one candidate has no scored token."""
+    rng = np.random.default_rng(seed)
+    hidden_ND, head_VD, targets_N, _ = test_kernels.inputs(V, tokens=B * K * R, width=WIDTH, seed=seed)
+    scored_NR = rng.random((B * K, R)) < 0.7
+    scored_NR[1] = False
+    operands = losses.Candidates(
+        logps_BK=np.zeros((B, K), np.float32),
+        reference_logps_BK=(rng.normal(size=(B, K)) * 5 - 320).astype(np.float32),
+        lengths_BK=scored_NR.sum(1).reshape(B, K).astype(np.float32),
+        rewards_BK=rng.normal(size=(B, K)).astype(np.float32),
+        batch_kl=np.float32(0.3),
+    )
+    operands.rewards_BK[2] = 1.0  # a tie
+    return hidden_ND, head_VD, targets_N, jnp.asarray(scored_NR.reshape(-1)), operands
+
+
+@functools.partial(jax.jit, static_argnames=("head_loss_of", "loss", "spec"))
+def run(head_loss_of, hidden_ND, head_VD, targets_N, scored_N, operands, *, loss, spec):
+    """HeadLoss, and the gradients for cotangents of both losses and log-probs."""
+    groups = operands.rewards_BK.shape
+
+    def weighted(hidden_ND, head_VD):
+        args = (hidden_ND, head_VD, targets_N, scored_N, operands)
+        out = head_loss_of(*args, group_loss=loss.of_logps, groups=groups, spec=spec)
+        weights_B, weights_BK = jnp.arange(1.0, B + 1), jnp.cos(jnp.arange(float(groups[0] * groups[1])))
+        return jnp.sum(out.losses_B * weights_B) + jnp.sum(out.logps_BK.reshape(-1) * weights_BK), out
+
+    (_, out), grads = jax.value_and_grad(weighted, (0, 1), has_aux=True)(hidden_ND, head_VD)
+    return out, grads
+
+
+def expected(args, *, loss, spec):
+    """The same through dense float64 logits and ordinary autodiff."""
+    dense = functools.partial(head_loss.fpo_head_loss, token_stats=reference.token_stats)
+    spec = dataclasses.replace(spec, interpret=False, compute_dtype=None, placement=None)
+    with jax.enable_x64(True):
+        exact = [jnp.asarray(x, "float64") for x in args[:2]]
+        operands = jax.tree.map(lambda x: jnp.asarray(x, "float64"), args[4])
+        return jax.tree.map(np.asarray, run(dense, *exact, *args[2:4], operands, loss=loss, spec=spec))
+
+
+def assert_equal_losses(ours, theirs, *, gradients=tolerances.HEAD_LOSS_GRADIENT):
+    out, grads = ours
+    test_kernels.assert_close(out.losses_B, theirs[0].losses_B, tolerances.HEAD_LOSS, "losses")
+    test_kernels.assert_close(out.logps_BK, theirs[0].logps_BK, tolerances.KERNEL_VALUE, "logps")
+    test_kernels.assert_close(grads[0], theirs[1][0], gradients, "dhidden")
+    test_kernels.assert_close(grads[1], theirs[1][1], gradients, "dhead")
+
+
+ALPHA = {"alpha": {"alpha": 0.3}}
+DIVERGENCES = [
+    pytest.param(name, {**ALPHA.get(name, {}), **kind}, id=f"{name}-{kind.get('score', 'log_ratio')}-{target}")
+    for name in losses.DIVERGENCES
+    for kind, target in (({}, "pairs"), ({"target": "rewards"}, "rewards"), ({"score": "mean_logp"}, "pairs"))
+]
+
+
+@pytest.mark.parametrize(("name", "options"), DIVERGENCES)
+def test_every_divergence_in_the_kernel_matches_float64(name, options):
+    loss, args, spec = losses.resolve(name, **options), inputs(3), HeadSpec(interpret=True)
+    assert_equal_losses(run(FUSED, *args, loss=loss, spec=spec), expected(args, loss=loss, spec=spec))
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_every_objective_in_the_kernel_matches_float64(name):
+    loss, args, spec = losses.resolve(name), inputs(2), HeadSpec(interpret=True)
+    assert_equal_losses(run(FUSED, *args, loss=loss, spec=spec), expected(args, loss=loss, spec=spec))
+
+
+OPTIONS = [
+    {"softcap": 5.0, "logit_scale": 1.25},
+    {"vocab_size": 203},
+    {"compute_dtype": "float32", "workspace_bytes": 2**20},
+    {"vocab_block": 128},
+]
+
+
+@pytest.mark.parametrize("K", [2, 5, 8])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("head_loss_of", [FUSED, COMPOSED], ids=["fused", "composed"])
+def test_options_and_group_sizes(head_loss_of, options, K):
+    spec = HeadSpec(**options, interpret=head_loss_of is FUSED, want_entropy=True, want_argmax=True)
+    args = inputs(K)
+    args = (*args[:2], args[2] % (spec.vocab_size or V), *args[3:])
+    loss = losses.resolve("jensen_shannon")
+    ours, theirs = run(head_loss_of, *args, loss=loss, spec=spec), expected(args, loss=loss, spec=spec)
+    assert_equal_losses(ours, theirs)
+    test_kernels.assert_close(ours[0].entropy_N, theirs[0].entropy_N, tolerances.KERNEL_VALUE, "entropy")
+    np.testing.assert_array_equal(ours[0].is_argmax_N, theirs[0].is_argmax_N)
+
+
+def test_bfloat16_operands_and_float32_master_head():
+    args = inputs(2)
+    args = (args[0].astype(jnp.bfloat16), *args[1:])
+    spec, loss = HeadSpec(interpret=True, compute_dtype="bfloat16"), losses.resolve("dpo")
+    ours = run(FUSED, *args, loss=loss, spec=spec)
+    assert [x.dtype for x in ours[1]] == [jnp.bfloat16, jnp.float32]
+    rounded = (args[0], args[1].astype(jnp.bfloat16), *args[2:])
+    theirs = expected(rounded, loss=loss, spec=spec)
+    assert_equal_losses(ours, theirs, gradients=tolerances.KERNEL_GRADIENT_BF16)
+
+
+def test_a_candidate_without_scored_tokens_has_logp_zero_and_no_gradient():
+    out, grads = run(FUSED, *inputs(2), loss=losses.resolve("alphapo"), spec=HeadSpec(interpret=True))
+    assert out.logps_BK[0, 1] == 0
+    np.testing.assert_array_equal(grads[0].reshape(-1, R, WIDTH)[1], 0)
+    assert np.isfinite(out.losses_B).all()
+
+
+@pytest.mark.parametrize("head_loss_of", [FUSED, COMPOSED], ids=["fused", "composed"])
+def test_a_scored_target_outside_the_vocabulary_is_nan_in_its_group_alone(head_loss_of):
+    hidden_ND, head_VD, targets_N, scored_N, operands = inputs(2)
+    first = int(np.flatnonzero(scored_N)[0])
+    args = (hidden_ND, head_VD, targets_N.at[first].set(V), scored_N, operands)
+    out, _ = run(head_loss_of, *args, loss=losses.resolve("dpo"), spec=HeadSpec(interpret=head_loss_of is FUSED))
+    np.testing.assert_array_equal(np.isnan(out.losses_B), [True, False, False])
+
+
+def test_it_is_one_kernel_and_holds_no_logits():
+    """Forward and loss: one pallas_call, and nothing else of the size of a tile."""
+    args, loss = inputs(2), losses.resolve("jeffreys")
+    function = functools.partial(FUSED, group_loss=loss.of_logps, groups=(B, 2), spec=HeadSpec(interpret=True))
+    text = str(jax.make_jaxpr(function)(*args))
+    assert text.count("pallas_call[") == text.count("dot_general[") == 1
+
+
+def test_no_race_in_the_kernel():
+    args, loss = inputs(2), losses.resolve("jeffreys")
+    found, out = test_pallas_tpu.raced(lambda: run(FUSED, *args, loss=loss, spec=HeadSpec(want_entropy=True)))
+    assert not found
+    assert_equal_losses(out, expected(args, loss=loss, spec=HeadSpec()))
+
+
+@pytest.mark.parametrize("head_loss_of", [FUSED, COMPOSED], ids=["fused", "composed"])
+def test_groups_spread_over_devices_equal_one_device(head_loss_of):
+    mesh = Mesh(np.array(jax.devices()[:3]), ("data",))
+    spec = HeadSpec(interpret=head_loss_of is FUSED, placement=Placement(mesh, ("data",)))
+    loss, args = losses.resolve("alpha", alpha=0.3), inputs(2)
+    rows, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    places = (rows, everywhere, rows, rows, jax.tree.map(lambda x: rows if np.ndim(x) else everywhere, args[4]))
+    ours = run(head_loss_of, *jax.device_put(args, places), loss=loss, spec=spec)
+    assert_equal_losses(ours, expected(args, loss=loss, spec=spec))
+
+
+def refused(head_loss_of=FUSED, groups=(B, 2), placement=None, **changed):
+    """Call with something changed."""
+    names = ("hidden_ND", "head_VD", "targets_N", "scored_N", "operands")
+    args = {**dict(zip(names, inputs(2), strict=True)), **changed}
+    spec = HeadSpec(interpret=True, placement=placement)
+    return head_loss_of(*args.values(), group_loss=losses.resolve("dpo").of_logps, groups=groups, spec=spec)
+
+
+MESH = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"groups": (7, 2)}, r"300 tokens do not divide into B\*K = 7\*2 candidates; pad them to R each"),
+        ({"scored_N": jnp.ones(300)}, r"scored is float32\[300\], not 300 bools"),
+        ({"operands": np.ones(5)}, r"an operand has shape \(5,\); use \[B, K\] = \[3, 2\] or a scalar"),
+        ({"placement": Placement(MESH, ("fsdp",), width="fsdp")}, "the head is cut along mesh axis 'fsdp'"),
+        ({"placement": Placement(MESH, ("fsdp",))}, "3 groups are not divisible by the 2 devices"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        refused(**change)

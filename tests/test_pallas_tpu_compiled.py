@@ -1,0 +1,139 @@
+"""TPU head kernels compiled for slices that are not here: they fit in VMEM and hold no logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fpo_jax import losses, topologies
+from fpo_jax.kernels import chunked, pallas_tpu, pallas_tpu_loss
+from fpo_jax.kernels.spec import HeadSpec, Placement
+
+pytestmark = pytest.mark.deviceless
+
+TARGETS = ["v5e-4", "v5p-8", "v6e-4", "v7x-4"]
+N = 8192
+HEADS = [(4096, 32000, {}), (4096, 128256, {}), (2560, 50304, {}), (3584, 256000, {"softcap": 30.0}), (768, 50257, {})]
+MIB = 2**20
+FORWARD_BYTES = 20 * MIB  # the issue's limit for forward and loss; measured 0.05 to 0.22
+BACKWARD_BYTES = 352 * MIB  # workspace of 192 MiB, float32 dhidden of 128; measured 170 to 319
+LEAN_BYTES = 1 * MIB  # both passes in kernels; measured 0.05 to 0.3
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install 'fpo_jax[tpu]')")
+
+
+def arrays(target, *shapes_and_dtypes):
+    here = NamedSharding(topologies.mesh(target, devices=1), PartitionSpec())
+    return [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in shapes_and_dtypes]
+
+
+def compiled(target, kernel, D, V, *, backward, head_dtype="bfloat16", tokens=N, argnums=(0, 1), **options):
+    """The program of a summed log-prob, or of its value and gradients."""
+    spec = HeadSpec(compute_dtype="bfloat16", **options)
+
+    def total(hidden_ND, head_VD, targets_N):
+        stats = kernel(hidden_ND, head_VD, targets_N, spec=spec)
+        return jnp.sum(stats.target_logit_N - stats.lse_N)
+
+    operands = arrays(target, ((tokens, D), "bfloat16"), ((V, D), head_dtype), ((tokens,), "int32"))
+    return topologies.compile_for(jax.value_and_grad(total, argnums) if backward else total, *operands)
+
+
+def temporaries(program):
+    return program.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize(("D", "V", "options"), HEADS, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_forward_needs_no_memory(target, D, V, options):
+    program = compiled(target, pallas_tpu.token_stats, D, V, backward=False, want_entropy=True, **options)
+    assert "token_stats" in program.as_text() and temporaries(program) < FORWARD_BYTES
+
+
+@pytest.mark.parametrize("head_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("D", "V", "options"), HEADS[1:], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_gradients_need_a_workspace_or_nothing(target, D, V, options, head_dtype):
+    """Neither a copy of the head in bfloat16 nor a padded one for the odd vocabulary."""
+    mixed = compiled(target, pallas_tpu.token_stats, D, V, backward=True, head_dtype=head_dtype, **options)
+    assert temporaries(mixed) < BACKWARD_BYTES
+    lean = compiled(target, pallas_tpu.lean_token_stats, D, V, backward=True, head_dtype=head_dtype, **options)
+    assert temporaries(lean) < LEAN_BYTES
+    assert {name for name in ("token_stats", "dhidden", "dhead") if name in lean.as_text()} == {
+        "token_stats", "dhidden", "dhead"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [5120, 8192, 16384])
+@pytest.mark.parametrize("target", ["v5p-8", "v7x-4"])
+def test_tiles_of_wide_models_fit_in_vmem(target, width):
+    """64 MiB on these two; the compiler refuses what does not fit."""
+    for dtype in ("bfloat16", "float32"):
+        compiled(target, pallas_tpu.lean_token_stats, width, 2048, tokens=1024, backward=True, head_dtype=dtype)
+
+
+def test_frozen_head_drops_its_kernel():
+    program = compiled("v5e-4", pallas_tpu.lean_token_stats, 256, 2048, tokens=1024, backward=True, argnums=(0,))
+    assert "dhidden" in program.as_text() and "dhead" not in program.as_text()
+
+
+def fused(target, loss, *, K=4, tokens=N, D=4096, V=128256, backward=False):
+    def total(hidden_ND, head_VD, targets_N, scored_N, operands):
+        args = (hidden_ND, head_VD, targets_N, scored_N, operands)
+        out = pallas_tpu_loss.fused_head_loss(*args, group_loss=loss.of_logps, groups=(2, K), spec=HeadSpec())
+        return jnp.sum(out.losses_B)
+
+    shapes = (((tokens, D), "bfloat16"), ((V, D), "bfloat16"), ((tokens,), "int32"), ((tokens,), "bool"))
+    operands = losses.Candidates(*arrays(target, *[((2, K), "float32")] * 4, ((), "float32")))
+    function = jax.value_and_grad(total, (0, 1)) if backward else total
+    return topologies.compile_for(function, *arrays(target, *shapes), operands)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_loss_in_the_kernel_at_full_size(target):
+    loss = losses.resolve("alphapo-rw")
+    forward = fused(target, loss)
+    assert "fused_head_loss" in forward.as_text() and temporaries(forward) < FORWARD_BYTES
+    assert temporaries(fused(target, loss, backward=True)) < BACKWARD_BYTES
+
+
+LOSSES = [(name, kind) for name in losses.DIVERGENCES for kind in ({}, {"target": "rewards"}, {"score": "mean_logp"})]
+LOSSES += [(name, {}) for name in losses.OBJECTIVES]
+
+
+@pytest.mark.parametrize(("name", "options"), LOSSES, ids=str)
+def test_every_loss_compiles_into_the_kernel(name, options):
+    """Mosaic has no gather, sort or expm1: the losses are written without."""
+    loss = losses.resolve(name, **options, **({"alpha": 0.3} if name == "alpha" else {}))
+    for K in (2, 5):
+        fused("v6e-4", loss, K=K, tokens=1000, D=256, V=1280)
+
+
+@pytest.mark.parametrize("kernel", [chunked.token_stats, pallas_tpu.token_stats], ids=["chunked", "pallas_tpu"])
+@pytest.mark.parametrize(("axes", "limit"), [((1, 4, 1), 352), ((1, 1, 4), 352), ((2, 2, 1), 352)], ids=str)
+def test_a_cut_head_is_streamed(kernel, axes, limit):
+    """Per device: no whole head (1,002 MiB of it), 8,192 tokens each."""
+    devices = topologies.mesh("v5e-4").devices
+    mesh = Mesh(np.reshape(devices, axes), ("data", "fsdp", "tensor"))
+    placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp")
+    rows = N * axes[0] * axes[1]
+
+    def put(shape, dtype, *names):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*names)))
+
+    def total(hidden_ND, head_VD, targets_N):
+        stats = kernel(hidden_ND, head_VD, targets_N, spec=HeadSpec(placement=placement))
+        return jnp.sum(stats.target_logit_N - stats.lse_N)
+
+    program = topologies.compile_for(
+        jax.value_and_grad(total, (0, 1)),
+        put((rows, 4096), "bfloat16", ("data", "fsdp")),
+        put((128256, 4096), "bfloat16", "tensor", "fsdp"),
+        put((rows,), "int32", ("data", "fsdp")),
+    )
+    print(axes, kernel.__module__, temporaries(program) / MIB)
+    assert temporaries(program) < limit * MIB

@@ -1,0 +1,71 @@
+"""Twenty updates are the same twenty updates whichever kernel computes the log-probs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpo_jax import losses, model, optim, params, shapes, step
+from fpo_jax.kernels import pallas_tpu
+from tests import batches, tolerances
+
+STEPS, VOCAB = 20, 152
+CONFIG = model.ModelConfig(
+    family="llama", vocab_size=VOCAB, width=64, layers=1, heads=4, kv_heads=2, head_dim=16, ffn=96, max_positions=32,
+    initializer_range=0.2,
+)  # fmt: skip
+KERNELS = {
+    "dense": {"implementation": "reference"},
+    "TPU kernel": {"implementation": "pallas_tpu", "interpret": True},
+    "TPU kernel with the loss in it": {"implementation": "pallas_tpu", "fuse_loss": True, "interpret": True},
+    "TPU kernels forward and backward": {"implementation": "pallas_tpu_lean", "interpret": True},
+}
+
+
+@functools.cache
+def trajectory(recipe, **scorer_options):
+    """Losses and final weights of twenty updates on two alternating batches."""
+    loss = losses.resolve(recipe)
+    scorer = batches.scorer(CONFIG, temperature=loss.temperature, **scorer_options)
+    rate = optim.schedule(kind="cosine", peak=3e-3, warmup=4, horizon=STEPS)
+    optimizer = optim.optimizer(
+        rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
+    )
+    update = jax.jit(functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate))
+    weights = params.init(CONFIG, jax.random.key(0), "float32")
+    state, curve = shapes.TrainState(weights, optimizer.init(weights), jnp.int32(0)), []
+    for index in range(STEPS):
+        batch = batches.random_batch(groups=4, candidates=2, length=17, vocab=VOCAB, seed=index % 2)
+        batch = batch._replace(reference_logps_BK=np.full((4, 2), -45.0, np.float32))
+        state, pairs = update(state, step.stack_micro_batches(batch, accumulation=2))
+        curve.append(float(pairs["loss"][0]))
+    return np.array(curve), params.flatten(state.params)
+
+
+def assert_same(ours, theirs):
+    (curve, weights), (expected_curve, expected_weights) = ours, theirs
+    assert expected_curve[-2] < expected_curve[0] - tolerances.DIFFERENT
+    np.testing.assert_allclose(curve, expected_curve, rtol=0, atol=tolerances.TRAJECTORY_LOSS)
+    for name, expected in expected_weights.items():
+        error = np.abs(weights[name] - expected).max() / np.abs(expected).max()
+        assert error < tolerances.TRAJECTORY_WEIGHTS, (name, error)
+
+
+@pytest.mark.slow  # compiles and emulates kernels
+@pytest.mark.parametrize("recipe", ["alphapo-pref", "jspo-pref", "alphapo"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_gives_the_same_trajectory(kernel, recipe, monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "TILES", ((128, 128),))
+    expected = trajectory(recipe, implementation="chunked")
+    assert_same(trajectory(recipe, **KERNELS[kernel]), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels and their interpreter need jax 0.11")
+def test_the_gpu_kernel_gives_the_same_trajectory():
+    """It multiplies bfloat16 alone, so both sides do."""
+    expected = trajectory("alphapo-pref", implementation="chunked", compute_dtype="bfloat16")
+    ours = trajectory("alphapo-pref", implementation="pallas_gpu", compute_dtype="bfloat16", interpret=True)
+    assert_same(ours, expected)
