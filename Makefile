@@ -1,11 +1,12 @@
 # make quickstart   create the environment and run the main job on a task made here (no download of data or weights)
-# make test         the same, then lint and every test;  PYTHON=python3.12 uses another interpreter and environment
+# make test         the same, then every test;  PYTHON=python3.12 uses another interpreter and environment
+# make test-deviceless   compile the kernels for TPUs and Hopper GPUs that are not here (installs their compilers, 1.2 GB)
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test tests lint format wheel-check clean
+.PHONY: quickstart test tests test-deviceless lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m eval.quickstart --workdir $(WORKDIR)
@@ -14,6 +15,13 @@ test: quickstart tests
 
 tests: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+# The two compilers cannot meet in one process: each has a folder of its own, outside of the environment.
+test-deviceless: $(VENV)/installed-compilers
+	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -m deviceless tests/test_pallas_tpu_compiled.py
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -m deviceless tests/test_pallas_gpu_compiled.py
+	PYTHONPATH=$(VENV)/tpu $(BIN)/python benchmarks/kernels.py --parts deviceless --targets v5e-4 v5p-8 v6e-4 v7x-4
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python benchmarks/kernels.py --parts deviceless --targets h100:1
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
@@ -33,6 +41,14 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/installed-compilers: $(VENV)/installed-test
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/cuda jax-cuda13-plugin==$$version \
+	  jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-crt nvidia-cuda-runtime
+	libtpu=$$($(BIN)/python -c 'import importlib.metadata as m; print([r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")][0])'); \
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tpu "$$libtpu"
 	@touch $@
 
 clean:

@@ -242,7 +242,7 @@ def backward_block(
 
 
 def _plan_backward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> blocks.Blocks:
-    """Cut the plane so that a block's dlogits, 2 bytes each, fill half the workspace: its rows of dhead take the rest."""
+    """Cut the plane so that a block's dlogits fill half the workspace; its rows of dhead take the rest."""
     del head_dtype
     return blocks.plan_blocks(tokens, head_rows, 2 * jnp.dtype(dtype).itemsize, spec=spec)
 

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from fpo_jax import logps
 from fpo_jax.kernels import blocks, chunked, reference
 from fpo_jax.kernels import spec as specs
 from fpo_jax.kernels.spec import HeadSpec
@@ -17,6 +18,7 @@ from tests import jaxpr_tools, tolerances
 
 IMPLEMENTATIONS = {"reference": reference.token_stats, "chunked": chunked.token_stats}
 N, D = 37, 24
+needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11")
 
 
 def inputs(V, *, tokens=N, width=D, vocab_size=None, dtype="float32", seed=0):
@@ -225,24 +227,29 @@ def test_float32_master_head_multiplied_in_bfloat16(name):
     assert_matches_oracle(results, expected, values=tolerances.KERNEL_VALUE, gradients=tolerances.KERNEL_GRADIENT_BF16)
 
 
-def test_sequence_logp_is_exact_to_a_millinat_with_bfloat16_operands():
+@pytest.mark.parametrize(
+    ("name", "V", "sequences"),
+    [("chunked", 8192, 4), ("pallas_tpu", 8192, 4), pytest.param("pallas_gpu", 4096, 1, marks=needs_mosaic_gpu)],
+)
+def test_sequence_logp_is_exact_to_a_millinat_with_bfloat16_operands(name, V, sequences):
     """T=512 tokens, V=8192, logits of standard deviation 4. Rounding the logits to bfloat16 costs 0.56 nats."""
-    T, V, width, sequences = 512, 8192, 64, 4
+    T, width = 512, 64
     rng = np.random.default_rng(0)
     hidden_ND = jnp.asarray(rng.normal(size=(sequences * T, width)) * 4 / np.sqrt(width), jnp.bfloat16)
     head_VD = jnp.asarray(rng.normal(size=(V, width)), jnp.bfloat16)
     logits_NV = np.asarray(hidden_ND, np.float64) @ np.asarray(head_VD, np.float64).T
     targets_N = (logits_NV + rng.gumbel(size=logits_NV.shape)).argmax(1)  # drawn from the model
 
-    def logps(logits_NV):
+    def dense_logps(logits_NV):
         return logits_NV[np.arange(len(targets_N)), targets_N] - np.log(np.exp(logits_NV).sum(1))
 
-    exact_S = logps(logits_NV).reshape(-1, T).sum(1)
+    exact_S = dense_logps(logits_NV).reshape(-1, T).sum(1)
 
-    token_stats = jax.jit(functools.partial(chunked.token_stats, spec=HeadSpec()))
+    spec = HeadSpec(interpret=name in logps.PLATFORMS)
+    token_stats = jax.jit(functools.partial(logps.IMPLEMENTATIONS[name], spec=spec))
     stats = token_stats(hidden_ND, head_VD, jnp.asarray(targets_N))
     ours_S = jnp.sum((stats.target_logit_N - stats.lse_N).reshape(-1, T), axis=1)
-    rounded_S = logps(np.asarray(jnp.asarray(logits_NV, jnp.bfloat16), np.float64)).reshape(-1, T).sum(1)
+    rounded_S = dense_logps(np.asarray(jnp.asarray(logits_NV, jnp.bfloat16), np.float64)).reshape(-1, T).sum(1)
     ours, rounded = (np.abs(np.asarray(sum_S, np.float64) - exact_S).max() for sum_S in (ours_S, rounded_S))
     assert ours < tolerances.SEQUENCE_LOGP_NATS
     assert rounded > 100 * tolerances.SEQUENCE_LOGP_NATS

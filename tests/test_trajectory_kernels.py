@@ -62,7 +62,7 @@ def test_every_kernel_gives_the_same_trajectory(kernel, recipe, monkeypatch):
     assert_same(trajectory(recipe, **KERNELS[kernel]), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the GPU interpreter
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels and their interpreter need jax 0.11")
 def test_the_gpu_kernel_gives_the_same_trajectory():
     """It multiplies bfloat16 alone, so both sides do."""

@@ -1,0 +1,351 @@
+"""The head kernels against everybody else's on the same numbers in one run, and compiled for devices that are not here.
+
+    python benchmarks/kernels.py                      on the device jax sees, then for all targets with a compiler
+    python benchmarks/kernels.py --parts run --tokens 8192 --heads 4096x128256 --json OUT
+    python benchmarks/kernels.py --parts deviceless --targets v5e-4 h100:1
+
+Run: every candidate computes the DPO loss of pairs of 512-token responses from hidden states, and its gradients for
+hidden states and head, on the same arrays; those in PyTorch in a process of their own. Times are medians over rounds in
+which the candidates take turns; TFLOP/s counts 2NDV forward and 8NDV with gradients for everybody; memory is that of
+temporaries; the error is that of a response's summed log-prob against float64. A rival that is not installed, or that
+fails, is a row that says so. On a CPU the sizes are small, and only the CPU part is run.
+
+Deviceless: temporaries, and for GPU kernels registers, spills and shared memory, from the compilers themselves.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fpo_jax import logps, topologies
+from fpo_jax.kernels import head_loss, pallas_tpu_loss, spec
+
+RESPONSE = 512  # tokens of a response
+BETA = 0.1
+TOKENS = (4096, 8192, 16384)
+HEADS = ("4096x32000", "4096x128256", "2560x50304", "3584x256000")
+CPU_TOKENS, CPU_HEADS = (2048,), ("512x32000",)
+TARGETS = ("v5e-4", "v5p-8", "v6e-4", "v7x-4", "h100:1")
+MIB = 2**20
+
+
+def main() -> None:
+    """Run the parts that are asked for, print their tables, write the numbers."""
+    arguments = parse()
+    if arguments.compile_for:
+        print(json.dumps(compile_rows(arguments)))
+        return
+    report: dict = {"machine": machine()}
+    print("  ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    if "run" in arguments.parts:
+        report["run"] = [row for D, V, tokens in sizes(arguments) for row in run(tokens, D, V, arguments)]
+    if "deviceless" in arguments.parts:
+        report["deviceless"] = deviceless(arguments)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(report, indent=2))
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    on_cpu = jax.default_backend() == "cpu"
+    parser = argparse.ArgumentParser(description="Head kernels: time, memory and error.")
+    parser.add_argument("--parts", nargs="+", choices=("run", "deviceless"), default=["run", "deviceless"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(CPU_TOKENS if on_cpu else TOKENS))
+    parser.add_argument("--heads", nargs="+", default=list(CPU_HEADS if on_cpu else HEADS), help="DxV")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32" if on_cpu else "bfloat16")
+    parser.add_argument("--candidates", nargs="+", help="names of those to run; default all")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS))
+    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--compile-for", help=argparse.SUPPRESS)  # the process of one target
+    arguments = parser.parse_args()
+    for tokens in arguments.tokens:
+        if tokens % (2 * RESPONSE):
+            parser.error(f"--tokens {tokens} is not a number of pairs; use a multiple of {2 * RESPONSE}")
+    return arguments
+
+
+def sizes(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """(D, V, N) of every combination."""
+    heads = [tuple(map(int, head.split("x"))) for head in arguments.heads]
+    return [(D, V, tokens) for D, V in heads for tokens in arguments.tokens]
+
+
+def arrays(tokens: int, D: int, V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hidden states, head and targets, float32; logits of standard deviation 3."""
+    rng = np.random.default_rng(0)
+    hidden_ND = rng.standard_normal((tokens, D), np.float32)
+    head_VD = rng.standard_normal((V, D), np.float32) * np.float32(3 / np.sqrt(D))
+    return hidden_ND, head_VD, rng.integers(0, V, tokens).astype(np.int32)
+
+
+def exact_logp(hidden_ND: np.ndarray, head_VD: np.ndarray, targets_N: np.ndarray) -> float:
+    """Summed log-prob of the first response in float64, by blocks of the head."""
+    hidden = hidden_ND[:RESPONSE].astype(np.float64)
+    logits = np.concatenate(
+        [hidden @ head_VD[i : i + 8192].astype(np.float64).T for i in range(0, len(head_VD), 8192)], 1
+    )
+    top = logits.max(1)
+    lse = top + np.log(np.exp(logits - top[:, None]).sum(1))
+    return float((logits[np.arange(RESPONSE), targets_N[:RESPONSE]] - lse).sum())
+
+
+def our_candidates() -> dict:
+    """Names and functions (hidden, head, targets) -> log-probs [N] of what this device runs; a text says why not."""
+    device = logps.Target.of(jax.devices()[0])
+
+    def ours(name):
+        def token_logps(hidden_ND, head_VD, targets_N):
+            stats = logps.IMPLEMENTATIONS[name](hidden_ND, head_VD, targets_N, spec=spec.HeadSpec())
+            return stats.target_logit_N - stats.lse_N
+
+        return token_logps
+
+    found: dict = {"naive, float32 logits": ours("reference"), "chunked": ours("chunked")}
+    found["naive, logits as operands"] = usual_logps
+    for name, needs in logps.PLATFORMS.items():
+        found[name] = ours(name) if device.platform == needs else f"runs on a {needs.upper()}"
+    try:
+        import tokamax
+    except ImportError as error:
+        return found | {"tokamax": f"not installed: {error}"}
+
+    def rival(implementation):
+        def token_logps(hidden_ND, head_VD, targets_N):
+            return -tokamax.linear_softmax_cross_entropy_loss(
+                hidden_ND, targets_N, head_VD.T, reduction="none", implementation=implementation
+            )
+
+        return token_logps
+
+    for implementation in ("xla", "chunked_xla") + (("mosaic_tpu",) if device.platform == "tpu" else ()):
+        found[f"tokamax {implementation}"] = rival(implementation)
+    return found
+
+
+def usual_logps(hidden_ND, head_VD, targets_N):
+    """Logits in the dtype of the operands, then a float32 log-softmax: the usual model head."""
+    logits_NV = jnp.einsum("ND,VD->NV", hidden_ND, head_VD).astype(jnp.float32)
+    return jnp.take_along_axis(jax.nn.log_softmax(logits_NV), targets_N[:, None], axis=1)[:, 0]
+
+
+def pair_loss(token_logps, hidden_ND, head_VD, targets_N):
+    """Mean of -log sigmoid(beta (logp of chosen - logp of rejected)), and the summed log-probs."""
+    sums_S = token_logps(hidden_ND, head_VD, targets_N).reshape(-1, RESPONSE).sum(axis=1)
+    return jnp.mean(jax.nn.softplus(-BETA * (sums_S[::2] - sums_S[1::2]))), sums_S
+
+
+def run(tokens: int, D: int, V: int, arguments: argparse.Namespace) -> list[dict]:
+    """Measure every candidate at one size."""
+    on_host = arrays(tokens, D, V)
+    hidden_ND, head_VD = (jnp.asarray(x, arguments.dtype) for x in on_host[:2])
+    inputs = (hidden_ND, head_VD, jnp.asarray(on_host[2]))
+    exact = exact_logp(np.asarray(hidden_ND, np.float32), np.asarray(head_VD, np.float32), on_host[2])
+    wanted = our_candidates()
+    if arguments.candidates:
+        wanted = {name: function for name, function in wanted.items() if name in arguments.candidates}
+    programs, rows = {}, []
+    for name, function in wanted.items():
+        for step in ("forward", "forward and backward"):
+            row = {"candidate": name, "pass": step, "tokens": tokens, "D": D, "V": V, "dtype": arguments.dtype}
+            rows.append(row)
+            if isinstance(function, str):
+                row["note"] = function
+                continue
+            loss = functools.partial(pair_loss, function)
+            timed = loss if step == "forward" else jax.value_and_grad(loss, (0, 1), has_aux=True)
+            try:
+                program = jax.jit(timed).lower(*inputs).compile()
+                sums_S = jax.tree.leaves(jax.block_until_ready(program(*inputs)))[1]
+                row["logp_error"] = abs(float(sums_S[0]) - exact)
+                row["temporaries_mib"] = program.memory_analysis().temp_size_in_bytes / MIB
+                programs[id(row)] = (row, program, [])
+            except Exception as error:
+                row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+    for _ in range(arguments.repeats):
+        for _, program, times in programs.values():
+            start = time.perf_counter()
+            jax.block_until_ready(program(*inputs))
+            times.append(time.perf_counter() - start)
+    for row, _, times in programs.values():
+        timing(row, times)
+    del programs, inputs, hidden_ND, head_VD
+    rows += torch_rows(tokens, D, V, exact, arguments)
+    title = f"N={tokens} D={D} V={V} {arguments.dtype}; GEMM ceiling {gemm_ceiling(arguments.dtype):.2f} TFLOP/s"
+    print_table(title, rows, ("median_ms", "min_ms", "tflops", "temporaries_mib", "logp_error"))
+    return rows
+
+
+def timing(row: dict, times: list[float]) -> None:
+    """Fill in the figures that follow from the times."""
+    products = 2 if row["pass"] == "forward" else 8
+    median = statistics.median(times)
+    row |= {"median_ms": 1e3 * median, "min_ms": 1e3 * min(times)}
+    row["tflops"] = products * row["tokens"] * row["D"] * row["V"] / median / 1e12
+
+
+def gemm_ceiling(dtype: str) -> float:
+    """TFLOP/s of one large square product on this device, in this run."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    matrix = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(matrix))
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        jax.block_until_ready(product(matrix))
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times) / 1e12
+
+
+def torch_rows(tokens: int, D: int, V: int, exact: float, arguments: argparse.Namespace) -> list[dict]:
+    """Rows of the candidates in PyTorch, from a process of their own."""
+    if importlib.util.find_spec("torch") is None:
+        return [{"candidate": "PyTorch", "pass": "all", "note": "not installed"}]
+    size = {"tokens": tokens, "D": D, "V": V, "dtype": arguments.dtype, "repeats": arguments.repeats}
+    command = [sys.executable, str(Path(__file__).with_name("kernels_torch.py")), json.dumps(size)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    if done.returncode:
+        return [{"candidate": "PyTorch", "pass": "all", "note": (done.stderr.strip().splitlines() or ["?"])[-1][:100]}]
+    rows = json.loads(done.stdout.splitlines()[-1])
+    for row in rows:
+        if "times" in row:
+            timing(row, row.pop("times"))
+            row["logp_error"] = abs(row.pop("logp") - exact)
+    wanted = arguments.candidates
+    return [row for row in rows if not wanted or row["candidate"] in wanted]
+
+
+def environment() -> dict[str, str]:
+    """Environment of a child process: the repository on its path."""
+    root = str(Path(__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+
+
+def deviceless(arguments: argparse.Namespace) -> list[dict]:
+    """Compile for every target in a process of its own: two compilers cannot share one."""
+    rows = []
+    for target in arguments.targets:
+        heads = arguments.heads if arguments.heads != list(CPU_HEADS) else list(HEADS)
+        tokens = [n for n in arguments.tokens if n not in CPU_TOKENS] or [8192]
+        sizes_wanted = ["--heads", *heads, "--tokens", *map(str, tokens)]
+        command = [sys.executable, __file__, "--compile-for", target, *sizes_wanted]
+        alone = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # libtpu has a lock; nothing runs on it
+        done = subprocess.run(command, capture_output=True, text=True, env={**environment(), **alone})
+        if done.returncode:
+            note = (done.stderr.strip().splitlines() or ["?"])[-1]
+            found = [{"candidate": "all", "pass": "all", "note": note}]
+        else:
+            found = json.loads(done.stdout.splitlines()[-1])
+        print_table(
+            f"compiled for {target}", found, ("tokens", "D", "V", "temporaries_mib", "registers", "spills", "smem_kib")
+        )
+        rows += [{"target": target, **row} for row in found]
+    return rows
+
+
+def compile_rows(arguments: argparse.Namespace) -> list[dict]:
+    """Compile every path for one target."""
+    target = arguments.compile_for
+    here = NamedSharding(topologies.mesh(target, devices=1), PartitionSpec())
+    names = ("reference", "chunked", *(name for name, p in logps.PLATFORMS.items() if (p == "tpu") == ("-" in target)))
+    rows = []
+    for D, V, tokens in sizes(arguments):
+        hidden = jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16, sharding=here)
+        head = jax.ShapeDtypeStruct((V, D), jnp.bfloat16, sharding=here)
+        targets = jax.ShapeDtypeStruct((tokens,), jnp.int32, sharding=here)
+        for name in (*names, "loss in the kernel") if "-" in target else names:
+            loss = fused_loss if name == "loss in the kernel" else functools.partial(composed_loss, name)
+            for step in ("forward", "forward and backward"):
+                function = loss if step == "forward" else jax.value_and_grad(loss, (0, 1))
+                row = {"candidate": name, "pass": step, "tokens": tokens, "D": D, "V": V}
+                with tempfile.TemporaryDirectory() as dump:
+                    os.environ |= {f"MOSAIC_GPU_DUMP_{x}": "1" for x in ("PTX", "PTXAS", "RESOURCES")}
+                    os.environ["MOSAIC_GPU_DUMP_TO"] = dump
+                    try:
+                        program = topologies.compile_for(function, hidden, head, targets)
+                        row["temporaries_mib"] = program.memory_analysis().temp_size_in_bytes / MIB
+                        row["peak_mib"] = program.memory_analysis().peak_memory_in_bytes / MIB
+                        row |= resources(Path(dump))
+                    except Exception as error:
+                        row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+                rows.append(row)
+    return rows
+
+
+def composed_loss(name, hidden_ND, head_VD, targets_N):
+    """DPO loss through one implementation."""
+    scored_N, operands, options = group_inputs(hidden_ND)
+    args = (hidden_ND, head_VD, targets_N, scored_N, operands)
+    return head_loss.fpo_head_loss(*args, **options, token_stats=logps.IMPLEMENTATIONS[name]).losses_B.sum()
+
+
+def fused_loss(hidden_ND, head_VD, targets_N):
+    """The same in one TPU kernel."""
+    scored_N, operands, options = group_inputs(hidden_ND)
+    args = (hidden_ND, head_VD, targets_N, scored_N, operands)
+    return pallas_tpu_loss.fused_head_loss(*args, **options).losses_B.sum()
+
+
+def group_inputs(hidden_ND):
+    """Mask, operands and options of pairs of responses."""
+    pairs = hidden_ND.shape[0] // (2 * RESPONSE)
+    options = {"group_loss": dpo, "groups": (pairs, 2), "spec": spec.HeadSpec()}
+    return jnp.ones(hidden_ND.shape[0], bool), jnp.zeros((pairs, 2), jnp.float32), options
+
+
+def dpo(logps_BK, operands):
+    """-log sigmoid of beta times the margin, with the reference's log-probs as operands."""
+    margin_BK = logps_BK - operands
+    is_first_BK = jax.lax.broadcasted_iota(jnp.int32, margin_BK.shape, 1) == 0
+    return jax.nn.softplus(-BETA * jnp.sum(jnp.where(is_first_BK, margin_BK, -margin_BK), axis=1))
+
+
+def resources(folder: Path) -> dict:
+    """What ptxas says of the Pallas kernels among a program's: the worst of each."""
+    ptxas = "".join(path.read_text() for path in folder.glob("*.ptxas"))
+    smem = "".join(path.read_text() for path in folder.glob("*.resources.txt"))
+    if not ptxas:
+        return {}
+    return {
+        "registers": max(map(int, re.findall(r"Used (\d+) registers", ptxas))),
+        "spills": max(map(int, re.findall(r"(\d+) bytes spill", ptxas))),
+        "smem_kib": max(map(int, re.findall(r"smem_scratch_bytes=(\d+)", smem))) / 1024,
+    }
+
+
+def print_table(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
+    """Print one table."""
+    print(f"\n{title}\n{'candidate':<28}{'pass':<22}" + "".join(f"{column:>17}" for column in columns), flush=True)
+    for row in rows:
+        cells = (row.get(column) for column in columns)
+        texts = ("" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells)
+        figures = "".join(f"{text:>17}" for text in texts)
+        print(f"{row['candidate']:<28}{row['pass']:<22}{figures}  {row.get('note', '')}".rstrip(), flush=True)
+
+
+def machine() -> dict:
+    """What the numbers depend on besides the code."""
+    device = jax.devices()[0]
+    return {"device": device.device_kind, "cores": os.cpu_count(), "jax": jax.__version__} | {
+        "python": platform.python_version()
+    }
+
+
+if __name__ == "__main__":
+    main()
