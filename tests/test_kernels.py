@@ -252,7 +252,7 @@ def test_sequence_logp_is_exact_to_a_millinat_with_bfloat16_operands(name, V, se
     rounded_S = dense_logps(np.asarray(jnp.asarray(logits_NV, jnp.bfloat16), np.float64)).reshape(-1, T).sum(1)
     ours, rounded = (np.abs(np.asarray(sum_S, np.float64) - exact_S).max() for sum_S in (ours_S, rounded_S))
     assert ours < tolerances.SEQUENCE_LOGP_NATS
-    assert rounded > 100 * tolerances.SEQUENCE_LOGP_NATS
+    assert rounded > 50 * tolerances.SEQUENCE_LOGP_NATS
 
 
 SIZES = {"V": 1257, "tokens": 101, "width": 16}  # N*V is above V*D and N*D, so a size names its array
