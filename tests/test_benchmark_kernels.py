@@ -1,0 +1,101 @@
+"""The benchmark of the head kernels, on sizes where it takes seconds: its rows are complete and everybody agrees."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.paths import REPO
+
+TOKENS, D, V = 1024, 24, 136  # two responses of 512 tokens
+LOGP = 1e-3  # float32 log-prob of 512 tokens, -4,501 nats, against float64; measured 1e-4
+GRADIENT = 2e-6  # float32 sums in another order, relative to the largest; measured 4.6e-7
+FIGURES = {"median_ms", "min_ms", "tflops", "logp_error"}
+RIVALS = ("tokamax", "Liger", "cut-cross-entropy")  # how exact they are is for the report to say
+JAX_HERE = {"naive, float32 logits", "chunked"}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """What one run of the program writes, by candidate and pass."""
+    report = tmp_path_factory.mktemp("benchmark") / "report.json"
+    options = f"--parts run --tokens {TOKENS} --heads {D}x{V} --repeats 2 --json {report}"
+    program = [sys.executable, "benchmarks/kernels.py", *options.split()]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(program, capture_output=True, text=True, cwd=REPO, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "GEMM ceiling" in done.stdout
+    found = json.loads(report.read_text())["run"]
+    assert len({(row["candidate"], row["pass"]) for row in found}) == len(found)
+    return found
+
+
+def test_every_row_is_measured_or_says_why_not(rows):
+    for row in rows:
+        assert "note" in row or FIGURES <= row.keys(), row
+        assert row.get("tflops", 1) > 0, row
+    assert {row["candidate"] for row in rows if "note" not in row} >= JAX_HERE
+
+
+def test_rivals_that_are_not_here_are_named(rows):
+    named = " ".join(row["candidate"] for row in rows)
+    torch_is_here = importlib.util.find_spec("torch") is not None
+    for rival in ("tokamax", *(("torch", "Liger", "cut-cross-entropy") if torch_is_here else ("PyTorch",))):
+        assert rival in named, named
+    for module, rival in (
+        ("tokamax", "tokamax"),
+        ("liger_kernel", "Liger"),
+        ("cut_cross_entropy", "cut-cross-entropy"),
+    ):
+        mentioned = [row for row in rows if row["candidate"].startswith(rival)]
+        if importlib.util.find_spec(module) is None:
+            assert all("not installed" in row["note"] for row in mentioned)
+
+
+def test_log_probs_agree_with_float64(rows):
+    errors = {(row["candidate"], row["pass"]): row["logp_error"] for row in rows if "note" not in row}
+    for who, error in errors.items():
+        if not who[0].startswith(RIVALS):
+            assert error < LOGP, (who, error)
+
+
+def test_gradients_agree():
+    benchmark = load()
+    inputs = tuple(jnp.asarray(x) for x in benchmark.arrays(TOKENS, D, V))
+    functions = {
+        name: run
+        for name, run in benchmark.our_candidates().items()
+        if not (isinstance(run, str) or name.startswith(RIVALS))
+    }
+
+    def grads(name):
+        loss = jax.value_and_grad(lambda *args: benchmark.pair_loss(functions[name], *args)[0], (0, 1))
+        return jax.jit(loss)(*inputs)[1]
+
+    expected = grads("naive, float32 logits")
+    for name in functions:
+        for ours, theirs in zip(grads(name), expected, strict=True):
+            largest = float(np.abs(theirs).max())
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=GRADIENT * largest, err_msg=name)
+
+
+def test_tokens_that_are_no_pairs_are_refused():
+    program = [sys.executable, "benchmarks/kernels.py", "--tokens", "1000"]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(program, capture_output=True, text=True, cwd=REPO, env=environment)
+    assert done.returncode == 2
+    assert "use a multiple of 1024" in done.stderr
+
+
+def load():
+    """Import the program; by its path, because `kernels` is a folder too."""
+    spec = importlib.util.spec_from_file_location("benchmark_kernels", REPO / "benchmarks" / "kernels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

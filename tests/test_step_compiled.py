@@ -1,0 +1,65 @@
+"""The training step, with the head that `choose` picks, compiled for devices that are not here."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fpo_jax import logps, losses, model, optim, params, shapes, sharding, step, topologies
+from tests import batches
+
+pytestmark = pytest.mark.deviceless
+
+
+@pytest.mark.parametrize(
+    ("target", "sizes", "kernel"),
+    [
+        ("v5e-4", (1, 1, 1), "fused_head_loss"),
+        ("v5e-4", (4, 1, 1), "fused_head_loss"),
+        ("v5e-4", (1, 4, 1), "token_stats"),
+        ("h100:4", (1, 1, 1), "mosaic_gpu"),
+        ("h100:4", (1, 4, 1), "mosaic_gpu"),
+    ],
+    ids=str,
+)
+def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
+    compiler = "libtpu" if target == "v5e-4" else "jax_cuda13_plugin"
+    pytest.importorskip(compiler, reason=f"the compiler for {target} is not installed (make test-deviceless)")
+    devices = list(topologies.mesh(target).devices.flat)[: np.prod(sizes)]
+    mesh = sharding.make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=devices)
+    config = model.ModelConfig(
+        family="llama", vocab_size=512, width=128, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=256, max_positions=64
+    )
+    loss, rows = losses.resolve("jspo-pref"), 16 * mesh.size
+    head = {"target": logps.Target.of(devices[0]), "dtype": "bfloat16", "head_dtype": "float32"}
+    shapes_ = logps.HeadShapes(rows * 29, config.width, config.vocab_size)
+    choice = logps.choose(**head, shapes=shapes_, placement=sharding.head_placement(mesh))
+    assert choice.implementation == ("pallas_tpu" if target == "v5e-4" else "pallas_gpu") and not choice.interpret
+    scorer = batches.scorer(
+        config,
+        compute_dtype="bfloat16",
+        implementation=choice.implementation,
+        fuse_loss=choice.fuse_loss,
+        placement=sharding.head_placement(mesh),
+        batch_sharding=sharding.batch_sharding(mesh, stacked=False),
+    )
+    rate = optim.schedule(kind="constant", peak=1e-3, warmup=0, horizon=9)
+    optimizer = optim.optimizer(
+        rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(config)
+    )
+    weights = params.abstract(config, "float32")
+    places = sharding.param_shardings(params.logical_axes(config), weights, mesh=mesh)
+    alone = sharding.replicated(mesh)
+
+    def put(tree, place):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    weights = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), weights, places)
+    moments = put(jax.eval_shape(optimizer.init, weights), alone)
+    state = shapes.TrainState(weights, moments, jax.ShapeDtypeStruct((), jnp.int32, sharding=alone))
+    batch = batches.random_batch(groups=rows // 2, candidates=2, length=32, vocab=512)
+    batch = put(step.stack_micro_batches(batch, accumulation=2), sharding.batch_sharding(mesh, stacked=True))
+    update = functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate)
+    assert kernel in topologies.compile_for(update, state, batch).as_text()
