@@ -62,11 +62,12 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Command line."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's process needs the GPU's memory too
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description="Head kernels: time, memory and error.")
     parser.add_argument("--parts", nargs="+", choices=("run", "deviceless"), default=["run", "deviceless"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(CPU_TOKENS if on_cpu else TOKENS))
-    parser.add_argument("--heads", nargs="+", default=list(CPU_HEADS if on_cpu else HEADS), help="DxV")
+    parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}, on a CPU {CPU_TOKENS}")
+    parser.add_argument("--heads", nargs="+", help="DxV")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32" if on_cpu else "bfloat16")
     parser.add_argument("--candidates", nargs="+", help="names of those to run; default all")
     parser.add_argument("--repeats", type=int, default=7)
@@ -74,7 +75,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", help="file to write")
     parser.add_argument("--compile-for", help=argparse.SUPPRESS)  # the process of one target
     arguments = parser.parse_args()
-    for tokens in arguments.tokens:
+    small = on_cpu and not arguments.compile_for
+    arguments.measured = (
+        arguments.tokens or (CPU_TOKENS if small else TOKENS),
+        arguments.heads or (CPU_HEADS if small else HEADS),
+    )
+    for tokens in arguments.measured[0]:
         if tokens % (2 * RESPONSE):
             parser.error(f"--tokens {tokens} is not a number of pairs; use a multiple of {2 * RESPONSE}")
     return arguments
@@ -82,8 +88,9 @@ def parse() -> argparse.Namespace:
 
 def sizes(arguments: argparse.Namespace) -> list[tuple[int, int, int]]:
     """(D, V, N) of every combination."""
-    heads = [tuple(map(int, head.split("x"))) for head in arguments.heads]
-    return [(D, V, tokens) for D, V in heads for tokens in arguments.tokens]
+    token_counts, names = arguments.measured
+    heads = [tuple(map(int, head.split("x"))) for head in names]
+    return [(D, V, tokens) for D, V in heads for tokens in token_counts]
 
 
 def arrays(tokens: int, D: int, V: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,7 +209,7 @@ def timing(row: dict, times: list[float]) -> None:
 def gemm_ceiling(dtype: str) -> float:
     """TFLOP/s of one large square product on this device, in this run."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
-    matrix = jnp.ones((size, size), dtype)
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)  # zeros or ones draw less power: clocks too high
     product = jax.jit(lambda x: x @ x)
     jax.block_until_ready(product(matrix))
     times = []
@@ -241,9 +248,7 @@ def deviceless(arguments: argparse.Namespace) -> list[dict]:
     """Compile for every target in a process of its own: two compilers cannot share one."""
     rows = []
     for target in arguments.targets:
-        heads = arguments.heads if arguments.heads != list(CPU_HEADS) else list(HEADS)
-        tokens = [n for n in arguments.tokens if n not in CPU_TOKENS] or [8192]
-        sizes_wanted = ["--heads", *heads, "--tokens", *map(str, tokens)]
+        sizes_wanted = ["--heads", *(arguments.heads or HEADS), "--tokens", *map(str, arguments.tokens or [8192])]
         command = [sys.executable, __file__, "--compile-for", target, *sizes_wanted]
         alone = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # libtpu has a lock; nothing runs on it
         done = subprocess.run(command, capture_output=True, text=True, env={**environment(), **alone})

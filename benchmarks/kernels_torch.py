@@ -3,6 +3,7 @@
 Every candidate is a function (hidden, head, targets) -> negative log-probs [N] that autograd can go through.
 """
 
+import functools
 import importlib.util
 import json
 import sys
@@ -46,10 +47,11 @@ def main() -> None:
 
 def candidates(device: str) -> dict:
     """Names and functions; a text says why one cannot run."""
-    found: dict = {"torch naive, float32 logits": naive}
+    found: dict = {"torch naive": naive}
     if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()  # without options it is the naive path
         found["torch linear_cross_entropy"] = lambda hidden, head, targets: torch.nn.functional.linear_cross_entropy(
-            hidden, head, targets, reduction="none"
+            hidden, head, targets, reduction="none", options=options
         )
     else:
         found["torch linear_cross_entropy"] = f"not in torch {torch.__version__}"
@@ -67,10 +69,9 @@ def candidates(device: str) -> dict:
     if "cut-cross-entropy" not in found:
         from cut_cross_entropy import linear_cross_entropy
 
-        for implementation in ("cce", "cce_exact"):
-            found[f"cut-cross-entropy {implementation}"] = lambda hidden, head, targets, name=implementation: (
-                linear_cross_entropy(hidden, head, targets, reduction="none", impl=name)
-            )
+        # PyPI's release has no implementation "cce_exact"; without the filter it computes every gradient tile
+        for name, options in (("cce", {}), ("cce, unfiltered", {"filter_eps": None})):
+            found[f"cut-cross-entropy {name}"] = functools.partial(linear_cross_entropy, reduction="none", **options)
     return found
 
 
@@ -82,6 +83,8 @@ def naive(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> to
 def once(function, step: str, hidden, head, targets) -> torch.Tensor:
     """One pass of the pair loss; returns the summed log-probs."""
     hidden.grad = head.grad = None
+    if step == "forward":
+        hidden, head = hidden.detach(), head.detach()  # some prepare gradients for whatever requires them
     with torch.set_grad_enabled(step != "forward"):
         sums = -function(hidden, head, targets).float().reshape(-1, RESPONSE).sum(1)
         loss = torch.nn.functional.softplus(-BETA * (sums[::2] - sums[1::2])).mean()

@@ -174,3 +174,13 @@ def test_length_normalised_losses_show_mean_logps():
     numbers = evaluated(losses.resolve("alphapo", beta=2.0, gamma_beta_ratio=0.8), batch, [[-6, -8]], [[3, 2]])
     assert numbers["logps/chosen"] == -2.0 and numbers["logps/rejected"] == -4.0
     assert numbers["rewards/chosen"] == -4.0  # beta * mean logp, without gamma
+
+
+@pytest.mark.parametrize("fuse_loss", [False, True])
+def test_the_loss_runs_in_the_kernel_where_asked(fuse_loss):
+    scorer = batches.scorer(CONFIG, implementation="pallas_tpu", interpret=True, fuse_loss=fuse_loss)
+    weights = params.init(CONFIG, jax.random.key(0), "float32")
+    loss = losses.resolve("jspo-pref")
+    operands = step._operands(batch_of(), None)
+    text = str(jax.make_jaxpr(lambda w: scorer.group_losses(w, batch_of(), operands, loss=loss)[0])(weights))
+    assert ("name=fused_head_loss" in text) == fuse_loss and ("name=token_stats" in text) != fuse_loss
