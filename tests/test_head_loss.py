@@ -80,7 +80,12 @@ ALPHA = {"alpha": {"alpha": 0.3}}
 DIVERGENCES = [
     pytest.param(name, {**ALPHA.get(name, {}), **kind}, id=f"{name}-{kind.get('score', 'log_ratio')}-{target}")
     for name in losses.DIVERGENCES
-    for kind, target in (({}, "pairs"), ({"target": "rewards"}, "rewards"), ({"score": "mean_logp"}, "pairs"))
+    for kind, target in (
+        ({}, "pairs"),
+        ({"target": "rewards"}, "rewards"),
+        ({"score": "mean_logp"}, "pairs"),
+        ({"score": "mean_logp", "target": "rewards"}, "rewards"),
+    )
 ]
 
 

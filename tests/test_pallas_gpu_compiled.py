@@ -111,5 +111,4 @@ def test_gradients_need_a_workspace(kernel, D, V, head_dtype, compile_for_h100):
 
     hidden, (head_shape, _), targets = operands(N, D, V)
     program = compile_for_h100(jax.value_and_grad(total, (0, 1)), hidden, (head_shape, head_dtype), targets)
-    print(kernel.__module__, V, head_dtype, program.memory_analysis().temp_size_in_bytes / 2**20)
     assert program.memory_analysis().temp_size_in_bytes <= GRADIENT_BYTES

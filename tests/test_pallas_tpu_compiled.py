@@ -101,7 +101,8 @@ def test_loss_in_the_kernel_at_full_size(target):
     assert temporaries(fused(target, loss, backward=True)) < BACKWARD_BYTES
 
 
-LOSSES = [(name, kind) for name in losses.DIVERGENCES for kind in ({}, {"target": "rewards"}, {"score": "mean_logp"})]
+KINDS = [{**score, **target} for score in ({}, {"score": "mean_logp"}) for target in ({}, {"target": "rewards"})]
+LOSSES = [(name, kind) for name in losses.DIVERGENCES for kind in KINDS]
 LOSSES += [(name, {}) for name in losses.OBJECTIVES]
 
 
@@ -114,10 +115,10 @@ def test_every_loss_compiles_into_the_kernel(name, options):
 
 
 @pytest.mark.parametrize("kernel", [chunked.token_stats, pallas_tpu.token_stats], ids=["chunked", "pallas_tpu"])
-@pytest.mark.parametrize(("axes", "limit"), [((1, 4, 1), 352), ((1, 1, 4), 352), ((2, 2, 1), 352)], ids=str)
+@pytest.mark.parametrize(("axes", "limit"), [((1, 8, 1), 230), ((1, 1, 8), 230), ((2, 2, 2), 230)], ids=str)
 def test_a_cut_head_is_streamed(kernel, axes, limit):
-    """Per device: no whole head (1,002 MiB of it), 8,192 tokens each."""
-    devices = topologies.mesh("v5e-4").devices
+    """Per device: no whole head (1,002 MiB of it), 8,192 tokens a data shard; measured 192 to 225."""
+    devices = topologies.mesh("v5e-8").devices
     mesh = Mesh(np.reshape(devices, axes), ("data", "fsdp", "tensor"))
     placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp")
     rows = N * axes[0] * axes[1]
@@ -135,5 +136,4 @@ def test_a_cut_head_is_streamed(kernel, axes, limit):
         put((128256, 4096), "bfloat16", "tensor", "fsdp"),
         put((rows,), "int32", ("data", "fsdp")),
     )
-    print(axes, kernel.__module__, temporaries(program) / MIB)
     assert temporaries(program) < limit * MIB
