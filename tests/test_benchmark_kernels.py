@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import tolerances
 from tests.paths import REPO
 
 TOKENS, D, V = 1024, 24, 136  # two responses of 512 tokens
-LOGP = 1e-3  # float32 log-prob of 512 tokens, -4,501 nats, against float64; measured 1e-4
-GRADIENT = 2e-6  # float32 sums in another order, relative to the largest; measured 4.6e-7
 FIGURES = {"median_ms", "min_ms", "tflops", "logp_error"}
 RIVALS = ("tokamax", "Liger", "cut-cross-entropy")  # how exact they are is for the report to say
 JAX_HERE = {"naive, float32 logits", "chunked"}
@@ -62,7 +61,7 @@ def test_log_probs_agree_with_float64(rows):
     errors = {(row["candidate"], row["pass"]): row["logp_error"] for row in rows if "note" not in row}
     for who, error in errors.items():
         if not who[0].startswith(RIVALS):
-            assert error < LOGP, (who, error)
+            assert error < tolerances.BENCHMARK_LOGP_NATS, (who, error)
 
 
 def test_gradients_agree():
@@ -82,7 +81,7 @@ def test_gradients_agree():
     for name in functions:
         for ours, theirs in zip(grads(name), expected, strict=True):
             largest = float(np.abs(theirs).max())
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=GRADIENT * largest, err_msg=name)
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerances.BENCHMARK_GRADIENT * largest, err_msg=name)
 
 
 def test_tokens_that_are_no_pairs_are_refused():
