@@ -249,7 +249,6 @@ def test_splits_keep_the_processors_busy():
 
 
 SUPPORTED = {
-    "tokens": 150,
     "rows": 520,
     "width": 192,
     "dtype": "bfloat16",

@@ -74,7 +74,7 @@ FLIPPED_ROUNDINGS = 0.01
 HEAD_LOSS = 1e-5  # measured 1.2e-6
 HEAD_LOSS_GRADIENT = 2e-5  # measured 4.1e-6
 
-# Candidates of the kernel benchmark: a float32 log-prob of 512 tokens, -4,501 nats, against float64 (measured 1e-4), and
+# Candidates of the kernel benchmark: float32 log-prob of 512 tokens, -4,501 nats, against float64 (measured 1e-4), and
 # gradients in another order of summation, relative to the largest (measured 4.6e-7).
 BENCHMARK_LOGP_NATS = 1e-3
 BENCHMARK_GRADIENT = 2e-6
