@@ -17,8 +17,8 @@ N = 8192
 HEADS = [(4096, 32000, {}), (4096, 128256, {}), (2560, 50304, {}), (3584, 256000, {"softcap": 30.0}), (768, 50257, {})]
 MIB = 2**20
 FORWARD_BYTES = 20 * MIB  # the limit for forward and loss; measured 0.05 to 0.22
-# Workspace of 192 MiB, dhidden of 128, a block of the head; a copy of the larger heads would be 1,002 and 1,750. Measured
-# 142 to 289; with a float32 head to 352 (v7x, libtpu 0.0.52) or 481 (v7x, libtpu 0.0.50, which buffers more).
+# Workspace of 192 MiB, dhidden of 128, a block of the head; a copy of the larger heads would be 1,002 and 1,750.
+# Measured 142 to 289; with a float32 head to 352 (v7x, libtpu 0.0.52) or 481 (v7x, libtpu 0.0.50, which buffers more).
 BACKWARD_BYTES = 512 * MIB
 LEAN_BYTES = 1 * MIB  # both passes in kernels; measured 0.05 to 0.3
 
