@@ -226,7 +226,9 @@ def choose(
     """
     _check_request(requested, fuse_loss, dtype, jax_version)
     cuts = specs.axes(specs.HeadSpec(placement=placement))
-    options = {"target": target, "shapes": shapes, "dtype": dtype, "head_dtype": head_dtype or dtype}
+    rows = shapes.vocab // specs.shards(specs.HeadSpec(placement=placement), cuts.vocab)
+    on_device = shapes._replace(vocab=rows)
+    options = {"target": target, "shapes": on_device, "dtype": dtype, "head_dtype": head_dtype or dtype}
     if requested == "auto":
         implementation = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(target.platform, "chunked")
         obstacle = _obstacle(implementation, **options, jax_version=jax_version)

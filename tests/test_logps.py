@@ -306,6 +306,16 @@ def test_a_cut_head_has_its_loss_apart():
         logps.choose(**here, fuse_loss="on")
 
 
+@has_mosaic_gpu
+def test_rows_on_one_device_decide():
+    """32,008 rows are a multiple of 8; the half that each of two devices holds is not."""
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
+    here = {**HERE, "target": TARGETS["h200"], "shapes": SHAPES._replace(vocab=32008)}
+    assert logps.choose(**here).implementation == "pallas_gpu"
+    choice = logps.choose(**here, placement=Placement(mesh, ("data",), "tensor"))
+    assert choice.implementation == "chunked" and "16004 rows of the head are not a multiple of 8" in choice.reason
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
