@@ -39,29 +39,18 @@ class Scorer:
 
     def __call__(self, params: shapes.PyTree, batch: shapes.Batch) -> logps.ResponseLogps:
         """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
-        hidden_NTD = self._hidden_states(params, batch)
+        inputs = self._inputs(params, batch)
         with jax.named_scope("logps"):
-            return logps.response_logps(
-                hidden_NTD,
-                model.head(params, config=self.config),
-                batch.predictors_NR,
-                batch.targets_NR,
-                batch.scored_NR,
-                **self._options(),
-            )
+            return logps.response_logps(*inputs, **self._options())
 
     def group_losses(
         self, params: shapes.PyTree, batch: shapes.Batch, operands: losses.Candidates, *, loss: losses.Loss
     ) -> tuple[shapes.Array, logps.ResponseLogps]:
         """Run the model to the losses [B] of the groups, and the log-probs they come from."""
-        hidden_NTD = self._hidden_states(params, batch)
+        inputs = self._inputs(params, batch)
         with jax.named_scope("loss"):
             return logps.response_losses(
-                hidden_NTD,
-                model.head(params, config=self.config),
-                batch.predictors_NR,
-                batch.targets_NR,
-                batch.scored_NR,
+                *inputs,
                 operands,
                 group_loss=loss.of_logps,
                 groups=(batch.rewards_BK.shape[0], batch.rewards_BK.shape[1]),
@@ -78,9 +67,12 @@ class Scorer:
             "placement": self.placement,
         }
 
-    def _hidden_states(self, params: shapes.PyTree, batch: shapes.Batch) -> jax.Array:
+    def _inputs(
+        self, params: shapes.PyTree, batch: shapes.Batch
+    ) -> tuple[jax.Array, jax.Array, shapes.Array, shapes.Array, shapes.Array]:
+        """Hidden states, head and scored positions: what every function of `logps` starts with."""
         with jax.named_scope("model"):
-            return model.hidden_states(
+            hidden_NTD = model.hidden_states(
                 params,
                 jnp.asarray(batch.tokens_NT),
                 jnp.asarray(batch.valid_NT),
@@ -90,6 +82,8 @@ class Scorer:
                 attention=self.attention,
                 batch_sharding=self.batch_sharding,
             )
+        head_VD = model.head(params, config=self.config)
+        return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
 
 
 def train_step(

@@ -7,7 +7,6 @@ operations forward, 6NDV backward.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from fpo_jax.kernels import blocks
 from fpo_jax.kernels import spec as specs
@@ -81,13 +80,13 @@ def backward_block(
 
 def products(dlogits_MW, hidden_MD, head_WD, *, dtypes) -> tuple[jax.Array, jax.Array]:
     """Return dlogits . head and dlogits^T . hidden, accumulated in float32."""
-    dhidden_MD, dhead_WD = _product(dlogits_MW, head_WD, 1, 0), _product(dlogits_MW, hidden_MD, 0, 0)
+    dhidden_MD, dhead_WD = specs.product(dlogits_MW, head_WD, 1, 0), specs.product(dlogits_MW, hidden_MD, 0, 0)
     return dhidden_MD.astype(dtypes[0]), dhead_WD.astype(dtypes[1])
 
 
 def _logits(hidden_MD, head_WD, spec: specs.HeadSpec):
     """Logits of one block, and their derivative with respect to the raw product, in the accumulator dtype."""
-    return specs.cap(_product(hidden_MD, head_WD, 1, 1), spec)
+    return specs.cap(specs.product(hidden_MD, head_WD, 1, 1), spec)
 
 
 def _counted(width, first, last):
@@ -96,17 +95,6 @@ def _counted(width, first, last):
         return None
     columns_W = jnp.arange(width)
     return (columns_W >= first) & (columns_W < last)
-
-
-def _product(left, right, left_axis, right_axis):
-    """Matrix product over one axis of each, accumulated in float32."""
-    return lax.dot_general(
-        left,
-        right,
-        (((left_axis,), (right_axis,)), ((), ())),
-        precision=specs.precision(left.dtype),
-        preferred_element_type=specs.accumulator_dtype(left.dtype),
-    )
 
 
 ENGINE = blocks.Engine(forward_block, backward_block, plan_forward=plan, plan_backward=plan)

@@ -169,14 +169,14 @@ def _dhidden_kernel(window, hidden, head, targets, lse, dtarget, dlse, out, tota
     """Sum dlogits^T . head over the tiles of the head."""
     dlogits_WM = _dlogits(window, hidden, head, targets, lse, dtarget, dlse, call=call, spec=spec)
     head_WD = _inside(head[...], pl.program_id(1) * call.rows, call.row_total).astype(dlogits_WM.dtype)
-    _accumulate(total, out, _product(dlogits_WM, head_WD, 0, 0))
+    _accumulate(total, out, specs.product(dlogits_WM, head_WD, 0, 0))
 
 
 def _dhead_kernel(window, hidden, head, targets, lse, dtarget, dlse, out, total, *, call, spec):
     """Sum dlogits . hidden over the tiles of tokens."""
     dlogits_WM = _dlogits(window, hidden, head, targets, lse, dtarget, dlse, call=call, spec=spec)
     hidden_MD = _inside(hidden[...], pl.program_id(1) * call.tokens, call.token_total)
-    _accumulate(total, out, _product(dlogits_WM, hidden_MD, 1, 0))
+    _accumulate(total, out, specs.product(dlogits_WM, hidden_MD, 1, 0))
 
 
 def _dlogits(window, hidden, head, targets, lse, dtarget, dlse, *, call, spec: specs.HeadSpec):
@@ -191,7 +191,7 @@ def _dlogits(window, hidden, head, targets, lse, dtarget, dlse, *, call, spec: s
 
 def _logits(window, hidden, head, *, call, spec: specs.HeadSpec):
     """Logits of a tile, their slopes, and the columns of the block they belong to."""
-    raw_WM = _product(head[...].astype(hidden.dtype), hidden[...], 1, 1)
+    raw_WM = specs.product(head[...].astype(hidden.dtype), hidden[...], 1, 1)
     columns_WM = pl.program_id(1 - call.token_axis) * call.rows + lax.broadcasted_iota(jnp.int32, raw_WM.shape, 0)
     logits_WM, slope_WM = specs.cap(raw_WM, spec)
     counts_WM = (columns_WM >= window[0]) & (columns_WM < window[1])
@@ -217,17 +217,6 @@ def _accumulate(total, out, more) -> None:
     @pl.when(inner == pl.num_programs(1) - 1)
     def _():
         out[...] = total[...].astype(out.dtype)
-
-
-def _product(left, right, left_axis, right_axis):
-    """Matrix product over one axis of each, accumulated in float32."""
-    return lax.dot_general(
-        left,
-        right,
-        (((left_axis,), (right_axis,)), ((), ())),
-        precision=specs.precision(left.dtype),
-        preferred_element_type=jnp.float32,
-    )
 
 
 class Call(NamedTuple):

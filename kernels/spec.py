@@ -176,9 +176,18 @@ def accumulator_dtype(dtype) -> np.dtype:
     return jnp.dtype("float64" if jnp.dtype(dtype) == jnp.float64 else "float32")
 
 
-def precision(dtype) -> jax.lax.Precision:
-    """Return the precision of a product; by default a TPU multiplies float32 in bfloat16 passes, a GPU in TF32."""
-    return jax.lax.Precision.DEFAULT if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+def product(left: Array, right: Array, left_axis: int, right_axis: int) -> jax.Array:
+    """Return the matrix product over one axis of each, accumulated in float32 (float64 for float64).
+
+    Precision is explicit: by default a TPU multiplies float32 in bfloat16 passes, and a GPU in TF32.
+    """
+    return jax.lax.dot_general(
+        left,
+        right,
+        (((left_axis,), (right_axis,)), ((), ())),
+        precision=jax.lax.Precision.DEFAULT if left.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST,
+        preferred_element_type=accumulator_dtype(left.dtype),
+    )
 
 
 def cap(raw: Array, spec: HeadSpec) -> tuple[Array, Array | float]:
