@@ -6,12 +6,24 @@ runs on NVIDIA GPUs in 16-bit types, XLA everywhere else; the softmax is float32
 and caches are the models' business.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
+from fpo_jax import sharding
+
 IMPLEMENTATIONS = ("xla", "cudnn")
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
+
+
+class Choice(NamedTuple):
+    """What attends, and why, for the log."""
+
+    implementation: str  # one of IMPLEMENTATIONS
+    reason: str = ""
 
 
 def attend(
@@ -22,7 +34,8 @@ def attend(
     valid_NT: Bool[jax.Array, "N T"],
     scale: float,
     sliding_window: int | None,
-    implementation: str,
+    choice: Choice,
+    layout: sharding.Layout = sharding.ONE_DEVICE,
 ) -> Float[jax.Array, "N T H C"]:
     """Attend causally within each row.
 
@@ -38,7 +51,8 @@ def attend(
         valid_NT: True = a real token. Rows are right-padded: no True after a False.
         scale: factor on the logits, usually C**-0.5.
         sliding_window: W, positions a query sees, itself included (Mistral); None = all before it.
-        implementation: "xla" or "cudnn", from `choose`.
+        choice: from `choose`.
+        layout: where rows and heads live on a mesh.
 
     Returns:
         [N, T, H, C] in the dtype of the queries; logits and softmax are float32.
@@ -46,8 +60,8 @@ def attend(
     Raises:
         ValueError: unknown implementation.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}.")
+    if choice.implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"attention {choice.implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}.")
     reach = q_NTHC.shape[1] if sliding_window is None else sliding_window
     out_NTHC = jax.nn.dot_product_attention(
         q_NTHC,
@@ -56,50 +70,39 @@ def attend(
         scale=scale,
         is_causal=True,
         local_window_size=(reach - 1, 0) if reach < q_NTHC.shape[1] else None,
-        implementation=implementation,
+        implementation=choice.implementation,
     )
     # Every query sees at least itself, so the value under the select is finite and so is its gradient.
     return jnp.where(valid_NT[:, :, None, None], out_NTHC, 0)
 
 
 def choose(
-    requested: str, *, platform: str, dtype: jax.typing.DTypeLike, head_dim: int, positions: int
-) -> tuple[str, str]:
-    """Pick the implementation of `attend`; pure, so that a plan for absent hardware gets the same answer.
-
-    Args:
-        requested: "auto", "xla" or "cudnn".
-        platform: where the program will run, as `jax.default_backend()` names it: "cpu", "gpu" or "tpu".
-        dtype: compute dtype of queries, keys and values.
-        head_dim: C.
-        positions: T, the padded length of a row.
-
-    Returns:
-        The name for `attend` and the reason, for the log.
-
-    Raises:
-        ValueError: unknown request, or cuDNN asked for where it cannot run.
-
-    >>> choose("auto", platform="gpu", dtype="float32", head_dim=64, positions=512)
-    ('xla', 'cuDNN attention needs bfloat16 or float16, not float32')
-    """
-    name = jnp.dtype(dtype).name
+    requested: str,
+    *,
+    platform: str,
+    dtype: jax.typing.DTypeLike,
+    head_dim: int,
+    positions: Sequence[int],
+    **_,
+) -> Choice:
+    """Pick the implementation of `attend`; pure, so that a plan for absent hardware gets the same answer."""
+    name, odd = jnp.dtype(dtype).name, [length for length in positions if length % 2]
     if platform not in ("gpu", "cuda"):
         obstacle = f"cuDNN attention needs an NVIDIA GPU, not {platform}"
     elif name not in ("bfloat16", "float16"):
         obstacle = f"cuDNN attention needs bfloat16 or float16, not {name}"
     elif head_dim % 8 or head_dim > CUDNN_MAX_HEAD_DIM:
         obstacle = f"cuDNN attention needs a head_dim divisible by 8 and at most {CUDNN_MAX_HEAD_DIM}, not {head_dim}"
-    elif positions % 2:
-        obstacle = f"cuDNN attention needs rows of an even length to train, not {positions}"
+    elif odd:
+        obstacle = f"cuDNN attention needs rows of an even length to train, not {odd[0]}"
     else:
         obstacle = ""
-    if requested == "xla":
-        return "xla", "asked for by the configuration"
-    if requested == "cudnn" and not obstacle:
-        return "cudnn", "asked for by the configuration"
+    if requested == "xla" or (requested == "cudnn" and not obstacle):
+        return Choice(requested, "asked for by the configuration")
     if requested == "cudnn":
         raise ValueError(f"{obstacle}; set model.attention to auto or xla.")
-    if requested == "auto":
-        return ("xla", obstacle) if obstacle else ("cudnn", f"flash attention for {name}, head_dim {head_dim} on a GPU")
-    raise ValueError(f"attention {requested!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}.")
+    if requested != "auto":
+        raise ValueError(f"attention {requested!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}.")
+    if obstacle:
+        return Choice("xla", obstacle)
+    return Choice("cudnn", f"flash attention for {name}, head_dim {head_dim} on a GPU")

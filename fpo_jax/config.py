@@ -39,10 +39,10 @@ def default() -> Config:
     c.model = ml_collections.ConfigDict()
     c.model.path = ""  # Hugging Face directory or hub name: weights, config and tokenizer
     c.model.revision = ""  # hub commit; "" = the hub's main
-    c.model.param_dtype = "float32"  # master weights and optimiser states
+    c.model.param_dtype = "float32"  # master weights; bfloat16 ones are rounded stochastically
     c.model.compute_dtype = "bfloat16"  # matmul operands; softmax, norms and losses are always float32
-    c.model.remat = "full"  # none | full: recompute each layer in the backward pass
-    c.model.attention = "auto"  # auto | xla | cudnn
+    c.model.remat = "full"  # none | dots | full | offload: what the backward pass recomputes, from nothing to all
+    c.model.attention = "auto"  # auto | xla | chunked | cudnn | splash
 
     c.tokenizer = ml_collections.ConfigDict()
     c.tokenizer.path = ""  # "" = model.path
@@ -126,6 +126,8 @@ def default() -> Config:
     c.optim.eps = 1e-8
     c.optim.weight_decay = 0.0  # never on norms and biases
     c.optim.clip_norm = 1.0  # global gradient norm; 0 = off
+    c.optim.state_dtype = "float32"  # of AdamW's moments; bfloat16 ones are rounded stochastically
+    c.optim.offload = False  # keep the moments in the host's memory between updates
 
     c.train = ml_collections.ConfigDict()
     c.train.batch_size = 128  # groups per update, over all devices
@@ -151,9 +153,10 @@ def default() -> Config:
     c.kernel.workspace_mib = 192  # logits of one vocabulary block, per device
 
     c.mesh = ml_collections.ConfigDict()
-    c.mesh.data = 1  # devices along each axis; -1 = all that remain (at most one axis)
-    c.mesh.fsdp = -1
-    c.mesh.tensor = 1
+    c.mesh.preset = "fsdp"  # fsdp | zero3 | zero2 | multi_gpu | hybrid; the axes below replace the preset's
+    c.mesh.data = config_dict.placeholder(int)  # devices along each axis; -1 = all that remain (at most one axis)
+    c.mesh.fsdp = config_dict.placeholder(int)
+    c.mesh.tensor = config_dict.placeholder(int)
 
     c.logging = ml_collections.ConfigDict()
     c.logging.tensorboard = True  # where tensorboardX is installed
@@ -195,8 +198,8 @@ def problems(config: Config) -> list[str]:
     required("data.train", "a file, a directory or a hub name, e.g. --config.data.train=...")
     choice("model.param_dtype", DTYPES)
     choice("model.compute_dtype", DTYPES)
-    choice("model.remat", ("none", "full"))
-    choice("model.attention", ("auto", "xla", "cudnn"))
+    choice("model.remat", ("none", "dots", "full", "offload"))
+    choice("model.attention", ("auto", "xla", "chunked", "cudnn", "splash"))
     choice("data.format", ("hh", "chat_pairs", "json"))
     choice("data.rule", ("chat", "raw"))
     choice("data.truncation", ("keep_end", "keep_start"))
@@ -224,6 +227,7 @@ def problems(config: Config) -> list[str]:
             f"optim.warmup_steps={config.optim.warmup_steps} and optim.warmup_fraction={config.optim.warmup_fraction:g}"
             " are both set; set one (warmup_fraction=0 or warmup_steps=None)."
         )
+    choice("optim.state_dtype", DTYPES)
     for path in ("optim.b1", "optim.b2"):
         number(path, 0.0, high=1.0)
     number("optim.eps", 0.0, exclusive=True)
@@ -240,8 +244,9 @@ def problems(config: Config) -> list[str]:
     choice("kernel.implementation", ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu"))
     choice("kernel.fuse_loss", ("auto", "on", "off"))
     number("kernel.workspace_mib", 1)
+    choice("mesh.preset", ("fsdp", "zero3", "zero2", "multi_gpu", "hybrid"))
     axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
-    if any(axis == 0 or axis < -1 for axis in axes) or axes.count(-1) > 1:
+    if any(axis is not None and (axis == 0 or axis < -1) for axis in axes) or axes.count(-1) > 1:
         found.append(
             f"mesh data={axes[0]} fsdp={axes[1]} tensor={axes[2]}: each axis is a number of devices, and at most one is"
             " -1 (all that remain)."

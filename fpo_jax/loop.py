@@ -60,9 +60,9 @@ def run(config: configuration.Config, workdir: Path, *, devices: Sequence | None
     """
     with execution.StopRequest() as stop:
         inputs = job.prepare(config)
-        mesh = sharding.make_mesh(**config.mesh, devices=jax.devices() if devices is None else devices)
-        plan = job.plan(config, inputs, devices=sharding.batch_devices(mesh))
-        compiled = programs.Programs(config, inputs, plan, mesh)
+        layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
+        plan = job.plan(config, inputs, devices=layout.row_ways)
+        compiled = programs.Programs(config, inputs, plan, layout)
         job.claim_workdir(config, workdir, inputs)
         one = _Run(config, workdir, inputs, plan, compiled, stop)
         one.announce()
@@ -297,9 +297,7 @@ class _Run:
 
     def _in_order(self, prepared: data.Prepared, per_device: int) -> data.Schedule:
         """Every group once, in the order of the data."""
-        return job.sequential_schedule(
-            self.config, prepared, batch_size=per_device * sharding.batch_devices(self.programs.mesh)
-        )
+        return job.sequential_schedule(self.config, prepared, batch_size=per_device * self.programs.layout.row_ways)
 
     def _meta(self, number: int) -> dict:
         return {

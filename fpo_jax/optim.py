@@ -1,11 +1,14 @@
 """The learning-rate schedule and the optax chain: clip by global norm, then AdamW.
 
+Moments and weights may be kept in bfloat16 between updates; they are then rounded stochastically.
+
 The schedule is that of the trainers whose recipes we run (Hugging Face's): update i (from 0) uses the rate at i, so
 that the first update of a warm-up has rate 0.
 """
 
 import math
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
@@ -49,7 +52,15 @@ def schedule(*, kind: str, peak: float, warmup: int, horizon: int):
 
 
 def optimizer(
-    rate, *, b1: float, b2: float, eps: float, weight_decay: float, clip_norm: float, decay_mask: shapes.PyTree
+    rate,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    decay_mask: shapes.PyTree,
+    state_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Return clip_by_global_norm (off when clip_norm is 0) followed by AdamW with decoupled weight decay.
 
@@ -61,6 +72,69 @@ def optimizer(
         weight_decay: applied where decay_mask is True.
         clip_norm: largest global gradient norm.
         decay_mask: tree of bool like the parameters (params.decay_mask).
+        state_dtype: of the moments between updates; an update itself is float32.
     """
     clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    return optax.chain(clip, optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask))
+    adamw = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+    return _stored_in(optax.chain(clip, adamw), jnp.dtype(state_dtype))
+
+
+def updates_applied(opt_state: shapes.PyTree) -> Int[Array, ""]:
+    """Return the number of updates that the optimiser has applied: what the schedule counts."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+
+
+def apply_updates(params: shapes.PyTree, updates: shapes.PyTree, key: jax.Array) -> shapes.PyTree:
+    """Add float32 updates to the parameters, in the parameters' dtype.
+
+    A bfloat16 weight is rounded stochastically: its neighbours are 2^-8 apart relative to it, an update of AdamW is the
+    learning rate, and rounding to nearest would lose every one of them.
+    """
+    exact = jax.tree.map(lambda x, update: x.astype(jnp.float32) + update, params, updates)
+    return _stored(exact, params, key)
+
+
+def stochastic_round(x: Float[Array, "..."], key: jax.Array) -> Float[Array, "..."]:
+    """Round float32 to one of its two bfloat16 neighbours, so that the mean over keys is x.
+
+    P(up) = (x - down) / (up - down). What is not finite stays what it is, and a finite number stays finite.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # bfloat16 drops the last 16 bits
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    kept = jnp.isfinite(x) & jnp.isfinite(rounded)
+    return jnp.where(kept, rounded, x).astype(jnp.bfloat16)
+
+
+def _stored_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """Keep the floating-point states of `inner` in `dtype` between updates, and hand them to it in float32."""
+
+    def wanted(state, as_dtype):
+        def one(x):
+            return jax.ShapeDtypeStruct(x.shape, as_dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+
+        return jax.tree.map(one, state)
+
+    def init(params):
+        return jax.tree.map(lambda x, to: x.astype(to.dtype), state := inner.init(params), wanted(state, dtype))
+
+    def update(grads, state, params=None):
+        exact = jax.tree.map(lambda x, to: x.astype(to.dtype), state, wanted(state, jnp.float32))
+        updates, exact = inner.update(grads, exact, params)
+        key = jax.random.fold_in(jax.random.key(_STATE_STREAM), updates_applied(state))
+        return updates, _stored(exact, wanted(state, dtype), key)
+
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+
+
+_STATE_STREAM = 1  # keeps the rounding of states independent of that of weights
+
+
+def _stored(exact: shapes.PyTree, like: shapes.PyTree, key: jax.Array) -> shapes.PyTree:
+    """Bring float32 leaves to the dtypes of `like`, each rounded with a key of its own."""
+    leaves, structure = jax.tree.flatten(exact)
+    found = []
+    for index, (leaf, to) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True)):
+        narrow = leaf.dtype == jnp.float32 and to.dtype == jnp.bfloat16
+        found.append(stochastic_round(leaf, jax.random.fold_in(key, index)) if narrow else leaf.astype(to.dtype))
+    return jax.tree.unflatten(structure, found)

@@ -21,13 +21,15 @@ from fpo_jax import config as configuration
 class Programs:
     """`train(state, batch)`, `evaluate(params, batch)`, `score(params, batch)`, each compiled once per batch shape."""
 
-    def __init__(self, config: configuration.Config, inputs: job.Inputs, plan: job.Plan, mesh: Mesh):
+    def __init__(self, config: configuration.Config, inputs: job.Inputs, plan: job.Plan, layout: sharding.Layout):
         """Settle implementations and shardings.
 
         Raises:
             ValueError: the mesh does not divide the parameters; an implementation cannot run here.
         """
-        self.mesh, self._dtype, self._model = mesh, jnp.dtype(config.model.param_dtype), inputs.model_config
+        assert layout.mesh is not None
+        self.layout, self.mesh, self._model = layout, layout.mesh, inputs.model_config
+        self._dtype, mesh = jnp.dtype(config.model.param_dtype), layout.mesh
         rate = optim.schedule(
             kind=config.optim.schedule, peak=config.optim.learning_rate, warmup=plan.warmup, horizon=plan.horizon
         )
@@ -39,12 +41,18 @@ class Programs:
             weight_decay=config.optim.weight_decay,
             clip_norm=config.optim.clip_norm,
             decay_mask=params.decay_mask(self._model),
+            state_dtype=config.optim.state_dtype,
         )
-        self.scorer, self.choices = _scorer(config, inputs, plan, mesh)
+        self.scorer, self.choices = _scorer(config, inputs, plan, layout)
         self.param_shardings = _param_shardings(self._model, self._dtype, mesh)
-        self.state_shardings = self._state_shardings()
+        self.state_shardings = self._state_shardings(offload=config.optim.offload)
         update = functools.partial(
-            step.train_step, scorer=self.scorer, loss=inputs.loss, optimizer=self._optimizer, rate=rate
+            step.train_step,
+            scorer=self.scorer,
+            loss=inputs.loss,
+            optimizer=self._optimizer,
+            rate=rate,
+            places=self._places(compute_dtype=config.model.compute_dtype),
         )
         self.train = execution.Program(
             "train_step", step.jit_train_step(update, mesh=mesh, state_shardings=self.state_shardings)
@@ -87,21 +95,45 @@ class Programs:
         )
 
     def state_bytes(self) -> int:
-        """Return the bytes of parameters and optimiser state on one device."""
-        leaves = jax.tree.leaves(self.abstract_state())
+        """Return the bytes of parameters and optimiser state in one device's own memory."""
+        leaves = [x for x in jax.tree.leaves(self.abstract_state()) if x.sharding.memory_kind != sharding.HOST]
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
-    def _state_shardings(self) -> shapes.TrainState:
-        """The optimiser's moments live where their parameters do; its counters everywhere."""
+    def _state_shardings(self, *, offload: bool) -> shapes.TrainState:
+        """The moments live where their parameters do, or in the hosts' memory; the counters everywhere."""
         alone = sharding.replicated(self.mesh)
         moments = optax.tree_utils.tree_map_params(
             self._optimizer,
-            lambda _, place: place,
+            lambda _, place: place.with_memory_kind(sharding.HOST) if offload else place,
             jax.eval_shape(self._optimizer.init, params.abstract(self._model, self._dtype)),
             self.param_shardings,
             transform_non_params=lambda _: alone,
         )
         return shapes.TrainState(self.param_shardings, moments, alone)
+
+    def _places(self, *, compute_dtype: str) -> step.Places:
+        """Where the parts of an update hand over their results."""
+        on_device = jax.tree.map(lambda place: place.with_memory_kind("device"), self.state_shardings.opt_state)
+        gather = lambda weights: weights  # noqa: E731
+        if self.layout.gather == "update":
+            gather = functools.partial(self._gather_layers, compute_dtype=compute_dtype)
+        return step.Places(
+            gather=gather,
+            cut=lambda grads: jax.lax.with_sharding_constraint(grads, self.param_shardings),
+            fetch=lambda opt_state: jax.tree.map(jax.device_put, opt_state, on_device),
+        )
+
+    def _gather_layers(self, weights: shapes.PyTree, *, compute_dtype: str) -> shapes.PyTree:
+        """Hold the layers' weights whole along fsdp. Matrices are cast first, as every use of them does."""
+        whole = sharding.param_shardings(
+            params.logical_axes(self._model), weights, mesh=self.mesh, rules=sharding.GATHERED_RULES
+        )
+        is_matrix = params.decay_mask(self._model)
+
+        def gathered(x, place, matrix):
+            return jax.lax.with_sharding_constraint(x.astype(compute_dtype) if matrix else x, place)
+
+        return {**weights, "layers": jax.tree.map(gathered, weights["layers"], whole["layers"], is_matrix["layers"])}
 
 
 def _param_shardings(config: model.ModelConfig, dtype: np.dtype, mesh: Mesh) -> shapes.PyTree:
@@ -114,35 +146,44 @@ def _score_program(scorer: step.Scorer, mesh: Mesh, param_shardings: shapes.PyTr
 
 
 def _scorer(
-    config: configuration.Config, inputs: job.Inputs, plan: job.Plan, mesh: Mesh
+    config: configuration.Config, inputs: job.Inputs, plan: job.Plan, layout: sharding.Layout
 ) -> tuple[step.Scorer, list[str]]:
     """Settle which attention and which head implementation run, once; returns the choices and their reasons as text."""
-    platform, dtype = mesh.devices.flat[0].platform, config.model.compute_dtype
-    choose = functools.partial(
-        attention.choose, config.model.attention, platform=platform, dtype=dtype, head_dim=inputs.model_config.head_dim
+    assert layout.mesh is not None
+    device, dtype, model_config = layout.mesh.devices.flat[0], config.model.compute_dtype, inputs.model_config
+    target = logps.Target.of(device)
+    attends = attention.choose(
+        config.model.attention,
+        platform=target.platform,
+        dtype=dtype,
+        head_dim=model_config.head_dim,
+        heads=model_config.heads,
+        kv_heads=model_config.kv_heads,
+        positions=plan.schedule.buckets,
+        sliding_window=model_config.sliding_window,
+        soft_cap=None,
+        segments=False,
+        layout=layout,
     )
-    every = [choose(positions=length) for length in plan.schedule.buckets]
-    attends, attention_reason = min(every, key=lambda choice: choice[0] != "xla")  # one that takes every row length
-    shards = sharding.batch_devices(mesh)
-    rows = config.train.micro_batch_per_device * shards * config.data.group_size
+    rows = config.train.micro_batch_per_device * layout.row_ways * config.data.group_size
     head = {
-        "target": logps.Target.of(mesh.devices.flat[0]),
+        "target": target,
         "shapes": logps.HeadShapes(
             tokens=rows * max(scored for _, scored in plan.shapes),
-            width=inputs.model_config.width,
-            vocab=inputs.model_config.vocab_size,
+            width=model_config.width,
+            vocab=model_config.vocab_size,
         ),
         "dtype": dtype,
         "head_dtype": config.model.param_dtype,
         "requested": config.kernel.implementation,
         "fuse_loss": config.kernel.fuse_loss,
-        "placement": sharding.head_placement(mesh),
+        "placement": layout.head,
     }
     workspace = config.kernel.workspace_mib * 2**20
     explained = logps.explain(**head, workspace_bytes=workspace)
     choice = logps.choose(**head)
     scorer = step.Scorer(
-        config=inputs.model_config,
+        config=model_config,
         compute_dtype=dtype,
         remat=config.model.remat,
         attention=attends,
@@ -150,8 +191,11 @@ def _scorer(
         fuse_loss=choice.fuse_loss,
         interpret=choice.interpret,
         workspace_bytes=workspace,
-        placement=sharding.head_placement(mesh),
         temperature=inputs.loss.temperature,
-        batch_sharding=sharding.batch_sharding(mesh, stacked=False),
+        layout=layout,
     )
-    return scorer, [f"attention: {attends} ({attention_reason})", explained]
+    return scorer, [
+        f"weights: {sharding.GATHER[layout.gather]}",
+        f"attention: {attends.implementation} ({attends.reason})",
+        explained,
+    ]

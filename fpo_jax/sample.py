@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
+from fpo_jax import attention as attention_module
 from fpo_jax import model, shapes
 
 
@@ -34,7 +35,7 @@ def sample(
     batch_size: int = 64,
     window: int | None = None,
     compute_dtype: jax.typing.DTypeLike = "float32",
-    attention: str = "auto",
+    attention: attention_module.Choice | None = None,
 ) -> list[list[list[int]]]:
     """Draw `num_return` responses to every prompt, token by token, from softmax(logits / temperature).
 
@@ -128,7 +129,7 @@ def _extend(
     config: model.ModelConfig,
     steps: int,
     compute_dtype: str,
-    attention: str,
+    attention: attention_module.Choice | None,
 ) -> tuple[Int[Array, "N T"], Bool[Array, ""]]:
     """Write up to `steps` tokens behind every row, until all rows of length > 0 have ended.
 

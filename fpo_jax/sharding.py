@@ -1,39 +1,153 @@
 """One mesh with named axes, and one table from logical axes to mesh axes.
 
-Every parameter row names its logical axes (params.py); this table alone decides where they live. The batch is cut over
-(data, fsdp), weights over fsdp and tensor. The same code runs on one CPU device and on many accelerators.
+Weights (params.py), batches and activations (model/) name their logical axes; `RULES` alone decides where they live.
+Rows are cut over (data, fsdp), weights over fsdp and tensor, and between the matmuls of a tensor-parallel layer the
+residual stream is cut along its positions. The same code runs on one CPU device and on many accelerators.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fpo_jax import shapes
 from fpo_jax.kernels import spec as specs
 
+log = logging.getLogger("fpo_jax")
+
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+HOST = "pinned_host"  # memory kind of what is kept in the host's memory
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # logical axis -> mesh axis; every logical axis must stand here
-RULES: dict[str, str | None] = {
+RULES: Rules = {
+    # weights
     "layers": None,
-    "embed": "fsdp",
+    "embed": "fsdp",  # D of a weight
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    # batches and activations, which also have heads, kv_heads, head_dim and mlp
+    "rows": BATCH_AXES,
+    "positions": None,
+    "stream": "tensor",  # positions of the residual stream: norms and what remat keeps are cut (sequence parallelism)
+    "width": None,  # D of an activation
 }
+
+
+class Preset(NamedTuple):
+    """A common arrangement of the devices."""
+
+    data: int
+    fsdp: int
+    tensor: int
+    gather: str  # a key of GATHER
+
+
+GATHER = {
+    "layer": "weights gathered over fsdp layer by layer, in every pass (ZeRO-3, FSDP)",
+    "update": "the layers' weights gathered over fsdp once an update, in the compute dtype (ZeRO-2)",
+}
+PER_HOST = 0  # as `data`: one replica per host, or per TPU slice where there are several
+
+PRESETS = {
+    "fsdp": Preset(1, -1, 1, "layer"),  # everything cut over all devices: PyTorch FSDP's FULL_SHARD
+    "zero3": Preset(1, -1, 1, "layer"),  # the same, under DeepSpeed's name
+    "zero2": Preset(1, -1, 1, "update"),  # less traffic where batches are accumulated, for the layers' weights whole
+    "multi_gpu": Preset(-1, 1, 1, "layer"),  # replicas: everything whole on every device
+    "hybrid": Preset(PER_HOST, -1, 1, "layer"),  # FSDP within a host or slice, replicas across the slower network
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where weights, batches and activations live on a mesh; hashable. Without a mesh everything is on one device."""
+
+    mesh: Mesh | None = None
+    gather: str = "layer"  # a key of GATHER
+
+    @property
+    def on_one_device(self) -> bool:
+        """Whether everything is on one device."""
+        return self.mesh is None or self.mesh.size == 1
+
+    @property
+    def row_ways(self) -> int:
+        """Ways that the rows of a batch are cut."""
+        return 1 if self.mesh is None else _ways(self.mesh, BATCH_AXES)
+
+    def pin(self, x: jax.Array, *axes: str) -> jax.Array:
+        """State where an activation with these logical axes lives; one that the mesh does not divide stays whole."""
+        if self.mesh is None or self.on_one_device:
+            return x
+        places = [RULES[axis] for axis in axes]
+        fits = [None if size % _ways(self.mesh, place) else place for size, place in zip(x.shape, places, strict=True)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*fits)))
+
+    @property
+    def head(self) -> specs.Placement | None:
+        """Where the rows of a batch and the LM head live; None on one device."""
+        if self.mesh is None or self.on_one_device:
+            return None
+        return specs.Placement(self.mesh, tokens=BATCH_AXES, vocab="tensor", width="fsdp")
+
+
+ONE_DEVICE = Layout()
+# What `Layout.gather` = "update" makes of the layers' weights: whole over fsdp, still cut over tensor.
+GATHERED_RULES: Rules = {**RULES, "embed": None}
+
+
+def make_layout(*, preset: str, data: int | None, fsdp: int | None, tensor: int | None, devices: Sequence) -> Layout:
+    """Arrange the devices as a preset says; an axis that is given replaces the preset's.
+
+    Args:
+        preset: a key of PRESETS.
+        data: devices along the axis, -1 = all that remain, None = as the preset.
+        fsdp: the same.
+        tensor: the same.
+        devices: all of them, in the order of jax.devices().
+
+    Raises:
+        ValueError: unknown preset, or axes that do not fit the devices.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"mesh.preset={preset!r} is not one of {', '.join(PRESETS)}.")
+    base = PRESETS[preset]
+    given = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {axis: getattr(base, axis) if size is None else size for axis, size in given.items()}
+    if list(sizes.values()).count(-1) > 1:  # the axis that the user gave takes what remains
+        sizes |= {axis: 1 for axis, size in given.items() if size is None and sizes[axis] == -1}
+    return Layout(make_mesh(**sizes, devices=devices), base.gather)
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence) -> Mesh:
     """Arrange the devices as (data, fsdp, tensor); one axis may be -1, meaning all devices that remain.
 
+    Neighbours along `tensor` are the closest devices, then those along `fsdp`: on a TPU slice by its physical links,
+    elsewhere in the order of the devices, which go host by host. TPU slices joined by a network split `data`, or
+    `fsdp` where data does not divide.
+
+    Args:
+        data: replicas; PER_HOST = one per host, or per slice where there are several slices.
+        fsdp: ways that weights and rows are cut.
+        tensor: ways that heads, MLP and vocabulary are cut.
+        devices: all of them, in the order of jax.devices().
+
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        ValueError: the axes do not multiply to the number of devices, or do not fit the slices.
     """
+    if data == PER_HOST:
+        slices = {getattr(device, "slice_index", 0) for device in devices}
+        data = len(slices) if len(slices) > 1 else len({device.process_index for device in devices})
     sizes = [data, fsdp, tensor]
     known = int(np.prod([size for size in sizes if size != -1]))
     count = len(devices)
@@ -49,19 +163,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence) -> Mesh:
             f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {known} devices, {count} are present; set one axis to"
             " -1 to use all that remain."
         )
-    return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
-
-
-def batch_devices(mesh: Mesh) -> int:
-    """Return how many ways a batch is cut."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
-
-
-def head_placement(mesh: Mesh) -> specs.Placement | None:
-    """Return where the rows of a batch and the LM head live; None on one device."""
-    if mesh.size == 1:
-        return None
-    return specs.Placement(mesh, tokens=BATCH_AXES, vocab=RULES["vocab"], width=RULES["embed"])
+    return Mesh(_arranged(sizes, devices), MESH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -71,16 +173,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh, *, stacked: bool) -> NamedSharding:
     """Return the sharding of a Batch leaf: rows (or groups) over (data, fsdp); `stacked` leaves have A in front."""
-    return NamedSharding(mesh, PartitionSpec(None, BATCH_AXES) if stacked else PartitionSpec(BATCH_AXES))
+    return NamedSharding(mesh, PartitionSpec(None, RULES["rows"]) if stacked else PartitionSpec(RULES["rows"]))
 
 
-def param_shardings(logical_axes: shapes.PyTree, abstract: shapes.PyTree, *, mesh: Mesh) -> shapes.PyTree:
+def param_shardings(
+    logical_axes: shapes.PyTree, abstract: shapes.PyTree, *, mesh: Mesh, rules: Rules = RULES
+) -> shapes.PyTree:
     """Map the logical axes of every parameter to a NamedSharding.
 
     Args:
         logical_axes: nested dict of tuples, one name or None per dimension.
         abstract: the same tree of jax.ShapeDtypeStruct.
         mesh: from make_mesh.
+        rules: logical axis -> mesh axis.
 
     Raises:
         ValueError: dimensions that the mesh does not divide, all at once.
@@ -88,12 +193,12 @@ def param_shardings(logical_axes: shapes.PyTree, abstract: shapes.PyTree, *, mes
     problems: list[str] = []
 
     def place(path, shape, axes):
-        mesh_axes = [None if axis is None else RULES[axis] for axis in axes]
+        mesh_axes = [None if axis is None else rules[axis] for axis in axes]
         for size, logical, axis in zip(shape.shape, axes, mesh_axes, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
+            if axis is not None and size % _ways(mesh, axis):
                 problems.append(
                     f"{jax.tree_util.keystr(path)}: {logical} has {size} entries, mesh axis {axis} has"
-                    f" {mesh.shape[axis]} devices; choose a divisor of {size}."
+                    f" {_ways(mesh, axis)} devices; choose a divisor of {size}."
                 )
         return NamedSharding(mesh, PartitionSpec(*mesh_axes))
 
@@ -101,3 +206,31 @@ def param_shardings(logical_axes: shapes.PyTree, abstract: shapes.PyTree, *, mes
     if problems:
         raise ValueError("the mesh does not divide these parameters:\n  " + "\n  ".join(problems))
     return shardings
+
+
+def _arranged(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
+    """Lay the devices out by their physical neighbourhood where they have one."""
+    plain = np.asarray(devices).reshape(sizes)
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return plain
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        data, fsdp, tensor = sizes
+        across = (slices, 1, 1) if data % slices == 0 else (1, slices, 1)
+        if sizes[across.index(slices)] % slices:
+            raise ValueError(
+                f"mesh data={data} fsdp={fsdp} tensor={tensor} over {slices} TPU slices: neither data nor fsdp is a"
+                f" multiple of {slices}; set mesh.data={slices}."
+            )
+        within = [size // ways for size, ways in zip(sizes, across, strict=True)]
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, AssertionError, ValueError) as error:  # part of a slice has no torus
+        log.info("mesh: devices in their given order, not by physical links (%s)", str(error).split("\n")[0])
+        return plain
+
+
+def _ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return int(np.prod([mesh.shape[name] for name in names], dtype=int))

@@ -9,14 +9,14 @@ but rounding. An update whose loss or gradient is not finite leaves the state as
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fpo_jax import logps, losses, model, shapes, sharding
-from fpo_jax.kernels import spec as specs
+from fpo_jax import attention, logps, losses, model, optim, shapes, sharding
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]  # metric name -> (sum, count)
 
@@ -28,14 +28,13 @@ class Scorer:
     config: model.ModelConfig
     compute_dtype: str
     remat: str
-    attention: str
+    attention: attention.Choice
     implementation: str
     workspace_bytes: int
     temperature: float
     fuse_loss: bool = False  # run the loss in the kernel of the log-probs, where it is differentiated
     interpret: bool = False  # emulate that kernel
-    placement: specs.Placement | None = None  # of the rows and the head on a mesh
-    batch_sharding: jax.sharding.NamedSharding | None = None  # of the rows; pins the activations on a mesh
+    layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
 
     def __call__(self, params: shapes.PyTree, batch: shapes.Batch) -> logps.ResponseLogps:
         """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
@@ -64,7 +63,7 @@ class Scorer:
             "implementation": self.implementation,
             "interpret": self.interpret,
             "workspace_bytes": self.workspace_bytes,
-            "placement": self.placement,
+            "placement": self.layout.head,
         }
 
     def _inputs(
@@ -80,10 +79,18 @@ class Scorer:
                 compute_dtype=jnp.dtype(self.compute_dtype),
                 remat=self.remat,
                 attention=self.attention,
-                batch_sharding=self.batch_sharding,
+                layout=self.layout,
             )
         head_VD = model.head(params, config=self.config)
         return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
+
+
+class Places(NamedTuple):
+    """Where the results between the parts of an update live on a mesh; each maps a tree to the same tree, placed."""
+
+    gather: Callable  # parameters -> what the micro-batches differentiate: the same, or gathered once an update
+    cut: Callable  # gradients -> where the parameters live
+    fetch: Callable  # optimiser state -> the devices, from the host where it is kept there
 
 
 def train_step(
@@ -94,35 +101,49 @@ def train_step(
     loss: losses.Loss,
     optimizer: optax.GradientTransformation,
     rate: Callable,
+    places: Places | None = None,
 ) -> tuple[shapes.TrainState, Pairs]:
     """Apply one update of the A micro-batches in `batch` (every leaf has a leading A).
 
     objective = sum_b w_b L_b / sum_b w_b + sft_weight * sum_b NLL_b / sum_b tokens_b  (second sum: chosen responses)
 
+    Args:
+        state: parameters, optimiser state and count.
+        batch: the micro-batches.
+        scorer: how a batch becomes log-probs.
+        loss: what is minimised.
+        optimizer: from `optim.optimizer`.
+        rate: the schedule in it, for the metrics.
+        places: where the intermediate results live; None on one device.
+
     Returns:
         The new state (unchanged but for `step` where loss or gradient is not finite) and metrics as (sum, count).
     """
     totals = _totals(batch, loss)
-    batch_kl = _batch_kl(state.params, batch, scorer=scorer, weight=totals[0]) if loss.needs_batch_kl else None
+    weights = places.gather(state.params) if places else state.params
+    batch_kl = _batch_kl(weights, batch, scorer=scorer, weight=totals[0]) if loss.needs_batch_kl else None
     differentiate = jax.value_and_grad(functools.partial(_objective, scorer=scorer, loss=loss), has_aux=True)
 
     def accumulate(carry, micro):
-        (value, pairs), grads = differentiate(state.params, micro, totals=totals, batch_kl=batch_kl)
+        (value, pairs), grads = differentiate(weights, micro, totals=totals, batch_kl=batch_kl)
+        grads = places.cut(grads) if places else grads
         return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs)), None
 
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
-        _carry_shapes(differentiate, state.params, batch, totals, batch_kl),
+        _carry_shapes(differentiate, weights, batch, totals, batch_kl),
     )
     (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, batch)
     with jax.named_scope("optimizer"):
-        applied = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")[0][1]  # what the schedule counts
+        grads = places.cut(grads) if places else grads
+        old_state = places.fetch(state.opt_state) if places else state.opt_state
+        applied = optim.updates_applied(old_state)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = (optax.apply_updates(state.params, updates), opt_state)
+        updates, opt_state = optimizer.update(grads, old_state, state.params)
+        new = (optim.apply_updates(state.params, updates, jax.random.fold_in(jax.random.key(0), applied)), opt_state)
         params, opt_state = jax.tree.map(
-            lambda fresh, old: jnp.where(finite, fresh, old), new, (state.params, state.opt_state)
+            lambda fresh, old: jnp.where(finite, fresh, old), new, (state.params, old_state)
         )
     one = jnp.float32(1.0)
     pairs |= {

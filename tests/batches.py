@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fpo_jax import shapes, step
+from fpo_jax import attention, shapes, step
 
 
 def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed: int = 0, rewards=None) -> shapes.Batch:
@@ -35,6 +35,11 @@ def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed:
 
 def scorer(config, **changed) -> step.Scorer:
     """Return a float32 scorer of a tiny model."""
-    options = {"compute_dtype": "float32", "remat": "none", "attention": "xla", "implementation": "chunked"}
+    options = {
+        "compute_dtype": "float32",
+        "remat": "none",
+        "attention": attention.Choice("xla"),
+        "implementation": "chunked",
+    }
     options |= {"workspace_bytes": 2**20, "temperature": 1.0}
     return step.Scorer(config=config, **(options | changed))

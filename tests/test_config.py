@@ -57,7 +57,7 @@ def test_unknown_key_and_wrong_type_are_errors():
         ("optim.warmup_steps", -3, "at least 0"),
         ("train.batch_size", 0, "at least 1"),
         ("train.on_nonfinite", "hope", "stop, skip"),
-        ("mesh.data", -1, "at most one is -1"),
+        ("mesh.data", 0, "each axis is a number of devices"),
         ("kernel.implementation", "magic", "auto, reference, chunked, pallas_tpu"),
         ("stage", "sft", "stage='sft' is not one of align"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from fpo_jax import hf, model, params, sharding
+from fpo_jax import attention, hf, model, params, sharding
 from fpo_jax.model import rope
 from tests import tolerances
 
@@ -96,16 +96,16 @@ def random_params(config, seed=0, dtype="float32"):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params.nest(flat))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "batch_sharding", "compute_dtype"), compiler_options=QUICK)
-def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", batch_sharding=None):
+@functools.partial(jax.jit, static_argnames=("config", "layout", "compute_dtype"), compiler_options=QUICK)
+def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", layout=sharding.ONE_DEVICE):
     return model.hidden_states(
         tree,
         tokens_NT,
         valid_NT,
         config=config,
         compute_dtype=compute_dtype,
-        attention="xla",
-        batch_sharding=batch_sharding,
+        attention=attention.Choice("xla"),
+        layout=layout,
     )
 
 
@@ -402,7 +402,9 @@ def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
     tree = random_params(config)
     batch = jnp.asarray(MORE_TOKENS_NT), jnp.asarray(MORE_VALID_NT)
     expected = forward(tree, *batch, config=config)
-    found = forward(jax.device_put(tree, places), *jax.device_put(batch, rows), config=config, batch_sharding=rows)
+    found = forward(
+        jax.device_put(tree, places), *jax.device_put(batch, rows), config=config, layout=sharding.Layout(mesh)
+    )
     assert found.sharding.is_equivalent_to(rows, 3)
     assert_allclose(found, expected, rtol=0, atol=tolerances.SAME_MATHS)
 
@@ -411,8 +413,8 @@ def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
     ("options", "message"),
     [
         ({"compute_dtype": "float64"}, r"compute_dtype float64 is not one of float32, bfloat16, float16"),
-        ({"remat": "some"}, r"remat 'some' is not one of none, full"),
-        ({"attention": "flash"}, r"'flash' is not one of xla, cudnn"),
+        ({"remat": "some"}, r"remat 'some' is not one of none, dots, full, offload"),
+        ({"attention": attention.Choice("flash")}, r"'flash' is not one of xla, cudnn"),
     ],
 )
 def test_unknown_options_are_refused(options, message):

@@ -9,7 +9,7 @@ def test_mesh_fills_the_free_axis_in_order():
     mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=2, devices=jax.devices())
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert [d.id for d in np.ravel(mesh.devices)] == list(range(8))
-    assert sharding.batch_devices(mesh) == 4
+    assert sharding.Layout(mesh).row_ways == 4
 
 
 @pytest.mark.parametrize(
@@ -40,5 +40,5 @@ def test_indivisible_parameters_are_all_named():
 
 def test_unknown_logical_axis_is_an_error():
     mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1, devices=jax.devices())
-    with pytest.raises(KeyError, match="width"):
-        sharding.param_shardings({"a": ("width",)}, {"a": jax.ShapeDtypeStruct((8,), "float32")}, mesh=mesh)
+    with pytest.raises(KeyError, match="depth"):
+        sharding.param_shardings({"a": ("depth",)}, {"a": jax.ShapeDtypeStruct((8,), "float32")}, mesh=mesh)

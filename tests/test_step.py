@@ -1,6 +1,5 @@
 """The update: any split of the batch and any mesh give the same one; nothing that is not finite is ever applied."""
 
-import dataclasses
 import functools
 
 import jax
@@ -75,11 +74,7 @@ def test_any_mesh_gives_the_same_update(data, fsdp, tensor):
     loss = losses.resolve("alphapo-pref")
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices())
     alone = updated(loss, batch_of())
-    placed = {
-        "placement": sharding.head_placement(mesh),
-        "batch_sharding": sharding.batch_sharding(mesh, stacked=False),
-    }
-    assert_same_update(alone, updated(loss, batch_of(), mesh=mesh, **placed))
+    assert_same_update(alone, updated(loss, batch_of(), mesh=mesh, layout=sharding.Layout(mesh)))
 
 
 def test_remat_and_dense_head_give_the_same_update():
@@ -146,7 +141,7 @@ def evaluated(loss, batch, logps_BK, lengths_BK):
                 jnp.arange(np.size(logps_BK), dtype=jnp.float32),
             )
 
-    scorer = Given(**dataclasses.asdict(batches.scorer(CONFIG)) | {"config": CONFIG})
+    scorer = Given(**vars(batches.scorer(CONFIG)))
     pairs = jax.jit(functools.partial(step.eval_step, scorer=scorer, loss=loss))({}, batch)
     return {name: float(total) / float(count) for name, (total, count) in pairs.items() if float(count)}
 

@@ -35,15 +35,14 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
     loss, rows = losses.resolve("jspo-pref"), 16 * mesh.size
     head = {"target": logps.Target.of(devices[0]), "dtype": "bfloat16", "head_dtype": "float32"}
     shapes_ = logps.HeadShapes(rows * 29, config.width, config.vocab_size)
-    choice = logps.choose(**head, shapes=shapes_, placement=sharding.head_placement(mesh))
+    choice = logps.choose(**head, shapes=shapes_, placement=sharding.Layout(mesh).head)
     assert choice.implementation == ("pallas_tpu" if target == "v5e-4" else "pallas_gpu") and not choice.interpret
     scorer = batches.scorer(
         config,
         compute_dtype="bfloat16",
         implementation=choice.implementation,
         fuse_loss=choice.fuse_loss,
-        placement=sharding.head_placement(mesh),
-        batch_sharding=sharding.batch_sharding(mesh, stacked=False),
+        layout=sharding.Layout(mesh),
     )
     rate = optim.schedule(kind="constant", peak=1e-3, warmup=0, horizon=9)
     optimizer = optim.optimizer(

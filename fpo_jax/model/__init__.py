@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from fpo_jax import attention as attention_module
-from fpo_jax import shapes
+from fpo_jax import shapes, sharding
 from fpo_jax.model import decoder
 from fpo_jax.model.configuration import FAMILIES, ModelConfig, from_hf_config, to_hf_config
 from fpo_jax.model.rope import Rope
@@ -32,8 +32,8 @@ def hidden_states(
     config: ModelConfig,
     compute_dtype: jax.typing.DTypeLike,
     remat: str = "none",
-    attention: str = "auto",
-    batch_sharding: jax.sharding.Sharding | None = None,
+    attention: attention_module.Choice | None = None,
+    layout: sharding.Layout = sharding.ONE_DEVICE,
 ) -> Float[jax.Array, "N T D"]:
     """Run the decoder up to and including its final norm.
 
@@ -48,30 +48,36 @@ def hidden_states(
         compute_dtype: float32, bfloat16 or float16: dtype of matmul operands and of the residual stream. Norms,
             softmax and rotary embedding are float32 in all of them. float32 means float32 on every device: matmuls
             then run at the highest precision instead of TF32 or bfloat16 passes.
-        remat: "none", or "full" to recompute each layer in the backward pass from its input.
-        attention: "auto" (decided for the device this is traced on), "xla" or "cudnn".
-        batch_sharding: how a [N, ...] array is cut over the mesh, e.g. NamedSharding(mesh, P(("data", "fsdp"))). The
-            residual stream is pinned to it, which a mesh needs: left alone, the compiler cuts D where the embedding is
-            cut, rebuilds whole activations in every layer, and cuDNN attention does not compile. None = one device.
+        remat: what the backward pass finds of a layer: "none" recomputed, "dots" (the results of its matmuls), "full"
+            (its input alone, everything else is recomputed), "offload" (the same, the input in the host's memory).
+        attention: from attention.choose; None = decided for the default device.
+        layout: where activations live on a mesh. They must be told: left alone, the compiler cuts D where the
+            embedding is cut, rebuilds whole activations in every layer, and cuDNN attention does not compile.
 
     Returns:
         hidden_NTD in compute_dtype.
 
     Raises:
-        ValueError: unknown compute_dtype, remat or attention.
+        ValueError: unknown compute_dtype or remat.
     """
     dtype = jnp.dtype(compute_dtype)
     if dtype.name not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype {dtype.name} is not one of {', '.join(COMPUTE_DTYPES)}.")
     if remat not in decoder.REMAT:
         raise ValueError(f"remat {remat!r} is not one of {', '.join(decoder.REMAT)}.")
-    if attention == "auto":
-        attention, _ = attention_module.choose(
-            attention,
+    if attention is None:
+        attention = attention_module.choose(
+            "auto",
             platform=jax.default_backend(),
             dtype=dtype,
             head_dim=config.head_dim,
-            positions=tokens_NT.shape[1],
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            positions=[tokens_NT.shape[1]],
+            sliding_window=config.sliding_window,
+            soft_cap=None,
+            segments=False,
+            layout=layout,
         )
     exact = jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
     with exact:
@@ -80,8 +86,8 @@ def hidden_states(
             valid_NT,
             compute_dtype=dtype,
             remat=remat,
-            implementation=attention,
-            batch_sharding=batch_sharding,
+            choice=attention,
+            layout=layout,
         )
 
 

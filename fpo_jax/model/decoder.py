@@ -9,8 +9,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
+from fpo_jax import attention, sharding
 from fpo_jax.model import configuration, gpt_neox, llama, parts, rope
 
 # family -> (one layer, the norm after the last layer)
@@ -19,10 +21,24 @@ _FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "mistral": (llama.Layer, parts.RMSNorm),
     "gpt_neox": (gpt_neox.Layer, parts.LayerNorm),
 }
-# What the backward pass keeps of a layer: "none" recomputes nothing, "full" keeps the layer's input alone.
+_LAYER_INPUT = "layer_input"
+_checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)  # scan already keeps the recomputation apart
+# What the backward pass keeps of a layer, from most memory and fewest FLOPs to the least memory.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda layer: layer,
-    "full": functools.partial(jax.checkpoint, prevent_cse=False),  # scan already keeps the recomputation apart
+    "none": lambda layer: layer,  # everything
+    "dots": functools.partial(  # the results of its matmuls with weights; attention, norms and activations run again
+        _checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": _checkpoint,  # the layer's input alone
+    "offload": functools.partial(  # the layer's input, in the host's memory
+        _checkpoint,
+        policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    ),
 }
 
 
@@ -45,8 +61,8 @@ class Decoder(nnx.Module):
         *,
         compute_dtype: jax.typing.DTypeLike,
         remat: str,
-        implementation: str,
-        batch_sharding: jax.sharding.Sharding | None,
+        choice: attention.Choice,
+        layout: sharding.Layout,
     ) -> Float[jax.Array, "N T D"]:
         """Return the hidden states after the final norm, in compute_dtype."""
         config = self.config
@@ -57,21 +73,18 @@ class Decoder(nnx.Module):
             lengths_N=jnp.sum(valid_NT, axis=1, dtype=jnp.int32),
             positions=tokens_NT.shape[1],
         )
-        context = parts.Context(valid_NT, cos_XTP, sin_XTP, config.sliding_window, implementation)
+        context = parts.Context(valid_NT, cos_XTP, sin_XTP, config.sliding_window, choice, layout)
         graphdef, layers = nnx.split(self.layers)
 
-        def pin(x_NTD):
-            return x_NTD if batch_sharding is None else jax.lax.with_sharding_constraint(x_NTD, batch_sharding)
-
         def apply_layer(x_NTD, layer):
-            return pin(nnx.merge(graphdef, layer)(x_NTD, context)), None
+            return nnx.merge(graphdef, layer)(checkpoint_name(x_NTD, _LAYER_INPUT), context), None
 
         # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless. The cast follows the gather:
         # its gradient, a scatter-add, then sums in the parameters' own dtype. Ids outside the vocabulary give NaN.
         tokens_NT = jnp.where(valid_NT, tokens_NT, 0)
-        x_NTD = pin(jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype))
+        x_NTD = context.pin_stream(jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype))
         x_NTD, _ = jax.lax.scan(REMAT[remat](apply_layer), x_NTD, layers)
-        return self.final_norm(x_NTD)
+        return layout.pin(self.final_norm(x_NTD), "rows", "positions", "width")
 
 
 @functools.lru_cache(maxsize=32)

@@ -27,7 +27,8 @@ class Attention(nnx.Module):
         dtype = x_NTD.dtype
         qkv_NTH3C = jnp.einsum("NTD,DHSC->NTHSC", x_NTD, self.qkv[...].astype(dtype))
         qkv_NTH3C += self.qkv_bias[...].astype(dtype)
-        out_NTHC = context.attend(qkv_NTH3C[..., 0, :], qkv_NTH3C[..., 1, :], qkv_NTH3C[..., 2, :])
+        q_NTHC, k_NTHC, v_NTHC = (context.pin_heads(qkv_NTH3C[..., part, :]) for part in range(3))
+        out_NTHC = context.pin_heads(context.attend(q_NTHC, k_NTHC, v_NTHC))
         return jnp.einsum("NTHC,HCD->NTD", out_NTHC, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
 
 
@@ -41,11 +42,11 @@ class MLP(nnx.Module):
         self.down = parts.parameter(config.ffn, config.width)
         self.down_bias = parts.parameter(config.width)
 
-    def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Apply down(act(up(x)))."""
         dtype = x_NTD.dtype
         up_NTF = jnp.einsum("NTD,DF->NTF", x_NTD, self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
-        active_NTF = parts.ACTIVATIONS[self.activation](up_NTF)
+        active_NTF = context.pin_mlp(parts.ACTIVATIONS[self.activation](up_NTF))
         return jnp.einsum("NTF,FD->NTD", active_NTF, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
 
 
@@ -62,6 +63,7 @@ class Layer(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Apply attention and the MLP; with the parallel residual both read the layer's input."""
         with jax.named_scope("attention"):
-            after_NTD = x_NTD + self.attention(self.attention_norm(x_NTD), context)
+            after_NTD = context.pin_stream(x_NTD + self.attention(self.attention_norm(x_NTD), context))
         with jax.named_scope("mlp"):
-            return after_NTD + self.mlp(self.mlp_norm(x_NTD if self.parallel_residual else after_NTD))
+            read_NTD = x_NTD if self.parallel_residual else after_NTD
+            return context.pin_stream(after_NTD + self.mlp(self.mlp_norm(read_NTD), context))

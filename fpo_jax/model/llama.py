@@ -25,10 +25,11 @@ class Attention(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
         dtype = x_NTD.dtype
-        q_NTHC = jnp.einsum("NTD,DHC->NTHC", x_NTD, self.query[...].astype(dtype))
+        q_NTHC = context.pin_heads(jnp.einsum("NTD,DHC->NTHC", x_NTD, self.query[...].astype(dtype)))
         k_NTGC = jnp.einsum("NTD,DGC->NTGC", x_NTD, self.key[...].astype(dtype))
         v_NTGC = jnp.einsum("NTD,DGC->NTGC", x_NTD, self.value[...].astype(dtype))
-        return jnp.einsum("NTHC,HCD->NTD", context.attend(q_NTHC, k_NTGC, v_NTGC), self.out[...].astype(dtype))
+        out_NTHC = context.pin_heads(context.attend(q_NTHC, k_NTGC, v_NTGC))
+        return jnp.einsum("NTHC,HCD->NTD", out_NTHC, self.out[...].astype(dtype))
 
 
 class MLP(nnx.Module):
@@ -40,12 +41,12 @@ class MLP(nnx.Module):
         self.up = parts.parameter(config.width, config.ffn)
         self.down = parts.parameter(config.ffn, config.width)
 
-    def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Apply down(act(gate(x)) * up(x))."""
         dtype = x_NTD.dtype
         gate_NTF = jnp.einsum("NTD,DF->NTF", x_NTD, self.gate[...].astype(dtype))
         up_NTF = jnp.einsum("NTD,DF->NTF", x_NTD, self.up[...].astype(dtype))
-        gated_NTF = parts.ACTIVATIONS[self.activation](gate_NTF) * up_NTF
+        gated_NTF = context.pin_mlp(parts.ACTIVATIONS[self.activation](gate_NTF) * up_NTF)
         return jnp.einsum("NTF,FD->NTD", gated_NTF, self.down[...].astype(dtype))
 
 
@@ -61,6 +62,6 @@ class Layer(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Apply attention, then the MLP, each on the normalised residual stream."""
         with jax.named_scope("attention"):
-            x_NTD = x_NTD + self.attention(self.attention_norm(x_NTD), context)
+            x_NTD = context.pin_stream(x_NTD + self.attention(self.attention_norm(x_NTD), context))
         with jax.named_scope("mlp"):
-            return x_NTD + self.mlp(self.mlp_norm(x_NTD))
+            return context.pin_stream(x_NTD + self.mlp(self.mlp_norm(x_NTD), context))

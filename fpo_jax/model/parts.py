@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from fpo_jax import attention
+from fpo_jax import attention, sharding
 from fpo_jax.model import rope
 
 # hidden_act of a Hugging Face config -> function; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula
@@ -71,7 +71,8 @@ class Context(NamedTuple):
     cos_XTP: jax.Array  # float32; X is N or 1
     sin_XTP: jax.Array
     sliding_window: int | None
-    implementation: str  # of attention.attend
+    attention: attention.Choice
+    layout: sharding.Layout
 
     def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
         """Rotate queries and keys, then attend with logits scaled by C**-0.5."""
@@ -82,5 +83,18 @@ class Context(NamedTuple):
             valid_NT=self.valid_NT,
             scale=q_NTHC.shape[-1] ** -0.5,
             sliding_window=self.sliding_window,
-            implementation=self.implementation,
+            choice=self.attention,
+            layout=self.layout,
         )
+
+    def pin_stream(self, x_NTD: jax.Array) -> jax.Array:
+        """State where the residual stream lives."""
+        return self.layout.pin(x_NTD, "rows", "stream", "width")
+
+    def pin_heads(self, x_NTHC: jax.Array) -> jax.Array:
+        """State where queries and attended values live."""
+        return self.layout.pin(x_NTHC, "rows", "positions", "heads", "head_dim")
+
+    def pin_mlp(self, x_NTF: jax.Array) -> jax.Array:
+        """State where the hidden units of an MLP live."""
+        return self.layout.pin(x_NTF, "rows", "positions", "mlp")
