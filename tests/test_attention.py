@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import attention
+from fpo_jax import attention, sharding
 from tests import tolerances
 
 N, T, H, G, C = 3, 7, 6, 2, 4
 LENGTHS = (7, 4, 0)  # full, padded, nothing but padding
+ALONE = sharding.Layout()
 VALID_NT = np.arange(T)[None] < np.array(LENGTHS)[:, None]
 
 
@@ -36,9 +37,13 @@ def inputs(dtype="float32", seed=0):
     return tuple(jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True))
 
 
-def attend(q, k, v, *, sliding_window=None, scale=0.3, implementation="xla"):
+def choice(implementation):
+    return attention.Choice(implementation, reason="a test", interpret=implementation == "splash")
+
+
+def attend(q, k, v, *, sliding_window=None, scale=0.3, implementation="xla", layout=ALONE):
     call = functools.partial(
-        attention.attend, scale=scale, sliding_window=sliding_window, implementation=implementation
+        attention.attend, scale=scale, sliding_window=sliding_window, choice=choice(implementation), layout=layout
     )
     return jax.jit(lambda q, k, v: call(q, k, v, valid_NT=jnp.asarray(VALID_NT[:, : q.shape[1]])))(q, k, v)
 
@@ -50,7 +55,14 @@ def seen(sliding_window, valid):
     onehot = jnp.eye(size)[None, :, None, :]
     out = jax.jit(
         lambda q, k, v: attention.attend(
-            q, k, v, valid_NT=jnp.asarray([valid]), scale=1.0, sliding_window=sliding_window, implementation="xla"
+            q,
+            k,
+            v,
+            valid_NT=jnp.asarray([valid]),
+            scale=1.0,
+            sliding_window=sliding_window,
+            choice=choice("xla"),
+            layout=ALONE,
         )
     )(nothing, nothing, onehot)
     return (np.asarray(out)[0, :, 0, :] > 0).astype(int)
@@ -139,6 +151,11 @@ def test_unknown_implementation_is_refused():
         attend(*inputs(), implementation="flash")
 
 
+def choose(requested, **facts):
+    rest = {"heads": 8, "kv_heads": 4, "sliding_window": None, "soft_cap": None, "segments": False, "layout": ALONE}
+    return attention.choose(requested, **{**rest, **facts})
+
+
 @pytest.mark.parametrize(
     ("requested", "platform", "dtype", "head_dim", "positions", "name", "reason"),
     [
@@ -155,18 +172,18 @@ def test_unknown_implementation_is_refused():
     ],
 )
 def test_choose(requested, platform, dtype, head_dim, positions, name, reason):
-    chosen, why = attention.choose(requested, platform=platform, dtype=dtype, head_dim=head_dim, positions=positions)
-    assert chosen == name
-    assert reason in why
+    chosen = choose(requested, platform=platform, dtype=dtype, head_dim=head_dim, positions=[128, positions])
+    assert chosen.implementation == name
+    assert reason in chosen.reason
 
 
 def test_choose_refuses_cudnn_where_it_cannot_run():
     with pytest.raises(ValueError, match=r"needs an NVIDIA GPU, not cpu; set model\.attention to auto or xla"):
-        attention.choose("cudnn", platform="cpu", dtype="bfloat16", head_dim=64, positions=512)
+        choose("cudnn", platform="cpu", dtype="bfloat16", head_dim=64, positions=[512])
     with pytest.raises(ValueError, match=r"not float32; set model\.attention"):
-        attention.choose("cudnn", platform="gpu", dtype="float32", head_dim=64, positions=512)
-    with pytest.raises(ValueError, match=r"'splash' is not one of auto, xla, cudnn"):
-        attention.choose("splash", platform="tpu", dtype="bfloat16", head_dim=64, positions=512)
+        choose("cudnn", platform="gpu", dtype="float32", head_dim=64, positions=[512])
+    with pytest.raises(ValueError, match=r"'flash' is not one of auto, xla, cudnn"):
+        choose("flash", platform="tpu", dtype="bfloat16", head_dim=64, positions=[512])
 
 
 @pytest.mark.gpu

@@ -137,7 +137,7 @@ def test_it_stops_as_soon_as_all_rows_have_ended():
         config=config,
         steps=8,
         compute_dtype="float32",
-        attention=attention.Choice("xla"),
+        attention=attention.Choice("xla", "for the test"),
     )
     np.testing.assert_array_equal(rows_NT[:2], [[1, first, *[PAD] * 7]] * 2)
     assert finite
@@ -194,7 +194,7 @@ def test_non_finite_weights_are_an_error():
         ({"max_new_tokens": 20, "window": None}, "need 25 positions, window=25 and the model has 24"),
         ({"window": 9}, "need 10 positions, window=9"),
         ({"compute_dtype": "int8"}, "compute_dtype int8 is not one of"),
-        ({"attention": attention.Choice("flash")}, "flash"),
+        ({"attention": attention.Choice("flash", "for the test")}, "flash"),
     ],
 )
 def test_bad_input_is_named(changed, message):

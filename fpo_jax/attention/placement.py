@@ -1,0 +1,67 @@
+"""Attention on a mesh: each device attends its own rows and query heads, with the key/value heads that they read.
+
+A Pallas kernel cannot be partitioned by XLA and cuDNN's only under conditions, so every implementation runs inside
+`shard_map` and sees one device's arrays. Where the mesh divides the query heads but not the fewer key/value heads, the
+latter are whole on every device, which takes those it reads; their gradients are summed over the devices.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from fpo_jax import sharding
+
+
+def on_each_device(
+    attend: Callable[..., jax.Array],
+    q_NTHC: jax.Array,
+    k_NTGC: jax.Array,
+    v_NTGC: jax.Array,
+    segments_NT: jax.Array | None,
+    *,
+    layout: sharding.Layout,
+) -> jax.Array:
+    """Call `attend(q, k, v, segments)` on every device's rows and heads; directly where there is one device.
+
+    Rows and heads that the mesh does not divide stay whole.
+    """
+    mesh = layout.mesh
+    if mesh is None or mesh.size == 1:
+        return attend(q_NTHC, k_NTGC, v_NTGC, segments_NT)
+    N, _, H, _ = q_NTHC.shape
+    G = k_NTGC.shape[2]
+    rows, heads, kv_heads = _axis(mesh, "rows", N), _axis(mesh, "heads", H), _axis(mesh, "kv_heads", G)
+    kv_heads = kv_heads if heads else None
+
+    def on_device(q_NTHC, k_NTGC, v_NTGC, segments_NT):
+        if heads and not kv_heads:
+            first = jax.lax.axis_index(heads) * q_NTHC.shape[2]
+            k_NTGC, v_NTGC = (_read_by(x, first, q_NTHC.shape[2], H // G) for x in (k_NTGC, v_NTGC))
+        return attend(q_NTHC, k_NTGC, v_NTGC, segments_NT)
+
+    q_spec, kv_spec = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None, kv_heads, None)
+    # Values that differ between devices are told apart here, by in_specs and out_specs, not by the type system.
+    sharded = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(rows, None)),
+        out_specs=q_spec,
+        check_vma=False,
+    )
+    return sharded(q_NTHC, k_NTGC, v_NTGC, segments_NT)
+
+
+def _read_by(x_NTGC: jax.Array, first: jax.Array, heads: int, group: int) -> jax.Array:
+    """Take the key/value heads that the query heads `first` to `first + heads - 1` read, `group` of them each one."""
+    count = 1 if group % heads == 0 else heads  # one for all of them, or one for each
+    return jnp.take(x_NTGC, (first + jnp.arange(count) * (heads // count)) // group, axis=2)
+
+
+def _axis(mesh: Mesh, logical: str, size: int) -> str | tuple[str, ...] | None:
+    """Return the mesh axes that a dimension of this size is cut over; None where they do not divide it."""
+    place = sharding.RULES[logical]
+    names = (place,) if isinstance(place, str) else place or ()
+    return None if size % math.prod(mesh.shape[name] for name in names) else place
