@@ -11,6 +11,7 @@ from tests.paths import REPO
 # a module imports only from those above it
 LAYERS = [
     "shapes",
+    "hosts",
     "config",
     "chat",
     "data",
@@ -31,6 +32,7 @@ LAYERS = [
     "execution",
     "job",
     "programs",
+    "scoring",
     "topologies",
     "loop",
 ]
