@@ -2,10 +2,10 @@
 
 On several hosts run the same command on each: see docs/hosts.md.
 
-Exit codes: 0 finished; 1 loss or gradient not finite, or a fault of the program; 2 the input cannot be used (the message
-says what to change); 70 another process of the run failed, died or never came (134 = SIGABRT where jax noticed first):
-the same command on every host goes on from the newest complete checkpoint; 75 stopped by a signal with everything
-saved: the same command goes on.
+Exit codes: 0 finished; 1 loss or gradient not finite, or a fault of the program; 2 the input cannot be used (the
+message says what to change); 70 another process of the run failed, died or never came (134, which is SIGABRT, where jax
+noticed first): the same command on every host goes on from the newest complete checkpoint; 75 stopped by a signal with
+everything saved: the same command goes on.
 """
 
 import logging
@@ -18,7 +18,9 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; override with --config.key=value.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for checkpoints, metrics and logs; resumes what it holds.")
-_MODE = flags.DEFINE_string("distributed", "auto", "auto: as the launcher or the flags below say; on; off: one process.")
+_MODE = flags.DEFINE_string(
+    "distributed", "auto", "auto: as the launcher or the flags below say; on; off: one process."
+)
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; or JAX_COORDINATOR_ADDRESS.")
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; or JAX_NUM_PROCESSES.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0; or JAX_PROCESS_ID.")

@@ -147,7 +147,9 @@ def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:
 
 def sequential_schedule(config: configuration.Config, prepared: data.Prepared, *, batch_size: int) -> data.Schedule:
     """Return the schedule of every group once in the order of the data, the last batch filled up."""
-    return data.schedule(prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", buckets=_buckets(config))
+    return data.schedule(
+        prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", buckets=_buckets(config)
+    )
 
 
 def fingerprints(inputs: Inputs) -> dict[str, str]:

@@ -101,7 +101,10 @@ class _Run:
         changed = configuration.difference(configuration.default().to_dict(), config.to_dict())
         log.info("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
         shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        kind, processes = mesh.devices.flat[0].device_kind, "" if hosts.count() == 1 else f" of {hosts.count()} processes"
+        kind, processes = (
+            mesh.devices.flat[0].device_kind,
+            "" if hosts.count() == 1 else f" of {hosts.count()} processes",
+        )
         log.info("mesh: %s over %d %s devices%s", shape, mesh.size, kind, processes)
         count, state = params.count(self.inputs.model_config), execution.mib(self.programs.state_bytes())
         log.info("model: %s, %s parameters, %s of state per device", self.inputs.source, f"{count:,}", state)
@@ -175,7 +178,9 @@ class _Run:
 
     def _updates(self, state: shapes.TrainState, references, checkpointer: checkpoint.Checkpointer) -> None:
         train, total, first = self.config.train, self.plan.steps, int(state.step) + 1
-        bar = tqdm.tqdm(total=total, initial=first - 1, unit="step", disable=not execution.progress_shown(), dynamic_ncols=True)
+        bar = tqdm.tqdm(
+            total=total, initial=first - 1, unit="step", disable=not execution.progress_shown(), dynamic_ncols=True
+        )
         pending = None  # the previous update, whose metrics are read while this one runs
         self.clock = time.perf_counter()
         with contextlib.closing(bar):

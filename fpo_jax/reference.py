@@ -75,9 +75,7 @@ def load(path: Path) -> np.ndarray:
     return logps
 
 
-def verify(
-    stored: np.ndarray, scored: Iterable[tuple[np.ndarray, np.ndarray]], *, rtol: float, path: Path
-) -> float:
+def verify(stored: np.ndarray, scored: Iterable[tuple[np.ndarray, np.ndarray]], *, rtol: float, path: Path) -> float:
     """Compare the scores of a few groups with what the file holds; returns the largest absolute difference in nats.
 
     Args:

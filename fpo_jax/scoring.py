@@ -85,7 +85,7 @@ class ReferencePass:
             started = time.perf_counter()
             numbers = range(batches.steps_per_epoch)
             bar = tqdm.tqdm(scored(numbers), f"reference {name}", len(numbers), disable=not execution.progress_shown())
-            computed = reference.compute(bar, groups=prepared.groups)
+            computed = reference.compute(iter(bar), groups=prepared.groups)
             if hosts.first():
                 reference.save(path, computed, parts)
             seconds = time.perf_counter() - started

@@ -38,15 +38,23 @@ _witness: subprocess.Popen | None = None
 _checkpoints = Path()
 
 
+def bequeath(words: str, workdir: Path) -> None:
+    """Have the witness say these words if this process is ended from C++ or killed."""
+    global _witness, _checkpoints
+    if _witness is None:
+        _checkpoints = workdir / "checkpoints"
+        command = [sys.executable, witness.__file__, str(_checkpoints)]
+        _witness = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    _say_to_witness(words)
+
+
 def watch(workdir: Path) -> None:
-    """Start the thread and the witness of this process."""
-    global _follower, _witness, _checkpoints
-    _checkpoints = workdir / "checkpoints"
-    command = [sys.executable, witness.__file__, str(_checkpoints)]
-    _witness = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, bufsize=1)
-    _say_to_witness(
+    """Follow what the other processes say, from here to `finish` or `leave`."""
+    global _follower
+    bequeath(
         f"{_me()} was ended from outside: killed here, or by jax because another process died or cannot be reached (the"
-        " lines above then say which)."
+        " lines above then say which).",
+        workdir,
     )
     _follower = threading.Thread(target=_follow, name="fpo_jax.hosts", daemon=True)
     _follower.start()
@@ -58,7 +66,7 @@ def finish() -> None:
         agreement.share("")
         group.put(f"word/{group.index()}", "")
         _follower.join()  # a thread that waits in C++ would abort the interpreter's end
-        _say_to_witness("")
+    _say_to_witness("")
 
 
 @contextlib.contextmanager
@@ -92,8 +100,9 @@ def leave(code: int, message: str, *, tell: str | None = None) -> NoReturn:
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # another thread is ending this process
     print(message, file=sys.stderr, flush=True)
-    if _witness is not None:
+    if _follower is not None:
         _take_leave(tell)
+    _say_to_witness("")  # this end is an orderly one
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # the usual way out waits up to five minutes for the other processes
@@ -107,7 +116,6 @@ def _take_leave(tell: str | None) -> None:
         end = time.monotonic() + LINGER_S
         for other in range(1, group.count() if group.first() else 0):
             group.get(f"left/{other}", timeout_s=max(0.0, end - time.monotonic()))
-    _say_to_witness("")  # this end is an orderly one
 
 
 def _judged(error: BaseException) -> tuple[int, str]:
@@ -151,7 +159,9 @@ def _me() -> str:
 
 
 def _say_to_witness(line: str) -> None:
-    assert _witness is not None and _witness.stdin is not None
+    if _witness is None:
+        return
+    assert _witness.stdin is not None
     with contextlib.suppress(OSError):
         _witness.stdin.write(line + "\n")
         _witness.stdin.flush()

@@ -62,7 +62,13 @@ def start(settings: Settings, workdir: Path) -> None:
         settings.start_timeout_s,
         arguments.get("coordinator_address", "the address that the launcher gives"),
     )
-    # jax's own preemption service would take SIGTERM from us, and answers on the next step only if asked.
+    apart = (
+        f"the processes did not come together within --start_timeout={settings.start_timeout_s} s: start the same"
+        " command on every host, look for a process that ended early, and check that the coordinator's port is free"
+        " there and open to the others; a process that is meant to be alone takes --distributed=off."
+    )
+    ending.bequeath(apart, workdir)  # when the time is over, jax ends the process from C++
+    # jax's own preemption service would take SIGTERM from us.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -76,12 +82,7 @@ def start(settings: Settings, workdir: Path) -> None:
             " --distributed=off to run in one process."
         ) from None
     except RuntimeError as error:  # JaxRuntimeError is one
-        raise StartError(
-            f"the processes did not come together within --start_timeout={settings.start_timeout_s} s"
-            f" ({str(error).splitlines()[0]}). Start the same command on every host, look for a process that ended"
-            " early, and check that the port of the coordinator is free there and open to the others; a process that"
-            " is meant to be alone takes --distributed=off."
-        ) from None
+        raise StartError(f"{apart} ({str(error).splitlines()[0]})") from None
     if group.count() > 1:
         ending.watch(workdir)
 
@@ -107,8 +108,8 @@ def choose(settings: Settings, environment: Mapping[str, str]) -> dict | None:
         method = {"cluster_detection_method": "deactivate"}
     elif len(missing) < len(found) and launched is None:
         raise ValueError(
-            f"{' and '.join(missing)} missing: a process that is not started by SLURM, Open MPI or a TPU slice needs all"
-            " three of --coordinator, --num_processes and --process_id."
+            f"{' and '.join(missing)} missing: a process that is not started by SLURM, Open MPI or on a TPU slice needs"
+            " all three of --coordinator, --num_processes and --process_id."
         )
     elif launched is None and settings.mode == "auto":
         return None
