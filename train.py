@@ -69,15 +69,13 @@ def main(_argv: list[str]) -> None:
             logging.getLogger("fpo_jax").setLevel(logging.WARNING)
         with hosts.guard():
             loop.run(_CONFIG.value, workdir)
-            hosts.finish()
-    except hosts.StartError as error:
-        hosts.leave(hosts.LOST, f"train.py: {error}")
-    except ValueError as error:
-        hosts.leave(2, f"train.py: {error}")
-    except loop.NonFinite as error:
-        hosts.leave(1, f"train.py: {error}")
-    except execution.Stopped as error:
-        hosts.leave(75, f"train.py: {error}")
+        code = 0
+    except (ValueError, hosts.StartError, loop.NonFinite, execution.Stopped) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        codes = {hosts.StartError: hosts.LOST, loop.NonFinite: 1, execution.Stopped: 75}
+        code = codes.get(type(error), 2)
+    hosts.finish()
+    sys.exit(code)
 
 
 def _fail(code: int, error: object) -> NoReturn:

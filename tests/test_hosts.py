@@ -30,7 +30,7 @@ TENSOR = {"mesh.fsdp": 2, "mesh.tensor": 2, "optim.offload": True}
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
-    tiny.write_model(root / "model", layers=1)
+    tiny.write_model(root / "model", layers=1, vocab_size=260)  # divisible by the tensor axis
     tiny.write_pairs(root / "pairs.jsonl", count=24)
     return root
 
@@ -212,13 +212,10 @@ import numpy as np
 from fpo_jax import hosts
 from fpo_jax.hosts import agreement
 port, count, index, workdir = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-try:
-    hosts.start(hosts.Settings("auto", f"127.0.0.1:{port}", count, index, start_timeout_s=TIMEOUT, heartbeat_timeout_s=10), workdir)
-except hosts.StartError as error:
-    hosts.leave(hosts.LOST, str(error))
+hosts.start(hosts.Settings("auto", f"127.0.0.1:{port}", count, index, TIMEOUT, heartbeat_timeout_s=10), workdir)
 with hosts.guard():
     BODY
-    hosts.finish()
+hosts.finish()
 """
 
 
@@ -254,7 +251,7 @@ except hosts.Everywhere as error:
 try:
     hosts.agree({"seed": index // 2, "same": 1})
 except ValueError as error:
-    assert "  seed: 0 on processes 0, 1, 1 on process 2" in str(error) and "same" not in str(error).split("start")[0].split(":")[1]
+    assert str(error).split("\\n")[1:-1] == ["  seed: 0 on processes 0, 1, 1 on process 2"], error
 print("done")
 """
     with drive(tmp_path, body, processes=3) as job:
@@ -321,7 +318,7 @@ def test_killed_coordinator_ends_the_others_with_a_sentence(tmp_path):
 
 def test_process_that_never_comes(tmp_path):
     with drive(tmp_path, "pass", timeout=2, absent={1}) as job:
-        assert job.ends(timeout=BOUND_S) in ([70], [134]), job.text()
+        assert job.ends(timeout=BOUND_S) == [134], job.text()
     assert "did not come together within --start_timeout=2 s" in job.text(0)
 
 

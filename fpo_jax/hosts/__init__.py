@@ -9,7 +9,7 @@ In one process every function here does nothing, at no cost.
 """
 
 from fpo_jax.hosts.agreement import Vote, agree, check_shared, from_first, share, together
-from fpo_jax.hosts.ending import LOST, finish, guard, leave
+from fpo_jax.hosts.ending import LOST, finish, guard
 from fpo_jax.hosts.group import Everywhere, count, first, index
 from fpo_jax.hosts.startup import Settings, StartError, start
 
@@ -27,7 +27,6 @@ __all__ = [
     "from_first",
     "guard",
     "index",
-    "leave",
     "share",
     "start",
     "together",

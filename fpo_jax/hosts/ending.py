@@ -61,7 +61,7 @@ def watch(workdir: Path) -> None:
 
 
 def finish() -> None:
-    """End the run in order, once every process has come here."""
+    """Part from the other processes in order: all of them come here, after a run or an error of `Everywhere`."""
     if _follower is not None:
         agreement.share("")
         group.put(f"word/{group.index()}", "")
@@ -86,36 +86,30 @@ def guard() -> Iterator[None]:
         leave(code, f"{_me()}: {text}", tell=text)
 
 
-def leave(code: int, message: str, *, tell: str | None = None) -> NoReturn:
-    """Print a message and end this process; several processes end without waiting for one another.
+def leave(code: int, message: str, *, tell: str) -> NoReturn:
+    """End this process of several at once, without waiting for those that cannot go on.
 
     Args:
         code: the exit code.
         message: for the standard error.
-        tell: what the other processes shall name as the reason for their end; None = they end by themselves.
+        tell: what the other processes shall name as the reason for their end.
     """
-    if group.count() == 1:
-        print(message, file=sys.stderr)
-        sys.exit(code)
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # another thread is ending this process
     print(message, file=sys.stderr, flush=True)
-    if _follower is not None:
-        _take_leave(tell)
-    _say_to_witness("")  # this end is an orderly one
-    logging.shutdown()
-    sys.stdout.flush()
-    os._exit(code)  # the usual way out waits up to five minutes for the other processes
-
-
-def _take_leave(tell: str | None) -> None:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone already
-        for other in range(group.count() if tell is not None else 0):
+        for other in range(group.count()):
             group.put(f"word/{other}", json.dumps({"process": group.index(), "text": tell}))
         group.put(f"left/{group.index()}", "")
         end = time.monotonic() + LINGER_S
         for other in range(1, group.count() if group.first() else 0):
             group.get(f"left/{other}", timeout_s=max(0.0, end - time.monotonic()))
+    if group.first():
+        time.sleep(1.0)  # the last of them has its answer, and is gone
+    _say_to_witness("")  # this end is an orderly one
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)  # the usual way out waits up to five minutes for the other processes
 
 
 def _judged(error: BaseException) -> tuple[int, str]:
@@ -146,7 +140,7 @@ def _follow() -> None:
         return  # process 0 is gone, and jax ends this process
     if word and json.loads(word)["process"] != group.index():
         time.sleep(GRACE_S)
-        leave(LOST, f"{_me()}: {_told(word)} {witness.resumption(_checkpoints)}")
+        leave(LOST, f"{_me()}: {_told(word)} {witness.resumption(_checkpoints)}", tell=_told(word))
 
 
 def _told(word: str) -> str:
