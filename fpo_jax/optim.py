@@ -102,9 +102,8 @@ def stochastic_round(x: Float[Array, "..."], key: jax.Array) -> Float[Array, "..
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # bfloat16 drops the last 16 bits
     rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return rounded.astype(
-        jnp.bfloat16
-    )  # a NaN may lose the bits that tell it from infinity
+    # Without the guard a NaN could lose the bits that tell it from infinity.
+    return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)
 
 
 def _stored_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
