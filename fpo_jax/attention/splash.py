@@ -3,15 +3,26 @@
 Rows are padded to whole blocks; causality keeps the added keys from every query of the row.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 LANES = 128
-MAX_BLOCK = 512  # VMEM of a v5e holds it at head_dim 256
-# The fused backward kernel computes five matrix products where the two separate ones compute seven, and writes the
-# gradient of the queries once per block of keys, for a sum afterwards: this many copies at most.
-MAX_QUERY_GRADIENTS = 8
+MAX_BLOCK = 512
+# The fused backward kernel computes five matrix products where the two separate ones compute seven, but writes the
+# gradient of the queries once per block of keys, to be summed afterwards: at most so many copies, of such blocks.
+MAX_QUERY_GRADIENTS = 4
+MAX_FUSED_BLOCK = 1024
+
+
+class _Blocks(NamedTuple):
+    """Positions of a padded row and of its blocks."""
+
+    padded: int
+    block: int
+    fused: int | None  # keys per step of the fused backward kernel; None = two kernels
 
 
 def attend(
@@ -38,8 +49,7 @@ def attend(
         interpret: emulate the kernel.
     """
     T, H = q_NTHC.shape[1:3]
-    padded, block = _cut(T)
-    fused = padded // block <= MAX_QUERY_GRADIENTS
+    padded, block, fused = _cut(T)
     if window is None:
         mask = splash_attention_mask.CausalMask((padded, padded))
     else:
@@ -50,10 +60,11 @@ def attend(
             block_q=block,
             block_kv=block,
             block_q_dkv=block,
-            block_kv_dkv=block,
+            block_kv_dkv=fused or block,
+            block_kv_dkv_compute=block,
             block_q_dq=None if fused else block,
             block_kv_dq=None if fused else block,
-            use_fused_bwd_kernel=fused,
+            use_fused_bwd_kernel=fused is not None,
         ),
         attn_logits_soft_cap=soft_cap,
         interpret=interpret,
@@ -71,8 +82,14 @@ def attend(
     return jnp.einsum("NHTC->NTHC", out_NHTC)[:, :T]
 
 
-def _cut(T: int) -> tuple[int, int]:
-    """Return the padded length of a row and the block: multiples of 128, the block divides the length, at most 512."""
+def _cut(T: int) -> _Blocks:
+    """Pad T to whole lanes and cut it into equal blocks of a multiple of 128 positions."""
     unit = LANES if T <= MAX_BLOCK else 2 * LANES  # an even number of lanes has blocks of 256 at least
     padded = -(-T // unit) * unit
-    return padded, max(block for block in range(LANES, MAX_BLOCK + 1, LANES) if padded % block == 0)
+    block = max(size for size in range(LANES, MAX_BLOCK + 1, LANES) if padded % size == 0)
+    fused = [
+        size
+        for size in range(block, MAX_FUSED_BLOCK + 1, block)
+        if padded % size == 0 and padded // size <= MAX_QUERY_GRADIENTS
+    ]
+    return _Blocks(padded, block, min(fused, default=None))
