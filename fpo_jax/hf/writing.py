@@ -162,8 +162,8 @@ def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[np.ndarr
     """
     row = piece.row
     if piece.layer is None:
-        rows = max(1, _BLOCK_VALUES * row.shape[0] // row.size)
-        indices = [slice(start, start + rows) for start in range(0, row.shape[0], rows)]
+        total, rows = row.shape[0], max(1, _BLOCK_VALUES * row.shape[0] // row.size)
+        indices = [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
     else:
         indices = [piece.layer]
     for index in indices:
