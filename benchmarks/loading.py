@@ -4,7 +4,7 @@
     python benchmarks/loading.py --workdir RUN --out DIR          the export of a run's newest checkpoint
 
 Prints a JSON object. Per phase: seconds; the peak of resident memory (VmHWM, pages of mapped files included) and of
-anonymous memory (RssAnon, sampled every 2 ms); the bytes of the arrays on this process's devices at the end, which on
+anonymous memory (RssAnon, sampled every 10 ms); the bytes of the arrays on this process's devices at the end, which on
 CPU devices live in the same memory; and `overhead_bytes`, the host memory that is not device arrays: the larger of
 VmHWM less the device arrays, and the peak over time of resident memory less the arrays alive until then. It counts the
 interpreter and its libraries, `baseline_bytes`.
@@ -61,7 +61,7 @@ class Memory:
         }
 
     def _watch(self) -> None:
-        while not self._done.wait(0.002):
+        while not self._done.wait(0.01):
             resident, self._anonymous = _status("VmRSS"), max(self._anonymous, _status("RssAnon"))
             # while an array is handed over from one program to the next, it is missing here: device arrays only grow
             self._arrays = max(self._arrays, _array_bytes())

@@ -150,9 +150,11 @@ def from_hf(row: Row, tensor: shapes.Array) -> shapes.Array:
 
 def to_hf(row: Row, array: np.ndarray) -> np.ndarray:
     """Rearrange our array (one layer's where stacked) into the layout of the disk; the inverse of from_hf."""
-    ours = row.letters.removeprefix("L")
-    turned = array.transpose([ours.index(letter) for letter in row.disk_letters])
-    return np.ascontiguousarray(turned.reshape(row.hf_shape))
+    disk = np.empty(row.disk_shape, array.dtype)
+    ours = from_hf(row, disk)
+    for start in range(0, len(ours), _SLAB):
+        ours[start : start + _SLAB] = array[start : start + _SLAB]
+    return disk.reshape(row.hf_shape)
 
 
 def ignored_hf_names(config: ModelConfig) -> frozenset[str]:
@@ -267,6 +269,7 @@ _BUFFERS = {
         "gpt_neox.layers.{layer}.attention.masked_bias",
     ),
 }
+_SLAB = 64  # rows that are turned at a time; a wide matrix turned at once misses every cache: three times slower
 _NO_PARENTHESES = str.maketrans("", "", "()")
 
 

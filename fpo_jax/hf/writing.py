@@ -167,7 +167,7 @@ def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[np.ndarr
     else:
         indices = [piece.layer]
     for index in indices:
-        fetched = _fetch(parameter[index])
+        fetched = _fetch(parameter, index)
         with np.errstate(over="ignore"):
             block = fetched.astype(dtype, copy=False)
         if not np.isfinite(block).all():
@@ -177,11 +177,21 @@ def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[np.ndarr
         yield params.to_hf(row if row.stacked else dataclasses.replace(row, shape=block.shape), block)
 
 
-def _fetch(block: Any) -> np.ndarray:
-    """Bring a block to the host; one that lies on devices of several processes comes to each of them."""
-    if isinstance(block, jax.Array) and not block.is_fully_addressable:
-        return multihost_utils.process_allgather(block, tiled=True)
-    return np.asarray(block)
+def _fetch(parameter: Any, index: int | slice) -> np.ndarray:
+    """Bring one layer, or some rows, to the host; what lies on devices of several processes comes to each of them."""
+    if not isinstance(parameter, jax.Array):
+        return np.asarray(parameter[index])
+    if not parameter.is_fully_addressable:
+        return multihost_utils.process_allgather(parameter[index], tiled=True)
+    rows = slice(index, index + 1) if isinstance(index, int) else index
+    block = np.empty((rows.stop - rows.start, *parameter.shape[1:]), parameter.dtype)
+    for shard in parameter.addressable_shards:
+        first, last, _ = shard.index[0].indices(parameter.shape[0])
+        start, stop = max(first, rows.start), min(last, rows.stop)
+        if shard.replica_id == 0 and start < stop:  # cut on its device: all of it would be too much for the host
+            part = shard.data[index - first] if isinstance(index, int) else shard.data[start - first : stop - first]
+            block[start - rows.start : stop - rows.start, *shard.index[1:]] = np.asarray(part)
+    return block[0] if isinstance(index, int) else block
 
 
 def _exported_config(source_dir: Path, dtype: np.dtype) -> dict[str, Any]:
