@@ -103,7 +103,9 @@ def _status(field: str) -> int:
 def _array_bytes() -> int:
     """Count arrays that lie on several devices; shards and what is on its way to one are arrays of one device."""
     return sum(
-        math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize * len(array.sharding.addressable_devices)
+        math.prod(array.sharding.shard_shape(array.shape))
+        * array.dtype.itemsize
+        * len(array.sharding.addressable_devices)
         for array in jax.live_arrays()
         if len(array.sharding.device_set) > 1 and not array.is_deleted()
     )

@@ -30,4 +30,6 @@ def pytest_collection_modifyitems(config, items):
         return
     for item in items:
         if item.get_closest_marker("large"):
-            item.add_marker(pytest.mark.skip(reason="needs 30 GB of disk and 20 GB of memory; ask for it with -m large"))
+            item.add_marker(
+                pytest.mark.skip(reason="needs 30 GB of disk and 20 GB of memory; ask for it with -m large")
+            )

@@ -167,7 +167,8 @@ def _locate(directory: Path, config: model.ModelConfig) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, header in headers.items():
         problems += [
-            f"{name} stands in several files, one of them {path.name}" for name in sorted(header.keys() & tensors.keys())
+            f"{name} stands in several files, one of them {path.name}"
+            for name in sorted(header.keys() & tensors.keys())
         ]
         tensors |= header
     if len(headers) == len(paths):

@@ -117,14 +117,11 @@ def _write_weights(
         with (directory / name).open("wb") as file:
             file.write(_header(shard, dtype))
             for piece in shard:
-                for block in _blocks(flat[piece.row.path], piece, dtype):
-                    file.write(block.reshape(-1).view(np.uint8))
+                file.writelines(_blocks(flat[piece.row.path], piece, dtype))
     if not single:
         count = params.count(config)
         metadata = {"total_parameters": count, "total_size": count * dtype.itemsize}
-        (directory / directories.INDEX).write_text(
-            directories.dumps({"metadata": metadata, "weight_map": weight_map})
-        )
+        (directory / directories.INDEX).write_text(directories.dumps({"metadata": metadata, "weight_map": weight_map}))
 
 
 def _shards(config: model.ModelConfig, dtype: np.dtype, limit: int) -> list[list[_Piece]]:
@@ -156,7 +153,7 @@ def _header(shard: list[_Piece], dtype: np.dtype) -> bytes:
 
 
 def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Yield a tensor in the layout of the disk, checked: one layer whole, a parameter without layers in blocks of rows.
+    """Yield the bytes of a tensor, checked: one layer whole, a parameter without layers in blocks of rows.
 
     Rows come in the order of the disk, because layouts without layers start with the same axis on both sides.
     """
@@ -174,7 +171,9 @@ def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[np.ndarr
             raise ValueError(
                 f"{piece.name} has values that are not finite in {dtype.name}; the model is broken or needs bfloat16."
             )
-        yield params.to_hf(row if row.stacked else dataclasses.replace(row, shape=block.shape), block)
+        turned = params.to_hf(row if row.stacked else dataclasses.replace(row, shape=block.shape), block)
+        del block, fetched
+        yield turned.reshape(-1).view(np.uint8)
 
 
 def _fetch(parameter: Any, index: int | slice) -> np.ndarray:
