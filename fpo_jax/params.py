@@ -13,7 +13,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ AXES = {
     "F": "mlp",
     "V": "vocab",
 }
+_Array = TypeVar("_Array", np.ndarray, jax.Array)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def count(config: ModelConfig) -> int:
     return sum(row.size for row in rows(config))
 
 
-def from_hf(row: Row, tensor: shapes.Array) -> shapes.Array:
+def from_hf(row: Row, tensor: _Array) -> _Array:
     """Rearrange one tensor of the disk (one layer's where stacked) into our layout; a view of a NumPy array.
 
     >>> row = Row("out", "HCD", "o_proj.weight", "D(HC)", "normal", True, shape=(2, 3, 5))

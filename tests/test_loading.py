@@ -163,7 +163,9 @@ def test_the_host_holds_one_tensor_of_one_layer(tmp_path, monkeypatch):
 
     assert peak_bytes(load) > 12 * WIDEST_BYTES, "24 layers of a half are stacked on the host: the measure sees it"
     monkeypatch.setattr(reading, "_STACKED_ON_HOST_BYTES", 2**18)
-    load(), write(), shutil.rmtree(tmp_path / "out")  # what compiling needs is not measured
+    load()  # what compiling needs is not measured
+    write()
+    shutil.rmtree(tmp_path / "out")
     # a CPU device takes what was read at once, here the embedding, without a copy: NumPy memory that is a device's
     assert peak_bytes(load) < EMBEDDING_BYTES + WIDEST_BYTES + SLACK_BYTES
     # the fetched layer and its turned copy

@@ -2,8 +2,8 @@
 
     python -m tests.write_random_model DIR [--family mistral --layers 32 --width 4096 ...] [--shard-bytes 5000000000]
 
-The default is the shape of Mistral-7B in bfloat16. Tensors are cut from an endless repetition of PERIOD random numbers, a
-prime, so that no two rows or tensors of a size that models have are alike; the process holds a few tens of megabytes.
+The default is the shape of Mistral-7B in bfloat16. Tensors are cut from an endless repetition of PERIOD random numbers,
+a prime, so that no two rows or tensors of a size that models have are alike; the process holds a few tens of megabytes.
 """
 
 import argparse

@@ -136,9 +136,10 @@ def _place(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], place: S
     """Make an array from `read(index)`, called once for each distinct slice that this process's devices hold."""
     if place is None:
         return jax.device_put(read(tuple(slice(0, size) for size in shape)))
-    owners: dict[tuple, list[jax.Device]] = {}
+    owners: dict[tuple, list] = {}  # bounds of a slice -> its devices
     indices = place.addressable_devices_indices_map(shape)
     for device, index in indices.items():
+        assert index is not None  # it is for devices of other processes
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         owners.setdefault(bounds, []).append(device)
     shards = {}

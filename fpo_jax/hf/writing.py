@@ -152,7 +152,7 @@ def _header(shard: list[_Piece], dtype: np.dtype) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[memoryview]:
     """Yield the bytes of a tensor, checked: one layer whole, a parameter without layers in blocks of rows.
 
     Rows come in the order of the disk, because layouts without layers start with the same axis on both sides.
@@ -173,7 +173,7 @@ def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[np.ndarr
             )
         turned = params.to_hf(row if row.stacked else dataclasses.replace(row, shape=block.shape), block)
         del block, fetched
-        yield turned.reshape(-1).view(np.uint8)
+        yield turned.reshape(-1).view(np.uint8).data
 
 
 def _fetch(parameter: Any, index: int | slice) -> np.ndarray:
