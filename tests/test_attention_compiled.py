@@ -115,12 +115,12 @@ MESHES = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("target", TPUS)
 def test_splash(target, options):
-    """Measured at most 0.25 of the logits, 0.44 with head_dim 256: the gradients of the queries, four times."""
+    """Measured at most 0.30 of the logits, 0.48 with head_dim 256: the gradients of the queries, four times."""
     needs_compiler(target)
     implementation, compiled, dense = program(target, **options)
     assert implementation == "splash"
     names = SEGMENTED if options.get("segments") else FUSED
-    assert_streams(compiled, dense, names=names, share=0.5 if options.get("C") == 256 else 0.3)
+    assert_streams(compiled, dense, names=names, share=0.55 if options.get("C") == 256 else 0.35)
 
 
 @pytest.mark.parametrize(("sizes", "options"), MESHES, ids=str)
@@ -130,7 +130,8 @@ def test_splash_on_a_mesh(target, sizes, options):
     implementation, compiled, dense = program(target, sizes, **options)
     assert implementation == "splash"
     assert_streams(compiled, dense, names=SEGMENTED if options.get("segments") else FUSED, share=0.3)
-    assert ("all-reduce" in compiled.as_text()) == (options.get("G") == 1)  # only of key/value heads that are shared
+    shared = options.get("G", 2) % sizes[2] != 0  # devices that read the same key/value heads add up their gradients
+    assert ("all-reduce" in compiled.as_text()) == shared
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 512}, {"G": 8}, {"C": 64}, {"C": 80}], ids=str)
@@ -150,7 +151,7 @@ def test_cudnn_on_a_mesh(target, sizes, options):
     needs_cudnn(target)
     implementation, compiled, dense = program(target, sizes, **options)
     assert implementation == "cudnn"
-    assert_streams(compiled, dense, names=CUDNN, share=0.15)
+    assert_streams(compiled, dense, names=CUDNN, share=0.15)  # measured 0.03 to 0.09
     assert "all-gather" not in compiled.as_text()
 
 
@@ -163,7 +164,7 @@ def test_chunked_where_cudnn_cannot_run(target, options):
     needs_compiler(target)
     implementation, compiled, dense = program(target, **options)
     assert implementation == "chunked"
-    assert_streams(compiled, dense, share=0.4 if options.get("C") == 256 else 0.3)
+    assert_streams(compiled, dense, share=0.4)  # measured 0.16 to 0.27, 0.35 with head_dim 256
 
 
 @pytest.mark.parametrize(
