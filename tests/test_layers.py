@@ -30,6 +30,7 @@ LAYERS = [
     "checkpoint",
     "metrics",
     "execution",
+    "profiling",
     "job",
     "programs",
     "scoring",
