@@ -229,29 +229,43 @@ def drive(tmp_path, body, *, processes=2, timeout=120, absent=(), devices=1):
     return Job([command for i, command in enumerate(commands) if i not in absent], tmp_path / "logs", devices=devices)
 
 
-def test_texts_arrays_and_errors_reach_everyone(tmp_path):
+def test_texts_arrays_errors_and_signals_reach_everyone(tmp_path):
     body = """
+import os, signal
+import jax
+from jax.sharding import Mesh
+from fpo_jax import execution, sharding
+
+def refusal(check, *arguments):
+    try:
+        check(*arguments)
+    except hosts.Everywhere as error:
+        assert isinstance(error, ValueError)
+        return str(error).split("\\n")
+
+def read():
+    with hosts.together():
+        if index:
+            raise ValueError(f"row {index} is bad")
+
 assert hosts.share(f"from {index}") == ["from 0", "from 1", "from 2"]
 assert hosts.from_first(np.full(3, index + 7)).tolist() == [7, 7, 7]
-hosts.agree({"same": 1})
-hosts.check_shared(workdir)
+assert refusal(hosts.agree, {"same": 1}) is None and refusal(hosts.check_shared, workdir) is None
+assert refusal(read) == ["process 1: row 1 is bad", "process 2: row 2 is bad"]
+found = refusal(hosts.agree, {"seed": index // 2, "same": 1})
+assert found[1:-1] == ["  seed: 0 on processes 0, 1, 1 on process 2"], found
 (workdir / str(index)).mkdir()
 agreement.SHARED_FOLDER_TIMEOUT_S = 0.5
-try:
-    hosts.check_shared(workdir / str(index // 2))
-except ValueError as error:
-    assert str(error).startswith(f"process 2: {workdir / '1'} is not the folder that process 0 has"), error
-with hosts.together():
-    pass
-try:
-    with hosts.together():
-        if index: raise ValueError(f"row {index} is bad")
-except hosts.Everywhere as error:
-    assert str(error) == "process 1: row 1 is bad\\nprocess 2: row 2 is bad", error
-try:
-    hosts.agree({"seed": index // 2, "same": 1})
-except ValueError as error:
-    assert str(error).split("\\n")[1:-1] == ["  seed: 0 on processes 0, 1, 1 on process 2"], error
+found = refusal(hosts.check_shared, workdir / str(index // 2))
+assert found[0].startswith(f"process 2: {workdir / '1'} is not the folder that process 0 has"), found
+heard = []
+with execution.StopRequest() as stop:
+    stop.connect(Mesh(np.array(jax.devices()).reshape(3, 1, 1), sharding.MESH_AXES))
+    for call in range(4):
+        if index == 1 and call == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        heard.append(stop.agreed())
+assert heard == [None, None, "SIGTERM", "SIGTERM"], heard
 print("done")
 """
     with drive(tmp_path, body, processes=3) as job:
