@@ -97,13 +97,13 @@ def apply_updates(params: shapes.PyTree, updates: shapes.PyTree, key: jax.Array)
 def stochastic_round(x: Float[Array, "..."], key: jax.Array) -> Float[Array, "..."]:
     """Round float32 to one of its two bfloat16 neighbours, so that the mean over keys is x.
 
-    P(up) = (x - down) / (up - down). What is not finite stays what it is, and a finite number stays finite.
+    P(up) = (x - down) / (up - down). What is not finite stays what it is.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # bfloat16 drops the last 16 bits
     rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
-    kept = jnp.isfinite(x) & jnp.isfinite(rounded)
-    return jnp.where(kept, rounded, x).astype(jnp.bfloat16)
+    # Without the guard a NaN could lose the bits that tell it from infinity.
+    return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)
 
 
 def _stored_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:

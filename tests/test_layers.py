@@ -29,6 +29,7 @@ LAYERS = [
     "checkpoint",
     "metrics",
     "execution",
+    "profiling",
     "job",
     "programs",
     "topologies",

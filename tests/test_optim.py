@@ -67,3 +67,48 @@ def test_every_knob_changes_the_second_update(knob):
         return np.concatenate(jax.tree.leaves(weights))
 
     assert np.abs(after_two(chain()) - after_two(chain(**{knob: value}))).max() > tolerances.DIFFERENT
+
+
+def test_stochastic_rounding_keeps_the_mean_and_picks_neighbours():
+    x = jnp.float32(1.0 + 2**-9)  # a quarter of the way from 1 to its bfloat16 neighbour 1 + 2^-7
+    rounded = np.asarray(optim.stochastic_round(jnp.full(40_000, x), jax.random.key(0)), np.float32)
+    assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
+    share = np.mean(rounded > 1.0)
+    assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / rounded.size), share
+    np.testing.assert_array_equal(optim.stochastic_round(-jnp.full(9, jnp.float32(0.5)), jax.random.key(1)), -0.5)
+
+
+def test_stochastic_rounding_keeps_what_is_not_finite():
+    nan = np.array([0x7F800001], np.uint32).view(np.float32)[0]  # infinity, but for the last bit
+    x = np.tile(np.array([nan, np.inf, -np.inf, 0.0], np.float32), (50, 1))
+    np.testing.assert_array_equal(np.asarray(optim.stochastic_round(jnp.asarray(x), jax.random.key(0)), np.float32), x)
+
+
+def test_small_updates_are_not_lost_in_bfloat16_weights():
+    weights = {"kernel": jnp.full(1000, 1.0, jnp.bfloat16)}
+    updates = {"kernel": jnp.full(1000, -(2.0**-14))}  # far below half the distance to the neighbour, 2^-9
+
+    def step(weights, number):
+        return optim.apply_updates(weights, updates, jax.random.fold_in(jax.random.key(0), number)), None
+
+    weights, _ = jax.jit(lambda w: jax.lax.scan(step, w, jnp.arange(256)))(weights)
+    assert weights["kernel"].dtype == jnp.bfloat16
+    assert abs(float(jnp.mean(weights["kernel"].astype(jnp.float32))) - (1.0 - 256 * 2.0**-14)) < 1e-3
+
+
+def test_moments_in_bfloat16_follow_those_in_float32():
+    """The second moment moves by 1 in 1,000 an update, which rounding to nearest would lose."""
+    grads = {"kernel": jnp.full(2000, 0.1), "norm": jnp.ones(2)}
+    weights = {"kernel": jnp.zeros(2000), "norm": jnp.ones(2)}
+    means = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = chain(b2=0.999, clip_norm=0.0, state_dtype=dtype)
+
+        def step(state, _, optimizer=optimizer):
+            return optimizer.update(grads, state, weights)[1], None
+
+        state, _ = jax.jit(lambda s, step=step: jax.lax.scan(step, s, length=1500))(optimizer.init(weights))
+        (_, moments), *_ = optax.tree_utils.tree_get_all_with_path(state, "nu")
+        assert moments["kernel"].dtype == dtype
+        means[dtype] = float(jnp.mean(moments["kernel"].astype(jnp.float32)))
+    assert abs(means["bfloat16"] / means["float32"] - 1) < 0.01, means

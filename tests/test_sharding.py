@@ -1,6 +1,11 @@
+"""The mesh, its presets, and the table from logical axes to mesh axes."""
+
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fpo_jax import sharding
 
@@ -42,3 +47,72 @@ def test_unknown_logical_axis_is_an_error():
     mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1, devices=jax.devices())
     with pytest.raises(KeyError, match="depth"):
         sharding.param_shardings({"a": ("depth",)}, {"a": jax.ShapeDtypeStruct((8,), "float32")}, mesh=mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the mesh asks of a device that is not here."""
+
+    id: int
+    process_index: int
+    slice_index: int = 0
+    platform: str = "gpu"
+
+
+def hosts(count, *, each, **facts):
+    return [Device(i, i // each, **facts) for i in range(count * each)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "axes", "expected", "gather"),
+    [
+        ("fsdp", {}, (1, 8, 1), "layer"),
+        ("zero3", {}, (1, 8, 1), "layer"),
+        ("zero2", {}, (1, 8, 1), "update"),
+        ("multi_gpu", {}, (8, 1, 1), "layer"),
+        ("hybrid", {}, (2, 4, 1), "layer"),  # two hosts of four
+        ("fsdp", {"tensor": 4}, (1, 2, 4), "layer"),
+        ("zero2", {"tensor": 2}, (1, 4, 2), "update"),
+        ("hybrid", {"tensor": 2}, (2, 2, 2), "layer"),
+        ("fsdp", {"data": -1}, (8, 1, 1), "layer"),  # who asks for the rest gets it
+        ("fsdp", {"data": 4}, (4, 2, 1), "layer"),
+        ("multi_gpu", {"fsdp": 2}, (4, 2, 1), "layer"),
+        ("multi_gpu", {"fsdp": -1}, (1, 8, 1), "layer"),
+    ],
+)
+def test_presets_and_the_axes_that_replace_theirs(preset, axes, expected, gather):
+    axes = {"data": None, "fsdp": None, "tensor": None} | axes
+    layout = sharding.make_layout(preset=preset, **axes, devices=hosts(2, each=4))
+    assert layout.gather == gather
+    assert layout.mesh is not None and tuple(layout.mesh.shape.values()) == expected
+
+
+def test_neighbours_along_tensor_are_on_one_host():
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4, devices=hosts(2, each=4))
+    assert [[device.process_index for device in row] for row in mesh.devices[0]] == [[0] * 4, [1] * 4]
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"mesh.preset='zero1' is not one of fsdp, zero3, zero2, multi_gpu, hybrid"):
+        sharding.make_layout(preset="zero1", data=None, fsdp=None, tensor=None, devices=jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("rows", "stream", "width"), (8, 6, 5), (("data", "fsdp"), "tensor", None)),
+        (("rows", "positions", "heads", "head_dim"), (4, 6, 2, 3), (("data", "fsdp"), None, "tensor", None)),
+        (("rows", "positions", "mlp"), (4, 5, 6), (("data", "fsdp"), None, "tensor")),
+        (("rows", "stream", "width"), (4, 5, 8), (("data", "fsdp"), None, None)),  # an odd row length stays whole
+        (("rows", "stream", "width"), (3, 6, 8), (None, "tensor", None)),  # rows that the mesh does not divide
+    ],
+)
+def test_activations_live_where_the_table_says(axes, shape, expected):
+    layout = sharding.Layout(sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()))
+    (equation,) = jax.make_jaxpr(lambda x: layout.pin(x, *axes))(np.zeros(shape)).eqns
+    assert equation.params["sharding"] == NamedSharding(layout.mesh, PartitionSpec(*expected))
+
+
+def test_one_device_pins_nothing():
+    x = jax.numpy.zeros((2, 3))
+    assert sharding.ONE_DEVICE.pin(x, "rows", "width") is x and sharding.ONE_DEVICE.head is None
