@@ -62,7 +62,7 @@ def run(config: configuration.Config, workdir: Path, *, devices: Sequence | None
         inputs = job.prepare(config)
         layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
         plan = job.plan(config, inputs, devices=layout.row_ways)
-        compiled = programs.Programs(config, inputs, plan, layout)
+        compiled = programs.Programs(config, job.blueprint(inputs, plan), layout)
         job.claim_workdir(config, workdir, inputs)
         one = _Run(config, workdir, inputs, plan, compiled, stop)
         one.announce()

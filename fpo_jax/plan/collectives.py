@@ -220,7 +220,11 @@ def _replica_groups(text: str, mesh: Mesh) -> list[list[int]]:
         chosen = re.findall(r"'([^']+)'", named.group(2))
         devices = np.arange(int(np.prod(list(sizes.values())))).reshape(list(sizes.values()))
         last = [list(sizes).index(key) for key in chosen]
-        return np.moveaxis(devices, last, range(-len(last), 0)).reshape(-1, int(np.prod([sizes[k] for k in chosen]))).tolist()
+        return (
+            np.moveaxis(devices, last, range(-len(last), 0))
+            .reshape(-1, int(np.prod([sizes[k] for k in chosen])))
+            .tolist()
+        )
     listed = _LISTED.search(text)
     return _lists(listed.group(1) or "") or everyone if listed else everyone
 
