@@ -19,6 +19,7 @@ LAYERS = [
     "attention",
     "model",
     "params",
+    "flops",
     "hf",
     "logps",
     "losses",
@@ -33,6 +34,7 @@ LAYERS = [
     "job",
     "programs",
     "topologies",
+    "plan",
     "loop",
 ]
 FORBIDDEN = {"torch", "tensorflow", "eval", "kernels"}  # `kernels` and `eval` only by their own paths

@@ -10,6 +10,8 @@ loop would run: the update, the evaluation and the reference pass of `programs.P
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from fpo_jax import config as configuration
 from fpo_jax import topologies
 from fpo_jax.plan import compiled, remedies, report
@@ -32,6 +34,15 @@ class Report(NamedTuple):
     def fits(self) -> bool:
         """Whether every program fits; also where the limit is unknown."""
         return self.limit is None or not self.outcome.too_large(self.limit)
+
+
+def main(config: configuration.Config, target: str) -> int:
+    """Print the plan; returns the exit code: 0, or 2 where the run does not fit."""
+    if target != topologies.HERE:
+        jax.config.update("jax_platforms", "cpu")  # opens no device, and waits for none
+    report = run(config, target)
+    print(report.text)
+    return 0 if report.fits else 2
 
 
 def run(

@@ -138,7 +138,15 @@ def _compile(
     name: str, program: execution.Program, first, batch, beside: int
 ) -> tuple[Program, jax.stages.Traced, str]:
     start = time.perf_counter()
-    traced = topologies.trace_for(program.jitted, first, batch)
+    try:
+        traced = topologies.trace_for(program.jitted, first, batch)
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(
+            f"cuDNN attention needs cuDNN's library to be compiled ({error}); run pip install 'fpo_jax[cuda]', or set"
+            " model.attention=xla for another memory and speed."
+        ) from error
     arguments = programs.bytes_on_device((first, batch))
     try:
         compiled = topologies.compile_traced(traced, jax.tree.leaves(first)[0].sharding.mesh)
