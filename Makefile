@@ -1,6 +1,6 @@
 # make quickstart   create the environment and run the main job on a task made here (no download of data or weights)
 # make test         the same, then every test;  PYTHON=python3.12 uses another interpreter and environment
-# make test-deviceless   compile the kernels for TPUs and Hopper GPUs that are not here (installs their compilers, 1.2 GB)
+# make test-deviceless   compile the kernels for TPUs and Hopper GPUs that are not here (installs their compilers, 2.1 GB)
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
@@ -18,8 +18,8 @@ tests: $(VENV)/installed-test
 
 # The two compilers cannot meet in one process: each has a folder of its own, outside of the environment.
 test-deviceless: $(VENV)/installed-compilers
-	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -m deviceless tests/test_pallas_tpu_compiled.py tests/test_step_compiled.py
-	PYTHONPATH=$(VENV)/cuda JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -m deviceless tests/test_pallas_gpu_compiled.py tests/test_step_compiled.py
+	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -m deviceless tests/test_pallas_tpu_compiled.py tests/test_step_compiled.py tests/test_attention_compiled.py
+	PYTHONPATH=$(VENV)/cuda JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -m deviceless tests/test_pallas_gpu_compiled.py tests/test_step_compiled.py tests/test_attention_compiled.py
 	PYTHONPATH=$(VENV)/tpu $(BIN)/python benchmarks/kernels.py --parts deviceless --targets v5e-4 v5p-8 v6e-4 v7x-4
 	PYTHONPATH=$(VENV)/cuda JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python benchmarks/kernels.py --parts deviceless --targets h100:1
 
@@ -46,7 +46,7 @@ $(VENV)/installed-test: $(VENV)/installed
 $(VENV)/installed-compilers: $(VENV)/installed-test
 	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)'); \
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/cuda jax-cuda13-plugin==$$version \
-	  jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-crt nvidia-cuda-runtime
+	  jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-crt nvidia-cuda-runtime nvidia-cudnn-cu13
 	libtpu=$$($(BIN)/python -c 'import importlib.metadata as m; print([r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")][0])'); \
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/tpu "$$libtpu"
 	@touch $@

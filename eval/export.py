@@ -2,7 +2,8 @@
 
     python -m eval.export --workdir runs/hh --out runs/hh/export [--step 400] [--dtype bfloat16]
 
-Config, generation config, tokenizer and chat template come from the model the run started from.
+Config, generation config, tokenizer and chat template come from the model the run started from. Weights go from the
+checkpoint to the directory one layer's tensor at a time, so that a model larger than the host's memory can be exported.
 """
 
 import argparse
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         line = export(options.workdir, options.out, step=options.step, dtype=options.dtype)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(line)
@@ -38,7 +39,8 @@ def export(workdir: Path, out: Path, *, step: int | None, dtype: str | None) -> 
         dtype: of the weights on disk; None = the dtype in the config of the model the run started from.
 
     Raises:
-        ValueError: no such run or step, `out` in use, or weights that are not finite in `dtype`.
+        ValueError: no such run or step, `out` in use or its disk too small, or weights that are not finite in `dtype`.
+        OSError: the disk failed on the way; nothing is left behind.
     """
     if not workdir.is_dir():
         raise ValueError(f"{workdir} is not a directory; give the --workdir of a training run.")

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 
 from fpo_jax import shapes
 
 FOLDER = "checkpoints"
 SOURCE_FOLDER = "model_source"  # config and tokenizer files of the starting model, for export
+CHUNK_BYTES = 2**26  # of a parameter on disk, the least that is read and decompressed
 
 
 class Checkpointer:
@@ -36,7 +38,7 @@ class Checkpointer:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
+                params=ocp.args.StandardSave(state.params, save_args=_chunks(state.params)),
                 optimizer=ocp.args.StandardSave(state.opt_state),
                 meta=ocp.args.JsonSave({**meta, "step": step}),
             ),
@@ -69,14 +71,15 @@ class Checkpointer:
 
 
 def restore_params(workdir: Path, step: int | None) -> tuple[shapes.PyTree, dict]:
-    """Read the parameters of a checkpoint onto the host, for export.
+    """Open the parameters of a checkpoint for export; nothing of them is read before it is asked for.
 
     Args:
         workdir: the run's folder.
         step: which checkpoint; None = the newest.
 
     Returns:
-        Nested dict of arrays, and the meta dict with `model_dir`, the folder holding config and tokenizer files.
+        Nested dict of tensorstore.TensorStore, of which np.asarray(leaf[index]) reads a part and np.asarray(leaf) all,
+        and the meta dict with `model_dir`, the folder holding config and tokenizer files.
 
     Raises:
         ValueError: no checkpoint there, or not that step; the message lists the steps there are.
@@ -92,10 +95,24 @@ def restore_params(workdir: Path, step: int | None) -> tuple[shapes.PyTree, dict
     handlers |= {"meta": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
         meta = manager.restore(chosen, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        stored = manager.item_metadata(chosen)["params"]
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), stored)
-        params = manager.restore(chosen, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))["params"]
+        params = jax.tree.map(_open, manager.item_metadata(chosen)["params"].tree)
     source = workdir / SOURCE_FOLDER
     meta |= {"model_dir": str(source), "hf_config": json.loads((source / "config.json").read_text())}
     return params, meta
+
+
+def _open(stored: ocp.metadata.ArrayMetadata) -> tensorstore.TensorStore:
+    """Open one array of a checkpoint where orbax says it is; orbax itself restores whole arrays only."""
+    folder = {"driver": "file", "path": f"{stored.directory}/"}
+    store = {"driver": "ocdbt", "base": folder, "path": f"{stored.name}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": store}, open=True, read=True).result()
+
+
+def _chunks(params: shapes.PyTree) -> shapes.PyTree:
+    """Cut parameters for the disk, stacked ones by layer, so that export reads a layer without its neighbours."""
+
+    def cut(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
+        layers = path[0].key == "layers"
+        return ocp.SaveArgs(shard_axes=(0,) if layers else (), chunk_byte_size=CHUNK_BYTES)
+
+    return jax.tree_util.tree_map_with_path(cut, params)

@@ -43,6 +43,9 @@ RULES: Rules = {
     "width": None,  # D of an activation
 }
 
+# Key/value heads may be fewer than the ways heads are cut; all of them are then on every device (attention says so).
+WHOLE_WHERE_INDIVISIBLE = frozenset({"kv_heads"})
+
 
 class Preset(NamedTuple):
     """A common arrangement of the devices."""
@@ -194,8 +197,12 @@ def param_shardings(
 
     def place(path, shape, axes):
         mesh_axes = [None if axis is None else rules[axis] for axis in axes]
-        for size, logical, axis in zip(shape.shape, axes, mesh_axes, strict=True):
-            if axis is not None and size % _ways(mesh, axis):
+        for index, (size, logical, axis) in enumerate(zip(shape.shape, axes, mesh_axes, strict=True)):
+            if size % _ways(mesh, axis) == 0:
+                continue
+            if logical in WHOLE_WHERE_INDIVISIBLE:
+                mesh_axes[index] = None
+            else:
                 problems.append(
                     f"{jax.tree_util.keystr(path)}: {logical} has {size} entries, mesh axis {axis} has"
                     f" {_ways(mesh, axis)} devices; choose a divisor of {size}."

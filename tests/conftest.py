@@ -17,7 +17,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 import tests.shapecheck  # noqa: F401 - the hook below names it
 from jaxtyping import install_import_hook
 
 install_import_hook("fpo_jax", "tests.shapecheck.checked")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what needs a large machine unless it is asked for."""
+    if "large" in config.getoption("markexpr"):
+        return
+    for item in items:
+        if item.get_closest_marker("large"):
+            item.add_marker(
+                pytest.mark.skip(reason="needs 30 GB of disk and 20 GB of memory; ask for it with -m large")
+            )

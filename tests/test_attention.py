@@ -1,4 +1,4 @@
-"""attention.attend against a dense float64 oracle, literal masks, padding and gradients; attention.choose."""
+"""attention.attend, every implementation: float64 oracle, literal masks, padding, meshes."""
 
 import functools
 
@@ -6,71 +6,168 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fpo_jax import attention, sharding
-from tests import tolerances
+from fpo_jax.attention import chunked, splash
+from tests import jaxpr_tools, tolerances
+from tests.attention_oracle import Case, program, run
 
-N, T, H, G, C = 3, 7, 6, 2, 4
-LENGTHS = (7, 4, 0)  # full, padded, nothing but padding
 ALONE = sharding.Layout()
-VALID_NT = np.arange(T)[None] < np.array(LENGTHS)[:, None]
+ENGINES = ("xla", "chunked", "splash")  # those that run, or are emulated, on a CPU
+OPTIONS = {
+    "causal": {},
+    "window": {"window": 5},
+    "window beyond the row": {"window": 50},
+    "cap": {"cap": 0.7},
+    "segments": {"segments": True},
+    "all": {"window": 5, "cap": 0.7, "segments": True},
+}
 
 
-def oracle(q_NTHC, k_NTGC, v_NTGC, *, valid_NT, scale, sliding_window):
-    """Row by row, head by head, in float64."""
-    out = np.zeros(q_NTHC.shape)
-    for n, i, h in np.ndindex(*q_NTHC.shape[:3]):
-        if not valid_NT[n, i]:
-            continue
-        g = h // (q_NTHC.shape[2] // k_NTGC.shape[2])
-        first = 0 if sliding_window is None else max(0, i - sliding_window + 1)
-        logits = k_NTGC[n, first : i + 1, g].astype(np.float64) @ q_NTHC[n, i, h].astype(np.float64) * scale
-        weights = np.exp(logits - logits.max())
-        out[n, i, h] = weights / weights.sum() @ v_NTGC[n, first : i + 1, g]
-    return out
+def skip_what_is_refused(implementation, case):
+    if implementation == "xla" and case.cap is not None:
+        pytest.skip("JAX's own attention has no soft-cap; choose takes chunked")
 
 
-def inputs(dtype="float32", seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    shapes = ((N, T, H, C), (N, T, G, C), (N, T, G, C))
-    return tuple(jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True))
+def assert_matches(results, expected, *, dtype):
+    for name, got, want in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
+        assert got.dtype == dtype
+        scale = 1.0 if name == "out" else max(np.abs(want).max(), 1.0)
+        assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tolerances.ATTENTION[dtype] * scale)
 
 
-def choice(implementation):
-    return attention.Choice(implementation, reason="a test", interpret=implementation == "splash")
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of eight positions, so that a short row has several of them."""
+    monkeypatch.setattr(chunked, "MIN_BLOCK", 8)
+    monkeypatch.setattr(chunked, "MAX_BLOCK", 8)
 
 
-def attend(q, k, v, *, sliding_window=None, scale=0.3, implementation="xla", layout=ALONE):
-    call = functools.partial(
-        attention.attend, scale=scale, sliding_window=sliding_window, choice=choice(implementation), layout=layout
-    )
-    return jax.jit(lambda q, k, v: call(q, k, v, valid_NT=jnp.asarray(VALID_NT[:, : q.shape[1]])))(q, k, v)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        *(("float32", options) for options in OPTIONS),
+        ("bfloat16", "causal"),
+        ("bfloat16", "segments"),
+        ("bfloat16", "all"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ENGINES)
+def test_values_and_gradients_match_the_oracle(implementation, dtype, options, small_blocks):
+    case = Case(**OPTIONS[options])
+    skip_what_is_refused(implementation, case)
+    arrays = case.inputs(dtype)
+    assert_matches(run(case, arrays, implementation=implementation), case.oracle(*arrays), dtype=dtype)
 
 
-def seen(sliding_window, valid):
+@pytest.mark.parametrize("sizes", [(4, 4, 64), (8, 2, 80), (4, 1, 128), (2, 1, 20)], ids=str)
+@pytest.mark.parametrize("implementation", ENGINES)
+def test_group_sizes_and_head_dims(implementation, sizes, small_blocks):
+    H, G, C = sizes
+    case = Case(T=19, H=H, G=G, C=C, window=11, scale=C**-0.5, lengths=(19, 7))
+    arrays = case.inputs()
+    assert_matches(run(case, arrays, implementation=implementation), case.oracle(*arrays), dtype="float32")
+
+
+@pytest.mark.parametrize("length", [1, 8, 17])
+def test_chunked_takes_every_length(length, small_blocks):
+    case = Case(T=length, lengths=(length, length // 2), window=9, cap=2.0)
+    arrays = case.inputs()
+    assert_matches(run(case, arrays, implementation="chunked"), case.oracle(*arrays), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("length", "window"), [(300, None), (300, 130), pytest.param(1153, 200, marks=pytest.mark.slow)], ids=str
+)
+@pytest.mark.parametrize("implementation", ["chunked", "splash"])
+def test_rows_of_several_blocks(implementation, length, window, monkeypatch):
+    """Blocks as they are in use; 1,153 positions of splash are padded to 1,280 in blocks of 256."""
+    monkeypatch.setattr(splash, "MAX_BLOCK", 256)
+    case = Case(T=length, H=2, G=1, C=16, window=window, segments=window is not None, lengths=(length, 140))
+    arrays = case.inputs()
+    assert_matches(run(case, arrays, implementation=implementation), case.oracle(*arrays), dtype="float32")
+
+
+@pytest.mark.parametrize("copies", [1, 2, 0])
+def test_every_backward_pass_of_splash(copies, monkeypatch):
+    """One fused kernel in one step or two, or one kernel for the queries and one for keys and values."""
+    monkeypatch.setattr(splash, "MAX_BLOCK", 128)
+    monkeypatch.setattr(splash, "MAX_QUERY_GRADIENTS", copies)
+    case = Case(T=250 + copies, H=2, G=1, C=8, cap=2.0, segments=True, lengths=(250, 100))
+    arrays = case.inputs("bfloat16")
+    assert_matches(run(case, arrays, implementation="splash"), case.oracle(*arrays), dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("T", "padded", "block", "fused"),
+    [
+        (1, 128, 128, 128),
+        (129, 256, 256, 256),
+        (513, 768, 384, 384),
+        (1024, 1024, 512, 512),
+        (1153, 1280, 256, None),
+        (1664, 1792, 256, None),
+        (2000, 2048, 512, 512),
+        (4096, 4096, 512, 1024),
+        (8192, 8192, 512, None),
+    ],
+)
+def test_blocks_of_splash(T, padded, block, fused):
+    assert splash._cut(T) == (padded, block, fused)
+
+
+@pytest.mark.parametrize(
+    ("T", "block", "blocks", "size"), [(256, 256, 1, 256), (300, 256, 2, 152), (4096, 256, 16, 256), (1, 8, 1, 8)]
+)
+def test_blocks_of_chunked(T, block, blocks, size):
+    assert chunked._cut(T, block) == (blocks, size)
+
+
+def test_blocks_of_chunked_fit_the_workspace():
+    assert chunked._block(8) == 256
+    assert chunked._block(128) == 256  # 128 * 256 * 256 * 4 bytes = 32 MiB
+    assert chunked._block(129) == 128
+    assert chunked._block(10_000) == 128
+
+
+def test_the_oracle_matches_its_own_finite_differences():
+    case = Case(T=7, window=3, cap=0.9, lengths=(7, 4, 0))
+    host = [np.asarray(x, np.float64) for x in case.inputs()]
+    grads = case.oracle(*host)[1:]
+    rng = np.random.default_rng(2)
+    for which, grad in enumerate(grads):
+        direction = rng.normal(size=grad.shape)
+        ahead, behind = (
+            np.sum(case.oracle(*(x + h * direction if i == which else x for i, x in enumerate(host)))[0] * host[3])
+            for h in (1e-5, -1e-5)
+        )
+        assert_allclose(np.sum(grad * direction), (ahead - behind) / 2e-5, rtol=tolerances.ATTENTION_SLOPE)
+
+
+def seen(implementation, *, valid, window=None, segments=None):
     """Which keys each query reads: with equal logits and one-hot values the output is mask / row sum."""
     size = len(valid)
     nothing = jnp.zeros((1, size, 1, size))
-    onehot = jnp.eye(size)[None, :, None, :]
     out = jax.jit(
-        lambda q, k, v: attention.attend(
-            q,
-            k,
-            v,
+        functools.partial(
+            attention.attend,
             valid_NT=jnp.asarray([valid]),
             scale=1.0,
-            sliding_window=sliding_window,
-            choice=choice("xla"),
+            sliding_window=window,
+            segments_NT=None if segments is None else jnp.asarray([segments]),
+            choice=attention.Choice(implementation, reason="a test", interpret=implementation == "splash"),
             layout=ALONE,
         )
-    )(nothing, nothing, onehot)
+    )(nothing, nothing, jnp.eye(size)[None, :, None, :])
     return (np.asarray(out)[0, :, 0, :] > 0).astype(int)
 
 
-def test_causal_mask_with_padding():
+@pytest.mark.parametrize("implementation", ENGINES)
+def test_causal_mask_with_padding(implementation):
     assert_array_equal(
-        seen(None, [True, True, True, True, False]),
+        seen(implementation, valid=[True, True, True, True, False]),
         [
             [1, 0, 0, 0, 0],
             [1, 1, 0, 0, 0],
@@ -81,9 +178,10 @@ def test_causal_mask_with_padding():
     )
 
 
-def test_sliding_window_of_three_counts_the_query_itself():
+@pytest.mark.parametrize("implementation", ENGINES)
+def test_sliding_window_of_three_counts_the_query_itself(implementation):
     assert_array_equal(
-        seen(3, [True] * 6),
+        seen(implementation, valid=[True] * 6, window=3),
         [
             [1, 0, 0, 0, 0, 0],
             [1, 1, 0, 0, 0, 0],
@@ -95,115 +193,110 @@ def test_sliding_window_of_three_counts_the_query_itself():
     )
 
 
-def test_sliding_window_of_one_reads_only_itself():
-    assert_array_equal(seen(1, [True, True, False]), [[1, 0, 0], [0, 1, 0], [0, 0, 0]])
+@pytest.mark.parametrize("implementation", ENGINES)
+def test_sliding_window_of_one_reads_only_itself(implementation):
+    assert_array_equal(seen(implementation, valid=[True, True, False], window=1), [[1, 0, 0], [0, 1, 0], [0, 0, 0]])
 
 
-@pytest.mark.parametrize("sliding_window", [None, 3, 1, T, 50])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_matches_the_oracle(dtype, sliding_window):
-    q, k, v = inputs(dtype)
-    out = attend(q, k, v, sliding_window=sliding_window)
-    assert out.dtype == dtype
-    wide = (np.asarray(x, np.float32) for x in (q, k, v))
-    expected = oracle(*wide, valid_NT=VALID_NT, scale=0.3, sliding_window=sliding_window)
-    assert_allclose(np.asarray(out, np.float32), expected, rtol=0, atol=tolerances.ATTENTION[dtype])
-
-
-@pytest.mark.parametrize("sliding_window", [None, 3])
-def test_gradient_matches_finite_differences_of_the_oracle(sliding_window):
-    arrays = inputs()
-    weights = np.random.default_rng(1).normal(size=(N, T, H, C))
-    grads = jax.grad(lambda *qkv: jnp.sum(attend(*qkv, sliding_window=sliding_window) * weights), argnums=(0, 1, 2))(
-        *arrays
+@pytest.mark.parametrize("implementation", ENGINES)
+def test_segments_see_their_own_keys_and_the_window_goes_on(implementation):
+    assert_array_equal(
+        seen(implementation, valid=[True] * 6 + [False], window=3, segments=[7, 7, 3, 3, 3, 3, 3]),
+        [
+            [1, 0, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0],
+            [0, 0, 1, 0, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0, 0],
+            [0, 0, 1, 1, 1, 0, 0],
+            [0, 0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0, 0],
+        ],
     )
-    rng = np.random.default_rng(2)
-    host = [np.asarray(x, np.float64) for x in arrays]
-
-    def value(qkv):
-        return np.sum(oracle(*qkv, valid_NT=VALID_NT, scale=0.3, sliding_window=sliding_window) * weights)
-
-    for which, grad in enumerate(grads):
-        direction = rng.normal(size=grad.shape)
-        ahead, behind = (
-            [x + step * direction if i == which else x for i, x in enumerate(host)] for step in (1e-5, -1e-5)
-        )
-        slope = (value(ahead) - value(behind)) / 2e-5
-        assert_allclose(np.sum(np.asarray(grad) * direction), slope, rtol=tolerances.ATTENTION_SLOPE)
 
 
-@pytest.mark.parametrize("sliding_window", [None, 2])
-def test_padding_changes_nothing_and_gets_no_gradient(sliding_window):
-    q, k, v = inputs()
-    padding = ~VALID_NT[:, :, None, None]
-    noisy = [jnp.where(padding, 1e4 * x, x) for x in (q, k, v)]
-    assert_array_equal(attend(q, k, v, sliding_window=sliding_window), attend(*noisy, sliding_window=sliding_window))
-    assert np.all(np.asarray(attend(*noisy, sliding_window=sliding_window))[~VALID_NT] == 0)
-    grads = jax.grad(lambda *qkv: jnp.sum(attend(*qkv, sliding_window=sliding_window) ** 2), argnums=(0, 1, 2))(*noisy)
-    for grad in map(np.asarray, grads):
-        assert np.isfinite(grad).all()
-        assert np.all(grad[~VALID_NT] == 0)
-        assert np.any(grad[VALID_NT] != 0)
+@pytest.mark.parametrize("options", ["causal", "all"])
+@pytest.mark.parametrize("implementation", ENGINES)
+def test_padding_changes_nothing_and_gets_no_gradient(implementation, options, small_blocks):
+    case = Case(**OPTIONS[options])
+    skip_what_is_refused(implementation, case)
+    padding = ~case.valid_NT
+    noisy = [np.where(padding[:, :, None, None], np.float32(1e4) * x, x) for x in case.inputs()]
+    clean, results = (run(case, arrays, implementation=implementation) for arrays in (case.inputs(), noisy))
+    assert_array_equal(clean[0], results[0])
+    for array in map(np.asarray, results):
+        assert np.isfinite(array).all()
+        assert np.all(array[padding] == 0)
+        assert np.any(array[~padding] != 0)
 
 
-def test_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match=r"'flash' is not one of xla, cudnn"):
-        attend(*inputs(), implementation="flash")
+def layout(data, fsdp, tensor):
+    devices = jax.devices()[: data * fsdp * tensor]
+    return sharding.Layout(Mesh(np.array(devices).reshape(data, fsdp, tensor), sharding.MESH_AXES))
 
 
-def choose(requested, **facts):
-    rest = {"heads": 8, "kv_heads": 4, "sliding_window": None, "soft_cap": None, "segments": False, "layout": ALONE}
-    return attention.choose(requested, **{**rest, **facts})
+# (data, fsdp, tensor), query heads, key/value heads
+MESHES = {
+    "rows": ((2, 4, 1), 6, 2),
+    "rows and heads": ((2, 2, 2), 6, 2),
+    "two devices for a kv head": ((1, 2, 4), 8, 2),
+    "a device and a third for a kv head": ((1, 2, 4), 12, 3),
+    "heads that stay whole": ((1, 2, 4), 6, 2),
+}
 
 
 @pytest.mark.parametrize(
-    ("requested", "platform", "dtype", "head_dim", "positions", "name", "reason"),
+    ("implementation", "mesh"),
     [
-        ("auto", "cpu", "bfloat16", 64, 512, "xla", "NVIDIA GPU, not cpu"),
-        ("auto", "tpu", "bfloat16", 128, 512, "xla", "NVIDIA GPU, not tpu"),
-        ("auto", "gpu", "bfloat16", 128, 512, "cudnn", "flash attention for bfloat16, head_dim 128"),
-        ("auto", "cuda", "float16", 80, 512, "cudnn", "flash attention for float16"),
-        ("auto", "gpu", "float32", 64, 512, "xla", "not float32"),
-        ("auto", "gpu", "bfloat16", 20, 512, "xla", "divisible by 8 and at most 128, not 20"),
-        ("auto", "gpu", "bfloat16", 256, 512, "xla", "not 256"),
-        ("auto", "gpu", "bfloat16", 64, 511, "xla", "even length to train, not 511"),
-        ("xla", "gpu", "bfloat16", 64, 512, "xla", "asked for"),
-        ("cudnn", "gpu", "bfloat16", 64, 512, "cudnn", "asked for"),
+        *(("chunked", mesh) for mesh in MESHES),
+        *(("splash", mesh) for mesh in list(MESHES)[1:4]),
+        ("xla", "rows and heads"),
     ],
 )
-def test_choose(requested, platform, dtype, head_dim, positions, name, reason):
-    chosen = choose(requested, platform=platform, dtype=dtype, head_dim=head_dim, positions=[128, positions])
-    assert chosen.implementation == name
-    assert reason in chosen.reason
+def test_a_mesh_gives_what_the_oracle_gives(implementation, mesh, small_blocks):
+    sizes, H, G = MESHES[mesh]
+    rows = (21, 13, 0, 5, 21, 1, 8, 9)[: max(4, sizes[0] * sizes[1])]
+    case = Case(H=H, G=G, window=9, segments=True, lengths=rows)
+    arrays = case.inputs()
+    results = run(case, arrays, implementation=implementation, layout=layout(*sizes))
+    assert_matches(results, case.oracle(*arrays), dtype="float32")
 
 
-def test_choose_refuses_cudnn_where_it_cannot_run():
-    with pytest.raises(ValueError, match=r"needs an NVIDIA GPU, not cpu; set model\.attention to auto or xla"):
-        choose("cudnn", platform="cpu", dtype="bfloat16", head_dim=64, positions=[512])
-    with pytest.raises(ValueError, match=r"not float32; set model\.attention"):
-        choose("cudnn", platform="gpu", dtype="float32", head_dim=64, positions=[512])
-    with pytest.raises(ValueError, match=r"'flash' is not one of auto, xla, cudnn"):
-        choose("flash", platform="tpu", dtype="bfloat16", head_dim=64, positions=[512])
+def test_rows_that_the_mesh_does_not_divide_stay_whole():
+    case = Case()
+    arrays = case.inputs()
+    results = run(case, arrays, implementation="chunked", layout=layout(2, 2, 2))
+    assert_matches(results, case.oracle(*arrays), dtype="float32")
+
+
+def test_chunked_holds_no_logits():
+    case = Case(T=1024, H=4, G=4, C=16, lengths=(1024,))
+    arrays = case.inputs()
+    for implementation, most in (("chunked", 4 * 256 * 256), ("xla", 4 * 1024 * 1024)):
+        text = program(case, implementation, ALONE).lower(*arrays).compile().as_text()
+        assert jaxpr_tools.shapes_in_text(text, elements=most)
+        assert not jaxpr_tools.shapes_in_text(text, elements=most + 1)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "options", "message"),
+    [
+        ("flash", {}, "'flash' is not one of xla, chunked, cudnn, splash"),
+        ("xla", {"cap": 2.0}, "'xla' runs without the soft-cap 2.0"),
+        ("cudnn", {"cap": 2.0}, "'cudnn' runs without the soft-cap 2.0"),
+        ("cudnn", {"segments": True}, "'cudnn' runs without .* the segments asked for"),
+    ],
+)
+def test_what_an_implementation_lacks_is_refused(implementation, options, message):
+    case = Case(**options)
+    with pytest.raises(ValueError, match=message):
+        run(case, case.inputs(), implementation=implementation)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN attention needs an NVIDIA GPU")
-@pytest.mark.parametrize("sliding_window", [None, 3])
-def test_cudnn_matches_xla(sliding_window):
-    q, k, v = (jnp.tile(x[:, :6], (1, 1, 1, 2)) for x in inputs("bfloat16"))
-
-    def run(implementation):
-        return jax.value_and_grad(
-            lambda q, k, v: jnp.sum(
-                attend(q, k, v, sliding_window=sliding_window, implementation=implementation).astype(jnp.float32) ** 2
-            ),
-            argnums=(0, 1, 2),
-        )(q, k, v)
-
-    (value, grads), (expected, expected_grads) = run("cudnn"), run("xla")
-    assert_allclose(value, expected, rtol=tolerances.ATTENTION["bfloat16"])
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        grad, expected_grad = np.asarray(grad, np.float32), np.asarray(expected_grad, np.float32)
-        assert_allclose(
-            grad, expected_grad, rtol=0, atol=tolerances.ATTENTION["bfloat16"] * np.abs(expected_grad).max()
-        )
+@pytest.mark.parametrize("options", [{}, {"window": 5}], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cudnn_matches_the_oracle(dtype, options):
+    case = Case(T=22, **options)
+    arrays = case.inputs(dtype)
+    assert_matches(run(case, arrays, implementation="cudnn"), case.oracle(*arrays), dtype=dtype)

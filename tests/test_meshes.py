@@ -10,7 +10,7 @@ from tests import tiny, tolerances
 STEPS = 20
 MESHES = {
     "fsdp": {"optim__offload": True, "model__remat": "full"},
-    "fsdp x tensor": {"mesh__fsdp": 2, "mesh__tensor": 4, "model__remat": "dots"},  # two key/value heads for four ways
+    "fsdp x tensor": {"mesh__fsdp": 2, "mesh__tensor": 4, "model__remat": "dots"},  # 2 key/value heads
     "data x fsdp x tensor": {"mesh__data": 2, "mesh__tensor": 2, "model__remat": "offload"},
     "zero2 x tensor": {"mesh__preset": "zero2", "mesh__tensor": 2},
     "multi_gpu": {"mesh__preset": "multi_gpu"},
@@ -20,7 +20,7 @@ MESHES = {
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("meshes")
-    tiny.write_model(root / "model", kv_heads=4, vocab_size=264)
+    tiny.write_model(root / "model", vocab_size=264)
     tiny.write_pairs(root / "pairs.jsonl", count=32)
     return root
 

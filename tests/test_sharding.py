@@ -43,6 +43,15 @@ def test_indivisible_parameters_are_all_named():
         sharding.param_shardings({"a": ("embed",), "b": ("embed",)}, abstract, mesh=mesh)
 
 
+def test_few_key_value_heads_stay_whole_and_query_heads_must_divide():
+    mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4, devices=jax.devices())
+    shape = {"a": jax.ShapeDtypeStruct((8, 2), "float32")}
+    placed = sharding.param_shardings({"a": ("embed", "kv_heads")}, shape, mesh=mesh)
+    assert placed["a"].spec == PartitionSpec("fsdp", None)
+    with pytest.raises(ValueError, match=r"heads has 2 entries, mesh axis tensor has 4 devices; choose a divisor of 2"):
+        sharding.param_shardings({"a": ("embed", "heads")}, shape, mesh=mesh)
+
+
 def test_unknown_logical_axis_is_an_error():
     mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1, devices=jax.devices())
     with pytest.raises(KeyError, match="depth"):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from fpo_jax import sharding
-from fpo_jax.attention import placement
+from fpo_jax.attention import chunked, placement, splash
 from fpo_jax.attention.choice import IMPLEMENTATIONS, Choice, choose
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "attend", "choose"]
@@ -64,7 +64,10 @@ def attend(
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attention implementation {choice.implementation!r} is not one of {known}.")
     window = None if sliding_window is None or sliding_window >= q_NTHC.shape[1] else sliding_window
-    engine = functools.partial(_ENGINES[choice.implementation], scale=scale, window=window, soft_cap=soft_cap)
+    options = {"interpret": True} if choice.interpret else {}
+    engine = functools.partial(
+        _ENGINES[choice.implementation], scale=scale, window=window, soft_cap=soft_cap, **options
+    )
     out_NTHC = placement.on_each_device(engine, q_NTHC, k_NTGC, v_NTGC, segments_NT, layout=layout)
     # Every query sees at least itself, so the value under the select is finite and so is its gradient.
     return jnp.where(valid_NT[:, :, None, None], out_NTHC, 0)
@@ -92,5 +95,7 @@ def _library(q_NTHC, k_NTGC, v_NTGC, segments_NT, *, scale, window, soft_cap, im
 
 _ENGINES: dict[str, Callable[..., jax.Array]] = {
     "xla": functools.partial(_library, implementation="xla"),
+    "chunked": chunked.attend,
     "cudnn": functools.partial(_library, implementation="cudnn"),
+    "splash": splash.attend,
 }

@@ -12,8 +12,13 @@ import jax.numpy as jnp
 
 from fpo_jax import sharding
 
-IMPLEMENTATIONS = ("xla", "cudnn")
+IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "splash")
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
+# XLA's attention writes the logits [H, T, T] of every row to memory and keeps them for the backward pass. Measured on a
+# CPU, forward and backward: blocks take 1.0 to 1.9 times as long at T = 256, as long at 384, 0.5 to 0.7 times from 512
+# on, with less memory at each (H100, two rows of 32 heads: 160 against 97 MiB at 512, 10,241 against 343 at 4096).
+XLA_MAX_POSITIONS = 384
+_KERNELS = {"gpu": "cudnn", "tpu": "splash"}  # what `auto` tries first
 
 
 class Choice(NamedTuple):
@@ -59,41 +64,69 @@ def choose(
         heads: H.
         kv_heads: G.
         positions: every padded row length T that will be compiled.
-        sliding_window: positions a query sees, itself included; None = all before it.
+        sliding_window: positions a query sees, itself included; None = all before it. Every implementation has it.
         soft_cap: bound on the magnitude of the logits; None for none.
         segments: whether rows hold several segments.
         layout: where activations live on a mesh.
 
     Raises:
-        ValueError: unknown request, or one that cannot run.
+        ValueError: unknown request, one that cannot run, or heads that the mesh does not divide.
 
-    >>> facts = {"head_dim": 64, "heads": 8, "kv_heads": 8, "positions": [512], "sliding_window": None}
+    >>> facts = {"head_dim": 64, "heads": 8, "kv_heads": 8, "positions": [128, 256], "sliding_window": None}
     >>> facts.update(soft_cap=None, segments=False, layout=sharding.Layout())
     >>> choose("auto", platform="gpu", dtype="float32", **facts).reason
-    'cuDNN attention needs bfloat16 or float16, not float32'
+    'cuDNN attention needs bfloat16 or float16, not float32; rows of at most 384 positions'
     """
     if requested not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"attention {requested!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}.")
-    platform = "gpu" if platform == "cuda" else platform
-    facts = _Facts(platform, jnp.dtype(dtype).name, head_dim, positions, soft_cap, segments)
-    if requested != "auto":
+    facts = _Facts(
+        "gpu" if platform == "cuda" else platform, jnp.dtype(dtype).name, head_dim, positions, soft_cap, segments
+    )
+    ways = _tensor_ways(layout)
+    if heads % ways:
+        raise ValueError(f"{heads} attention heads are not divisible by mesh.tensor={ways}; choose a divisor.")
+    if requested == "auto":
+        implementation, reason = _best(facts)
+    else:
+        implementation, reason = requested, "asked for by the configuration"
         obstacle = _OBSTACLES[requested](facts)
         if obstacle:
-            raise ValueError(f"{obstacle}; set model.attention to auto or xla.")
-        return Choice(requested, "asked for by the configuration")
-    obstacle = _OBSTACLES["cudnn"](facts)
-    if not obstacle:
-        return Choice("cudnn", f"flash attention for {facts.dtype}, head_dim {head_dim} on a GPU")
-    return Choice("xla", obstacle)
+            raise ValueError(f"{obstacle}; set model.attention to auto or chunked.")
+    interpret = implementation == "splash" and facts.platform == "cpu"
+    if interpret:
+        reason += "; emulated on a CPU, very slow: for tests"
+    if sliding_window is not None:
+        reason += f"; sliding window of {sliding_window}"
+    if kv_heads % ways:
+        reason += f"; {kv_heads} key/value heads are whole on each of {ways} devices, which takes those it reads"
+    return Choice(implementation, reason, interpret)
 
 
-def _no_xla(facts: _Facts) -> str | None:
+def _best(facts: _Facts) -> tuple[str, str]:
+    """Return the fastest implementation that runs, and why it is not a faster one."""
+    kernel = _KERNELS.get(facts.platform)
+    obstacle = _OBSTACLES[kernel](facts) if kernel else f"no flash attention kernel for a {facts.platform}"
+    if kernel and not obstacle:
+        return kernel, f"flash attention for {facts.dtype}, head_dim {facts.head_dim} on a {facts.platform}"
+    longest, no_xla = max(facts.positions), _no_xla(facts)
+    if no_xla:
+        return "chunked", obstacle if no_xla in obstacle else f"{obstacle}; {no_xla}"
+    if longest > XLA_MAX_POSITIONS:
+        return "chunked", f"{obstacle}; rows of {longest} positions, more than {XLA_MAX_POSITIONS}"
+    return "xla", f"{obstacle}; rows of at most {XLA_MAX_POSITIONS} positions"
+
+
+def _tensor_ways(layout: sharding.Layout) -> int:
+    return 1 if layout.mesh is None else layout.mesh.shape[sharding.RULES["heads"]]
+
+
+def _no_xla(facts: _Facts) -> str:
     if facts.soft_cap is not None:
         return f"XLA attention has no soft-cap, and the model has one of {facts.soft_cap}"
-    return None
+    return ""
 
 
-def _no_cudnn(facts: _Facts) -> str | None:
+def _no_cudnn(facts: _Facts) -> str:
     if facts.platform != "gpu":
         return f"cuDNN attention needs an NVIDIA GPU, not {facts.platform}"
     if facts.dtype not in ("bfloat16", "float16"):
@@ -107,8 +140,22 @@ def _no_cudnn(facts: _Facts) -> str | None:
         return f"cuDNN attention has no soft-cap, and the model has one of {facts.soft_cap}"
     if facts.segments:
         return "cuDNN attention takes no segment ids"
-    return None
+    return ""
 
 
-# implementation -> what keeps it from running, None if nothing does
-_OBSTACLES: dict[str, Callable[[_Facts], str | None]] = {"xla": _no_xla, "cudnn": _no_cudnn}
+def _no_splash(facts: _Facts) -> str:
+    if facts.platform not in ("tpu", "cpu"):
+        return f"splash attention needs a TPU, or a CPU to emulate one, not {facts.platform}"
+    # Its backward pass is traced when the gradient is, outside of the model's default_matmul_precision("highest").
+    if facts.platform == "tpu" and facts.dtype != "bfloat16":
+        return f"splash attention needs bfloat16, not {facts.dtype}: its backward pass multiplies in bfloat16"
+    return ""
+
+
+# implementation -> what keeps it from running, "" if nothing does
+_OBSTACLES: dict[str, Callable[[_Facts], str]] = {
+    "xla": _no_xla,
+    "chunked": lambda _: "",
+    "cudnn": _no_cudnn,
+    "splash": _no_splash,
+}

@@ -34,7 +34,6 @@ def on_each_device(
     N, _, H, _ = q_NTHC.shape
     G = k_NTGC.shape[2]
     rows, heads, kv_heads = _axis(mesh, "rows", N), _axis(mesh, "heads", H), _axis(mesh, "kv_heads", G)
-    kv_heads = kv_heads if heads else None
 
     def on_device(q_NTHC, k_NTGC, v_NTGC, segments_NT):
         if heads and not kv_heads:

@@ -1,0 +1,184 @@
+"""Attention in blocks of queries and keys, in plain XLA: the logits of one pair of blocks exist at a time.
+
+For where neither cuDNN nor splash can run. Online softmax (FlashAttention, arXiv 2205.14135) with float32 statistics;
+the backward pass computes the blocks again, from the log-sum-exp of every query. Pairs of blocks beyond the causal band
+or the sliding window are never visited.
+
+Letters beyond `shapes.py`: R query heads per key/value head, X blocks of a row, Q positions of a block of queries, S of
+a block of keys (as many).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+WORKSPACE_BYTES = 32 * 2**20  # of the float32 logits of one pair of blocks, all rows and heads of a device
+MIN_BLOCK, MAX_BLOCK = 128, 256  # at 512 a CPU, out of its caches, takes twice as long
+_MASKED = -1e30  # finite, so that a query that has seen no key yet gives 0 and not NaN
+
+
+class _Spec(NamedTuple):
+    """Static facts."""
+
+    block: int
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+    def keys_of(self, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First and last + 1 block of keys that a block of queries sees."""
+        reach = jnp.int32(0) if self.window is None else block * self.block - (self.window - 1)
+        return jnp.maximum(reach, 0) // self.block, block + 1
+
+    def queries_of(self, block: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array]:
+        """First and last + 1 block of queries that see a block of keys."""
+        if self.window is None:
+            return block, jnp.int32(blocks)
+        return block, jnp.minimum(((block + 1) * self.block - 1 + self.window - 1) // self.block + 1, blocks)
+
+
+def attend(
+    q_NTHC: jax.Array,
+    k_NTGC: jax.Array,
+    v_NTGC: jax.Array,
+    segments_NT: jax.Array | None,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    block: int | None = None,
+) -> jax.Array:
+    """Attend causally; the contract of `fpo_jax.attention.attend`, on one device.
+
+    Args:
+        q_NTHC: queries.
+        k_NTGC: keys.
+        v_NTGC: values.
+        segments_NT: a number for each segment; None = a row is one segment.
+        scale: factor on the logits.
+        window: positions a query sees, itself included; None = all before it.
+        soft_cap: bound on the logits; None for none.
+        block: positions per block; None = as many as fit WORKSPACE_BYTES, up to MAX_BLOCK.
+    """
+    N, T, H, _ = q_NTHC.shape
+    G = k_NTGC.shape[2]
+    blocks, size = _cut(T, block or _block(N * H))
+    spec = _Spec(size, scale, window, soft_cap)
+
+    def split(x):  # [N, T, ...] -> [X, N, Q, ...]; what is added at the end is seen by no query of the row
+        padded = jnp.pad(x, ((0, 0), (0, blocks * size - T)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(N, blocks, size, *x.shape[2:]), 1, 0)
+
+    q_XNQGRC = split(q_NTHC.reshape(N, T, G, H // G, -1))
+    segments_XNQ = None if segments_NT is None else split(segments_NT)
+    out_XNQGRC: jax.Array = _attend(spec, q_XNQGRC, split(k_NTGC), split(v_NTGC), segments_XNQ)
+    return jnp.moveaxis(out_XNQGRC, 0, 1).reshape(N, blocks * size, H, -1)[:, :T]
+
+
+def _block(rows_and_heads: int) -> int:
+    """Positions per block whose logits fit the workspace."""
+    fits = int((WORKSPACE_BYTES / (4 * rows_and_heads)) ** 0.5)
+    return min(max(fits // MIN_BLOCK * MIN_BLOCK, MIN_BLOCK), MAX_BLOCK)
+
+
+def _cut(T: int, block: int) -> tuple[int, int]:
+    """Cut T positions into equal blocks of at most `block`, a multiple of 8: their number and size."""
+    blocks = -(-T // block)
+    return blocks, -(-T // (8 * blocks)) * 8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ) -> jax.Array:
+    return _forward(spec, q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ)[0]
+
+
+def _forward(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ):
+    """Return the attended values and the log-sum-exp of every query's logits."""
+    X, N, Q, G, R, C = q_XNQGRC.shape
+    dtype = q_XNQGRC.dtype
+
+    def attend_block(_, i):
+        def see(j, carry):
+            out_NGRQC, max_NGRQ, sum_NGRQ = carry
+            logits_NGRQS, seen_NQS = _logits(spec, q_XNQGRC, k_XNSGC, segments_XNQ, i, j)[:2]
+            logits_NGRQS = jnp.where(seen_NQS, logits_NGRQS, _MASKED)
+            new_NGRQ = jnp.maximum(max_NGRQ, jnp.max(logits_NGRQS, axis=-1))
+            weights_NGRQS = jnp.where(seen_NQS, jnp.exp(logits_NGRQS - new_NGRQ[..., None]), 0)
+            keep_NGRQ = jnp.exp(max_NGRQ - new_NGRQ)
+            seen_NGRQC = _product("NGRQS,NSGC->NGRQC", weights_NGRQS.astype(dtype), v_XNSGC[j])
+            return (
+                out_NGRQC * keep_NGRQ[..., None] + seen_NGRQC,
+                new_NGRQ,
+                sum_NGRQ * keep_NGRQ + jnp.sum(weights_NGRQS, axis=-1),
+            )
+
+        zeros_NGRQ = jnp.zeros((N, G, R, Q), jnp.float32)
+        start = (jnp.zeros((N, G, R, Q, C), jnp.float32), zeros_NGRQ + _MASKED, zeros_NGRQ)
+        out_NGRQC, max_NGRQ, sum_NGRQ = jax.lax.fori_loop(*spec.keys_of(i), see, start)
+        out_NQGRC = jnp.einsum("NGRQC->NQGRC", out_NGRQC / sum_NGRQ[..., None]).astype(dtype)
+        return None, (out_NQGRC, max_NGRQ + jnp.log(sum_NGRQ))
+
+    _, (out_XNQGRC, lse_XNGRQ) = jax.lax.scan(attend_block, None, jnp.arange(X))
+    return out_XNQGRC, (q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ, out_XNQGRC, lse_XNGRQ)
+
+
+def _backward(spec: _Spec, residuals, grad_XNQGRC):
+    """Visit the blocks of keys one by one; the gradient of the queries accumulates in float32."""
+    q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ, out_XNQGRC, lse_XNGRQ = residuals
+    X, dtype = q_XNQGRC.shape[0], q_XNQGRC.dtype
+    # sum_j p_ij dp_ij, of every query
+    mean_XNGRQ = jnp.einsum(
+        "XNQGRC,XNQGRC->XNGRQ", grad_XNQGRC.astype(jnp.float32), out_XNQGRC.astype(jnp.float32), precision="highest"
+    )
+
+    def key_block(dq_XNQGRC, j):
+        def seen_by(i, carry):
+            dq_XNQGRC, dk_NSGC, dv_NSGC = carry
+            logits_NGRQS, seen_NQS, slope_NGRQS = _logits(spec, q_XNQGRC, k_XNSGC, segments_XNQ, i, j)
+            p_NGRQS = jnp.where(seen_NQS, jnp.exp(logits_NGRQS - lse_XNGRQ[i][..., None]), 0)
+            dp_NGRQS = _product("NQGRC,NSGC->NGRQS", grad_XNQGRC[i], v_XNSGC[j])
+            dlogits_NGRQS = (p_NGRQS * (dp_NGRQS - mean_XNGRQ[i][..., None]) * slope_NGRQS).astype(dtype)
+            dq_NQGRC = _product("NGRQS,NSGC->NQGRC", dlogits_NGRQS, k_XNSGC[j])
+            return (
+                dq_XNQGRC.at[i].add(dq_NQGRC),
+                dk_NSGC + _product("NGRQS,NQGRC->NSGC", dlogits_NGRQS, q_XNQGRC[i]),
+                dv_NSGC + _product("NGRQS,NQGRC->NSGC", p_NGRQS.astype(dtype), grad_XNQGRC[i]),
+            )
+
+        zeros_NSGC = jnp.zeros(k_XNSGC.shape[1:], jnp.float32)
+        dq_XNQGRC, dk_NSGC, dv_NSGC = jax.lax.fori_loop(
+            *spec.queries_of(j, X), seen_by, (dq_XNQGRC, zeros_NSGC, zeros_NSGC)
+        )
+        return dq_XNQGRC, (dk_NSGC.astype(dtype), dv_NSGC.astype(dtype))
+
+    start = jnp.zeros(q_XNQGRC.shape, jnp.float32)
+    dq_XNQGRC, (dk_XNSGC, dv_XNSGC) = jax.lax.scan(key_block, start, jnp.arange(X))
+    return dq_XNQGRC.astype(dtype), dk_XNSGC, dv_XNSGC, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _logits(spec: _Spec, q_XNQGRC, k_XNSGC, segments_XNQ, i, j):
+    """Return logits [N, G, R, Q, S] of query block i and key block j, what is seen, and dlogits / d(q . k)."""
+    logits_NGRQS = spec.scale * _product("NQGRC,NSGC->NGRQS", q_XNQGRC[i], k_XNSGC[j])
+    slope_NGRQS = spec.scale
+    if spec.soft_cap is not None:
+        tanh_NGRQS = jnp.tanh(logits_NGRQS / spec.soft_cap)
+        logits_NGRQS, slope_NGRQS = spec.soft_cap * tanh_NGRQS, spec.scale * (1 - tanh_NGRQS * tanh_NGRQS)
+    positions = jnp.arange(spec.block)
+    behind_QS = (i * spec.block + positions)[:, None] - (j * spec.block + positions)[None]
+    seen_NQS = (behind_QS >= 0)[None]
+    if spec.window is not None:
+        seen_NQS &= behind_QS < spec.window
+    if segments_XNQ is not None:
+        seen_NQS &= segments_XNQ[i][:, :, None] == segments_XNQ[j][:, None, :]
+    return logits_NGRQS, seen_NQS[:, None, None], slope_NGRQS
+
+
+def _product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Multiply and accumulate in float32. Precision is explicit: float32 is never TF32 or bfloat16 passes."""
+    exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jnp.einsum(equation, left, right, precision=exact, preferred_element_type=jnp.float32)

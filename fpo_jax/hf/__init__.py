@@ -1,0 +1,39 @@
+"""Hugging Face model directories: find or download one, read it into a parameter tree, write one.
+
+    directory ──read_config──► ModelConfig      directory ──load_params──► params      params ──export──► directory
+
+directory    files and companions of a model directory, hub downloads, fingerprint
+reading      safetensors -> sharded parameters, one layer at a time; the check of names, shapes and dtypes
+writing      parameters -> safetensors, one tensor at a time
+
+Weights are safetensors only, one file or shards with an index, and cross through the rows of params.py; torch and
+pickle are never involved. Every problem of a directory is reported at once, before a single weight is placed. A model
+is never whole on the host, in either direction.
+"""
+
+from fpo_jax.hf.directory import (
+    COMPANIONS,
+    INDEX,
+    SINGLE,
+    check_vocabulary,
+    copy_companions,
+    local_dir,
+    read_config,
+    weights_fingerprint,
+)
+from fpo_jax.hf.reading import check_weights, load_params
+from fpo_jax.hf.writing import export
+
+__all__ = [
+    "COMPANIONS",
+    "INDEX",
+    "SINGLE",
+    "check_vocabulary",
+    "check_weights",
+    "copy_companions",
+    "export",
+    "load_params",
+    "local_dir",
+    "read_config",
+    "weights_fingerprint",
+]

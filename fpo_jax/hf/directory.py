@@ -1,0 +1,166 @@
+"""A Hugging Face model directory as files: found or fetched, its config, its companions, its fingerprint."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import huggingface_hub.errors
+
+from fpo_jax import model
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# what besides the weights makes a model directory complete
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates",
+)
+_DOWNLOADS = [SINGLE, "model-*.safetensors", INDEX, *COMPANIONS, "additional_chat_templates/*"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def local_dir(name_or_path: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+    """Return a local model directory; a hub name is downloaded to the hub cache first (no pickles, no code).
+
+    Args:
+        name_or_path: an existing directory, or a hub name such as "EleutherAI/pythia-70m".
+        revision: hub commit, tag or branch; None = main. Only a hub name has one.
+
+    Raises:
+        ValueError: neither a directory nor reachable, a revision for a directory, or no safetensors inside.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"{path} is a local directory, revision={revision!r} has no meaning; leave it out.")
+    elif not _HUB_NAME.fullmatch(str(name_or_path)):
+        raise ValueError(f"{name_or_path} is not a directory; give a model directory or a hub name such as org/name.")
+    else:
+        try:
+            path = Path(
+                huggingface_hub.snapshot_download(str(name_or_path), revision=revision, allow_patterns=_DOWNLOADS)
+            )
+        except (OSError, huggingface_hub.errors.HFValidationError) as error:
+            at = "" if revision is None else f" at revision {revision}"
+            raise ValueError(
+                f"{name_or_path} is no directory here and could not be fetched from the hub{at}"
+                f" ({type(error).__name__}: {str(error).splitlines()[0]}); check the spelling, the network, HF_TOKEN"
+                " for gated models, or download it elsewhere and give its directory."
+            ) from error
+    weight_files(path)
+    return path
+
+
+def read_config(directory: Path) -> model.ModelConfig:
+    """Read config.json.
+
+    Raises:
+        ValueError: missing, broken or unsupported.
+    """
+    return model.from_hf_config(read_json(directory / "config.json"))
+
+
+def copy_companions(source_dir: Path, target_dir: Path) -> None:
+    """Copy config, generation config, tokenizer files and chat templates into an existing directory."""
+    for path in sorted({path for pattern in COMPANIONS for path in source_dir.glob(pattern)}):
+        if path.is_dir():
+            shutil.copytree(path, target_dir / path.name)
+        else:
+            shutil.copyfile(path, target_dir / path.name)
+
+
+def check_vocabulary(tokenizer_size: int, config: model.ModelConfig) -> None:
+    """Check that every id of the tokenizer has an embedding; a larger embedding is normal (Pythia: 50,304 for 50,277).
+
+    Args:
+        tokenizer_size: len(tokenizer), added tokens included.
+        config: the architecture.
+
+    Raises:
+        ValueError: the tokenizer is larger than the model.
+    """
+    if tokenizer_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer_size} tokens, the model {config.vocab_size} embeddings; use the tokenizer"
+            " of this model, without added tokens."
+        )
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """Return the sha256 (hex) over config.json and the weight files, names and contents, in name order.
+
+    Raises:
+        ValueError: no safetensors, or a missing shard.
+    """
+    total = hashlib.sha256()
+    for path in sorted([*weight_files(directory), directory / "config.json"]):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing.")
+        with path.open("rb") as file:
+            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """List the safetensors files that make up the weights; shards named by the index may turn out to be missing.
+
+    Raises:
+        ValueError: no safetensors, pickles only, both a single file and an index, or a broken index.
+    """
+    single, index = directory / SINGLE, directory / INDEX
+    if single.exists() and index.exists():
+        raise ValueError(f"{directory} has both {SINGLE} and {INDEX}; remove the one that is not meant.")
+    if single.exists():
+        return [single]
+    if index.exists():
+        names = set(_weight_map(index).values())
+        if outside := sorted(name for name in names if Path(name).name != name):
+            raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}.")
+        return [directory / name for name in sorted(names)]
+    if pickles := sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern)):
+        raise ValueError(
+            f"{directory} has weights only as pickles ({', '.join(pickles)}), which run code when read and are refused;"
+            " convert them to safetensors first."
+        )
+    raise ValueError(f"{directory} has neither {SINGLE} nor {INDEX}; give a directory with safetensors weights.")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to file names; fetch it again.")
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is missing, not JSON, or no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
+    return content
+
+
+def dumps(content: dict[str, Any]) -> str:
+    """Return JSON as Hugging Face lays it out."""
+    return json.dumps(content, indent=2) + "\n"

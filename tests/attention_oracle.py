@@ -1,0 +1,97 @@
+"""The definition of attention in float64, value and gradient, dense: what every implementation is compared with."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpo_jax import attention, sharding
+
+
+class Case(NamedTuple):
+    """Sizes and options; pairwise distinct sizes."""
+
+    T: int = 21
+    H: int = 6
+    G: int = 2
+    C: int = 8
+    window: int | None = None
+    cap: float | None = None
+    segments: bool = False
+    scale: float = 0.3
+    lengths: tuple[int, ...] = (21, 13, 0)  # full, padded, nothing but padding
+
+    @property
+    def valid_NT(self):
+        return np.arange(self.T)[None] < np.array(self.lengths)[:, None]
+
+    @property
+    def segments_NT(self):
+        """Segments of 4, 5, 6, ... positions; the ids neither start at 0 nor grow."""
+        if not self.segments:
+            return None
+        ids = np.repeat(np.arange(90, 90 - self.T, -1), np.arange(4, 4 + self.T))[: self.T]
+        return np.tile(ids, (len(self.lengths), 1)).astype(np.int32)
+
+    def inputs(self, dtype="float32", seed=0):
+        """Queries, keys, values and the cotangent of the output."""
+        rng = np.random.default_rng(seed)
+        shapes = [(len(self.lengths), self.T, heads, self.C) for heads in (self.H, self.G, self.G, self.H)]
+        return tuple(rng.normal(size=shape).astype(jnp.dtype(dtype)) for shape in shapes)
+
+    def oracle(self, q_NTHC, k_NTGC, v_NTGC, do_NTHC):
+        """Output and gradients of sum(output * do), from the equation and its derivative, in float64."""
+        q, k, v, do = (np.asarray(x, np.float64) for x in (q_NTHC, k_NTGC, v_NTGC, do_NTHC))
+        R = self.H // self.G
+        k, v = np.repeat(k, R, axis=2), np.repeat(v, R, axis=2)
+        i, j = np.mgrid[: self.T, : self.T]
+        seen = np.broadcast_to((j <= i) & (i - j < (self.window or self.T)), (len(q), 1, self.T, self.T))
+        if self.segments:
+            seen = seen & (self.segments_NT[:, None, :, None] == self.segments_NT[:, None, None, :])
+        raw = np.einsum("NTHC,NSHC->NHTS", q, k) * self.scale
+        logits = raw if self.cap is None else self.cap * np.tanh(raw / self.cap)
+        slope = 1 if self.cap is None else 1 - np.tanh(raw / self.cap) ** 2
+        logits = np.where(seen, logits, -np.inf)
+        p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        p /= p.sum(axis=-1, keepdims=True)
+        valid = self.valid_NT[:, :, None, None]
+        out, do = np.einsum("NHTS,NSHC->NTHC", p, v) * valid, do * valid
+        dp = np.einsum("NTHC,NSHC->NHTS", do, v)
+        dlogits = p * (dp - np.sum(p * dp, axis=-1, keepdims=True)) * slope * self.scale
+
+        def grouped(x_NTHC):
+            return x_NTHC.reshape(*x_NTHC.shape[:2], self.G, R, self.C).sum(axis=3)
+
+        dq = np.einsum("NHTS,NSHC->NTHC", dlogits, k)
+        dk, dv = np.einsum("NHTS,NTHC->NSHC", dlogits, q), np.einsum("NHTS,NTHC->NSHC", p, do)
+        return out, dq, grouped(dk), grouped(dv)
+
+
+@functools.cache
+def program(case, implementation, layout):
+    """(queries, keys, values, cotangent) -> output and gradients of `attention.attend`, jitted."""
+    call = functools.partial(
+        attention.attend,
+        valid_NT=jnp.asarray(case.valid_NT),
+        scale=case.scale,
+        sliding_window=case.window,
+        soft_cap=case.cap,
+        segments_NT=None if case.segments_NT is None else jnp.asarray(case.segments_NT),
+        choice=attention.Choice(implementation, reason="a test", interpret=implementation == "splash"),
+        layout=layout,
+    )
+
+    def both(q, k, v, do):
+        out, pull_back = jax.vjp(call, q, k, v)
+        return out, *pull_back(do)
+
+    # Compiling takes nearly all of the time of these tests.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(both, compiler_options=quick)
+
+
+def run(case, arrays, *, implementation, layout=sharding.Layout()):  # noqa: B008 - frozen
+    """Output and gradients."""
+    return program(case, implementation, layout)(*arrays)

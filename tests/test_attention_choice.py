@@ -1,0 +1,113 @@
+"""attention.choose: what `auto` picks where, what is refused, and that every choice can be made for absent hardware."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from fpo_jax import attention, sharding
+
+FACTS = {
+    "platform": "gpu",
+    "dtype": "bfloat16",
+    "head_dim": 128,
+    "heads": 8,
+    "kv_heads": 4,
+    "positions": [128, 512],
+    "sliding_window": None,
+    "soft_cap": None,
+    "segments": False,
+    "layout": sharding.Layout(),
+}
+
+
+def choose(requested, **facts):
+    return attention.choose(requested, **{**FACTS, **facts})
+
+
+@pytest.mark.parametrize(
+    ("facts", "implementation", "reason"),
+    [
+        ({}, "cudnn", "flash attention for bfloat16, head_dim 128 on a gpu"),
+        ({"platform": "cuda", "dtype": "float16", "head_dim": 80}, "cudnn", "for float16, head_dim 80"),
+        ({"sliding_window": 64}, "cudnn", "; sliding window of 64"),
+        (
+            {"dtype": "float32"},
+            "chunked",
+            "needs bfloat16 or float16, not float32; rows of 512 positions, more than 384",
+        ),
+        ({"dtype": "float32", "positions": [384, 128]}, "xla", "not float32; rows of at most 384 positions"),
+        ({"head_dim": 20}, "chunked", "divisible by 8 and at most 128, not 20"),
+        ({"head_dim": 256}, "chunked", "not 256"),
+        ({"positions": [128, 127]}, "xla", "even length to train, not 127"),
+        (
+            {"soft_cap": 50.0, "positions": [64]},
+            "chunked",
+            "cuDNN attention has no soft-cap.* 50.0; XLA attention has no",
+        ),
+        ({"segments": True, "positions": [64]}, "xla", "cuDNN attention takes no segment ids"),
+        ({"platform": "tpu"}, "splash", "flash attention for bfloat16, head_dim 128 on a tpu"),
+        ({"platform": "tpu", "head_dim": 80, "soft_cap": 50.0, "segments": True, "positions": [77]}, "splash", "flash"),
+        ({"platform": "tpu", "dtype": "float32"}, "chunked", "splash attention needs bfloat16, not float32"),
+        ({"platform": "tpu", "dtype": "float16"}, "chunked", "splash attention needs bfloat16, not float16"),
+        ({"platform": "cpu"}, "chunked", "no flash attention kernel for a cpu; rows of 512 positions"),
+        ({"platform": "cpu", "positions": [384]}, "xla", "no flash attention kernel for a cpu; rows of at most 384"),
+        ({"platform": "cpu", "positions": [8], "soft_cap": 30.0}, "chunked", "XLA attention has no soft-cap.* 30.0"),
+    ],
+    ids=str,
+)
+def test_auto(facts, implementation, reason):
+    choice = choose("auto", **facts)
+    assert choice.implementation == implementation and not choice.interpret
+    with pytest.raises(ValueError, match=reason):  # a pattern, as in the tests of errors
+        raise ValueError(choice.reason)
+
+
+@pytest.mark.parametrize(
+    ("requested", "facts"),
+    [
+        ("xla", {"positions": [4096]}),
+        ("chunked", {"soft_cap": 2.0}),
+        ("cudnn", {}),
+        ("splash", {"platform": "tpu"}),
+    ],
+)
+def test_a_request_is_granted(requested, facts):
+    assert choose(requested, **facts) == attention.Choice(requested, "asked for by the configuration", False)
+
+
+def test_splash_on_a_cpu_is_an_emulation_and_says_so():
+    choice = choose("splash", platform="cpu", dtype="float32")
+    assert choice.interpret and "emulated on a CPU, very slow" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("requested", "facts", "message"),
+    [
+        ("flash", {}, "'flash' is not one of auto, xla, chunked, cudnn, splash"),
+        ("cudnn", {"platform": "cpu"}, r"needs an NVIDIA GPU, not cpu; set model\.attention to auto or chunked"),
+        ("cudnn", {"dtype": "float32"}, "not float32; set"),
+        ("cudnn", {"positions": [64, 33]}, "even length to train, not 33; set"),
+        ("cudnn", {"soft_cap": 50.0}, "no soft-cap, and the model has one of 50.0; set"),
+        ("cudnn", {"segments": True}, "no segment ids; set"),
+        ("xla", {"soft_cap": 50.0}, "XLA attention has no soft-cap, and the model has one of 50.0; set"),
+        ("splash", {}, "splash attention needs a TPU, or a CPU to emulate one, not gpu; set"),
+        ("splash", {"platform": "tpu", "dtype": "float32"}, "needs bfloat16, not float32: .*; set"),
+    ],
+)
+def test_a_request_that_cannot_run_is_refused(requested, facts, message):
+    with pytest.raises(ValueError, match=message):
+        choose(requested, **facts)
+
+
+def test_heads_on_a_mesh():
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(1, 2, 4), sharding.MESH_AXES)
+    layout = sharding.Layout(mesh)
+    assert "key/value" not in choose("auto", layout=layout).reason
+    assert "2 key/value heads are whole on each of 4 devices" in choose("auto", kv_heads=2, layout=layout).reason
+    with pytest.raises(ValueError, match=r"6 attention heads are not divisible by mesh\.tensor=4; choose a divisor"):
+        choose("auto", heads=6, kv_heads=2, layout=layout)
+
+
+def test_choices_are_static_arguments():
+    assert hash(choose("auto")) == hash(choose("auto"))
