@@ -114,7 +114,8 @@ _OPAQUE = (
     "dot_product_attention_bwd_wrapper",
 )
 
-# kernel -> (matrix products of its plane, what its plane is): of [tokens, head rows], or of attended pairs
+# beginning of a kernel's name -> (matrix products of its plane, what the plane is): tokens by rows of the head, or the
+# attended pairs of queries laid out as said
 KERNELS = {
     "partial_softmax": (1, "head"),  # pallas_gpu
     "dlogits": (1, "head"),
@@ -124,13 +125,19 @@ KERNELS = {
     "dhead": (2, "head"),
     "dot_product_attention_fwd_wrapper": (2, "NTHC"),
     "dot_product_attention_bwd_wrapper": (5, "NTHC"),  # the scores again, dv, dp, dq, dk
+    "splash_mha_fwd": (2, "NHTC"),
+    "splash_mha_dq": (3, "NHTC"),
+    "splash_mha_dkv": (4, "NHTC"),
 }
 
 
 def _kernel(name: str, equation: core.JaxprEqn, window: int | None) -> int:
-    if name not in KERNELS:
+    row = next((row for start, row in KERNELS.items() if name.startswith(start)), None)
+    if row is None:
         raise ValueError(f"the kernel {name!r} has no formula; flops.KERNELS knows {', '.join(KERNELS)}.")
-    products, plane = KERNELS[name]
+    products, plane = row
+    if name.startswith("splash_mha_dkv"):  # the fused one returns dq too, one part per block of keys
+        products += any(len(variable.aval.shape) == 5 for variable in equation.outvars)
     arrays = [variable.aval.shape for variable in equation.invars if np.issubdtype(_kind(variable), np.inexact)]
     if plane == "head":
         (tokens, width), (rows, _) = [shape for shape in arrays if len(shape) == 2][:2]

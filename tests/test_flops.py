@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from fpo_jax import flops, model, params
+from fpo_jax.attention import splash
 from fpo_jax.kernels import pallas_tpu, spec
 from tests import batches
 
@@ -123,6 +124,21 @@ def test_the_head_kernels_count_by_their_formulas():
     assert traced(functools.partial(lse, engine=pallas_tpu.token_stats), hidden, head) == plane
     both = jax.grad(functools.partial(lse, engine=pallas_tpu.lean_token_stats), (0, 1))
     assert traced(both, hidden, head) == (1 + 2 + 2) * plane  # softmax; each gradient with the logits once more
+
+
+@pytest.mark.parametrize(
+    ("length", "products"), [(512, 2 + 5), (8192, 2 + 4 + 3)], ids=["fused backward", "two kernels"]
+)
+@pytest.mark.parametrize("window", [None, 100])
+def test_splash_attention_counts_its_pairs(length, products, window):
+    q, kv = jax.ShapeDtypeStruct((2, length, 4, 128), "bfloat16"), jax.ShapeDtypeStruct((2, length, 2, 128), "bfloat16")
+
+    def total(q, k, v):
+        return jnp.sum(splash.attend(q, k, v, None, scale=1.0, window=window, soft_cap=None), dtype=jnp.float32)
+
+    pairs = flops.work([length], [0], sliding_window=window).pairs
+    both = jax.value_and_grad(total, (0, 1, 2))
+    assert traced(both, q, kv, kv, sliding_window=window) == products * 2 * pairs * 2 * 4 * 128
 
 
 def test_a_kernel_without_a_formula_is_an_error(monkeypatch):

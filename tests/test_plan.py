@@ -119,9 +119,7 @@ def test_what_does_not_fit_is_said_with_the_first_remedy_that_does(folder):
 
     whole = at_most(10**9)
     assert whole.fits and whole.remedy is None
-    half = compiled.compile_all(
-        remedies.changed(config, {"train.micro_batch_per_device": 2}), jax.devices()[:2]
-    )
+    half = compiled.compile_all(remedies.changed(config, {"train.micro_batch_per_device": 2}), jax.devices()[:2])
     assert half.peak < whole.outcome.peak
     report = at_most(half.peak)
     assert not report.fits
@@ -164,7 +162,9 @@ def test_remedies_come_in_their_order_and_keep_what_came_before(folder):
         ("v5e-64", {micro: 1}),
         ("v5e-128", {micro: 1}),
     ]
-    evaluation = next(remedies.ladder(remedies.changed(config, {"train.eval_batch_per_device": 3}), "here", ["evaluation"]))
+    evaluation = next(
+        remedies.ladder(remedies.changed(config, {"train.eval_batch_per_device": 3}), "here", ["evaluation"])
+    )
     assert dict(evaluation.changes) == {"train.eval_batch_per_device": 1}
     assert config.train.micro_batch_per_device == 4  # copies are changed
 
@@ -233,7 +233,10 @@ def test_a_refusal_of_the_tpu_s_compiler_is_read():
     ("changes", "message"),
     [
         ({"mesh__fsdp": 3}, "mesh data=4 fsdp=3 tensor=1 needs 12 devices, 8 are present"),
-        ({"mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 8}, "kv_heads has 2 entries, mesh axis tensor has 8 devices"),
+        (
+            {"mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 8},
+            "kv_heads has 2 entries, mesh axis tensor has 8 devices",
+        ),
         ({"train__batch_size": 12}, "train.batch_size=12 is not divisible by .* x 8 devices = 8; use 8 or 16"),
         ({"loss__alpha": None}, "alpha"),
         ({"model__path": "nobody/nothing"}, "nobody/nothing is no directory here, and its config.json could not be"),
@@ -269,13 +272,21 @@ def test_a_missing_compiler_names_the_extra(folder, target, module, extra, monke
 
 @pytest.mark.slow  # a fresh interpreter, twice
 def test_the_command_prints_a_plan_and_needs_no_workdir(folder):
-    command = [sys.executable, "train.py", "--config", "configs/quickstart.py", f"--config.model.path={folder / 'bare'}"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config",
+        "configs/quickstart.py",
+        f"--config.model.path={folder / 'bare'}",
+    ]
     command += ["--config.model.remat=full", "--config.data.max_length=40", "--config.data.eval="]
     env = {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([*command, "--plan", "here"], cwd=REPO, capture_output=True, text=True, env=_environment(env))
     assert done.returncode == 0, done.stderr
     assert "plan for here: " in done.stdout and "remat full" in done.stdout
-    done = subprocess.run([*command, "--plan", "b200:8"], cwd=REPO, capture_output=True, text=True, env=_environment(env))
+    done = subprocess.run(
+        [*command, "--plan", "b200:8"], cwd=REPO, capture_output=True, text=True, env=_environment(env)
+    )
     assert done.returncode == 2 and done.stderr.endswith("h100:N, h200:N, here\n"), done.stderr
 
 

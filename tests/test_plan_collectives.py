@@ -62,7 +62,10 @@ def test_payload_and_what_each_device_sends():
 
 
 def test_a_group_of_one_moves_nothing():
-    assert found(entry("%a = f32[8]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%s")) == {}
+    assert (
+        found(entry("%a = f32[8]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%s"))
+        == {}
+    )
 
 
 def test_what_a_start_returns_beside_its_result_does_not_count():

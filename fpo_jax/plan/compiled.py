@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fpo_jax import execution, flops, programs, sharding, topologies
+from fpo_jax import execution, flops, job, programs, sharding, topologies
 from fpo_jax import config as configuration
 from fpo_jax.plan import sizes as sizes_
 from fpo_jax.plan.collectives import Collective, collectives
@@ -77,25 +77,29 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         ValueError: the configuration cannot run on these devices.
     """
     layout = sharding.make_layout(**config.mesh, devices=devices)
-    accumulation = sizes_.job.accumulation(config, ways=layout.row_ways)
+    accumulation = job.accumulation(config, ways=layout.row_ways)
     sizes = sizes_.find(config, ways=layout.row_ways)
     made = programs.Programs(config, sizes.blueprint, layout)
     state = made.abstract_state()
     parameters = programs.bytes_on_device(state.params)
     moments = made.state_bytes() - parameters
-    found, links = [], []
+    found: list[Program] = []
+    links: list[Collective] = []
     operations = scoring_operations = 0
     for name, program, first, batch, beside in _runs(config, sizes, made, state, accumulation, moments):
-        row, traced, text = _compile(name, program, first, batch, beside)
+        scores = name == REFERENCE and sizes.reference is not None
+        model_config = sizes.reference if scores else sizes.blueprint.model_config
+        start = time.perf_counter()
+        traced = _trace(program, first, batch)
+        counted = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.sliding_window)
+        row, text = _compile(name, traced, first, batch, beside, start)
         found.append(row)
-        if name == UPDATE:
-            operations = flops.traced(traced.jaxpr.jaxpr, sliding_window=sizes.blueprint.model_config.sliding_window)
-            links = collectives(text, mesh=layout.mesh) if text else []
-            if row.peak > limit or not row.compiled:
-                break
-        if name == REFERENCE:
-            model_config = sizes.reference or sizes.blueprint.model_config
-            scoring_operations = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.sliding_window)
+        operations = counted if name == UPDATE else operations
+        scoring_operations = counted if name == REFERENCE else scoring_operations
+        if name == UPDATE and row.compiled:
+            links = collectives(text, mesh=layout.mesh)
+        if name == UPDATE and (row.peak > limit or not row.compiled):
+            break
     gradients = sum(_float32_bytes(leaf) for leaf in jax.tree.leaves(state.params))
     return Outcome(
         config,
@@ -134,12 +138,9 @@ def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulat
         yield REFERENCE, program, weights, batch(sizes.scoring, config.reference.batch_per_device), beside
 
 
-def _compile(
-    name: str, program: execution.Program, first, batch, beside: int
-) -> tuple[Program, jax.stages.Traced, str]:
-    start = time.perf_counter()
+def _trace(program: execution.Program, first, batch) -> jax.stages.Traced:
     try:
-        traced = topologies.trace_for(program.jitted, first, batch)
+        return topologies.trace_for(program.jitted, first, batch)
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise
@@ -147,20 +148,29 @@ def _compile(
             f"cuDNN attention needs cuDNN's library to be compiled ({error}); run pip install 'fpo_jax[cuda]', or set"
             " model.attention=xla for another memory and speed."
         ) from error
+
+
+def _compile(name: str, traced: jax.stages.Traced, first, batch, beside: int, start: float) -> tuple[Program, str]:
+    """Compile, and read memory and text."""
     arguments = programs.bytes_on_device((first, batch))
+    mesh = jax.tree.leaves(first)[0].sharding.mesh
     try:
-        compiled = topologies.compile_traced(traced, jax.tree.leaves(first)[0].sharding.mesh)
+        compiled = topologies.compile_traced(traced, mesh)
     except jax.errors.JaxRuntimeError as error:
         needed = _TOO_LARGE.search(str(error))
         if needed is None:
             raise
         total = int(float(needed.group(1)) * _UNITS[needed.group(2)])
-        seconds = time.perf_counter() - start
-        return Program(name, arguments, total - arguments, beside, 0, seconds, False), traced, ""
+        return Program(name, arguments, total - arguments, beside, 0, time.perf_counter() - start, False), ""
     seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
-    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+    if mesh.devices.flat[0].platform == "tpu":  # its temporaries count arguments that it moves
+        peak = memory.peak_memory_in_bytes
+    else:
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak += memory.generated_code_size_in_bytes
     host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
-    return Program(name, arguments, peak - arguments, beside, host, seconds, True), traced, compiled.as_text()
+    return Program(name, arguments, peak - arguments, beside, host, seconds, True), compiled.as_text()
 
 
 def _float32_bytes(leaf: jax.ShapeDtypeStruct) -> int:
