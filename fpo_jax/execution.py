@@ -24,7 +24,7 @@ class Program:
 
     def __init__(self, name: str, jitted: Callable):
         """Take the jitted function; `name` is for the log."""
-        self.name, self._jitted = name, jitted
+        self.name, self.jitted = name, jitted
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     def __call__(self, first: shapes.PyTree, batch: shapes.Batch):
@@ -32,7 +32,7 @@ class Program:
         key = (batch.tokens_NT.shape, batch.targets_NR.shape)
         if key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[key] = compiled = self._jitted.lower(first, batch).compile()
+            self._compiled[key] = compiled = self.jitted.lower(first, batch).compile()
             seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
             size = ""
             if memory is not None:

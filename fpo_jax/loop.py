@@ -65,7 +65,7 @@ def run(config: configuration.Config, workdir: Path, *, devices: Sequence | None
         with hosts.together():
             layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
             plan = job.plan(config, inputs, devices=layout.row_ways)
-            compiled = programs.Programs(config, inputs, plan, layout)
+            compiled = programs.Programs(config, job.blueprint(inputs, plan), layout)
             if hosts.first():
                 job.claim_workdir(config, workdir, inputs)
         hosts.check_shared(workdir)
