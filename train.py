@@ -1,12 +1,12 @@
 """Train a model: `python train.py --config configs/mistral_base.py --workdir runs/mistral [--config.key=value ...]`.
 
 On several hosts run the same command on each: see docs/hosts.md. `--plan TARGET` in place of `--workdir` trains
-nothing: it compiles the run for devices that need not be here, such as h100:4, h100:2x8 or v5e-16, and says what it needs.
+nothing: it compiles the run for devices that need not be here (h100:4, h100:2x8, v5e-16) and says what it needs there.
 
 Exit codes: 0 finished; 1 loss or gradient not finite, or a fault of the program; 2 the input cannot be used, or does
 not fit (the message says what to change); 70 another process of the run failed, died or never came (134, which is
-SIGABRT, where jax noticed first): the same command on every host goes on from the newest complete checkpoint; 75 stopped
-by a signal with everything saved: the same command goes on.
+SIGABRT, where jax noticed first): the same command on every host goes on from the newest complete checkpoint; 75
+stopped by a signal with everything saved: the same command goes on.
 """
 
 import logging
@@ -28,6 +28,7 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; 
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0; or JAX_PROCESS_ID.")
 _START = flags.DEFINE_integer("start_timeout", 300, "Seconds that the processes wait for each other at the start.", 1)
 _HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process is dead.", 1)
+_PROFILE = flags.DEFINE_string("profile", "", "first:last, e.g. 10:13 traces updates 10 to 12 into WORKDIR/profile.")
 flags.mark_flags_as_required(["config"])
 
 
@@ -72,7 +73,7 @@ def main(_argv: list[str]) -> None:
             logging.basicConfig(format=f"process {hosts.index()}: %(message)s", stream=sys.stderr, force=True)
             logging.getLogger("fpo_jax").setLevel(logging.WARNING)
         with hosts.guard():
-            loop.run(_CONFIG.value, workdir)
+            loop.run(_CONFIG.value, workdir, profile=_profiled())
         code = 0
     except (ValueError, hosts.StartError, loop.NonFinite, execution.Stopped) as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -80,6 +81,16 @@ def main(_argv: list[str]) -> None:
         code = codes.get(type(error), 2)
     hosts.finish()
     sys.exit(code)
+
+
+def _profiled() -> range:
+    from fpo_jax import config
+
+    try:
+        updates = config.row_slice(_PROFILE.value) if _PROFILE.value else slice(0, 0)
+        return range(updates.start, updates.stop)
+    except (TypeError, ValueError):
+        raise ValueError(f"--profile={_PROFILE.value} is not first:last; write e.g. 10:13.") from None
 
 
 def _plan() -> int:
