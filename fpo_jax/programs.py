@@ -76,10 +76,12 @@ class Programs:
         """Make one array over all processes' devices of their parts of a batch; `stacked` batches have A in front."""
         placement, axis = sharding.batch_sharding(self.mesh, stacked=stacked), int(stacked)
 
-        def put(leaf: np.ndarray) -> jax.Array:
+        def put(leaf: shapes.Array) -> jax.Array:
+            leaf = np.asarray(leaf)
             size = leaf.shape[axis] // len(self._blocks)  # rows of a block
 
-            def block(index: tuple[slice, ...]) -> np.ndarray:
+            def block(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
                 start = self._blocks.index((index[axis].start or 0) // size) * size
                 return leaf[(*index[:axis], slice(start, start + size))]
 

@@ -85,6 +85,8 @@ def start(settings: Settings, workdir: Path) -> None:
         raise StartError(f"{apart} ({str(error).splitlines()[0]})") from None
     if group.count() > 1:
         ending.watch(workdir)
+    else:
+        ending.bequeath("", workdir)
 
 
 def choose(settings: Settings, environment: Mapping[str, str]) -> dict | None:
