@@ -3,8 +3,8 @@
 `--plan TARGET` in place of `--workdir` trains nothing: it compiles the run for devices that need not be here, such as
 h100:4, h100:2x8 or v5e-16, and prints what it needs there.
 
-Exit codes: 0 finished; 1 loss or gradient not finite; 2 the input cannot be used, or does not fit (the message says what to change);
-75 stopped by a signal with everything saved: the same command goes on.
+Exit codes: 0 finished; 1 loss or gradient not finite; 2 the input cannot be used, or the plan does not fit (the message
+says what to change); 75 stopped by a signal with everything saved: the same command goes on.
 """
 
 import logging

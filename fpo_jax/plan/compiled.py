@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fpo_jax import execution, flops, job, programs, sharding, topologies
 from fpo_jax import config as configuration
+from fpo_jax import execution, flops, job, programs, sharding, topologies
 from fpo_jax.plan import sizes as sizes_
 from fpo_jax.plan.collectives import Collective, collectives
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import huggingface_hub
 import huggingface_hub.errors
 
-from fpo_jax import data, flops, hf, job, model
 from fpo_jax import config as configuration
+from fpo_jax import data, flops, hf, job, model
 
 log = logging.getLogger("fpo_jax")
 
