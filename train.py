@@ -1,10 +1,12 @@
 """Train a model: `python train.py --config configs/mistral_base.py --workdir runs/mistral [--config.key=value ...]`.
 
-`--plan TARGET` in place of `--workdir` trains nothing: it compiles the run for devices that need not be here, such as
-h100:4, h100:2x8 or v5e-16, and prints what it needs there.
+On several hosts run the same command on each: see docs/hosts.md. `--plan TARGET` in place of `--workdir` trains
+nothing: it compiles the run for devices that need not be here, such as h100:4, h100:2x8 or v5e-16, and says what it needs.
 
-Exit codes: 0 finished; 1 loss or gradient not finite; 2 the input cannot be used, or the plan does not fit (the message
-says what to change); 75 stopped by a signal with everything saved: the same command goes on.
+Exit codes: 0 finished; 1 loss or gradient not finite, or a fault of the program; 2 the input cannot be used, or does
+not fit (the message says what to change); 70 another process of the run failed, died or never came (134, which is
+SIGABRT, where jax noticed first): the same command on every host goes on from the newest complete checkpoint; 75 stopped
+by a signal with everything saved: the same command goes on.
 """
 
 import logging
@@ -18,6 +20,14 @@ from ml_collections import config_flags
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; override with --config.key=value.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for checkpoints, metrics and logs; resumes what it holds.")
 _PLAN = flags.DEFINE_string("plan", "", "Compile for h100:4, h100:2x8, v5e-16, v5p-8, ..., here; train nothing.")
+_MODE = flags.DEFINE_string(
+    "distributed", "auto", "auto: as the launcher or the flags below say; on; off: one process."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0; or JAX_COORDINATOR_ADDRESS.")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; or JAX_NUM_PROCESSES.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0; or JAX_PROCESS_ID.")
+_START = flags.DEFINE_integer("start_timeout", 300, "Seconds that the processes wait for each other at the start.", 1)
+_HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process is dead.", 1)
 flags.mark_flags_as_required(["config"])
 
 
@@ -43,16 +53,33 @@ def main(_argv: list[str]) -> None:
     logging.getLogger("fpo_jax").setLevel(logging.INFO)
     if _PLAN.value:
         sys.exit(_plan())
-    from fpo_jax import execution, loop  # after the flags: a misspelt option answers at once
+    from fpo_jax import execution, hosts, loop  # after the flags: a misspelt option answers at once
 
+    workdir = Path(_WORKDIR.value)
     try:
-        loop.run(_CONFIG.value, Path(_WORKDIR.value))
-    except ValueError as error:
-        _fail(2, error)
-    except loop.NonFinite as error:
-        _fail(1, error)
-    except execution.Stopped as error:
-        _fail(75, error)
+        hosts.start(
+            hosts.Settings(
+                mode=_MODE.value,
+                coordinator=_COORDINATOR.value,
+                num_processes=_PROCESSES.value,
+                process_id=_PROCESS.value,
+                start_timeout_s=_START.value,
+                heartbeat_timeout_s=_HEARTBEAT.value,
+            ),
+            workdir,
+        )
+        if not hosts.first():  # process 0 speaks for all; warnings say whose they are
+            logging.basicConfig(format=f"process {hosts.index()}: %(message)s", stream=sys.stderr, force=True)
+            logging.getLogger("fpo_jax").setLevel(logging.WARNING)
+        with hosts.guard():
+            loop.run(_CONFIG.value, workdir)
+        code = 0
+    except (ValueError, hosts.StartError, loop.NonFinite, execution.Stopped) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        codes = {hosts.StartError: hosts.LOST, loop.NonFinite: 1, execution.Stopped: 75}
+        code = codes.get(type(error), 2)
+    hosts.finish()
+    sys.exit(code)
 
 
 def _plan() -> int:

@@ -291,7 +291,7 @@ def row_slice(text: str) -> slice:
 
 def difference(old: dict, new: dict, *, ignore: frozenset[str] = frozenset()) -> list[str]:
     """List the dotted keys whose values differ between two nested dicts, as "key: old -> new"."""
-    flat_old, flat_new = _flatten(old), _flatten(new)
+    flat_old, flat_new = flatten(old), flatten(new)
     keys = sorted((flat_old.keys() | flat_new.keys()) - ignore)
     missing = "(absent)"
     pairs = ((key, flat_old.get(key, missing), flat_new.get(key, missing)) for key in keys)
@@ -334,11 +334,12 @@ def _get(config: Config, path: str):
     return value
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Return a nested dict as one, with dotted keys."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
     return flat

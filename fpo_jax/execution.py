@@ -3,17 +3,19 @@
 import contextlib
 import logging
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
+from jax.sharding import Mesh
 
-from fpo_jax import shapes
+from fpo_jax import hosts, shapes
 
 log = logging.getLogger("fpo_jax")
 
 
-class Stopped(Exception):
+class Stopped(hosts.Everywhere):
     """SIGTERM or SIGINT arrived; what is saved is saved, and the same command goes on from there."""
 
 
@@ -52,12 +54,17 @@ class Program:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads between updates; a second signal acts at once."""
+    """Turns SIGTERM and SIGINT into a flag that the loop reads between updates; a second signal acts at once.
+
+    A signal to one process of several stops all of them, after the same update.
+    """
 
     def __init__(self) -> None:
         """Start without a request; signals are caught inside `with`."""
-        self.requested: str | None = None
+        self._requested = 0  # the signal's number
         self._previous: dict[int, object] = {}
+        self._vote: hosts.Vote | None = None
+        self._cast: jax.Array | None = None  # the last vote, which is counted while this process goes on
 
     def __enter__(self) -> "StopRequest":
         with contextlib.suppress(ValueError):  # not the main thread: the caller's handlers stay
@@ -70,8 +77,24 @@ class StopRequest:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
     def _request(self, number: int, _frame: object) -> None:
-        self.requested = signal.Signals(number).name
+        self._requested = number
         signal.signal(number, self._previous[number])  # pyright: ignore[reportArgumentType]
+
+    def connect(self, mesh: Mesh) -> None:
+        """Let the processes that share a mesh decide together from here on."""
+        if hosts.count() > 1:
+            self._vote = hosts.Vote(mesh)
+
+    def agreed(self) -> str | None:
+        """Return the name of the signal to stop for, or None: the same in every process.
+
+        Every process calls it at the same points. Of several processes it tells what they knew at the previous call,
+        so that nobody waits for a device that is still busy.
+        """
+        number = self._requested
+        if self._vote is not None:
+            number, self._cast = 0 if self._cast is None else int(self._cast), self._vote.cast(number)
+        return signal.Signals(number).name if number else None
 
     def checked(self, items: Iterable) -> Iterator:
         """Pass items through until a signal arrives.
@@ -80,9 +103,14 @@ class StopRequest:
             Stopped: a signal has arrived.
         """
         for item in items:
-            if self.requested:
-                raise Stopped(f"{self.requested}: nothing of this stage is kept; the same command starts it again.")
+            if name := self.agreed():
+                raise Stopped(f"{name}: nothing of this stage is kept; the same command starts it again.")
             yield item
+
+
+def progress_shown() -> bool:
+    """Return whether this process has a terminal to draw a progress bar on."""
+    return hosts.first() and sys.stderr.isatty()
 
 
 def mib(count: float) -> str:

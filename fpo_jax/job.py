@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from fpo_jax import chat, checkpoint, data, hf, losses, model, optim
+from fpo_jax import __version__, chat, checkpoint, data, hf, losses, model, optim
 from fpo_jax import config as configuration
 
 
@@ -162,7 +162,7 @@ def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:
         seed=config.seed,
         shuffle=config.data.shuffle,
         last_batch=config.data.last_batch,
-        **_placement(config),
+        buckets=buckets(config),
     )
     steps, warmup, horizon = durations(config, steps_per_epoch=schedule.steps_per_epoch)
     return Plan(schedule, data.batch_shapes(schedule, steps=steps), micro_batches, steps, warmup, horizon)
@@ -203,15 +203,23 @@ def blueprint(inputs: Inputs, plan: Plan) -> Blueprint:
 
 def sequential_schedule(config: configuration.Config, prepared: data.Prepared, *, batch_size: int) -> data.Schedule:
     """Return the schedule of every group once in the order of the data, the last batch filled up."""
-    return data.schedule(prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", **_placement(config))
+    return data.schedule(
+        prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", buckets=buckets(config)
+    )
 
 
-def _placement(config: configuration.Config) -> dict:
+def fingerprints(inputs: Inputs) -> dict[str, str]:
+    """Return what must be the same for a checkpoint to be resumed."""
     return {
-        "buckets": buckets(config),
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "model": hf.weights_fingerprint(inputs.source),
+        "train data": inputs.train.prepared.fingerprint(),
+        "eval data": "" if inputs.evaluation is None else inputs.evaluation.prepared.fingerprint(),
     }
+
+
+def identity(config: configuration.Config) -> dict[str, object]:
+    """Return what else every process of a run must have alike: the versions and every knob."""
+    return {"fpo_jax": __version__, "jax": jax.__version__} | configuration.flatten(config.to_dict())
 
 
 def buckets(config: configuration.Config) -> tuple[int, ...]:

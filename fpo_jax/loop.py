@@ -1,7 +1,8 @@
 """Runs a job: reference log-probs, updates, evaluations, checkpoints. The impure end of everything.
 
 The workdir holds: config.json, audit.json, metrics.jsonl, timing.jsonl, reference/, checkpoints/, model_source/.
-Starting again with the same workdir goes on from the newest checkpoint, bit for bit on the same devices.
+Starting again with the same workdir goes on from the newest checkpoint, bit for bit on the same devices. Of several
+processes all compute, and the first alone writes the files, but for its part of the checkpoints.
 """
 
 import contextlib
@@ -9,9 +10,8 @@ import json
 import logging
 import resource
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -23,11 +23,12 @@ from fpo_jax import (
     data,
     execution,
     hf,
+    hosts,
     job,
     metrics,
     params,
     programs,
-    reference,
+    scoring,
     shapes,
     sharding,
     step,
@@ -36,12 +37,10 @@ from fpo_jax import config as configuration
 
 log = logging.getLogger("fpo_jax")
 
-# Allowed relative difference of a recomputed reference log-prob: rounding of another batch shape or device, no more.
-REFERENCE_RTOL = {"float32": 1e-4, "bfloat16": 2e-2}
 SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")
 
 
-class NonFinite(Exception):
+class NonFinite(hosts.Everywhere):
     """The loss or the gradient is not finite and the configuration says stop."""
 
 
@@ -59,12 +58,19 @@ def run(config: configuration.Config, workdir: Path, *, devices: Sequence | None
         NonFinite: loss or gradient not finite.
     """
     with execution.StopRequest() as stop:
-        inputs = job.prepare(config)
-        layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
-        plan = job.plan(config, inputs, devices=layout.row_ways)
-        compiled = programs.Programs(config, job.blueprint(inputs, plan), layout)
-        job.claim_workdir(config, workdir, inputs)
-        one = _Run(config, workdir, inputs, plan, compiled, stop)
+        with hosts.together():
+            inputs = job.prepare(config)
+            fingerprints = job.fingerprints(inputs)
+        hosts.agree(job.identity(config) | fingerprints)
+        with hosts.together():
+            layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
+            plan = job.plan(config, inputs, devices=layout.row_ways)
+            compiled = programs.Programs(config, job.blueprint(inputs, plan), layout)
+            if hosts.first():
+                job.claim_workdir(config, workdir, inputs)
+        hosts.check_shared(workdir)
+        stop.connect(compiled.mesh)
+        one = _Run(config, workdir, inputs, plan, compiled, stop, fingerprints)
         one.announce()
         one.train()
 
@@ -80,11 +86,12 @@ class _Run:
         plan: job.Plan,
         compiled: programs.Programs,
         stop: execution.StopRequest,
+        fingerprints: dict[str, str],
     ):
         self.config, self.workdir, self.inputs, self.plan = config, workdir, inputs, plan
-        self.programs, self.stop = compiled, stop
-        self.fingerprints = _fingerprints(inputs)
-        self.writers: metrics.Writers | None = None
+        self.programs, self.stop, self.fingerprints = compiled, stop, fingerprints
+        self.positions = compiled.positions(config.train.batch_size, accumulation=plan.accumulation)
+        self.writers: metrics.Writers | metrics.Silent = metrics.Silent()
         self.nonfinite_in_a_row = 0
         self.clock = 0.0  # when the device was last known to be idle or at a step's end
 
@@ -94,7 +101,11 @@ class _Run:
         changed = configuration.difference(configuration.default().to_dict(), config.to_dict())
         log.info("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
         shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        log.info("mesh: %s over %d %s devices", shape, mesh.size, mesh.devices.flat[0].device_kind)
+        kind, processes = (
+            mesh.devices.flat[0].device_kind,
+            "" if hosts.count() == 1 else f" of {hosts.count()} processes",
+        )
+        log.info("mesh: %s over %d %s devices%s", shape, mesh.size, kind, processes)
         count, state = params.count(self.inputs.model_config), execution.mib(self.programs.state_bytes())
         log.info("model: %s, %s parameters, %s of state per device", self.inputs.source, f"{count:,}", state)
         for choice in self.programs.choices:
@@ -120,29 +131,30 @@ class _Run:
     def train(self) -> None:
         """Load or resume, then update until the plan is done."""
         checkpointer = checkpoint.Checkpointer(self.workdir, keep=self.config.train.keep_checkpoints)
-        with contextlib.closing(checkpointer):
+        with contextlib.closing(checkpointer), hosts.guard():
             last = checkpointer.latest_step()
+            hosts.agree({"newest checkpoint": last, "updates of the run": self.plan.steps})
             if last is not None:
-                self._check_same(checkpointer.meta(last))
+                meta = checkpointer.meta(last)
+                with hosts.together():
+                    self._check_same(meta)
                 if last >= self.plan.steps:
                     log.info("finished: %s holds step %d of %d", self.workdir, last, self.plan.steps)
                     return
             weights = self.programs.load(self.inputs.source)
-            self._copy_source()
-            references = self._references(weights)
+            if hosts.first():
+                self._copy_source()
+            reference_pass = scoring.ReferencePass(self.config, self.workdir, self.inputs, self.programs, self.stop)
+            references = reference_pass(weights, fingerprint=self.fingerprints["model"])
             if last is None:
                 state = self.programs.fresh_state(weights)
             else:
                 del weights  # the reference; the policy comes from the checkpoint
                 state = checkpointer.restore(last, self.programs.abstract_state())
                 log.info("resumed from step %d of %d", last, self.plan.steps)
-            self.writers = metrics.Writers(
-                self.workdir,
-                resume_step=-1 if last is None else last,
-                tensorboard=self.config.logging.tensorboard,
-                wandb_project=self.config.logging.wandb_project or None,
-                config=self.config.to_dict(),
-            )
+            with hosts.together():
+                if hosts.first():
+                    self.writers = self._open_writers(last)
             with contextlib.closing(self.writers):
                 if last is None:
                     self._evaluate(0, state.params, references[1])
@@ -155,15 +167,25 @@ class _Run:
             execution.mib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
         )
 
+    def _open_writers(self, last: int | None) -> metrics.Writers:
+        return metrics.Writers(
+            self.workdir,
+            resume_step=-1 if last is None else last,
+            tensorboard=self.config.logging.tensorboard,
+            wandb_project=self.config.logging.wandb_project or None,
+            config=self.config.to_dict(),
+        )
+
     def _updates(self, state: shapes.TrainState, references, checkpointer: checkpoint.Checkpointer) -> None:
-        assert self.writers is not None
         train, total, first = self.config.train, self.plan.steps, int(state.step) + 1
-        bar = tqdm.tqdm(total=total, initial=first - 1, unit="step", disable=not _terminal(), dynamic_ncols=True)
+        bar = tqdm.tqdm(
+            total=total, initial=first - 1, unit="step", disable=not execution.progress_shown(), dynamic_ncols=True
+        )
         pending = None  # the previous update, whose metrics are read while this one runs
         self.clock = time.perf_counter()
         with contextlib.closing(bar):
             for number in range(first, total + 1):
-                batch = _with_reference(data.batch_at(self.plan.schedule, number - 1), references[0])
+                batch = _with_reference(data.batch_at(self.plan.schedule, number - 1, self.positions), references[0])
                 stacked = step.stack_micro_batches(batch, accumulation=self.plan.accumulation)
                 compilations = self.programs.train.compilations
                 state, pairs = self.programs.train(state, self.programs.place(stacked, stacked=True))
@@ -171,9 +193,10 @@ class _Run:
                     self._record(*pending, bar)
                 if compilations != self.programs.train.compilations:
                     self.clock = time.perf_counter()  # compiling is not part of a step's time
-                pending = (number, pairs, batch)
+                pending = (number, pairs)
+                asked = self.stop.agreed()
                 evaluating = number == total or (train.eval_every and number % train.eval_every == 0)
-                saving = number == total or number % train.save_every == 0 or self.stop.requested
+                saving = number == total or number % train.save_every == 0 or asked
                 if evaluating or saving:
                     self._record(*pending, bar)
                     pending = None
@@ -183,27 +206,26 @@ class _Run:
                         self.writers.sync()
                         checkpointer.save(number, state, self._meta(number))
                     self.clock = time.perf_counter()
-                if self.stop.requested and saving and number < total:
+                asked = asked or (self.stop.agreed() if saving else None)
+                if asked and number < total:
                     checkpointer.wait()
-                    raise execution.Stopped(
-                        f"{self.stop.requested}: saved step {number} of {total}; the same command goes on."
-                    )
+                    raise execution.Stopped(f"{asked}: saved step {number} of {total}; the same command goes on.")
             checkpointer.wait()
 
-    def _record(self, number: int, pairs: step.Pairs, batch: shapes.Batch, bar: tqdm.tqdm) -> None:
+    def _record(self, number: int, pairs: step.Pairs, bar: tqdm.tqdm) -> None:
         """Wait for an update, write its numbers, and stop the run where it must not go on.
 
         Raises:
             NonFinite: the update was not finite, and the configuration says stop or too many came in a row.
         """
-        assert self.writers is not None
         numbers = metrics.means(jax.device_get(pairs))
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         bad = numbers.pop("nonfinite") > 0
-        groups = batch.row_ids_B[batch.row_ids_B >= 0].tolist()
+        ids = data.group_ids(self.plan.schedule, number - 1)
+        groups = ids[ids >= 0].tolist()
         self.writers.write(number, numbers, rows=groups if bad else None)
-        valid, padded = int(batch.valid_NT.sum()), batch.valid_NT.size
+        valid, padded = data.token_counts(self.plan.schedule, number - 1)
         timing = {
             "seconds": seconds,
             "valid_tokens_per_s": valid / seconds,
@@ -233,11 +255,12 @@ class _Run:
     def _evaluate(self, number: int, weights: shapes.PyTree, references: np.ndarray | None) -> None:
         if self.inputs.evaluation is None:
             return
-        assert self.writers is not None
         started, total = time.perf_counter(), None
-        batches = self._in_order(self.inputs.evaluation.prepared, self.config.train.eval_batch_per_device)
+        batch_size = self.config.train.eval_batch_per_device * self.programs.layout.row_ways
+        batches = job.sequential_schedule(self.config, self.inputs.evaluation.prepared, batch_size=batch_size)
+        positions = self.programs.positions(batch_size)
         for index in range(batches.steps_per_epoch):
-            batch = _with_reference(data.batch_at(batches, index), references)
+            batch = _with_reference(data.batch_at(batches, index, positions), references)
             pairs = self.programs.evaluate(weights, self.programs.place(batch, stacked=False))
             total = metrics.add(total, jax.device_get(pairs))
         assert total is not None
@@ -245,59 +268,6 @@ class _Run:
         numbers["loss"] += self.inputs.loss.sft_weight * numbers["sft_loss"]
         self.writers.write(number, {f"eval_{name}": value for name, value in numbers.items()})
         log.info("evaluation at step %d  %s  %.1f s", number, _shown(numbers), time.perf_counter() - started)
-
-    def _references(self, weights: shapes.PyTree) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Reference log-probs of the train and eval groups [groups, K], from disk or computed now; None if unused."""
-        if not self.inputs.loss.needs_reference:
-            return None, None
-        program, digest = self.programs.score, self.fingerprints["model"]
-        if self.config.reference.path:
-            source = hf.local_dir(self.config.reference.path)
-            weights, program = self.programs.load_other(source)
-            digest = hf.weights_fingerprint(source)
-        train, evaluation = self.inputs.train, self.inputs.evaluation
-        return (
-            self._reference("train", train.prepared, weights, program, digest),
-            None if evaluation is None else self._reference("eval", evaluation.prepared, weights, program, digest),
-        )
-
-    def _reference(
-        self, name: str, prepared: data.Prepared, weights: shapes.PyTree, program: execution.Program, digest: str
-    ) -> np.ndarray:
-        config = self.config
-        parts = {
-            "weights": digest,
-            "data": prepared.fingerprint(),
-            "temperature": self.inputs.loss.temperature,
-            "param_dtype": config.model.param_dtype,
-            "compute_dtype": config.model.compute_dtype,
-        }
-        folder = Path(config.reference.cache_dir or self.workdir / "reference")
-        path = folder / f"{name}-{reference.fingerprint(parts)[:16]}.safetensors"
-        batches = self._in_order(prepared, config.reference.batch_per_device)
-
-        def score(batch: shapes.Batch) -> np.ndarray:
-            return jax.device_get(program(weights, self.programs.place(batch, stacked=False)))
-
-        def chosen(numbers: Sequence[int]) -> Iterator[shapes.Batch]:
-            return self.stop.checked(data.batch_at(batches, number) for number in numbers)
-
-        if not path.exists():
-            started = time.perf_counter()
-            everything = chosen(range(batches.steps_per_epoch))
-            bar = tqdm.tqdm(everything, f"reference {name}", batches.steps_per_epoch, disable=not _terminal())
-            reference.save(path, reference.compute(score, iter(bar), groups=prepared.groups), parts)
-            seconds = time.perf_counter() - started
-            log.info("reference log-probs of %s: %d groups in %.1f s", name, prepared.groups, seconds)
-        stored = reference.load(path)
-        again = chosen(reference.verification_steps(batches.steps_per_epoch))
-        off = reference.verify(stored, score, again, rtol=REFERENCE_RTOL[config.model.compute_dtype], path=path)
-        log.info("reference log-probs of %s: %s, verified to %.2g nats", name, path.name, off)
-        return stored
-
-    def _in_order(self, prepared: data.Prepared, per_device: int) -> data.Schedule:
-        """Every group once, in the order of the data."""
-        return job.sequential_schedule(self.config, prepared, batch_size=per_device * self.programs.layout.row_ways)
 
     def _meta(self, number: int) -> dict:
         return {
@@ -328,15 +298,6 @@ class _Run:
             temporary.rename(target)
 
 
-def _fingerprints(inputs: job.Inputs) -> dict[str, str]:
-    """What must be the same for a checkpoint to be resumed."""
-    return {
-        "model": hf.weights_fingerprint(inputs.source),
-        "train data": inputs.train.prepared.fingerprint(),
-        "eval data": "" if inputs.evaluation is None else inputs.evaluation.prepared.fingerprint(),
-    }
-
-
 def _with_reference(batch: shapes.Batch, references: np.ndarray | None) -> shapes.Batch:
     """Fill in the reference log-probs of the batch's groups; padding groups keep zeros."""
     if references is None:
@@ -348,7 +309,3 @@ def _with_reference(batch: shapes.Batch, references: np.ndarray | None) -> shape
 
 def _shown(numbers: dict[str, float]) -> str:
     return "  ".join(f"{name} {numbers[name]:.4g}" for name in SHOWN if name in numbers)
-
-
-def _terminal() -> bool:
-    return sys.stderr.isatty()

@@ -35,6 +35,19 @@ def add(first: Mapping[str, tuple] | None, second: Mapping[str, tuple]) -> dict[
     return {name: (first[name][0] + pair[0], first[name][1] + pair[1]) for name, pair in host.items()}
 
 
+class Silent:
+    """Writes nothing: the writers of every process but the first."""
+
+    def write(self, *_: object, **__: object) -> None:
+        """Drop a line."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 class Writers:
     """jsonl always; TensorBoard where tensorboardX is installed; W&B when a project is named."""
 

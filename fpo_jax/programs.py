@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ class Programs:
         assert layout.mesh is not None
         self.layout, self.mesh, self._model = layout, layout.mesh, blueprint.model_config
         self._dtype, mesh = jnp.dtype(config.model.param_dtype), layout.mesh
+        self._blocks = held_blocks(mesh, process=jax.process_index())
         rate = optim.schedule(
             kind=config.optim.schedule,
             peak=config.optim.learning_rate,
@@ -66,10 +68,26 @@ class Programs:
         )
         self.score = _score_program(self.scorer, mesh, self.param_shardings)
 
+    def positions(self, groups: int, *, accumulation: int = 1) -> np.ndarray:
+        """Return which groups of a batch this process builds, in the order in which `place` takes them."""
+        places = np.arange(groups).reshape(accumulation, self.layout.row_ways, -1)
+        return places[:, self._blocks].reshape(-1)
+
     def place(self, batch: shapes.Batch, *, stacked: bool) -> shapes.Batch:
-        """Put this process's part of a batch on its devices; `stacked` batches have A in front."""
-        placement = sharding.batch_sharding(self.mesh, stacked=stacked)
-        return shapes.Batch(*(jax.make_array_from_process_local_data(placement, leaf) for leaf in batch))
+        """Make one array over all processes' devices of their parts of a batch; `stacked` batches have A in front."""
+        placement, axis = sharding.batch_sharding(self.mesh, stacked=stacked), int(stacked)
+
+        def put(leaf: np.ndarray) -> jax.Array:
+            size = leaf.shape[axis] // len(self._blocks)  # rows of a block
+
+            def block(index: tuple[slice, ...]) -> np.ndarray:
+                start = self._blocks.index((index[axis].start or 0) // size) * size
+                return leaf[(*index[:axis], slice(start, start + size))]
+
+            shape = (*leaf.shape[:axis], size * self.layout.row_ways, *leaf.shape[axis + 1 :])
+            return jax.make_array_from_callback(shape, placement, block)
+
+        return shapes.Batch(*map(put, batch))
 
     def load(self, source: Path) -> shapes.PyTree:
         """Read the run's model from a Hugging Face directory onto the mesh."""
@@ -117,7 +135,7 @@ class Programs:
         place = sharding.batch_sharding(self.mesh, stacked=accumulation is not None)
         per_row, per_group = (groups * group_size,), (groups,)
 
-        def array(shape, dtype):
+        def array(shape, dtype) -> Any:
             return jax.ShapeDtypeStruct((*stack, *shape), jnp.dtype(dtype), sharding=place)
 
         return shapes.Batch(
@@ -171,6 +189,17 @@ class Programs:
             return jax.lax.with_sharding_constraint(x.astype(compute_dtype) if matrix else x, place)
 
         return {**weights, "layers": jax.tree.map(gathered, weights["layers"], whole["layers"], is_matrix["layers"])}
+
+
+def held_blocks(mesh: Mesh, *, process: int) -> list[int]:
+    """Return which blocks of a batch's rows live on the devices of a process, ascending.
+
+    The mesh cuts the rows in equal blocks. A process's blocks need not be neighbours (a TPU mesh follows the physical
+    links), and processes that differ along `tensor` alone have the same.
+    """
+    ways = sharding.Layout(mesh).row_ways
+    places = sharding.batch_sharding(mesh, stacked=False).devices_indices_map((ways,))
+    return sorted({index[0].start or 0 for device, index in places.items() if device.process_index == process})
 
 
 def bytes_on_device(tree: shapes.PyTree) -> int:

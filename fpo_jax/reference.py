@@ -8,14 +8,12 @@ reference. The reference is not in memory while training.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import safetensors
 import safetensors.numpy
-
-from fpo_jax import shapes
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:
@@ -23,12 +21,11 @@ def fingerprint(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
 
 
-def compute(score: Callable[[shapes.Batch], np.ndarray], batches: Iterable[shapes.Batch], *, groups: int) -> np.ndarray:
-    """Score every group once.
+def compute(scored: Iterable[tuple[np.ndarray, np.ndarray]], *, groups: int) -> np.ndarray:
+    """Put the scores of all batches in the order of the data.
 
     Args:
-        score: Batch -> summed log-probs [B, K] on the host.
-        batches: fixed order over the data; `row_ids_B` says where each group belongs, -1 is padding.
+        scored: of each batch, where its groups belong [B] (-1 is padding) and their summed log-probs [B, K].
         groups: number of groups in the data.
 
     Returns:
@@ -38,11 +35,9 @@ def compute(score: Callable[[shapes.Batch], np.ndarray], batches: Iterable[shape
         ValueError: a log-prob is not finite, naming the groups.
     """
     result = None
-    for batch in batches:
-        logps_BK = np.asarray(score(batch), np.float32)
+    for ids_B, logps_BK in scored:
         result = np.full((groups, logps_BK.shape[1]), np.nan, np.float32) if result is None else result
-        real_B = np.asarray(batch.row_ids_B) >= 0
-        result[np.asarray(batch.row_ids_B)[real_B]] = logps_BK[real_B]
+        result[ids_B[ids_B >= 0]] = logps_BK[ids_B >= 0]
     assert result is not None
     bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
     if bad.size:
@@ -80,20 +75,12 @@ def load(path: Path) -> np.ndarray:
     return logps
 
 
-def verify(
-    stored: np.ndarray,
-    score: Callable[[shapes.Batch], np.ndarray],
-    batches: Iterable[shapes.Batch],
-    *,
-    rtol: float,
-    path: Path,
-) -> float:
-    """Score a few groups again and compare; returns the largest absolute difference in nats.
+def verify(stored: np.ndarray, scored: Iterable[tuple[np.ndarray, np.ndarray]], *, rtol: float, path: Path) -> float:
+    """Compare the scores of a few groups with what the file holds; returns the largest absolute difference in nats.
 
     Args:
         stored: what the file holds, [groups, K].
-        score: as in `compute`.
-        batches: what to compare.
+        scored: as in `compute`.
         rtol: allowed difference relative to 1 + |log-prob|.
         path: named in the error.
 
@@ -101,10 +88,9 @@ def verify(
         ValueError: they differ by more.
     """
     worst = 0.0
-    for batch in batches:
-        real_B = np.asarray(batch.row_ids_B) >= 0
-        fresh_BK = np.asarray(score(batch), np.float32)[real_B]
-        difference_BK = np.abs(stored[np.asarray(batch.row_ids_B)[real_B]] - fresh_BK)
+    for ids_B, logps_BK in scored:
+        fresh_BK = np.asarray(logps_BK, np.float32)[ids_B >= 0]
+        difference_BK = np.abs(stored[ids_B[ids_B >= 0]] - fresh_BK)
         worst = max(worst, float(difference_BK.max(initial=0.0)))
         if not (difference_BK <= rtol * (1.0 + np.abs(fresh_BK))).all():
             raise ValueError(

@@ -128,33 +128,23 @@ class TestCursor:
 
 
 class TestProcesses:
-    @pytest.mark.parametrize("count", [1, 2, 4, 8])
     @pytest.mark.parametrize("last_batch", ["drop", "pad"])
-    def test_parts_make_the_same_global_batch(self, count, last_batch):
-        prepared = random_set(groups=61)
-        whole = plan(prepared, batch_size=8, last_batch=last_batch)
-        parts = [
-            plan(prepared, batch_size=8, last_batch=last_batch, process_index=index, process_count=count)
-            for index in range(count)
-        ]
-        for step in range(2 * whole.steps_per_epoch):
-            expected = data.batch_at(whole, step)
-            got = [data.batch_at(part, step) for part in parts]
-            assert_equal(expected, type(expected)(*(np.concatenate(arrays) for arrays in zip(*got, strict=True))))
+    def test_parts_are_the_rows_of_the_whole(self, last_batch):
+        """In any number, in any order, overlapping or not: T, R and every row are those of the whole batch."""
+        schedule = plan(random_set(groups=61), batch_size=8, last_batch=last_batch)
+        for step in range(2 * schedule.steps_per_epoch):
+            whole = data.batch_at(schedule, step)
+            for positions in ([0, 1], [7, 2, 3], [5], [0, 1, 4, 5]):
+                part = data.batch_at(schedule, step, np.array(positions))
+                rows = (np.array(positions)[:, None] * 3 + np.arange(3)).reshape(-1)
+                picked = [leaf[rows] if len(leaf) == 24 else leaf[positions] for leaf in whole]
+                assert_equal(type(whole)(*picked), part)
 
-    @pytest.mark.parametrize("count", [1, 2, 4, 8])
-    def test_sequential_parts(self, count):
-        prepared = random_set(groups=13)
-        options = dict(batch_size=8, buckets=(40,))
-        expected = list(data.sequential_batches(prepared, **options))
-        parts = [
-            list(data.sequential_batches(prepared, **options, process_index=index, process_count=count))
-            for index in range(count)
-        ]
-        assert len(expected) == 2
-        for number, batch in enumerate(expected):
-            got = zip(*(part[number] for part in parts), strict=True)
-            assert_equal(batch, type(batch)(*(np.concatenate(arrays) for arrays in got)))
+    def test_token_counts_are_those_of_the_whole_batch(self):
+        schedule = plan(random_set(groups=61), batch_size=8, last_batch="pad")
+        for step in range(schedule.steps_per_epoch):
+            whole = data.batch_at(schedule, step)
+            assert data.token_counts(schedule, step) == (whole.valid_NT.sum(), whole.valid_NT.size)
 
 
 class TestBatch:
@@ -264,9 +254,7 @@ class TestShapes:
             (dict(buckets=()), r"buckets=\[\] do not hold the longest row of 40 tokens; add a bucket of at least 40"),
             (dict(buckets=(8, 39)), r"buckets=\[8, 39\] do not hold the longest row of 40 tokens"),
             (dict(buckets=(1, 40)), r"buckets=\[1, 40\]"),
-            (dict(batch_size=0), r"batch_size=0 is not a positive multiple of process_count=1"),
-            (dict(batch_size=6, process_count=4), r"batch_size=6 is not a positive multiple of process_count=4"),
-            (dict(process_index=2, process_count=2), r"process_index=2 is outside 0 \.\.\. 1"),
+            (dict(batch_size=0), r"batch_size=0 is not positive"),
             (dict(batch_size=24), r"batch_size=24 is more than the 23 groups .* use at most 23, or last_batch='pad'"),
             (dict(last_batch="keep"), r"last_batch='keep' is not one of drop, pad"),
             (dict(seed=-1), r"seed=-1 is outside 0 \.\.\. 2\^64 - 1"),

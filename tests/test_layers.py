@@ -11,6 +11,7 @@ from tests.paths import REPO
 # a module imports only from those above it
 LAYERS = [
     "shapes",
+    "hosts",
     "config",
     "chat",
     "data",
@@ -33,6 +34,7 @@ LAYERS = [
     "profiling",
     "job",
     "programs",
+    "scoring",
     "topologies",
     "plan",
     "loop",

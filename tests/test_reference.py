@@ -1,28 +1,24 @@
 import numpy as np
 import pytest
 
-from fpo_jax import reference, shapes
+from fpo_jax import reference
 
 
-def batch(row_ids):
-    filler = np.zeros(1)
-    ids = np.asarray(row_ids, np.int32)
-    return shapes.Batch(filler, filler, filler, filler, filler, filler, filler, filler, ids)
-
-
-def score(one):
-    return np.stack([one.row_ids_B * 10.0, one.row_ids_B * 10.0 + 1.0, one.row_ids_B * 10.0 + 2.0], axis=1)
+def scored(*row_ids, change=lambda logps: logps):
+    """One batch per list of row ids; the log-probs of group i are 10 i, 10 i + 1, 10 i + 2."""
+    for ids in map(np.asarray, row_ids):
+        yield ids, change(np.stack([ids * 10.0, ids * 10.0 + 1.0, ids * 10.0 + 2.0], axis=1))
 
 
 def test_every_group_lands_in_its_row_and_padding_nowhere():
-    found = reference.compute(score, [batch([2, 0]), batch([1, -1])], groups=3)
+    found = reference.compute(scored([2, 0], [1, -1]), groups=3)
     np.testing.assert_array_equal(found, [[0, 1, 2], [10, 11, 12], [20, 21, 22]])
     assert found.dtype == np.float32
 
 
 def test_nonfinite_reference_names_the_groups():
     with pytest.raises(ValueError, match=r"not finite for 1 of 2 groups \(first: \[1\]\)"):
-        reference.compute(lambda b: np.where(b.row_ids_B[:, None] == 1, np.inf, 0.0), [batch([0, 1])], groups=2)
+        reference.compute([(np.array([0, 1]), np.array([[0.0], [np.inf]]))], groups=2)
 
 
 def test_round_trip_and_damage(tmp_path):
@@ -42,11 +38,12 @@ def test_round_trip_and_damage(tmp_path):
 
 
 def test_verify_accepts_rounding_and_refuses_another_model(tmp_path):
-    stored = reference.compute(score, [batch([0, 1, 2])], groups=3)
-    off = reference.verify(stored, lambda b: score(b) * (1 + 1e-6), [batch([2, -1])], rtol=1e-4, path=tmp_path)
+    stored = reference.compute(scored([0, 1, 2]), groups=3)
+    nearly = scored([2, -1], change=lambda logps: logps * (1 + 1e-6))
+    off = reference.verify(stored, nearly, rtol=1e-4, path=tmp_path)
     assert 0 < off < 1e-4
     with pytest.raises(ValueError, match="0.5 nats off"):
-        reference.verify(stored, lambda b: score(b) + 0.5, [batch([0])], rtol=1e-4, path=tmp_path)
+        reference.verify(stored, scored([0], change=lambda logps: logps + 0.5), rtol=1e-4, path=tmp_path)
 
 
 def test_fingerprint_depends_on_every_part_and_no_order():

@@ -17,6 +17,7 @@ from fpo_jax.data.batches import (
     order,
     schedule,
     sequential_batches,
+    token_counts,
 )
 from fpo_jax.data.prepared import Prepared, masked_sample, prepare
 from fpo_jax.data.records import Record, Records, read
@@ -36,4 +37,5 @@ __all__ = [
     "read",
     "schedule",
     "sequential_batches",
+    "token_counts",
 ]

@@ -1,7 +1,8 @@
 """Prepared rows -> static-shape batches, in an order that depends on the seed and the step alone.
 
-What flows in: `Prepared`, a batch size, bucket lengths. What flows out: `shapes.Batch` of this process. The cursor is
-the step: batch number `step` is the same whatever ran before, on any number of processes, so a run resumes in O(1).
+What flows in: `Prepared`, a batch size, bucket lengths. What flows out: `shapes.Batch`, whole or the part of it that a
+process feeds to its devices. The cursor is the step: batch number `step` is the same whatever ran before, on any number
+of processes, so a run resumes in O(1).
 
 Shapes: the rows of a batch are padded to the smallest bucket T that holds the longest row of the *global* batch, and
 each T has one R, the most scored tokens any row of that bucket can have. So the number of compilations is known before
@@ -33,8 +34,6 @@ class Schedule(NamedTuple):
     seed: int
     shuffle: bool
     last_batch: str
-    process_index: int
-    process_count: int
 
     @property
     def steps_per_epoch(self) -> int:
@@ -51,29 +50,23 @@ def schedule(
     seed: int,
     shuffle: bool = True,
     last_batch: str = "drop",
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Schedule:
-    """Fix the order, the shapes and this process's part of every batch.
+    """Fix the order and the shapes of every batch.
 
     Args:
         prepared: the rows.
-        batch_size: groups of a global batch, over all processes.
+        batch_size: groups of a batch, over all processes.
         buckets: row lengths T; the largest must hold the longest row.
         seed: of the order, 0 to 2^64 - 1.
         shuffle: a new order every epoch; False keeps the order of the data.
         last_batch: what becomes of the groups left at the end of an epoch: `drop`, or `pad` with groups of weight 0.
-        process_index: which contiguous part of each batch is this process's.
-        process_count: number of processes; it must divide `batch_size`.
 
     Raises:
-        ValueError: a size that does not divide, a bucket too short, no whole batch.
+        ValueError: no positive batch size, a bucket too short, no whole batch.
     """
     check_choice("last_batch", last_batch, ["drop", "pad"])
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
-        raise ValueError(f"batch_size={batch_size} is not a positive multiple of process_count={process_count}")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is outside 0 ... {process_count - 1}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is not positive")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} is outside 0 ... 2^64 - 1")
     if last_batch == "drop" and prepared.groups < batch_size:
@@ -82,9 +75,7 @@ def schedule(
             f"use at most {prepared.groups}, or last_batch='pad'"
         )
     bounds, scored, longest_B = _bucket_shapes(prepared, buckets)
-    return Schedule(
-        prepared, bounds, scored, longest_B, batch_size, seed, shuffle, last_batch, process_index, process_count
-    )
+    return Schedule(prepared, bounds, scored, longest_B, batch_size, seed, shuffle, last_batch)
 
 
 @lru_cache(maxsize=4)
@@ -104,7 +95,7 @@ def order(count: int, *, seed: int, epoch: int) -> Int[np.ndarray, " count"]:
 
 
 def group_ids(plan: Schedule, step: int) -> Int[np.ndarray, " B"]:
-    """Positions in the prepared set of the *global* batch of a step; -1 fills up a ragged last batch."""
+    """Places in the prepared set of the whole batch of a step; -1 fills up a ragged last batch."""
     if step < 0:
         raise ValueError(f"step={step} is negative; steps count from 0")
     epoch, number = divmod(step, plan.steps_per_epoch)
@@ -116,12 +107,27 @@ def group_ids(plan: Schedule, step: int) -> Int[np.ndarray, " B"]:
     return ids
 
 
-def batch_at(plan: Schedule, step: int) -> Batch:
-    """Build this process's part of the batch of a step (counted from 0 over all epochs)."""
+def batch_at(plan: Schedule, step: int, positions: np.ndarray | None = None) -> Batch:
+    """Build the batch of a step, or the part of it that one process feeds to its devices.
+
+    Args:
+        plan: from `schedule`.
+        step: counted from 0 over all epochs.
+        positions: which of the batch's groups to build, in this order; None = all.
+
+    Returns:
+        The rows of those groups; T and R are those of the whole batch, so that all parts fit together.
+    """
     ids = group_ids(plan, step)
     length, scored = _shape(plan, ids)
-    share = plan.batch_size // plan.process_count
-    return _assemble(plan.prepared, ids[plan.process_index * share : (plan.process_index + 1) * share], length, scored)
+    return _assemble(plan.prepared, ids if positions is None else ids[positions], length, scored)
+
+
+def token_counts(plan: Schedule, step: int) -> tuple[int, int]:
+    """Tokens of the whole batch of a step: without and with padding."""
+    ids, candidates = group_ids(plan, step), plan.prepared.group_size
+    lengths_BK = plan.prepared.lengths_N.reshape(-1, candidates)[ids[ids >= 0]]
+    return int(lengths_BK.sum()), len(ids) * candidates * _shape(plan, ids)[0]
 
 
 def batch_shapes(plan: Schedule, *, steps: int, start: int = 0) -> list[tuple[int, int]]:
@@ -134,8 +140,6 @@ def sequential_batches(
     *,
     batch_size: int,
     buckets: Sequence[int],
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Yield every group once in the order of the data, the last batch filled up with groups of weight 0."""
     plan = schedule(
@@ -145,8 +149,6 @@ def sequential_batches(
         seed=0,
         shuffle=False,
         last_batch="pad",
-        process_index=process_index,
-        process_count=process_count,
     )
     return (batch_at(plan, step) for step in range(plan.steps_per_epoch))
 

@@ -1,0 +1,99 @@
+"""The reference pass of a run: log-probs of the train and eval groups under the frozen reference, on every process.
+
+All processes compute and verify; process 0 alone touches the files, and the others get their content from it.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import tqdm
+
+from fpo_jax import config as configuration
+from fpo_jax import data, execution, hf, hosts, job, programs, reference, shapes
+
+log = logging.getLogger("fpo_jax")
+
+# Allowed relative difference of a recomputed reference log-prob: rounding of another batch shape or device, no more.
+REFERENCE_RTOL = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+class ReferencePass:
+    """Reference log-probs of one run's data, from its cache or from the model."""
+
+    def __init__(
+        self,
+        config: configuration.Config,
+        workdir: Path,
+        inputs: job.Inputs,
+        compiled: programs.Programs,
+        stop: execution.StopRequest,
+    ):
+        """Take the parts of the run; nothing is read or computed yet."""
+        self._config, self._inputs, self._programs, self._stop = config, inputs, compiled, stop
+        self._folder = Path(config.reference.cache_dir or workdir / "reference")
+
+    def __call__(self, weights: shapes.PyTree, *, fingerprint: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return the log-probs of the train and eval groups [groups, K]; None where the run needs none.
+
+        Args:
+            weights: of the run's starting model; another one is read where the configuration names it.
+            fingerprint: of those weights' files.
+
+        Raises:
+            ValueError: a file is damaged or belongs to another model; a log-prob is not finite.
+            execution.Stopped: a signal asked to stop.
+        """
+        if not self._inputs.loss.needs_reference:
+            return None, None
+        program = self._programs.score
+        if self._config.reference.path:
+            source = hf.local_dir(self._config.reference.path)
+            weights, program = self._programs.load_other(source)
+            fingerprint = hf.weights_fingerprint(source)
+        train, evaluation = self._inputs.train, self._inputs.evaluation
+        return (
+            self._of("train", train.prepared, weights, program, fingerprint),
+            None if evaluation is None else self._of("eval", evaluation.prepared, weights, program, fingerprint),
+        )
+
+    def _of(
+        self, name: str, prepared: data.Prepared, weights: shapes.PyTree, program: execution.Program, fingerprint: str
+    ) -> np.ndarray:
+        config = self._config
+        parts = {
+            "weights": fingerprint,
+            "data": prepared.fingerprint(),
+            "temperature": self._inputs.loss.temperature,
+            "param_dtype": config.model.param_dtype,
+            "compute_dtype": config.model.compute_dtype,
+        }
+        path = self._folder / f"{name}-{reference.fingerprint(parts)[:16]}.safetensors"
+        batch_size = config.reference.batch_per_device * self._programs.layout.row_ways
+        batches = job.sequential_schedule(config, prepared, batch_size=batch_size)
+        positions = self._programs.positions(batch_size)
+
+        def scored(numbers: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for number in self._stop.checked(numbers):
+                placed = self._programs.place(data.batch_at(batches, number, positions), stacked=False)
+                yield data.group_ids(batches, number), jax.device_get(program(weights, placed))
+
+        if not any(hosts.share("there" if hosts.first() and path.exists() else "")):
+            started = time.perf_counter()
+            numbers = range(batches.steps_per_epoch)
+            bar = tqdm.tqdm(scored(numbers), f"reference {name}", len(numbers), disable=not execution.progress_shown())
+            computed = reference.compute(iter(bar), groups=prepared.groups)
+            if hosts.first():
+                reference.save(path, computed, parts)
+            seconds = time.perf_counter() - started
+            log.info("reference log-probs of %s: %d groups in %.1f s", name, prepared.groups, seconds)
+        with hosts.together():
+            mine = reference.load(path) if hosts.first() else np.zeros(prepared.rewards_BK.shape, np.float32)
+        stored = hosts.from_first(mine)
+        again = scored(reference.verification_steps(batches.steps_per_epoch))
+        off = reference.verify(stored, again, rtol=REFERENCE_RTOL[config.model.compute_dtype], path=path)
+        log.info("reference log-probs of %s: %s, verified to %.2g nats", name, path.name, off)
+        return stored

@@ -1,0 +1,415 @@
+"""Several processes: real ones over loopback, each with its CPU devices and gloo between them."""
+
+import importlib
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from fpo_jax import checkpoint, hosts, loop, metrics, programs, sharding
+from fpo_jax.hosts import startup
+from tests import tiny, tolerances
+from tests.paths import REPO
+
+STEPS = 40
+BOUND_S = 60  # a process ends so soon after another one; a busy machine needs more than the 10 s of the heartbeat
+FSDP = {"mesh.fsdp": 4}
+TENSOR = {"mesh.fsdp": 2, "mesh.tensor": 2, "optim.offload": True}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    tiny.write_model(root / "model", layers=1, vocab_size=260)  # divisible by the tensor axis
+    tiny.write_pairs(root / "pairs.jsonl", count=24)
+    return root
+
+
+def options(inputs, changed):
+    """The HH recipe, made tiny."""
+    return {
+        "model.path": str(inputs / "model"), "data.format": "json", "data.train": str(inputs / "pairs.jsonl"),
+        "data.eval": str(inputs / "pairs.jsonl"), "data.hh_split": "last_turn", "data.subfolder": "",
+        "data.train_split": "", "data.eval_split": "", "data.max_length": 40, "data.max_response_length": 16,
+        "model.compute_dtype": "float32", "optim.learning_rate": 3e-3, "train.batch_size": 8,
+        "train.micro_batch_per_device": 1, "train.epochs": STEPS * 8 / 24, "train.save_every": 3,
+        "train.eval_every": 10, "train.eval_batch_per_device": 2, "train.keep_checkpoints": 2,
+        "reference.batch_per_device": 2, "logging.tensorboard": False,
+    } | changed  # fmt: skip
+
+
+def run_here(inputs, workdir, changed):
+    """The run in this process, on four of its devices."""
+    c = importlib.import_module("configs.pythia_hh_pref").get_config()
+    c.update_from_flattened_dict(options(inputs, changed))
+    loop.run(c, workdir, devices=jax.devices()[:4])
+    return outcome(workdir)
+
+
+def outcome(workdir):
+    weights, meta = checkpoint.restore_params(workdir, None)
+    assert meta["step"] == STEPS
+    return metrics.read(workdir / metrics.METRICS_FILE), [np.asarray(leaf) for leaf in jax.tree.leaves(weights)]
+
+
+def assert_same_run(found, expected):
+    """Same numbers in every line, same weights, up to the order of float32 sums."""
+    assert [line["step"] for line in found[0]] == [line["step"] for line in expected[0]]
+    for line, other in zip(found[0], expected[0], strict=True):
+        assert line.keys() == other.keys()
+        assert abs(line.get("loss", 0.0) - other.get("loss", 0.0)) < tolerances.PROCESSES_LOSS
+        for name, number in other.items():
+            np.testing.assert_allclose(line[name], number, **tolerances.PROCESSES_METRICS, err_msg=f"{name} {line}")
+    for leaf, other in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(leaf, other, atol=tolerances.PROCESSES_WEIGHTS, rtol=0)
+
+
+class Job:
+    """Processes of one run; what is left of them is killed at the end."""
+
+    def __init__(self, commands, folder, *, devices):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"log{index}" for index in range(len(commands))]
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            # unoptimised code: compiling is most of what these runs do
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "PYTHONPATH": str(REPO),
+        }
+        self.processes = []
+        for command, log in zip(commands, self.logs, strict=True):
+            with log.open("w") as file:
+                self.processes.append(
+                    subprocess.Popen(command, cwd=REPO, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def until(self, path, lines, *, timeout=240):
+        """Wait until a file of the run has so many lines."""
+        end = time.monotonic() + timeout
+        while not path.exists() or path.read_bytes().count(b"\n") < lines:
+            assert time.monotonic() < end and None in [process.poll() for process in self.processes], self.text()
+            time.sleep(0.002)
+
+    def ends(self, *, timeout=240):
+        """Exit codes, as a shell shows them."""
+        end = time.monotonic() + timeout
+        try:
+            codes = [process.wait(max(0.1, end - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {timeout} s:\n{self.text()}")
+        return [code if code >= 0 else 128 - code for code in codes]
+
+    def text(self, index=None):
+        if index is None:
+            return "\n".join(f"--- process {i}\n{self.text(i)}" for i in range(len(self.logs)))
+        return self.logs[index].read_text()
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def train(inputs, workdir, changed, *, processes, logs, each=None):
+    """`train.py` in several processes with four devices together; `each` adds options to one of them."""
+    port, commands = free_port(), []
+    for index in range(processes):
+        mine = options(inputs, changed) | (each or {}).get(index, {})
+        folder = mine.pop("workdir", workdir)
+        commands.append(
+            [
+                *(sys.executable, "train.py", "--config", "configs/pythia_hh_pref.py", "--workdir", str(folder)),
+                *(f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={index}"),
+                *("--heartbeat_timeout=10", *(f"--config.{key}={value}" for key, value in mine.items())),
+            ]
+        )
+    return Job(commands, logs, devices=4 // processes)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """The run that nothing interrupts, in one process."""
+    workdir = tmp_path_factory.mktemp("whole") / "w"
+    return run_here(inputs, workdir, FSDP), (workdir / "audit.json").read_bytes()
+
+
+@pytest.mark.slow  # four processes, then two, and a run in this one
+def test_four_processes_stop_together_and_two_or_one_go_on(inputs, whole, tmp_path):
+    workdir = tmp_path / "four"
+    with train(inputs, workdir, FSDP, processes=4, logs=tmp_path / "logs4") as job:
+        job.until(workdir / metrics.METRICS_FILE, 6)
+        job.processes[2].send_signal(signal.SIGTERM)
+        assert job.ends() == [75] * 4, job.text()
+    (step,) = {int(found) for found in re.findall(r"SIGTERM: saved step (\d+) of", job.text())}
+    assert 4 <= step < STEPS and job.text().count("SIGTERM: saved step") == 4
+    assert "Traceback" not in job.text() and "was ended from outside" not in job.text()
+    assert "evaluation at step 0" in job.text(0) and "over 4 cpu devices of 4 processes" in job.text(0)
+    for index in (1, 2, 3):  # process 0 alone reports
+        assert "evaluation at step" not in job.text(index) and "configuration" not in job.text(index)
+    shutil.copytree(workdir, tmp_path / "one")
+    assert_same_run(run_here(inputs, tmp_path / "one", FSDP), whole[0])
+    with train(inputs, workdir, FSDP, processes=2, logs=tmp_path / "logs2") as job:
+        assert job.ends() == [0, 0], job.text()
+    assert f"resumed from step {step} of {STEPS}" in job.text(0) and "was ended from outside" not in job.text()
+    assert_same_run(outcome(workdir), whole[0])
+    assert [path.name for path in workdir.iterdir() if path.name.startswith(".")] == []
+    assert (workdir / "audit.json").read_bytes() == whole[1]
+
+
+@pytest.mark.slow  # two processes, and a run in this one
+def test_killed_process_ends_the_other_and_the_run_goes_on(inputs, whole, tmp_path):
+    """With tensor parallelism across the processes and the moments in the hosts' memory."""
+    workdir = tmp_path / "w"
+    with train(inputs, workdir, TENSOR, processes=2, logs=tmp_path / "logs") as job:
+        job.until(workdir / metrics.METRICS_FILE, 6)
+        job.processes[1].kill()
+        codes = job.ends(timeout=BOUND_S)
+    assert codes[0] in (70, 134) and codes[1] == 137, job.text()
+    said = job.text(0).splitlines()[-1]
+    assert re.match("process 0 of 2.*another process died or cannot be reached", said), job.text(0)
+    newest = re.search(r"newest complete checkpoint is step (\d+); the same command on every host goes on", said)
+    assert newest and (workdir / checkpoint.FOLDER / newest[1] / "params").is_dir()
+    assert_same_run(run_here(inputs, workdir, TENSOR), whole[0])
+
+
+@pytest.mark.slow  # two processes
+def test_processes_with_different_inputs_refuse_to_start(inputs, tmp_path):
+    other = {"data.train": str(tiny.write_pairs(tmp_path / "other.jsonl", count=24, seed=1)), "optim.b1": 0.8}
+    with train(inputs, tmp_path / "w", FSDP, processes=2, logs=tmp_path / "logs", each={1: other}) as job:
+        assert job.ends(timeout=180) == [2, 2], job.text()
+    for index in (0, 1):
+        assert re.search(
+            r"(?s)do not run the same job:.*optim.b1: 0.9 on process 0, 0.8 on process 1.*"
+            r"train data: [0-9a-f]{64} on process 0, [0-9a-f]{64} on process 1.*same version, data and model",
+            job.text(index),
+        ), job.text()
+    assert "Traceback" not in job.text() and not (tmp_path / "w").exists()
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+import numpy as np
+from fpo_jax import hosts
+from fpo_jax.hosts import agreement
+port, count, index, workdir = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+hosts.start(hosts.Settings("auto", f"127.0.0.1:{port}", count, index, TIMEOUT, heartbeat_timeout_s=10), workdir)
+with hosts.guard():
+    BODY
+hosts.finish()
+"""
+
+
+def drive(tmp_path, body, *, processes=2, timeout=120, absent=(), devices=1):
+    """Run a few lines in several processes."""
+    code = DRIVER.replace("BODY", body.replace("\n", "\n    ")).replace("TIMEOUT", str(timeout))
+    port = free_port()
+    commands = [
+        [sys.executable, "-c", code, str(port), str(processes), str(i), str(tmp_path)] for i in range(processes)
+    ]
+    return Job([command for i, command in enumerate(commands) if i not in absent], tmp_path / "logs", devices=devices)
+
+
+def test_texts_arrays_and_errors_reach_everyone(tmp_path):
+    body = """
+assert hosts.share(f"from {index}") == ["from 0", "from 1", "from 2"]
+assert hosts.from_first(np.full(3, index + 7)).tolist() == [7, 7, 7]
+hosts.agree({"same": 1})
+hosts.check_shared(workdir)
+(workdir / str(index)).mkdir()
+agreement.SHARED_FOLDER_TIMEOUT_S = 0.5
+try:
+    hosts.check_shared(workdir / str(index // 2))
+except ValueError as error:
+    assert str(error).startswith(f"process 2: {workdir / '1'} is not the folder that process 0 has"), error
+with hosts.together():
+    pass
+try:
+    with hosts.together():
+        if index: raise ValueError(f"row {index} is bad")
+except hosts.Everywhere as error:
+    assert str(error) == "process 1: row 1 is bad\\nprocess 2: row 2 is bad", error
+try:
+    hosts.agree({"seed": index // 2, "same": 1})
+except ValueError as error:
+    assert str(error).split("\\n")[1:-1] == ["  seed: 0 on processes 0, 1, 1 on process 2"], error
+print("done")
+"""
+    with drive(tmp_path, body, processes=3) as job:
+        assert job.ends() == [0, 0, 0], job.text()
+    assert job.text().count("done") == 3 and "ended from outside" not in job.text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "logs"]
+
+
+def test_rows_reach_devices_that_are_no_neighbours(tmp_path):
+    """Each process builds its part alone; together they are the batch, in order, stacked or not."""
+    body = """
+import jax
+from jax.sharding import Mesh
+from fpo_jax import programs, sharding, step
+from tests.batches import random_batch
+mesh = Mesh(np.array(jax.devices())[[0, 2, 3, 1]].reshape(2, 2, 1), sharding.MESH_AXES)
+one = object.__new__(programs.Programs)
+one.mesh, one.layout = mesh, sharding.Layout(mesh)
+one._blocks = programs.held_blocks(mesh, process=index)
+assert one._blocks == [[0, 3], [1, 2]][index]
+whole = random_batch(groups=24, candidates=3, length=11, vocab=50)
+gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
+for accumulation in (1, 2, 3):
+    positions = one.positions(24, accumulation=accumulation)
+    rows = (positions[:, None] * 3 + np.arange(3)).reshape(-1)
+    part = type(whole)(*(leaf[rows if len(leaf) == 72 else positions] for leaf in whole))
+    stacked = accumulation > 1
+    if stacked:
+        part = step.stack_micro_batches(part, accumulation=accumulation)
+    for leaf, expected in zip(one.place(part, stacked=stacked), whole, strict=True):
+        np.testing.assert_array_equal(np.asarray(gather(leaf)).reshape(expected.shape), expected)
+print("done")
+"""
+    with drive(tmp_path, body, devices=2) as job:
+        assert job.ends() == [0, 0], job.text()
+    assert job.text().count("done") == 2
+
+
+def test_failure_of_one_process_ends_one_that_waits_for_it(tmp_path):
+    """The other one waits in a collective that never comes, where neither a signal nor an exception would reach it."""
+    with drive(tmp_path, "if index: raise KeyError('fault')\nhosts.from_first(np.zeros(1))") as job:
+        codes = job.ends(timeout=BOUND_S)
+    assert codes == [70, 1], job.text()
+    assert "process 0 of 2: process 1 ended: KeyError: 'fault'" in job.text(0)
+    assert "holds no complete checkpoint" in job.text(0) and "KeyError" in job.text(1)
+
+
+def test_killed_coordinator_ends_the_others_with_a_sentence(tmp_path):
+    """jax ends them from C++ at once; the sentence comes from the witness."""
+    (tmp_path / checkpoint.FOLDER / "12").mkdir(parents=True)
+    (tmp_path / checkpoint.FOLDER / "15.orbax-checkpoint-tmp").mkdir()
+    body = "(workdir / f'up{index}').touch()\nhosts.share('') if index else __import__('time').sleep(600)"
+    with drive(tmp_path, body) as job:
+        for index in (0, 1):
+            job.until(tmp_path / f"up{index}", 0, timeout=60)
+        job.processes[0].kill()
+        assert job.ends(timeout=BOUND_S) == [137, 134], job.text()
+    said = job.text(1).splitlines()[-1]
+    assert said.startswith("process 1 of 2 was ended from outside: killed here, or by jax because another process died")
+    assert said.endswith(
+        "The newest complete checkpoint is step 12; the same command on every host goes on from there."
+    )
+
+
+def test_process_that_never_comes(tmp_path):
+    with drive(tmp_path, "pass", timeout=2, absent={1}) as job:
+        assert job.ends(timeout=BOUND_S) == [134], job.text()
+    assert "did not come together within --start_timeout=2 s" in job.text(0)
+
+
+PLAIN = {"coordinator": "10.0.0.1:29500", "num_processes": 2, "process_id": 1}
+SLURM = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NUM_NODES": "2", "JAX_PLATFORMS": "cuda"}
+
+
+class TestChoose:
+    def test_alone_where_nothing_says_otherwise(self):
+        shell_in_allocation = {
+            "SLURM_JOB_ID": "7",
+            "SLURM_NTASKS": "4",
+            "SLURM_STEP_NUM_TASKS": "1",
+            "SLURM_PROCID": "0",
+        }
+        for environment in ({}, shell_in_allocation, {"OMPI_COMM_WORLD_SIZE": "1"}, {"JAX_PLATFORMS": "cpu"}):
+            assert startup.choose(hosts.Settings(), environment) is None
+
+    def test_flags_or_variables(self):
+        expected = {
+            "coordinator_address": "10.0.0.1:29500", "num_processes": 2, "process_id": 1,
+            "cluster_detection_method": "deactivate",
+        }  # fmt: skip
+        variables = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:29500", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+        assert startup.choose(hosts.Settings(**PLAIN), {}) == expected
+        assert startup.choose(hosts.Settings(process_id=1), variables) == expected, "a flag is before its variable"
+        assert startup.choose(hosts.Settings("off"), variables | SLURM) is None
+
+    def test_launchers(self):
+        assert startup.choose(hosts.Settings(), SLURM) == {}, "several tasks a node: one GPU each, as jax does"
+        one_per_node = SLURM | {"SLURM_STEP_NUM_NODES": "4"}
+        assert startup.choose(hosts.Settings(), one_per_node) == {"local_device_ids": []}
+        assert startup.choose(hosts.Settings(), one_per_node | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == {}
+        mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+        assert startup.choose(hosts.Settings(), mpi) == {"local_device_ids": []}
+        assert startup.choose(hosts.Settings(coordinator="a:1"), SLURM) == {"coordinator_address": "a:1"}
+        assert startup.choose(hosts.Settings("on"), {}) == {}, "jax looks for itself"
+
+    @pytest.mark.parametrize(
+        ("changed", "environment", "message"),
+        [
+            ({"num_processes": None}, {}, r"--num_processes \(or JAX_NUM_PROCESSES\) missing: .* needs all three"),
+            ({"coordinator": None}, {}, r"--coordinator \(or JAX_COORDINATOR_ADDRESS\) missing"),
+            ({"process_id": 2}, {}, r"--process_id=2 is outside 0 ... 1"),
+            ({"coordinator": "10.0.0.1"}, {}, "--coordinator='10.0.0.1' is not host:port"),
+            ({"mode": "maybe"}, {}, "--distributed=maybe is not one of auto, on, off"),
+            ({"mode": "off"}, {}, "--distributed=off and --coordinator, --num_processes, --process_id contradict"),
+            ({"process_id": None}, {"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID='one' is not a number"),
+        ],
+    )
+    def test_half_given_or_wrong(self, changed, environment, message):
+        with pytest.raises(ValueError, match=message):
+            startup.choose(hosts.Settings(**(PLAIN | changed)), environment)
+
+
+class FakeDevice:
+    """What a mesh needs of a device."""
+
+    platform = device_kind = "cpu"
+
+    def __init__(self, index, process):
+        self.id, self.process_index = index, process
+
+
+def fake_mesh(processes):
+    """(data, fsdp, tensor) = the shape of the array of process numbers."""
+    devices = [FakeDevice(index, process) for index, process in enumerate(np.ravel(processes))]
+    return Mesh(np.array(devices, object).reshape(np.shape(processes)), sharding.MESH_AXES)
+
+
+class TestBlocks:
+    def test_contiguous(self):
+        mesh = fake_mesh([[[0], [0], [1], [1]]])
+        assert [programs.held_blocks(mesh, process=process) for process in (0, 1)] == [[0, 1], [2, 3]]
+
+    def test_as_the_links_lie(self):
+        mesh = fake_mesh([[[0], [1]], [[1], [0]]])
+        assert [programs.held_blocks(mesh, process=process) for process in (0, 1)] == [[0, 3], [1, 2]]
+
+    def test_processes_that_differ_along_tensor_build_the_same_rows(self):
+        mesh = fake_mesh([[[0, 1], [0, 1]]])
+        assert [programs.held_blocks(mesh, process=process) for process in (0, 1)] == [[0, 1], [0, 1]]
+        assert programs.held_blocks(fake_mesh([[[0, 1, 2]]]), process=2) == [0]
+
+    @pytest.mark.parametrize("accumulation", [1, 3])
+    def test_positions_of_all_processes_are_every_group_once(self, accumulation):
+        mesh = fake_mesh([[[0], [2]], [[1], [0]]])
+        seen = []
+        for process in range(3):
+            one = object.__new__(programs.Programs)
+            one.layout, one._blocks = sharding.Layout(mesh), programs.held_blocks(mesh, process=process)
+            seen.append(one.positions(24, accumulation=accumulation).tolist())
+        assert sorted(itertools.chain(*seen)) == list(range(24))
+        assert seen[0] == {1: [*range(6), *range(18, 24)], 3: [0, 1, 6, 7, 8, 9, 14, 15, 16, 17, 22, 23]}[accumulation]
