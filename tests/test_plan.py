@@ -173,6 +173,8 @@ def test_remedies_come_in_their_order_and_keep_what_came_before(folder):
         ("v5e-64", {micro: 1}),
         ("v5e-128", {micro: 1}),
     ]
+    without = [dict(step.changes) for step in remedies.ladder(config, "h100:4", ["update"], host_memory=False)]
+    assert not any("optim.offload" in changes for changes in without)
     evaluation = next(
         remedies.ladder(remedies.changed(config, {"train.eval_batch_per_device": 3}), "here", ["evaluation"])
     )

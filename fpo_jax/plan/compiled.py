@@ -80,6 +80,12 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
     accumulation = job.accumulation(config, ways=layout.row_ways)
     sizes = sizes_.find(config, ways=layout.row_ways)
     made = programs.Programs(config, sizes.blueprint, layout)
+    choices = list(made.choices)
+    if config.optim.offload and not knows_host_memory(devices[0]):
+        choices.append(
+            "optim.offload: the compiler of absent GPUs knows no host memory; compiled with the moments on the device, so"
+            " that the peak is a bound from above"
+        )
     state = made.abstract_state()
     parameters = programs.bytes_on_device(state.params)
     moments = made.state_bytes() - parameters
@@ -107,7 +113,7 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         layout,
         sizes,
         accumulation,
-        made.choices,
+        choices,
         parameters,
         made.state_bytes(),
         gradients,
@@ -116,6 +122,11 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         operations,
         scoring_operations,
     )
+
+
+def knows_host_memory(device: Any) -> bool:
+    """Whether programs compiled for a device can keep arguments in the host's memory: not those for an absent GPU."""
+    return any(memory.kind == sharding.HOST for memory in device.addressable_memories())
 
 
 def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulation: int, moments: int):
