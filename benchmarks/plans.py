@@ -1,8 +1,8 @@
 """Every recipe on every target of the acceptance list, compiled for real: writes docs/plan.md from the numbers.
 
-    python benchmarks/plans.py --json runs/plans.json                    all that is not in the file yet
-    python benchmarks/plans.py --json runs/plans.json --targets v5e-16   some of them
-    python benchmarks/plans.py --json runs/plans.json --write            docs/plan.md from what the file holds
+    python -m benchmarks.plans --json runs/plans.json                    all that is not in the file yet
+    python -m benchmarks.plans --json runs/plans.json --targets v5e-16   some of them
+    python -m benchmarks.plans --json runs/plans.json --write            docs/plan.md from what the file holds
 
 Needs the compilers of the targets (`make test-deviceless` installs them); one process can hold one kind of compiler, so
 run it once with the TPU's and once with the GPU's. No weights, no data, no network: the models' sizes stand below.
@@ -58,11 +58,11 @@ RECIPES = {  # configs/NAME.py -> its model
     "pythia_tldr_pref": "Pythia-2.8B",
     "pythia_tldr_rw": "Pythia-2.8B",
 }
-# What a target needs beyond the recipe, by (recipe or its model, target); the global batch stays the original's.
+# What a target needs beyond the recipe; the global batch stays the original's.
 CHANGES: dict[tuple[str, str], dict[str, object]] = {
-    ("Mistral-7B-v0.1", "v5e-16"): {"train.micro_batch_per_device": 1, "train.eval_batch_per_device": 1},
-    ("Mistral-7B-Instruct-v0.2", "v5e-16"): {"train.micro_batch_per_device": 1, "train.eval_batch_per_device": 1},
-    ("Llama-3-8B", "v5e-16"): {"train.micro_batch_per_device": 1, "train.eval_batch_per_device": 1},
+    ("mistral_instruct", "v5e-16"): {"train.micro_batch_per_device": 1},  # 16 GB a chip, rows of 2048 tokens
+    ("llama3_base", "v5e-16"): {"train.micro_batch_per_device": 1},
+    ("llama3_instruct", "v5e-16"): {"train.micro_batch_per_device": 1},
 }
 
 
@@ -89,7 +89,7 @@ def main() -> None:
 
 def one(recipe: str, target: str) -> dict:
     """Plan one recipe on one target."""
-    changes = {**CHANGES.get((RECIPES[recipe], target), {}), **CHANGES.get((recipe, target), {})}
+    changes = CHANGES.get((recipe, target), {})
     config = remedies.changed(importlib.import_module(f"configs.{recipe}").get_config(), changes)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

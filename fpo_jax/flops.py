@@ -11,6 +11,7 @@ counts valid tokens, fed with the padded length all of them.
 import math
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -102,8 +103,8 @@ def _equation(equation: core.JaxprEqn, window: int | None) -> int:
 def _product(equation: core.JaxprEqn) -> int:
     """Two operations for every element of the result and of the contracted axes."""
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left.shape[axis] for axis in contracted)
+    left, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+    return 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
 
 
 # Primitives whose inside is not a program of whole arrays.
@@ -137,8 +138,8 @@ def _kernel(name: str, equation: core.JaxprEqn, window: int | None) -> int:
         raise ValueError(f"the kernel {name!r} has no formula; flops.KERNELS knows {', '.join(KERNELS)}.")
     products, plane = row
     if name.startswith("splash_mha_dkv"):  # the fused one returns dq too, one part per block of keys
-        products += any(len(variable.aval.shape) == 5 for variable in equation.outvars)
-    arrays = [variable.aval.shape for variable in equation.invars if np.issubdtype(_kind(variable), np.inexact)]
+        products += any(len(_shape(variable)) == 5 for variable in equation.outvars)
+    arrays = [_shape(variable) for variable in equation.invars if _is_float(variable)]
     if plane == "head":
         (tokens, width), (rows, _) = [shape for shape in arrays if len(shape) == 2][:2]
         return 2 * products * tokens * rows * width
@@ -148,9 +149,12 @@ def _kernel(name: str, equation: core.JaxprEqn, window: int | None) -> int:
     return 2 * products * pairs * (math.prod(queries) // length)
 
 
-def _kind(variable: Any) -> type:
-    """The NumPy kind of a variable: bfloat16 is an inexact number to JAX and none to NumPy."""
-    return np.float32 if "float" in str(variable.aval.dtype) else variable.aval.dtype.type
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
+
+
+def _is_float(variable: Any) -> bool:
+    return jnp.issubdtype(variable.aval.dtype, jnp.floating)
 
 
 def _nested(value: Any) -> list[core.Jaxpr]:

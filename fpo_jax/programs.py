@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +137,7 @@ class Programs:
         place = sharding.batch_sharding(self.mesh, stacked=accumulation is not None)
         per_row, per_group = (groups * group_size,), (groups,)
 
-        def array(shape, dtype):
+        def array(shape, dtype) -> Any:
             return jax.ShapeDtypeStruct((*stack, *shape), jnp.dtype(dtype), sharding=place)
 
         return shapes.Batch(

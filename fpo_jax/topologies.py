@@ -203,7 +203,8 @@ def trace_for(jitted, *args) -> jax.stages.Traced:
 
 def compile_traced(traced: jax.stages.Traced, place: Mesh) -> jax.stages.Compiled:
     """Compile what `trace_for` returned, for the mesh that its arguments are placed on."""
-    platform = {"gpu": "cuda"}.get(place.devices.flat[0].platform, place.devices.flat[0].platform)
+    platform = str(place.devices.flat[0].platform)
+    platform = "cuda" if platform == "gpu" else platform
     with jax.sharding.use_abstract_mesh(place.abstract_mesh):
         return traced.lower(lowering_platforms=(platform,)).compile()
 

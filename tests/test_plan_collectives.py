@@ -116,9 +116,9 @@ LOOPS = """
 
 ENTRY %main (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %p = (s32[], f32[8]{0}) parameter(0)
-  ROOT %w = (s32[], f32[8]{0}) while(%p), condition=%outer_condition, body=%outer_body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %w = (s32[], f32[8]{0}) while(%p), condition=%outer_condition, body=%outer_body, KNOWN
 }
-"""
+""".replace("KNOWN", 'backend_config={"known_trip_count":{"n":"5"}}')
 
 
 def test_loops_multiply_by_the_count_that_xla_knows_or_the_bound_over_the_step():

@@ -70,7 +70,7 @@ def run(
     remedy = remedied = None
     tried: list[tuple[remedies.Remedy, int]] = []
     if limit is not None and (too_large := outcome.too_large(limit)):
-        for candidate in remedies.ladder(config, target, too_large):
+        for candidate in remedies.ladder(config, target, too_large, host_memory=compiled.knows_host_memory(found[0])):
             try:
                 other = compiled.compile_all(
                     remedies.changed(config, candidate.changes), devices(candidate.target), limit=limit

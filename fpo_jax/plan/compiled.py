@@ -80,6 +80,12 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
     accumulation = job.accumulation(config, ways=layout.row_ways)
     sizes = sizes_.find(config, ways=layout.row_ways)
     made = programs.Programs(config, sizes.blueprint, layout)
+    choices = list(made.choices)
+    if config.optim.offload and not knows_host_memory(devices[0]):
+        choices.append(
+            "optim.offload: the compiler of absent GPUs knows no host memory; compiled with the moments on the device, so"
+            " that the peak is a bound from above"
+        )
     state = made.abstract_state()
     parameters = programs.bytes_on_device(state.params)
     moments = made.state_bytes() - parameters
@@ -87,8 +93,9 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
     links: list[Collective] = []
     operations = scoring_operations = 0
     for name, program, first, batch, beside in _runs(config, sizes, made, state, accumulation, moments):
-        scores = name == REFERENCE and sizes.reference is not None
-        model_config = sizes.reference if scores else sizes.blueprint.model_config
+        model_config = sizes.blueprint.model_config
+        if name == REFERENCE and sizes.reference is not None:
+            model_config = sizes.reference
         start = time.perf_counter()
         traced = _trace(program, first, batch)
         counted = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.sliding_window)
@@ -97,7 +104,7 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         operations = counted if name == UPDATE else operations
         scoring_operations = counted if name == REFERENCE else scoring_operations
         if name == UPDATE and row.compiled:
-            links = collectives(text, mesh=layout.mesh)
+            links = collectives(text, mesh=made.mesh)
         if name == UPDATE and (row.peak > limit or not row.compiled):
             break
     gradients = sum(_float32_bytes(leaf) for leaf in jax.tree.leaves(state.params))
@@ -106,7 +113,7 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         layout,
         sizes,
         accumulation,
-        made.choices,
+        choices,
         parameters,
         made.state_bytes(),
         gradients,
@@ -115,6 +122,11 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         operations,
         scoring_operations,
     )
+
+
+def knows_host_memory(device: Any) -> bool:
+    """Whether programs compiled for a device can keep arguments in the host's memory: not those for an absent GPU."""
+    return any(memory.kind == sharding.HOST for memory in device.addressable_memories())
 
 
 def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulation: int, moments: int):
@@ -162,7 +174,8 @@ def _compile(name: str, traced: jax.stages.Traced, first, batch, beside: int, st
             raise
         total = int(float(needed.group(1)) * _UNITS[needed.group(2)])
         return Program(name, arguments, total - arguments, beside, 0, time.perf_counter() - start, False), ""
-    seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
+    seconds, memory, text = time.perf_counter() - start, compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
     if mesh.devices.flat[0].platform == "tpu":  # its temporaries count arguments that it moves
         peak = memory.peak_memory_in_bytes
     else:
@@ -170,7 +183,7 @@ def _compile(name: str, traced: jax.stages.Traced, first, batch, beside: int, st
         peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak += memory.generated_code_size_in_bytes
     host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
-    return Program(name, arguments, peak - arguments, beside, host, seconds, True), compiled.as_text()
+    return Program(name, arguments, peak - arguments, beside, host, seconds, True), text
 
 
 def _float32_bytes(leaf: jax.ShapeDtypeStruct) -> int:

@@ -1,7 +1,7 @@
 """What to change, in which order, when a configuration does not fit.
 
 Smaller batches of the programs that are too large, then more recomputation, then moments in bfloat16, then moments in
-the host's memory, then more devices of the same kind; each keeps what came before.
+the host's memory, each keeping what came before; then more devices of the same kind, with the smaller batches alone.
 """
 
 import copy
@@ -33,13 +33,16 @@ class Remedy(NamedTuple):
         return " ".join([f"--plan {self.target}", *(f"--config.{key}={value}" for key, value in self.changes.items())])
 
 
-def ladder(config: configuration.Config, target: str, too_large: Sequence[str]) -> Iterator[Remedy]:
+def ladder(
+    config: configuration.Config, target: str, too_large: Sequence[str], *, host_memory: bool = True
+) -> Iterator[Remedy]:
     """Yield what to try, one after the other.
 
     Args:
         config: that does not fit.
         target: what it does not fit on.
         too_large: names of the programs that need too much.
+        host_memory: whether the target's compiler can show what keeping moments there saves.
     """
     changes: dict[str, object] = {}
     knobs = {knob: int(_value(config, knob)) for knob in (_BATCHES[name] for name in too_large)}
@@ -49,7 +52,7 @@ def ladder(config: configuration.Config, target: str, too_large: Sequence[str]) 
         yield Remedy(target, dict(changes))
     if UPDATE in too_large:
         for knob, value in _MEMORY:
-            if _value(config, knob) != value:
+            if _value(config, knob) != value and (host_memory or knob != "optim.offload"):
                 changes[knob] = value
                 yield Remedy(target, dict(changes))
     more: str | None = target

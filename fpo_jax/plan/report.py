@@ -103,50 +103,49 @@ def _collectives(outcome: Outcome) -> str:
 
 
 def _cost(outcome: Outcome, capacity: topologies.Capacity | None) -> str:
-    sizes, config, devices = outcome.sizes, outcome.config, outcome.layout.mesh.size  # pyright: ignore[reportOptionalMemberAccess]
+    assert outcome.layout.mesh is not None
+    sizes, devices = outcome.sizes, outcome.layout.mesh.size
+    needed = _model_operations(outcome)
+    line = f"operations of an update: {outcome.operations:.3g}, recomputation included; the model's own: "
+    line += ", ".join(f"{value:.3g} on {name} tokens" for name, value in needed.items())
+    if capacity is None:
+        return line
+    seconds = roofline.estimate(outcome, capacity)
+
+    def share(value: int, limit: float) -> str:
+        return f"{profiling.utilisation(value, seconds=limit, devices=devices, peak=capacity.flops):.0%}"
+
+    shares = [f"{name} {share(value, seconds.most)} to {share(value, seconds.best)}" for name, value in needed.items()]
+    steps = 1000 if sizes.steps is None else sizes.steps
+    what = "1,000 updates (plan.groups is unset)" if sizes.steps is None else f"the run of {steps:,} updates"
+    hours = f"{steps * seconds.best / 3600:.2f} to {steps * seconds.most / 3600:.2f} h"
+    scoring = ""
+    if sizes.scoring is not None and sizes.groups is not None:
+        batches = -(-sizes.groups // (outcome.config.reference.batch_per_device * outcome.layout.row_ways))
+        alone = batches * outcome.scoring_operations / devices / capacity.flops / 3600
+        scoring = f", before it the reference pass over {sizes.groups:,} groups {alone:.2f} h"
+    return "\n".join(
+        [
+            line,
+            f"an update takes at least {seconds.best:.2f} s if everything overlaps, {seconds.most:.2f} s if no transfer"
+            f" does (computing {seconds.compute:.2f} s, memory {seconds.memory:.2f} s, links {seconds.links:.2f} s)",
+            f"MFU at most: {', '.join(shares)} (reference pass apart)",
+            f"{what}: at least {hours}{scoring}",
+            "assumed: " + "; ".join(roofline.ASSUMPTIONS),
+        ]
+    )
+
+
+def _model_operations(outcome: Outcome) -> dict[str, int]:
+    """What the mathematics of an update needs, on padded and, where they are known, on valid tokens."""
+    sizes, config = outcome.sizes, outcome.config
     model_config, loss = sizes.blueprint.model_config, sizes.blueprint.loss
     rows = config.train.batch_size * config.data.group_size
-    padded = flops.work(
-        [sizes.update.length] * rows, [sizes.update.scored] * rows, sliding_window=model_config.sliding_window
-    )
-    needed = {"padded": padded} | ({} if sizes.valid is None else {"valid": sizes.valid})
-    lines = [f"operations of an update: {outcome.operations:.3g}, recomputation included; the model's own:"]
-    model_flops = {
-        name: flops.update(model_config, work, extra_forward=loss.needs_batch_kl) for name, work in needed.items()
-    }
-    lines[0] += " " + ", ".join(f"{value:.3g} on {name} tokens" for name, value in model_flops.items())
-    if capacity is None:
-        return lines[0]
-    seconds = roofline.estimate(outcome, capacity)
-    lines.append(
-        f"an update takes at least {seconds.best:.2f} s if everything overlaps, {seconds.most:.2f} s if no transfer does"
-        f" (computing {seconds.compute:.2f} s, memory {seconds.memory:.2f} s, links {seconds.links:.2f} s)"
-    )
-    shares = [
-        f"{name} "
-        + " to ".join(
-            f"{profiling.utilisation(value, seconds=limit, devices=devices, peak=capacity.flops):.0%}"
-            for limit in (seconds.most, seconds.best)
-        )
-        for name, value in model_flops.items()
-    ]
-    lines.append(f"MFU at most: {', '.join(shares)} (reference pass apart)")
-    lines.append(_duration(outcome, capacity, seconds))
-    lines.append("assumed: " + "; ".join(roofline.ASSUMPTIONS))
-    return "\n".join(lines)
-
-
-def _duration(outcome: Outcome, capacity: topologies.Capacity, seconds: roofline.Estimate) -> str:
-    sizes, devices = outcome.sizes, outcome.layout.mesh.size  # pyright: ignore[reportOptionalMemberAccess]
-    steps, what = (1000, "1,000 updates (plan.groups is unset)") if sizes.steps is None else (sizes.steps, "")
-    what = what or f"the run of {steps:,} updates"
-    line = f"{what}: at least {steps * seconds.best / 3600:.2f} to {steps * seconds.most / 3600:.2f} h"
-    if sizes.scoring is not None and sizes.groups is not None:
-        batch = outcome.config.reference.batch_per_device * outcome.layout.row_ways
-        batches = -(-sizes.groups // batch)
-        alone = batches * outcome.scoring_operations / devices / capacity.flops
-        line += f", before it the reference pass over {sizes.groups:,} groups {alone / 3600:.2f} h"
-    return line
+    lengths, scored = [sizes.update.length] * rows, [sizes.update.scored] * rows
+    done = {"padded": flops.work(lengths, scored, sliding_window=model_config.sliding_window)}
+    if sizes.valid is not None:
+        done["valid"] = sizes.valid
+    return {name: flops.update(model_config, work, extra_forward=loss.needs_batch_kl) for name, work in done.items()}
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

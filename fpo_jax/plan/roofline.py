@@ -5,10 +5,11 @@ seconds at most = max(compute, memory) + links     no transfer hides behind comp
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
 
 from fpo_jax import params, topologies
 from fpo_jax.plan.collectives import Collective
@@ -45,7 +46,8 @@ def estimate(outcome: Outcome, capacity: topologies.Capacity) -> Estimate:
     """Return the seconds that an update takes at least in each resource."""
     assert outcome.layout.mesh is not None
     mesh = outcome.layout.mesh
-    links = sum(row.sent / _rate(row, mesh, capacity) for row in outcome.collectives)
+    hosts = np.array([device.process_index for device in mesh.devices.flat]).reshape(mesh.devices.shape)
+    links = sum(row.sent / _rate(row, mesh.axis_names, hosts, capacity) for row in outcome.collectives)
     return Estimate(
         outcome.operations / mesh.size / capacity.flops, memory_traffic(outcome) / capacity.bandwidth, links
     )
@@ -62,11 +64,9 @@ def memory_traffic(outcome: Outcome) -> int:
     return outcome.accumulation * per_micro_batch + 2 * outcome.state + outcome.gradients
 
 
-def _rate(row: Collective, mesh: Mesh, capacity: topologies.Capacity) -> float:
-    """Bytes/s of a device's slowest connection along the axes of a collective."""
+def _rate(row: Collective, axis_names: Sequence[str], hosts: np.ndarray, capacity: topologies.Capacity) -> float:
+    """Bytes/s of a device's slowest connection along the axes of a collective; `hosts` has the host of every device."""
     if capacity.network is None:
         return capacity.link
-    axes = [axis for axis in row.axes if axis in mesh.axis_names] or list(mesh.axis_names)
-    index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
-    hosts = {device.process_index for device in mesh.devices[index].flat}
-    return capacity.network if len(hosts) > 1 else capacity.link
+    index = tuple(slice(None) if axis in row.axes or "?" in row.axes else 0 for axis in axis_names)
+    return capacity.network if len(np.unique(hosts[index])) > 1 else capacity.link
