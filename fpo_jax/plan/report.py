@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from fpo_jax import flops, params, profiling, topologies
+from fpo_jax import flops, params, topologies
 from fpo_jax.plan import remedies, roofline
 from fpo_jax.plan.compiled import UPDATE, Outcome
 
@@ -113,7 +113,7 @@ def _cost(outcome: Outcome, capacity: topologies.Capacity | None) -> str:
     seconds = roofline.estimate(outcome, capacity)
 
     def share(value: int, limit: float) -> str:
-        return f"{profiling.utilisation(value, seconds=limit, devices=devices, peak=capacity.flops):.0%}"
+        return f"{value / (limit * devices * capacity.flops):.0%}"
 
     shares = [f"{name} {share(value, seconds.most)} to {share(value, seconds.best)}" for name, value in needed.items()]
     steps = 1000 if sizes.steps is None else sizes.steps
