@@ -59,6 +59,7 @@ def prepare(config: configuration.Config) -> Inputs:
     loss = check(config)
     source = hf.local_dir(config.model.path, revision=config.model.revision or None)
     model_config = read_model(config, source)
+    hf.check_weights(source, model_config)
     return Inputs(loss, source, model_config, *read_data(config, source, model_config))
 
 
