@@ -1,12 +1,12 @@
 """Train a model: `python train.py --config configs/mistral_base.py --workdir runs/mistral [--config.key=value ...]`.
 
 On several hosts run the same command on each: see docs/hosts.md. `--plan TARGET` in place of `--workdir` trains
-nothing: it compiles the run for devices that need not be here, such as h100:4, h100:2x8 or v5e-16, and says what it needs.
+nothing: it compiles the run for devices that need not be here (h100:4, h100:2x8, v5e-16) and says what it needs there.
 
 Exit codes: 0 finished; 1 loss or gradient not finite, or a fault of the program; 2 the input cannot be used, or does
 not fit (the message says what to change); 70 another process of the run failed, died or never came (134, which is
-SIGABRT, where jax noticed first): the same command on every host goes on from the newest complete checkpoint; 75 stopped
-by a signal with everything saved: the same command goes on.
+SIGABRT, where jax noticed first): the same command on every host goes on from the newest complete checkpoint; 75
+stopped by a signal with everything saved: the same command goes on.
 """
 
 import logging

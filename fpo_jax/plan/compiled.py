@@ -83,8 +83,8 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
     choices = list(made.choices)
     if config.optim.offload and not knows_host_memory(devices[0]):
         choices.append(
-            "optim.offload: the compiler of absent GPUs knows no host memory; compiled with the moments on the device, so"
-            " that the peak is a bound from above"
+            "optim.offload: the compiler of absent GPUs knows no host memory; compiled with the moments on the device,"
+            " so that the peak is a bound from above"
         )
     state = made.abstract_state()
     parameters = programs.bytes_on_device(state.params)
