@@ -127,8 +127,56 @@ def one(recipe: str, target: str) -> dict:
 
 
 def document(found: dict) -> str:
-    """docs/plan.md as text."""
-    raise NotImplementedError
+    """Return docs/plan.md: a table for each target, and one plan in full."""
+    parts = [_HEAD]
+    for target in TARGETS:
+        rows = [(recipe, found.get(f"{recipe} {target}")) for recipe in RECIPES]
+        limit = next(row["limit"] for _, row in rows if row)
+        parts.append(
+            f"## {target}: {_gib(limit)} GiB a device\n\n{_TABLE}" + "".join(map(_row, *zip(*rows, strict=True)))
+        )
+    example = next(text for text in (row["text"] for row in found.values()) if text)
+    return "\n".join([*parts, f"## One of them in full\n\n```\n{example}\n```\n"])
+
+
+_HEAD = """# Plans of the recipes
+
+What `train.py --config configs/RECIPE.py --plan TARGET` says of the eight recipes of the original, each with its global
+batch. Written by `benchmarks/plans.py` from programs that the targets' compilers really compiled (jax 0.12, on two cores
+with other work beside: compile times are upper bounds). Nothing here has run on the targets. Rows are the longest that a
+recipe allows, with every position counted; real rows are shorter.
+
+- **peak**: the most that a device holds in any program of the run, and which one.
+- **s an update**: from perfect overlap of computing, memory and links to none, at the peak rates of the data sheets.
+- **changes**: what the target needs beyond the recipe; the preset is the default, `fsdp`, everywhere.
+"""
+_TABLE = """| recipe | changes | micro-batches | state GiB | peak GiB | free | s an update | h a run | compiled in |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def _row(recipe: str, plan_: dict | None) -> str:
+    if plan_ is None:
+        return f"| `{recipe}` | | | | not compiled | | | | |\n"
+    changes = ", ".join(f"`{key}={value}`" for key, value in plan_["changes"].items()) or "none"
+    seconds, steps = (plan_["best"], plan_["most"]), plan_["steps"]
+    hours = " to ".join(f"{steps * value / 3600:.2f}" for value in seconds) if steps else "unknown"
+    cells = (
+        f"`{recipe}`",
+        changes,
+        f"{plan_['accumulation']} of {plan_['micro_batch']} a device",
+        _gib(plan_["state"]),
+        f"{_gib(plan_['peak'])} ({plan_['peak_of']})",
+        f"{1 - plan_['peak'] / plan_['limit']:.0%}" if plan_["fits"] else "**does not fit**",
+        " to ".join(f"{value:.1f}" for value in seconds),
+        hours,
+        f"{plan_['compile']['update']:.0f} s",
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f}"
 
 
 if __name__ == "__main__":
