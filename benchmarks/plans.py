@@ -142,9 +142,9 @@ def document(found: dict) -> str:
 _HEAD = """# Plans of the recipes
 
 What `train.py --config configs/RECIPE.py --plan TARGET` says of the eight recipes of the original, each with its global
-batch. Written by `benchmarks/plans.py` from programs that the targets' compilers really compiled (jax 0.12, on two cores
-with other work beside: compile times are upper bounds). Nothing here has run on the targets. Rows are the longest that a
-recipe allows, with every position counted; real rows are shorter.
+batch. Written by `benchmarks/plans.py` from programs that the targets' compilers really compiled (jax 0.12, two cores
+with other work beside: compile times are upper bounds). Nothing here has run on the targets. Rows are the longest that
+a recipe allows, with every position counted; real rows are shorter.
 
 - **peak**: the most that a device holds in any program of the run, and which one.
 - **s an update**: from perfect overlap of computing, memory and links to none, at the peak rates of the data sheets.
