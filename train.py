@@ -1,11 +1,12 @@
 """Train a model: `python train.py --config configs/mistral_base.py --workdir runs/mistral [--config.key=value ...]`.
 
-On several hosts run the same command on each: see docs/hosts.md.
+On several hosts run the same command on each: see docs/hosts.md. `--plan TARGET` in place of `--workdir` trains
+nothing: it compiles the run for devices that need not be here (h100:4, h100:2x8, v5e-16) and says what it needs there.
 
-Exit codes: 0 finished; 1 loss or gradient not finite, or a fault of the program; 2 the input cannot be used (the
-message says what to change); 70 another process of the run failed, died or never came (134, which is SIGABRT, where jax
-noticed first): the same command on every host goes on from the newest complete checkpoint; 75 stopped by a signal with
-everything saved: the same command goes on.
+Exit codes: 0 finished; 1 loss or gradient not finite, or a fault of the program; 2 the input cannot be used, or does
+not fit (the message says what to change); 70 another process of the run failed, died or never came (134, which is
+SIGABRT, where jax noticed first): the same command on every host goes on from the newest complete checkpoint; 75
+stopped by a signal with everything saved: the same command goes on.
 """
 
 import logging
@@ -18,6 +19,7 @@ from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; override with --config.key=value.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for checkpoints, metrics and logs; resumes what it holds.")
+_PLAN = flags.DEFINE_string("plan", "", "Compile for h100:4, h100:2x8, v5e-16, v5p-8, ..., here; train nothing.")
 _MODE = flags.DEFINE_string(
     "distributed", "auto", "auto: as the launcher or the flags below say; on; off: one process."
 )
@@ -26,6 +28,7 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run; 
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0; or JAX_PROCESS_ID.")
 _START = flags.DEFINE_integer("start_timeout", 300, "Seconds that the processes wait for each other at the start.", 1)
 _HEARTBEAT = flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process is dead.", 1)
+_PROFILE = flags.DEFINE_string("profile", "", "first:last, e.g. 10:13 traces updates 10 to 12 into WORKDIR/profile.")
 flags.mark_flags_as_required(["config"])
 
 
@@ -38,7 +41,7 @@ def parse(argv: list[str]) -> list[str]:
         _fail(2, f"unknown configuration key: {error.args[0]}; `fpo_jax/config.py` lists every key.")
     except (flags.Error, TypeError, ValueError, OSError) as error:
         _fail(2, error)
-    if not _WORKDIR.value:
+    if not _WORKDIR.value and not _PLAN.value:
         _fail(2, "--workdir is missing; give the folder of the run, new or to be resumed.")
     if rest[1:]:
         _fail(2, f"unexpected arguments {rest[1:]}; settings are given as --config.key=value.")
@@ -49,6 +52,8 @@ def main(_argv: list[str]) -> None:
     """Run, and turn each outcome into an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("fpo_jax").setLevel(logging.INFO)
+    if _PLAN.value:
+        sys.exit(_plan())
     from fpo_jax import execution, hosts, loop  # after the flags: a misspelt option answers at once
 
     workdir = Path(_WORKDIR.value)
@@ -68,7 +73,7 @@ def main(_argv: list[str]) -> None:
             logging.basicConfig(format=f"process {hosts.index()}: %(message)s", stream=sys.stderr, force=True)
             logging.getLogger("fpo_jax").setLevel(logging.WARNING)
         with hosts.guard():
-            loop.run(_CONFIG.value, workdir)
+            loop.run(_CONFIG.value, workdir, profile=_profiled())
         code = 0
     except (ValueError, hosts.StartError, loop.NonFinite, execution.Stopped) as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -76,6 +81,25 @@ def main(_argv: list[str]) -> None:
         code = codes.get(type(error), 2)
     hosts.finish()
     sys.exit(code)
+
+
+def _profiled() -> range:
+    from fpo_jax import config
+
+    try:
+        updates = config.row_slice(_PROFILE.value) if _PROFILE.value else slice(0, 0)
+        return range(updates.start, updates.stop)
+    except (TypeError, ValueError):
+        raise ValueError(f"--profile={_PROFILE.value} is not first:last; write e.g. 10:13.") from None
+
+
+def _plan() -> int:
+    from fpo_jax import plan
+
+    try:
+        return plan.main(_CONFIG.value, _PLAN.value)
+    except ValueError as error:
+        _fail(2, error)
 
 
 def _fail(code: int, error: object) -> NoReturn:

@@ -39,4 +39,5 @@ def get_config(loss: str = "alphapo"):
     c.train.micro_batch_per_device = 2
     c.train.eval_batch_per_device = 4
     c.train.eval_every = 400
+    c.plan.groups = 61_135
     return c

@@ -16,6 +16,7 @@ def get_config(loss: str = "alphapo"):
     c.tokenizer.chat_template = "mistral"
     c.data.train = c.data.eval = "princeton-nlp/mistral-instruct-ultrafeedback"
     c.data.train_split, c.data.eval_split = "train", "test"
+    c.plan.groups = 59_700  # about
     c.data.max_length = 2048
     c.data.max_prompt_length = 1800
     if loss.startswith("alpha"):

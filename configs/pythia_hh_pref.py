@@ -40,4 +40,5 @@ def get_config(loss: str = "alphapo-pref"):
     c.train.eval_every = 34  # ten evaluations and ten checkpoints a run
     c.train.save_every = 34
     c.train.keep_checkpoints = 10
+    c.plan.groups = 43_835
     return c

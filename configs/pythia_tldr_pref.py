@@ -26,4 +26,5 @@ def get_config(loss: str = "alphapo-pref"):
     c.train.max_steps = 350
     c.train.eval_every = 72  # the original's checkpoint interval: 290 micro-steps
     c.train.save_every = 72
+    c.plan.groups = 92_858
     return c

@@ -26,6 +26,7 @@ RESUMABLE = frozenset(
         "logging.wandb_project",
         "reference.batch_per_device",
         "reference.cache_dir",
+        "plan.groups",
     }
 )
 
@@ -158,6 +159,9 @@ def default() -> Config:
     c.mesh.fsdp = config_dict.placeholder(int)
     c.mesh.tensor = config_dict.placeholder(int)
 
+    c.plan = ml_collections.ConfigDict()
+    c.plan.groups = config_dict.placeholder(int)  # of the training data, for `--plan` where they are not at hand
+
     c.logging = ml_collections.ConfigDict()
     c.logging.tensorboard = True  # where tensorboardX is installed
     c.logging.wandb_project = ""  # "" = no W&B
@@ -244,6 +248,7 @@ def problems(config: Config) -> list[str]:
     choice("kernel.implementation", ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu"))
     choice("kernel.fuse_loss", ("auto", "on", "off"))
     number("kernel.workspace_mib", 1)
+    number("plan.groups", 1)
     choice("mesh.preset", ("fsdp", "zero3", "zero2", "multi_gpu", "hybrid"))
     axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     if any(axis is not None and (axis == 0 or axis < -1) for axis in axes) or axes.count(-1) > 1:

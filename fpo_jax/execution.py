@@ -14,6 +14,8 @@ from fpo_jax import hosts, shapes
 
 log = logging.getLogger("fpo_jax")
 
+_REMEDY = "Lower train.micro_batch_per_device, set model.remat=full, or use more devices; train.py --plan tries them."
+
 
 class Stopped(hosts.Everywhere):
     """SIGTERM or SIGINT arrived; what is saved is saved, and the same command goes on from there."""
@@ -24,18 +26,23 @@ class Program:
 
     def __init__(self, name: str, jitted: Callable):
         """Take the jitted function; `name` is for the log."""
-        self.name, self._jitted = name, jitted
+        self.name, self.jitted = name, jitted
         self._compiled: dict[tuple, jax.stages.Compiled] = {}
 
     def __call__(self, first: shapes.PyTree, batch: shapes.Batch):
-        """Run on the batch, compiling when its shape is new."""
+        """Run on the batch, compiling when its shape is new.
+
+        Raises:
+            ValueError: the program needs more memory than a device has.
+        """
         key = (batch.tokens_NT.shape, batch.targets_NR.shape)
         if key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[key] = compiled = self._jitted.lower(first, batch).compile()
+            self._compiled[key] = compiled = self._compile(first, batch)
             seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
             size = ""
             if memory is not None:
+                self._check_memory(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
                 size = f"; {mib(memory.argument_size_in_bytes)} arguments, {mib(memory.temp_size_in_bytes)} temporaries"
             log.info(
                 "compiled %s for rows of %d tokens (%d scored) in %.1f s%s",
@@ -46,6 +53,25 @@ class Program:
                 size,
             )
         return self._compiled[key](first, batch)
+
+    def _compile(self, first: shapes.PyTree, batch: shapes.Batch) -> jax.stages.Compiled:
+        lowered = self.jitted.lower(first, batch)
+        try:
+            return lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            fact = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
+            raise ValueError(f"{self.name} does not fit: {fact}. {_REMEDY}") from error
+
+    def _check_memory(self, needed: int) -> None:
+        """Refuse here what would run out of memory later; a CPU does not say what it has."""
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        if limit and needed > limit:
+            raise ValueError(
+                f"{self.name} needs {mib(needed)} on every device, and a device lends {mib(limit)} (a GPU lends 75 % of"
+                f" its memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more). {_REMEDY}"
+            )
 
     @property
     def compilations(self) -> int:

@@ -1,6 +1,7 @@
 """What a run is before it touches a device: checked configuration, model description, tokenised data, sizes.
 
 config -> Inputs (loss, model config, data with audits) -> Plan (accumulation, steps) -> a workdir that is its own
+                 Inputs, Plan -> Blueprint: what the programs are compiled for, which needs neither data nor weights
 """
 
 import json
@@ -42,8 +43,32 @@ class Plan(NamedTuple):
     horizon: int  # updates over which it falls
 
 
+class Blueprint(NamedTuple):
+    """What the compiled programs depend on besides the configuration and the mesh."""
+
+    loss: losses.Loss
+    model_config: model.ModelConfig
+    lengths: tuple[int, ...]  # T of any batch
+    scored: int  # the largest R
+    warmup: int
+    horizon: int
+
+
 def prepare(config: configuration.Config) -> Inputs:
     """Check the configuration and read model config, tokenizer and data; touches no device and writes nothing."""
+    loss = check(config)
+    source = hf.local_dir(config.model.path, revision=config.model.revision or None)
+    model_config = read_model(config, source)
+    hf.check_weights(source, model_config)
+    return Inputs(loss, source, model_config, *read_data(config, source, model_config))
+
+
+def check(config: configuration.Config) -> losses.Loss:
+    """Return the loss of a configuration.
+
+    Raises:
+        ValueError: with everything that is wrong with the configuration.
+    """
     problems, loss = [], None
     try:
         loss = losses.resolve(config.loss.name, **configuration.loss_options(config))
@@ -51,13 +76,24 @@ def prepare(config: configuration.Config) -> Inputs:
         problems.append(str(error))
     configuration.validate(config, extra=problems)
     assert loss is not None
-    source = hf.local_dir(config.model.path, revision=config.model.revision or None)
+    return loss
+
+
+def read_model(config: configuration.Config, source: Path) -> model.ModelConfig:
+    """Read the description of the model in a directory, and check that the rows fit its window."""
     model_config = hf.read_config(source)
     if config.data.max_length > model_config.max_positions:
         raise ValueError(
             f"data.max_length={config.data.max_length} exceeds the model's window of {model_config.max_positions}"
             f" tokens ({source}); use at most {model_config.max_positions}."
         )
+    return model_config
+
+
+def read_data(
+    config: configuration.Config, source: Path, model_config: model.ModelConfig
+) -> tuple[Dataset, Dataset | None]:
+    """Read the tokenizer and with it the training and the evaluation data."""
     tokenizer = chat.load_tokenizer(
         config.tokenizer.path or source,
         chat_template=config.tokenizer.chat_template or None,
@@ -66,7 +102,7 @@ def prepare(config: configuration.Config) -> Inputs:
     hf.check_vocabulary(len(tokenizer), model_config)
     train = _dataset(config, "train", tokenizer, model_config.vocab_size)
     evaluation = _dataset(config, "eval", tokenizer, model_config.vocab_size) if config.data.eval else None
-    return Inputs(loss, source, model_config, train, evaluation)
+    return train, evaluation
 
 
 def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int) -> Dataset:
@@ -102,7 +138,7 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
         on_empty_response=options.on_empty_response,
         on_long_prompt=options.on_long_prompt,
         on_identical=options.on_identical,
-        buckets=_buckets(config),
+        buckets=buckets(config),
         vocab_size=vocab_size,
         **chat_only,
     )
@@ -120,35 +156,56 @@ def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:
     Raises:
         ValueError: the batch does not divide, or there is less than one batch of data.
     """
+    micro_batches = accumulation(config, ways=devices)
+    schedule = data.schedule(
+        inputs.train.prepared,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        last_batch=config.data.last_batch,
+        buckets=buckets(config),
+    )
+    steps, warmup, horizon = durations(config, steps_per_epoch=schedule.steps_per_epoch)
+    return Plan(schedule, data.batch_shapes(schedule, steps=steps), micro_batches, steps, warmup, horizon)
+
+
+def accumulation(config: configuration.Config, *, ways: int) -> int:
+    """Return the micro-batches per update, with batches cut `ways` ways over the mesh.
+
+    Raises:
+        ValueError: the batch does not divide.
+    """
     train = config.train
-    per_pass = train.micro_batch_per_device * devices
+    per_pass = train.micro_batch_per_device * ways
     if train.batch_size % per_pass:
         near = sorted({max(1, train.batch_size // per_pass) * per_pass, (train.batch_size // per_pass + 1) * per_pass})
         raise ValueError(
             f"train.batch_size={train.batch_size} is not divisible by train.micro_batch_per_device="
-            f"{train.micro_batch_per_device} x {devices} devices = {per_pass}; use {' or '.join(map(str, near))}."
+            f"{train.micro_batch_per_device} x {ways} devices = {per_pass}; use {' or '.join(map(str, near))}."
         )
-    schedule = data.schedule(
-        inputs.train.prepared,
-        batch_size=train.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        last_batch=config.data.last_batch,
-        buckets=_buckets(config),
-    )
-    whole = max(1, round(train.epochs * schedule.steps_per_epoch))
+    return train.batch_size // per_pass
+
+
+def durations(config: configuration.Config, *, steps_per_epoch: int) -> tuple[int, int, int]:
+    """Return the updates of the run, of the warm-up, and of the learning rate's horizon."""
+    train = config.train
+    whole = max(1, round(train.epochs * steps_per_epoch))
     steps = whole if train.max_steps is None else min(whole, train.max_steps)
     horizon = whole if config.optim.decay_over == "epochs" else steps
     warmup = optim.warmup_steps(fraction=config.optim.warmup_fraction, steps=config.optim.warmup_steps, horizon=horizon)
-    return Plan(
-        schedule, data.batch_shapes(schedule, steps=steps), train.batch_size // per_pass, steps, warmup, horizon
-    )
+    return steps, warmup, horizon
+
+
+def blueprint(inputs: Inputs, plan: Plan) -> Blueprint:
+    """Return what the programs of a run are compiled for."""
+    scored = max(scored for _, scored in plan.shapes)
+    return Blueprint(inputs.loss, inputs.model_config, plan.schedule.buckets, scored, plan.warmup, plan.horizon)
 
 
 def sequential_schedule(config: configuration.Config, prepared: data.Prepared, *, batch_size: int) -> data.Schedule:
     """Return the schedule of every group once in the order of the data, the last batch filled up."""
     return data.schedule(
-        prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", buckets=_buckets(config)
+        prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", buckets=buckets(config)
     )
 
 
@@ -166,7 +223,8 @@ def identity(config: configuration.Config) -> dict[str, object]:
     return {"fpo_jax": __version__, "jax": jax.__version__} | configuration.flatten(config.to_dict())
 
 
-def _buckets(config: configuration.Config) -> tuple[int, ...]:
+def buckets(config: configuration.Config) -> tuple[int, ...]:
+    """Return the lengths T that rows are padded to, ascending."""
     return tuple(config.data.buckets) or (config.data.max_length,)
 
 

@@ -27,11 +27,13 @@ from fpo_jax import (
     job,
     metrics,
     params,
+    profiling,
     programs,
     scoring,
     shapes,
     sharding,
     step,
+    topologies,
 )
 from fpo_jax import config as configuration
 
@@ -44,13 +46,20 @@ class NonFinite(hosts.Everywhere):
     """The loss or the gradient is not finite and the configuration says stop."""
 
 
-def run(config: configuration.Config, workdir: Path, *, devices: Sequence | None = None) -> None:
+def run(
+    config: configuration.Config,
+    workdir: Path,
+    *,
+    devices: Sequence | None = None,
+    profile: range = range(0),
+) -> None:
     """Train as configured, resuming from the newest checkpoint in `workdir`.
 
     Args:
         config: from a file of configs/.
         workdir: the run's folder; made when absent.
         devices: what to build the mesh of; None = all of them.
+        profile: numbers of the updates to trace into `workdir/profile`.
 
     Raises:
         ValueError: the configuration, the data or the model cannot be used; nothing has been changed.
@@ -65,12 +74,13 @@ def run(config: configuration.Config, workdir: Path, *, devices: Sequence | None
         with hosts.together():
             layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
             plan = job.plan(config, inputs, devices=layout.row_ways)
-            compiled = programs.Programs(config, inputs, plan, layout)
+            trace = profiling.Trace(profile, workdir, last=plan.steps)
+            compiled = programs.Programs(config, job.blueprint(inputs, plan), layout)
             if hosts.first():
                 job.claim_workdir(config, workdir, inputs)
         hosts.check_shared(workdir)
         stop.connect(compiled.mesh)
-        one = _Run(config, workdir, inputs, plan, compiled, stop, fingerprints)
+        one = _Run(config, workdir, inputs, plan, compiled, stop, fingerprints, trace)
         one.announce()
         one.train()
 
@@ -87,13 +97,22 @@ class _Run:
         compiled: programs.Programs,
         stop: execution.StopRequest,
         fingerprints: dict[str, str],
+        trace: profiling.Trace,
     ):
         self.config, self.workdir, self.inputs, self.plan = config, workdir, inputs, plan
-        self.programs, self.stop, self.fingerprints = compiled, stop, fingerprints
+        self.programs, self.stop, self.fingerprints, self.trace = compiled, stop, fingerprints, trace
         self.positions = compiled.positions(config.train.batch_size, accumulation=plan.accumulation)
         self.writers: metrics.Writers | metrics.Silent = metrics.Silent()
         self.nonfinite_in_a_row = 0
-        self.clock = 0.0  # when the device was last known to be idle or at a step's end
+        self.split = profiling.Split("data", "device")  # of an update's time: making its batch, waiting for it
+        device, wide = compiled.mesh.devices.flat[0], config.model.compute_dtype == "float32"
+        holds = topologies.capacity(device)
+        self.meter = profiling.Meter(
+            inputs.model_config,
+            devices=compiled.mesh.size,
+            peak=None if holds is None or wide else holds.flops,
+            extra_forward=inputs.loss.needs_batch_kl,
+        )
 
     def announce(self) -> None:
         """Say everything about the run before anything expensive: what a reader needs to trust or to stop it."""
@@ -144,7 +163,9 @@ class _Run:
             weights = self.programs.load(self.inputs.source)
             if hosts.first():
                 self._copy_source()
-            reference_pass = scoring.ReferencePass(self.config, self.workdir, self.inputs, self.programs, self.stop)
+            reference_pass = scoring.ReferencePass(
+                self.config, self.workdir, self.inputs, self.programs, self.stop, self.meter
+            )
             references = reference_pass(weights, fingerprint=self.fingerprints["model"])
             if last is None:
                 state = self.programs.fresh_state(weights)
@@ -159,6 +180,8 @@ class _Run:
                 if last is None:
                     self._evaluate(0, state.params, references[1])
                 self._updates(state, references, checkpointer)
+                self.writers.write(self.plan.steps, self.meter.overall(), timing=True)
+        log.info("since the start: %s", profiling.shown(self.meter.overall()))
         log.info(
             "compilations: train %d, eval %d, reference %d; peak host memory %s",
             self.programs.train.compilations,
@@ -182,30 +205,42 @@ class _Run:
             total=total, initial=first - 1, unit="step", disable=not execution.progress_shown(), dynamic_ncols=True
         )
         pending = None  # the previous update, whose metrics are read while this one runs
-        self.clock = time.perf_counter()
-        with contextlib.closing(bar):
+        self.split.restart()
+        with contextlib.closing(bar), contextlib.closing(self.trace):
             for number in range(first, total + 1):
-                batch = _with_reference(data.batch_at(self.plan.schedule, number - 1, self.positions), references[0])
-                stacked = step.stack_micro_batches(batch, accumulation=self.plan.accumulation)
+                if self.trace.begins(number) and pending is not None:
+                    self._record(*pending, bar)
+                    pending = None
+                self.trace.before(number)
+                with self.split.part("data"):
+                    batch = data.batch_at(self.plan.schedule, number - 1, self.positions)
+                    batch = _with_reference(batch, references[0])
+                    stacked = step.stack_micro_batches(batch, accumulation=self.plan.accumulation)
+                    placed = self.programs.place(stacked, stacked=True)
                 compilations = self.programs.train.compilations
-                state, pairs = self.programs.train(state, self.programs.place(stacked, stacked=True))
+                state, pairs = self.programs.train(state, placed)
                 if pending is not None:
                     self._record(*pending, bar)
                 if compilations != self.programs.train.compilations:
-                    self.clock = time.perf_counter()  # compiling is not part of a step's time
+                    self.split.restart()  # compiling is not part of an update's time
                 pending = (number, pairs)
+                if self.trace.ends(number):
+                    self._record(*pending, bar)
+                    pending = None
+                    self.trace.close()
                 asked = self.stop.agreed()
                 evaluating = number == total or (train.eval_every and number % train.eval_every == 0)
                 saving = number == total or number % train.save_every == 0 or asked
                 if evaluating or saving:
-                    self._record(*pending, bar)
+                    if pending is not None:
+                        self._record(*pending, bar)
                     pending = None
                     if evaluating:
                         self._evaluate(number, state.params, references[1])
                     if saving:
                         self.writers.sync()
                         checkpointer.save(number, state, self._meta(number))
-                    self.clock = time.perf_counter()
+                    self.split.restart()
                 asked = asked or (self.stop.agreed() if saving else None)
                 if asked and number < total:
                     checkpointer.wait()
@@ -218,20 +253,14 @@ class _Run:
         Raises:
             NonFinite: the update was not finite, and the configuration says stop or too many came in a row.
         """
-        numbers = metrics.means(jax.device_get(pairs))
-        now = time.perf_counter()
-        seconds, self.clock = now - self.clock, now
+        with self.split.part("device"):
+            numbers = metrics.means(jax.device_get(pairs))
+        timing = self.split.lap()
+        timing |= self.meter.update(data.row_sizes(self.plan.schedule, number - 1), seconds=timing["seconds"])
         bad = numbers.pop("nonfinite") > 0
         ids = data.group_ids(self.plan.schedule, number - 1)
         groups = ids[ids >= 0].tolist()
         self.writers.write(number, numbers, rows=groups if bad else None)
-        valid, padded = data.token_counts(self.plan.schedule, number - 1)
-        timing = {
-            "seconds": seconds,
-            "valid_tokens_per_s": valid / seconds,
-            "padded_tokens_per_s": padded / seconds,
-            "padding_share": 1.0 - valid / padded,
-        }
         self.writers.write(number, timing, timing=True)
         bar.update(1)
         self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad else 0
@@ -248,7 +277,7 @@ class _Run:
             log.warning(fact)
         elif number % self.config.train.log_every == 0:
             if bar.disable:
-                log.info("step %d/%d  %s  %.2f s", number, self.plan.steps, _shown(numbers), seconds)
+                log.info("step %d/%d  %s  %.2f s", number, self.plan.steps, _shown(numbers), timing["seconds"])
             else:
                 bar.set_postfix_str(_shown(numbers))
 

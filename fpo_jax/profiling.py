@@ -5,12 +5,15 @@ devices' work on the one before: only what is left over costs time.
 """
 
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
+
+from fpo_jax import data, flops, model
 
 log = logging.getLogger("fpo_jax")
 
@@ -47,45 +50,101 @@ class Split:
         return {"seconds": seconds, **parts, "host_seconds": host}
 
 
-def utilisation(operations: float, *, seconds: float, devices: int, peak: float | None) -> float | None:
-    """Return the model FLOP/s utilisation (MFU): operations / (seconds * devices * peak).
+class Meter:
+    """Tokens per second and utilisation of a run, on valid and on padded tokens.
 
-    Args:
-        operations: what the mathematics needs (`flops`), over all devices; recomputation does not count.
-        seconds: wall time.
-        devices: how many share the work.
-        peak: FLOP/s of one of them in the compute dtype; None = unknown.
-
-    Returns:
-        A share of 1; None where the peak is unknown.
-
-    >>> utilisation(4e12, seconds=2.0, devices=2, peak=4e12)
-    0.25
+    The model FLOP/s utilisation (MFU) is operations / (seconds * devices * peak), where the operations are those that
+    the mathematics needs (`flops`): recomputation does not count, nor, on valid tokens, does padding.
     """
-    return None if peak is None else operations / (seconds * devices * peak)
+
+    def __init__(self, config: model.ModelConfig, *, devices: int, peak: float | None, extra_forward: bool = False):
+        """Start with nothing done.
+
+        Args:
+            config: the architecture.
+            devices: how many share the work.
+            peak: FLOP/s of one of them in the compute dtype; None = unknown, and there is no MFU.
+            extra_forward: updates run one more forward pass (`flops.update`).
+        """
+        self._config, self._peak = config, None if peak is None else devices * peak
+        self._of_update = functools.partial(flops.update, extra_forward=extra_forward)
+        self._operations, self._seconds = {"valid": 0, "padded": 0}, 0.0
+
+    def update(self, rows: data.RowSizes, *, seconds: float) -> dict[str, float]:
+        """Count an update and return its rates."""
+        return self._count([rows], self._of_update, seconds)
+
+    def reference(self, batches: Iterable[data.RowSizes], *, seconds: float) -> dict[str, float]:
+        """Count a reference pass over these batches and return its rates."""
+        return self._count(batches, flops.forward, seconds)
+
+    def overall(self) -> dict[str, float]:
+        """Return the seconds counted so far and their MFU, the reference pass included."""
+        return {"run_seconds": self._seconds, **self._utilisation(self._operations, self._seconds, "run_")}
+
+    def _count(self, batches: Iterable[data.RowSizes], operations_of: Callable, seconds: float) -> dict[str, float]:
+        tokens, operations, window = {"valid": 0, "padded": 0}, {"valid": 0, "padded": 0}, self._config.sliding_window
+        for rows in batches:
+            count = len(rows.lengths_N)
+            work = {
+                "valid": flops.work(rows.lengths_N, rows.scored_N, sliding_window=window),
+                "padded": flops.work([rows.length] * count, [rows.scored] * count, sliding_window=window),
+            }
+            for name, done in work.items():
+                tokens[name] += done.tokens
+                operations[name] += operations_of(self._config, done)
+        self._seconds += seconds
+        self._operations = {name: total + operations[name] for name, total in self._operations.items()}
+        rates = {f"{name}_tokens_per_s": count / seconds for name, count in tokens.items()}
+        rates["padding_share"] = 1.0 - tokens["valid"] / tokens["padded"]
+        return rates | self._utilisation(operations, seconds, "")
+
+    def _utilisation(self, operations: dict[str, int], seconds: float, prefix: str) -> dict[str, float]:
+        if self._peak is None or not seconds:
+            return {}
+        return {f"{prefix}mfu_{name}": total / (seconds * self._peak) for name, total in operations.items()}
+
+
+def shown(rates: dict[str, float]) -> str:
+    """Rates as one line of text.
+
+    >>> shown({"run_seconds": 12.34, "mfu_valid": 0.4321})
+    'run_seconds 12.34  mfu_valid 0.4321'
+    """
+    return "  ".join(f"{name} {value:.4g}" for name, value in rates.items())
 
 
 class Trace:
     """Traces some updates of a run: one folder for all processes, for xprof, TensorBoard or Perfetto."""
 
-    def __init__(self, updates: range, workdir: Path):
-        """Trace the updates with these numbers into `workdir/profile`; an empty range traces nothing."""
+    def __init__(self, updates: range, workdir: Path, *, last: int):
+        """Trace the updates with these numbers into `workdir/profile`; an empty range traces nothing.
+
+        Raises:
+            ValueError: the run has no such update; `last` is its last.
+        """
+        if updates and not (1 <= updates[0] and updates[-1] <= last):
+            raise ValueError(
+                f"--profile={updates.start}:{updates.stop} traces updates {updates[0]} to {updates[-1]}, the run has 1"
+                f" to {last}; choose first:last within 1:{last + 1}."
+            )
         self.updates, self._folder, self._running = updates, workdir / FOLDER, False
 
     def begins(self, number: int) -> bool:
         """Whether this update is the first to be traced; the devices must be idle then."""
         return not self._running and number in self.updates
 
-    def start(self) -> None:
-        """Start."""
-        jax.profiler.start_trace(self._folder)
-        self._running = True
+    def before(self, number: int) -> None:
+        """Start the trace before its first update."""
+        if self.begins(number):
+            jax.profiler.start_trace(self._folder)
+            self._running = True
 
     def ends(self, number: int) -> bool:
-        """Whether this update is the last to be traced; its results must be there before `stop`."""
+        """Whether this update is the last to be traced; its results must be there before `close`."""
         return self._running and number == self.updates[-1]
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """Write what was traced; nothing where no trace runs."""
         if self._running:
             self._running = False

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +22,21 @@ from fpo_jax import config as configuration
 class Programs:
     """`train(state, batch)`, `evaluate(params, batch)`, `score(params, batch)`, each compiled once per batch shape."""
 
-    def __init__(self, config: configuration.Config, inputs: job.Inputs, plan: job.Plan, layout: sharding.Layout):
+    def __init__(self, config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout):
         """Settle implementations and shardings.
 
         Raises:
             ValueError: the mesh does not divide the parameters; an implementation cannot run here.
         """
         assert layout.mesh is not None
-        self.layout, self.mesh, self._model = layout, layout.mesh, inputs.model_config
+        self.layout, self.mesh, self._model = layout, layout.mesh, blueprint.model_config
         self._dtype, mesh = jnp.dtype(config.model.param_dtype), layout.mesh
         self._blocks = held_blocks(mesh, process=jax.process_index())
         rate = optim.schedule(
-            kind=config.optim.schedule, peak=config.optim.learning_rate, warmup=plan.warmup, horizon=plan.horizon
+            kind=config.optim.schedule,
+            peak=config.optim.learning_rate,
+            warmup=blueprint.warmup,
+            horizon=blueprint.horizon,
         )
         self._optimizer = optim.optimizer(
             rate,
@@ -44,13 +48,13 @@ class Programs:
             decay_mask=params.decay_mask(self._model),
             state_dtype=config.optim.state_dtype,
         )
-        self.scorer, self.choices = _scorer(config, inputs, plan, layout)
+        self.scorer, self.choices = _scorer(config, blueprint, layout)
         self.param_shardings = _param_shardings(self._model, self._dtype, mesh)
         self.state_shardings = self._state_shardings(offload=config.optim.offload)
         update = functools.partial(
             step.train_step,
             scorer=self.scorer,
-            loss=inputs.loss,
+            loss=blueprint.loss,
             optimizer=self._optimizer,
             rate=rate,
             places=self._places(compute_dtype=config.model.compute_dtype),
@@ -58,7 +62,7 @@ class Programs:
         self.train = execution.Program(
             "train_step", step.jit_train_step(update, mesh=mesh, state_shardings=self.state_shardings)
         )
-        evaluate = functools.partial(step.eval_step, scorer=self.scorer, loss=inputs.loss)
+        evaluate = functools.partial(step.eval_step, scorer=self.scorer, loss=blueprint.loss)
         self.evaluate = execution.Program(
             "eval_step", step.jit_eval_step(evaluate, mesh=mesh, param_shardings=self.param_shardings)
         )
@@ -95,9 +99,13 @@ class Programs:
         """Read another model (a reference of its own) and make the program that scores with it."""
         config = hf.read_config(source)
         shardings = _param_shardings(config, self._dtype, self.mesh)
-        scorer = dataclasses.replace(self.scorer, config=config)
         weights = hf.load_params(source, config, dtype=self._dtype, shardings=shardings)
-        return weights, _score_program(scorer, self.mesh, shardings)
+        return weights, self.score_with(config)
+
+    def score_with(self, config: model.ModelConfig) -> execution.Program:
+        """Make the program that scores with a model of another description."""
+        scorer = dataclasses.replace(self.scorer, config=config)
+        return _score_program(scorer, self.mesh, _param_shardings(config, self._dtype, self.mesh))
 
     def fresh_state(self, weights: shapes.PyTree) -> shapes.TrainState:
         """Return the state before the first update."""
@@ -113,10 +121,40 @@ class Programs:
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, self.state_shardings
         )
 
+    def abstract_weights(self, config: model.ModelConfig) -> shapes.PyTree:
+        """Return shapes, dtypes and shardings of a model's parameters."""
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            params.abstract(config, self._dtype),
+            _param_shardings(config, self._dtype, self.mesh),
+        )
+
+    def abstract_batch(
+        self, groups: int, *, group_size: int, length: int, scored: int, accumulation: int | None = None
+    ) -> shapes.Batch:
+        """Return shapes, dtypes and shardings of a batch of `groups` rows of T = `length`, R = `scored`; A in front."""
+        stack = () if accumulation is None else (accumulation,)
+        place = sharding.batch_sharding(self.mesh, stacked=accumulation is not None)
+        per_row, per_group = (groups * group_size,), (groups,)
+
+        def array(shape, dtype) -> Any:
+            return jax.ShapeDtypeStruct((*stack, *shape), jnp.dtype(dtype), sharding=place)
+
+        return shapes.Batch(
+            tokens_NT=array((*per_row, length), jnp.int32),
+            valid_NT=array((*per_row, length), bool),
+            predictors_NR=array((*per_row, scored), jnp.int32),
+            targets_NR=array((*per_row, scored), jnp.int32),
+            scored_NR=array((*per_row, scored), bool),
+            rewards_BK=array((*per_group, group_size), jnp.float32),
+            reference_logps_BK=array((*per_group, group_size), jnp.float32),
+            weight_B=array(per_group, jnp.float32),
+            row_ids_B=array(per_group, jnp.int32),
+        )
+
     def state_bytes(self) -> int:
         """Return the bytes of parameters and optimiser state in one device's own memory."""
-        leaves = [x for x in jax.tree.leaves(self.abstract_state()) if x.sharding.memory_kind != sharding.HOST]
-        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        return bytes_on_device(self.abstract_state())
 
     def _state_shardings(self, *, offload: bool) -> shapes.TrainState:
         """The moments live where their parameters do, or in the hosts' memory; the counters everywhere."""
@@ -166,6 +204,12 @@ def held_blocks(mesh: Mesh, *, process: int) -> list[int]:
     return sorted({index[0].start or 0 for device, index in places.items() if device.process_index == process})
 
 
+def bytes_on_device(tree: shapes.PyTree) -> int:
+    """Return the bytes of placed arrays, abstract ones too, in one device's own memory."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != sharding.HOST]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
 def _param_shardings(config: model.ModelConfig, dtype: np.dtype, mesh: Mesh) -> shapes.PyTree:
     return sharding.param_shardings(params.logical_axes(config), params.abstract(config, dtype), mesh=mesh)
 
@@ -176,11 +220,11 @@ def _score_program(scorer: step.Scorer, mesh: Mesh, param_shardings: shapes.PyTr
 
 
 def _scorer(
-    config: configuration.Config, inputs: job.Inputs, plan: job.Plan, layout: sharding.Layout
+    config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout
 ) -> tuple[step.Scorer, list[str]]:
     """Settle which attention and which head implementation run, once; returns the choices and their reasons as text."""
     assert layout.mesh is not None
-    device, dtype, model_config = layout.mesh.devices.flat[0], config.model.compute_dtype, inputs.model_config
+    device, dtype, model_config = layout.mesh.devices.flat[0], config.model.compute_dtype, blueprint.model_config
     target = logps.Target.of(device)
     attends = attention.choose(
         config.model.attention,
@@ -189,7 +233,7 @@ def _scorer(
         head_dim=model_config.head_dim,
         heads=model_config.heads,
         kv_heads=model_config.kv_heads,
-        positions=plan.schedule.buckets,
+        positions=blueprint.lengths,
         sliding_window=model_config.sliding_window,
         soft_cap=None,
         segments=False,
@@ -199,7 +243,7 @@ def _scorer(
     head = {
         "target": target,
         "shapes": logps.HeadShapes(
-            tokens=rows * max(scored for _, scored in plan.shapes),
+            tokens=rows * blueprint.scored,
             width=model_config.width,
             vocab=model_config.vocab_size,
         ),
@@ -221,7 +265,7 @@ def _scorer(
         fuse_loss=choice.fuse_loss,
         interpret=choice.interpret,
         workspace_bytes=workspace,
-        temperature=inputs.loss.temperature,
+        temperature=blueprint.loss.temperature,
         layout=layout,
     )
     return scorer, [

@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 
 from fpo_jax import config as configuration
-from fpo_jax import data, execution, hf, hosts, job, programs, reference, shapes
+from fpo_jax import data, execution, hf, hosts, job, profiling, programs, reference, shapes
 
 log = logging.getLogger("fpo_jax")
 
@@ -31,9 +31,11 @@ class ReferencePass:
         inputs: job.Inputs,
         compiled: programs.Programs,
         stop: execution.StopRequest,
+        meter: profiling.Meter,
     ):
         """Take the parts of the run; nothing is read or computed yet."""
         self._config, self._inputs, self._programs, self._stop = config, inputs, compiled, stop
+        self._meter = meter
         self._folder = Path(config.reference.cache_dir or workdir / "reference")
 
     def __call__(self, weights: shapes.PyTree, *, fingerprint: str) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -89,7 +91,14 @@ class ReferencePass:
             if hosts.first():
                 reference.save(path, computed, parts)
             seconds = time.perf_counter() - started
-            log.info("reference log-probs of %s: %d groups in %.1f s", name, prepared.groups, seconds)
+            rates = self._meter.reference((data.row_sizes(batches, number) for number in numbers), seconds=seconds)
+            log.info(
+                "reference log-probs of %s: %d groups in %.1f s, compilation included; %s",
+                name,
+                prepared.groups,
+                seconds,
+                profiling.shown(rates),
+            )
         with hosts.together():
             mine = reference.load(path) if hosts.first() else np.zeros(prepared.rewards_BK.shape, np.float32)
         stored = hosts.from_first(mine)

@@ -140,11 +140,14 @@ class TestProcesses:
                 picked = [leaf[rows] if len(leaf) == 24 else leaf[positions] for leaf in whole]
                 assert_equal(type(whole)(*picked), part)
 
-    def test_token_counts_are_those_of_the_whole_batch(self):
+    def test_row_sizes_are_those_of_the_whole_batch(self):
         schedule = plan(random_set(groups=61), batch_size=8, last_batch="pad")
         for step in range(schedule.steps_per_epoch):
             whole = data.batch_at(schedule, step)
-            assert data.token_counts(schedule, step) == (whole.valid_NT.sum(), whole.valid_NT.size)
+            sizes = data.row_sizes(schedule, step)
+            np.testing.assert_array_equal(sizes.lengths_N, whole.valid_NT.sum(axis=1))
+            np.testing.assert_array_equal(sizes.scored_N, whole.scored_NR.sum(axis=1))
+            assert (sizes.length, sizes.scored) == (whole.tokens_NT.shape[1], whole.targets_NR.shape[1])
 
 
 class TestBatch:

@@ -20,6 +20,7 @@ LAYERS = [
     "attention",
     "model",
     "params",
+    "flops",
     "hf",
     "logps",
     "losses",
@@ -35,6 +36,7 @@ LAYERS = [
     "programs",
     "scoring",
     "topologies",
+    "plan",
     "loop",
 ]
 FORBIDDEN = {"torch", "tensorflow", "eval", "kernels"}  # `kernels` and `eval` only by their own paths

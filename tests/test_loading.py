@@ -233,7 +233,7 @@ def test_a_checkpoint_exports_layer_by_layer(tmp_path, mesh):
 
 
 PROCESS = """
-import json, sys
+import json, sys, time
 import jax
 number, address, source, out = int(sys.argv[1]), *sys.argv[2:]
 jax.config.update("jax_num_cpu_devices", 2)
@@ -248,6 +248,8 @@ config = hf.read_config(Path(source))
 mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices())
 places = sharding.param_shardings(params.logical_axes(config), params.abstract(config, "bfloat16"), mesh=mesh)
 tree = hf.load_params(Path(source), config, dtype="bfloat16", shardings=places)
+rename = Path.rename
+Path.rename = lambda *paths: (time.sleep(1), rename(*paths))  # the other process has to wait for the directory
 hf.export(tree, config, out_dir=Path(out), source_dir=Path(source), dtype="bfloat16", max_shard_bytes=9000)
 print(json.dumps({"read": sum(box.nbytes for box in read), "there": Path(out).is_dir()}))
 """
@@ -271,7 +273,11 @@ def test_two_processes_read_their_own_parts_and_one_writes(tmp_path):
         )
         for number in (0, 1)
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     # the mesh cuts D of every matrix between the two; norms are on both
     vectors = sum(row.size for row in params.rows(LLAMA) if row.letters in ("D", "LD"))

@@ -1,9 +1,10 @@
 """Splits of wall time against a clock that the test turns, utilisation, and a trace of two updates."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from fpo_jax import profiling
+from fpo_jax import data, model, profiling
 
 
 @pytest.fixture
@@ -39,27 +40,75 @@ def test_a_restart_forgets_the_lap(clock):
     assert split.lap() == {"seconds": 1.0, "data_seconds": 0.0, "host_seconds": 1.0}
 
 
-def test_utilisation_of_an_unknown_device_is_unknown():
-    assert profiling.utilisation(1e12, seconds=1.0, devices=8, peak=None) is None
-    assert profiling.utilisation(1e12, seconds=1.0, devices=4, peak=1e12) == 0.25
+CONFIG = model.ModelConfig(
+    family="llama", vocab_size=11, width=4, layers=3, heads=2, kv_heads=1, head_dim=6, ffn=5, max_positions=9
+)
+ROWS = data.RowSizes(np.array([3, 1, 0, 0]), np.array([2, 0, 0, 0]), 5, 4)  # two rows fill up the batch
+
+
+def forward(tokens, pairs, scored):
+    """Operations by hand: query, key, value, out; gate, up, down; the two products of attention; the head."""
+    weights = 3 * (4 * 12 + 2 * 4 * 6 + 12 * 4 + 3 * 4 * 5)
+    return 2 * weights * tokens + 3 * 2 * (2 * 2 * 6) * pairs + 2 * 4 * 11 * scored
+
+
+VALID, PADDED = forward(4, 6 + 1, 2), forward(20, 4 * 15, 16)
+
+
+def test_rates_of_an_update_by_hand():
+    rates = profiling.Meter(CONFIG, devices=2, peak=1e3).update(ROWS, seconds=0.5)
+    assert rates == pytest.approx(
+        {
+            "valid_tokens_per_s": 8.0,
+            "padded_tokens_per_s": 40.0,
+            "padding_share": 0.8,
+            "mfu_valid": 3 * VALID / (0.5 * 2 * 1e3),
+            "mfu_padded": 3 * PADDED / (0.5 * 2 * 1e3),
+        }
+    )
+
+
+def test_the_whole_counts_the_reference_pass_and_a_forward_pass_of_the_loss():
+    meter = profiling.Meter(CONFIG, devices=1, peak=1e3, extra_forward=True)
+    assert meter.reference([ROWS, ROWS], seconds=2.0)["mfu_valid"] == pytest.approx(2 * VALID / (2.0 * 1e3))
+    meter.update(ROWS, seconds=1.0)
+    assert meter.overall() == pytest.approx(
+        {
+            "run_seconds": 3.0,
+            "run_mfu_valid": (2 + 4) * VALID / (3.0 * 1e3),
+            "run_mfu_padded": (2 + 4) * PADDED / (3.0 * 1e3),
+        }
+    )
+
+
+def test_a_device_of_unknown_peak_has_no_utilisation():
+    meter = profiling.Meter(CONFIG, devices=8, peak=None)
+    assert set(meter.update(ROWS, seconds=1.0)) == {"valid_tokens_per_s", "padded_tokens_per_s", "padding_share"}
+    assert meter.overall() == {"run_seconds": 1.0}
 
 
 def test_trace_covers_the_updates_asked_for(tmp_path):
-    trace, traced = profiling.Trace(range(3, 5), tmp_path), []
+    trace, seen = profiling.Trace(range(3, 5), tmp_path, last=6), []
     for number in range(1, 7):
-        if trace.begins(number):
-            trace.start()
-            traced.append(f"start {number}")
+        seen += ["begins"] * trace.begins(number)
+        trace.before(number)
         jnp.ones(3).block_until_ready()
+        seen.append(number)
+        seen += ["ends"] * trace.ends(number)
         if trace.ends(number):
-            trace.stop()
-            traced.append(f"stop {number}")
-    assert traced == ["start 3", "stop 4"]
+            trace.close()
+    assert seen == [1, 2, "begins", 3, 4, "ends", 5, 6]
     assert list((tmp_path / profiling.FOLDER).rglob("*.xplane.pb"))
-    trace.stop()  # of no trace: nothing
+    trace.close()  # of no trace: nothing
 
 
 def test_a_run_that_resumes_inside_the_range_traces_the_rest(tmp_path):
-    trace = profiling.Trace(range(3, 6), tmp_path)
+    trace = profiling.Trace(range(3, 6), tmp_path, last=9)
     assert trace.begins(4) and not trace.begins(6)
-    assert not profiling.Trace(range(0), tmp_path).begins(1)
+    assert not profiling.Trace(range(0), tmp_path, last=9).begins(1)
+
+
+@pytest.mark.parametrize("updates", [range(0, 2), range(5, 9)])
+def test_updates_that_the_run_does_not_have_are_refused(tmp_path, updates):
+    with pytest.raises(ValueError, match=r"the run has 1 to 7; choose first:last within 1:8"):
+        profiling.Trace(updates, tmp_path, last=7)

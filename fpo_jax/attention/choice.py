@@ -15,8 +15,9 @@ from fpo_jax import sharding
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "splash")
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
 # XLA's attention writes the logits [H, T, T] of every row to memory and keeps them for the backward pass. Measured on a
-# CPU, forward and backward: blocks take 1.0 to 1.9 times as long at T = 256, as long at 384, 0.5 to 0.7 times from 512
-# on, with less memory at each (H100, two rows of 32 heads: 160 against 97 MiB at 512, 10,241 against 343 at 4096).
+# CPU, forward and backward: blocks take 1.5 to 1.9 times as long at T = 256, as long at 384 and 512, 0.4 to 0.7 times
+# above (H100, two rows of 32 heads: 40 MiB against 56 of blocks at 256, 160 against 97 at 512, 10,241 against 343 at
+# 4,096).
 XLA_MAX_POSITIONS = 384
 _KERNELS = {"gpu": "cudnn", "tpu": "splash"}  # what `auto` tries first
 

@@ -10,14 +10,15 @@ batches      order of the groups, resumable cursor, static shapes -> `shapes.Bat
 
 from fpo_jax.data.audit import Audit
 from fpo_jax.data.batches import (
+    RowSizes,
     Schedule,
     batch_at,
     batch_shapes,
     group_ids,
     order,
+    row_sizes,
     schedule,
     sequential_batches,
-    token_counts,
 )
 from fpo_jax.data.prepared import Prepared, masked_sample, prepare
 from fpo_jax.data.records import Record, Records, read
@@ -27,6 +28,7 @@ __all__ = [
     "Prepared",
     "Record",
     "Records",
+    "RowSizes",
     "Schedule",
     "batch_at",
     "batch_shapes",
@@ -35,7 +37,7 @@ __all__ = [
     "order",
     "prepare",
     "read",
+    "row_sizes",
     "schedule",
     "sequential_batches",
-    "token_counts",
 ]

@@ -42,6 +42,15 @@ class Schedule(NamedTuple):
         return full + (self.last_batch == "pad" and rest > 0)
 
 
+class RowSizes(NamedTuple):
+    """Tokens of the rows of a whole batch; rows that fill it up have none."""
+
+    lengths_N: np.ndarray  # tokens, prompt and response
+    scored_N: np.ndarray  # tokens of the response
+    length: int  # T, to which rows are padded
+    scored: int  # R
+
+
 def schedule(
     prepared: Prepared,
     *,
@@ -123,11 +132,13 @@ def batch_at(plan: Schedule, step: int, positions: np.ndarray | None = None) -> 
     return _assemble(plan.prepared, ids if positions is None else ids[positions], length, scored)
 
 
-def token_counts(plan: Schedule, step: int) -> tuple[int, int]:
-    """Tokens of the whole batch of a step: without and with padding."""
-    ids, candidates = group_ids(plan, step), plan.prepared.group_size
-    lengths_BK = plan.prepared.lengths_N.reshape(-1, candidates)[ids[ids >= 0]]
-    return int(lengths_BK.sum()), len(ids) * candidates * _shape(plan, ids)[0]
+def row_sizes(plan: Schedule, step: int) -> RowSizes:
+    """Return what the rows of the whole batch of a step hold, without building them."""
+    ids, prepared = group_ids(plan, step), plan.prepared
+    rows_BK = np.where(ids >= 0, ids, 0)[:, None] * prepared.group_size + np.arange(prepared.group_size)
+    lengths_BK = np.where(ids[:, None] >= 0, prepared.lengths_N[rows_BK], 0)
+    scored_BK = np.where(ids[:, None] >= 0, prepared.lengths_N[rows_BK] - prepared.prompt_lengths_N[rows_BK], 0)
+    return RowSizes(lengths_BK.reshape(-1), scored_BK.reshape(-1), *_shape(plan, ids))
 
 
 def batch_shapes(plan: Schedule, *, steps: int, start: int = 0) -> list[tuple[int, int]]:

@@ -1,0 +1,190 @@
+"""The programs of a run, compiled for devices that need not exist: memory, collectives, operations, seconds.
+
+configuration, Sizes, devices -> Outcome. The programs are those of `programs.Programs`, at their largest shapes.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from fpo_jax import config as configuration
+from fpo_jax import execution, flops, job, programs, sharding, topologies
+from fpo_jax.plan import sizes as sizes_
+from fpo_jax.plan.collectives import Collective, collectives
+
+UPDATE, EVALUATION, REFERENCE = "update", "evaluation", "reference pass"
+
+# The compiler of a TPU refuses a program that is too large and says what it needs.
+_TOO_LARGE = re.compile(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Program(NamedTuple):
+    """Memory of one program, bytes on each device."""
+
+    name: str
+    arguments: int  # parameters, optimiser state and batch
+    temporaries: int  # gradients, activations, gathered weights, workspaces
+    beside: int  # what lives on while it runs: moments during an evaluation
+    host: int  # in the host's memory, per device
+    seconds: float  # to compile
+    compiled: bool  # False where the compiler refused it for its size
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that a device holds while the program runs."""
+        return self.arguments + self.temporaries + self.beside
+
+
+class Outcome(NamedTuple):
+    """What a configuration becomes on some devices."""
+
+    config: configuration.Config
+    layout: sharding.Layout
+    sizes: sizes_.Sizes
+    accumulation: int
+    choices: list[str]
+    parameters: int  # bytes on each device
+    state: int  # bytes on each device, parameters included
+    gradients: int  # bytes of the float32 sums on each device, part of the update's temporaries
+    programs: list[Program]
+    collectives: list[Collective]  # of an update
+    operations: int  # of an update over all devices, recomputation included
+    scoring_operations: int  # of one batch of the reference pass; 0 without
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that a device holds in any program."""
+        return max(program.peak for program in self.programs)
+
+    def too_large(self, limit: int) -> list[str]:
+        """Names of the programs that need more than `limit` bytes a device."""
+        return [program.name for program in self.programs if not program.compiled or program.peak > limit]
+
+
+def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: float = float("inf")) -> Outcome:
+    """Compile the programs of a run at their largest shapes.
+
+    Args:
+        config: of the run.
+        devices: what to compile for.
+        limit: bytes a device; the rest is left out once the update needs more.
+
+    Raises:
+        ValueError: the configuration cannot run on these devices.
+    """
+    layout = sharding.make_layout(**config.mesh, devices=devices)
+    accumulation = job.accumulation(config, ways=layout.row_ways)
+    sizes = sizes_.find(config, ways=layout.row_ways)
+    made = programs.Programs(config, sizes.blueprint, layout)
+    choices = list(made.choices)
+    if config.optim.offload and not knows_host_memory(devices[0]):
+        choices.append(
+            "optim.offload: the compiler of absent GPUs knows no host memory; compiled with the moments on the device,"
+            " so that the peak is a bound from above"
+        )
+    state = made.abstract_state()
+    parameters = programs.bytes_on_device(state.params)
+    moments = made.state_bytes() - parameters
+    found: list[Program] = []
+    links: list[Collective] = []
+    operations = scoring_operations = 0
+    for name, program, first, batch, beside in _runs(config, sizes, made, state, accumulation, moments):
+        model_config = sizes.blueprint.model_config
+        if name == REFERENCE and sizes.reference is not None:
+            model_config = sizes.reference
+        start = time.perf_counter()
+        traced = _trace(program, first, batch)
+        counted = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.sliding_window)
+        row, text = _compile(name, traced, first, batch, beside, start)
+        found.append(row)
+        operations = counted if name == UPDATE else operations
+        scoring_operations = counted if name == REFERENCE else scoring_operations
+        if name == UPDATE and row.compiled:
+            links = collectives(text, mesh=made.mesh)
+        if name == UPDATE and (row.peak > limit or not row.compiled):
+            break
+    gradients = sum(_float32_bytes(leaf) for leaf in jax.tree.leaves(state.params))
+    return Outcome(
+        config,
+        layout,
+        sizes,
+        accumulation,
+        choices,
+        parameters,
+        made.state_bytes(),
+        gradients,
+        found,
+        links,
+        operations,
+        scoring_operations,
+    )
+
+
+def knows_host_memory(device: Any) -> bool:
+    """Whether programs compiled for a device can keep arguments in the host's memory: not those for an absent GPU."""
+    return any(memory.kind == sharding.HOST for memory in device.addressable_memories())
+
+
+def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulation: int, moments: int):
+    """Yield name, program, abstract arguments and the bytes beside it."""
+    ways, group_size = made.layout.row_ways, config.data.group_size
+
+    def batch(shape: sizes_.Shape, per_device: int, stack: int | None = None):
+        return made.abstract_batch(
+            per_device * ways, group_size=group_size, length=shape.length, scored=shape.scored, accumulation=stack
+        )
+
+    train = config.train
+    yield UPDATE, made.train, state, batch(sizes.update, train.micro_batch_per_device, accumulation), 0
+    if sizes.evaluation is not None:
+        yield EVALUATION, made.evaluate, state.params, batch(sizes.evaluation, train.eval_batch_per_device), moments
+    if sizes.scoring is not None:
+        program, weights, beside = made.score, state.params, 0  # it runs before there is an optimiser
+        if sizes.reference is not None:
+            program, weights = made.score_with(sizes.reference), made.abstract_weights(sizes.reference)
+            beside = programs.bytes_on_device(state.params)
+        yield REFERENCE, program, weights, batch(sizes.scoring, config.reference.batch_per_device), beside
+
+
+def _trace(program: execution.Program, first, batch) -> jax.stages.Traced:
+    try:
+        return topologies.trace_for(program.jitted, first, batch)
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(
+            f"cuDNN attention needs cuDNN's library to be compiled ({error}); run pip install 'fpo_jax[cuda]', or set"
+            " model.attention=xla for another memory and speed."
+        ) from error
+
+
+def _compile(name: str, traced: jax.stages.Traced, first, batch, beside: int, start: float) -> tuple[Program, str]:
+    """Compile, and read memory and text."""
+    arguments = programs.bytes_on_device((first, batch))
+    mesh = jax.tree.leaves(first)[0].sharding.mesh
+    try:
+        compiled = topologies.compile_traced(traced, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        needed = _TOO_LARGE.search(str(error))
+        if needed is None:
+            raise
+        total = int(float(needed.group(1)) * _UNITS[needed.group(2)])
+        return Program(name, arguments, total - arguments, beside, 0, time.perf_counter() - start, False), ""
+    seconds, memory, text = time.perf_counter() - start, compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and text is not None
+    if mesh.devices.flat[0].platform == "tpu":  # its temporaries count arguments that it moves
+        peak = memory.peak_memory_in_bytes
+    else:
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak += memory.generated_code_size_in_bytes
+    host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
+    return Program(name, arguments, peak - arguments, beside, host, seconds, True), text
+
+
+def _float32_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return programs.bytes_on_device(jax.ShapeDtypeStruct(leaf.shape, "float32", sharding=leaf.sharding))

@@ -1,0 +1,163 @@
+"""The answer of a plan as text."""
+
+import math
+from collections.abc import Sequence
+
+from fpo_jax import flops, params, topologies
+from fpo_jax.plan import remedies, roofline
+from fpo_jax.plan.compiled import UPDATE, Outcome
+
+_GIB = 2**30
+PREALLOCATED = 0.75  # of a GPU's memory, which JAX takes unless it is told otherwise
+
+
+def text(
+    target: str,
+    outcome: Outcome,
+    *,
+    capacity: topologies.Capacity | None,
+    limit: int | None,
+    remedy: remedies.Remedy | None,
+    remedied: Outcome | None,
+    tried: Sequence[tuple[remedies.Remedy, int]],
+) -> str:
+    """Return the whole answer: what runs, memory, verdict, collectives, operations, time, assumptions."""
+    assert outcome.layout.mesh is not None
+    parts = [_run(target, outcome), _memory(outcome), _verdict(outcome, capacity, limit, remedy, remedied, tried)]
+    if outcome.programs[0].compiled:
+        parts += [_collectives(outcome), _cost(outcome, capacity)]
+    return "\n\n".join(parts)
+
+
+def _run(target: str, outcome: Outcome) -> str:
+    config, sizes, mesh = outcome.config, outcome.sizes, outcome.layout.mesh
+    assert mesh is not None
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    rows = config.train.batch_size * config.data.group_size
+    count = params.count(sizes.blueprint.model_config)
+    shape = sizes.update
+    lines = [
+        f"plan for {target}: {mesh.size} x {mesh.devices.flat[0].device_kind}; mesh {axes}",
+        f"model: {config.model.path}, {count:,} parameters in {config.model.param_dtype}, computed in"
+        f" {config.model.compute_dtype}; remat {config.model.remat}",
+        f"update: {config.train.batch_size} groups x {config.data.group_size} = {rows} rows of T={shape.length} (R="
+        f"{shape.scored} scored) in {outcome.accumulation} micro-batches; {rows * shape.length:,} tokens",
+        f"shapes: {sizes.origin}",
+        *[line.split("\n")[0] for line in outcome.choices],
+    ]
+    return "\n".join(lines)
+
+
+def _memory(outcome: Outcome) -> str:
+    rows = [("GiB per device", "state", "batch", "temporaries", "beside it", "peak", "host", "compiled in")]
+    for program in outcome.programs:
+        state = outcome.state if program.name == UPDATE else program.arguments
+        state = min(state, program.arguments)
+        rows.append(
+            (
+                program.name,
+                _gib(state),
+                _gib(program.arguments - state),
+                _gib(program.temporaries),
+                _gib(program.beside),
+                _gib(program.peak),
+                _gib(program.host),
+                f"{program.seconds:.0f} s" if program.compiled else "refused",
+            )
+        )
+    note = f"of the update's temporaries {_gib(outcome.gradients)} are the float32 sums of the gradients"
+    return f"{_table(rows)}\n{note}"
+
+
+def _verdict(outcome, capacity, limit, remedy, remedied, tried) -> str:
+    if limit is None:
+        return "capacity: unknown for this kind of device"
+    share = "" if outcome.layout.mesh.devices.flat[0].platform == "tpu" else f" of {_gib(capacity.memory)}"
+    lines = [f"capacity: {_gib(limit)} GiB{share} per device"]
+    if too_large := outcome.too_large(limit):
+        over = ", ".join(f"{p.name} by {_gib(p.peak - limit)}" for p in outcome.programs if p.name in too_large)
+        lines.append(f"does not fit: {over} GiB")
+        lines += [f"  nor does {one.text}: {_gib(peak)} GiB" for one, peak in tried]
+        if remedy is None:
+            lines.append("nothing that was tried fits; use a smaller model, shorter rows or more devices.")
+        else:
+            lines.append(f"the first remedy that fits: {remedy.text}: {_gib(remedied.peak)} GiB")
+        return "\n".join(lines)
+    lines.append(f"fits: {_gib(outcome.peak)} GiB, {1 - outcome.peak / limit:.0%} free")
+    if share and outcome.peak > PREALLOCATED * capacity.memory:
+        fraction = math.ceil(100 * outcome.peak / capacity.memory + 1) / 100
+        lines.append(
+            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}: JAX takes {PREALLOCATED:.0%} of a GPU by default,"
+            f" {_gib(int(PREALLOCATED * capacity.memory))} GiB"
+        )
+    return "\n".join(lines)
+
+
+def _collectives(outcome: Outcome) -> str:
+    if not outcome.collectives:
+        return "collectives: none"
+    rows = [("collectives of an update", "along", "runs", "GiB", "GiB sent per device")]
+    for row in outcome.collectives:
+        rows.append((row.kind, " ".join(row.axes), f"{row.runs:,}", _gib(row.payload), _gib(row.sent)))
+    return _table(rows)
+
+
+def _cost(outcome: Outcome, capacity: topologies.Capacity | None) -> str:
+    assert outcome.layout.mesh is not None
+    sizes, devices = outcome.sizes, outcome.layout.mesh.size
+    needed = _model_operations(outcome)
+    line = f"operations of an update: {outcome.operations:.3g}, recomputation included; the model's own: "
+    line += ", ".join(f"{value:.3g} on {name} tokens" for name, value in needed.items())
+    if capacity is None:
+        return line
+    seconds = roofline.estimate(outcome, capacity)
+
+    def share(value: int, limit: float) -> str:
+        return f"{value / (limit * devices * capacity.flops):.0%}"
+
+    shares = [f"{name} {share(value, seconds.most)} to {share(value, seconds.best)}" for name, value in needed.items()]
+    steps = 1000 if sizes.steps is None else sizes.steps
+    what = "1,000 updates (plan.groups is unset)" if sizes.steps is None else f"the run of {steps:,} updates"
+    hours = f"{steps * seconds.best / 3600:.2f} to {steps * seconds.most / 3600:.2f} h"
+    scoring = ""
+    if sizes.scoring is not None and sizes.groups is not None:
+        batches = -(-sizes.groups // (outcome.config.reference.batch_per_device * outcome.layout.row_ways))
+        alone = batches * outcome.scoring_operations / devices / capacity.flops / 3600
+        scoring = f", before it the reference pass over {sizes.groups:,} groups {alone:.2f} h"
+    return "\n".join(
+        [
+            line,
+            f"an update takes at least {seconds.best:.2f} s if everything overlaps, {seconds.most:.2f} s if no transfer"
+            f" does (computing {seconds.compute:.2f} s, memory {seconds.memory:.2f} s, links {seconds.links:.2f} s)",
+            f"MFU at most: {', '.join(shares)} (reference pass apart)",
+            f"{what}: at least {hours}{scoring}",
+            "assumed: " + "; ".join(roofline.ASSUMPTIONS),
+        ]
+    )
+
+
+def _model_operations(outcome: Outcome) -> dict[str, int]:
+    """What the mathematics of an update needs, on padded and, where they are known, on valid tokens."""
+    sizes, config = outcome.sizes, outcome.config
+    model_config, loss = sizes.blueprint.model_config, sizes.blueprint.loss
+    rows = config.train.batch_size * config.data.group_size
+    lengths, scored = [sizes.update.length] * rows, [sizes.update.scored] * rows
+    done = {"padded": flops.work(lengths, scored, sliding_window=model_config.sliding_window)}
+    if sizes.valid is not None:
+        done["valid"] = sizes.valid
+    return {name: flops.update(model_config, work, extra_forward=loss.needs_batch_kl) for name, work in done.items()}
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:.2f}"

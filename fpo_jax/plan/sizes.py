@@ -1,0 +1,139 @@
+"""What a plan knows of a run without its weights: model, batch shapes, updates; from the data where they are at hand.
+
+configuration -> Sizes. The data are read where they and the tokenizer are files of this machine; elsewhere the limits
+of the configuration bound the shapes, and `plan.groups` says how many groups there are.
+"""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub
+import huggingface_hub.errors
+
+from fpo_jax import config as configuration
+from fpo_jax import data, flops, hf, job, model
+
+log = logging.getLogger("fpo_jax")
+
+_TILE = 8  # R of a batch is rounded up to it, as data.batches does
+
+
+class Shape(NamedTuple):
+    """Of the largest batch of a program."""
+
+    length: int  # T
+    scored: int  # R
+
+
+class Sizes(NamedTuple):
+    """A run's model, shapes and durations."""
+
+    blueprint: job.Blueprint
+    update: Shape
+    evaluation: Shape | None  # None without evaluation
+    scoring: Shape | None  # of the reference pass; None without
+    reference: model.ModelConfig | None  # of a reference that is another model
+    groups: int | None  # of the training data; None = unknown
+    steps: int | None  # updates of the run
+    valid: flops.Work | None  # mean of an update's real rows; None = unknown
+    origin: str  # where the shapes come from, in words
+
+
+def find(config: configuration.Config, *, ways: int) -> Sizes:
+    """Read the model's description, and the data where they are here.
+
+    Args:
+        config: of the run.
+        ways: that a batch is cut over the mesh.
+
+    Raises:
+        ValueError: the configuration, the model or the data cannot be used.
+    """
+    loss = job.check(config)
+    source = description(config.model.path, revision=config.model.revision or None)
+    model_config = job.read_model(config, source)
+    reference = None
+    if loss.needs_reference and config.reference.path:
+        reference = hf.read_config(description(config.reference.path))
+    inputs, why = _inputs(config, loss, source, model_config)
+    if inputs is None:
+        return _bounds(config, loss, model_config, reference, why)
+    plan = job.plan(config, inputs, devices=ways)
+    batch = config.train.batch_size
+
+    def largest(dataset: job.Dataset | None, per_device: int) -> Shape | None:
+        if dataset is None:
+            return None
+        schedule = job.sequential_schedule(config, dataset.prepared, batch_size=per_device * ways)
+        return Shape(*data.batch_shapes(schedule, steps=schedule.steps_per_epoch)[-1])
+
+    rows = inputs.train.prepared
+    total = flops.work(
+        rows.lengths_N, rows.lengths_N - rows.prompt_lengths_N, sliding_window=model_config.sliding_window
+    )
+    return Sizes(
+        job.blueprint(inputs, plan),
+        Shape(*plan.shapes[-1]),
+        largest(inputs.evaluation, config.train.eval_batch_per_device),
+        largest(inputs.train, config.reference.batch_per_device) if loss.needs_reference else None,
+        reference,
+        rows.groups,
+        plan.steps,
+        flops.Work(*(round(number * batch / rows.groups) for number in total)),
+        f"measured on the data: {rows.groups:,} groups",
+    )
+
+
+def description(name_or_path: str, *, revision: str | None = None) -> Path:
+    """Return a directory that holds a model's config.json; of a hub name that file alone is fetched.
+
+    Raises:
+        ValueError: there is none, or it cannot be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    try:
+        return Path(huggingface_hub.hf_hub_download(str(name_or_path), "config.json", revision=revision)).parent
+    except (OSError, huggingface_hub.errors.HFValidationError) as error:
+        raise ValueError(
+            f"{name_or_path} is no directory here, and its config.json could not be fetched from the hub"
+            f" ({type(error).__name__}: {str(error).splitlines()[0]}); a plan needs only that file: give a directory"
+            " that holds it as model.path."
+        ) from error
+
+
+def _inputs(config, loss, source: Path, model_config) -> tuple[job.Inputs | None, str]:
+    """Read the data where they are files of this machine; else None and why."""
+    if not Path(config.data.train).exists():
+        return None, f"{config.data.train} is not a file here"
+    try:
+        datasets = job.read_data(config, source, model_config)
+    except ValueError as error:
+        return None, f"the data could not be read ({str(error).rstrip('.')})"
+    return job.Inputs(loss, source, model_config, *datasets), ""
+
+
+def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str) -> Sizes:
+    """The largest shapes that the configuration allows."""
+    length = config.data.max_length
+    most = config.data.max_response_length or length - 1  # rule chat: a prompt may be one token
+    shape = Shape(length, min(length, -(-most // _TILE) * _TILE))
+    groups, steps, warmup, horizon = config.plan.groups, None, 0, 1
+    if groups is not None:
+        full, rest = divmod(groups, config.train.batch_size)
+        steps_per_epoch = full + (config.data.last_batch == "pad" and rest > 0)
+        steps, warmup, horizon = job.durations(config, steps_per_epoch=steps_per_epoch)
+    counted = "plan.groups is unset" if groups is None else f"{groups:,} groups by plan.groups"
+    return Sizes(
+        job.Blueprint(loss, model_config, job.buckets(config), shape.scored, warmup, horizon),
+        shape,
+        shape if config.data.eval else None,
+        shape if loss.needs_reference else None,
+        reference,
+        groups,
+        steps,
+        None,
+        f"the largest that the configuration allows, every position counted as a token, for {why}; {counted}",
+    )

@@ -1,0 +1,58 @@
+"""A program that does not fit is refused with a remedy before it runs."""
+
+import jax
+import numpy as np
+import pytest
+
+from fpo_jax import execution, shapes
+from tests import batches
+
+BATCH = batches.random_batch(groups=2, candidates=2, length=13, vocab=24)
+ARGUMENTS = 4 * 3 + sum(leaf.nbytes for leaf in BATCH)
+
+
+def program():
+    def total(first, batch: shapes.Batch):
+        return first.sum() + sum(jax.numpy.sum(leaf) for leaf in batch)
+
+    return execution.Program("the update", jax.jit(total, keep_unused=True))
+
+
+class Device:
+    def __init__(self, limit):
+        self.limit = limit
+
+    def memory_stats(self):
+        return None if self.limit is None else {"bytes_limit": self.limit}
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(None, True), (ARGUMENTS + 2**20, True), (ARGUMENTS - 1, False)])
+def test_a_program_larger_than_a_device_is_refused(monkeypatch, limit, fits):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(limit)])
+    first = np.arange(3, dtype=np.float32)
+    if fits:
+        assert np.isfinite(program()(first, BATCH))
+    else:
+        with pytest.raises(ValueError, match=r"the update needs .* a device lends .*micro_batch_per_device.*--plan"):
+            program()(first, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [("RESOURCE_EXHAUSTED: Ran out of memory on HBM: 17G of 15.75G", True), ("INTERNAL: something else", False)],
+)
+def test_a_compiler_out_of_memory_says_what_to_do(text, refused):
+    class Refusing:
+        def __call__(self):
+            raise AssertionError("it does not compile")
+
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(text)
+
+    with pytest.raises(ValueError if refused else jax.errors.JaxRuntimeError) as caught:
+        execution.Program("the update", Refusing())(np.zeros(3, np.float32), BATCH)
+    assert ("does not fit: RESOURCE_EXHAUSTED: Ran out" in str(caught.value)) == refused
+    assert ("train.py --plan" in str(caught.value)) == refused

@@ -1,0 +1,293 @@
+"""Plans for the devices of this machine: memory by hand, the verdict, remedies, and the command."""
+
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from fpo_jax import flops, job, model, params, plan, topologies
+from fpo_jax.plan import compiled, remedies, roofline, sizes
+from fpo_jax.plan.collectives import Collective
+from tests import tiny
+from tests.paths import REPO
+
+GIB = 2**30
+REFERENCE_FREE = {"loss__score": "mean_logp", "loss__beta": 2.0, "loss__beta_pi": None}
+HELD = topologies.Capacity(4 * GIB, 1e12, 1e11, 1e10, None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model directory with nothing but config.json, and one with a tokenizer and data beside it."""
+    path = tmp_path_factory.mktemp("plan")
+    config = tiny.write_model(path / "model")
+    tiny.write_pairs(path / "pairs.jsonl", count=24)
+    (path / "bare").mkdir()
+    (path / "bare" / "config.json").write_text(json.dumps(model.to_hf_config(config)))
+    return path
+
+
+def bare(folder, **changed):
+    """A configuration whose data and weights are elsewhere."""
+    c = tiny.config(folder / "bare", "hub/name", data__max_length=40, **changed)
+    return c
+
+
+@pytest.fixture(scope="module")
+def planned(folder):
+    """A run on data x fsdp = 4 x 2, from its data."""
+    return plan.run(tiny.config(folder / "model", folder / "pairs.jsonl"), "here", capacity=lambda _: HELD)
+
+
+def test_state_and_batch_are_what_the_shapes_say(planned):
+    outcome, config = planned.outcome, planned.outcome.sizes.blueprint.model_config
+    on_device = 0
+    for row in params.rows(config):
+        cut = 2 if "D" in row.letters and row.axes[row.letters.index("D")] == "embed" else 1
+        on_device += 4 * math.prod(row.shape) // cut
+    assert outcome.parameters == outcome.gradients == on_device
+    assert outcome.state == 3 * on_device + 3 * 4  # two moments; the counters of AdamW, the schedule and the state
+    update = outcome.programs[0]
+    rows, T, R = 16 // 8, 40, outcome.sizes.update.scored
+    batch = rows * (T * (4 + 1) + R * (4 + 4 + 1)) + 1 * (2 * 4 + 2 * 4 + 4 + 4)
+    assert (update.name, update.arguments, update.beside) == ("update", outcome.state + batch, 0)
+    assert update.temporaries > outcome.gradients
+
+
+def test_the_moments_stay_while_the_evaluation_runs_and_not_while_the_reference_is_scored(planned):
+    outcome = planned.outcome
+    _, evaluation, reference = outcome.programs
+    assert (evaluation.name, evaluation.beside) == ("evaluation", outcome.state - outcome.parameters)
+    assert (reference.name, reference.beside) == ("reference pass", 0)
+
+
+def test_fsdp_communicates_along_its_axis_and_sums_over_both(planned):
+    rows = {(row.kind, row.axes) for row in planned.outcome.collectives}
+    assert ("all-gather", ("fsdp",)) in rows
+    assert rows & {("reduce-scatter", ("fsdp",)), ("all-reduce", ("fsdp",)), ("all-reduce", ("data", "fsdp"))}
+    assert all("tensor" not in axes for _, axes in rows)
+
+
+def test_the_data_are_read_where_they_are(planned, folder):
+    found = planned.outcome.sizes
+    inputs = job.prepare(tiny.config(folder / "model", folder / "pairs.jsonl"))
+    rows = inputs.train.prepared
+    assert found.groups == rows.groups == 24 and found.steps == 3
+    assert found.valid.tokens == round(rows.lengths_N.sum() * 8 / 24)
+    assert found.update.scored == max(8, math.ceil((rows.lengths_N - rows.prompt_lengths_N).max() / 8) * 8)
+    assert "measured on the data: 24 groups" in planned.text and "valid tokens" in planned.text
+
+
+def test_the_text_has_everything(planned):
+    text = planned.text
+    for part in (
+        "plan for here: 8 x cpu; mesh data 4, fsdp 2, tensor 1",
+        "update: 8 groups x 2 = 16 rows of T=40",
+        "capacity: 2.50 GiB of 4.00 per device",
+        "fits: 0.00 GiB, 100% free",
+        "collectives of an update",
+        "GiB sent per device",
+        "recomputation included",
+        "if everything overlaps",
+        "MFU at most: padded",
+        "the run of 3 updates: at least",
+        "the reference pass over 24 groups",
+        "assumed: matrix products run at",
+    ):
+        assert part in text, text
+
+
+def test_one_device_communicates_nothing(folder):
+    config = bare(folder, mesh__data=1, mesh__fsdp=1, data__eval="", **REFERENCE_FREE)
+    report = plan.run(config, "here", devices=lambda _: jax.devices()[:1], capacity=lambda _: None)
+    assert report.fits and report.limit is None
+    assert "capacity: unknown" in report.text and "collectives: none" in report.text
+    assert [program.name for program in report.outcome.programs] == ["update"]  # no data to evaluate, no reference
+    assert "hub/name is not a file here; plan.groups is unset" in report.text
+
+
+@pytest.mark.slow  # compiles five programs
+def test_what_does_not_fit_is_said_with_the_first_remedy_that_does(folder):
+    config = bare(
+        folder,
+        train__micro_batch_per_device=4,
+        mesh__data=1,
+        mesh__fsdp=2,
+        plan__groups=100,
+        data__eval="",
+        **REFERENCE_FREE,
+    )
+
+    def at_most(peak):
+        held = HELD._replace(memory=peak + plan.GPU_RESERVE)
+        return plan.run(config, "here", devices=lambda _: jax.devices()[:2], capacity=lambda _: held)
+
+    whole = at_most(10**9)
+    assert whole.fits and whole.remedy is None
+    half = compiled.compile_all(remedies.changed(config, {"train.micro_batch_per_device": 2}), jax.devices()[:2])
+    assert half.peak < whole.outcome.peak
+    report = at_most(half.peak)
+    assert not report.fits
+    assert report.remedy == remedies.Remedy("here", {"train.micro_batch_per_device": 2})
+    assert f"does not fit: update by {(whole.outcome.peak - half.peak) / GIB:.2f} GiB" in report.text
+    assert "remedy that fits: --plan here --config.train.micro_batch_per_device=2" in report.text
+
+
+def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
+    seen = []
+
+    def refuse(config, devices, limit=None):
+        seen.append((config.train.micro_batch_per_device, config.model.remat, config.optim.offload, len(devices)))
+        program = compiled.Program("update", 100, 5 * GIB - 100, 0, 0, 1.0, compiled=False)
+        return compiled.Outcome(config, layout, found, 1, [], 1, 1, 1, [program], [], 0, 0)
+
+    config = bare(folder, train__micro_batch_per_device=2)
+    layout = plan.compiled.sharding.make_layout(**config.mesh, devices=jax.devices())
+    found = sizes.find(config, ways=8)
+    monkeypatch.setattr(plan.compiled, "compile_all", refuse)
+    report = plan.run(config, "h100:4", devices=lambda _: jax.devices(), capacity=lambda _: HELD)
+    assert not report.fits and report.remedy is None
+    assert seen[0] == (2, "none", False, 8) and seen[-1] == (1, "none", False, 8)
+    assert "does not fit: update by 2.50 GiB" in report.text and "nothing that was tried fits" in report.text
+    assert (
+        "nor does --plan h100:4 --config.train.micro_batch_per_device=1 --config.model.remat=full: 5.00" in report.text
+    )
+    assert "nor does --plan h100:4x8" in report.text
+
+
+def test_remedies_come_in_their_order_and_keep_what_came_before(folder):
+    config = bare(folder, train__micro_batch_per_device=4)
+    micro, remat = ("train.micro_batch_per_device", "model.remat")
+    steps = list(remedies.ladder(config, "v5e-16", ["update"]))
+    assert [(step.target, dict(step.changes)) for step in steps] == [
+        ("v5e-16", {micro: 2}),
+        ("v5e-16", {micro: 1}),
+        ("v5e-16", {micro: 1, remat: "full"}),
+        ("v5e-16", {micro: 1, remat: "full", "optim.state_dtype": "bfloat16"}),
+        ("v5e-16", {micro: 1, remat: "full", "optim.state_dtype": "bfloat16", "optim.offload": True}),
+        ("v5e-32", {micro: 1}),
+        ("v5e-64", {micro: 1}),
+        ("v5e-128", {micro: 1}),
+    ]
+    without = [dict(step.changes) for step in remedies.ladder(config, "h100:4", ["update"], host_memory=False)]
+    assert not any("optim.offload" in changes for changes in without)
+    evaluation = next(
+        remedies.ladder(remedies.changed(config, {"train.eval_batch_per_device": 3}), "here", ["evaluation"])
+    )
+    assert dict(evaluation.changes) == {"train.eval_batch_per_device": 1}
+    assert config.train.micro_batch_per_device == 4  # copies are changed
+
+
+@pytest.mark.parametrize(
+    ("target", "more"),
+    [
+        ("h100:4", "h100:8"),
+        ("h100:8", "h100:2x8"),
+        ("h100:2x8", "h100:4x8"),
+        ("v5e-16", "v5e-32"),
+        ("v5p-8", "v5p-16"),
+        ("v5e-256", None),
+        ("here", None),
+    ],
+)
+def test_the_next_larger_target(target, more):
+    assert topologies.larger(target) == more
+
+
+def test_every_gpu_and_tpu_has_a_capacity():
+    assert {gpu.description for gpu in topologies.GPUS.values()} < set(topologies.CAPACITIES)
+    assert all(gpu.memory_bytes == topologies.CAPACITIES[gpu.description].memory for gpu in topologies.GPUS.values())
+
+
+def test_the_bound_by_hand(planned):
+    outcome = planned.outcome._replace(
+        operations=8 * 10**12, collectives=[Collective("all-gather", ("fsdp",), 1, 2 * 10**10, 10**10)]
+    )
+    seconds = roofline.estimate(outcome, HELD)
+    assert (seconds.compute, seconds.links) == (1.0, 1.0)
+    assert (seconds.best, seconds.most) == (1.0, 2.0)
+    config = outcome.sizes.blueprint.model_config
+    matrices = flops.forward(config, flops.Work(1, 0, 0)) // 2
+    traffic = 3 * 4 * matrices + 2 * outcome.gradients  # one micro-batch: forward and two products; float32
+    assert roofline.memory_traffic(outcome) == traffic + 2 * outcome.state + outcome.gradients
+
+
+@pytest.mark.parametrize(
+    ("axes", "rate"), [(("fsdp",), 1e10), (("data",), 1e9), (("data", "fsdp"), 1e9), (("?",), 1e9)], ids=str
+)
+def test_collectives_across_hosts_run_at_the_network_s_rate(axes, rate):
+    hosts, held = np.array([[[0], [0]], [[1], [1]]]), HELD._replace(network=1e9)  # data, fsdp, tensor
+    row = Collective("all-gather", axes, 1, 1, 1)
+    assert roofline._rate(row, ("data", "fsdp", "tensor"), hosts, held) == rate
+    assert roofline._rate(row, ("data", "fsdp", "tensor"), hosts, HELD) == HELD.link
+
+
+def test_a_refusal_of_the_tpu_s_compiler_is_read():
+    text = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO"
+        " temporaries (16.29G) exceeds available HBM (15.75G)."
+    )
+    match = compiled._TOO_LARGE.search(text)
+    assert match.groups() == ("16.29", "G")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh__fsdp": 3}, "mesh data=4 fsdp=3 tensor=1 needs 12 devices, 8 are present"),
+        (
+            {"mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 8},
+            "4 attention heads are not divisible by mesh.tensor=8",
+        ),
+        ({"train__batch_size": 12}, "train.batch_size=12 is not divisible by .* x 8 devices = 8; use 8 or 16"),
+        ({"loss__name": "kl"}, "'kl'"),
+        ({"model__path": "nobody/nothing"}, "nobody/nothing is no directory here, and its config.json could not be"),
+    ],
+)
+def test_what_cannot_run_is_an_error_before_anything_is_compiled(folder, changes, message, monkeypatch):
+    monkeypatch.setattr(compiled, "_compile", None)
+    with pytest.raises(ValueError, match=message):
+        plan.run(bare(folder, **changes), "here")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("b200:8", "target 'b200:8' is unknown; use one of v5e-N, .*, h100:N, .*, here"),
+        ("v5e-12", "there is no v5e slice of 12; use one of 1, 4, 8"),
+        ("h100:many", "does not end in a number of GPUs"),
+    ],
+)
+def test_unknown_targets(folder, target, message):
+    with pytest.raises(ValueError, match=message):
+        plan.run(bare(folder), target)
+
+
+@pytest.mark.parametrize(("target", "module", "extra"), [("v5e-16", "libtpu", "tpu"), ("h100:4", "xla_cuda13", "cuda")])
+def test_a_missing_compiler_names_the_extra(folder, target, module, extra, monkeypatch):
+    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+    topologies.tpu_devices.cache_clear()
+    topologies.gpu_devices.cache_clear()
+    with pytest.raises(ValueError, match=rf"needs its compiler, and .*{module} is not installed; .*fpo_jax\[{extra}\]"):
+        plan.run(bare(folder), target)
+
+
+@pytest.mark.slow  # a fresh interpreter, twice
+def test_the_command_prints_a_plan_and_needs_no_workdir(folder):
+    command = [
+        sys.executable,
+        "train.py",
+        "--config",
+        "configs/quickstart.py",
+        f"--config.model.path={folder / 'bare'}",
+    ]
+    command += ["--config.model.remat=full", "--config.data.max_length=40", "--config.data.eval="]
+    done = subprocess.run([*command, "--plan", "here"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "plan for here: " in done.stdout and "remat full" in done.stdout
+    done = subprocess.run([*command, "--plan", "b200:8"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("h100:N, h200:N, here\n"), done.stderr

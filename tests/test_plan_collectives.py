@@ -1,0 +1,173 @@
+"""Collectives read from compiled text: literal excerpts of three compilers, and programs compiled here."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from fpo_jax.plan import collectives as module
+
+MESH = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+
+
+def found(text, mesh=MESH):
+    return {(row.kind, row.axes): row[2:] for row in module.collectives(text, mesh=mesh)}
+
+
+def entry(*lines):
+    return "\n".join(["ENTRY %main (p: f32[8]) -> f32[8] {", *(f"  {line}" for line in lines), "}"])
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
+        ("{{0,2},{1,3},{4,6},{5,7}}", ("fsdp",)),
+        ("[2,4]<=[2,2,2]T(2,0,1)", ("data", "fsdp")),
+        ("[2,4]<=[8]", ("fsdp", "tensor")),
+        ("[1,8]<=[8]", ("data", "fsdp", "tensor")),
+        ("{}", ("data", "fsdp", "tensor")),
+        ("mesh['data'=2,'fsdp'=2,'tensor'=2] {'data'}", ("data",)),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}", ("data", "fsdp")),
+        ("{{0,3},{1,2},{4,7},{5,6}}", ("?",)),
+    ],
+)
+def test_groups_name_the_axes_of_the_mesh(groups, axes):
+    text = entry(f"%all-gather.1 = f32[8]{{0}} all-gather(%p), channel_id=1, replica_groups={groups}, dimensions={{0}}")
+    assert [row.axes for row in module.collectives(text, mesh=MESH)] == [axes]
+
+
+def test_payload_and_what_each_device_sends():
+    groups = "replica_groups=[2,4]<=[8]"
+    rows = found(
+        entry(
+            f"%a = f32[100]{{0}} all-gather(%p), {groups}, dimensions={{0}}",
+            f"%b = bf16[100]{{0}} reduce-scatter(%p), {groups}, to_apply=%add",
+            f"%c = (f32[50]{{0}}, pred[7]{{0}}) all-reduce(%p, %q), {groups}, to_apply=%add",
+            f"%d = s32[3,5]{{1,0}} all-to-all(%p), {groups}",
+            "%e = f32[10]{0} collective-permute(%p), source_target_pairs={{0,1},{1,0},{2,3},{3,2}}",
+        )
+    )
+    axes = ("fsdp", "tensor")
+    assert rows == {
+        ("all-gather", axes): (1, 400, 300),
+        ("reduce-scatter", axes): (1, 800, 600),  # 200 bytes come out on each of four devices
+        ("all-reduce", axes): (1, 207, round(207 * 1.5)),
+        ("all-to-all", axes): (1, 60, 45),
+        ("collective-permute", ("tensor",)): (1, 40, 40),
+    }
+
+
+def test_a_group_of_one_moves_nothing():
+    assert (
+        found(entry("%a = f32[8]{0} all-reduce(%p), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%s"))
+        == {}
+    )
+
+
+def test_what_a_start_returns_beside_its_result_does_not_count():
+    rows = found(
+        entry(
+            "%a = ((bf16[2,8]{1,0}, f32[4]{0}), (bf16[4,8]{1,0}, f32[8]{0})) all-gather-start(%p, %q),"
+            " replica_groups=[4,2]<=[8]",
+            "%b = (bf16[4,8]{1,0}, f32[8]{0}) all-gather-done(%a)",
+            "%c = ((f32[6]{0}), f32[6]{0}) all-reduce-start(%p), replica_groups=[4,2]<=[8], to_apply=%add",
+            "%d = f32[6]{0} all-reduce-done(%c)",
+            "%e = (f32[9]{0:T(8,128)(2,1)S(1)}, f32[9]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%p),"
+            " channel_id=4, source_target_pairs={{0,1},{1,0}}",
+        )
+    )
+    assert {kind: numbers[:2] for (kind, _), numbers in rows.items()} == {
+        "all-gather": (1, 64 + 32),
+        "all-reduce": (1, 24),
+        "collective-permute": (1, 36),
+    }
+
+
+LOOPS = """
+%inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %r = f32[8]{0} all-reduce(%x), replica_groups=[4,2]<=[8], to_apply=%add
+  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %r)
+}
+
+%inner_condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  %p = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%outer_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  ROOT %w = (s32[], f32[8]{0}) while(%p), condition=%inner_condition, body=%inner_body
+}
+
+%outer_condition (p: (s32[], f32[8])) -> pred[] {
+  ROOT %lt = pred[] parameter(0)
+}
+
+ENTRY %main (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]{0}) parameter(0)
+  ROOT %w = (s32[], f32[8]{0}) while(%p), condition=%outer_condition, body=%outer_body, KNOWN
+}
+""".replace("KNOWN", 'backend_config={"known_trip_count":{"n":"5"}}')
+
+
+def test_loops_multiply_by_the_count_that_xla_knows_or_the_bound_over_the_step():
+    assert found(LOOPS) == {("all-reduce", ("tensor",)): (5 * 4, 20 * 32, 20 * 32)}  # 0, 2, 4, 6 below 7
+
+
+def test_a_loop_of_unknown_length_counts_once_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING, "fpo_jax"):
+        assert found(LOOPS.replace("constant(7)", "parameter(1)"))[("all-reduce", ("tensor",))][0] == 5
+    assert "unknown number of times" in caplog.text
+
+
+def test_a_collective_that_a_tpu_spreads_over_fusions_counts_once_and_its_reduce_scatter_is_one():
+    gather = "%g = bf16[4]{0} all-gather(%p), channel_id=7, replica_groups=[4,2]<=[8]"
+    text = "\n".join(
+        [
+            *[f"%step.{i} (p: bf16[2]) -> bf16[4] {{\n  {gather}\n}}" for i in range(3)],
+            "%all-reduce-scatter.4 (p: bf16[4]) -> bf16[2] {",
+            "  %r = bf16[4]{0} all-reduce(%p), channel_id=8, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add",
+            "}",
+            entry(
+                *[f"%f.{i} = bf16[4]{{0}} fusion(%p), kind=kCustom, calls=%step.{i}" for i in range(3)],
+                "%s = bf16[2]{0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.4",
+            ),
+        ]
+    )
+    assert found(text) == {("all-gather", ("tensor",)): (1, 8, 4), ("reduce-scatter", ("tensor",)): (1, 8, 4)}
+
+
+def test_a_gather_and_a_scatter_compiled_here():
+    def both(x):
+        whole = jax.lax.all_gather(x, "fsdp", tiled=True)
+        return jax.lax.psum_scatter(jnp.sin(whole), ("data", "fsdp"), tiled=True)
+
+    places = {"in_specs": PartitionSpec("fsdp"), "out_specs": PartitionSpec(("data", "fsdp"))}
+    mapped = jax.shard_map(both, mesh=MESH, check_vma=False, **places)
+    assert found(jax.jit(mapped).lower(jnp.ones(24)).compile().as_text()) == {
+        ("all-gather", ("fsdp",)): (1, 96, 48),
+        ("reduce-scatter", ("data", "fsdp")): (1, 96, 72),
+    }
+
+
+def test_a_sum_over_devices_in_a_loop_compiled_here():
+    def loop(x):
+        def body(carry, part):
+            return carry + jax.lax.psum(part, "tensor"), None
+
+        return jax.lax.scan(body, jnp.zeros(5), x)[0]
+
+    mapped = jax.shard_map(loop, mesh=MESH, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    text = jax.jit(mapped).lower(jnp.ones((7, 5))).compile().as_text()
+    assert found(text) == {("all-reduce", ("tensor",)): (7, 7 * 20, 7 * 20)}
