@@ -69,6 +69,8 @@ def assert_same_run(found, expected):
         assert line.keys() == other.keys()
         assert abs(line.get("loss", 0.0) - other.get("loss", 0.0)) < tolerances.PROCESSES_LOSS
         for name, number in other.items():
+            if name.endswith("rewards/accuracies") and line["step"] <= 1:
+                continue  # the policy is the reference still: the sign of a margin is that of its rounding
             np.testing.assert_allclose(line[name], number, **tolerances.PROCESSES_METRICS, err_msg=f"{name} {line}")
     for leaf, other in zip(found[1], expected[1], strict=True):
         np.testing.assert_allclose(leaf, other, atol=tolerances.PROCESSES_WEIGHTS, rtol=0)
@@ -162,9 +164,11 @@ def test_four_processes_stop_together_and_two_or_one_go_on(inputs, whole, tmp_pa
     (step,) = {int(found) for found in re.findall(r"SIGTERM: saved step (\d+) of", job.text())}
     assert 4 <= step < STEPS and job.text().count("SIGTERM: saved step") == 4
     assert "Traceback" not in job.text() and "was ended from outside" not in job.text()
-    assert "evaluation at step 0" in job.text(0) and "over 4 cpu devices of 4 processes" in job.text(0)
+    assert "evaluation at step 0" in job.text(
+        0
+    ) and "mesh: data 1, fsdp 4, tensor 1 over 4 cpu devices of 4 processes" in job.text(0)
     for index in (1, 2, 3):  # process 0 alone reports
-        assert "evaluation at step" not in job.text(index) and "configuration" not in job.text(index)
+        assert "evaluation at step" not in job.text(index) and "mesh: data" not in job.text(index)
     shutil.copytree(workdir, tmp_path / "one")
     assert_same_run(run_here(inputs, tmp_path / "one", FSDP), whole[0])
     with train(inputs, workdir, FSDP, processes=2, logs=tmp_path / "logs2") as job:
