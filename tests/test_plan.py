@@ -285,7 +285,7 @@ def test_the_command_prints_a_plan_and_needs_no_workdir(folder):
         "configs/quickstart.py",
         f"--config.model.path={folder / 'bare'}",
     ]
-    command += ["--config.model.remat=full", "--config.data.max_length=40", "--config.data.eval="]
+    command += ["--config.model.remat=full", "--config.data.eval=", "--config.train.micro_batch_per_device=4"]
     done = subprocess.run([*command, "--plan", "here"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "plan for here: " in done.stdout and "remat full" in done.stdout
