@@ -179,12 +179,12 @@ def problems(config: Config) -> list[str]:
     found: list[str] = []
 
     def choice(path: str, allowed: Sequence[str]) -> None:
-        value = _get(config, path)
+        value = value_at(config, path)
         if value not in allowed:
             found.append(f"{path}={value!r} is not one of {', '.join(allowed)}.")
 
     def number(path: str, low: float, *, exclusive: bool = False, high: float = math.inf) -> None:
-        value = _get(config, path)
+        value = value_at(config, path)
         if value is None:
             return
         inside = (value > low if exclusive else value >= low) and value <= high
@@ -194,7 +194,7 @@ def problems(config: Config) -> list[str]:
             found.append(f"{path}={value!r} must be finite and {bound}.")
 
     def required(path: str, what: str) -> None:
-        if not _get(config, path):
+        if not value_at(config, path):
             found.append(f"{path} is empty; give {what}.")
 
     choice("stage", ("align",))
@@ -215,7 +215,7 @@ def problems(config: Config) -> list[str]:
     choice("data.last_batch", ("drop", "pad"))
     for path in ("data.train_rows", "data.eval_rows"):
         try:
-            row_slice(_get(config, path))
+            row_slice(value_at(config, path))
         except ValueError as error:
             found.append(f"{path}: {error}")
     number("data.max_length", 2)
@@ -327,7 +327,8 @@ def _length_problems(config: Config) -> list[str]:
     return found
 
 
-def _get(config: Config, path: str):
+def value_at(config: Config, path: str) -> Any:
+    """Return the value of a dotted key."""
     value = config
     for part in path.split("."):
         value = value[part]

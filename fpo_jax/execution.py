@@ -38,7 +38,7 @@ class Program:
         key = (batch.tokens_NT.shape, batch.targets_NR.shape)
         if key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[key] = compiled = self._compile(first, batch)
+            compiled = self._compile(first, batch)
             seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
             size = ""
             if memory is not None:
@@ -52,6 +52,7 @@ class Program:
                 seconds,
                 size,
             )
+            self._compiled[key] = compiled
         return self._compiled[key](first, batch)
 
     def _compile(self, first: shapes.PyTree, batch: shapes.Batch) -> jax.stages.Compiled:

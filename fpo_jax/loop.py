@@ -120,10 +120,8 @@ class _Run:
         changed = configuration.difference(configuration.default().to_dict(), config.to_dict())
         log.info("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
         shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        kind, processes = (
-            mesh.devices.flat[0].device_kind,
-            "" if hosts.count() == 1 else f" of {hosts.count()} processes",
-        )
+        kind = mesh.devices.flat[0].device_kind
+        processes = "" if hosts.count() == 1 else f" of {hosts.count()} processes"
         log.info("mesh: %s over %d %s devices%s", shape, mesh.size, kind, processes)
         count, state = params.count(self.inputs.model_config), execution.mib(self.programs.state_bytes())
         log.info("model: %s, %s parameters, %s of state per device", self.inputs.source, f"{count:,}", state)

@@ -86,15 +86,22 @@ class Layout:
     @property
     def row_ways(self) -> int:
         """Ways that the rows of a batch are cut."""
-        return 1 if self.mesh is None else _ways(self.mesh, BATCH_AXES)
+        return self.ways("rows")
 
     def pin(self, x: jax.Array, *axes: str) -> jax.Array:
         """State where an activation with these logical axes lives; one that the mesh does not divide stays whole."""
         if self.mesh is None or self.on_one_device:
             return x
-        places = [RULES[axis] for axis in axes]
-        fits = [None if size % _ways(self.mesh, place) else place for size, place in zip(x.shape, places, strict=True)]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*fits)))
+        places = [self.place(axis, size) for axis, size in zip(axes, x.shape, strict=True)]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*places)))
+
+    def ways(self, axis: str) -> int:
+        """Ways that a logical axis is cut."""
+        return 1 if self.mesh is None else _ways(self.mesh, RULES[axis])
+
+    def place(self, axis: str, size: int) -> str | tuple[str, ...] | None:
+        """Mesh axes that a logical axis of an activation is cut over; None where they do not divide its size."""
+        return None if size % self.ways(axis) else RULES[axis]
 
     @property
     def head(self) -> specs.Placement | None:

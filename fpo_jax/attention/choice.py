@@ -83,7 +83,7 @@ def choose(
     facts = _Facts(
         "gpu" if platform == "cuda" else platform, jnp.dtype(dtype).name, head_dim, positions, soft_cap, segments
     )
-    ways = _tensor_ways(layout)
+    ways = layout.ways("heads")
     if heads % ways:
         raise ValueError(f"{heads} attention heads are not divisible by mesh.tensor={ways}; choose a divisor.")
     if requested == "auto":
@@ -115,10 +115,6 @@ def _best(facts: _Facts) -> tuple[str, str]:
     if longest > XLA_MAX_POSITIONS:
         return "chunked", f"{obstacle}; rows of {longest} positions, more than {XLA_MAX_POSITIONS}"
     return "xla", f"{obstacle}; rows of at most {XLA_MAX_POSITIONS} positions"
-
-
-def _tensor_ways(layout: sharding.Layout) -> int:
-    return 1 if layout.mesh is None else layout.mesh.shape[sharding.RULES["heads"]]
 
 
 def _no_xla(facts: _Facts) -> str:

@@ -5,12 +5,11 @@ A Pallas kernel cannot be partitioned by XLA and cuDNN's only under conditions, 
 latter are whole on every device, which takes those it reads; their gradients are summed over the devices.
 """
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from fpo_jax import sharding
 
@@ -33,7 +32,7 @@ def on_each_device(
         return attend(q_NTHC, k_NTGC, v_NTGC, segments_NT)
     N, _, H, _ = q_NTHC.shape
     G = k_NTGC.shape[2]
-    rows, heads, kv_heads = _axis(mesh, "rows", N), _axis(mesh, "heads", H), _axis(mesh, "kv_heads", G)
+    rows, heads, kv_heads = layout.place("rows", N), layout.place("heads", H), layout.place("kv_heads", G)
 
     def on_device(q_NTHC, k_NTGC, v_NTGC, segments_NT):
         if heads and not kv_heads:
@@ -57,10 +56,3 @@ def _read_by(x_NTGC: jax.Array, first: jax.Array, heads: int, group: int) -> jax
     """Take the key/value heads that the query heads `first` to `first + heads - 1` read, `group` of them each one."""
     count = 1 if group % heads == 0 else heads  # one for all of them, or one for each
     return jnp.take(x_NTGC, (first + jnp.arange(count) * (heads // count)) // group, axis=2)
-
-
-def _axis(mesh: Mesh, logical: str, size: int) -> str | tuple[str, ...] | None:
-    """Return the mesh axes that a dimension of this size is cut over; None where they do not divide it."""
-    place = sharding.RULES[logical]
-    names = (place,) if isinstance(place, str) else place or ()
-    return None if size % math.prod(mesh.shape[name] for name in names) else place

@@ -18,7 +18,9 @@ from fpo_jax.data.batches import (
     order,
     row_sizes,
     schedule,
+    scored_positions,
     sequential_batches,
+    steps_per_epoch,
 )
 from fpo_jax.data.prepared import Prepared, masked_sample, prepare
 from fpo_jax.data.records import Record, Records, read
@@ -39,5 +41,7 @@ __all__ = [
     "read",
     "row_sizes",
     "schedule",
+    "scored_positions",
     "sequential_batches",
+    "steps_per_epoch",
 ]

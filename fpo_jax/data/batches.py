@@ -38,8 +38,18 @@ class Schedule(NamedTuple):
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one pass over the data."""
-        full, rest = divmod(self.prepared.groups, self.batch_size)
-        return full + (self.last_batch == "pad" and rest > 0)
+        return steps_per_epoch(self.prepared.groups, batch_size=self.batch_size, last_batch=self.last_batch)
+
+
+def steps_per_epoch(groups: int, *, batch_size: int, last_batch: str) -> int:
+    """Batches of one pass over so many groups."""
+    full, rest = divmod(groups, batch_size)
+    return full + (last_batch == "pad" and rest > 0)
+
+
+def scored_positions(most: int, *, length: int) -> int:
+    """R for rows of T = `length` positions of which at most `most` are scored."""
+    return min(-(-most // _R_MULTIPLE) * _R_MULTIPLE, length)
 
 
 class RowSizes(NamedTuple):
@@ -177,7 +187,7 @@ def _bucket_shapes(prepared: Prepared, buckets: Sequence[int]) -> tuple[tuple[in
     scored = []
     for bound in bounds:
         most = int(scored_B[longest_B <= bound].max(initial=1))
-        scored.append(min(-(-most // _R_MULTIPLE) * _R_MULTIPLE, bound))
+        scored.append(scored_positions(most, length=bound))
     return bounds, tuple(scored), longest_B
 
 

@@ -45,14 +45,14 @@ def ladder(
         host_memory: whether the target's compiler can show what keeping moments there saves.
     """
     changes: dict[str, object] = {}
-    knobs = {knob: int(_value(config, knob)) for knob in (_BATCHES[name] for name in too_large)}
+    knobs = {knob: int(configuration.value_at(config, knob)) for knob in (_BATCHES[name] for name in too_large)}
     while any(size > 1 for size in knobs.values()):
         knobs = {knob: max(1, size // 2) for knob, size in knobs.items()}
-        changes |= {knob: size for knob, size in knobs.items() if size != _value(config, knob)}
+        changes |= {knob: size for knob, size in knobs.items() if size != configuration.value_at(config, knob)}
         yield Remedy(target, dict(changes))
     if UPDATE in too_large:
         for knob, value in _MEMORY:
-            if _value(config, knob) != value and (host_memory or knob != "optim.offload"):
+            if configuration.value_at(config, knob) != value and (host_memory or knob != "optim.offload"):
                 changes[knob] = value
                 yield Remedy(target, dict(changes))
     more: str | None = target
@@ -73,9 +73,3 @@ def changed(config: configuration.Config, changes: Mapping[str, object]) -> conf
             node = node[parent]
         node[last] = value
     return other
-
-
-def _value(config: configuration.Config, key: str):
-    for part in key.split("."):
-        config = config[part]
-    return config

@@ -16,8 +16,6 @@ from fpo_jax import data, flops, hf, job, model
 
 log = logging.getLogger("fpo_jax")
 
-_TILE = 8  # R of a batch is rounded up to it, as data.batches does
-
 
 class Shape(NamedTuple):
     """Of the largest batch of a program."""
@@ -119,11 +117,12 @@ def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str) 
     """The largest shapes that the configuration allows."""
     length = config.data.max_length
     most = config.data.max_response_length or length - 1  # rule chat: a prompt may be one token
-    shape = Shape(length, min(length, -(-most // _TILE) * _TILE))
+    shape = Shape(length, data.scored_positions(most, length=length))
     groups, steps, warmup, horizon = config.plan.groups, None, 0, 1
     if groups is not None:
-        full, rest = divmod(groups, config.train.batch_size)
-        steps_per_epoch = full + (config.data.last_batch == "pad" and rest > 0)
+        steps_per_epoch = data.steps_per_epoch(
+            groups, batch_size=config.train.batch_size, last_batch=config.data.last_batch
+        )
         steps, warmup, horizon = job.durations(config, steps_per_epoch=steps_per_epoch)
     counted = "plan.groups is unset" if groups is None else f"{groups:,} groups by plan.groups"
     return Sizes(
