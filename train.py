@@ -41,6 +41,8 @@ def parse(argv: list[str]) -> list[str]:
         _fail(2, f"unknown configuration key: {error.args[0]}; `fpo_jax/config.py` lists every key.")
     except (flags.Error, TypeError, ValueError, OSError) as error:
         _fail(2, error)
+    if _PLAN.value and (_WORKDIR.value or _PROFILE.value):
+        _fail(2, "--plan trains nothing and takes neither --workdir nor --profile; leave them out.")
     if not _WORKDIR.value and not _PLAN.value:
         _fail(2, "--workdir is missing; give the folder of the run, new or to be resumed.")
     if rest[1:]:

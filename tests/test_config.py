@@ -157,6 +157,8 @@ def test_pythia_recipes_to_the_digit(name):
         ("--config.train.batch_size=many", "invalid literal"),
         ("--confg.seed=1", "Unknown command line flag"),
         ("stray", "unexpected arguments"),
+        ("--plan=here", "--plan trains nothing and takes neither --workdir nor --profile"),
+        ("--profile=9:1", "--profile=9:1 is not first:last"),
     ],
 )
 def test_command_line_errors_are_one_sentence(option, message, tmp_path):
