@@ -233,7 +233,7 @@ def _llama(config: ModelConfig) -> list[Row]:
         _matrix("layers/mlp/down", "LFD", at + "mlp.down_proj.weight", "DF"),
         _scale("final_norm/scale", "D", "model.norm.weight"),
     ]
-    return table if config.tied_head else [*table, _matrix("head", "VD", "lm_head.weight", "VD")]
+    return [*table, *_head(config)]
 
 
 def _gpt_neox(config: ModelConfig) -> list[Row]:
@@ -255,7 +255,12 @@ def _gpt_neox(config: ModelConfig) -> list[Row]:
         _scale("final_norm/scale", "D", "gpt_neox.final_layer_norm.weight"),
         _bias("final_norm/bias", "D", "gpt_neox.final_layer_norm.bias", "D"),
     ]
-    return table if config.tied_head else [*table, _matrix("head", "VD", "embed_out.weight", "VD")]
+    return [*table, *_head(config)]
+
+
+def _head(config: ModelConfig) -> list[Row]:
+    """What turns hidden states into what the model says, where that is not the embedding again."""
+    return [] if config.tied_head else [_matrix("head", "VD", hf_head_name(config), "VD")]
 
 
 _FAMILIES: dict[str, Callable[[ModelConfig], list[Row]]] = {"llama": _llama, "mistral": _llama, "gpt_neox": _gpt_neox}

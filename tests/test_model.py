@@ -414,7 +414,10 @@ def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
     [
         ({"compute_dtype": "float64"}, r"compute_dtype float64 is not one of float32, bfloat16, float16"),
         ({"remat": "some"}, r"remat 'some' is not one of none, dots, full, offload"),
-        ({"attention": attention.Choice("flash", "for the test")}, r"'flash' is not one of xla, chunked, cudnn, splash"),
+        (
+            {"attention": attention.Choice("flash", "for the test")},
+            r"'flash' is not one of xla, chunked, cudnn, splash",
+        ),
     ],
 )
 def test_unknown_options_are_refused(options, message):

@@ -5,7 +5,6 @@ sequential residual  h = x + attention(norm1(x));  y = h + mlp(norm2(h))
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
@@ -24,12 +23,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
-        dtype = x_NTD.dtype
-        qkv_NTH3C = jnp.einsum("NTD,DHSC->NTHSC", x_NTD, self.qkv[...].astype(dtype))
-        qkv_NTH3C += self.qkv_bias[...].astype(dtype)
+        qkv_NTH3C = context.project("NTD,DHSC->NTHSC", x_NTD, self, "qkv")
         q_NTHC, k_NTHC, v_NTHC = (context.pin_heads(qkv_NTH3C[..., part, :]) for part in range(3))
         out_NTHC = context.pin_heads(context.attend(q_NTHC, k_NTHC, v_NTHC))
-        return jnp.einsum("NTHC,HCD->NTD", out_NTHC, self.out[...].astype(dtype)) + self.out_bias[...].astype(dtype)
+        return context.project("NTHC,HCD->NTD", out_NTHC, self, "out")
 
 
 class MLP(nnx.Module):
@@ -44,10 +41,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Apply down(act(up(x)))."""
-        dtype = x_NTD.dtype
-        up_NTF = jnp.einsum("NTD,DF->NTF", x_NTD, self.up[...].astype(dtype)) + self.up_bias[...].astype(dtype)
-        active_NTF = context.pin_mlp(parts.ACTIVATIONS[self.activation](up_NTF))
-        return jnp.einsum("NTF,FD->NTD", active_NTF, self.down[...].astype(dtype)) + self.down_bias[...].astype(dtype)
+        active_NTF = context.pin_mlp(
+            parts.ACTIVATIONS[self.activation](context.project("NTD,DF->NTF", x_NTD, self, "up"))
+        )
+        return context.project("NTF,FD->NTD", active_NTF, self, "down")
 
 
 class Layer(nnx.Module):

@@ -5,7 +5,6 @@ y = h + down(act(gate(norm(h))) * up(norm(h)))
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
@@ -24,12 +23,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
-        dtype = x_NTD.dtype
-        q_NTHC = context.pin_heads(jnp.einsum("NTD,DHC->NTHC", x_NTD, self.query[...].astype(dtype)))
-        k_NTGC = jnp.einsum("NTD,DGC->NTGC", x_NTD, self.key[...].astype(dtype))
-        v_NTGC = jnp.einsum("NTD,DGC->NTGC", x_NTD, self.value[...].astype(dtype))
+        q_NTHC = context.pin_heads(context.project("NTD,DHC->NTHC", x_NTD, self, "query"))
+        k_NTGC = context.project("NTD,DGC->NTGC", x_NTD, self, "key")
+        v_NTGC = context.project("NTD,DGC->NTGC", x_NTD, self, "value")
         out_NTHC = context.pin_heads(context.attend(q_NTHC, k_NTGC, v_NTGC))
-        return jnp.einsum("NTHC,HCD->NTD", out_NTHC, self.out[...].astype(dtype))
+        return context.project("NTHC,HCD->NTD", out_NTHC, self, "out")
 
 
 class MLP(nnx.Module):
@@ -43,11 +41,10 @@ class MLP(nnx.Module):
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Apply down(act(gate(x)) * up(x))."""
-        dtype = x_NTD.dtype
-        gate_NTF = jnp.einsum("NTD,DF->NTF", x_NTD, self.gate[...].astype(dtype))
-        up_NTF = jnp.einsum("NTD,DF->NTF", x_NTD, self.up[...].astype(dtype))
+        gate_NTF = context.project("NTD,DF->NTF", x_NTD, self, "gate")
+        up_NTF = context.project("NTD,DF->NTF", x_NTD, self, "up")
         gated_NTF = context.pin_mlp(parts.ACTIVATIONS[self.activation](gate_NTF) * up_NTF)
-        return jnp.einsum("NTF,FD->NTD", gated_NTF, self.down[...].astype(dtype))
+        return context.project("NTF,FD->NTD", gated_NTF, self, "down")
 
 
 class Layer(nnx.Module):

@@ -87,6 +87,15 @@ class Context(NamedTuple):
             layout=self.layout,
         )
 
+    def project(self, equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
+        """Apply a matrix of a module, and its bias where it has one under the name `{name}_bias`.
+
+        Every matmul with a weight of a layer goes through here.
+        """
+        out = jnp.einsum(equation, x, getattr(module, name)[...].astype(x.dtype))
+        bias = getattr(module, f"{name}_bias", None)
+        return out if bias is None else out + bias[...].astype(x.dtype)
+
     def pin_stream(self, x_NTD: jax.Array) -> jax.Array:
         """State where the residual stream lives."""
         return self.layout.pin(x_NTD, "rows", "stream", "width")
