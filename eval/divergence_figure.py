@@ -2,7 +2,7 @@
 
     python -m eval.divergence_figure --out runs/divergences
 
-The target is a mixture of a narrow and a broad bump, the policy one Gaussian, fitted by minimising D_f(policy || target)
+The target is a mixture of a narrow and a broad bump, the policy one Gaussian, fitted by minimising D_f(policy, target)
 on a grid of points, with the very functions the trainer minimises. Zero-forcing members put it on the broad bump,
 mass-covering ones over both. The names are those of the losses: `kl_policy_target` is EXO's, which f-PO's own figure
 calls "KL" and most literature "reverse KL". Writes divergences.png and divergences.json.

@@ -88,4 +88,4 @@ BENCHMARK_GRADIENT = 2e-6
 # The divergence figure against the peaks of the original's picture, read off to two or three digits.
 FIGURE_PEAK = 0.0025  # of a density; measured 0.001
 FIGURE_PLACE = 0.25  # along the axis, read off to 0.3 at best; measured 0.15
-FIGURE_MOMENTS = 1e-4  # sums over a grid that ends at +-15; measured 2e-6
+FIGURE_MOMENTS = 1e-4  # sums over a grid that ends at +-15; measured 2.5e-5
