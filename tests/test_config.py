@@ -120,6 +120,25 @@ SPEC_2_8 = {  # spec 2.8: max_length, max_response_length, group size, alpha, be
     "pythia_tldr_pref": (650, 75, 2, 0.025, None, 0.3, "alphapo-pref", 350),
     "pythia_tldr_rw": (650, 75, 4, 0.025, 0.1, 0.5, "alphapo-rw", 350),
 }
+SPEC_3_1_SIMPO = {  # the same of SimPO's own configurations, without alpha
+    "simpo_llama3_base": (2048, 1800, 2.0, 0.5, 6e-7),
+    "simpo_llama3_instruct": (2048, 1800, 2.5, 0.55, 1e-6),
+    "simpo_llama3_instruct_v2": (2048, 1800, 10.0, 0.3, 1e-6),
+    "simpo_mistral_base": (1024, 512, 2.0, 0.8, 3e-7),
+    "simpo_mistral_instruct": (2048, 1800, 2.5, 0.1, 5e-7),
+    "simpo_gemma2_it": (2048, 1800, 10.0, 0.5, 8e-7),
+}
+
+
+@pytest.mark.parametrize("name", SPEC_3_1_SIMPO)
+def test_simpo_recipes_to_the_digit(name):
+    c = importlib.import_module(f"configs.{name}").get_config()
+    d, loss, o, t = c.data, c.loss, c.optim, c.train
+    found = (d.max_length, d.max_prompt_length, loss.beta, loss.gamma_beta_ratio, o.learning_rate)
+    assert found == SPEC_3_1_SIMPO[name]
+    assert (loss.name, loss.alpha, o.schedule, o.warmup_fraction, t.batch_size) == ("sigmoid", None, "cosine", 0.1, 128)
+    assert (name == "simpo_gemma2_it") == (c.tokenizer.chat_template == "gemma2")
+    assert c.data.train.endswith("-armorm") == name.endswith(("_v2", "_it"))
 
 
 @pytest.mark.parametrize("name", SPEC_3_1)
