@@ -25,7 +25,7 @@ from configs import quickstart as recipe
 from eval import export, quickstart_configs, quickstart_model, quickstart_report, quickstart_summary
 from eval import quickstart_task as task
 from eval.quickstart_configs import Scale
-from eval.quickstart_stages import StageError, Stages
+from eval.stages import StageError, Stages
 from fpo_jax import checkpoint, execution, loop, losses, params, sample
 from fpo_jax import config as configuration
 
@@ -100,7 +100,7 @@ class _Quickstart:
     def run(self) -> dict[str, Any]:
         """Run the stages in order."""
         name, seed = self.divergence, self.seed
-        stages = Stages(self.workdir, total=8)
+        stages = Stages(self.workdir, total=8, program="quickstart")
         stages.run(
             "task",
             "Make the task, a tokenizer and a random Llama",

@@ -2,7 +2,6 @@
 
 import collections
 import json
-import logging
 import math
 import re
 import shlex
@@ -22,10 +21,10 @@ from eval import (
     quickstart_model,
     quickstart_page,
     quickstart_report,
-    quickstart_stages,
     quickstart_summary,
 )
 from eval import quickstart_task as task
+from eval.stages import StageError
 from fpo_jax import chat, checkpoint, loop, losses, params
 from fpo_jax import config as configuration
 from tests import paths, tolerances
@@ -212,87 +211,6 @@ def test_the_longest_answer_fits_the_window():
     assert losses.resolve(pretraining.loss.name, **configuration.loss_options(pretraining)).name == "sft"
 
 
-# --- the stages
-
-
-@pytest.fixture
-def stages(tmp_path):
-    """A function that runs one stage writing `out.txt` in a fresh program; returns how often its work was done."""
-    done = []
-
-    def run(setting=1, work=None):
-        def write():
-            done.append(1)
-            (tmp_path / "out.txt").write_text("made")
-            return "made it"
-
-        quickstart_stages.Stages(tmp_path, total=1).run(
-            "copy",
-            "Copy",
-            work or write,
-            inputs={"setting": setting, "source": tmp_path / "in.txt"},
-            outputs=[tmp_path / "out.txt"],
-        )
-        return len(done)
-
-    (tmp_path / "in.txt").write_text("one")
-    return run
-
-
-def test_a_finished_stage_is_skipped(stages, capsys):
-    assert [stages(), stages()] == [1, 1]
-    assert re.fullmatch(
-        r"\[1/1\] Copy \.\.\. [0-9.]+ s: made it\n\[1/1\] Copy \.\.\. done before: made it\n", capsys.readouterr().out
-    )
-
-
-def test_a_stage_whose_output_is_gone_is_done_again(stages, tmp_path):
-    stages()
-    (tmp_path / "out.txt").unlink()
-    assert stages() == 2
-
-
-def test_other_inputs_or_changed_outputs_are_refused(stages, tmp_path):
-    stages()
-    with pytest.raises(
-        quickstart_stages.StageError, match=r"'copy' made from other inputs:\n  setting: 1 -> 2\nuse another"
-    ):
-        stages(setting=2)
-    (tmp_path / "in.txt").write_text("two")
-    with pytest.raises(quickstart_stages.StageError, match="source: '[0-9a-f]{64}' -> '[0-9a-f]{64}'"):
-        stages()
-    (tmp_path / "in.txt").write_text("one")
-    (tmp_path / "out.txt").write_text("edited")
-    with pytest.raises(quickstart_stages.StageError, match=r"out.txt in .* changed since stage 'copy' wrote it"):
-        stages()
-    (tmp_path / "out.txt").write_text("made")
-    assert stages() == 1
-    (tmp_path / "in.txt").unlink()
-    with pytest.raises(quickstart_stages.StageError, match="in.txt is missing"):
-        stages()
-
-
-def test_a_failed_stage_is_named_and_done_again(stages, tmp_path):
-    def fail():
-        logging.getLogger("fpo_jax").info("about to fail")
-        raise ValueError("no digits left")
-
-    with pytest.raises(
-        quickstart_stages.StageError, match=r"stage 'copy' failed: no digits left\n\(details: .*quickstart.log"
-    ):
-        stages(work=fail)
-    assert "about to fail" in (tmp_path / "quickstart.log").read_text()
-    assert stages() == 1
-
-    def crash():
-        raise RuntimeError("bug")
-
-    (tmp_path / "out.txt").unlink()
-    with pytest.raises(RuntimeError, match="bug") as caught:
-        stages(work=crash)
-    assert "in stage 'copy' of the quickstart" in caught.value.__notes__[0]
-
-
 # --- the whole program, in miniature
 
 
@@ -410,7 +328,7 @@ def test_finished_stages_are_not_done_again(finished, monkeypatch, capsys):
 @pytest.mark.slow
 def test_another_seed_is_refused_in_the_same_workdir(finished, capsys):
     workdir, _ = finished
-    with pytest.raises(quickstart_stages.StageError, match=r"seed: 3 -> 4\nuse another --workdir"):
+    with pytest.raises(StageError, match=r"seed: 3 -> 4\nuse another --workdir"):
         quickstart.run(workdir, seed=4, divergence="alpha", scale=TINY)
 
 

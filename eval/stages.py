@@ -1,7 +1,8 @@
 """Stages of a program whose results are kept: a finished one is skipped while its inputs and outputs are unchanged.
 
 `workdir/stages.json` holds, per stage, the inputs (settings, and the sha256 of every file read), the sha256 of what it
-wrote, its time, and its one-line result. A stage that was interrupted has no entry and runs again.
+wrote, its time, and its one-line result. A stage that was interrupted has no entry and runs again. `digests.json`
+remembers the sha256 of each file with its size and time of change, so that unchanged weights are hashed once.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD_FILE = "stages.json"
-LOG_FILE = "quickstart.log"
+DIGESTS_FILE = "digests.json"
 
 
 class StageError(Exception):
@@ -26,15 +27,21 @@ class StageError(Exception):
 class Stages:
     """Runs stages in order and announces each in one line."""
 
-    def __init__(self, workdir: Path, *, total: int):
-        """Open the record of `workdir`; `total` stages will be announced."""
-        self._workdir, self._total, self._number = workdir, total, 0
-        path = workdir / RECORD_FILE
-        self._record: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    def __init__(self, workdir: Path, *, total: int, program: str):
+        """Open the record of `workdir`; `total` stages will be announced; the log is `program`.log."""
+        self._workdir, self._total, self._number, self._program = workdir, total, 0, program
+        self._log = workdir / f"{program}.log"
+        self._record: dict[str, dict[str, Any]] = _read(workdir / RECORD_FILE)
+        self._known: dict[str, list] = _read(workdir / DIGESTS_FILE)
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         """Return what is recorded of a finished stage: inputs, outputs, seconds, result, peak_rss_bytes, compiled."""
         return self._record[name]
+
+    def key(self, inputs: Mapping[str, Any]) -> str:
+        """Return ten hex digits that stand for all of `inputs`, files by their content: what to name a folder by."""
+        text = json.dumps(self._described(inputs), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
 
     def run(
         self, name: str, title: str, work: Callable[[], str], *, inputs: Mapping[str, Any], outputs: Sequence[Path]
@@ -51,8 +58,7 @@ class Stages:
         Raises:
             StageError: the work failed, or the record is of other inputs or of outputs that were changed since.
         """
-        described = {key: self._digest(value) if isinstance(value, Path) else value for key, value in inputs.items()}
-        described = json.loads(json.dumps(described))
+        described = self._described(inputs)
         self._announce(title)
         done = self._record.get(name)
         if done is not None and all(path.exists() for path in outputs):
@@ -74,6 +80,10 @@ class Stages:
         """Return the finished stages in the order they were finished."""
         return list(self._record)
 
+    def _described(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        found = {key: self._digest(value) if isinstance(value, Path) else value for key, value in inputs.items()}
+        return json.loads(json.dumps(found))
+
     def _announce(self, title: str) -> None:
         self._number += 1
         print(f"[{self._number}/{self._total}] {title} ... ", end="", flush=True)
@@ -81,14 +91,14 @@ class Stages:
     def _timed(self, name: str, work: Callable[[], str]) -> dict[str, Any]:
         started = time.perf_counter()
         try:
-            with _logged(self._workdir / LOG_FILE) as compiled:
+            with _logged(self._log) as compiled:
                 result = work()
         except (ValueError, OSError) as error:
             print("failed", flush=True)
-            raise StageError(f"stage {name!r} failed: {error}\n(details: {self._workdir / LOG_FILE})") from error
+            raise StageError(f"stage {name!r} failed: {error}\n(details: {self._log})") from error
         except BaseException as error:
             print("failed", flush=True)
-            error.add_note(f"in stage {name!r} of the quickstart; details: {self._workdir / LOG_FILE}")
+            error.add_note(f"in stage {name!r} of {self._program}; details: {self._log}")
             raise
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
         return {
@@ -130,14 +140,30 @@ class Stages:
         total = hashlib.sha256()
         for file in files:
             name = file.relative_to(path).as_posix()
-            total.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+            total.update(f"{name} {self._file_digest(file)}\n".encode())
         return total.hexdigest()
 
+    def _file_digest(self, file: Path) -> str:
+        status, name = file.stat(), str(file.resolve())
+        seen = [status.st_size, status.st_mtime_ns]
+        if self._known.get(name, [])[:2] != seen:
+            with file.open("rb") as stream:
+                self._known[name] = [*seen, hashlib.file_digest(stream, "sha256").hexdigest()]
+        return self._known[name][2]
+
     def _save(self) -> None:
-        path = self._workdir / RECORD_FILE
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._record, indent=2) + "\n")
-        temporary.replace(path)
+        _write(self._workdir / RECORD_FILE, self._record)
+        _write(self._workdir / DIGESTS_FILE, self._known)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
 
 
 @contextlib.contextmanager
