@@ -1,0 +1,82 @@
+"""What every pipeline has: a section for each of its stages, and what they share stated once.
+
+A pipeline is a ConfigDict. `sft`, `reward` and `align` are configurations of train.py without the keys that the pipeline
+fills in itself: where the data lie and how rows are cut (section `data`, and `demonstrations` for SFT), the tokenizer,
+which model a stage starts from, and the seed of the alignment (`seeds`). `sample` and `generate` are options of
+`eval.generate`. A stage is run if its section is there. `python -m eval.pipeline` runs it.
+"""
+
+from typing import Any
+
+import ml_collections
+
+SOURCE = ("format", "train", "train_split", "train_rows", "eval", "eval_split", "eval_rows", "subfolder", "revision")
+ROWS = ("hh_split", "rule", "max_length", "max_prompt_length", "max_response_length")
+
+
+def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, reward_model: str = "") -> Any:
+    """Return a locked pipeline without sampling, on the data of `align`.
+
+    Args:
+        base: model that SFT and the reward model start from; that of `align` where there is no SFT.
+        align: configuration of the alignment.
+        sft: of the supervised fine-tuning; None = align `base` itself.
+        reward: of the reward model; None = `reward_model` is one already.
+        reward_model: directory or hub name of a sequence-classification model.
+    """
+    c: Any = ml_collections.ConfigDict()
+    c.base = base  # Hugging Face directory or hub name
+    c.reward_model = reward_model  # "" = the one that stage `reward` trains
+    c.losses = (align.loss.name,)  # one alignment each; options that a loss does not take are left out
+    c.seeds = (align.seed,)  # one alignment each: order of the data, and of nothing else
+    c.pairing = ""  # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
+    c.tokenizer = align.tokenizer.copy_and_resolve_references()
+    c.data = ml_collections.ConfigDict({key: align.data[key] for key in (*SOURCE, *ROWS)})
+    c.demonstrations = ml_collections.ConfigDict(dict.fromkeys(SOURCE, ""))  # of SFT; "" = as `data`
+    for name, section in (("sft", sft), ("reward", reward), ("align", align)):
+        if section is not None:
+            c[name] = _trimmed(section, seed=name != "align")
+    c.lock()
+    return c
+
+
+def sampling(**options: Any) -> Any:
+    """Return a section `sample` or `generate`: how many responses are drawn to how many prompts, and how."""
+    c: Any = ml_collections.ConfigDict()
+    c.num_prompts = 0  # 0 = all
+    c.num_return = 4  # K, per prompt and seed
+    c.seeds = (0,)  # one draw of num_return each
+    c.temperature = 0.8
+    c.top_k = 0  # 0 = off
+    c.top_p = 1.0  # 1 = off
+    c.max_new_tokens = 200
+    c.batch_size = 64  # rows at once, per device
+    c.dedup = "none"  # none | consecutive | all: which repeated prompts are left out
+    c.update(options)
+    return c
+
+
+def add(c: Any, name: str, section: Any) -> None:
+    """Give a locked pipeline one more section."""
+    with c.unlocked():
+        c[name] = section
+    c.lock()
+
+
+def replace_align(c: Any, align: Any) -> None:
+    """Give a locked pipeline another alignment on the same data."""
+    add(c, "align", _trimmed(align, seed=False))
+    c.losses, c.seeds = (align.loss.name,), (align.seed,)
+
+
+def _trimmed(section: Any, *, seed: bool) -> Any:
+    """Take out what the pipeline fills in, so that setting it is an error and not ignored."""
+    trimmed = section.copy_and_resolve_references()
+    with trimmed.unlocked():
+        for key in (*SOURCE, *ROWS):
+            del trimmed.data[key]
+        del trimmed.model["path"], trimmed["tokenizer"]
+        if not seed:
+            del trimmed["seed"]
+    trimmed.lock()
+    return trimmed

@@ -1,0 +1,22 @@
+"""Reward model on Anthropic HH helpful-base pairs, from the base Pythia-2.8B: Bradley-Terry on a bias-free scalar head.
+
+Command   python train.py --config configs/pythia_hh_reward.py --workdir runs/hh_reward
+          python -m eval.export --workdir runs/hh_reward --out hh_reward --step best
+Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 343 updates of 128 pairs
+Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); starts from the base model, not from SFT; the score
+          stands at the last content token; saved only when the evaluation accuracy improves (100 batches)
+Expect    nothing published for this recipe
+"""
+
+from configs import pythia_hh_sft
+
+
+def get_config():
+    """Return the locked configuration."""
+    c = pythia_hh_sft.get_config()
+    c.stage = "reward"
+    c.data.group_size = 2
+    c.loss.name = "bradley_terry"
+    c.train.eval_every = 100
+    c.train.keep_best = "eval_rewards/accuracies"
+    return c

@@ -1,0 +1,23 @@
+"""Pythia-2.8B fine-tuned on the chosen responses of Anthropic HH helpful-base: the start of every HH alignment.
+
+Command   python train.py --config configs/pythia_hh_sft.py --workdir runs/hh_sft
+Data      Anthropic/hh-rlhf, helpful-base, chosen side: 43,835 dialogues -> 343 updates of 128
+Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); a row without padding was masked whole (a bug)
+Expect    nothing published but the models that follow
+"""
+
+from configs import pythia_hh_pref
+
+
+def get_config():
+    """Return the locked configuration."""
+    c = pythia_hh_pref.get_config("sft")
+    c.stage = "sft"
+    c.data.group_size = 1
+    c.loss.beta_pi = c.loss.temperature = None
+    c.optim.learning_rate = 1e-5
+    c.train.eval_every = 0  # perplexity at the start and at the end
+    c.train.eval_batches = 100
+    c.train.save_every = 100
+    c.train.keep_checkpoints = 1
+    return c

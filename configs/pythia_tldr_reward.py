@@ -1,0 +1,18 @@
+"""Reward model on TL;DR comparisons, from the base Pythia-2.8B: Bradley-Terry on a bias-free scalar head.
+
+Command   python train.py --config configs/pythia_tldr_reward.py --workdir runs/tldr_reward
+          python -m eval.export --workdir runs/tldr_reward --out tldr_reward --step best
+Data      summarize_from_feedback comparisons: 92,858 pairs -> 726 updates of 128 pairs
+Original  as pythia_hh_reward with rows of 650 and summaries of 75 tokens
+Expect    nothing published for this recipe
+"""
+
+from configs import pythia_hh_reward, pythia_tldr_pref
+
+
+def get_config():
+    """Return the locked configuration."""
+    c = pythia_hh_reward.get_config()
+    c.data.update(pythia_tldr_pref.get_config().data)
+    c.plan.groups = 92_858
+    return c

@@ -1,0 +1,195 @@
+"""Run a recipe from its base model to a reward report: `python -m eval.pipeline --config configs/pipelines/hh_rw.py`.
+
+    base ─► sft ─┬─► sample ─► label ─► align (each loss and seed) ─► generate ─► score ─► report
+    base ─► reward ───────────► label ─────────────────────────────────────────► score
+
+A stage's folder is named by a digest of everything that goes into it, settings and the content of files, so that two
+runs that differ in anything share what does not depend on it and never overwrite each other. Finished stages are kept:
+the same command does nothing; interrupted ones go on. Settings are given as --config.key=value; the recipe's file in
+configs/pipelines/ says which there are. Exit codes are those of train.py.
+"""
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from eval import export, generate, label, pipeline_report
+from eval.stages import StageError, Stages
+from fpo_jax import config as configuration
+from fpo_jax import execution, job, loop, losses
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/pipelines/.")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.")
+
+REWARD_METRIC = "eval_rewards/accuracies"
+
+
+class Pipeline:
+    """One recipe in one folder; `run` does what is not done and returns the report."""
+
+    def __init__(self, config: Any, workdir: Path):
+        """Check every stage's settings.
+
+        Raises:
+            ValueError: with everything that is wrong, before anything is read or written.
+        """
+        self.config, self.workdir = config, workdir
+        configuration.raise_problems(self._problems())
+        runs = len(config.losses) * len(config.seeds)
+        sampled = 2 if "sample" in config else 0
+        total = ("sft" in config) + ("reward" in config) + sampled + 2 + 3 * runs + 1
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.stages = Stages(workdir, total=total, program="pipeline")
+
+    def run(self) -> dict[str, Any]:
+        """Run the stages in order."""
+        c = self.config
+        start = self._trained("sft", c.base, export_step=None) if "sft" in c else _place(c.base)
+        judge = self._trained("reward", c.base, export_step="best") if "reward" in c else _place(c.reward_model)
+        sources = dict(c.data.items())
+        if "sample" in c:
+            sources |= self._labelled(start, judge)
+        scores = {"start": self._scored("start", start, judge)}
+        for loss in c.losses:
+            for seed in c.seeds:
+                name = f"{loss}-seed{seed}"
+                config = self._alignment(loss, seed, model=start, sources=sources)
+                aligned = self._train(f"align-{name}", f"Align: {name}", config, export_step=None)
+                scores[name] = self._scored(name, aligned, judge)
+        report: dict[str, Any] = {}
+        self.stages.always("report", "Write the report", lambda: pipeline_report.write(self.workdir, scores, report))
+        print(pipeline_report.table(report))
+        return report
+
+    def _problems(self) -> list[str]:
+        """List what is wrong with the settings of all stages."""
+        c, found = self.config, []
+        if not c.reward_model and "reward" not in c:
+            found.append("reward_model is empty and there is no stage `reward`; give a sequence classifier.")
+        if c.reward_model and "reward" in c:
+            found.append(f"reward_model={c.reward_model!r} and the stage `reward` exclude each other; set it to ''.")
+        if c.pairing not in ("", "best_worst") or (c.pairing and "sample" not in c):
+            found.append(f"pairing={c.pairing!r} must be '' or best_worst, and needs a section `sample`.")
+        for name, values in (("losses", c.losses), ("seeds", c.seeds)):
+            if not values or len(set(values)) != len(values):
+                found.append(f"{name}={tuple(values)} must hold at least one entry and none twice.")
+        for name in ("sft", "reward"):
+            if name in c:
+                found += [f"{name}: {problem}" for problem in _found(self._section(name, model="model"))]
+        for loss in c.losses:
+            config = self._alignment(loss, 0, model="model", sources=dict(c.data.items()))
+            found += [f"align with {loss}: {problem}" for problem in _found(config)]
+        if "sample" in c and not c.pairing:
+            drawn, size = c.sample.num_return * len(c.sample.seeds), c.align.data.group_size
+            if drawn % size:
+                found.append(
+                    f"sample.num_return={c.sample.num_return} and {len(c.sample.seeds)} seeds give {drawn} responses,"
+                    f" which align.data.group_size={size} does not divide."
+                )
+        return found
+
+    def _section(self, name: str, *, model: str) -> Any:
+        """Return a whole training configuration: the section with what all stages share."""
+        c = self.config
+        sources = dict(c.data.items())
+        if name == "sft":
+            given = {key: value for key, value in c.demonstrations.items() if value}
+            sources |= given and {key: given.get(key, "") for key in c.demonstrations}
+        return _whole(c[name], model=model, data=sources, tokenizer=c.tokenizer)
+
+    def _alignment(self, loss: str, seed: int, *, model: str, sources: dict[str, Any]) -> Any:
+        """Return the configuration of one alignment; options that only the recipe's own loss has are left out."""
+        config = _whole(self.config.align, model=str(model), data=sources, tokenizer=self.config.tokenizer)
+        config.seed = seed
+        if loss != config.loss.name:
+            config.loss.name = loss
+            taken = losses.options_of(loss, **{k: config.loss[k] for k in ("target", "score") if config.loss[k]})
+            for option in set(configuration.loss_options(config)) - set(taken):
+                config.loss[option] = "" if isinstance(config.loss[option], str) else None
+        return config
+
+    def _trained(self, name: str, model: str, *, export_step: int | str | None) -> Path:
+        titles = {"sft": "Fine-tune on demonstrations", "reward": "Train the reward model"}
+        return self._train(name, titles[name], self._section(name, model=model), export_step=export_step)
+
+    def _train(self, name: str, title: str, config: Any, *, export_step: int | str | None) -> Path:
+        """Run one training and export its model; return the exported directory."""
+        inputs: dict[str, Any] = {**configuration.flatten(json.loads(config.to_json())), "exported": export_step}
+        for key in ("model.path", "data.train", "data.eval"):
+            inputs[key] = _place(inputs[key])
+
+        def work(folder: Path) -> str:
+            loop.run(config, folder / "run")
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            export.export(folder / "run", folder / "model", step=export_step, dtype=None)
+            return pipeline_report.training(folder / "run")
+
+        return self._stage(name, title, work, inputs=inputs, outputs=["model", "run/metrics.jsonl"]) / "model"
+
+    def _labelled(self, model: Path | str, judge: Path | str) -> dict[str, Any]:
+        """Sample, score and pair; return where the alignment finds its data."""
+        c = self.config
+        splits = [split for split in ("train", "eval") if c.data[split]]
+        samples = self._sampled("sample", "Sample responses to align on", model, c.sample, splits)
+        inputs = {"judge": judge, "samples": samples, "pairing": c.pairing, **self._row_settings()}
+
+        def work(folder: Path) -> str:
+            told = []
+            for split in splits:
+                told.append(
+                    label.run(
+                        self._label_options(judge, samples / f"{split}.jsonl", folder / f"{split}.jsonl", c.pairing)
+                    )
+                )
+            return "; ".join(f"{split}: {text}" for split, text in zip(splits, told, strict=True))
+
+        folder = self._stage("label", "Score them with the reward model", work, inputs=inputs, outputs=_files(splits))
+        empty = dict.fromkeys(("train_split", "train_rows", "eval_split", "eval_rows", "subfolder", "revision"), "")
+        paths = {split: str(folder / f"{split}.jsonl") for split in splits}
+        return {**empty, **paths, "format": "json", "hh_split": "last_turn"}
+
+    def _scored(self, name: str, model: Path | str, judge: Path | str) -> Path:
+        """Answer the test prompts and score the answers; return the scored file."""
+        split = "eval" if self.config.data.eval else "train"
+        answers = self._sampled(f"generate-{name}", f"Answer with {name}", model, self.config.generate, [split])
+
+        def work(folder: Path) -> str:
+            return label.run(self._label_options(judge, answers / f"{split}.jsonl", folder / "scores.jsonl", ""))
+
+        inputs = {"judge": judge, "answers": answers, **self._row_settings()}
+        return self._stage(f"score-{name}", f"Score {name}", work, inputs=inputs, outputs=["scores.jsonl"]) / "scores.jsonl"
+
+    def _sampled(self, name: str, title: str, model: Path | str, section: Any, splits: Sequence[str]) -> Path:
+        c = self.config
+        inputs = {
+            "model": model,
+            **configuration.flatten(section.to_dict(), "sampling."),
+            **configuration.flatten(c.data.to_dict(), "data."),
+            **configuration.flatten(c.tokenizer.to_dict(), "tokenizer."),
+            **{f"data.{split}": _place(c.data[split]) for split in splits},
+        }
+
+        def work(folder: Path) -> str:
+            return "; ".join(
+                generate.run(self._sample_options(model, section, split, folder / f"{split}.jsonl")).text
+                for split in splits
+            )
+
+        return self._stage(name, title, work, inputs=inputs, outputs=_files(splits))
+
+    def _stage(
+        self, name: str, title: str, work: Callable[[Path], str], *, inputs: dict[str, Any], outputs: Sequence[str]
+    ) -> Path:
+        """Run one stage in the folder that its inputs name."""
+        folder = self.workdir / f"{name}-{self.stages.key(inputs)}"
+        self.stages.run(
+            folder.name, title, lambda: work(folder), inputs=inputs, outputs=[folder / output for output in outputs]
+        )
+        return folder
