@@ -13,6 +13,8 @@ from configs import pythia_hh_reward, pythia_tldr_pref
 def get_config():
     """Return the locked configuration."""
     c = pythia_hh_reward.get_config()
-    c.data.update(pythia_tldr_pref.get_config().data)
+    source, group_size = pythia_tldr_pref.get_config().data, c.data.group_size
+    c.data = source.copy_and_resolve_references()
+    c.data.group_size = group_size
     c.plan.groups = 92_858
     return c

@@ -7,6 +7,7 @@ checkpoint to the directory one layer's tensor at a time, so that a model larger
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(workdir: Path, out: Path, *, step: int | None, dtype: str | None) -> str:
+def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | None) -> str:
     """Write the directory and return one line that says what was written.
 
     Args:
         workdir: of the run.
         out: absent or empty directory.
-        step: which checkpoint; None = the newest.
+        step: which checkpoint; "best" = the best one of a run with train.keep_best; None = the newest.
         dtype: of the weights on disk; None = the dtype in the config of the model the run started from.
 
     Raises:
@@ -46,6 +47,7 @@ def export(workdir: Path, out: Path, *, step: int | None, dtype: str | None) -> 
         raise ValueError(f"{workdir} is not a directory; give the --workdir of a training run.")
     tree, meta = checkpoint.restore_params(workdir, step)
     config = model.from_hf_config(meta["hf_config"])
+    config = dataclasses.replace(config, reward_head=meta["config"]["stage"] == "reward")
     dtype = dtype or _source_dtype(meta["hf_config"])
     hf.export(tree, config, out_dir=out, source_dir=Path(meta["model_dir"]), dtype=dtype)
     return f"{out}: {config.family}, step {meta['step']}, {params.count(config):,} parameters in {dtype}"
@@ -59,11 +61,15 @@ def _source_dtype(config: dict[str, Any]) -> str:
     return dtype
 
 
+def _step(text: str) -> int | str:
+    return text if text == checkpoint.BEST else int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.export", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; absent or empty")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
+    parser.add_argument("--step", type=_step, help="which checkpoint: a number or best (default: the newest)")
     parser.add_argument("--dtype", choices=DTYPES, help="weights on disk (default: as the model the run started from)")
     return parser
 

@@ -32,11 +32,11 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
     return low, high
 
 
-def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
+def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
     """Return (mean, low, high) of after - before over the same questions, by the normal interval of the differences.
 
     Args:
-        before: outcome of each question, at least two.
+        before: outcome of each question, a number or right (1) and wrong (0); at least two.
         after: the same questions in the same order.
 
     Raises:
@@ -48,7 +48,7 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool]) -> tuple[fl
     count = len(before)
     if count != len(after) or count < 2:
         raise ValueError(f"{count} outcomes before and {len(after)} after; need the same number, at least 2.")
-    changes = [int(b) - int(a) for a, b in zip(before, after, strict=True)]
+    changes = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
     mean = sum(changes) / count
     variance = sum((change - mean) ** 2 for change in changes) / (count - 1)
     spread = Z95 * math.sqrt(variance / count)

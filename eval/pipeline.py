@@ -164,7 +164,10 @@ class Pipeline:
             return label.run(self._label_options(judge, answers / f"{split}.jsonl", folder / "scores.jsonl", ""))
 
         inputs = {"judge": judge, "answers": answers, **self._row_settings()}
-        return self._stage(f"score-{name}", f"Score {name}", work, inputs=inputs, outputs=["scores.jsonl"]) / "scores.jsonl"
+        return (
+            self._stage(f"score-{name}", f"Score {name}", work, inputs=inputs, outputs=["scores.jsonl"])
+            / "scores.jsonl"
+        )
 
     def _sampled(self, name: str, title: str, model: Path | str, section: Any, splits: Sequence[str]) -> Path:
         c = self.config

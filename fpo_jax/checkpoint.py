@@ -10,22 +10,31 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 import tensorstore
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from fpo_jax import shapes
 
 FOLDER = "checkpoints"
 SOURCE_FOLDER = "model_source"  # config and tokenizer files of the starting model, for export
+BEST = "best"  # in the place of a step's number
+_SCORE = "score"
 CHUNK_BYTES = 2**26  # of a parameter on disk, the least that is read and decompressed
 
 
 class Checkpointer:
     """Saves and restores TrainState and a JSON dict under `workdir/checkpoints/<step>`."""
 
-    def __init__(self, workdir: Path, *, keep: int):
-        """Open the folder; `keep` newest steps stay."""
+    def __init__(self, workdir: Path, *, keep: int, keep_best: bool = False):
+        """Open the folder; the `keep` newest steps stay, and with `keep_best` the one of the highest score."""
+        stays: policies.PreservationPolicy = policies.LatestN(keep)
+        if keep_best:
+            best = policies.BestN(
+                get_metric_fn=lambda found: found[_SCORE], n=1, keep_checkpoints_without_metrics=False
+            )
+            stays = policies.AnyPreservationPolicy([stays, best])
         self._manager = ocp.CheckpointManager(
             (workdir / FOLDER).absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=ocp.CheckpointManagerOptions(preservation_policy=stays, cleanup_tmp_directories=True),
             item_names=("params", "optimizer", "meta"),
         )
 
@@ -33,14 +42,22 @@ class Checkpointer:
         """Return the newest committed step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: shapes.TrainState, meta: dict) -> None:
-        """Write step `step` in the background; orbax has copied the state when this returns, so it may be donated."""
+    def save(self, step: int, state: shapes.TrainState, meta: dict, *, score: float | None = None) -> None:
+        """Write step `step` in the background; orbax has copied the state when this returns, so it may be donated.
+
+        Args:
+            step: updates so far.
+            state: what to save.
+            meta: JSON dict.
+            score: by which the best step is told, higher is better; None = this step does not compete.
+        """
         self._manager.save(
             step,
+            metrics=None if score is None else {_SCORE: score},
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params, save_args=_chunks(state.params)),
                 optimizer=ocp.args.StandardSave(state.opt_state),
-                meta=ocp.args.JsonSave({**meta, "step": step}),
+                meta=ocp.args.JsonSave({**meta, "step": step, _SCORE: score}),
             ),
             force=True,
         )
@@ -70,35 +87,46 @@ class Checkpointer:
         self._manager.close()
 
 
-def restore_params(workdir: Path, step: int | None) -> tuple[shapes.PyTree, dict]:
+def restore_params(workdir: Path, step: int | str | None) -> tuple[shapes.PyTree, dict]:
     """Open the parameters of a checkpoint for export; nothing of them is read before it is asked for.
 
     Args:
         workdir: the run's folder.
-        step: which checkpoint; None = the newest.
+        step: which checkpoint; "best" = the one of the highest score (train.keep_best); None = the newest.
 
     Returns:
         Nested dict of tensorstore.TensorStore, of which np.asarray(leaf[index]) reads a part and np.asarray(leaf) all,
         and the meta dict with `model_dir`, the folder holding config and tokenizer files.
 
     Raises:
-        ValueError: no checkpoint there, or not that step; the message lists the steps there are.
+        ValueError: no checkpoint there, or not that step; the message lists the steps there are. No best one.
     """
     folder = (workdir / FOLDER).absolute()
     steps = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.is_dir() else []
     if not steps:
         raise ValueError(f"{workdir} holds no checkpoint (looked in {folder}); give the --workdir of a training run.")
-    if step is not None and step not in steps:
+    if step not in (None, BEST, *steps):
         raise ValueError(f"{workdir} holds no checkpoint of step {step}; it has {', '.join(map(str, steps))}.")
-    chosen = steps[-1] if step is None else step
     handlers = {name: ocp.StandardCheckpointHandler() for name in ("params", "optimizer")}
     handlers |= {"meta": ocp.JsonCheckpointHandler()}
     with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
-        meta = manager.restore(chosen, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        metas = {
+            number: manager.restore(number, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            for number in (steps if step == BEST else [step or steps[-1]])
+        }
+        chosen = _best(metas, workdir) if step == BEST else next(iter(metas))
+        meta = metas[chosen]
         params = jax.tree.map(_open, manager.item_metadata(chosen)["params"].tree)
     source = workdir / SOURCE_FOLDER
     meta |= {"model_dir": str(source), "hf_config": json.loads((source / "config.json").read_text())}
     return params, meta
+
+
+def _best(metas: dict[int, dict], workdir: Path) -> int:
+    scores = {number: meta[_SCORE] for number, meta in metas.items() if meta.get(_SCORE) is not None}
+    if not scores:
+        raise ValueError(f"no checkpoint of {workdir} has a score; only runs with train.keep_best have a best one.")
+    return max(scores, key=lambda number: (scores[number], number))
 
 
 def _open(stored: ocp.metadata.ArrayMetadata) -> tensorstore.TensorStore:

@@ -15,6 +15,7 @@ from ml_collections import config_dict
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 DTYPES = ("float32", "bfloat16")
+STAGES = ("sft", "reward", "align")
 
 # Knobs that may change between a checkpoint and its resumption: they do not change the mathematics of any step.
 RESUMABLE = frozenset(
@@ -35,7 +36,7 @@ def default() -> Config:
     """Return the locked default configuration; it needs model.path, data.train and loss options to run."""
     c: Config = ml_collections.ConfigDict()
     c.seed = 42  # data order; the model has no dropout
-    c.stage = "align"  # this version trains one stage
+    c.stage = "align"  # sft | reward | align
 
     c.model = ml_collections.ConfigDict()
     c.model.path = ""  # Hugging Face directory or hub name: weights, config and tokenizer
@@ -70,7 +71,7 @@ def default() -> Config:
     c.data.truncate_together = True  # the original cuts every response of a group when the longest overflows
     c.data.auto_insert_empty_system = True  # the original adds an empty system turn where the template has one
     c.data.hh_split = "last_turn"  # last_turn | first_difference (the original's construction)
-    c.data.group_size = 2  # K: candidates per group; records with more are cut in consecutive groups
+    c.data.group_size = 2  # K: candidates per group; records with more are cut in consecutive groups; 1: the best one
     c.data.on_empty_response = "drop"  # drop | error
     c.data.on_long_prompt = "truncate"  # truncate | drop | error
     c.data.on_identical = "keep"  # keep | drop groups whose responses are all the same text
@@ -137,8 +138,12 @@ def default() -> Config:
     c.train.max_steps = config_dict.placeholder(int)  # updates; stops the run earlier
     c.train.eval_every = 400  # updates; 0 = only at the start and the end
     c.train.eval_batch_per_device = 4  # groups per device
+    c.train.eval_batches = config_dict.placeholder(int)  # of an evaluation, at most; unset = all
     c.train.save_every = 100  # updates
-    c.train.keep_checkpoints = 2
+    c.train.keep_checkpoints = 2  # newest ones
+    c.train.keep_best = (
+        ""  # metric of an evaluation whose best checkpoint stays too: eval_loss (least) or another (most)
+    )
     c.train.log_every = 5  # updates between lines on the terminal; metrics.jsonl has every update
     c.train.on_nonfinite = "stop"  # stop | skip an update whose loss or gradient is not finite
     c.train.max_nonfinite = 10  # skipped updates in a row before the run stops anyway
@@ -197,7 +202,7 @@ def problems(config: Config) -> list[str]:
         if not value_at(config, path):
             found.append(f"{path} is empty; give {what}.")
 
-    choice("stage", ("align",))
+    choice("stage", STAGES)
     required("model.path", "a Hugging Face directory or hub name, e.g. --config.model.path=...")
     required("data.train", "a file, a directory or a hub name, e.g. --config.data.train=...")
     choice("model.param_dtype", DTYPES)
@@ -240,10 +245,14 @@ def problems(config: Config) -> list[str]:
     number("train.epochs", 0.0, exclusive=True)
     for path in ("batch_size", "micro_batch_per_device", "eval_batch_per_device", "save_every", "keep_checkpoints"):
         number(f"train.{path}", 1)
-    for path in ("log_every", "max_nonfinite", "max_steps"):
+    for path in ("log_every", "max_nonfinite", "max_steps", "eval_batches"):
         number(f"train.{path}", 1)
     number("train.eval_every", 0)
     choice("train.on_nonfinite", ("stop", "skip"))
+    if config.train.keep_best and not config.data.eval:
+        found.append(f"train.keep_best={config.train.keep_best!r} needs an evaluation; set data.eval.")
+    if config.train.keep_best and not config.train.keep_best.startswith("eval_"):
+        found.append(f"train.keep_best={config.train.keep_best!r} must name a metric of an evaluation, e.g. eval_loss.")
     number("reference.batch_per_device", 1)
     choice("kernel.implementation", ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu"))
     choice("kernel.fuse_loss", ("auto", "on", "off"))

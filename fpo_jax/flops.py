@@ -46,11 +46,13 @@ def work(lengths_N, scored_N, *, sliding_window: int | None) -> Work:
 def forward(config: model.ModelConfig, done: Work) -> int:
     """Return the operations of a forward pass to the log-probs, such as the reference pass.
 
-    2 P tokens + 4 L H C pairs + 2 D V scored, with P the weights of the layers' matrices.
+    2 P tokens + 4 L H C pairs + 2 D V scored, with P the weights of the layers' matrices; a reward model's head costs
+    nothing that counts.
     """
     matrices = sum(math.prod(row.shape) for row in params.rows(config) if row.stacked and row.decay)
     attention = 4 * config.layers * config.heads * config.head_dim
-    return 2 * matrices * done.tokens + attention * done.pairs + 2 * config.width * config.vocab_size * done.scored
+    head = 0 if config.reward_head else 2 * config.width * config.vocab_size * done.scored
+    return 2 * matrices * done.tokens + attention * done.pairs + head
 
 
 def update(config: model.ModelConfig, done: Work, *, extra_forward: bool = False) -> int:

@@ -4,6 +4,7 @@ config -> Inputs (loss, model config, data with audits) -> Plan (accumulation, s
                  Inputs, Plan -> Blueprint: what the programs are compiled for, which needs neither data nor weights
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -74,14 +75,40 @@ def check(config: configuration.Config) -> losses.Loss:
         loss = losses.resolve(config.loss.name, **configuration.loss_options(config))
     except ValueError as error:
         problems.append(str(error))
+    else:
+        problems += _stage_problems(config, loss)
     configuration.validate(config, extra=problems)
     assert loss is not None
     return loss
 
 
+def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str]:
+    """List what does not fit the stage."""
+    found = []
+    if config.stage == "sft" and loss.name != "sft":
+        found.append(f"loss.name={config.loss.name!r} does not belong to stage 'sft'; use 'sft'.")
+    if loss.of_scores != (config.stage == "reward"):
+        fitting = "bradley_terry or binary_cross_entropy" if config.stage == "reward" else "a loss of log-probs"
+        found.append(f"loss.name={config.loss.name!r} does not belong to stage {config.stage!r}; use {fitting}.")
+    if config.data.group_size < loss.minimum_candidates:
+        found.append(
+            f"data.group_size={config.data.group_size} leaves nothing to compare, and loss {config.loss.name!r} needs"
+            f" {loss.minimum_candidates}."
+        )
+    if config.stage == "reward":
+        unused = {"reference.path": config.reference.path, "reference.cache_dir": config.reference.cache_dir}
+        found += [f"{key}={value!r} is not used by stage 'reward'; unset it." for key, value in unused.items() if value]
+    return found
+
+
 def read_model(config: configuration.Config, source: Path) -> model.ModelConfig:
     """Read the description of the model in a directory, and check that the rows fit its window."""
     model_config = hf.read_config(source)
+    if config.stage == "reward":
+        model.filler_id(model_config)
+        model_config = dataclasses.replace(model_config, reward_head=True)
+    elif model_config.reward_head:
+        raise ValueError(f"{source} is a reward model, and stage {config.stage!r} needs a language model.")
     if config.data.max_length > model_config.max_positions:
         raise ValueError(
             f"data.max_length={config.data.max_length} exceeds the model's window of {model_config.max_positions}"
@@ -120,6 +147,8 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
         data_dir=options.subfolder or None,
         revision=options.revision or None,
     )
+    if options.group_size == 1:
+        records = data.best_only(records)
     chat_only = {}
     if options.rule == "chat":
         chat_only = {
@@ -140,6 +169,7 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
         on_identical=options.on_identical,
         buckets=buckets(config),
         vocab_size=vocab_size,
+        score_eos=config.stage != "reward",
         **chat_only,
     )
     return Dataset(prepared, audit, data.masked_sample(prepared, tokenizer))

@@ -8,6 +8,7 @@ processes all compute, and the first alone writes the files, but for its part of
 import contextlib
 import json
 import logging
+import math
 import resource
 import shutil
 import time
@@ -39,7 +40,8 @@ from fpo_jax import config as configuration
 
 log = logging.getLogger("fpo_jax")
 
-SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")
+SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")
+LESS_IS_BETTER = ("eval_loss", "eval_sft_loss", "eval_perplexity", "eval_f_divergence", "eval_group_kl")
 
 
 class NonFinite(hosts.Everywhere):
@@ -104,6 +106,7 @@ class _Run:
         self.positions = compiled.positions(config.train.batch_size, accumulation=plan.accumulation)
         self.writers: metrics.Writers | metrics.Silent = metrics.Silent()
         self.nonfinite_in_a_row = 0
+        self.best = -math.inf  # score of the best checkpoint so far
         self.split = profiling.Split("data", "device")  # of an update's time: making its batch, waiting for it
         device, wide = compiled.mesh.devices.flat[0], config.model.compute_dtype == "float32"
         holds = topologies.capacity(device)
@@ -147,7 +150,9 @@ class _Run:
 
     def train(self) -> None:
         """Load or resume, then update until the plan is done."""
-        checkpointer = checkpoint.Checkpointer(self.workdir, keep=self.config.train.keep_checkpoints)
+        checkpointer = checkpoint.Checkpointer(
+            self.workdir, keep=self.config.train.keep_checkpoints, keep_best=bool(self.config.train.keep_best)
+        )
         with contextlib.closing(checkpointer), hosts.guard():
             last = checkpointer.latest_step()
             hosts.agree({"newest checkpoint": last, "updates of the run": self.plan.steps})
@@ -176,7 +181,7 @@ class _Run:
                     self.writers = self._open_writers(last)
             with contextlib.closing(self.writers):
                 if last is None:
-                    self._evaluate(0, state.params, references[1])
+                    self._check_best(self._evaluate(0, state.params, references[1]))
                 self._updates(state, references, checkpointer)
                 self.writers.write(self.plan.steps, self.meter.overall(), timing=True)
         log.info("since the start: %s", profiling.shown(self.meter.overall()))
@@ -233,11 +238,14 @@ class _Run:
                     if pending is not None:
                         self._record(*pending, bar)
                     pending = None
+                    score = None
                     if evaluating:
-                        self._evaluate(number, state.params, references[1])
+                        score = self._score(self._evaluate(number, state.params, references[1]))
+                        saving = saving or (score is not None and score > self.best)
                     if saving:
+                        self.best = self.best if score is None else max(score, self.best)
                         self.writers.sync()
-                        checkpointer.save(number, state, self._meta(number))
+                        checkpointer.save(number, state, self._meta(number), score=score)
                     self.split.restart()
                 asked = asked or (self.stop.agreed() if saving else None)
                 if asked and number < total:
@@ -279,22 +287,42 @@ class _Run:
             else:
                 bar.set_postfix_str(_shown(numbers))
 
-    def _evaluate(self, number: int, weights: shapes.PyTree, references: np.ndarray | None) -> None:
+    def _evaluate(self, number: int, weights: shapes.PyTree, references: np.ndarray | None) -> dict[str, float]:
+        """Write and return the metrics of the evaluation data."""
         if self.inputs.evaluation is None:
-            return
+            return {}
         started, total = time.perf_counter(), None
         batch_size = self.config.train.eval_batch_per_device * self.programs.layout.row_ways
         batches = job.sequential_schedule(self.config, self.inputs.evaluation.prepared, batch_size=batch_size)
         positions = self.programs.positions(batch_size)
-        for index in range(batches.steps_per_epoch):
+        most = self.config.train.eval_batches or batches.steps_per_epoch
+        for index in range(min(most, batches.steps_per_epoch)):
             batch = _with_reference(data.batch_at(batches, index, positions), references)
             pairs = self.programs.evaluate(weights, self.programs.place(batch, stacked=False))
             total = metrics.add(total, jax.device_get(pairs))
         assert total is not None
         numbers = metrics.means(total)
-        numbers["loss"] += self.inputs.loss.sft_weight * numbers["sft_loss"]
-        self.writers.write(number, {f"eval_{name}": value for name, value in numbers.items()})
+        if self.inputs.loss.sft_weight:
+            numbers["loss"] += self.inputs.loss.sft_weight * numbers["sft_loss"]
+        if self.config.stage == "sft":
+            numbers["perplexity"] = math.exp(numbers["sft_loss"])
+        found = {f"eval_{name}": value for name, value in numbers.items()}
+        self.writers.write(number, found)
         log.info("evaluation at step %d  %s  %.1f s", number, _shown(numbers), time.perf_counter() - started)
+        return found
+
+    def _check_best(self, found: dict[str, float]) -> None:
+        """Refuse a metric that evaluations do not have, at the first of them."""
+        name = self.config.train.keep_best
+        if name and name not in found:
+            raise ValueError(f"train.keep_best={name!r} is no metric of this run; choose from {', '.join(found)}.")
+
+    def _score(self, found: dict[str, float]) -> float | None:
+        """Return what tells the best checkpoint, higher is better; None where the run keeps none."""
+        name = self.config.train.keep_best
+        if not name:
+            return None
+        return -found[name] if name in LESS_IS_BETTER else found[name]
 
     def _meta(self, number: int) -> dict:
         return {
@@ -302,6 +330,7 @@ class _Run:
             "fingerprints": self.fingerprints,
             "groups_seen": number * self.config.train.batch_size,
             "nonfinite_in_a_row": self.nonfinite_in_a_row,
+            "best": self.best if math.isfinite(self.best) else None,
         }
 
     def _check_same(self, meta: dict) -> None:
@@ -313,6 +342,7 @@ class _Run:
                 " run began with. Restore it, or use another --workdir."
             )
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
+        self.best = -math.inf if meta["best"] is None else meta["best"]
 
     def _copy_source(self) -> None:
         """Keep config and tokenizer files in the workdir, so that export needs nothing else."""

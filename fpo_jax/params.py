@@ -42,7 +42,7 @@ class Row:
     letters: str  # layout here
     hf_name: str  # "{layer}" stands for the layer's number
     hf_letters: str  # layout of one layer on disk
-    init: str  # "normal" (standard deviation config.initializer_range), "ones" or "zeros"
+    init: str  # "normal" (standard deviation config.initializer_range), "uniform" (1/sqrt(D)), "ones" or "zeros"
     decay: bool  # whether weight decay applies: matrices yes, norms and biases no
     shape: tuple[int, ...] = ()
     axes: tuple[str | None, ...] = ()  # logical axes for sharding.py, None = every device holds all of it
@@ -120,7 +120,18 @@ def init(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike) -> sh
         key: typed key from jax.random.key.
         dtype: of the result; values are drawn in float32.
     """
-    return nest({row.path: _initial(row, config, key).astype(dtype) for row in rows(config)})
+    return nest({row.path: initial(row, config, key).astype(dtype) for row in rows(config)})
+
+
+def initial(row: Row, config: ModelConfig, key: jax.Array) -> jax.Array:
+    """Draw one parameter as `init` does, in float32."""
+    own_key = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
+    if row.init == "normal":
+        return config.initializer_range * jax.random.normal(own_key, row.shape, jnp.float32)
+    if row.init == "uniform":
+        bound = config.width**-0.5
+        return jax.random.uniform(own_key, row.shape, jnp.float32, -bound, bound)
+    return {"ones": jnp.ones, "zeros": jnp.zeros}[row.init](row.shape, jnp.float32)
 
 
 def logical_axes(config: ModelConfig) -> shapes.PyTree:
@@ -260,6 +271,8 @@ def _gpt_neox(config: ModelConfig) -> list[Row]:
 
 def _head(config: ModelConfig) -> list[Row]:
     """What turns hidden states into what the model says, where that is not the embedding again."""
+    if config.reward_head:  # starts as torch starts a linear layer
+        return [Row("score", "1D", "score.weight", "1D", init="uniform", decay=True)]
     return [] if config.tied_head else [_matrix("head", "VD", hf_head_name(config), "VD")]
 
 
@@ -290,13 +303,6 @@ def _groups(letters: str) -> Iterator[str]:
     while letters:
         group, letters = letters[1:].split(")", 1) if letters[0] == "(" else (letters[0], letters[1:])
         yield group
-
-
-def _initial(row: Row, config: ModelConfig, key: jax.Array) -> jax.Array:
-    if row.init == "normal":
-        own_key = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
-        return config.initializer_range * jax.random.normal(own_key, row.shape, jnp.float32)
-    return {"ones": jnp.ones, "zeros": jnp.zeros}[row.init](row.shape, jnp.float32)
 
 
 def _walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fpo_jax import attention, execution, hf, job, logps, model, optim, params, shapes, sharding, step
+from fpo_jax import attention, execution, hf, job, logps, model, optim, params, rewarding, shapes, sharding, step
 from fpo_jax import config as configuration
 
 
@@ -30,6 +30,7 @@ class Programs:
         """
         assert layout.mesh is not None
         self.layout, self.mesh, self._model = layout, layout.mesh, blueprint.model_config
+        self._seed = config.seed  # of a reward model's new head
         self._dtype, mesh = jnp.dtype(config.model.param_dtype), layout.mesh
         self._blocks = held_blocks(mesh, process=jax.process_index())
         rate = optim.schedule(
@@ -93,7 +94,9 @@ class Programs:
 
     def load(self, source: Path) -> shapes.PyTree:
         """Read the run's model from a Hugging Face directory onto the mesh."""
-        return hf.load_params(source, self._model, dtype=self._dtype, shardings=self.param_shardings)
+        return hf.load_params(
+            source, self._model, dtype=self._dtype, shardings=self.param_shardings, key=jax.random.key(self._seed)
+        )
 
     def load_other(self, source: Path) -> tuple[shapes.PyTree, execution.Program]:
         """Read another model (a reference of its own) and make the program that scores with it."""
@@ -214,14 +217,14 @@ def _param_shardings(config: model.ModelConfig, dtype: np.dtype, mesh: Mesh) -> 
     return sharding.param_shardings(params.logical_axes(config), params.abstract(config, dtype), mesh=mesh)
 
 
-def _score_program(scorer: step.Scorer, mesh: Mesh, param_shardings: shapes.PyTree) -> execution.Program:
+def _score_program(scorer: step.AnyScorer, mesh: Mesh, param_shardings: shapes.PyTree) -> execution.Program:
     score = functools.partial(step.score_step, scorer=scorer)
     return execution.Program("reference pass", step.jit_eval_step(score, mesh=mesh, param_shardings=param_shardings))
 
 
 def _scorer(
     config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout
-) -> tuple[step.Scorer, list[str]]:
+) -> tuple[step.AnyScorer, list[str]]:
     """Settle which attention and which head implementation run, once; returns the choices and their reasons as text."""
     assert layout.mesh is not None
     device, dtype, model_config = layout.mesh.devices.flat[0], config.model.compute_dtype, blueprint.model_config
@@ -253,6 +256,11 @@ def _scorer(
         "fuse_loss": config.kernel.fuse_loss,
         "placement": layout.head,
     }
+    gathered = f"weights: {sharding.GATHER[layout.gather]}"
+    attended = f"attention: {attends.implementation} ({attends.reason})"
+    if model_config.reward_head:
+        scorer = rewarding.RewardScorer(model_config, dtype, config.model.remat, attends, layout)
+        return scorer, [gathered, attended, "head: one score at the last token of a row, float32"]
     workspace = config.kernel.workspace_mib * 2**20
     explained = logps.explain(**head, workspace_bytes=workspace)
     choice = logps.choose(**head)
@@ -269,7 +277,7 @@ def _scorer(
         layout=layout,
     )
     return scorer, [
-        f"weights: {sharding.GATHER[layout.gather]}",
-        f"attention: {attends.implementation} ({attends.reason})",
+        gathered,
+        attended,
         explained,
     ]

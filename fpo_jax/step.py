@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fpo_jax import attention, logps, losses, model, optim, shapes, sharding
+from fpo_jax import attention, logps, losses, model, optim, rewarding, shapes, sharding
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]  # metric name -> (sum, count)
 
@@ -85,6 +85,9 @@ class Scorer:
         return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
 
 
+AnyScorer = Scorer | rewarding.RewardScorer
+
+
 class Places(NamedTuple):
     """Where the results between the parts of an update live on a mesh; each maps a tree to the same tree, placed."""
 
@@ -97,7 +100,7 @@ def train_step(
     state: shapes.TrainState,
     batch: shapes.Batch,
     *,
-    scorer: Scorer,
+    scorer: AnyScorer,
     loss: losses.Loss,
     optimizer: optax.GradientTransformation,
     rate: Callable,
@@ -106,6 +109,8 @@ def train_step(
     """Apply one update of the A micro-batches in `batch` (every leaf has a leading A).
 
     objective = sum_b w_b L_b / sum_b w_b + sft_weight * sum_b NLL_b / sum_b tokens_b  (second sum: chosen responses)
+
+    A loss over tokens (`sft`) has sum_b tokens_b below its own sum as well.
 
     Args:
         state: parameters, optimiser state and count.
@@ -155,7 +160,7 @@ def train_step(
     return shapes.TrainState(params, opt_state, state.step + 1), pairs
 
 
-def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: Scorer, loss: losses.Loss) -> Pairs:
+def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: AnyScorer, loss: losses.Loss) -> Pairs:
     """Return the metrics of one batch of B groups as (sum, count), `loss` (without the SFT term) among them.
 
     For a loss with a batch statistic (KTO) that statistic is the evaluation batch's own.
@@ -168,10 +173,11 @@ def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: Scorer, los
         candidates = candidates._replace(batch_kl=ratio / count)
     losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
     pairs = _pairs(batch, response, candidates, losses_B, loss)
-    return pairs | {"loss": (jnp.sum(batch.weight_B * losses_B), jnp.sum(batch.weight_B))}
+    count = pairs["sft_loss"][1] if loss.over_tokens else jnp.sum(batch.weight_B)
+    return pairs | {"loss": (jnp.sum(batch.weight_B * losses_B), count)}
 
 
-def score_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: Scorer) -> jax.Array:
+def score_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: AnyScorer) -> jax.Array:
     """Return the summed log-probs [B, K], float32: the reference pass."""
     return jnp.asarray(scorer(params, batch).sum_N).reshape(batch.rewards_BK.shape)
 
@@ -200,13 +206,13 @@ def stack_micro_batches(batch: shapes.Batch, *, accumulation: int) -> shapes.Bat
     return shapes.Batch(*(leaf.reshape(accumulation, leaf.shape[0] // accumulation, *leaf.shape[1:]) for leaf in batch))
 
 
-def _objective(params, batch: shapes.Batch, *, totals, batch_kl, scorer: Scorer, loss: losses.Loss):
+def _objective(params, batch: shapes.Batch, *, totals, batch_kl, scorer: AnyScorer, loss: losses.Loss):
     losses_B, response = scorer.group_losses(params, batch, _operands(batch, batch_kl), loss=loss)
     candidates = _candidates(batch, response, batch_kl)
     with jax.named_scope("objective"):
         losses_B = jnp.where(batch.weight_B > 0, losses_B, 0.0)
         groups, tokens = totals
-        value = jnp.sum(batch.weight_B * losses_B) / groups
+        value = jnp.sum(batch.weight_B * losses_B) / (tokens if loss.over_tokens else groups)
         pairs = _pairs(batch, response, candidates, losses_B, loss)
         if loss.sft_weight:
             value += loss.sft_weight * pairs["sft_loss"][0] / tokens
@@ -243,7 +249,7 @@ def _totals(batch: shapes.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Arra
     return jnp.maximum(jnp.sum(weight_B), 1.0), jnp.maximum(tokens, 1.0)
 
 
-def _batch_kl(params, batch: shapes.Batch, *, scorer: Scorer, weight) -> jax.Array:
+def _batch_kl(params, batch: shapes.Batch, *, scorer: AnyScorer, weight) -> jax.Array:
     """Mean of logp - reference logp over every candidate of the update, by a forward pass of its own."""
 
     def add(total, micro):
@@ -256,6 +262,8 @@ def _batch_kl(params, batch: shapes.Batch, *, scorer: Scorer, weight) -> jax.Arr
 
 def _pairs(batch, response, candidates: losses.Candidates, losses_B, loss: losses.Loss) -> Pairs:
     """Metrics of B groups under TRL's names; rejected is the candidate of lowest reward."""
+    if loss.of_scores:
+        return _score_pairs(batch, candidates, loss)
     weight_B = batch.weight_B
     logps_BK, lengths_BK, rewards_BK = candidates.logps_BK, candidates.lengths_BK, candidates.rewards_BK
     best_BK = loss.chosen(candidates)
@@ -302,6 +310,30 @@ def _pairs(batch, response, candidates: losses.Candidates, losses_B, loss: losse
             group_kl_B = losses.f_divergence(log_p_BK, losses.log_softmax(log_q_BK), name="kl_policy_target")
             pairs["group_kl"] = pair(group_kl_B, weight_B)
     return pairs
+
+
+def _score_pairs(batch: shapes.Batch, candidates: losses.Candidates, loss: losses.Loss) -> Pairs:
+    """Metrics of a reward model: scores of the best and the worst, or right signs where there is one candidate."""
+    weight_B, rewards_BK, scores_BK = batch.weight_B, candidates.rewards_BK, candidates.logps_BK
+    best_BK = loss.chosen(candidates)
+    worst_BK = jax.nn.one_hot(jnp.argmin(rewards_BK, axis=-1), rewards_BK.shape[-1])
+    decided_B = weight_B
+    if rewards_BK.shape[-1] == 1:
+        margins_B = jnp.where(rewards_BK[:, 0] > 0.5, scores_BK[:, 0], -scores_BK[:, 0])
+    else:
+        decided_B *= jnp.max(rewards_BK, axis=-1) > jnp.min(rewards_BK, axis=-1)
+        margins_B = jnp.sum((best_BK - worst_BK) * scores_BK, axis=-1)
+
+    def pair(values_B):
+        return jnp.sum(jnp.where(decided_B > 0, decided_B * values_B, 0.0)), jnp.sum(decided_B)
+
+    return {
+        "rewards/chosen": pair(jnp.sum(best_BK * scores_BK, axis=-1)),
+        "rewards/rejected": pair(jnp.sum(worst_BK * scores_BK, axis=-1)),
+        "rewards/margins": pair(margins_B),
+        "rewards/accuracies": pair((margins_B > 0) + 0.5 * (margins_B == 0)),
+        "lengths/chosen": pair(jnp.sum(best_BK * candidates.lengths_BK, axis=-1)),
+    }
 
 
 def _carry_shapes(differentiate, params, batch, totals, batch_kl):

@@ -59,7 +59,7 @@ def test_unknown_key_and_wrong_type_are_errors():
         ("train.on_nonfinite", "hope", "stop, skip"),
         ("mesh.data", 0, "each axis is a number of devices"),
         ("kernel.implementation", "magic", "auto, reference, chunked, pallas_tpu"),
-        ("stage", "sft", "stage='sft' is not one of align"),
+        ("stage", "rlhf", "stage='rlhf' is not one of sft, reward, align"),
     ],
 )
 def test_each_problem_names_fact_and_remedy(path, value, message):

@@ -24,6 +24,7 @@ LAYERS = [
     "hf",
     "logps",
     "losses",
+    "rewarding",
     "optim",
     "step",
     "reference",

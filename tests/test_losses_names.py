@@ -126,7 +126,7 @@ def hard_label_error(name):
 
 def test_too_few_candidates_and_unequal_shapes():
     alone = losses.Candidates(*(x[:, :1] for x in groups()[:-1]), np.float32(0))
-    assert_allclose(losses.resolve("sft").loss(alone), [1.5, 4 / 3], rtol=tolerances.FLOAT32)
+    assert_allclose(losses.resolve("sft").loss(alone), [3.0, 4.0], rtol=tolerances.FLOAT32)
     with pytest.raises(ValueError, match=r"K=1 candidates holds nothing to compare; 'ipo' needs K >= 2"):
         losses.resolve("ipo").loss(alone)
     with pytest.raises(ValueError, match=r"candidates of different shapes: .*'rewards_BK': \(2, 2\)"):
@@ -170,6 +170,9 @@ def test_a_loss_is_a_static_argument():
 def test_losses_say_what_they_need():
     needs = {name: losses.resolve(name).needs_reference for name in losses.PRESETS}
     free = {name for name, reference in needs.items() if not reference}
+    of_scores = {name for name in losses.PRESETS if losses.resolve(name).of_scores}
+    assert of_scores == {"bradley_terry", "binary_cross_entropy"}
+    free -= of_scores
     assert free == {"sigmoid", "alphapo", "simpo", "sft", "slic", "hinge", "rrhf", "cpo", "orpo", "alphapo_length"}
     per_token = {name for name in losses.PRESETS if losses.resolve(name).length_normalized}
     assert per_token == free - {"slic", "cpo"}
@@ -218,7 +221,10 @@ def test_every_option_changes_the_loss_or_is_an_error(loss):
         value = other[loss.options[key]] if isinstance(other, dict) and key in loss.options else other
         if key not in loss.options:
             value = next(iter(value)) if isinstance(value, dict) else value
-            with pytest.raises(ValueError, match=f"'{key}' is not used by '{loss.name}'.*; it uses: temperature, "):
+            with pytest.raises(
+                ValueError,
+                match=f"'{key}' is not used by '{loss.name}'.*; it uses: {'tie_policy' if loss.of_scores else 'temperature, '}",
+            ):
                 losses.resolve(loss.name, **settings_of, **{key: value})
             continue
         assert loss.options[key] != value

@@ -46,7 +46,8 @@ def published(name, o, w, lo, z):
         desirable = o["desirable_weight"] * (1 - oracle.sigmoid(o["beta_pi"] * delta_w - z))
         return desirable + o["undesirable_weight"] * (1 - oracle.sigmoid(z - o["beta_pi"] * delta_l))
     return {
-        "sft": lambda: -mean_w,
+        "sft": lambda: -lw,
+        "bradley_terry": lambda: smooth(lw - ll),
         "ipo": lambda: (delta_w - delta_l - 1 / (2 * o["tau"])) ** 2,
         "slic": lambda: max(0, o["delta"] - lw + ll) - o["chosen_nll_weight"] * lw,
         "hinge": lambda: max(0, 1 - o["beta"] * (mean_w - mean_l - o["gamma_beta_ratio"])),
@@ -64,6 +65,10 @@ def published_group(name, o, candidates):
     for row_K3, rewards_K in zip(rows, candidates.rewards_BK, strict=True):
         best = int(np.argmax(rewards_K))
         others = [i for i in range(len(rewards_K)) if i != best]
+        if name == "binary_cross_entropy":
+            score, label = row_K3[best][0], rewards_K[best]
+            out.append(-label * oracle.log_sigmoid(score) - (1 - label) * oracle.log_sigmoid(-score))
+            continue
         out.append(np.mean([published(name, o, row_K3[best], row_K3[i], float(candidates.batch_kl)) for i in others]))
     return np.array(out)
 

@@ -125,7 +125,7 @@ def test_one_candidate_is_plain_fine_tuning():
     batch = batch_of(candidates=1)
     _, numbers = updated(loss, batch)
     response = jax.jit(batches.scorer(CONFIG))(params.init(CONFIG, jax.random.key(0), "float32"), batch)
-    expected = -np.mean(np.asarray(response.sum_N) / np.asarray(response.count_N))
+    expected = -np.sum(np.asarray(response.sum_N)) / np.sum(np.asarray(response.count_N))
     np.testing.assert_allclose(numbers["loss"], expected, rtol=tolerances.FLOAT32)
     assert "rewards/margins" not in numbers
 

@@ -29,7 +29,9 @@ def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, rewa
     c.reward_model = reward_model  # "" = the one that stage `reward` trains
     c.losses = (align.loss.name,)  # one alignment each; options that a loss does not take are left out
     c.seeds = (align.seed,)  # one alignment each: order of the data, and of nothing else
-    c.pairing = ""  # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
+    c.pairing = (
+        ""  # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
+    )
     c.tokenizer = align.tokenizer.copy_and_resolve_references()
     c.data = ml_collections.ConfigDict({key: align.data[key] for key in (*SOURCE, *ROWS)})
     c.demonstrations = ml_collections.ConfigDict(dict.fromkeys(SOURCE, ""))  # of SFT; "" = as `data`

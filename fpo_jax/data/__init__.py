@@ -22,7 +22,7 @@ from fpo_jax.data.batches import (
     sequential_batches,
     steps_per_epoch,
 )
-from fpo_jax.data.prepared import Prepared, masked_sample, prepare
+from fpo_jax.data.prepared import Prepared, best_only, masked_sample, prepare, without_eos
 from fpo_jax.data.records import Record, Records, read
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Schedule",
     "batch_at",
     "batch_shapes",
+    "best_only",
     "group_ids",
     "masked_sample",
     "order",
@@ -44,4 +45,5 @@ __all__ = [
     "scored_positions",
     "sequential_batches",
     "steps_per_epoch",
+    "without_eos",
 ]

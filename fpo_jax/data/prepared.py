@@ -93,6 +93,7 @@ def prepare(
     on_identical: str = "drop",
     buckets: Sequence[int] | None = None,
     vocab_size: int | None = None,
+    score_eos: bool = True,
 ) -> tuple[Prepared, Audit]:
     """Tokenise records into groups of `group_size` rows, and audit them.
 
@@ -112,6 +113,7 @@ def prepare(
         on_identical: `drop` or `keep`, for a group whose responses are all the same, before or after cutting.
         buckets: row lengths T that batches will be padded to, for the audit's padding share; None = `max_length`.
         vocab_size: rows of the model's embedding; a token id outside it is an error. None = not checked.
+        score_eos: keep the EOS that closes a response. A reward model scores the token before it.
 
     Returns:
         (prepared, audit).
@@ -148,6 +150,8 @@ def prepare(
     for start in range(0, len(sound), _CHUNK):
         chunk = sound[start : start + _CHUNK]
         for group, rows in zip(chunk, _build(rule, encoder, chunk, options), strict=True):
+            if not score_eos:
+                rows = [without_eos(row, encoder.eos_id) for row in rows]
             if _filed(_row_fault(group, rows, policies, max_length), group, dropped, noted, policies):
                 continue
             kept.append(group)
@@ -171,6 +175,22 @@ def prepare(
         buckets=buckets or (max_length,),
     )
     return prepared, report
+
+
+def without_eos(row: chat.Row, eos_id: int) -> chat.Row:
+    """Return a row without the EOS that closes its response, where it has one."""
+    closed = len(row.ids) > row.prompt_length and row.ids[-1] == eos_id
+    return row._replace(ids=row.ids[:-1]) if closed else row
+
+
+def best_only(records: Records) -> Records:
+    """Return the records with the response of highest reward alone (the first among equals): demonstrations."""
+
+    def best(record: Record) -> Record:
+        index = max(range(len(record.rewards)), key=lambda k: record.rewards[k])
+        return record._replace(responses=[record.responses[index]], rewards=[record.rewards[index]])
+
+    return records._replace(rows=[best(record) for record in records.rows])
 
 
 def masked_sample(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, group: int = 0) -> str:
@@ -201,8 +221,8 @@ def _check_options(rule: str, options: dict[str, Any], group_size: int, policies
     needed = {"raw": "max_response_length", "chat": "max_prompt_length"}[rule]
     if options[needed] is None:
         raise ValueError(f"rule={rule!r} needs {needed}, a number of tokens below max_length={options['max_length']}")
-    if group_size < 2:
-        raise ValueError(f"group_size={group_size} leaves nothing to compare; use at least 2")
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size} is no number of candidates; use at least 1")
     rules.check_lengths(
         max_length=options["max_length"],
         max_prompt_length=options["max_prompt_length"],
@@ -243,7 +263,7 @@ def _text_fault(group: _Group, policies: _Policies) -> str:
         raise ValueError(f"{group.source}: response {empty[0]} is empty; remove the row, or on_empty_response='drop'")
     if empty:
         return "empty_response"
-    return "identical" if len(set(texts)) == 1 else ""
+    return "identical" if len(texts) > 1 and len(set(texts)) == 1 else ""
 
 
 def _texts(group: _Group) -> list[str]:

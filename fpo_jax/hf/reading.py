@@ -6,6 +6,7 @@ Each process maps a tensor, copies the slices of its own devices out of it, each
 Layers are turned into our layout and stacked on the devices, in place.
 """
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -49,7 +50,7 @@ def check_weights(directory: Path, config: model.ModelConfig) -> None:
     Raises:
         ValueError: missing, unexpected, misshapen or non-float tensors, missing or damaged files; all of them at once.
     """
-    _locate(directory, config)
+    _locate(directory, _stored(directory, config))
 
 
 def load_params(
@@ -58,6 +59,7 @@ def load_params(
     *,
     dtype: jax.typing.DTypeLike,
     shardings: shapes.PyTree | None = None,
+    key: jax.Array | None = None,
 ) -> shapes.PyTree:
     """Read safetensors into a parameter tree on its devices, layer by layer; several processes read their own parts.
 
@@ -67,6 +69,7 @@ def load_params(
         dtype: of the result; cast once, from the dtype on disk.
         shardings: tree of NamedSharding or SingleDeviceSharding to place each parameter on, in any memory kind; None =
             the default device.
+        key: draws the head of a new reward model, which the directory, a language model's, does not hold.
 
     Returns:
         Nested dict of jax.Array.
@@ -74,18 +77,31 @@ def load_params(
     Raises:
         ValueError: what check_weights raises, or a head that differs from the embedding it is tied to.
     """
-    tensors = _locate(directory, config)
-    _check_tied_head(directory, config, tensors)
+    stored = _stored(directory, config)
+    tensors = _locate(directory, stored)
+    _check_tied_head(directory, stored, tensors)
     places = {} if shardings is None else params.flatten(shardings)
     flat = {}
+    held = {row.path for row in params.rows(stored)}
     for row in params.rows(config):
         place = None if shardings is None else places[row.path]
+        if row.path not in held:
+            assert key is not None
+            flat[row.path] = jax.device_put(params.initial(row, config, key).astype(dtype), place)
+            continue
         layers = [tensors[name] for name in row.hf_names()]
         if row.stacked and row.size * np.dtype(dtype).itemsize > _STACKED_ON_HOST_BYTES:
             flat[row.path] = _layer_by_layer(row, layers, np.dtype(dtype), place)
         else:
             flat[row.path] = _at_once(row, layers, np.dtype(dtype), place)
     return params.nest(flat)
+
+
+def _stored(directory: Path, config: model.ModelConfig) -> model.ModelConfig:
+    """Describe what the directory holds: a new reward model starts from a language model."""
+    if not config.reward_head:
+        return config
+    return dataclasses.replace(config, reward_head=directories.read_config(directory).reward_head)
 
 
 def _at_once(row: params.Row, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:

@@ -68,7 +68,8 @@ def export(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not an empty directory; choose another or remove it.")
     params.check(parameters, config)
-    if (found := directories.read_config(source_dir)) != config:
+    found = dataclasses.replace(directories.read_config(source_dir), reward_head=config.reward_head)
+    if found != config:
         raise ValueError(f"{source_dir} describes another model: {_difference(found, config)}.")
     flat = params.flatten(parameters)
     if jax.process_index() == 0:
@@ -96,7 +97,7 @@ def _write(
     partial.mkdir()
     try:
         directories.copy_companions(source_dir, partial)
-        (partial / "config.json").write_text(directories.dumps(_exported_config(source_dir, dtype)))
+        (partial / "config.json").write_text(directories.dumps(_exported_config(source_dir, config, dtype)))
         _write_weights(flat, config, partial, dtype, limit)
         partial.rename(out_dir)
     except BaseException:
@@ -193,12 +194,18 @@ def _fetch(parameter: Any, index: int | slice) -> np.ndarray:
     return block[0] if isinstance(index, int) else block
 
 
-def _exported_config(source_dir: Path, dtype: np.dtype) -> dict[str, Any]:
-    """Return the source's config with the dtype of the new weights, and without pointers to code that stays behind."""
-    config = directories.read_json(source_dir / "config.json")
-    config.pop("auto_map", None)
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]  # transformers 5, 4
-    return config | dict.fromkeys(keys, dtype.name)
+def _exported_config(source_dir: Path, config: model.ModelConfig, dtype: np.dtype) -> dict[str, Any]:
+    """Return the source's config with the dtype of the new weights, and without pointers to code that stays behind.
+
+    A reward model says so, and names a pad token: transformers scores the last token that is none.
+    """
+    source = directories.read_json(source_dir / "config.json")
+    source.pop("auto_map", None)
+    keys = [key for key in ("dtype", "torch_dtype") if key in source] or ["torch_dtype"]  # transformers 5, 4
+    source |= dict.fromkeys(keys, dtype.name)
+    if config.reward_head:
+        source |= model.head_keys(config) | {"pad_token_id": model.filler_id(config)}
+    return source
 
 
 def _difference(found: model.ModelConfig, config: model.ModelConfig) -> str:

@@ -25,12 +25,12 @@ class Loss:
     @property
     def temperature(self) -> float:
         """Logits of policy and reference are divided by it before the log-softmax, in `logps.py`."""
-        return self.options["temperature"]
+        return self.options.get("temperature", 1.0)
 
     @property
     def sft_weight(self) -> float:
         """Weight of the token-mean NLL of the chosen candidates that `step.py` adds."""
-        return self.options["sft_weight"]
+        return self.options.get("sft_weight", 0.0)
 
     @property
     def needs_reference(self) -> bool:
@@ -48,8 +48,18 @@ class Loss:
         return self._scoring.length_normalized
 
     @property
+    def over_tokens(self) -> bool:
+        """Whether `step.py` divides the sum of the losses by the chosen tokens of the update instead of its groups."""
+        return self.name in OBJECTIVES and OBJECTIVES[self.name].over_tokens
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether it trains a reward model, whose scores then stand where log-probs do."""
+        return self.name in OBJECTIVES and OBJECTIVES[self.name].of_scores
+
+    @property
     def minimum_candidates(self) -> int:
-        """Smallest K it is defined for: 1 for `sft`, else 2."""
+        """Smallest K it is defined for: 1 where the chosen candidate is all it reads (`sft`), else 2."""
         return 1 if self.name in OBJECTIVES and OBJECTIVES[self.name].pair is None else 2
 
     @property

@@ -38,6 +38,8 @@ class Objective:
     needs_reference: bool = False
     needs_batch_kl: bool = False
     length_normalized: bool = False  # scores are per token
+    over_tokens: bool = False  # the update's loss is the sum over its groups by their chosen tokens, not by groups
+    of_scores: bool = False  # trains a reward model: `logps_BK` holds its scores, which know neither tokens nor nats
 
 
 def over_pairs(
@@ -65,6 +67,16 @@ def over_pairs(
         weights_BK = jnp.where(is_chosen_BK, 0.0, share_B1 / (candidates - 1))
         losses_B += jnp.sum(weights_BK * pair(score_B1, scores_BK), axis=1)
     return losses_B
+
+
+def binary_cross_entropy(scores: Float[Array, "*shape"], labels: Float[Array, "*shape"]) -> Float[jax.Array, "*shape"]:
+    """Return -y log σ(r) - (1 - y) log σ(-r), elementwise; labels y in [0, 1].
+
+    >>> [round(float(x), 4) for x in binary_cross_entropy(jnp.array([0.0, 2.0]), jnp.array([1.0, 0.0]))]
+    [0.6931, 2.1269]
+    """
+    scores, labels = numerics.as_float(scores, labels)
+    return labels * jax.nn.softplus(-scores) + (1.0 - labels) * jax.nn.softplus(scores)
 
 
 def log_odds(mean_logps_BK: Float[Array, "B K"]) -> Float[jax.Array, "B K"]:
@@ -166,13 +178,35 @@ _ROWS = (
     Objective(
         name="sft",
         source="maximum likelihood",
-        equation="-ℓ_w",
+        equation="-logp_w, averaged over the tokens of the update",
         options={},
         score=lambda c, chosen_BK, o: _mean_logp(c),
         reward=lambda c, o: _mean_logp(c),
         pair=None,
-        chosen_term=lambda c, o: -_mean_logp(c),
+        chosen_term=lambda c, o: -c.logps_BK,
         length_normalized=True,
+        over_tokens=True,
+    ),
+    Objective(
+        name="bradley_terry",
+        source="reward model; Bradley and Terry 1952",
+        equation="-log σ(r_w - r_l), r the score",
+        options={},
+        score=lambda c, chosen_BK, o: c.logps_BK,
+        reward=lambda c, o: c.logps_BK,
+        pair=lambda win, lose, o: log_sigmoid_link(win - lose, label_smoothing=0.0),
+        of_scores=True,
+    ),
+    Objective(
+        name="binary_cross_entropy",
+        source="classifier, as the oracle of EXO's IMDB track",
+        equation="-y log σ(r) - (1-y) log σ(-r), r the score, y the reward in [0, 1]; of the chosen candidate",
+        options={},
+        score=lambda c, chosen_BK, o: c.logps_BK,
+        reward=lambda c, o: c.logps_BK,
+        pair=None,
+        chosen_term=lambda c, o: binary_cross_entropy(c.logps_BK, c.rewards_BK),
+        of_scores=True,
     ),
     Objective(
         name="ipo",

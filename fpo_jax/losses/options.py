@@ -84,7 +84,7 @@ _ROWS = (
 )
 
 OPTIONS: Mapping[str, Option] = MappingProxyType({row.name: row for row in _ROWS})
-GENERAL = ("temperature", "sft_weight")  # every loss has them; applied outside this package
+GENERAL = ("temperature", "sft_weight")  # every loss of log-probs has them; applied outside this package
 
 
 def options_of(name: str, *, target: str = "preference", score: str = "log_ratio") -> dict[str, Value]:
@@ -94,14 +94,16 @@ def options_of(name: str, *, target: str = "preference", score: str = "log_ratio
     ['temperature', 'sft_weight', 'tie_policy', 'tau']
     """
     if name in objectives.OBJECTIVES:
-        own = dict(objectives.OBJECTIVES[name].options)
-        names = (*GENERAL, "tie_policy", *own)
+        row = objectives.OBJECTIVES[name]
+        own = dict(row.options)
+        names = (*(() if row.of_scores else GENERAL), "tie_policy", *own)
     else:
-        row = divergences.DIVERGENCES[name]
-        own = {**row.parameters, "epsilon": row.epsilon, "log_clamp": row.log_clamp, "target": target, "score": score}
+        divergence = divergences.DIVERGENCES[name]
+        own = {**divergence.parameters, "epsilon": divergence.epsilon, "log_clamp": divergence.log_clamp}
+        own |= {"target": target, "score": score}
         names = (
             *GENERAL,
-            *row.parameters,
+            *divergence.parameters,
             "target",
             *targets.TARGETS[target].options,
             "score",

@@ -16,10 +16,21 @@ from jaxtyping import Bool, Float, Int
 from fpo_jax import attention as attention_module
 from fpo_jax import shapes, sharding
 from fpo_jax.model import decoder
-from fpo_jax.model.configuration import FAMILIES, ModelConfig, from_hf_config, to_hf_config
+from fpo_jax.model.configuration import FAMILIES, ModelConfig, filler_id, from_hf_config, head_keys, to_hf_config
 from fpo_jax.model.rope import Rope
 
-__all__ = ["FAMILIES", "ModelConfig", "Rope", "from_hf_config", "head", "hidden_states", "to_hf_config"]
+__all__ = [
+    "FAMILIES",
+    "ModelConfig",
+    "Rope",
+    "filler_id",
+    "from_hf_config",
+    "head",
+    "head_keys",
+    "hidden_states",
+    "scores",
+    "to_hf_config",
+]
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -94,3 +105,12 @@ def hidden_states(
 def head(params: shapes.PyTree, *, config: ModelConfig) -> Float[jax.Array, "V D"]:
     """Return the LM head [V, D] in the parameters' dtype: the embedding where the two are tied."""
     return params["embed"] if config.tied_head else params["head"]
+
+
+def scores(
+    params: shapes.PyTree, hidden_NTD: Float[jax.Array, "N T D"], last_N: Int[jax.Array, " N"]
+) -> Float[jax.Array, " N"]:
+    """Return a reward model's scores, float32: the bias-free head on the hidden state at one position of each row."""
+    hidden_ND = jnp.take_along_axis(hidden_NTD, last_N[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    score_D = params["score"][0].astype(jnp.float32)
+    return jnp.einsum("ND,D->N", hidden_ND, score_D, precision=jax.lax.Precision.HIGHEST)

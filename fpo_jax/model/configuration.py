@@ -30,6 +30,7 @@ class ModelConfig:
     sliding_window: int | None = None  # positions a query sees, itself included; mistral only
     parallel_residual: bool = False  # attention and MLP read the same input; gpt_neox only
     tied_head: bool = False  # the LM head is the embedding
+    reward_head: bool = False  # a score of each position instead of an LM head
     initializer_range: float = 0.02  # standard deviation of fresh weights
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -78,6 +79,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _ROTARY_FRACTION = {"llama": 1.0, "mistral": 1.0, "gpt_neox": 0.25}
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt_neox": "GPTNeoXForCausalLM"}
+_LANGUAGE, _REWARD = "ForCausalLM", "ForSequenceClassification"
 FAMILIES = tuple(_ARCHITECTURES)
 
 # key of config.json -> values that leave the forward and backward pass as built here; any other value is refused
@@ -119,6 +121,9 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
         values["kv_heads"] = values.get("heads", 1)
     if values.get("head_dim") is None:
         values["head_dim"] = _default_head_dim(values, problems)
+    values["reward_head"] = any(str(name).endswith(_REWARD) for name in config.get("architectures") or ())
+    if values["reward_head"] and (labels := _labels(config)) != 1:
+        problems.append(f"a classifier of {labels} labels is no reward model, which has one (num_labels or id2label)")
     problems += rope.type_problems(ModelConfig, values, names=_KEYS[family])
     eos = config.get("eos_token_id")
     values["eos_ids"] = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
@@ -141,7 +146,32 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     keys |= {theta_key: config.rope.theta, "rope_scaling": rope.to_hf(config.rope)}
     if config.family == "gpt_neox":
         keys["rotary_pct"] = config.rope.fraction
-    return {"architectures": [_ARCHITECTURES[config.family]], "model_type": config.family, **keys}
+    return {"model_type": config.family, **keys, **head_keys(config)}
+
+
+def head_keys(config: ModelConfig) -> dict[str, Any]:
+    """Return the keys of config.json that say what stands on top of the decoder."""
+    architecture = _ARCHITECTURES[config.family]
+    if not config.reward_head:
+        return {"architectures": [architecture]}
+    label = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return {"architectures": [architecture.replace(_LANGUAGE, _REWARD)], **label}
+
+
+def filler_id(config: ModelConfig) -> int:
+    """Return the token that fills up the rows of a reward model in transformers: pad, or EOS where there is none.
+
+    Raises:
+        ValueError: the config names neither.
+    """
+    if config.pad_id is None and not config.eos_ids:
+        raise ValueError("config.json names neither pad_token_id nor eos_token_id, and a reward model needs one.")
+    return config.eos_ids[0] if config.pad_id is None else config.pad_id
+
+
+def _labels(config: dict[str, Any]) -> int:
+    """Return the number of labels of a classifier; transformers' default is 2."""
+    return config["num_labels"] if "num_labels" in config else len(config.get("id2label") or (0, 1))
 
 
 def _refusals(config: dict[str, Any], family: str) -> list[str]:

@@ -51,7 +51,9 @@ class Decoder(nnx.Module):
         self.embed = parts.parameter(config.vocab_size, config.width)
         self.layers = _stacked(layer(config), config.layers)
         self.final_norm = norm(config.width, config.norm_eps)
-        if not config.tied_head:
+        if config.reward_head:
+            self.score = parts.parameter(1, config.width)
+        elif not config.tied_head:
             self.head = parts.parameter(config.vocab_size, config.width)
 
     def __call__(

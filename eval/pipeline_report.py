@@ -1,0 +1,113 @@
+"""What a pipeline found: mean rewards of the answers before and after each alignment, as JSON and as a table.
+
+Scored files in (prompt, completions, rewards a line), report.json and report.md out. An answer's prompt is the unit: a
+prompt's rewards are averaged first, and changes are taken prompt by prompt against the model that the alignments began
+with, so that hard prompts do not widen the intervals.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eval import intervals
+
+START = "start"
+
+
+def write(workdir: Path, scores: Mapping[str, Path], report: dict[str, Any]) -> str:
+    """Fill `report` from the scored files, write it, and return where it is.
+
+    Args:
+        workdir: the pipeline's folder.
+        scores: scored file of each model, `start` first.
+        report: filled with one entry per model.
+
+    Raises:
+        ValueError: files that answer different prompts.
+    """
+    before = _rows(scores[START])
+    for name, path in scores.items():
+        rows = _rows(path)
+        if [row["prompt"] for row in rows] != [row["prompt"] for row in before]:
+            raise ValueError(f"{path} and {scores[START]} answer different prompts; delete both folders and run again.")
+        report[name] = summary(rows, before=None if name == START else before) | {"file": _relative(path, workdir)}
+    folder = workdir / "report"
+    folder.mkdir(exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "report.md").write_text(markdown(report))
+    return str(folder / "report.md")
+
+
+def summary(rows: list[dict[str, Any]], *, before: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Return mean reward and length of one model's answers, and the change against `before` with its 95 % interval."""
+    means = [math.fsum(row["rewards"]) / len(row["rewards"]) for row in rows]
+    answers = [text for row in rows for text in row["completions"]]
+    found: dict[str, Any] = {
+        "prompts": len(rows),
+        "answers": len(answers),
+        "mean_reward": math.fsum(means) / len(means),
+        "mean_characters": sum(map(len, answers)) / len(answers),
+        "distinct_answers": len(set(answers)) / len(answers),
+    }
+    if before is not None:
+        old = [math.fsum(row["rewards"]) / len(row["rewards"]) for row in before]
+        change, low, high = intervals.paired_difference(old, means)
+        found["change"] = {"mean": change, "low": low, "high": high}
+        found["better_prompts"] = sum(new > was for was, new in zip(old, means, strict=True)) / len(means)
+    return found
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Return the report as text for a terminal."""
+    width = max(map(len, report))
+    lines = [f"{'':{width}}  mean reward  change (95 %)            better on  characters"]
+    for name, one in report.items():
+        lines.append(
+            f"{name:{width}}  {one['mean_reward']:11.3f}  {_change(one):24} {_better(one):>9}  {one['mean_characters']:10.0f}"
+        )
+    return "\n".join(lines)
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return the report as a markdown table."""
+    lines = [
+        "| model | prompts x answers | mean reward | change against the start (95 %) | better on | characters |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in report.items():
+        lines.append(
+            f"| {name} | {one['prompts']} x {one['answers'] // one['prompts']} | {one['mean_reward']:.3f} |"
+            f" {_change(one)} | {_better(one)} | {one['mean_characters']:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def training(run: Path) -> str:
+    """Say in a few words what a training run reached, from its metrics."""
+    lines = _rows(run / "metrics.jsonl")
+    updates = [line for line in lines if "loss" in line]
+    told = f"{updates[-1]['step']} updates, loss {updates[0]['loss']:.3f} -> {updates[-1]['loss']:.3f}"
+    evaluations = [line for line in lines if "eval_loss" in line]
+    for key in ("eval_perplexity", "eval_rewards/accuracies"):
+        values = [line[key] for line in evaluations if key in line]
+        if values:
+            told += f", {key.removeprefix('eval_')} {values[0]:.3g} -> {values[-1]:.3g}"
+    return told
+
+
+def _change(one: Mapping[str, Any]) -> str:
+    return "{mean:+.3f} ({low:+.3f}, {high:+.3f})".format(**one["change"]) if "change" in one else ""
+
+
+def _better(one: Mapping[str, Any]) -> str:
+    return f"{one['better_prompts']:.0%}" if "better_prompts" in one else ""
+
+
+def _relative(path: Path, workdir: Path) -> str:
+    return path.relative_to(workdir).as_posix()
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

@@ -1,0 +1,149 @@
+"""Reward models: a score for each row, from a bias-free head on the hidden state of its last token.
+
+    batch ──RewardScorer──► scores as `ResponseLogps`, so that step.py trains a reward model as it trains a policy
+    token rows ──Rewarder──► float32 scores of a model in a directory, batched over a mesh
+
+Rows end with the last content token: the EOS that closes a response in training is cut off (`data.prepare`,
+score_eos=False), which changes no score, because no token sees what follows it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpo_jax import attention, hf, logps, losses, model, params, shapes, sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardScorer:
+    """What is static about turning a batch into scores; in the place of `step.Scorer`."""
+
+    config: model.ModelConfig
+    compute_dtype: str
+    remat: str
+    attention: attention.Choice
+    layout: sharding.Layout = sharding.ONE_DEVICE
+
+    def __call__(self, params: shapes.PyTree, batch: shapes.Batch) -> logps.ResponseLogps:
+        """Run the model and read the score of every row in the place of its log-prob."""
+        last_N = jnp.max(jnp.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)
+        scores_N = self.scores(params, jnp.asarray(batch.tokens_NT), jnp.asarray(batch.valid_NT), last_N)
+        return logps.ResponseLogps(scores_N, jnp.sum(batch.scored_NR, axis=1, dtype=scores_N.dtype), None)
+
+    def group_losses(
+        self, params: shapes.PyTree, batch: shapes.Batch, operands: losses.Candidates, *, loss: losses.Loss
+    ) -> tuple[shapes.Array, logps.ResponseLogps]:
+        """Run the model to the losses [B] of the groups, and the scores they come from."""
+        response = self(params, batch)
+        scores_BK = jnp.asarray(response.sum_N).reshape(batch.rewards_BK.shape)
+        return loss.of_logps(scores_BK, operands), response
+
+    def scores(self, params: shapes.PyTree, tokens_NT: jax.Array, valid_NT: jax.Array, last_N: jax.Array) -> jax.Array:
+        """Return the scores [N], float32, at one position of each row."""
+        with jax.named_scope("model"):
+            hidden_NTD = model.hidden_states(
+                params,
+                tokens_NT,
+                valid_NT,
+                config=self.config,
+                compute_dtype=jnp.dtype(self.compute_dtype),
+                remat=self.remat,
+                attention=self.attention,
+                layout=self.layout,
+            )
+        with jax.named_scope("score"):
+            return model.scores(params, hidden_NTD, last_N)
+
+
+class Rewarder:
+    """A reward model on the devices of this process, ready to score rows."""
+
+    def __init__(self, source: Path, *, max_length: int, compute_dtype: str, batch_per_device: int):
+        """Read the model.
+
+        Args:
+            source: directory of a sequence-classification model with one label.
+            max_length: tokens of the longest row; rows are padded to it or to a half, a quarter, ... of it.
+            compute_dtype: of the forward pass; scores are float32.
+            batch_per_device: rows of a forward pass.
+
+        Raises:
+            ValueError: not a reward model, a window shorter than max_length, damaged weights.
+        """
+        self.config = hf.read_config(source)
+        if not self.config.reward_head:
+            raise ValueError(
+                f"{source} is a language model; give a reward model (…ForSequenceClassification, 1 label)."
+            )
+        if max_length > self.config.max_positions:
+            raise ValueError(
+                f"max_length={max_length} exceeds the window of {self.config.max_positions} tokens of {source}."
+            )
+        layout = sharding.make_layout(preset="fsdp", data=None, fsdp=None, tensor=None, devices=jax.local_devices())
+        assert layout.mesh is not None
+        self._lengths = _buckets(max_length)
+        self._rows = batch_per_device * layout.row_ways
+        self._place = sharding.batch_sharding(layout.mesh, stacked=False)
+        abstract = params.abstract(self.config, "float32")
+        places = sharding.param_shardings(params.logical_axes(self.config), abstract, mesh=layout.mesh)
+        self._params = hf.load_params(source, self.config, dtype=compute_dtype, shardings=places)
+        choice = attention.choose(
+            "auto",
+            platform=jax.default_backend(),
+            dtype=jnp.dtype(compute_dtype),
+            head_dim=self.config.head_dim,
+            heads=self.config.heads,
+            kv_heads=self.config.kv_heads,
+            positions=self._lengths,
+            sliding_window=self.config.sliding_window,
+            soft_cap=None,
+            segments=False,
+            layout=layout,
+        )
+        scorer = RewardScorer(self.config, compute_dtype, "none", choice, layout)
+        self._scores = jax.jit(scorer.scores, in_shardings=(places, self._place, self._place, self._place))
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the scores of token rows, float32, in their order.
+
+        Raises:
+            ValueError: an empty or too long row, or a score that is not finite.
+        """
+        for index, row in enumerate(rows):
+            if not 0 < len(row) <= self._lengths[-1]:
+                raise ValueError(f"row {index} has {len(row)} tokens; need 1 to {self._lengths[-1]}.")
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # rows of one length together
+        found = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), self._rows):
+            indices = order[start : start + self._rows]
+            found[indices] = self._one([rows[index] for index in indices])
+        if not np.isfinite(found).all():
+            raise ValueError(f"row {int(np.argmin(np.isfinite(found)))} has a score that is not finite.")
+        return found
+
+    def _one(self, rows: list[Sequence[int]]) -> np.ndarray:
+        """Score at most a batch of rows, filled up with rows of one token."""
+        length = next(length for length in self._lengths if length >= len(rows[-1]))
+        tokens_NT = np.zeros((self._rows, length), np.int32)
+        lengths_N = np.ones(self._rows, np.int32)
+        for index, row in enumerate(rows):
+            tokens_NT[index, : len(row)] = row
+            lengths_N[index] = len(row)
+        valid_NT = np.arange(length) < lengths_N[:, None]
+        put = functools.partial(jax.device_put, device=self._place)
+        scores_N = self._scores(self._params, put(tokens_NT), put(valid_NT), put(lengths_N - 1))
+        return np.asarray(scores_N)[: len(rows)]
+
+
+def _buckets(longest: int) -> tuple[int, ...]:
+    """Return longest and its halves down to 64, ascending.
+
+    >>> _buckets(300)
+    (75, 150, 300)
+    """
+    return tuple(sorted({-(-longest // 2**k) for k in range(8) if longest // 2**k >= 64} | {longest}))

@@ -1,0 +1,305 @@
+"""Reward models and fine-tuning: scores, losses and gradients against torch, whole runs, export, the best checkpoint."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from eval import export
+from fpo_jax import attention, checkpoint, data, hf, job, loop, losses, metrics, model, params, rewarding, step
+from fpo_jax import config as configuration
+from tests import tiny, tolerances
+
+
+def reward_config(folder, pairs, **changed):
+    defaults = {"stage": "reward", "loss__name": "bradley_terry", "loss__alpha": None, "loss__beta_pi": None}
+    return tiny.config(folder, pairs, **(defaults | changed))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A language model and preferences that a reward model can learn: answers that end in "!" are better."""
+    root = tmp_path_factory.mktemp("base")
+    tiny.write_model(root / "model", layers=1)
+    random = np.random.default_rng(0)
+    words = lambda: " ".join(random.choice(["ab", "cde", "f"], size=random.integers(1, 4)))  # noqa: E731
+    for name, count in (("train", 64), ("held_out", 32)):
+        rows = [
+            {"prompt": f"{i}: {words()}?", "chosen": f" {words()}!", "rejected": f" {words()}."} for i in range(count)
+        ]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(base, tmp_path_factory):
+    """A reward run of 40 updates."""
+    c = reward_config(
+        base / "model",
+        base / "train.jsonl",
+        data__eval=str(base / "held_out.jsonl"),
+        optim__learning_rate=1e-2,
+        train__epochs=5.0,
+        train__eval_every=5,
+        train__save_every=100,
+        train__keep_checkpoints=1,
+        train__keep_best="eval_rewards/accuracies",
+    )
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    loop.run(c, workdir)
+    return workdir
+
+
+# --- the rows and the position of the score
+
+
+@pytest.mark.parametrize(
+    ("response", "limit", "last"),
+    [(" ab", 16, "b"), (" abcdefgh", 4, "c"), (" ab", 4, "b")],
+    ids=["EOS present", "EOS cut off", "EOS just fits"],
+)
+def test_the_score_stands_at_the_last_content_token(base, response, limit, last):
+    tokenizer = job.chat.load_tokenizer(base / "model")
+    record = data.Record("q?", [response, " zz"], [1.0, 0.0], "here")
+    prepared, _ = data.prepare(
+        [record], tokenizer, rule="raw", max_length=32, max_response_length=limit, score_eos=False
+    )
+    ids, prompt_length = prepared.row(0)
+    assert tokenizer.decode(ids[prompt_length:])[-1] == last
+    schedule = data.schedule(prepared, batch_size=1, buckets=(32,), seed=0)
+    batch = data.batch_at(schedule, 0, np.arange(1))
+    position = np.max(np.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)[0]
+    assert batch.tokens_NT[0, position] == ids[-1] and position == len(ids) - 1
+
+
+def test_a_row_without_eos_stays_and_a_second_eos_is_content(base):
+    row = job.chat.Row([5, 6, 2, 2], 1)
+    assert data.without_eos(row, 2).ids == [5, 6, 2]
+    assert data.without_eos(row._replace(ids=[5, 6]), 2).ids == [5, 6]
+    assert data.without_eos(row._replace(ids=[2], prompt_length=1), 2).ids == [2]
+
+
+# --- losses
+
+
+@pytest.mark.parity
+def test_losses_and_gradients_equal_torch():
+    torch = pytest.importorskip("torch", reason="PyTorch is absent")
+    scores_BK, random = np.array([[1.5, -0.3], [0.2, 4.0], [-90.0, 90.0]], np.float32), np.random.default_rng(1)
+    operands = losses.Candidates(scores_BK * 0, scores_BK * 0, scores_BK * 0 + 3, np.float32([[1, 0]] * 3), 0.0)
+    loss = losses.resolve("bradley_terry")
+    value, gradient = jax.value_and_grad(lambda s: loss.of_logps(s, operands).mean())(jnp.asarray(scores_BK))
+    theirs = torch.tensor(scores_BK, requires_grad=True)
+    expected = -torch.nn.functional.logsigmoid(theirs[:, 0] - theirs[:, 1]).mean()
+    expected.backward()
+    assert_allclose(value, expected.item(), rtol=tolerances.FLOAT32, atol=tolerances.FLOAT32)
+    assert_allclose(gradient, theirs.grad.numpy(), rtol=tolerances.FLOAT32, atol=tolerances.FLOAT32)
+
+    labels_BK = np.float32([[1], [0], [1], [0.25]])
+    single_BK = random.normal(size=(4, 1)).astype(np.float32) * 3
+    operands = losses.Candidates(single_BK * 0, single_BK * 0, single_BK * 0 + 3, labels_BK, 0.0)
+    loss = losses.resolve("binary_cross_entropy")
+    value, gradient = jax.value_and_grad(lambda s: loss.of_logps(s, operands).mean())(jnp.asarray(single_BK))
+    theirs = torch.tensor(single_BK, requires_grad=True)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(theirs, torch.tensor(labels_BK))
+    expected.backward()
+    assert_allclose(value, expected.item(), rtol=tolerances.FLOAT32, atol=tolerances.FLOAT32)
+    assert_allclose(gradient, theirs.grad.numpy(), rtol=tolerances.FLOAT32, atol=tolerances.FLOAT32)
+
+
+def test_more_than_two_candidates_compare_the_best_with_each_other_one():
+    scores_BK, rewards_BK = jnp.array([[1.0, 3.0, 0.5]]), np.float32([[0.1, 0.9, 0.3]])
+    zeros_BK = np.zeros_like(rewards_BK)
+    found = losses.resolve("bradley_terry").of_logps(
+        scores_BK, losses.Candidates(zeros_BK, zeros_BK, zeros_BK, rewards_BK, 0.0)
+    )
+    assert_allclose(found, [np.mean([np.log1p(np.exp(-2.0)), np.log1p(np.exp(-2.5))])], rtol=1e-6)
+
+
+# --- what a stage takes
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"loss__name": "dpo"}, "loss.name='dpo' does not belong to stage 'reward'; use bradley_terry or binary"),
+        ({"stage": "align"}, "loss.name='bradley_terry' does not belong to stage 'align'; use a loss of log-probs"),
+        ({"stage": "sft"}, "does not belong to stage 'sft'; use 'sft'"),
+        ({"data__group_size": 1}, "data.group_size=1 leaves nothing to compare, and loss 'bradley_terry' needs 2"),
+        ({"loss__temperature": 0.8}, "'temperature' is not used by 'bradley_terry'"),
+        ({"loss__sft_weight": 0.1}, "'sft_weight' is not used by 'bradley_terry'"),
+        ({"reference__path": "elsewhere"}, "reference.path='elsewhere' is not used by stage 'reward'"),
+        ({"train__keep_best": "loss"}, "train.keep_best='loss' must name a metric of an evaluation"),
+        ({"train__keep_best": "eval_loss", "data__eval": ""}, "needs an evaluation; set data.eval"),
+        ({"train__eval_batches": 0}, "train.eval_batches=0 must be finite and at least 1"),
+    ],
+)
+def test_what_does_not_fit_the_stage_is_refused(base, changed, message):
+    with pytest.raises(ValueError, match=message):
+        job.check(reward_config(base / "model", base / "train.jsonl", **changed))
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_at_the_first(base, tmp_path):
+    c = reward_config(base / "model", base / "train.jsonl", train__keep_best="eval_accuracy")
+    with pytest.raises(ValueError, match=r"'eval_accuracy' is no metric of this run; choose from .*eval_loss"):
+        loop.run(c, tmp_path / "w")
+
+
+# --- the run
+
+
+def test_a_reward_model_learns_what_is_preferred(run):
+    lines = metrics.read(run / metrics.METRICS_FILE)
+    held_out = [line["eval_rewards/accuracies"] for line in lines if "eval_loss" in line]
+    assert held_out[-1] > 0.9 and held_out[0] < 0.8
+    assert lines[-1]["eval_rewards/chosen"] > lines[-1]["eval_rewards/rejected"]
+    assert "sft_loss" not in lines[-1] and not (run / "reference").exists()
+
+
+def test_the_best_checkpoint_stays_beside_the_newest(run):
+    lines = metrics.read(run / metrics.METRICS_FILE)
+    scores = {line["step"]: line["eval_rewards/accuracies"] for line in lines if line.get("eval_loss") and line["step"]}
+    _, meta = checkpoint.restore_params(run, "best")
+    assert scores[meta["step"]] == max(scores.values())
+    assert checkpoint.restore_params(run, None)[1]["step"] == max(scores)
+
+
+@pytest.mark.slow  # two runs
+def test_the_best_score_survives_a_resumption(base, tmp_path):
+    """A run that is stopped and goes on keeps the best step that the first part saw."""
+    options = {
+        "optim__learning_rate": 1e-2,
+        "train__epochs": 5.0,
+        "train__eval_every": 5,
+        "train__save_every": 5,
+        "train__keep_best": "eval_rewards/accuracies",
+    }
+    c = reward_config(base / "model", base / "train.jsonl", **options)
+    loop.run(c, tmp_path / "whole")
+    keeper = checkpoint.Checkpointer(tmp_path / "whole", keep=2, keep_best=True)
+    steps = keeper._manager.all_steps()
+    best = max(keeper.meta(step)["best"] for step in steps)
+    assert any(keeper.meta(step)["score"] == best for step in steps)
+    assert keeper.meta(steps[-1])["best"] == best
+    keeper.close()
+
+
+# --- export
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("when", ["best", None])
+def test_transformers_gives_the_same_scores(run, tmp_path, when):
+    torch = pytest.importorskip("torch", reason="PyTorch is absent")
+    import transformers
+
+    export.export(run, tmp_path / "rm", step=when, dtype=None)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm", dtype=torch.float32)
+    assert type(theirs).__name__ == "LlamaForSequenceClassification" and theirs.config.num_labels == 1
+    rows = [[1, 20, 30, 40], [1, 25], [1, *range(10, 40)]]
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [theirs.config.pad_token_id] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    with torch.no_grad():
+        expected = theirs(padded, attention_mask=mask).logits[:, 0].numpy()
+    ours = rewarding.Rewarder(tmp_path / "rm", max_length=64, compute_dtype="float32", batch_per_device=1)(rows)
+    assert_allclose(ours, expected, rtol=0, atol=tolerances.PARITY_LOGITS)
+
+
+def test_a_reward_model_goes_on_training_and_is_no_language_model(run, base, tmp_path):
+    export.export(run, tmp_path / "rm", step="best", dtype=None)
+    assert hf.read_config(tmp_path / "rm").reward_head
+    again = loop.job.prepare(reward_config(tmp_path / "rm", base / "train.jsonl"))
+    weights = hf.load_params(again.source, again.model_config, dtype="float32")
+    best, _ = checkpoint.restore_params(run, "best")
+    np.testing.assert_array_equal(weights["score"], np.asarray(best["score"]))
+    with pytest.raises(ValueError, match="is a reward model, and stage 'align' needs a language model"):
+        loop.job.prepare(tiny.config(tmp_path / "rm", base / "train.jsonl"))
+    with pytest.raises(ValueError, match="is a language model; give a reward model"):
+        rewarding.Rewarder(base / "model", max_length=32, compute_dtype="float32", batch_per_device=1)
+
+
+def test_a_classifier_of_two_labels_is_refused(base):
+    content = json.loads((base / "model" / "config.json").read_text())
+    content["architectures"] = ["LlamaForSequenceClassification"]
+    with pytest.raises(ValueError, match="a classifier of 2 labels is no reward model"):
+        model.from_hf_config(content)
+    assert model.from_hf_config(content | {"num_labels": 1}).reward_head
+
+
+def test_a_new_head_depends_on_the_seed_alone(base):
+    config = dataclasses.replace(hf.read_config(base / "model"), reward_head=True)
+    one, same, other = (
+        np.asarray(hf.load_params(base / "model", config, dtype="float32", key=jax.random.key(seed))["score"])
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).all() and np.abs(one).max() <= config.width**-0.5
+    assert "head" not in params.flatten(params.abstract(config, "float32"))
+
+
+# --- fine-tuning
+
+
+def sft_config(base, **changed):
+    defaults = {"stage": "sft", "loss__name": "sft", "loss__alpha": None, "loss__beta_pi": None, "data__group_size": 1}
+    return tiny.config(base / "model", base / "train.jsonl", **(defaults | changed))
+
+
+def test_fine_tuning_takes_the_chosen_response_alone(base):
+    inputs = job.prepare(sft_config(base))
+    assert inputs.train.prepared.group_size == 1 and inputs.train.prepared.groups == 64
+    assert inputs.train.sample.endswith("!</s>⟧")
+
+
+def test_perplexity_is_the_exponential_of_the_mean_over_tokens(base, tmp_path):
+    c = sft_config(base, train__max_steps=4, train__eval_batches=2, optim__learning_rate=1e-2)
+    loop.run(c, tmp_path / "w")
+    first, last = (line for line in metrics.read(tmp_path / "w" / metrics.METRICS_FILE) if "eval_loss" in line)
+    assert_allclose(first["eval_perplexity"], np.exp(first["eval_sft_loss"]), rtol=1e-6)
+    assert last["eval_perplexity"] < first["eval_perplexity"]
+
+
+def test_a_row_that_fills_the_window_is_trained_on(base):
+    """The original masks a row without padding whole."""
+    c = sft_config(base, data__max_length=12, data__max_response_length=8)
+    inputs = job.prepare(c)
+    prepared = inputs.train.prepared
+    full = int(np.argmax(prepared.lengths_N))
+    assert prepared.lengths_N[full] == 12
+    schedule = data.schedule(prepared, batch_size=1, buckets=(12,), seed=0, shuffle=False)
+    batch = data.batch_at(schedule, full, np.arange(1))
+    assert batch.scored_NR.sum() == 12 - prepared.prompt_lengths_N[full] > 0
+
+
+def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
+    """Two micro-batches with different numbers of tokens: the gradient is that of one batch."""
+    inputs = job.prepare(sft_config(base))
+    schedule = data.schedule(inputs.train.prepared, batch_size=8, buckets=(40,), seed=0)
+    batch = data.batch_at(schedule, 0, np.arange(8))
+    weights = hf.load_params(inputs.source, inputs.model_config, dtype="float32")
+    scorer = step.Scorer(
+        inputs.model_config, "float32", "none", attention.Choice("xla", "test"), "chunked", 2**20, temperature=1.0
+    )
+    found = []
+    for accumulation in (1, 4):
+        stacked = step.stack_micro_batches(batch, accumulation=accumulation)
+        optimizer = loop.programs.optim.optimizer(
+            lambda _: 1.0, b1=0.9, b2=0.9, eps=1.0, weight_decay=0.0, clip_norm=0.0,
+            decay_mask=params.decay_mask(inputs.model_config),
+        )  # fmt: skip
+        state = loop.shapes.TrainState(weights, optimizer.init(weights), jnp.int32(0))
+        _, pairs = jax.jit(
+            lambda state, batch, optimizer=optimizer: step.train_step(
+                state, batch, scorer=scorer, loss=inputs.loss, optimizer=optimizer, rate=lambda _: jnp.float32(1.0)
+            )
+        )(state, stacked)
+        found.append(metrics.means(jax.device_get(pairs)))
+    assert_allclose(found[0]["grad_norm"], found[1]["grad_norm"], rtol=1e-5)
+    nll, tokens = found[0]["sft_loss"], batch.scored_NR.sum()
+    assert tokens > 8 and nll > 0
+    assert_allclose(found[0]["loss"], nll, rtol=1e-5, err_msg="mean over tokens, not over rows")
