@@ -10,20 +10,18 @@ configs/pipelines/ says which there are. Exit codes are those of train.py.
 """
 
 import json
-import logging
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from eval import export, generate, label, pipeline_report
-from eval.stages import StageError, Stages
+from eval.stages import Stages
 from fpo_jax import config as configuration
-from fpo_jax import execution, job, loop, losses
+from fpo_jax import loop, losses
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/pipelines/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.")

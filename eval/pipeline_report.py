@@ -64,9 +64,8 @@ def table(report: Mapping[str, Any]) -> str:
     width = max(map(len, report))
     lines = [f"{'':{width}}  mean reward  change (95 %)            better on  characters"]
     for name, one in report.items():
-        lines.append(
-            f"{name:{width}}  {one['mean_reward']:11.3f}  {_change(one):24} {_better(one):>9}  {one['mean_characters']:10.0f}"
-        )
+        numbers = f"{one['mean_reward']:11.3f}  {_change(one):24} {_better(one):>9}  {one['mean_characters']:10.0f}"
+        lines.append(f"{name:{width}}  {numbers}")
     return "\n".join(lines)
 
 

@@ -302,10 +302,9 @@ class _Quickstart:
             model.weights,
             model.tokenizer(prompts)["input_ids"],
             config=model.config,
-            max_new_tokens=recipe.MAX_RESPONSE_LENGTH,
-            temperature=temperature,
-            eos_id=eos_id,
-            pad_id=quickstart_model.VOCABULARY[quickstart_model.PAD],
+            decoding=sample.Decoding(
+                recipe.MAX_RESPONSE_LENGTH, temperature=temperature, stop_ids=model.config.eos_ids
+            ),
             seed=_seed(self.seed, purpose),
             num_return=num_return,
             batch_size=self.scale.sampling_rows,

@@ -1,24 +1,58 @@
-"""Draw responses from a model: params and token-id prompts in, token-id responses out. Small and exact, not fast.
+"""Draw responses from a model: params and token-id prompts in, token-id responses out.
 
-    prompts ──► [N, T] right-padded rows ──► (hidden states of the whole window ──► one token per row) until all ended
+    prompts ──prefill──► cache, K rows per prompt ──► (one token per row ──► cache) until all rows ended
 
-Every new token recomputes the whole window, so a response costs as many forward passes as it has tokens; the sampler
-with a KV cache and sharded batches is a later module, and this one is its oracle. Shapes are static: one compilation
-per (batch_size, window, max_new_tokens). It runs on one device. Text is not its business: tokenize before,
-decode after.
+A prompt is run once for all of its returns. Shapes are static: prompts are padded to one of a few lengths, and a
+batch has a fixed number of rows, so that there is one compilation per length. Rows are cut over the devices of a mesh,
+as in training. Text is not this module's business: tokenize before, decode after.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from fpo_jax import attention as attention_module
-from fpo_jax import model, shapes
+from fpo_jax import model, shapes, sharding
+
+SHORTEST = 16  # length below which prompts are not told apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How tokens are drawn; hashable, a static argument under jit."""
+
+    max_new_tokens: int  # of a response, the stop token included
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # the k most probable tokens alone; 0 = off
+    top_p: float = 1.0  # the fewest most probable tokens that together have this probability; 1 = off
+    min_new_tokens: int = 0  # before which no stop token is drawn
+    stop_ids: tuple[int, ...] = ()  # tokens that end a response
+
+    def __post_init__(self):
+        """Raise ValueError with everything that is out of range."""
+        problems = []
+        if self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            problems.append(f"temperature={self.temperature} must be finite and at least 0; 0 is greedy decoding")
+        if self.top_k < 0:
+            problems.append(f"top_k={self.top_k} must be at least 0; 0 is off")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p} must lie in (0, 1]; 1 is off")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            problems.append("temperature=0 is greedy, where top_k and top_p change nothing; leave them out")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            problems.append(
+                f"min_new_tokens={self.min_new_tokens} must lie between 0 and max_new_tokens={self.max_new_tokens}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems) + ".")
 
 
 def sample(
@@ -26,173 +60,225 @@ def sample(
     prompts: Sequence[Sequence[int]],
     *,
     config: model.ModelConfig,
-    max_new_tokens: int,
-    temperature: float,
-    eos_id: int,
-    pad_id: int,
+    decoding: Decoding,
     seed: int,
     num_return: int = 1,
     batch_size: int = 64,
     window: int | None = None,
+    numbers: Sequence[int] | None = None,
     compute_dtype: jax.typing.DTypeLike = "float32",
     attention: attention_module.Choice | None = None,
+    layout: sharding.Layout = sharding.ONE_DEVICE,
+    done: Callable[[int, list[list[int]]], None] | None = None,
 ) -> list[list[list[int]]]:
-    """Draw `num_return` responses to every prompt, token by token, from softmax(logits / temperature).
+    """Draw `num_return` responses to every prompt, token by token, from softmax(logits / temperature), cut to top-k, p.
 
-        token_t = argmax_v (logits[v] + temperature * g[v]),  g = Gumbel noise of (seed, prompt, return, t)
+        token_t = argmax_v (logits[v] / temperature + g[v]),  g = Gumbel noise of (seed, prompt's number, return, t)
 
     which is an exact draw from the softmax (the Gumbel-max identity), and greedy decoding at temperature 0. The noise
-    depends on the prompt's index in `prompts` and on the return's number alone, so the responses do not depend on
-    batch_size, and more returns leave the first ones as they were (up to rounding of another batch shape).
+    depends on the prompt's number and on the return's alone, so the responses do not depend on batch_size, on the
+    order or on the other prompts, and more returns leave the first ones as they were (up to rounding of another
+    batch shape).
 
     Args:
         params: the model's parameters.
         prompts: token ids of each prompt, BOS included where the model wants one; at least one token each.
         config: the architecture.
-        max_new_tokens: tokens of a response at most, EOS included, >= 1.
-        temperature: >= 0; 1 = the model's own distribution, 0 = greedy.
-        eos_id: the token that ends a response.
-        pad_id: what stands right of a row's tokens; it is masked, so any id in the vocabulary will do.
+        decoding: how tokens are drawn.
         seed: of all noise, in [0, 2**32).
         num_return: responses per prompt, >= 1.
-        batch_size: rows per forward pass; the last batch is padded to it.
-        window: tokens of a row, prompt and response; None = just enough for the longest prompt. Give it to share one
-            compilation between calls.
-        compute_dtype: of the forward pass; logits and noise are float32.
+        batch_size: rows of a pass, over all devices; the last batch is filled up to it.
+        window: positions of a row, prompt and response, at most; None = the model's.
+        numbers: what stands for each prompt in the noise, in [0, 2**31); None = 0, 1, 2, ...
+        compute_dtype: of the forward pass and of the cache; logits and noise are float32.
         attention: as for model.hidden_states.
+        layout: where rows and heads live on a mesh; `params` lie there already.
+        done: called with (index, responses) of each prompt as soon as it has them all; in any order.
 
     Returns:
-        responses[p][r]: token ids without the prompt, EOS included as the last one where the model wrote it; a
-        response without EOS was cut at max_new_tokens.
+        responses[p][r]: token ids without the prompt, the stop token included as the last one where the model wrote
+        one; a response without it was cut at max_new_tokens.
 
     Raises:
         ValueError: an option, an id or a length outside its range, or logits that are not finite.
     """
-    longest = _longest_prompt(prompts, config=config, special={"eos_id": eos_id, "pad_id": pad_id})
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_return", num_return), ("batch_size", batch_size)):
+    longest = _longest_prompt(prompts, config=config, stop_ids=decoding.stop_ids)
+    for name, value in (("num_return", num_return), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature} must be finite and at least 0; 0 is greedy decoding.")
+    if batch_size % layout.row_ways:
+        raise ValueError(f"batch_size={batch_size} is not divisible by {layout.row_ways} devices; use a multiple.")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} must lie in [0, 2**32).")
-    needed = longest + max_new_tokens
-    window = needed if window is None else window
+    window = config.max_positions if window is None else window
+    needed = longest + decoding.max_new_tokens
     if not needed <= window <= config.max_positions:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} need {needed} positions, window={window}"
-            f" and the model has {config.max_positions}; shorten the prompts, lower max_new_tokens, or choose a window"
-            " between the two."
+            f"a prompt of {longest} tokens and max_new_tokens={decoding.max_new_tokens} need {needed} positions,"
+            f" window={window} and the model has {config.max_positions}; shorten the prompts, lower max_new_tokens, or"
+            " choose a window between the two."
         )
-    # (prompt, return) of every row; rows of the padded end are (-1, 0)
-    ids_M2 = [(index, number) for index in range(len(prompts)) for number in range(num_return)]
+    numbers = range(len(prompts)) if numbers is None else numbers
+    together = min(num_return, max(1, batch_size // layout.row_ways))  # returns of a prompt in one pass
+    per_pass = max(layout.row_ways, batch_size // together // layout.row_ways * layout.row_ways)  # prompts
+    lengths = _lengths(window - decoding.max_new_tokens)
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     responses: list[list[list[int]]] = [[] for _ in prompts]
-    for start in range(0, len(ids_M2), batch_size):
-        ids_N2 = ids_M2[start : start + batch_size]
-        padded_N2 = np.array(ids_N2 + [(-1, 0)] * (batch_size - len(ids_N2)), np.int32)
-        tokens_NT, lengths_N = _rows(prompts, padded_N2[:, 0], window=window, pad_id=pad_id)
-        tokens_NT, finite = jax.device_get(
-            _extend(
-                params,
-                tokens_NT,
-                lengths_N,
-                padded_N2,
-                np.float32(temperature),
-                np.int32(eos_id),
-                jax.random.key(seed),
-                config=config,
-                steps=max_new_tokens,
-                compute_dtype=jnp.dtype(compute_dtype).name,
-                attention=attention,
-            )
-        )
-        if not finite:
-            raise ValueError(
-                f"the model gives logits that are not finite for prompts {ids_N2[0][0]} to {ids_N2[-1][0]}; check that"
-                f" its weights are finite and that they fit {jnp.dtype(compute_dtype).name}."
-            )
-        for (index, _), row, length in zip(ids_N2, tokens_NT.tolist(), lengths_N.tolist(), strict=False):
-            responses[index].append(_until_eos(row[length : length + max_new_tokens], eos_id))
+    run = functools.partial(
+        _respond,
+        config=config,
+        decoding=decoding,
+        returns=together,
+        compute_dtype=jnp.dtype(compute_dtype).name,
+        attention=attention,
+        layout=layout,
+    )
+    for start in range(0, len(order), per_pass):
+        indices = order[start : start + per_pass]
+        length = next(length for length in lengths if length >= len(prompts[indices[-1]]))
+        tokens_PT, lengths_P = _rows([prompts[index] for index in indices], rows=per_pass, length=length)
+        numbers_P = np.array([numbers[index] for index in indices] + [0] * (per_pass - len(indices)), np.int32)
+        for first in range(0, num_return, together):
+            placed = (tokens_PT, lengths_P, numbers_P)
+            if layout.mesh is not None:
+                placed = jax.device_put(placed, sharding.batch_sharding(layout.mesh, stacked=False))
+            drawn_PKT, finite = jax.device_get(run(params, *placed, np.int32(first), jax.random.key(seed)))
+            if not finite:
+                raise ValueError(
+                    f"the model gives logits that are not finite for prompts {sorted(indices)}; check that its weights"
+                    f" are finite and that they fit {jnp.dtype(compute_dtype).name}."
+                )
+            for index, drawn_KT in zip(indices, drawn_PKT.tolist(), strict=False):
+                rows = drawn_KT[: num_return - first]
+                responses[index] += [_until_stop(row, decoding.stop_ids) for row in rows]
+        if done is not None:
+            for index in indices:
+                done(index, responses[index])
     return responses
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "compute_dtype", "attention"))
-def _extend(
+@functools.partial(jax.jit, static_argnames=("config", "decoding", "returns", "compute_dtype", "attention", "layout"))
+def _respond(
     params: shapes.PyTree,
-    tokens_NT: Int[Array, "N T"],
-    lengths_N: Int[Array, " N"],
-    ids_N2: Int[Array, "N 2"],
-    temperature: Array,
-    eos_id: Array,
+    tokens_PT: Int[Array, "P T"],
+    lengths_P: Int[Array, " P"],
+    numbers_P: Int[Array, " P"],
+    first: Int[Array, ""],
     key: Key[Array, ""],
     *,
     config: model.ModelConfig,
-    steps: int,
+    decoding: Decoding,
+    returns: int,
     compute_dtype: str,
     attention: attention_module.Choice | None,
-) -> tuple[Int[Array, "N T"], Bool[Array, ""]]:
-    """Write up to `steps` tokens behind every row, until all rows of length > 0 have ended.
-
-    A row that has ended is written on with the others: what stands behind its first EOS means nothing.
+    layout: sharding.Layout,
+) -> tuple[Int[Array, "P K S"], Bool[Array, ""]]:
+    """Write responses until all rows of length > 0 have ended.
 
     Returns:
-        The rows, and whether all logits that were sampled from are finite.
+        The new tokens, of which those behind a stop token mean nothing, and whether all logits that were sampled from
+        are finite.
     """
-    positions_T = jnp.arange(tokens_NT.shape[1])
-    head_VD = model.head(params, config=config).astype(compute_dtype)
-    keys_N = jax.vmap(lambda ids: jax.random.fold_in(jax.random.fold_in(key, ids[0]), ids[1]))(ids_N2)
+    steps = decoding.max_new_tokens
+    hidden_ND, cache = model.prefill(
+        params,
+        tokens_PT,
+        lengths_P,
+        config=config,
+        compute_dtype=compute_dtype,
+        positions=tokens_PT.shape[1] + steps,
+        returns=returns,
+        attention=attention,
+        layout=layout,
+    )
+    lengths_N = jnp.repeat(lengths_P, returns)
+    keys_P = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers_P)
+    returns_K = first + jnp.arange(returns)
+    keys_N = jax.vmap(lambda one: jax.vmap(lambda number: jax.random.fold_in(one, number))(returns_K))(keys_P)
+    keys_N = keys_N.reshape(-1)
+    drawn_NS = jnp.zeros((lengths_N.shape[0], steps), jnp.int32)
+
+    def draw(count, hidden_ND):
+        with jax.named_scope("draw"):
+            logits_NV = model.logits(params, hidden_ND, config=config)
+            keys_now_N = jax.vmap(lambda row_key: jax.random.fold_in(row_key, count))(keys_N)
+            return _draw(logits_NV, keys_now_N, count, decoding), jnp.all(jnp.isfinite(logits_NV), axis=-1)
 
     def write(carry):
-        count, tokens_NT, ended_N, finite = carry
-        valid_NT = positions_T < (lengths_N + count)[:, None]
-        with jax.named_scope("model"):
-            hidden_NTD = model.hidden_states(
-                params, tokens_NT, valid_NT, config=config, compute_dtype=compute_dtype, attention=attention
-            )
-        predictors_N11 = jnp.maximum(lengths_N + count - 1, 0)[:, None, None]
-        hidden_ND = jnp.take_along_axis(hidden_NTD, predictors_N11, axis=1)[:, 0]
-        with jax.named_scope("draw"):
-            logits_NV = jnp.einsum(
-                "ND,VD->NV",
-                hidden_ND,
-                head_VD,
-                preferred_element_type=jnp.float32,
-                precision=jax.lax.Precision.HIGHEST,
-            )
-            keys_now_N = jax.vmap(lambda row_key: jax.random.fold_in(row_key, count))(keys_N)
-            noise_NV = jax.vmap(lambda row_key: jax.random.gumbel(row_key, logits_NV.shape[1:]))(keys_now_N)
-            drawn_N = jnp.argmax(logits_NV + temperature * noise_NV, axis=-1)
-        here_NT = positions_T == (lengths_N + count)[:, None]
-        tokens_NT = jnp.where(here_NT, drawn_N[:, None].astype(tokens_NT.dtype), tokens_NT)
-        finite &= jnp.all(jnp.isfinite(logits_NV) | ended_N[:, None])
-        return count + 1, tokens_NT, ended_N | (drawn_N == eos_id), finite
+        count, drawn_NS, ended_N, finite, hidden_ND, cache = carry
+        tokens_N, finite_N = draw(count, hidden_ND)
+        finite &= jnp.all(finite_N | ended_N)
+        drawn_NS = jax.lax.dynamic_update_slice_in_dim(drawn_NS, tokens_N[:, None], count, axis=1)
+        ended_N |= jnp.isin(tokens_N, jnp.array(decoding.stop_ids, jnp.int32))
+        hidden_ND, cache = model.decode(
+            params, tokens_N, lengths_N + count, cache, config=config, compute_dtype=compute_dtype, layout=layout
+        )
+        return count + 1, drawn_NS, ended_N, finite, hidden_ND, cache
 
     def unfinished(carry):
-        count, _, ended_N, finite = carry
+        count, _, ended_N, finite, *_ = carry
         return (count < steps) & ~jnp.all(ended_N) & finite
 
-    _, tokens_NT, _, finite = jax.lax.while_loop(unfinished, write, (0, tokens_NT, lengths_N == 0, jnp.bool_(True)))
-    return tokens_NT, finite
+    start = (jnp.int32(0), drawn_NS, lengths_N == 0, jnp.bool_(True), hidden_ND, cache)
+    _, drawn_NS, _, finite, *_ = jax.lax.while_loop(unfinished, write, start)
+    return drawn_NS.reshape(-1, returns, steps), finite
 
 
-def _rows(prompts, indices_N: np.ndarray, *, window: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded rows [N, T] and their lengths [N]; an index of -1 gives an empty row."""
-    tokens_NT = np.full((len(indices_N), window), pad_id, np.int32)
-    lengths_N = np.zeros(len(indices_N), np.int32)
-    for row, index in enumerate(indices_N):
-        if index >= 0:
-            lengths_N[row] = len(prompts[index])
-            tokens_NT[row, : lengths_N[row]] = prompts[index]
-    return tokens_NT, lengths_N
+def _draw(logits_NV: Float[Array, "N V"], keys_N, count, decoding: Decoding) -> Int[Array, " N"]:
+    """Draw one token per row."""
+    if decoding.min_new_tokens and decoding.stop_ids:
+        stops_V = jnp.isin(jnp.arange(logits_NV.shape[1]), jnp.array(decoding.stop_ids))
+        logits_NV = jnp.where(stops_V & (count < decoding.min_new_tokens), -jnp.inf, logits_NV)
+    if decoding.temperature == 0:
+        return jnp.argmax(logits_NV, axis=-1).astype(jnp.int32)
+    logits_NV = _cut(logits_NV / decoding.temperature, top_k=decoding.top_k, top_p=decoding.top_p)
+    noise_NV = jax.vmap(lambda key: jax.random.gumbel(key, logits_NV.shape[1:]))(keys_N)
+    return jnp.argmax(logits_NV + noise_NV, axis=-1).astype(jnp.int32)
 
 
-def _longest_prompt(prompts, *, config: model.ModelConfig, special: dict[str, int]) -> int:
+def _cut(logits_NV: Float[Array, "N V"], *, top_k: int, top_p: float) -> Float[Array, "N V"]:
+    """Rule out what is not among the k most probable tokens, and then what a share of top_p can do without.
+
+    The token that reaches top_p stays; ties with the last one that stays do too.
+    """
+    if top_k and top_k < logits_NV.shape[1]:
+        least_N1 = jax.lax.top_k(logits_NV, top_k)[0][:, -1:]
+        logits_NV = jnp.where(logits_NV < least_N1, -jnp.inf, logits_NV)
+    if top_p < 1:
+        sorted_NV = jnp.sort(logits_NV, axis=-1, descending=True)
+        probabilities_NV = jax.nn.softmax(sorted_NV, axis=-1)
+        before_NV = jnp.cumsum(probabilities_NV, axis=-1) - probabilities_NV
+        least_N1 = jnp.min(jnp.where(before_NV < top_p, sorted_NV, jnp.inf), axis=-1, keepdims=True)
+        logits_NV = jnp.where(logits_NV < least_N1, -jnp.inf, logits_NV)
+    return logits_NV
+
+
+def _rows(prompts: Sequence[Sequence[int]], *, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded rows and their lengths; those that fill a batch up are empty."""
+    tokens_PT, lengths_P = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        lengths_P[row] = len(prompt)
+        tokens_PT[row, : len(prompt)] = prompt
+    return tokens_PT, lengths_P
+
+
+def _lengths(longest: int) -> list[int]:
+    """Return the lengths that prompts are padded to: powers of two, and the longest.
+
+    >>> _lengths(100)
+    [16, 32, 64, 100]
+    """
+    powers = [SHORTEST << k for k in range(32) if SHORTEST << k < longest]
+    return [*powers, longest]
+
+
+def _longest_prompt(prompts, *, config: model.ModelConfig, stop_ids: Sequence[int]) -> int:
     """Return the longest prompt's tokens, having checked every id."""
     if not prompts:
         raise ValueError("there is no prompt; give at least one.")
-    for name, token in special.items():
+    for token in stop_ids:
         if not 0 <= token < config.vocab_size:
-            raise ValueError(f"{name}={token} lies outside the model's vocabulary of {config.vocab_size} tokens.")
+            raise ValueError(f"stop id {token} lies outside the model's vocabulary of {config.vocab_size} tokens.")
     for index, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} is empty; a prompt has at least one token, e.g. BOS.")
@@ -204,5 +290,6 @@ def _longest_prompt(prompts, *, config: model.ModelConfig, special: dict[str, in
     return max(len(prompt) for prompt in prompts)
 
 
-def _until_eos(tokens: list[int], eos_id: int) -> list[int]:
-    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
+def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
+    ends = [place for place, token in enumerate(tokens) if token in stop_ids]
+    return tokens[: ends[0] + 1] if ends else tokens

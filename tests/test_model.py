@@ -253,7 +253,11 @@ def test_every_scaling_knob_changes_the_rotation(base, field, values):
         config = model.from_hf_config(LLAMA | {"rope_scaling": base | {field: value}})
         tables.append(
             rope.rotation(
-                config.rope, head_dim=16, max_positions=64, lengths_N=jnp.asarray([T], jnp.int32), positions=T
+                config.rope,
+                head_dim=16,
+                max_positions=64,
+                lengths_N=jnp.asarray([T], jnp.int32),
+                positions_XT=jnp.arange(T)[None],
             )
         )
     assert np.abs(np.asarray(tables[0]) - np.asarray(tables[1])).max() > tolerances.DIFFERENT

@@ -1,4 +1,4 @@
-"""Reward models and fine-tuning: scores, losses and gradients against torch, whole runs, export, the best checkpoint."""
+"""Reward models and fine-tuning: scores, losses and gradients against torch, whole runs, export, best checkpoint."""
 
 import dataclasses
 import json
@@ -11,7 +11,6 @@ from numpy.testing import assert_allclose
 
 from eval import export
 from fpo_jax import attention, checkpoint, data, hf, job, loop, losses, metrics, model, params, rewarding, step
-from fpo_jax import config as configuration
 from tests import tiny, tolerances
 
 

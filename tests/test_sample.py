@@ -1,5 +1,6 @@
 """The sampler against exact probabilities, a step-by-step argmax, and a real model's published greedy text."""
 
+import dataclasses
 import functools
 import json
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fpo_jax import attention, hf, model, params, sample
-from tests import paths
+from fpo_jax import attention, hf, model, params, sample, sharding
+from tests import paths, sampling_oracle, tolerances
 
 PAD, EOS = 0, 2
 PROMPTS = [[1, 4, 5], [3], [6, 7, 8, 9, 10], [1, 9]]
@@ -37,9 +38,11 @@ def tiny(seed=0, spread=0.5):
 def draw(prompts=PROMPTS, **changed):
     """Sample from the tiny model; tests share these sizes where they can, for each other one is a compilation."""
     config, weights = tiny()
-    options = {"max_new_tokens": 5, "temperature": 1.0, "eos_id": EOS, "pad_id": PAD, "seed": 7}
-    options |= {"batch_size": 12, "window": 20} | changed
-    return sample.sample(options.pop("params", weights), prompts, config=config, **options)
+    fields = {"max_new_tokens": 5, "temperature": 1.0, "stop_ids": (EOS,)}
+    fields |= {key: changed.pop(key) for key in list(changed) if key in sample.Decoding.__dataclass_fields__}
+    options = {"seed": 7, "batch_size": 12, "window": 20} | changed
+    weights = options.pop("params", weights)
+    return sample.sample(weights, prompts, config=config, decoding=sample.Decoding(**fields), **options)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -108,7 +111,7 @@ def test_noise_differs_between_seeds_prompts_returns_and_steps():
     assert draw(same, num_return=2, seed=8) != [[a, b], [c, d]]
     _, weights = tiny()
     uniform = dict(weights, head=jnp.zeros_like(weights["head"]))  # a noise shared by all steps would repeat a token
-    (responses,) = draw([[1]], params=uniform, num_return=6, eos_id=10)
+    (responses,) = draw([[1]], params=uniform, num_return=6, stop_ids=(10,))
     assert min(len(set(response)) for response in responses if len(response) == 5) > 1
 
 
@@ -123,31 +126,22 @@ def test_a_response_ends_with_eos_or_at_the_limit():
 
 def test_it_stops_as_soon_as_all_rows_have_ended():
     config, weights = tiny()
-    tokens_NT = np.full((3, 9), PAD, np.int32)
-    tokens_NT[:2, 0] = 1
-    first = int(next_probabilities([1], temperature=1.0).argmax())
-    rows_NT, finite = sample._extend(
+    first = int(next_probabilities([1], temperature=1.0).argmax())  # greedy decoding ends at its first token
+    drawn_PKS, finite = sample._respond(
         weights,
-        tokens_NT,
-        np.array([1, 1, 0], np.int32),  # the third row is padding of the batch
-        np.array([[0, 0], [1, 0], [-1, 0]], np.int32),
-        np.float32(0.0),
-        np.int32(first),  # greedy decoding ends at its first token
+        *(np.array([[1] + [PAD] * 15] * 2 + [[PAD] * 16], np.int32), np.array([1, 1, 0], np.int32)),  # a filler row
+        np.zeros(3, np.int32),
+        np.int32(0),
         jax.random.key(0),
         config=config,
-        steps=8,
+        decoding=sample.Decoding(8, temperature=0.0, stop_ids=(first,)),
+        returns=1,
         compute_dtype="float32",
-        attention=attention.Choice("xla", "for the test"),
+        attention=None,
+        layout=sharding.ONE_DEVICE,
     )
-    np.testing.assert_array_equal(rows_NT[:2], [[1, first, *[PAD] * 7]] * 2)
+    np.testing.assert_array_equal(drawn_PKS[:2, 0], [[first] + [0] * 7] * 2)
     assert finite
-
-
-def test_a_prompt_may_contain_eos_and_pad():
-    (with_specials,) = draw([[EOS, PAD, 4]], temperature=0.0, pad_id=5)
-    (same,) = draw([[EOS, PAD, 4]], temperature=0.0, pad_id=PAD)
-    assert with_specials == same
-    assert with_specials[0][0] == next_probabilities([EOS, PAD, 4], temperature=1.0).argmax()
 
 
 def test_stories_greedy_text_is_reproduced():
@@ -159,10 +153,7 @@ def test_stories_greedy_text_is_reproduced():
         weights,
         [expected[:1]],
         config=config,
-        max_new_tokens=len(expected) - 1,
-        temperature=0.0,
-        eos_id=2,
-        pad_id=0,
+        decoding=sample.Decoding(len(expected) - 1, temperature=0.0, stop_ids=(2,)),
         seed=0,
         batch_size=1,
     )
@@ -172,7 +163,7 @@ def test_stories_greedy_text_is_reproduced():
 def test_non_finite_weights_are_an_error():
     _, weights = tiny()
     broken = dict(weights, head=weights["head"].at[3, 1].set(jnp.nan))
-    with pytest.raises(ValueError, match="logits that are not finite for prompts 0 to 3"):
+    with pytest.raises(ValueError, match="logits that are not finite for prompts \[0, 1, 2, 3\]"):
         draw(params=broken)
 
 
@@ -189,9 +180,19 @@ def test_non_finite_weights_are_an_error():
         ({"temperature": -0.1}, "temperature=-0.1 must be finite and at least 0"),
         ({"temperature": float("nan")}, "temperature=nan must be finite"),
         ({"seed": -1}, r"seed=-1 must lie in \[0, 2\*\*32\)"),
-        ({"eos_id": 11}, "eos_id=11 lies outside the model's vocabulary of 11 tokens"),
-        ({"pad_id": -1}, "pad_id=-1 lies outside"),
-        ({"max_new_tokens": 20, "window": None}, "need 25 positions, window=25 and the model has 24"),
+        ({"stop_ids": (2, 11)}, "stop id 11 lies outside the model's vocabulary of 11 tokens"),
+        ({"max_new_tokens": 20, "window": None}, "need 25 positions, window=24 and the model has 24"),
+        ({"top_k": -1}, "top_k=-1 must be at least 0"),
+        ({"top_p": 0.0}, r"top_p=0.0 must lie in \(0, 1\]"),
+        ({"temperature": 0.0, "top_k": 3}, "temperature=0 is greedy, where top_k and top_p change nothing"),
+        ({"min_new_tokens": 6}, "min_new_tokens=6 must lie between 0 and max_new_tokens=5"),
+        (
+            {
+                "layout": sharding.make_layout(preset="fsdp", data=None, fsdp=None, tensor=None, devices=jax.devices()),
+                "batch_size": 12,
+            },
+            "batch_size=12 is not divisible by 8 devices",
+        ),
         ({"window": 9}, "need 10 positions, window=9"),
         ({"compute_dtype": "int8"}, "compute_dtype int8 is not one of"),
         ({"attention": attention.Choice("flash", "for the test")}, "flash"),
@@ -202,3 +203,112 @@ def test_bad_input_is_named(changed, message):
     prompts = changed.pop("prompts", PROMPTS)
     with pytest.raises(ValueError, match=message):
         draw(prompts, **changed)
+
+
+# --- the cache
+
+
+def test_the_cache_changes_no_token():
+    """Against the sampler that recomputes every window: the same noise, the same tokens."""
+    config, weights = tiny()
+    for temperature in (0.0, 1.0):
+        expected = sampling_oracle.sample(
+            weights, PROMPTS, config=config, max_new_tokens=5, temperature=temperature, eos_id=EOS, pad_id=PAD, seed=7,
+            num_return=3, batch_size=12, window=20,
+        )  # fmt: skip
+        assert draw(temperature=temperature, num_return=3) == expected
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "tensor": 2}])
+def test_hidden_states_against_the_cache_are_those_of_whole_rows(window, mesh):
+    config, weights = tiny()
+    family = "llama" if window is None else "mistral"
+    config = dataclasses.replace(config, family=family, sliding_window=window)
+    layout = sharding.ONE_DEVICE
+    if mesh is not None:
+        layout = sharding.make_layout(preset="fsdp", data=1, **mesh, devices=jax.devices()[:4])
+    random = np.random.default_rng(0)
+    tokens_NT, lengths_N = random.integers(3, 11, size=(4, 12)).astype(np.int32), np.array([1, 5, 7, 2], np.int32)
+    whole_NTD = model.hidden_states(
+        weights, jnp.asarray(tokens_NT), jnp.ones((4, 12), bool), config=config, compute_dtype="float32"
+    )
+    options = {"config": config, "compute_dtype": "float32", "layout": layout}
+    hidden_ND, cache = jax.jit(functools.partial(model.prefill, positions=12, **options))(
+        weights, tokens_NT[:, :8], lengths_N
+    )
+    step = jax.jit(functools.partial(model.decode, **options))
+    for count in range(4):
+        expected_ND = np.take_along_axis(np.asarray(whole_NTD), (lengths_N + count - 1)[:, None, None], axis=1)[:, 0]
+        np.testing.assert_allclose(hidden_ND, expected_ND, rtol=0, atol=tolerances.CACHED)
+        tokens_N = np.take_along_axis(tokens_NT, (lengths_N + count)[:, None], axis=1)[:, 0]
+        hidden_ND, cache = step(weights, tokens_N, lengths_N + count, cache)
+
+
+def test_a_mesh_changes_no_token():
+    config, weights = tiny()
+    layout = sharding.make_layout(preset="fsdp", data=2, fsdp=4, tensor=1, devices=jax.devices())  # V = 11 is odd
+    places = sharding.param_shardings(params.logical_axes(config), weights, mesh=layout.mesh)
+    placed = jax.device_put(weights, places)
+    assert draw(params=placed, num_return=3, layout=layout, batch_size=16) == draw(num_return=3)
+
+
+# --- decoding options
+
+
+CUTS = [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.7}, {"temperature": 0.5, "top_p": 0.9}]
+
+
+@pytest.mark.parametrize("options", CUTS)
+@pytest.mark.parity
+def test_what_is_cut_is_what_transformers_cuts(options):
+    torch = pytest.importorskip("torch", reason="PyTorch is absent")
+    from transformers import generation
+
+    random = np.random.default_rng(1)
+    logits_NV = (random.normal(size=(50, 11)) * 3).astype(np.float32)
+    theirs = torch.tensor(logits_NV)
+    if "temperature" in options:
+        theirs = generation.TemperatureLogitsWarper(options["temperature"])(None, theirs)
+    if "top_k" in options:
+        theirs = generation.TopKLogitsWarper(options["top_k"])(None, theirs)
+    if "top_p" in options:
+        theirs = generation.TopPLogitsWarper(options["top_p"])(None, theirs)
+    ours = sample._cut(
+        jnp.asarray(logits_NV / options.get("temperature", 1.0)),
+        top_k=options.get("top_k", 0),
+        top_p=options.get("top_p", 1.0),
+    )
+    np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs.numpy()))
+    kept = np.isfinite(ours)
+    np.testing.assert_allclose(np.asarray(ours)[kept], theirs.numpy()[kept], rtol=1e-6)
+
+
+def test_frequencies_match_the_cut_probabilities():
+    prompt, count = PROMPTS[0], 6000
+    probabilities = next_probabilities(prompt, temperature=2.0)
+    (responses,) = draw(
+        [prompt], num_return=count, batch_size=2000, max_new_tokens=1, temperature=2.0, top_k=4, top_p=0.8, seed=3
+    )
+    drawn = np.array([response[0] for response in responses])
+    wide = np.argsort(-probabilities)[:4]  # top-k first, then top-p of what is left
+    left = probabilities[wide] / probabilities[wide].sum()
+    kept = wide[: int(np.searchsorted(np.cumsum(left), 0.8)) + 1]
+    wanted = probabilities[kept] / probabilities[kept].sum()
+    assert 1 < len(kept) < 5 and set(drawn) <= set(kept)
+    observed = [(drawn == token).sum() for token in kept]
+    assert scipy.stats.chisquare(observed, count * wanted).pvalue > 1e-3
+
+
+def test_no_stop_token_before_the_minimum_and_any_of_several_stops():
+    stops = tuple(range(9))
+    responses = [response for (response,) in draw([[1, 4, 5]] * 100, stop_ids=stops, min_new_tokens=3)]
+    assert {len(response) for response in responses} == {3, 4, 5}
+    for response in responses:
+        assert not set(response[:-1]) & set(stops)
+
+
+def test_each_prompt_is_reported_when_it_is_done_and_has_its_own_number():
+    whole, told = draw(num_return=2), {}
+    again = draw(PROMPTS[2:], num_return=2, numbers=[2, 3], batch_size=2, done=lambda i, found: told.update({i: found}))
+    assert again == whole[2:] and told == dict(enumerate(whole[2:]))

@@ -89,3 +89,6 @@ BENCHMARK_GRADIENT = 2e-6
 FIGURE_PEAK = 0.0025  # of a density; measured 0.001
 FIGURE_PLACE = 0.25  # along the axis, read off to 0.3 at best; measured 0.15
 FIGURE_MOMENTS = 1e-4  # sums over a grid that ends at +-15; measured 2.5e-5
+
+# Hidden states of one position against a cache and of whole rows: sums in another order. Absolute, at magnitude 3.
+CACHED = 1e-5  # the bound of the issue

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from fpo_jax import attention as attention_module
 from fpo_jax import shapes, sharding
-from fpo_jax.model import decoder
+from fpo_jax.model import caching, decoder
 from fpo_jax.model.configuration import FAMILIES, ModelConfig, filler_id, from_hf_config, head_keys, to_hf_config
 from fpo_jax.model.rope import Rope
 
@@ -23,11 +23,14 @@ __all__ = [
     "FAMILIES",
     "ModelConfig",
     "Rope",
+    "decode",
     "filler_id",
     "from_hf_config",
     "head",
     "head_keys",
     "hidden_states",
+    "logits",
+    "prefill",
     "scores",
     "to_hf_config",
 ]
@@ -71,27 +74,12 @@ def hidden_states(
     Raises:
         ValueError: unknown compute_dtype or remat.
     """
-    dtype = jnp.dtype(compute_dtype)
-    if dtype.name not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype {dtype.name} is not one of {', '.join(COMPUTE_DTYPES)}.")
+    dtype = _checked(compute_dtype)
     if remat not in decoder.REMAT:
         raise ValueError(f"remat {remat!r} is not one of {', '.join(decoder.REMAT)}.")
     if attention is None:
-        attention = attention_module.choose(
-            "auto",
-            platform=jax.default_backend(),
-            dtype=dtype,
-            head_dim=config.head_dim,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            positions=[tokens_NT.shape[1]],
-            sliding_window=config.sliding_window,
-            soft_cap=None,
-            segments=False,
-            layout=layout,
-        )
-    exact = jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
-    with exact:
+        attention = _default_attention(config, dtype, tokens_NT.shape[1], layout)
+    with _exact(dtype):
         return nnx.merge(decoder.graph(config), params)(
             tokens_NT,
             valid_NT,
@@ -102,9 +90,120 @@ def hidden_states(
         )
 
 
+def prefill(
+    params: shapes.PyTree,
+    tokens_NT: Int[jax.Array, "N T"],
+    lengths_N: Int[jax.Array, " N"],
+    *,
+    config: ModelConfig,
+    compute_dtype: jax.typing.DTypeLike,
+    positions: int,
+    returns: int = 1,
+    attention: attention_module.Choice | None = None,
+    layout: sharding.Layout = sharding.ONE_DEVICE,
+) -> tuple[Float[jax.Array, "M D"], caching.Cache]:
+    """Run the decoder over prompts and keep what later tokens will look at.
+
+    Args:
+        params: as for hidden_states.
+        tokens_NT: prompts, right-padded.
+        lengths_N: tokens of each.
+        config: the architecture.
+        compute_dtype: as for hidden_states; the cache has it too.
+        positions: room of the cache, prompt and response.
+        returns: copies of each prompt's row in the result, next to each other.
+        attention: as for hidden_states.
+        layout: as for hidden_states.
+
+    Returns:
+        The hidden state of each row's last token [M, D], M = N * returns (row n * returns + r), and the cache.
+    """
+    dtype = _checked(compute_dtype)
+    if attention is None:
+        attention = _default_attention(config, dtype, tokens_NT.shape[1], layout)
+    valid_NT = jnp.arange(tokens_NT.shape[1]) < lengths_N[:, None]
+    with _exact(dtype):
+        hidden_NTD, cache = nnx.merge(decoder.graph(config), params).prefill(
+            tokens_NT, valid_NT, compute_dtype=dtype, choice=attention, layout=layout
+        )
+    last_N11 = jnp.maximum(lengths_N - 1, 0)[:, None, None]
+    hidden_ND = jnp.take_along_axis(hidden_NTD, last_N11, axis=1)[:, 0]
+    return jnp.repeat(hidden_ND, returns, axis=0), caching.with_room(cache, positions=positions, returns=returns)
+
+
+def decode(
+    params: shapes.PyTree,
+    tokens_N: Int[jax.Array, " N"],
+    positions_N: Int[jax.Array, " N"],
+    cache: caching.Cache,
+    *,
+    config: ModelConfig,
+    compute_dtype: jax.typing.DTypeLike,
+    layout: sharding.Layout = sharding.ONE_DEVICE,
+) -> tuple[Float[jax.Array, "N D"], caching.Cache]:
+    """Run the decoder over one more token of each row.
+
+    Args:
+        params: as for hidden_states.
+        tokens_N: the tokens.
+        positions_N: where they stand, from 0: how many tokens came before. Beyond the cache's room nothing is kept.
+        cache: from prefill or decode.
+        config: the architecture.
+        compute_dtype: as for hidden_states.
+        layout: as for hidden_states.
+
+    Returns:
+        hidden_ND, and the cache with the new position.
+    """
+    dtype = _checked(compute_dtype)
+    with _exact(dtype):
+        return nnx.merge(decoder.graph(config), params).decode(
+            tokens_N, positions_N, cache, compute_dtype=dtype, layout=layout
+        )
+
+
+def _checked(compute_dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    dtype = jnp.dtype(compute_dtype)
+    if dtype.name not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype {dtype.name} is not one of {', '.join(COMPUTE_DTYPES)}.")
+    return dtype
+
+
+def _exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """float32 means float32 on every device."""
+    return jax.default_matmul_precision("highest") if dtype == jnp.float32 else contextlib.nullcontext()
+
+
+def _default_attention(
+    config: ModelConfig, dtype: jnp.dtype, positions: int, layout: sharding.Layout
+) -> attention_module.Choice:
+    return attention_module.choose(
+        "auto",
+        platform=jax.default_backend(),
+        dtype=dtype,
+        head_dim=config.head_dim,
+        heads=config.heads,
+        kv_heads=config.kv_heads,
+        positions=[positions],
+        sliding_window=config.sliding_window,
+        soft_cap=None,
+        segments=False,
+        layout=layout,
+    )
+
+
 def head(params: shapes.PyTree, *, config: ModelConfig) -> Float[jax.Array, "V D"]:
     """Return the LM head [V, D] in the parameters' dtype: the embedding where the two are tied."""
     return params["embed"] if config.tied_head else params["head"]
+
+
+def logits(
+    params: shapes.PyTree, hidden_ND: Float[jax.Array, "N D"], *, config: ModelConfig
+) -> Float[jax.Array, "N V"]:
+    """Return the logits, float32, after one hidden state of each row: for sampling, never for training."""
+    head_VD = head(params, config=config).astype(hidden_ND.dtype)
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.einsum("ND,VD->NV", hidden_ND, head_VD, preferred_element_type=jnp.float32, precision=exact)
 
 
 def scores(

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from fpo_jax import attention, sharding
-from fpo_jax.model import configuration, gpt_neox, llama, parts, rope
+from fpo_jax.model import caching, configuration, gpt_neox, llama, parts, rope
 
 # family -> (one layer, the norm after the last layer)
 _FAMILIES: dict[str, tuple[Callable, Callable]] = {
@@ -22,6 +22,7 @@ _FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "gpt_neox": (gpt_neox.Layer, parts.LayerNorm),
 }
 _LAYER_INPUT = "layer_input"
+_CACHED = attention.Choice("cached", "one query against the cache")
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)  # scan already keeps the recomputation apart
 # What the backward pass keeps of a layer, from most memory and fewest FLOPs to the least memory.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -67,26 +68,80 @@ class Decoder(nnx.Module):
         layout: sharding.Layout,
     ) -> Float[jax.Array, "N T D"]:
         """Return the hidden states after the final norm, in compute_dtype."""
+        context = self._context(jnp.arange(tokens_NT.shape[1])[None], valid_NT, choice, layout)
+        graphdef, layers = nnx.split(self.layers)
+
+        def apply_layer(x_NTD, layer):
+            return nnx.merge(graphdef, layer)(checkpoint_name(x_NTD, _LAYER_INPUT), context), None
+
+        # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless.
+        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), context, compute_dtype)
+        x_NTD, _ = jax.lax.scan(REMAT[remat](apply_layer), x_NTD, layers)
+        return layout.pin(self.final_norm(x_NTD), "rows", "positions", "width")
+
+    def prefill(
+        self,
+        tokens_NT: Int[jax.Array, "N T"],
+        valid_NT: Bool[jax.Array, "N T"],
+        *,
+        compute_dtype: jax.typing.DTypeLike,
+        choice: attention.Choice,
+        layout: sharding.Layout,
+    ) -> tuple[Float[jax.Array, "N T D"], caching.Cache]:
+        """Return the hidden states and the keys and values of all positions."""
+        context = self._context(jnp.arange(tokens_NT.shape[1])[None], valid_NT, choice, layout)
+        graphdef, layers = nnx.split(self.layers)
+
+        def apply_layer(x_NTD, layer):
+            recorder = caching.Recorder()
+            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context._replace(slot=recorder))
+            return x_NTD, (recorder.keys_NTGC, recorder.values_NTGC)
+
+        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), context, compute_dtype)
+        x_NTD, (keys_LNTGC, values_LNTGC) = jax.lax.scan(apply_layer, x_NTD, layers)
+        return self.final_norm(x_NTD), caching.Cache(keys_LNTGC, values_LNTGC)
+
+    def decode(
+        self,
+        tokens_N: Int[jax.Array, " N"],
+        positions_N: Int[jax.Array, " N"],
+        cache: caching.Cache,
+        *,
+        compute_dtype: jax.typing.DTypeLike,
+        layout: sharding.Layout,
+    ) -> tuple[Float[jax.Array, "N D"], caching.Cache]:
+        """Return the hidden state of one more token of each row, and the cache with it."""
+        valid_NT = jnp.ones((tokens_N.shape[0], 1), bool)
+        context = self._context(positions_N[:, None], valid_NT, _CACHED, layout)
+        graphdef, layers = nnx.split(self.layers)
+
+        def apply_layer(carry, layer):
+            x_NTD, cache, number = carry
+            slot = caching.Slot(cache, number, positions_N)
+            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context._replace(slot=slot))
+            return (x_NTD, slot.cache, number + 1), None
+
+        x_NTD = self._embedded(tokens_N[:, None], context, compute_dtype)
+        (x_NTD, cache, _), _ = jax.lax.scan(apply_layer, (x_NTD, cache, jnp.int32(0)), layers)
+        return self.final_norm(x_NTD)[:, 0], cache
+
+    def _context(self, positions_XT, valid_NT, choice: attention.Choice, layout: sharding.Layout) -> parts.Context:
         config = self.config
         cos_XTP, sin_XTP = rope.rotation(
             config.rope,
             head_dim=config.head_dim,
             max_positions=config.max_positions,
             lengths_N=jnp.sum(valid_NT, axis=1, dtype=jnp.int32),
-            positions=tokens_NT.shape[1],
+            positions_XT=positions_XT,
         )
-        context = parts.Context(valid_NT, cos_XTP, sin_XTP, config.sliding_window, choice, layout)
-        graphdef, layers = nnx.split(self.layers)
+        return parts.Context(valid_NT, cos_XTP, sin_XTP, config.sliding_window, choice, layout)
 
-        def apply_layer(x_NTD, layer):
-            return nnx.merge(graphdef, layer)(checkpoint_name(x_NTD, _LAYER_INPUT), context), None
+    def _embedded(self, tokens_NT, context: parts.Context, compute_dtype) -> jax.Array:
+        """The cast follows the gather: its gradient, a scatter-add, then sums in the parameters' own dtype.
 
-        # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless. The cast follows the gather:
-        # its gradient, a scatter-add, then sums in the parameters' own dtype. Ids outside the vocabulary give NaN.
-        tokens_NT = jnp.where(valid_NT, tokens_NT, 0)
-        x_NTD = context.pin_stream(jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype))
-        x_NTD, _ = jax.lax.scan(REMAT[remat](apply_layer), x_NTD, layers)
-        return layout.pin(self.final_norm(x_NTD), "rows", "positions", "width")
+        Ids outside the vocabulary give NaN.
+        """
+        return context.pin_stream(jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype))
 
 
 @functools.lru_cache(maxsize=32)

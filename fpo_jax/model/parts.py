@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from fpo_jax import attention, sharding
-from fpo_jax.model import rope
+from fpo_jax.model import caching, rope
 
 # hidden_act of a Hugging Face config -> function; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -73,18 +73,25 @@ class Context(NamedTuple):
     sliding_window: int | None
     attention: attention.Choice
     layout: sharding.Layout
+    slot: caching.Recorder | caching.Slot | None = None  # the layer's place in a cache, where there is one
 
     def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
         """Rotate queries and keys, then attend with logits scaled by C**-0.5."""
+        q_NTHC = rope.rotate(q_NTHC, self.cos_XTP, self.sin_XTP)
+        k_NTGC = rope.rotate(k_NTGC, self.cos_XTP, self.sin_XTP)
+        options = {"scale": q_NTHC.shape[-1] ** -0.5, "sliding_window": self.sliding_window, "soft_cap": None}
+        if isinstance(self.slot, caching.Slot):
+            return self.slot.attend(q_NTHC, k_NTGC, v_NTGC, **options)
+        if self.slot is not None:
+            self.slot.keys_NTGC, self.slot.values_NTGC = k_NTGC, v_NTGC
         return attention.attend(
-            rope.rotate(q_NTHC, self.cos_XTP, self.sin_XTP),
-            rope.rotate(k_NTGC, self.cos_XTP, self.sin_XTP),
+            q_NTHC,
+            k_NTGC,
             v_NTGC,
             valid_NT=self.valid_NT,
-            scale=q_NTHC.shape[-1] ** -0.5,
-            sliding_window=self.sliding_window,
             choice=self.attention,
             layout=self.layout,
+            **options,
         )
 
     def project(self, equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:

@@ -147,8 +147,13 @@ def rotated_pairs(rope: Rope, *, head_dim: int) -> int:
 
 
 def rotation(
-    rope: Rope, *, head_dim: int, max_positions: int, lengths_N: Int[jax.Array, " N"], positions: int
-) -> tuple[Float[jax.Array, "X T P"], Float[jax.Array, "X T P"]]:
+    rope: Rope,
+    *,
+    head_dim: int,
+    max_positions: int,
+    lengths_N: Int[jax.Array, " N"],
+    positions_XT: Int[jax.Array, "X T"],
+) -> tuple[Float[jax.Array, "Y T P"], Float[jax.Array, "Y T P"]]:
     """Return cos and sin of every angle.
 
     Dynamic scaling depends on how long the text is. Here that is the row's own number of valid tokens, so that
@@ -161,10 +166,10 @@ def rotation(
         head_dim: C.
         max_positions: the config's max_position_embeddings.
         lengths_N: valid tokens of each row.
-        positions: T; every row starts at position 0.
+        positions_XT: of the tokens, from 0; one row for all, or one for each.
 
     Returns:
-        cos and sin, float32, [N, T, P] for dynamic scaling and [1, T, P] otherwise, times yarn's attention factor.
+        cos and sin, float32, times yarn's attention factor; [N, T, P] for dynamic scaling, else [X, T, P].
     """
     pairs = rotated_pairs(rope, head_dim=head_dim)
     if rope.type == "dynamic":
@@ -173,7 +178,7 @@ def rotation(
     else:
         frequencies_P, magnitude = inverse_frequencies(rope, pairs=pairs)
         frequencies_XP = jnp.asarray(frequencies_P)[None]
-    angles_XTP = jnp.arange(positions, dtype=jnp.float32)[None, :, None] * frequencies_XP[:, None, :]
+    angles_XTP = positions_XT.astype(jnp.float32)[:, :, None] * frequencies_XP[:, None, :]
     return jnp.cos(angles_XTP) * magnitude, jnp.sin(angles_XTP) * magnitude
 
 

@@ -1,0 +1,77 @@
+"""Keys and values of earlier positions, so that one more token costs one position.
+
+A layer sees its part through `parts.Context.slot`: a `Recorder` keeps what a forward pass over whole rows computes, a
+`Slot` adds one position to the cache and attends to all of it.
+
+Letter used only here: S positions that a cache has room for.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+
+class Cache(NamedTuple):
+    """Keys (rotated) and values of all layers; positions that a row has not reached hold anything."""
+
+    keys_LNSGC: jax.Array
+    values_LNSGC: jax.Array
+
+
+class Recorder:
+    """Keeps the keys and values of one layer."""
+
+    keys_NTGC: jax.Array
+    values_NTGC: jax.Array
+
+
+class Slot:
+    """One layer's place in a cache, and the position that each row adds; `cache` is the new one afterwards."""
+
+    def __init__(self, cache: Cache, layer: jax.Array, positions_N: Int[jax.Array, " N"]):
+        self.cache, self._layer, self._positions_N = cache, layer, positions_N
+
+    def attend(
+        self,
+        q_NTHC: Float[jax.Array, "N 1 H C"],
+        k_NTGC: Float[jax.Array, "N 1 G C"],
+        v_NTGC: Float[jax.Array, "N 1 G C"],
+        *,
+        scale: float,
+        sliding_window: int | None,
+        soft_cap: float | None,
+    ) -> Float[jax.Array, "N 1 H C"]:
+        """Add the new position and attend to it and those before it; logits and softmax are float32."""
+        rows_N = jnp.arange(q_NTHC.shape[0])
+        place = (self._layer, rows_N, self._positions_N)
+        self.cache = Cache(
+            self.cache.keys_LNSGC.at[place].set(k_NTGC[:, 0].astype(self.cache.keys_LNSGC.dtype)),
+            self.cache.values_LNSGC.at[place].set(v_NTGC[:, 0].astype(self.cache.values_LNSGC.dtype)),
+        )
+        keys_NSGC, values_NSGC = (
+            jax.lax.dynamic_index_in_dim(array, self._layer, keepdims=False).astype(q_NTHC.dtype)
+            for array in self.cache
+        )
+        N, S, G, C = keys_NSGC.shape
+        q_NGMC = q_NTHC.reshape(N, G, -1, C)
+        logits_NGMS = jnp.einsum("NGMC,NSGC->NGMS", q_NGMC, keys_NSGC, preferred_element_type=jnp.float32) * scale
+        if soft_cap is not None:
+            logits_NGMS = soft_cap * jnp.tanh(logits_NGMS / soft_cap)
+        back_NS = self._positions_N[:, None] - jnp.arange(S)
+        seen_NS = (back_NS >= 0) & (back_NS < (S if sliding_window is None else sliding_window))
+        weights_NGMS = jax.nn.softmax(jnp.where(seen_NS[:, None, None], logits_NGMS, -jnp.inf), axis=-1)
+        values_NSGC = jnp.where(seen_NS[:, :, None, None], values_NSGC, 0)  # 0 * NaN of an unused place is NaN
+        out_NGMC = jnp.einsum("NGMS,NSGC->NGMC", weights_NGMS.astype(q_NTHC.dtype), values_NSGC)
+        return out_NGMC.reshape(q_NTHC.shape)
+
+
+def with_room(cache: Cache, *, positions: int, returns: int) -> Cache:
+    """Repeat every row `returns` times, neighbours, and give each row room for `positions`."""
+
+    def one(array: jax.Array) -> jax.Array:
+        array = jnp.repeat(array, returns, axis=1)
+        return jnp.pad(array, ((0, 0), (0, 0), (0, positions - array.shape[2]), (0, 0), (0, 0)))
+
+    return Cache(*map(one, cache))
