@@ -10,18 +10,20 @@ configs/pipelines/ says which there are. Exit codes are those of train.py.
 """
 
 import json
+import logging
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
-from eval import export, generate, label, pipeline_report
-from eval.stages import Stages
+from eval import export, generate, jobfile, label, pipeline_report
+from eval.stages import StageError, Stages
 from fpo_jax import config as configuration
-from fpo_jax import loop, losses
+from fpo_jax import execution, job, loop, losses
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/pipelines/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.")
@@ -58,7 +60,7 @@ class Pipeline:
         for loss in c.losses:
             for seed in c.seeds:
                 name = f"{loss}-seed{seed}"
-                config = self._alignment(loss, seed, model=start, sources=sources)
+                config = self._alignment(loss, seed, model=str(start), sources=sources)
                 aligned = self._train(f"align-{name}", f"Align: {name}", config, export_step=None)
                 scores[name] = self._scored(name, aligned, judge)
         report: dict[str, Any] = {}
@@ -104,7 +106,7 @@ class Pipeline:
 
     def _alignment(self, loss: str, seed: int, *, model: str, sources: dict[str, Any]) -> Any:
         """Return the configuration of one alignment; options that only the recipe's own loss has are left out."""
-        config = _whole(self.config.align, model=str(model), data=sources, tokenizer=self.config.tokenizer)
+        config = _whole(self.config.align, model=model, data=sources, tokenizer=self.config.tokenizer)
         config.seed = seed
         if loss != config.loss.name:
             config.loss.name = loss
@@ -141,12 +143,9 @@ class Pipeline:
         def work(folder: Path) -> str:
             told = []
             for split in splits:
-                told.append(
-                    label.run(
-                        self._label_options(judge, samples / f"{split}.jsonl", folder / f"{split}.jsonl", c.pairing)
-                    )
-                )
-            return "; ".join(f"{split}: {text}" for split, text in zip(splits, told, strict=True))
+                scored = self._label(judge, samples / f"{split}.jsonl", folder / f"{split}.jsonl", pairing=c.pairing)
+                told.append(f"{split}: {scored}")
+            return "; ".join(told)
 
         folder = self._stage("label", "Score them with the reward model", work, inputs=inputs, outputs=_files(splits))
         empty = dict.fromkeys(("train_split", "train_rows", "eval_split", "eval_rows", "subfolder", "revision"), "")
@@ -159,7 +158,7 @@ class Pipeline:
         answers = self._sampled(f"generate-{name}", f"Answer with {name}", model, self.config.generate, [split])
 
         def work(folder: Path) -> str:
-            return label.run(self._label_options(judge, answers / f"{split}.jsonl", folder / "scores.jsonl", ""))
+            return self._label(judge, answers / f"{split}.jsonl", folder / "scores.jsonl", pairing="")
 
         inputs = {"judge": judge, "answers": answers, **self._row_settings()}
         return (
@@ -178,12 +177,60 @@ class Pipeline:
         }
 
         def work(folder: Path) -> str:
-            return "; ".join(
-                generate.run(self._sample_options(model, section, split, folder / f"{split}.jsonl")).text
-                for split in splits
-            )
+            return "; ".join(self._answer(model, section, split, folder / f"{split}.jsonl") for split in splits)
 
         return self._stage(name, title, work, inputs=inputs, outputs=_files(splits))
+
+    def _answer(self, model: Path | str, section: Any, split: str, out: Path) -> str:
+        """Draw the responses to one split's prompts; of several seeds one after the other, then in one line each."""
+        c, parts, told = self.config, [], []
+        for seed in section.seeds:
+            parts.append(out if len(section.seeds) == 1 else out.with_suffix(f".seed{seed}.jsonl"))
+            options = generate.Options(
+                out=parts[-1],
+                model=str(model),
+                data=c.data[split],
+                format=c.data.format,
+                split=c.data[f"{split}_split"],
+                rows=c.data[f"{split}_rows"],
+                subfolder=c.data.subfolder,
+                data_revision=c.data.revision,
+                hh_split=c.data.hh_split,
+                rule=c.data.rule,
+                chat_template=c.tokenizer.chat_template,
+                tokenizer=c.tokenizer.path,
+                eos_token=c.tokenizer.eos_token,
+                max_length=c.data.max_length,
+                seed=seed,
+                compute_dtype=c.align.model.compute_dtype,
+                **{key: value for key, value in section.items() if key != "seeds"},
+            )
+            told.append(generate.run(options).text)
+        if len(parts) > 1:
+            told.append(merge(parts, out))
+        return "; ".join(told)
+
+    def _label(self, judge: Path | str, answers: Path, out: Path, *, pairing: str) -> str:
+        c = self.config
+        options = label.Options(
+            model=str(judge),
+            data=answers,
+            out=out,
+            rule=c.data.rule,
+            chat_template=c.tokenizer.chat_template,
+            tokenizer=c.tokenizer.path,
+            eos_token=c.tokenizer.eos_token,
+            max_length=c.data.max_length,
+            pairing=pairing,
+            compute_dtype=c.align.model.compute_dtype,
+        )
+        return label.run(options).text
+
+    def _row_settings(self) -> dict[str, Any]:
+        """Return what rows for the reward model depend on besides model and texts."""
+        c = self.config
+        rows = {key: c.data[key] for key in ("rule", "max_length")}
+        return {**rows, **c.tokenizer.to_dict(), "compute_dtype": c.align.model.compute_dtype}
 
     def _stage(
         self, name: str, title: str, work: Callable[[Path], str], *, inputs: dict[str, Any], outputs: Sequence[str]
@@ -194,3 +241,72 @@ class Pipeline:
             folder.name, title, lambda: work(folder), inputs=inputs, outputs=[folder / output for output in outputs]
         )
         return folder
+
+
+def merge(parts: Sequence[Path], out: Path) -> str:
+    """Put the responses of several seeds to each prompt in one line; prompts whose responses are all alike are dropped.
+
+    Raises:
+        ValueError: the parts are not of the same prompts in the same order.
+    """
+    kept, alike = [], 0
+    for lines in zip(*map(jobfile.read, parts), strict=True):
+        if len({json.dumps(line["prompt"]) for line in lines}) > 1:
+            raise ValueError(f"{', '.join(part.name for part in parts)} answer different prompts.")
+        texts = [text for line in lines for text in line["completions"]]
+        alike += len(set(texts)) == 1
+        if len(set(texts)) > 1:
+            kept.append({**lines[0], "completions": texts, "finish": [end for line in lines for end in line["finish"]]})
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(out)
+    return f"{len(kept)} prompts of {len(parts)} seeds, {alike} dropped whose answers are all the same"
+
+
+def _whole(section: Any, *, model: str, data: dict[str, Any], tokenizer: Any) -> Any:
+    """Return a training configuration from a pipeline's section and what the pipeline fills in."""
+    c: Any = configuration.default()
+    with c.unlocked():
+        c.update(section.copy_and_resolve_references())
+    c.data.update(data)
+    c.tokenizer.update(tokenizer.copy_and_resolve_references())
+    c.model.path = model
+    return c
+
+
+def _found(config: Any) -> list[str]:
+    """List what is wrong with a training configuration."""
+    try:
+        job.check(config)
+    except ValueError as error:
+        return [line.strip() for line in str(error).splitlines()[1:]]
+    return []
+
+
+def _place(name: str | Path) -> Path | str:
+    """Return a Path for what lies here, whose content then counts, and the name itself for what lies on the hub."""
+    path = Path(name).expanduser()
+    return path if str(name) and path.exists() else str(name)
+
+
+def _files(splits: Sequence[str]) -> list[str]:
+    return [f"{split}.jsonl" for split in splits]
+
+
+def main(_argv: list[str]) -> None:
+    """Run, and turn each outcome into an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    code = 0
+    try:
+        if not _WORKDIR.value:
+            raise ValueError("--workdir is missing; give the folder of the pipeline, new or to be gone on with.")
+        Pipeline(_CONFIG.value, Path(_WORKDIR.value)).run()
+    except (ValueError, StageError, loop.NonFinite, execution.Stopped) as error:
+        print(f"pipeline: {error}", file=sys.stderr)
+        code = {loop.NonFinite: 1, execution.Stopped: 75}.get(type(error), 2)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config"])
+    app.run(main)

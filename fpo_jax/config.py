@@ -15,6 +15,16 @@ from ml_collections import config_dict
 Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
 
 DTYPES = ("float32", "bfloat16")
+FORMATS = (
+    "hh",
+    "chat_pairs",
+    "chat_groups",
+    "json",
+    "tldr",
+    "tldr_sft",
+    "messages",
+    "demonstrations",
+)  # readers of data/records.py
 STAGES = ("sft", "reward", "align")
 
 # Knobs that may change between a checkpoint and its resumption: they do not change the mathematics of any step.
@@ -53,7 +63,7 @@ def default() -> Config:
     c.tokenizer.eos_token = ""  # spelling, where the tokenizer's files name none
 
     c.data = ml_collections.ConfigDict()
-    c.data.format = "json"  # hh | chat_pairs | json
+    c.data.format = "json"  # one of FORMATS
     c.data.train = ""  # file, directory or hub name
     c.data.train_split = ""  # split of a hub or saved data set; "" for a file
     c.data.train_rows = ""  # slice of the rows, "0:1600"; "" = all
@@ -209,7 +219,7 @@ def problems(config: Config) -> list[str]:
     choice("model.compute_dtype", DTYPES)
     choice("model.remat", ("none", "dots", "full", "offload"))
     choice("model.attention", ("auto", "xla", "chunked", "cudnn", "splash"))
-    choice("data.format", ("hh", "chat_pairs", "json"))
+    choice("data.format", FORMATS)
     choice("data.rule", ("chat", "raw"))
     choice("data.truncation", ("keep_end", "keep_start"))
     choice("data.hh_split", ("last_turn", "first_difference"))

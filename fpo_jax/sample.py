@@ -31,7 +31,7 @@ class Decoding:
     temperature: float = 1.0  # 0 = greedy
     top_k: int = 0  # the k most probable tokens alone; 0 = off
     top_p: float = 1.0  # the fewest most probable tokens that together have this probability; 1 = off
-    min_new_tokens: int = 0  # before which no stop token is drawn
+    min_new_tokens: int = 0  # that come before a stop token, at least
     stop_ids: tuple[int, ...] = ()  # tokens that end a response
 
     def __post_init__(self):
@@ -69,7 +69,7 @@ def sample(
     compute_dtype: jax.typing.DTypeLike = "float32",
     attention: attention_module.Choice | None = None,
     layout: sharding.Layout = sharding.ONE_DEVICE,
-    done: Callable[[int, list[list[int]]], None] | None = None,
+    done: Callable[[dict[int, list[list[int]]]], None] | None = None,
 ) -> list[list[list[int]]]:
     """Draw `num_return` responses to every prompt, token by token, from softmax(logits / temperature), cut to top-k, p.
 
@@ -93,7 +93,7 @@ def sample(
         compute_dtype: of the forward pass and of the cache; logits and noise are float32.
         attention: as for model.hidden_states.
         layout: where rows and heads live on a mesh; `params` lie there already.
-        done: called with (index, responses) of each prompt as soon as it has them all; in any order.
+        done: called with {index: responses} of every batch of prompts as soon as they have them all; in any order.
 
     Returns:
         responses[p][r]: token ids without the prompt, the stop token included as the last one where the model wrote
@@ -152,8 +152,7 @@ def sample(
                 rows = drawn_KT[: num_return - first]
                 responses[index] += [_until_stop(row, decoding.stop_ids) for row in rows]
         if done is not None:
-            for index in indices:
-                done(index, responses[index])
+            done({index: responses[index] for index in indices})
     return responses
 
 

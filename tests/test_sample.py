@@ -301,14 +301,15 @@ def test_frequencies_match_the_cut_probabilities():
 
 
 def test_no_stop_token_before_the_minimum_and_any_of_several_stops():
-    stops = tuple(range(9))
-    responses = [response for (response,) in draw([[1, 4, 5]] * 100, stop_ids=stops, min_new_tokens=3)]
-    assert {len(response) for response in responses} == {3, 4, 5}
-    for response in responses:
-        assert not set(response[:-1]) & set(stops)
+    _, weights = tiny()
+    uniform, stops = dict(weights, head=jnp.zeros_like(weights["head"])), (EOS, 3, 4, 5)
+    responses = [tokens for (tokens,) in draw([[1]] * 100, params=uniform, stop_ids=stops, min_new_tokens=3)]
+    assert {len(tokens) for tokens in responses} == {4, 5}  # stop tokens are not counted, as in transformers
+    assert not any(set(tokens[:-1]) & set(stops) for tokens in responses)
+    assert {tokens[-1] for tokens in responses if len(tokens) < 5} == set(stops)
 
 
 def test_each_prompt_is_reported_when_it_is_done_and_has_its_own_number():
     whole, told = draw(num_return=2), {}
-    again = draw(PROMPTS[2:], num_return=2, numbers=[2, 3], batch_size=2, done=lambda i, found: told.update({i: found}))
+    again = draw(PROMPTS[2:], num_return=2, numbers=[2, 3], batch_size=2, done=told.update)
     assert again == whole[2:] and told == dict(enumerate(whole[2:]))

@@ -1,8 +1,8 @@
 """What every pipeline has: a section for each of its stages, and what they share stated once.
 
-A pipeline is a ConfigDict. `sft`, `reward` and `align` are configurations of train.py without the keys that the pipeline
-fills in itself: where the data lie and how rows are cut (section `data`, and `demonstrations` for SFT), the tokenizer,
-which model a stage starts from, and the seed of the alignment (`seeds`). `sample` and `generate` are options of
+A pipeline is a ConfigDict. `sft`, `reward` and `align` are configurations of train.py without the keys that it fills in
+itself: where the data lie and how rows are cut (section `data`, and `demonstrations` for SFT), the tokenizer, which
+model a stage starts from, and the seed of the alignment (`seeds`). `sample` and `generate` are options of
 `eval.generate`. A stage is run if its section is there. `python -m eval.pipeline` runs it.
 """
 

@@ -3,7 +3,7 @@
 Command   python -m eval.pipeline --config configs/pipelines/on_policy_ultrafeedback.py --workdir runs/on_policy
           --config.reward_model=<sequence classifier>
 Stages    one sample of every unique prompt, sorted, with each of five seeds at temperature 0.8 and top-p 0.95; prompts
-          whose five answers are all the same dropped; rewards; best against worst; alignment; answers to the test prompts
+          whose five answers are all the same dropped; rewards; best against worst; alignment; answers to test prompts
 Original  SimPO's recipe: vLLM, then ArmoRM-Llama3-8B (custom code, which is never run here: give a reward model with a
           plain head, such as one of this project); ties may make one answer both chosen and rejected, and no test split
           is made; here such groups are dropped and counted

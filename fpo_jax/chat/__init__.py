@@ -5,7 +5,7 @@ tokenizer   load a tokenizer; encode so that text in the data can never become a
 rules       the two ways of building rows (`raw`, `chat`) and their truncation
 """
 
-from fpo_jax.chat.rules import Row, chat_rows, chat_texts, fit_chat, fit_raw, raw_rows
+from fpo_jax.chat.rules import Row, chat_rows, chat_texts, fit_chat, fit_raw, generation_prompts, raw_rows
 from fpo_jax.chat.templates import CHAT_TEMPLATES
 from fpo_jax.chat.tokenizer import Encoder, encode, encoder, load_tokenizer
 
@@ -19,6 +19,7 @@ __all__ = [
     "encoder",
     "fit_chat",
     "fit_raw",
+    "generation_prompts",
     "load_tokenizer",
     "raw_rows",
 ]

@@ -34,6 +34,7 @@ Message = dict[str, str]
 
 TRUNCATION_MODES = ("keep_end", "keep_start")
 _TEMPLATE_DATE = datetime.datetime(2024, 7, 26)  # the date Llama-3.1's template writes when it is given none
+_ANSWER = "fpo-answer"  # stands for an answer while its beginning is looked for
 _DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -193,6 +194,37 @@ def chat_texts(
                 f"with response: ...{full[max(len(prompt_text) - 80, 0) : len(prompt_text) + 20]!r}"
             )
     return prompt_text, full_texts
+
+
+def generation_prompts(
+    encoder: Encoder, prompts: Sequence[str | list[Message]], *, rule: str, auto_insert_empty_system: bool = True
+) -> list[list[int]]:
+    """Return the token ids to continue, so that these and the response's are what training would make of both.
+
+    Under rule `chat` they go on to the assistant's header, which training counts to the response: what the template
+    writes before an answer, without a space that belongs to the answer's first token. Nothing is cut.
+
+    Args:
+        encoder: of the tokenizer; of one with a chat template for rule `chat`.
+        prompts: plain texts, or conversations for rule `chat`.
+        rule: `raw` or `chat`.
+        auto_insert_empty_system: as for chat_rows; for rule `chat` only.
+
+    Raises:
+        ValueError: reserved characters in a text, no chat template, a template that refuses the conversation.
+    """
+    if rule == "raw":
+        texts = [tokens.refuse_reserved(prompt) if isinstance(prompt, str) else _no_messages() for prompt in prompts]
+    else:
+        texts = []
+        for prompt in prompts:
+            whole = chat_texts(encoder, prompt, [_ANSWER], auto_insert_empty_system=auto_insert_empty_system)[1][0]
+            texts.append(whole[: whole.rindex(_ANSWER)].rstrip(" "))
+    return [_begin(ids, encoder) for ids in tokens.encode(encoder, texts)]
+
+
+def _no_messages():
+    raise ValueError("rule='raw' takes plain text, and a prompt holds messages; use rule='chat'")
 
 
 def fit_raw(

@@ -5,7 +5,17 @@ their rewards and the file and line it came from, beside a list of what was drop
 
     hh          columns chosen, rejected: whole transcripts ("\n\nHuman: ...\n\nAssistant: ...")
     chat_pairs  columns chosen, rejected (and prompt, unused): message lists; the last turn is the response
+    chat_groups columns prompt, all_generated_responses, all_rm_scores: the answers of princeton-nlp's sets, rewarded
     json        columns prompt, chosen, rejected, or prompt, completions, rewards: texts or messages
+    tldr        columns info, summaries, choice: comparisons of summarize-from-feedback
+    tldr_sft    columns subreddit, title, post, summary: a demonstration
+    messages    column messages: a conversation (UltraChat); each of its assistant turns is a demonstration, given what
+                came before, so that all of them are trained on
+    demonstrations  columns prompt and completion (or chosen), texts or messages
+    prompts     column prompt: for generation, without responses
+
+Demonstrations have one response and are for fine-tuning (data.group_size=1); every other format serves it too, with the
+best response of each record.
 
 A file is JSON Lines or one JSON list, gzipped or not. Readers judge form only; what is empty, identical or too long is
 the business of `prepare`.
@@ -61,7 +71,7 @@ def read(
     Args:
         source: a file; a directory (its files `*.json`, `*.jsonl`, gzipped or not, in the order of their names, or
             what `datasets.save_to_disk` wrote); or a hub name `owner/name`. A path that does not exist is an error.
-        format: `hh`, `chat_pairs` or `json`.
+        format: one of those above.
         split: of a hub name or saved data set; in a directory, the files named `split.*` or `split-*`.
         hh_split: `last_turn` or `first_difference` (see `transcripts`); for format `hh` only.
         on_bad_row: `error` stops, naming the first ten; `skip` drops and counts them, up to one in a thousand
@@ -106,6 +116,9 @@ def read(
             noted.setdefault(found.note, []).append(where)
         if isinstance(found, transcripts.Dropped):
             dropped.setdefault(found.reason, []).append(where)
+        elif found.more:
+            parts = [found, *found.more]
+            rows += [Record(*part[:3], f"{where}#{number}") for number, part in enumerate(parts)]
         else:
             rows.append(Record(found.prompt, found.responses, found.rewards, where))
     _check_problems(problems, count, on_bad_row)
@@ -119,6 +132,7 @@ class _Parsed(NamedTuple):
     responses: Sequence[str | Message]
     rewards: Sequence[float]
     note: str = ""
+    more: Sequence["_Parsed"] = ()  # other records of the same row
 
 
 def _parse_hh(row: dict[str, Any], hh_split: str) -> _Parsed | transcripts.Dropped:
@@ -165,11 +179,79 @@ def _parse_json(row: dict[str, Any], _: str) -> _Parsed:
     return _Parsed(prompt, read_responses, [_reward(reward, index) for index, reward in enumerate(rewards)])
 
 
+def _parse_chat_groups(row: dict[str, Any], _: str) -> _Parsed:
+    _want(row, "prompt", "all_generated_responses", "all_rm_scores")
+    return _parse_json(
+        {"prompt": row["prompt"], "completions": row["all_generated_responses"], "rewards": row["all_rm_scores"]}, _
+    )
+
+
+def _tldr_prompt(post: dict[str, Any], name: str) -> str:
+    _want(post, "subreddit", "title", "post")
+    subreddit, title, text = (_text(post[key], f"{name}{key}") for key in ("subreddit", "title", "post"))
+    return f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {text}\nTL;DR:"
+
+
+def _parse_tldr(row: dict[str, Any], _: str) -> _Parsed | transcripts.Dropped:
+    """Summaries follow the prompt after one space, stripped."""
+    _want(row, "info", "summaries", "choice")
+    summaries, choice = row["summaries"], row["choice"]
+    if not isinstance(row["info"], dict):
+        raise BadRow(f"info must be an object, not {_kind(row['info'])}")
+    if row["info"].get("post") is None:  # news articles of the same set have none
+        return transcripts.Dropped("no_post")
+    if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(one, dict) for one in summaries):
+        raise BadRow("summaries must be a list of two objects with text")
+    if type(choice) is not int or choice not in (0, 1):
+        raise BadRow(f"choice must be 0 or 1, not {choice!r}")
+    texts = [" " + _text(one.get("text"), f"summaries[{index}].text").strip() for index, one in enumerate(summaries)]
+    return _Parsed(_tldr_prompt(row["info"], "info."), [texts[choice], texts[1 - choice]], [1.0, 0.0])
+
+
+def _parse_tldr_sft(row: dict[str, Any], _: str) -> _Parsed:
+    """The summary follows after one space, as in the comparisons; the original adds none."""
+    _want(row, "summary")
+    note = "leading_space" if _text(row["summary"], "summary").startswith(" ") else ""
+    return _Parsed(_tldr_prompt(row, ""), [" " + row["summary"].strip()], [1.0], note)
+
+
+def _parse_messages(row: dict[str, Any], _: str) -> _Parsed:
+    _want(row, "messages")
+    turns = _messages(row["messages"], "messages")
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers or answers[0] == 0:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise BadRow(f"messages must be a prompt and an assistant turn after it, but its turns are {roles}")
+    first, *more = (_Parsed(turns[:index], [turns[index]], [1.0]) for index in answers)
+    return first._replace(more=more)
+
+
+def _parse_demonstrations(row: dict[str, Any], _: str) -> _Parsed:
+    name = "completion" if "completion" in row else "chosen"
+    _want(row, "prompt", name)
+    prompt = row["prompt"]
+    prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
+    return _Parsed(prompt, [_response(row[name], prompt, 0)], [1.0])
+
+
+def _parse_prompts(row: dict[str, Any], _: str) -> _Parsed:
+    _want(row, "prompt")
+    prompt = row["prompt"]
+    return _Parsed(_text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt"), [], [])
+
+
 _PARSERS: dict[str, Callable[[dict[str, Any], str], _Parsed | transcripts.Dropped]] = {
     "hh": _parse_hh,
     "chat_pairs": _parse_chat_pairs,
+    "chat_groups": _parse_chat_groups,
     "json": _parse_json,
+    "tldr": _parse_tldr,
+    "tldr_sft": _parse_tldr_sft,
+    "messages": _parse_messages,
+    "demonstrations": _parse_demonstrations,
+    "prompts": _parse_prompts,
 }
+FORMATS = tuple(name for name in _PARSERS if name != "prompts")  # that one can train on
 
 
 def _columns(row: Any) -> dict[str, Any]:

@@ -1,0 +1,428 @@
+"""Answer prompts with a model: `python -m eval.generate --model DIR --data prompts.jsonl --out answers.jsonl`.
+
+The model is a Hugging Face directory, a hub name, the newest (or any) checkpoint of a run, or whatever an
+OpenAI-compatible server serves; the file that comes out is the same: one line per prompt with `prompt`, `completions`
+and, for each completion, how it ended and how many tokens it has. A prompt that leaves no room for the answer loses its
+beginning, as token ids, and is counted. The same command goes on where it was and does nothing when all is done.
+
+Exit codes: 0 finished; 1 prompts are left that the server did not answer; 2 the input cannot be used; 75 stopped by a
+signal with everything saved.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import tqdm
+
+from eval import jobfile
+from eval import options as command_line
+from eval import server as servers
+from fpo_jax import chat, checkpoint, data, execution, hf, model, params, sample, sharding
+from fpo_jax import config as configuration
+
+log = logging.getLogger("fpo_jax")
+
+DEDUP = ("none", "consecutive", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to answer, with what, and how. Paths and names as on the command line."""
+
+    out: Path
+    data: str
+    model: str = ""  # directory or hub name; or workdir, or server
+    revision: str = ""
+    workdir: str = ""  # of a training run
+    step: str = ""  # of that run: a number, best, or "" = the newest
+    server: str = ""  # URL up to /v1
+    server_model: str = ""
+    api_key_env: str = ""
+    concurrency: int = 16
+    format: str = "prompts"
+    split: str = ""
+    rows: str = ""
+    subfolder: str = ""
+    data_revision: str = ""
+    hh_split: str = "last_turn"
+    tokenizer: str = ""  # "" = the model's
+    rule: str = "raw"
+    chat_template: str = ""
+    eos_token: str = ""
+    max_length: int = 0  # prompt and response; 0 = the model's window
+    num_prompts: int = 0  # after deduplication; 0 = all
+    dedup: str = "none"
+    num_return: int = 1
+    seed: int = 0
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()  # besides the tokenizer's EOS and the model's
+    stop_strings: tuple[str, ...] = ()  # a response ends before the first of them
+    batch_size: int = 64  # rows of a pass, per device
+    compute_dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a job did."""
+
+    prompts: int
+    done_before: int
+    failed: int  # the server gave no answer
+    cut: int  # prompts that lost their beginning
+    completions: int
+    tokens: int
+    stopped: int  # completions that ended by themselves
+    seconds: float
+
+    @property
+    def text(self) -> str:
+        """In a few words."""
+        if self.done_before == self.prompts:
+            return f"{self.prompts} prompts, all done before"
+        rate = f", {self.tokens / self.seconds:,.0f} tokens/s" if self.tokens else ""
+        cut = f", {self.cut} prompts cut" if self.cut else ""
+        ended = f", {self.stopped / self.completions:.0%} ended by themselves" if self.completions else ""
+        return f"{self.prompts} prompts, {self.completions} new completions{ended}{cut}{rate}"
+
+
+class _Prompt:
+    """One prompt of the job, with its token ids where a model here answers it."""
+
+    def __init__(self, index: int, record: data.Record):
+        self.index, self.text, self.source = index, record.prompt, record.source
+        self.ids: list[int] = []
+        self.cut = 0
+
+
+def run(options: Options) -> Summary:
+    """Do what is not done.
+
+    Raises:
+        ValueError: an option, the data or the model cannot be used; or the file belongs to another job.
+        execution.Stopped: a signal; what was answered is saved.
+    """
+    decoding = _decoding(options, ())
+    _check(options)
+    prompts = _prompts(options)
+    if options.server:
+        return _with_server(options, prompts, decoding)
+    return _with_model(options, prompts)
+
+
+def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
+    source, config, load, fingerprint = _model(options)
+    tokenizer = chat.load_tokenizer(
+        options.tokenizer or source,
+        chat_template=options.chat_template or None,
+        eos_token=options.eos_token or None,
+    )
+    encoder = chat.encoder(tokenizer)
+    decoding = _decoding(options, (encoder.eos_id, *config.eos_ids))
+    window = options.max_length or config.max_positions
+    if window > config.max_positions:
+        raise ValueError(f"--max-length={window} exceeds the model's window of {config.max_positions} tokens.")
+    room = window - decoding.max_new_tokens
+    if room < 1:
+        raise ValueError(f"--max-new-tokens={decoding.max_new_tokens} leaves no room for a prompt in {window} tokens.")
+    _tokenize(prompts, encoder, options.rule, room)
+    job = _job(options, prompts) | {"model": fingerprint(), "stop_ids": list(decoding.stop_ids)}
+    with jobfile.JobFile(options.out, job) as file, execution.StopRequest() as stop:
+        left = _left(file, prompts)
+        if not left:
+            return _summary(file, prompts, before=len(prompts), seconds=0.0)
+        layout = sharding.make_layout(preset="fsdp", data=None, fsdp=None, tensor=None, devices=jax.devices())
+        assert layout.mesh is not None
+        abstract = params.abstract(config, "float32")
+        places = sharding.param_shardings(params.logical_axes(config), abstract, mesh=layout.mesh)
+        weights = load(places)
+        before, started = len(prompts) - len(left), time.perf_counter()
+        bar = tqdm.tqdm(total=len(left), unit="prompt", disable=not execution.progress_shown(), dynamic_ncols=True)
+
+        def done(found: dict[int, list[list[int]]]) -> None:
+            for place, responses in found.items():
+                file.append(_line(left[place], responses, tokenizer, decoding, options.stop_strings))
+            bar.update(len(found))
+            if (asked := stop.agreed()) and len(file.done) < len(prompts):
+                raise execution.Stopped(f"{asked}: {len(file.done)} of {len(prompts)} prompts are answered and saved.")
+
+        with bar:
+            sample.sample(
+                weights,
+                [prompt.ids for prompt in left],
+                config=config,
+                decoding=decoding,
+                seed=options.seed,
+                num_return=options.num_return,
+                batch_size=options.batch_size * layout.row_ways,
+                window=window,
+                numbers=[prompt.index for prompt in left],
+                compute_dtype=options.compute_dtype,
+                layout=layout,
+                done=done,
+            )
+        file.finish()
+        return _summary(file, prompts, before=before, seconds=time.perf_counter() - started)
+
+
+def _with_server(options: Options, prompts: list[_Prompt], decoding: sample.Decoding) -> Summary:
+    server = servers.Server(
+        servers.checked_url(options.server), options.server_model, servers.Secret(options.api_key_env)
+    )
+    job = _job(options, prompts) | {"model": f"{options.server} {options.server_model}"}
+    asked: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
+    asked |= {"top_p": decoding.top_p, "n": options.num_return}
+    extra = {"top_k": decoding.top_k, "min_tokens": decoding.min_new_tokens, "stop": list(options.stop_strings)}
+    extra["stop_token_ids"] = list(options.stop_ids)
+    asked |= {key: value for key, value in extra.items() if value}
+
+    def answer(prompt: _Prompt) -> dict[str, Any] | str:
+        text = prompt.text
+        if options.rule == "chat" and isinstance(text, str):
+            text = [{"role": "user", "content": text}]
+        try:
+            found = server.responses(text, asked | {"seed": options.seed + prompt.index})
+        except servers.Failed as error:
+            return f"{prompt.source}: {error}"
+        completions, ends = [text for text, _ in found], [end for _, end in found]
+        return {**_head(prompt), "completions": completions, "finish": ends}
+
+    with jobfile.JobFile(options.out, job) as file, execution.StopRequest() as stop:
+        left = _left(file, prompts)
+        before, started, failures = len(prompts) - len(left), time.perf_counter(), []
+        pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
+        bar = tqdm.tqdm(total=len(left), unit="prompt", disable=not execution.progress_shown(), dynamic_ncols=True)
+        with bar, pool:
+            for found in _bounded(pool, answer, left, 2 * options.concurrency):
+                bar.update(1)
+                if isinstance(found, str):
+                    failures.append(found)
+                    log.warning("no answer: %s", found)
+                else:
+                    file.append(found)
+                if asked_to_stop := stop.agreed():
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise execution.Stopped(f"{asked_to_stop}: {len(file.done)} of {len(prompts)} prompts are saved.")
+        if left and not failures:
+            file.finish()
+        seconds = time.perf_counter() - started
+        return _summary(file, prompts, before=before, seconds=seconds, failed=len(failures))
+
+
+def _bounded(pool: concurrent.futures.Executor, work, items: Sequence, waiting: int) -> Iterator:
+    """Yield the results of `work` as they come, with at most `waiting` items handed in."""
+    rest = iter(items)
+    running = {pool.submit(work, item) for item in itertools.islice(rest, waiting)}
+    while running:
+        done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+        running |= {pool.submit(work, item) for item in itertools.islice(rest, len(done))}
+        yield from (future.result() for future in done)
+
+
+def _check(options: Options) -> None:
+    """Raise ValueError for options that contradict each other or do not apply."""
+    problems = []
+    given = [name for name in ("model", "workdir", "server") if getattr(options, name)]
+    if len(given) != 1:
+        problems.append(f"give one of --model, --workdir and --server, not {' and '.join(given) or 'none'}")
+    if options.step and not options.workdir:
+        problems.append("--step belongs to --workdir")
+    if options.server and not options.server_model:
+        problems.append("--server needs --server-model, the model's name there")
+    if not options.server and (options.server_model or options.api_key_env):
+        problems.append("--server-model and --api-key-env belong to --server")
+    if options.server and (options.chat_template or options.tokenizer or options.max_length):
+        problems.append("--chat-template, --tokenizer and --max-length are the server's business; leave them out")
+    if options.rule not in ("raw", "chat"):
+        problems.append(f"--rule={options.rule!r} is not one of raw, chat")
+    if options.chat_template and options.rule != "chat":
+        problems.append("--chat-template belongs to --rule=chat")
+    if options.dedup not in DEDUP:
+        problems.append(f"--dedup={options.dedup!r} is not one of {', '.join(DEDUP)}")
+    for name, least in (("num_prompts", 0), ("num_return", 1), ("batch_size", 1), ("concurrency", 1)):
+        if getattr(options, name) < least:
+            problems.append(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least {least}")
+    if options.compute_dtype not in model.COMPUTE_DTYPES:
+        problems.append(f"--compute-dtype={options.compute_dtype!r} is not one of {', '.join(model.COMPUTE_DTYPES)}")
+    if "" in options.stop_strings:
+        problems.append("a stop string is empty")
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+
+
+def _decoding(options: Options, ends: Sequence[int]) -> sample.Decoding:
+    return sample.Decoding(
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_new_tokens=options.min_new_tokens,
+        stop_ids=tuple(dict.fromkeys((*ends, *options.stop_ids))),
+    )
+
+
+def _prompts(options: Options) -> list[_Prompt]:
+    """Read the prompts, leave out repeated ones, and number the rest."""
+    rows = configuration.row_slice(options.rows)
+    records = data.read(
+        options.data,
+        format=options.format,
+        split=options.split or None,
+        hh_split=options.hh_split,
+        start=rows.start or 0,
+        stop=rows.stop,
+        data_dir=options.subfolder or None,
+        revision=options.data_revision or None,
+    )
+    kept, seen, last = [], set(), None
+    for record in records.rows:
+        key = json.dumps(record.prompt, sort_keys=True)
+        repeated = {"none": False, "consecutive": key == last, "all": key in seen}[options.dedup]
+        last = key
+        seen.add(key)
+        if not repeated:
+            kept.append(_Prompt(len(kept), record))
+    if not kept:
+        raise ValueError(f"{options.data} has no prompt that can be used.")
+    return kept[: options.num_prompts or None]
+
+
+def _model(options: Options) -> tuple[Path, model.ModelConfig, Any, Any]:
+    """Return where the tokenizer lies, the architecture, a function that loads the weights, and their fingerprint's."""
+    dtype = options.compute_dtype
+    if options.model:
+        source = hf.local_dir(options.model, revision=options.revision or None)
+        config = hf.read_config(source)
+        _refuse_reward(config, source)
+
+        def load(places):
+            return hf.load_params(source, config, dtype=dtype, shardings=places)
+
+        return source, config, load, lambda: hf.weights_fingerprint(source)
+    step = None if not options.step else checkpoint.BEST if options.step == checkpoint.BEST else int(options.step)
+    tree, meta = checkpoint.restore_params(Path(options.workdir), step)
+    source = Path(meta["model_dir"])
+    config = hf.read_config(source)
+    if meta["config"]["stage"] == "reward":
+        raise ValueError(f"{options.workdir} trains a reward model, which writes no answers.")
+
+    def place(leaf, where):
+        return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index].read().result().astype(dtype))
+
+    fingerprint = json.dumps([meta["fingerprints"], meta["step"], meta["config"]], sort_keys=True)
+    digest = hashlib.sha256(fingerprint.encode()).hexdigest()
+    return source, config, lambda places: jax.tree.map(place, tree, places), lambda: digest
+
+
+def _refuse_reward(config: model.ModelConfig, source: Path) -> None:
+    if config.reward_head:
+        raise ValueError(f"{source} is a reward model, which writes no answers.")
+
+
+def _tokenize(prompts: list[_Prompt], encoder: chat.Encoder, rule: str, room: int) -> None:
+    """Give every prompt its ids; one too long loses its beginning, but for a BOS that the tokenizer itself adds."""
+    ids = chat.generation_prompts(encoder, [prompt.text for prompt in prompts], rule=rule)
+    for prompt, whole in zip(prompts, ids, strict=True):
+        if not whole:
+            raise ValueError(f"{prompt.source}: the prompt is empty; a model needs at least one token.")
+        opening = whole[:1] if encoder.adds_bos and whole[:1] == [encoder.bos_id] else []
+        body = whole[len(opening) :]
+        kept = body[max(0, len(body) - (room - len(opening))) :]
+        prompt.ids, prompt.cut = opening + kept, len(body) - len(kept)
+
+
+def _job(options: Options, prompts: list[_Prompt]) -> dict[str, Any]:
+    """Return everything that the answers depend on, but for the model."""
+    digest = hashlib.sha256(json.dumps([prompt.text for prompt in prompts], sort_keys=True).encode()).hexdigest()
+    kept = ("rule", "chat_template", "max_length", "num_return", "seed", "max_new_tokens", "temperature", "top_k")
+    kept += ("top_p", "min_new_tokens", "stop_ids", "stop_strings", "compute_dtype")
+    return {"prompts": f"{len(prompts)} {digest}", **{name: getattr(options, name) for name in kept}}
+
+
+def _left(file: jobfile.JobFile, prompts: list[_Prompt]) -> list[_Prompt]:
+    """Return what is to be done, and say what was."""
+    if file.repaired:
+        log.info(file.repaired)
+    if file.finished:
+        log.info("%s: all %d prompts are answered", file.path, len(prompts))
+        return []
+    if file.done:
+        log.info("%s: %d of %d prompts are answered", file.path, len(file.done), len(prompts))
+    return [prompt for prompt in prompts if prompt.index not in file.done]
+
+
+def _head(prompt: _Prompt) -> dict[str, Any]:
+    return {"index": prompt.index, "source": prompt.source, "prompt": prompt.text}
+
+
+def _line(prompt: _Prompt, responses: list[list[int]], tokenizer, decoding: sample.Decoding, stops) -> dict[str, Any]:
+    """Return the line of one prompt; a text is what the response's tokens add to the prompt's."""
+    texts, ends = [], []
+    for ids in responses:
+        stopped = ids[-1] in decoding.stop_ids
+        text = _text(tokenizer, prompt.ids, ids[:-1] if stopped else ids)
+        places = [place for stop in stops if (place := text.find(stop)) >= 0]
+        texts.append(text[: min(places)] if places else text)
+        ends.append("stop" if stopped or places else "length")
+    line = {**_head(prompt), "completions": texts, "finish": ends, "tokens": [len(ids) for ids in responses]}
+    return line | ({"prompt_cut": prompt.cut} if prompt.cut else {})
+
+
+def _text(tokenizer, prompt: list[int], response: list[int]) -> str:
+    """Decode a response in its place: a SentencePiece tokenizer drops a leading space from a text of its own."""
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    tail = prompt[-8:]  # enough for the context of a first character
+    before, whole = decode(tail), decode([*tail, *response])
+    return whole[len(before) :] if whole.startswith(before) else decode(response)
+
+
+def _summary(file: jobfile.JobFile, prompts: list[_Prompt], *, before: int, seconds: float, failed: int = 0) -> Summary:
+    fresh = collections.Counter()
+    if file.finished and before < len(prompts):
+        for line in jobfile.read(file.path):
+            fresh["completions"] += len(line["completions"])
+            fresh["stopped"] += line["finish"].count("stop")
+            fresh["tokens"] += sum(line.get("tokens", ()))
+    cut = sum(prompt.cut > 0 for prompt in prompts)
+    numbers = {name: fresh[name] for name in ("completions", "tokens", "stopped")}
+    return Summary(prompts=len(prompts), done_before=before, failed=failed, cut=cut, seconds=seconds, **numbers)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as the command line says; return the exit status."""
+    options = command_line.parse(Options, arguments, program="eval.generate", about=__doc__)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    try:
+        summary = run(options)
+    except ValueError as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    except execution.Stopped as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 75
+    print(f"{options.out}: {summary.text}")
+    if summary.failed:
+        print(f"generate: {summary.failed} prompts without an answer; the same command asks again.", file=sys.stderr)
+    return int(summary.failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

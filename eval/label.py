@@ -1,0 +1,227 @@
+"""Score responses with a reward model: `python -m eval.label --model RM --data answers.jsonl --out labelled.jsonl`.
+
+Lines with `prompt` and `completions` in, the same with `rewards` out, which is what the trainer reads as format `json`;
+with --pairing best_worst, `prompt`, `chosen` and `rejected` out. A score is the reward model's at the last token of
+prompt + response, on rows built as its training built them. Lines are written as they are scored: the same command goes
+on where it was, and does nothing when all is done. Exit codes are those of eval.generate.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tqdm
+
+from eval import jobfile
+from eval import options as command_line
+from fpo_jax import chat, data, execution, hf, model, rewarding
+
+log = logging.getLogger("fpo_jax")
+
+PAIRINGS = ("", "best_worst")
+CHUNK = 64  # lines scored between two looks at the signals
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to score, with what. Paths and names as on the command line."""
+
+    model: str  # reward model: directory or hub name
+    data: Path  # JSON Lines with prompt and completions
+    out: Path
+    revision: str = ""
+    tokenizer: str = ""  # "" = the model's
+    rule: str = "raw"
+    chat_template: str = ""
+    eos_token: str = ""
+    max_length: int = 0  # tokens of prompt and response, 0 = the model's window; a longer prompt loses its beginning
+    pairing: str = ""  # best_worst: one pair of each line
+    batch_size: int = 64  # rows of a pass, per device
+    compute_dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was scored; of the whole file, whenever it was done."""
+
+    lines: int
+    responses: int
+    mean_reward: float
+    tied: int  # lines whose best and worst score are equal: no preference in them
+    duplicates: int  # responses that stand before in their line
+    cut: int  # responses whose row did not fit the window
+    written: int  # lines of the file: with a pairing, those that have a preference
+
+    @property
+    def text(self) -> str:
+        """In a few words."""
+        told = f"{self.responses} responses to {self.lines} prompts, mean reward {self.mean_reward:.3f}"
+        for name in ("tied", "duplicates", "cut"):
+            told += f", {getattr(self, name)} {name}" if getattr(self, name) else ""
+        return told + ("" if self.written == self.lines else f"; {self.written} pairs")
+
+
+def run(options: Options) -> Summary:
+    """Score what is not scored.
+
+    Raises:
+        ValueError: an option, the data or the model cannot be used; or the file belongs to another job.
+        execution.Stopped: a signal; what was scored is saved.
+    """
+    _check(options)
+    lines = _lines(options.data)
+    source = hf.local_dir(options.model, revision=options.revision or None)
+    config = hf.read_config(source)
+    window = options.max_length or config.max_positions
+    kept = ("rule", "chat_template", "max_length", "pairing", "compute_dtype")
+    digest = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
+    job = {"data": digest, "model": hf.weights_fingerprint(source), **{name: getattr(options, name) for name in kept}}
+    scored = options.out.with_name(f"{options.out.name}.scored") if options.pairing else options.out
+    with jobfile.JobFile(scored, job) as file, execution.StopRequest() as stop:
+        if file.repaired:
+            log.info(file.repaired)
+        left = [] if file.finished else [line for line in lines if line["index"] not in file.done]
+        if left:
+            _score(options, source, window, left, len(lines), file, stop)
+        if not file.finished:
+            file.finish()
+    found = jobfile.read(scored)
+    summary = _summary(found)
+    if not options.pairing:
+        return summary
+    pairs = [pair for line in found if (pair := best_worst(line)) is not None]
+    temporary = options.out.with_name(options.out.name + ".tmp")
+    temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    temporary.replace(options.out)
+    return dataclasses.replace(summary, written=len(pairs))
+
+
+def best_worst(line: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the pair of the best and the worst response of a line; None where they have one score or one text.
+
+    >>> best_worst({"index": 0, "prompt": "p", "completions": ["a", "b", "c"], "rewards": [0.1, 0.7, 0.7]})
+    {'index': 0, 'prompt': 'p', 'chosen': 'b', 'rejected': 'a', 'rewards': [0.7, 0.1]}
+    """
+    texts, rewards = line["completions"], line["rewards"]
+    best, worst = (rewards.index(pick(rewards)) for pick in (max, min))
+    if rewards[best] == rewards[worst] or texts[best] == texts[worst]:
+        return None
+    head = {key: line[key] for key in ("index", "source", "prompt") if key in line}
+    return {**head, "chosen": texts[best], "rejected": texts[worst], "rewards": [rewards[best], rewards[worst]]}
+
+
+def _score(options: Options, source: Path, window: int, left, total: int, file: jobfile.JobFile, stop) -> None:
+    tokenizer = chat.load_tokenizer(
+        options.tokenizer or source, chat_template=options.chat_template or None, eos_token=options.eos_token or None
+    )
+    encoder = chat.encoder(tokenizer)
+    rewarder = rewarding.Rewarder(
+        source, max_length=window, compute_dtype=options.compute_dtype, batch_per_device=options.batch_size
+    )
+    bar = tqdm.tqdm(total=len(left), unit="prompt", disable=not execution.progress_shown(), dynamic_ncols=True)
+    with bar:
+        for start in range(0, len(left), CHUNK):
+            chunk = left[start : start + CHUNK]
+            groups = _rows(encoder, chunk, options.rule, window)
+            scores = iter(rewarder([row.ids for group in groups for row in group]).tolist())
+            for line, group in zip(chunk, groups, strict=True):
+                cut = sum(row.prompt_cut > 0 or row.response_cut > 0 for row in group)
+                rewards = [next(scores) for _ in group]
+                file.append({**line, "rewards": rewards, **({"cut": cut} if cut else {})})
+            bar.update(len(chunk))
+            if (asked := stop.agreed()) and len(file.done) < total:
+                raise execution.Stopped(f"{asked}: {len(file.done)} of {total} lines are scored and saved.")
+
+
+def _rows(encoder: chat.Encoder, lines: Sequence[dict[str, Any]], rule: str, window: int) -> list[list[chat.Row]]:
+    """Build the rows as the reward model's training does."""
+    prompts, responses = [line["prompt"] for line in lines], [line["completions"] for line in lines]
+    if rule == "raw":
+        groups = chat.raw_rows(
+            encoder, prompts, responses, max_length=window + 1, max_response_length=max(1, window - 1)
+        )
+    else:
+        groups = chat.chat_rows(
+            encoder,
+            prompts,
+            responses,
+            max_length=window + 1,
+            max_prompt_length=max(1, window // 2),
+            truncate_together=False,
+        )
+    stripped = [[data.without_eos(row, encoder.eos_id) for row in group] for group in groups]
+    return [[row._replace(ids=row.ids[:window]) for row in group] for group in stripped]
+
+
+def _check(options: Options) -> None:
+    problems = []
+    if options.pairing not in PAIRINGS:
+        problems.append(f"--pairing={options.pairing!r} is not one of best_worst or nothing")
+    if options.rule not in ("raw", "chat"):
+        problems.append(f"--rule={options.rule!r} is not one of raw, chat")
+    if options.chat_template and options.rule != "chat":
+        problems.append("--chat-template belongs to --rule=chat")
+    if options.max_length and options.max_length < 2:
+        problems.append(f"--max-length={options.max_length} must be at least 2, or 0 for the model's window")
+    if options.batch_size < 1:
+        problems.append(f"--batch-size={options.batch_size} must be at least 1")
+    if options.compute_dtype not in model.COMPUTE_DTYPES:
+        problems.append(f"--compute-dtype={options.compute_dtype!r} is not one of {', '.join(model.COMPUTE_DTYPES)}")
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Read prompts with their completions; other keys of a line are dropped but for its number and source."""
+    found = []
+    for number, line in enumerate(jobfile.read(path)):
+        texts = line.get("completions")
+        if "prompt" not in line or not isinstance(texts, list) or not texts:
+            raise ValueError(f"{path}:{number + 1}: a line must have a prompt and a list of completions.")
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{path}:{number + 1}: completions must be texts.")
+        head = {key: line[key] for key in ("source",) if key in line}
+        found.append({"index": number, **head, "prompt": line["prompt"], "completions": texts})
+    if not found:
+        raise ValueError(f"{path} has no line.")
+    return found
+
+
+def _summary(lines: list[dict[str, Any]]) -> Summary:
+    rewards = [reward for line in lines for reward in line["rewards"]]
+    return Summary(
+        lines=len(lines),
+        responses=len(rewards),
+        mean_reward=math.fsum(rewards) / len(rewards),
+        tied=sum(len(line["rewards"]) > 1 and max(line["rewards"]) == min(line["rewards"]) for line in lines),
+        duplicates=sum(len(line["completions"]) - len(set(line["completions"])) for line in lines),
+        cut=sum(line.get("cut", 0) for line in lines),
+        written=len(lines),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as the command line says; return the exit status."""
+    options = command_line.parse(Options, arguments, program="eval.label", about=__doc__)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    try:
+        summary = run(options)
+    except ValueError as error:
+        print(f"label: {error}", file=sys.stderr)
+        return 2
+    except execution.Stopped as error:
+        print(f"label: {error}", file=sys.stderr)
+        return 75
+    print(f"{options.out}: {summary.text}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

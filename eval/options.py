@@ -1,0 +1,35 @@
+"""A command line for a dataclass: every field is an option of its name, its default is the field's."""
+
+import argparse
+import dataclasses
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+_Options = TypeVar("_Options")
+
+
+def parse(kind: type[_Options], arguments: Sequence[str] | None, *, program: str, about: str | None) -> _Options:
+    """Read the command line.
+
+    Args:
+        kind: a dataclass; fields are int, float, str, Path, or a tuple of one of them.
+        arguments: None = those of the process.
+        program: how it is called.
+        about: what --help says above the options.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # pyright: ignore[reportArgumentType]
+        hint = hints[field.name]
+        settings: dict[str, Any] = {"type": hint, "metavar": "TEXT" if hint in (str, Path) else "NUMBER"}
+        if isinstance(hint, types.GenericAlias):
+            settings = {"type": get_args(hint)[0], "nargs": "+", "metavar": "VALUE"}
+        required = field.default is dataclasses.MISSING
+        settings |= {"required": True} if required else {"default": field.default, "help": f"default {field.default!r}"}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
+    found = vars(parser.parse_args(arguments))
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
