@@ -110,7 +110,7 @@ class Pipeline:
         config.seed = seed
         if loss != config.loss.name:
             config.loss.name = loss
-            taken = losses.options_of(loss, **{k: config.loss[k] for k in ("target", "score") if config.loss[k]})
+            taken = losses.resolve(loss).options
             for option in set(configuration.loss_options(config)) - set(taken):
                 config.loss[option] = "" if isinstance(config.loss[option], str) else None
         return config
