@@ -1,0 +1,360 @@
+"""Answers to prompts: what is written, resumption, refusals, checkpoints, the server adapter, and labels."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from eval import generate, jobfile, label
+from eval import server as servers
+from fpo_jax import chat, checkpoint, execution, hf, loop, sample
+from tests import tiny
+from tests.answer_server import AnswerServer
+from tests.paths import REPO, shared_data
+from tests.test_rewarding import base, reward_config, run  # noqa: F401  fixtures
+
+PROMPTS = ["one?", "two is longer?", "three?", "one?", "one?", "four?"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("generate")
+    tiny.write_model(root / "model", layers=1)
+    (root / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
+    return root
+
+
+def options(folder, out, **changed):
+    given = {
+        "model": str(folder / "model"),
+        "data": str(folder / "prompts.jsonl"),
+        "max_new_tokens": 6,
+        "num_return": 2,
+    }
+    given |= {"batch_size": 1, "compute_dtype": "float32", "max_length": 40}
+    return generate.Options(out=out, **(given | changed))
+
+
+@pytest.fixture(scope="module")
+def answered(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "answers.jsonl"
+    summary = generate.run(options(folder, out))
+    return out, summary
+
+
+def test_lines_hold_prompts_and_what_the_sampler_drew(folder, answered):
+    out, summary = answered
+    lines = jobfile.read(out)
+    assert [line["prompt"] for line in lines] == PROMPTS and [line["index"] for line in lines] == [*range(6)]
+    assert lines[2]["source"].endswith("prompts.jsonl:3")
+    assert (summary.prompts, summary.completions, summary.done_before) == (6, 12, 0)
+    tokenizer = chat.load_tokenizer(folder / "model")
+    config = hf.read_config(folder / "model")
+    drawn = sample.sample(
+        hf.load_params(folder / "model", config, dtype="float32"),
+        chat.generation_prompts(chat.encoder(tokenizer), PROMPTS, rule="raw"),
+        config=config, decoding=sample.Decoding(6, stop_ids=(2,)), seed=0, num_return=2, batch_size=4,
+    )  # fmt: skip
+    for line, responses in zip(lines, drawn, strict=True):
+        assert line["tokens"] == [len(ids) for ids in responses]
+        assert line["finish"] == ["stop" if ids[-1] == 2 else "length" for ids in responses]
+        assert line["completions"] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+
+
+def test_a_finished_job_does_nothing_and_another_one_is_refused(folder, answered, monkeypatch):
+    out, _ = answered
+    before = out.read_bytes()
+    monkeypatch.setattr(sample, "sample", None)
+    again = generate.run(options(folder, out))
+    assert again.done_before == 6 and again.text == "6 prompts, all done before" and out.read_bytes() == before
+    with pytest.raises(ValueError, match=r"belongs to another job:\n  temperature: 1.0 -> 0.5\ngive another file"):
+        generate.run(options(folder, out, temperature=0.5))
+    (out.parent / "bare.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"exists and has no bare.jsonl.job.json"):
+        generate.run(options(folder, out.parent / "bare.jsonl"))
+
+
+def test_it_goes_on_behind_a_half_written_line(folder, answered, tmp_path):
+    whole = answered[0].read_bytes().splitlines(keepends=True)
+    out = tmp_path / "answers.jsonl"
+    generate.run(options(folder, out))
+    (tmp_path / "answers.jsonl.part").write_bytes(whole[4] + whole[1] + whole[0][:25])
+    out.unlink()
+    summary = generate.run(options(folder, out))
+    assert summary.done_before == 2 and out.read_bytes() == b"".join(whole)
+    out.unlink()
+    (tmp_path / "answers.jsonl.part").write_bytes(whole[4][:25] + b"\n" + whole[1])
+    with pytest.raises(ValueError, match=r"answers.jsonl.part:1: not a line of this job"):
+        generate.run(options(folder, out))
+
+
+@pytest.mark.parametrize(("dedup", "kept"), [("none", 6), ("consecutive", 5), ("all", 4)])
+def test_repeated_prompts(folder, dedup, kept):
+    """The original drops consecutive repeats alone, and counts prompts before."""
+    found = generate._prompts(options(folder, folder / "x", dedup=dedup, num_prompts=5))
+    assert len(found) == min(kept, 5) and [prompt.index for prompt in found] == [*range(len(found))]
+
+
+def test_a_long_prompt_loses_its_beginning_as_tokens(folder, tmp_path):
+    """The original cuts the answer's text by the length of the prompt before it was cut."""
+    long = "abcdefghijklmnopqrstuvwxyz" * 2
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": long}) + "\n" + json.dumps({"prompt": long[-34:]}) + "\n")
+    run_with = options(folder, tmp_path / "o.jsonl", data=str(tmp_path / "p.jsonl"), temperature=0.0, num_return=1)
+    summary = generate.run(run_with)
+    cut, whole = jobfile.read(tmp_path / "o.jsonl")
+    assert cut["completions"] == whole["completions"] and cut["prompt"] == long
+    assert cut["prompt_cut"] == len(long) - 34 and "prompt_cut" not in whole and summary.cut == 1
+
+
+def test_stop_strings_end_a_response_before_them(folder, tmp_path, answered):
+    before = [text for line in jobfile.read(answered[0]) for text in line["completions"]]
+    stop = next(text[1] for text in before if len(text) > 2 and text[0] != text[1])
+    generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=(stop,)))
+    lines = jobfile.read(tmp_path / "s.jsonl")
+    assert [text for line in lines for text in line["completions"]] == [text.split(stop)[0] for text in before]
+    assert all(
+        end == "stop"
+        for line in lines
+        for end, text in zip(line["finish"], line["completions"], strict=True)
+        if text not in before
+    )
+
+
+def test_another_stop_id_ends_a_response(folder, tmp_path, answered):
+    config, first = hf.read_config(folder / "model"), jobfile.read(answered[0])[0]
+    others = tuple(set(range(config.vocab_size)) - {2})
+    generate.run(options(folder, tmp_path / "s.jsonl", stop_ids=others))
+    lines = jobfile.read(tmp_path / "s.jsonl")
+    assert lines[0]["tokens"] == [1, 1] != first["tokens"] and lines[0]["finish"] == ["stop", "stop"]
+
+
+def test_a_checkpoint_answers_as_its_export(base, tmp_path):  # noqa: F811
+    from eval import export
+
+    c = tiny.config(base / "model", base / "train.jsonl", train__max_steps=2, train__save_every=1)
+    loop.run(c, tmp_path / "run")
+    export.export(tmp_path / "run", tmp_path / "model", step=1, dtype=None)
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "q?"}) + "\n")
+    shared = {"data": str(tmp_path / "p.jsonl"), "temperature": 0.0}
+    generate.run(options(tmp_path, tmp_path / "a.jsonl", **shared))
+    generate.run(options(tmp_path, tmp_path / "b.jsonl", model="", workdir=str(tmp_path / "run"), step="1", **shared))
+    assert jobfile.read(tmp_path / "a.jsonl") == jobfile.read(tmp_path / "b.jsonl")
+    with pytest.raises(ValueError, match="only runs with train.keep_best have a best one"):
+        checkpoint.restore_params(tmp_path / "run", "best")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"workdir": "w"}, "give one of --model, --workdir and --server, not model and workdir"),
+        ({"model": ""}, "not none"),
+        ({"step": "3"}, "--step belongs to --workdir"),
+        ({"server": "http://x", "model": ""}, "--server needs --server-model"),
+        ({"api_key_env": "KEY"}, "belong to --server"),
+        ({"rule": "raw", "chat_template": "chatml"}, "--chat-template belongs to --rule=chat"),
+        ({"rule": "both"}, "--rule='both' is not one of raw, chat"),
+        ({"dedup": "some"}, "--dedup='some' is not one of none, consecutive, all"),
+        ({"num_return": 0}, "--num-return=0 must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0 must be finite"),
+        ({"max_length": 65}, "--max-length=65 exceeds the model's window of 64"),
+        ({"max_new_tokens": 40}, "--max-new-tokens=40 leaves no room for a prompt in 40 tokens"),
+        ({"compute_dtype": "int8"}, "--compute-dtype='int8' is not one of"),
+        ({"stop_strings": ("",)}, "a stop string is empty"),
+        ({"data": "nowhere.jsonl"}, "no file or directory 'nowhere.jsonl'"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_written(folder, tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        generate.run(options(folder, tmp_path / "x.jsonl", **changed))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line(folder, tmp_path):
+    command = [sys.executable, "-m", "eval.generate", "--model", folder / "model", "--out", tmp_path / "o.jsonl"]
+    bad = subprocess.run([*command, "--data", "nowhere.jsonl"], cwd=REPO, capture_output=True, text=True)
+    assert bad.returncode == 2 and bad.stderr.startswith("generate: no file or directory") and "Trace" not in bad.stderr
+
+
+def test_generation_prompts_are_what_training_makes_of_prompt_and_answer():
+    """Prompt ids and answer ids, one after the other, are the row that training would build."""
+    from tests import real_tokenizers
+
+    for name, template, prompt, answer in (
+        ("phi3", None, "What is it?", "It is a test."),
+        ("phi3", "chatml", "What is it?", "It is a test."),
+        ("phi3", "zephyr", "What is it?", "It is a test."),
+        ("mistral1", "mistral", "What is it?", "It is a test."),
+        ("mistral3", "llama3", "What is it?", "It is a test."),
+        ("mistral3", "gemma2", "What is it?", "It is a test."),
+    ):
+        encoder = real_tokenizers.encoder(name, template)
+        (begin,) = chat.generation_prompts(encoder, [prompt], rule="chat")
+        ((row,),) = chat.chat_rows(encoder, [prompt], [[answer]], max_length=200, max_prompt_length=100)
+        assert row.ids[: len(begin)] == begin, (name, template)
+        rest = encoder.tokenizer.decode(row.ids[len(begin) :], skip_special_tokens=False)
+        assert rest.lstrip().startswith(answer), (name, template, rest)
+        assert len(begin) > row.prompt_length or template == "mistral"
+
+
+# --- the server
+
+
+def served(folder, out, server, **changed):
+    given = {"model": "", "server": server.url, "server_model": "m", "max_length": 0, "concurrency": 3} | changed
+    return generate.run(options(folder, out, **given))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(servers, "LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(servers.Server, "__new__", _patient(servers.Server.__new__))
+
+
+def _patient(new):
+    def make(cls, *args, **kwargs):
+        return new(cls, *args, **({"timeout_s": 0.3} | kwargs))
+
+    return make
+
+
+def test_a_server_that_fails_times_out_and_answers_garbage_loses_nothing(folder, tmp_path, quick, monkeypatch):
+    monkeypatch.setenv("ANSWER_KEY", "sk-very-secret")
+    how = [429, 503, "garbage", "hang", 500]
+    server = AnswerServer(lambda number, body: how[number] if number < len(how) else None, lambda text: f"re: {text}")
+    with server.served():
+        summary = served(folder, tmp_path / "o.jsonl", server, api_key_env="ANSWER_KEY")
+    assert summary.failed == 0 and len(server.bodies) == 6 + len(how) and server.most_at_once <= 3
+    lines = jobfile.read(tmp_path / "o.jsonl")
+    assert [line["completions"] for line in lines] == [[f"re: {text}"] * 2 for text in PROMPTS]
+    assert len({body["seed"] for body in server.bodies}) == 6 and server.bodies[0]["n"] == 2
+    assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
+    for path in tmp_path.iterdir():
+        assert "secret" not in path.read_text()
+    assert "secret" not in repr(servers.Secret("ANSWER_KEY"))
+
+
+def test_a_prompt_that_fails_for_good_is_asked_again_by_the_same_command(folder, tmp_path, quick):
+    refused = [True]
+    server = AnswerServer(
+        lambda number, body: 400 if refused[0] and body["messages"][-1]["content"] == "three?" else None, str.upper
+    )
+    with server.served():
+        summary = served(folder, tmp_path / "o.jsonl", server, rule="chat")
+        assert summary.failed == 1 and not (tmp_path / "o.jsonl").exists()
+        refused[0] = False
+        asked = len(server.bodies)
+        assert served(folder, tmp_path / "o.jsonl", server, rule="chat").done_before == 5
+        assert len(server.bodies) == asked + 1
+    assert [line["completions"][0] for line in jobfile.read(tmp_path / "o.jsonl")] == list(map(str.upper, PROMPTS))
+
+
+def test_a_key_that_is_not_there_and_a_url_that_is_none(folder, tmp_path):
+    with pytest.raises(ValueError, match="the environment variable NO_SUCH_KEY is not set"):
+        servers.Secret("NO_SUCH_KEY")
+    with pytest.raises(ValueError, match="is no URL; write e.g. http"):
+        servers.checked_url("localhost:8000")
+
+
+# --- labels
+
+
+@pytest.fixture(scope="module")
+def judge(run, tmp_path_factory):  # noqa: F811
+    from eval import export
+
+    out = tmp_path_factory.mktemp("judge") / "rm"
+    export.export(run, out, step="best", dtype=None)
+    return out
+
+
+def labelled(judge, data, out, **changed):
+    given = {"compute_dtype": "float32", "batch_size": 2} | changed
+    return label.run(label.Options(model=str(judge), data=data, out=out, **given))
+
+
+@pytest.fixture(scope="module")
+def completions(tmp_path_factory):
+    path = tmp_path_factory.mktemp("completions") / "c.jsonl"
+    rows = [
+        {"prompt": "0: ab?", "completions": [" ab!", " ab.", " ab!"]},
+        {"prompt": "1: f?", "completions": [" f!", " f!"]},
+        {"prompt": "2: cde?", "completions": [" f.", " cde!"]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rewards_are_the_models_and_duplicates_and_ties_are_counted(judge, completions, tmp_path):
+    summary = labelled(judge, completions, tmp_path / "l.jsonl")
+    lines = jobfile.read(tmp_path / "l.jsonl")
+    assert (summary.lines, summary.responses, summary.tied, summary.duplicates) == (3, 7, 1, 2)
+    first = lines[0]["rewards"]
+    assert first[0] == first[2] > first[1], "answers with ! are better"
+    assert summary.mean_reward == pytest.approx(np.mean([r for line in lines for r in line["rewards"]]))
+    c = tiny.config(judge.parent, tmp_path / "l.jsonl")
+    records = __import__("fpo_jax.data", fromlist=["read"]).read(tmp_path / "l.jsonl", format="json")
+    assert [list(record.rewards) for record in records.rows] == [line["rewards"] for line in lines]
+    assert c.data.format == "json"
+
+
+def test_a_label_is_the_score_that_training_gives_the_same_row(judge, base, tmp_path):  # noqa: F811
+    """The rows of labelling and of training are the same tokens."""
+    c = reward_config(judge, base / "held_out.jsonl", train__batch_size=8)
+    prepared = loop.job.prepare(c).train.prepared
+    tokenizer = chat.encoder(chat.load_tokenizer(judge))
+    pairs = jobfile.read(base / "held_out.jsonl")[:8]
+    lines = [{"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]]} for pair in pairs]
+    rows = [row.ids for group in label._rows(tokenizer, lines, "raw", 40) for row in group]
+    assert rows == [prepared.row(index)[0].tolist() for index in range(16)]
+
+
+def test_pairs_of_best_and_worst_leave_ties_out(judge, completions, tmp_path):
+    summary = labelled(judge, completions, tmp_path / "p.jsonl", pairing="best_worst")
+    pairs = jobfile.read(tmp_path / "p.jsonl")
+    assert summary.written == 2 and "2 pairs" in summary.text and "1 tied" in summary.text
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(" ab!", " ab."), (" cde!", " f.")]
+    assert labelled(judge, completions, tmp_path / "p.jsonl", pairing="best_worst").written == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "p"}', "c.jsonl:1: a line must have a prompt and a list of completions"),
+        ('{"prompt": "p", "completions": [1]}', "c.jsonl:1: completions must be texts"),
+        ('{"prompt": "p", "completions": ["a"', "c.jsonl:1: broken JSON"),
+        ("[]", "c.jsonl:1: a line must be a JSON object"),
+        ("", "has no line"),
+    ],
+)
+def test_a_damaged_file_is_named(judge, tmp_path, line, message):
+    (tmp_path / "c.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        labelled(judge, tmp_path / "c.jsonl", tmp_path / "o.jsonl")
+
+
+def test_a_signal_saves_what_is_scored(judge, completions, tmp_path, monkeypatch):
+    monkeypatch.setattr(label, "CHUNK", 1)
+    answers = iter(["SIGTERM"])
+    monkeypatch.setattr(execution.StopRequest, "agreed", lambda self: next(answers, None))
+    with pytest.raises(execution.Stopped, match="SIGTERM: 1 of 3 lines are scored and saved"):
+        labelled(judge, completions, tmp_path / "l.jsonl")
+    assert labelled(judge, completions, tmp_path / "l.jsonl").lines == 3
+    assert [line["index"] for line in jobfile.read(tmp_path / "l.jsonl")] == [0, 1, 2]
+
+
+def test_real_model_and_its_published_text(tmp_path):
+    """stories260K, greedy from its own BOS, through the whole program."""
+    model = shared_data("stories260K")
+    expected = json.loads((model / "expected_greedy.json").read_text())
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Once upon a time"}) + "\n")
+    generate.run(
+        generate.Options(
+            out=tmp_path / "o.jsonl", data=str(tmp_path / "p.jsonl"), model=str(model), max_new_tokens=40,
+            temperature=0.0, compute_dtype="float32", batch_size=1,
+        )
+    )  # fmt: skip
+    (line,) = jobfile.read(tmp_path / "o.jsonl")
+    text = line["prompt"] + line["completions"][0]
+    assert expected["expected_text"].strip().startswith(text.strip()[:60])
