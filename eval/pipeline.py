@@ -84,8 +84,12 @@ class Pipeline:
             if name in c:
                 found += [f"{name}: {problem}" for problem in _found(self._section(name, model="model"))]
         for loss in c.losses:
-            config = self._alignment(loss, 0, model="model", sources=dict(c.data.items()))
-            found += [f"align with {loss}: {problem}" for problem in _found(config)]
+            try:
+                config = self._alignment(loss, 0, model="model", sources=dict(c.data.items()))
+            except ValueError as error:  # a name that does not exist
+                found.append(f"losses: {error}")
+            else:
+                found += [f"align with {loss}: {problem}" for problem in _found(config)]
         if "sample" in c and not c.pairing:
             drawn, size = c.sample.num_return * len(c.sample.seeds), c.align.data.group_size
             if drawn % size:

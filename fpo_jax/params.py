@@ -30,7 +30,7 @@ AXES = {
     "C": "head_dim",
     "F": "mlp",
     "V": "vocab",
-}
+}  # P, learned positions, is whole on every device
 _Array = TypeVar("_Array", np.ndarray, jax.Array)
 
 
@@ -94,6 +94,7 @@ def _rows(config: ModelConfig) -> tuple[Row, ...]:
         "C": config.head_dim,
         "F": config.ffn,
         "V": config.vocab_size,
+        "P": config.max_positions,
     }
     table = _FAMILIES[config.family](config)
     return tuple(
@@ -178,7 +179,13 @@ def ignored_hf_names(config: ModelConfig) -> frozenset[str]:
 
 def hf_head_name(config: ModelConfig) -> str:
     """Return the head's name on disk; files of tied models may hold it as a copy of the embedding."""
-    return _HEAD_NAMES[config.family]
+    return "embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight"
+
+
+def full_hf_name(name: str, config: ModelConfig) -> str:
+    """Return a tensor's name with the prefix that the files of the first GPT-2 models leave out."""
+    bare = config.family == "gpt2" and name.split(".")[0] in ("wte", "wpe", "h", "ln_f")
+    return f"transformer.{name}" if bare else name
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,6 +254,63 @@ def _llama(config: ModelConfig) -> list[Row]:
     return [*table, *_head(config)]
 
 
+def _qwen2(config: ModelConfig) -> list[Row]:
+    at = "model.layers.{layer}.self_attn."
+    biases = [
+        _bias("layers/attention/query_bias", "LHC", at + "q_proj.bias", "(HC)"),
+        _bias("layers/attention/key_bias", "LGC", at + "k_proj.bias", "(GC)"),
+        _bias("layers/attention/value_bias", "LGC", at + "v_proj.bias", "(GC)"),
+    ]
+    return [*_llama(config), *biases]
+
+
+def _qwen3(config: ModelConfig) -> list[Row]:
+    at = "model.layers.{layer}.self_attn."
+    norms = [
+        Row("layers/attention/query_norm/scale", "LC", at + "q_norm.weight", "C", init="ones", decay=False),
+        Row("layers/attention/key_norm/scale", "LC", at + "k_norm.weight", "C", init="ones", decay=False),
+    ]
+    return [*_llama(config), *norms]
+
+
+def _gemma2(config: ModelConfig) -> list[Row]:
+    """Scales count from one, so that they start at zero."""
+    at = "model.layers.{layer}."
+    names = {
+        "layers/attention_norm/scale": at + "input_layernorm.weight",
+        "layers/attention_out_norm/scale": at + "post_attention_layernorm.weight",
+        "layers/mlp_norm/scale": at + "pre_feedforward_layernorm.weight",
+        "layers/mlp_out_norm/scale": at + "post_feedforward_layernorm.weight",
+        "final_norm/scale": "model.norm.weight",
+    }
+    norms = [_bias(path, "LD" if path.startswith("layers") else "D", name, "D") for path, name in names.items()]
+    return [*(row for row in _llama(config) if row.path not in names), *norms]
+
+
+def _gpt2(config: ModelConfig) -> list[Row]:
+    """Matrices lie on disk as they are multiplied: input axis first."""
+    at = "transformer.h.{layer}."
+    table = [
+        _matrix("embed", "VD", "transformer.wte.weight", "VD"),
+        _matrix("positions", "PD", "transformer.wpe.weight", "PD"),
+        _scale("layers/attention_norm/scale", "LD", at + "ln_1.weight"),
+        _bias("layers/attention_norm/bias", "LD", at + "ln_1.bias", "D"),
+        _matrix("layers/attention/qkv", "LD3HC", at + "attn.c_attn.weight", "D(3HC)"),
+        _bias("layers/attention/qkv_bias", "L3HC", at + "attn.c_attn.bias", "(3HC)"),
+        _matrix("layers/attention/out", "LHCD", at + "attn.c_proj.weight", "(HC)D"),
+        _bias("layers/attention/out_bias", "LD", at + "attn.c_proj.bias", "D"),
+        _scale("layers/mlp_norm/scale", "LD", at + "ln_2.weight"),
+        _bias("layers/mlp_norm/bias", "LD", at + "ln_2.bias", "D"),
+        _matrix("layers/mlp/up", "LDF", at + "mlp.c_fc.weight", "DF"),
+        _bias("layers/mlp/up_bias", "LF", at + "mlp.c_fc.bias", "F"),
+        _matrix("layers/mlp/down", "LFD", at + "mlp.c_proj.weight", "FD"),
+        _bias("layers/mlp/down_bias", "LD", at + "mlp.c_proj.bias", "D"),
+        _scale("final_norm/scale", "D", "transformer.ln_f.weight"),
+        _bias("final_norm/bias", "D", "transformer.ln_f.bias", "D"),
+    ]
+    return [*table, *_head(config)]
+
+
 def _gpt_neox(config: ModelConfig) -> list[Row]:
     at = "gpt_neox.layers.{layer}."
     table = [
@@ -276,12 +340,23 @@ def _head(config: ModelConfig) -> list[Row]:
     return [] if config.tied_head else [_matrix("head", "VD", hf_head_name(config), "VD")]
 
 
-_FAMILIES: dict[str, Callable[[ModelConfig], list[Row]]] = {"llama": _llama, "mistral": _llama, "gpt_neox": _gpt_neox}
-_HEAD_NAMES = {"llama": "lm_head.weight", "mistral": "lm_head.weight", "gpt_neox": "embed_out.weight"}
+_FAMILIES: dict[str, Callable[[ModelConfig], list[Row]]] = {
+    "llama": _llama,
+    "mistral": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma2": _gemma2,
+    "gpt_neox": _gpt_neox,
+    "gpt2": _gpt2,
+}
 _LLAMA_BUFFERS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
 _BUFFERS = {
     "llama": _LLAMA_BUFFERS,
     "mistral": _LLAMA_BUFFERS,
+    "qwen2": _LLAMA_BUFFERS,
+    "qwen3": _LLAMA_BUFFERS,
+    "gemma2": _LLAMA_BUFFERS,
+    "gpt2": ("transformer.h.{layer}.attn.bias", "transformer.h.{layer}.attn.masked_bias"),
     "gpt_neox": (
         "gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq",
         "gpt_neox.layers.{layer}.attention.bias",

@@ -238,7 +238,7 @@ def _scorer(
         kv_heads=model_config.kv_heads,
         positions=blueprint.lengths,
         sliding_window=model_config.sliding_window,
-        soft_cap=None,
+        soft_cap=model_config.attention_soft_cap,
         segments=False,
         layout=layout,
     )

@@ -101,7 +101,7 @@ class Rewarder:
             kv_heads=self.config.kv_heads,
             positions=self._lengths,
             sliding_window=self.config.sliding_window,
-            soft_cap=None,
+            soft_cap=self.config.attention_soft_cap,
             segments=False,
             layout=layout,
         )

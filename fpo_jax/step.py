@@ -60,6 +60,7 @@ class Scorer:
     def _options(self) -> dict:
         return {
             "temperature": self.temperature,
+            "softcap": self.config.final_soft_cap,
             "implementation": self.implementation,
             "interpret": self.interpret,
             "workspace_bytes": self.workspace_bytes,

@@ -412,7 +412,7 @@ class TestPolicy:
     @pytest.mark.parametrize(
         "options, message",
         [
-            (dict(format="jsonl"), r"format='jsonl' is not one of hh, chat_pairs, json"),
+            (dict(format="jsonl"), r"format='jsonl' is not one of hh, chat_pairs, chat_groups, json"),
             (dict(hh_split="prefix", format="hh"), r"hh_split='prefix' is not one of last_turn, first_difference"),
             (dict(hh_split="first_difference"), r"hh_split='first_difference' applies to format='hh' only"),
             (dict(on_bad_row="ignore"), r"on_bad_row='ignore' is not one of error, skip"),
@@ -496,3 +496,88 @@ class TestSources:
 
     def test_bad_row_knows_its_line(self):
         assert sources.BadRow("x", 3).line == 3 and sources.BadRow("x").line == 1
+
+
+# --- formats with one response, or more than two
+
+POST = {"subreddit": "tifu", "title": "t", "post": "p"}
+TWO = [{"text": "a"}, {"text": "b"}]
+ANSWERS = {"prompt": "p", "all_generated_responses": ["a", "b"]}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "expected"),
+    [
+        (
+            "tldr",
+            {"info": POST, "summaries": [{"text": " a "}, {"text": "b"}], "choice": 1},
+            [("SUBREDDIT: r/tifu\nTITLE: t\nPOST: p\nTL;DR:", [" b", " a"], [1.0, 0.0])],
+        ),
+        (
+            "tldr_sft",
+            {**POST, "summary": "s\n"},
+            [("SUBREDDIT: r/tifu\nTITLE: t\nPOST: p\nTL;DR:", [" s"], [1.0])],
+        ),
+        (
+            "messages",
+            {"messages": [user("a"), bot("b"), user("c"), bot("d")]},
+            [([user("a")], [bot("b")], [1.0]), ([user("a"), bot("b"), user("c")], [bot("d")], [1.0])],
+        ),
+        ("demonstrations", {"prompt": "p", "completion": " c"}, [("p", [" c"], [1.0])]),
+        ("demonstrations", {"prompt": "p", "chosen": bot("c")}, [("p", [bot("c")], [1.0])]),
+        (
+            "chat_groups",
+            {"prompt": "p", "all_generated_responses": ["a", "b", "c"], "all_rm_scores": [0.1, 0.3, 0.2]},
+            [("p", ["a", "b", "c"], [0.1, 0.3, 0.2])],
+        ),
+        ("prompts", {"prompt": [user("a")], "else": 1}, [([user("a")], [], [])]),
+    ],
+)
+def test_what_a_format_makes_of_a_row(tmp_path, format, row, expected):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    found = data.read(path, format=format)
+    assert [(r.prompt, list(r.responses), list(r.rewards)) for r in found.rows] == expected
+    assert len({r.source for r in found.rows}) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "message"),
+    [
+        ("tldr", {"info": POST, "summaries": [{"text": "a"}], "choice": 0}, "summaries must be a list of two"),
+        ("tldr", {"info": POST, "summaries": TWO, "choice": 2}, "choice must be 0 or 1, not 2"),
+        ("tldr", {"info": "x", "summaries": [], "choice": 0}, "info must be an object, not a text"),
+        ("tldr", {"info": {"post": "p"}, "summaries": TWO, "choice": 0}, "missing or null: subreddit"),
+        ("tldr_sft", {**POST, "summary": None}, "missing or null: summary"),
+        ("messages", {"messages": [bot("a")]}, "messages must be a prompt and an assistant turn after it"),
+        ("messages", {"messages": []}, "messages must be a list of messages, not an empty list"),
+        ("demonstrations", {"prompt": "p"}, "missing or null: chosen"),
+        ("demonstrations", {"prompt": "p", "completion": user("c")}, "must be an assistant turn"),
+        ("chat_groups", {**ANSWERS, "all_rm_scores": [1]}, "lists of one length"),
+        ("chat_groups", {**ANSWERS, "all_rm_scores": [1, None]}, "reward 1 must be a number"),
+        ("prompts", {"prompt": 3}, "prompt must be a list of messages, not a number"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_what_the_format_says(tmp_path, format, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"rows.jsonl:1: .*{message}"):
+        data.read(path, format=format)
+
+
+def test_the_summary_s_own_leading_space_is_noted_and_news_without_a_post_are_dropped(tmp_path):
+    (tmp_path / "s.jsonl").write_text(json.dumps({**POST, "summary": " s"}) + "\n")
+    assert dict(data.read(tmp_path / "s.jsonl", format="tldr_sft").noted) == {
+        "leading_space": [f"{tmp_path}/s.jsonl:1"]
+    }
+    news = {"info": {"article": "a"}, "summaries": TWO, "choice": 0}
+    (tmp_path / "n.jsonl").write_text(json.dumps(news) + "\n")
+    assert list(data.read(tmp_path / "n.jsonl", format="tldr").dropped) == ["no_post"]

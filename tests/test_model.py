@@ -50,6 +50,31 @@ NEOX = {
     "use_parallel_residual": True,
     "hidden_act": "gelu",
 }
+QWEN2 = {key: value for key, value in LLAMA.items() if key != "head_dim"}
+QWEN2 |= {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 8}
+QWEN3 = LLAMA | {"model_type": "qwen3"}
+GEMMA2 = LLAMA | {
+    "model_type": "gemma2",
+    "num_hidden_layers": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+    "pad_token_id": None,  # transformers gives the default one, 0, no gradient
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": V,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "n_inner": 40,
+    "layer_norm_epsilon": 1e-5,
+    "attn_pdrop": 0.1,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -74,13 +99,30 @@ VARIANTS = {
     | {"rope_scaling": YARN | {"mscale": 1.5, "mscale_all_dim": 0.5, "truncate": False, "beta_fast": 2.0}},
     "mistral window": MISTRAL,
     "mistral no window": MISTRAL | {"sliding_window": None},
+    "qwen2": QWEN2,
+    "qwen2 tied theta": QWEN2 | {"tie_word_embeddings": True, "rope_theta": 1e6, "num_key_value_heads": 1},
+    "qwen3": QWEN3,
+    "qwen3 tied eps": QWEN3 | {"tie_word_embeddings": True, "rms_norm_eps": 0.3},
+    "gemma2": GEMMA2,
+    "gemma2 without caps": GEMMA2 | {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gpt2": GPT2,
+    "gpt2 untied relu": GPT2 | {"tie_word_embeddings": False, "activation_function": "relu", "n_inner": None},
     "neox parallel": NEOX,
     "neox sequential": NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0},
     "neox tied gelu_new": NEOX | {"tie_word_embeddings": True, "hidden_act": "gelu_new", "rotary_emb_base": 500},
     "neox linear eps": NEOX | {"rope_scaling": {"type": "linear", "factor": 3.0}, "layer_norm_eps": 0.3},
 }
 # variants whose gradients are compared too, with the remat mode used for it
-WITH_GRADIENT = {"llama tied": "none", "mistral window": "full", "neox parallel": "none", "neox sequential": "full"}
+WITH_GRADIENT = {
+    "llama tied": "none",
+    "mistral window": "full",
+    "qwen2": "none",
+    "qwen3": "full",
+    "gemma2": "full",
+    "gpt2": "none",
+    "neox parallel": "none",
+    "neox sequential": "full",
+}
 
 
 def random_params(config, seed=0, dtype="float32"):
@@ -104,14 +146,15 @@ def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", layou
         valid_NT,
         config=config,
         compute_dtype=compute_dtype,
-        attention=attention.Choice("xla", "for the test"),
+        attention=attention.Choice("xla" if config.attention_soft_cap is None else "chunked", "for the test"),
         layout=layout,
     )
 
 
 def logits_of(tree, config, tokens_NT=TOKENS_NT, valid_NT=VALID_NT):
     hidden_NTD = forward(tree, jnp.asarray(tokens_NT), jnp.asarray(valid_NT), config=config)
-    return np.asarray(hidden_NTD) @ np.asarray(model.head(tree, config=config)).T
+    flat_ND = jnp.asarray(hidden_NTD).reshape(-1, config.width)
+    return np.asarray(model.logits(tree, flat_ND, config=config)).reshape(*hidden_NTD.shape[:2], -1)
 
 
 def next_token_logps(tree, config, remat):
@@ -119,7 +162,8 @@ def next_token_logps(tree, config, remat):
     hidden_NTD = model.hidden_states(
         tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config, compute_dtype="float32", remat=remat
     )
-    logps_NTV = jax.nn.log_softmax(hidden_NTD @ model.head(tree, config=config).T)
+    logits_NTV = jax.vmap(lambda hidden_ND: model.logits(tree, hidden_ND, config=config))(hidden_NTD)
+    logps_NTV = jax.nn.log_softmax(logits_NTV)
     chosen_NT = jnp.take_along_axis(logps_NTV[:, :-1], jnp.asarray(TOKENS_NT)[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(chosen_NT, where=jnp.asarray(VALID_NT)[:, 1:])
 

@@ -302,3 +302,33 @@ def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
     nll, tokens = found[0]["sft_loss"], batch.scored_NR.sum()
     assert tokens > 8 and nll > 0
     assert_allclose(found[0]["loss"], nll, rtol=1e-5, err_msg="mean over tokens, not over rows")
+
+
+# --- every family
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["llama GQA", "mistral window", "qwen2", "qwen3", "gemma2", "gpt2", "neox parallel"])
+def test_scores_of_every_family_equal_transformers(name, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is absent")
+    import transformers
+
+    from tests import test_model
+
+    published = test_model.VARIANTS[name] | {"eos_token_id": 2, "pad_token_id": 0}
+    config = dataclasses.replace(model.from_hf_config(published), reward_head=True)
+    tree = test_model.random_params(config)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(published))
+    hf.export(tree, config, out_dir=tmp_path / "rm", source_dir=tmp_path / "source", dtype="float32")
+    theirs, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "rm", dtype="float32", attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and theirs.config.num_labels == 1
+    rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [4, 3], [9, 8, 7, 6]]
+    padded = torch.tensor([row + [0] * (9 - len(row)) for row in rows])
+    with torch.no_grad():
+        expected = theirs.eval()(padded, attention_mask=(padded != 0).long()).logits[:, 0].numpy()
+    ours = rewarding.Rewarder(tmp_path / "rm", max_length=16, compute_dtype="float32", batch_per_device=1)(rows)
+    assert_allclose(ours, expected, rtol=0, atol=tolerances.PARITY_LOGITS)
+    assert np.ptp(expected) > 0.01

@@ -183,6 +183,7 @@ def _locate(directory: Path, config: model.ModelConfig) -> dict[str, Tensor]:
             problems.append(f"{path.name} is damaged or cut short ({error}); fetch it again")
     tensors: dict[str, Tensor] = {}
     for path, header in headers.items():
+        header = {params.full_hf_name(name, config): tensor for name, tensor in header.items()}
         problems += [
             f"{name} stands in several files, one of them {path.name}"
             for name in sorted(header.keys() & tensors.keys())

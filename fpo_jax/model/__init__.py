@@ -186,7 +186,7 @@ def _default_attention(
         kv_heads=config.kv_heads,
         positions=[positions],
         sliding_window=config.sliding_window,
-        soft_cap=None,
+        soft_cap=config.attention_soft_cap,
         segments=False,
         layout=layout,
     )
@@ -203,7 +203,9 @@ def logits(
     """Return the logits, float32, after one hidden state of each row: for sampling, never for training."""
     head_VD = head(params, config=config).astype(hidden_ND.dtype)
     exact = jax.lax.Precision.HIGHEST
-    return jnp.einsum("ND,VD->NV", hidden_ND, head_VD, preferred_element_type=jnp.float32, precision=exact)
+    logits_NV = jnp.einsum("ND,VD->NV", hidden_ND, head_VD, preferred_element_type=jnp.float32, precision=exact)
+    cap = config.final_soft_cap
+    return logits_NV if cap is None else cap * jnp.tanh(logits_NV / cap)
 
 
 def scores(

@@ -15,19 +15,22 @@ from fpo_jax.model.rope import Rope
 class ModelConfig:
     """One decoder's architecture; hashable, so that it can be a static argument of a jitted function."""
 
-    family: str  # Hugging Face model_type: llama, mistral or gpt_neox
+    family: str  # Hugging Face model_type, one of FAMILIES
     vocab_size: int  # V
     width: int  # D
     layers: int  # L
     heads: int  # H
-    kv_heads: int  # G, divides H; equal to H for gpt_neox
+    kv_heads: int  # G, divides H; equal to H for gpt_neox and gpt2
     head_dim: int  # C; need not be D / H
     ffn: int  # F
     max_positions: int  # longest text the model was trained for; dynamic rope scales beyond it
     activation: str = "silu"  # a key of parts.ACTIVATIONS
     norm_eps: float = 1e-5
     rope: Rope = dataclasses.field(default_factory=Rope)
-    sliding_window: int | None = None  # positions a query sees, itself included; mistral only
+    sliding_window: int | None = None  # positions a query sees, itself included; in gemma2 of every other layer
+    query_scale: float | None = None  # factor on the attention logits; None = head_dim**-0.5
+    attention_soft_cap: float | None = None  # bound on the magnitude of the attention logits; gemma2 only
+    final_soft_cap: float | None = None  # the same of the head's logits; gemma2 only
     parallel_residual: bool = False  # attention and MLP read the same input; gpt_neox only
     tied_head: bool = False  # the LM head is the embedding
     reward_head: bool = False  # a score of each position instead of an LM head
@@ -35,6 +38,16 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Sliding windows of the first layers; they repeat."""
+        return (self.sliding_window, None) if self.family == "gemma2" else (self.sliding_window,)
+
+    @property
+    def learned_positions(self) -> bool:
+        """Whether positions are embedded and nothing is rotated."""
+        return self.family == "gpt2"
 
     def __post_init__(self):
         """Raise ValueError naming every field that is out of range or unsupported."""
@@ -60,7 +73,26 @@ _LLAMA_KEYS = _SHARED_KEYS | {"norm_eps": "rms_norm_eps", "kv_heads": "num_key_v
 _KEYS: dict[str, dict[str, str]] = {
     "llama": _LLAMA_KEYS,
     "mistral": _LLAMA_KEYS | {"sliding_window": "sliding_window"},
+    "qwen2": _LLAMA_KEYS,
+    "qwen3": _LLAMA_KEYS,
+    "gemma2": _LLAMA_KEYS
+    | {
+        "activation": "hidden_activation",
+        "sliding_window": "sliding_window",
+        "attention_soft_cap": "attn_logit_softcapping",
+        "final_soft_cap": "final_logit_softcapping",
+    },
     "gpt_neox": _SHARED_KEYS | {"norm_eps": "layer_norm_eps", "parallel_residual": "use_parallel_residual"},
+    "gpt2": _SHARED_KEYS
+    | {
+        "width": "n_embd",
+        "layers": "n_layer",
+        "heads": "n_head",
+        "ffn": "n_inner",
+        "max_positions": "n_positions",
+        "activation": "activation_function",
+        "norm_eps": "layer_norm_epsilon",
+    },
 }
 # What an absent key means, as in transformers' config classes; keys that stand in neither table must be present.
 _SHARED_DEFAULTS = {
@@ -74,18 +106,45 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA_DEFAULTS | {"max_position_embeddings": 2048, "num_key_value_heads": None},
     "mistral": _LLAMA_DEFAULTS
     | {"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": _LLAMA_DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": _LLAMA_DEFAULTS | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "gemma2": _LLAMA_DEFAULTS
+    | {
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
+    "gpt2": _SHARED_DEFAULTS
+    | {
+        "n_inner": None,
+        "n_positions": 1024,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+    },
     "gpt_neox": _SHARED_DEFAULTS
     | {"max_position_embeddings": 2048, "hidden_act": "gelu", "layer_norm_eps": 1e-5, "use_parallel_residual": True},
 }
-_ROTARY_FRACTION = {"llama": 1.0, "mistral": 1.0, "gpt_neox": 0.25}
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "gpt_neox": "GPTNeoXForCausalLM"}
-_LANGUAGE, _REWARD = "ForCausalLM", "ForSequenceClassification"
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+_REWARD = "ForSequenceClassification"
 FAMILIES = tuple(_ARCHITECTURES)
 
 # key of config.json -> values that leave the forward and backward pass as built here; any other value is refused
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
-    "layer_types": (None,),
     "mlp_bias": (None, False),
     "attention_dropout": (None, 0),
     "hidden_dropout": (None, 0),
@@ -94,7 +153,18 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (None, False),
     "original_max_position_embeddings": (None,),
 }
-_NEUTRAL_ATTENTION_BIAS = {"llama": (None, False), "mistral": (None, False), "gpt_neox": (None, True)}
+_NEUTRAL_OF: dict[str, dict[str, tuple[Any, ...]]] = {
+    family: {"attention_bias": (None, True) if family == "gpt_neox" else (None, False)} for family in FAMILIES
+}
+_NEUTRAL_OF["qwen2"] |= {"use_sliding_window": (None, False)}
+_NEUTRAL_OF["qwen3"] |= {"use_sliding_window": (None, False)}
+_NEUTRAL_OF["gemma2"] |= {"use_bidirectional_attention": (None, False)}
+# The drop-out that GPT-2's configs name is that of its pre-training; nothing here drops.
+_NEUTRAL_OF["gpt2"] = {
+    "scale_attn_weights": (None, True),
+    "scale_attn_by_inverse_layer_idx": (None, False),
+    "reorder_and_upcast_attn": (None, False),
+}
 
 
 def from_hf_config(config: dict[str, Any]) -> ModelConfig:
@@ -113,8 +183,13 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
             values[field] = config.get(key, _DEFAULTS[family].get(key))
         else:
             problems.append(f"{key} is missing")
+    if family == "gemma2":
+        values["query_scale"] = float(config.get("query_pre_attn_scalar", 256)) ** -0.5
+    if family == "gpt2" and values.get("ffn") is None and isinstance(values.get("width"), int):
+        values["ffn"] = 4 * values["width"]
+    problems += _layer_types(config, family, values)
     try:
-        values["rope"] = _rope_from_hf(config, family, values.get("max_positions"))
+        values["rope"] = Rope() if family == "gpt2" else _rope_from_hf(config, family, values.get("max_positions"))
     except ValueError as error:
         problems.append(str(error).rstrip("."))
     if values.get("kv_heads") is None:
@@ -142,6 +217,10 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     keys = {key: getattr(config, field) for field, key in _KEYS[config.family].items()}
     eos_ids = config.eos_ids
     keys["eos_token_id"] = None if not eos_ids else eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
+    if config.query_scale is not None:
+        keys["query_pre_attn_scalar"] = config.query_scale**-2
+    if config.learned_positions:
+        return {"model_type": config.family, **keys, **head_keys(config)}
     theta_key = "rotary_emb_base" if config.family == "gpt_neox" else "rope_theta"
     keys |= {theta_key: config.rope.theta, "rope_scaling": rope.to_hf(config.rope)}
     if config.family == "gpt_neox":
@@ -155,7 +234,8 @@ def head_keys(config: ModelConfig) -> dict[str, Any]:
     if not config.reward_head:
         return {"architectures": [architecture]}
     label = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    return {"architectures": [architecture.replace(_LANGUAGE, _REWARD)], **label}
+    named = architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    return {"architectures": [named + _REWARD], **label}
 
 
 def filler_id(config: ModelConfig) -> int:
@@ -175,12 +255,24 @@ def _labels(config: dict[str, Any]) -> int:
 
 
 def _refusals(config: dict[str, Any], family: str) -> list[str]:
-    neutral = _NEUTRAL | {"attention_bias": _NEUTRAL_ATTENTION_BIAS[family]}
+    neutral = _NEUTRAL | _NEUTRAL_OF[family]
     return [
         f"{key}={config[key]!r} is not supported (supported: {', '.join(map(repr, values))})"
         for key, values in neutral.items()
         if key in config and config[key] not in values
     ]
+
+
+def _layer_types(config: dict[str, Any], family: str, values: dict[str, Any]) -> list[str]:
+    """Check the list that says which layers slide, where there is one, against what the family does."""
+    given = config.get("layer_types")
+    if given is None or not isinstance(values.get("layers"), int):
+        return []
+    full, sliding = "full_attention", "sliding_attention"
+    window = values.get("sliding_window") is not None
+    period = {"gemma2": (sliding, full), "mistral": (sliding if window else full,)}.get(family, (full,))
+    expected = [period[layer % len(period)] for layer in range(values["layers"])]
+    return [] if given == expected else [f"layer_types={given} is not supported (supported: {period} repeated)"]
 
 
 def _rope_from_hf(config: dict[str, Any], family: str, max_positions: Any) -> Rope:
@@ -205,7 +297,7 @@ def _rope_from_hf(config: dict[str, Any], family: str, max_positions: Any) -> Ro
         ("rotary_emb_base", config.get("rotary_emb_base")),
     )
     fraction = one(
-        _ROTARY_FRACTION[family],
+        0.25 if family == "gpt_neox" else 1.0,
         ("partial_rotary_factor in the rope dict", parameters.get("partial_rotary_factor")),
         ("partial_rotary_factor", config.get("partial_rotary_factor")),
         ("rotary_pct", config.get("rotary_pct")),
@@ -240,7 +332,7 @@ def _problems(config: ModelConfig) -> list[str]:
     window = config.sliding_window
     if window is not None and window < 1:
         problems.append(f"sliding_window={window} must be positive or None")
-    if window is not None and config.family != "mistral":
+    if window is not None and config.family not in ("mistral", "gemma2"):
         problems.append(f"sliding_window={window} has no meaning for {config.family}")
     if config.parallel_residual and config.family != "gpt_neox":
         problems.append(f"parallel_residual has no meaning for {config.family}")
@@ -248,15 +340,24 @@ def _problems(config: ModelConfig) -> list[str]:
         problems.append(f"partial_rotary_factor={config.rope.fraction} has no meaning for {config.family}")
     if problems:
         return problems
+    for name in ("attention_soft_cap", "final_soft_cap", "query_scale"):
+        value = getattr(config, name)
+        if value is not None and config.family != "gemma2":
+            problems.append(f"{name}={value} has no meaning for {config.family}")
+        elif value is not None and not value > 0:
+            problems.append(f"{name}={value} must be positive or None")
+    if config.layers % len(config.windows):
+        problems.append(f"{config.layers} layers are not a multiple of the {len(config.windows)} kinds that alternate")
     if config.heads % config.kv_heads:
         problems.append(f"{config.heads} query heads are not a multiple of {config.kv_heads} key/value heads")
-    if config.family == "gpt_neox" and (config.kv_heads, config.head_dim * config.heads) != (
+    if config.family in ("gpt_neox", "gpt2") and (config.kv_heads, config.head_dim * config.heads) != (
         config.heads,
         config.width,
     ):
-        problems.append("gpt_neox has kv_heads = heads and head_dim = width / heads")
+        problems.append(f"{config.family} has kv_heads = heads and head_dim = width / heads")
     try:
-        rope.rotated_pairs(config.rope, head_dim=config.head_dim)
+        if not config.learned_positions:
+            rope.rotated_pairs(config.rope, head_dim=config.head_dim)
     except ValueError as error:
         problems.append(str(error).rstrip("."))
     return problems

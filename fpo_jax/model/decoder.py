@@ -13,13 +13,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from fpo_jax import attention, sharding
-from fpo_jax.model import caching, configuration, gpt_neox, llama, parts, rope
+from fpo_jax.model import caching, configuration, gemma2, gpt2, gpt_neox, llama, parts, rope
 
 # family -> (one layer, the norm after the last layer)
 _FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "llama": (llama.Layer, parts.RMSNorm),
     "mistral": (llama.Layer, parts.RMSNorm),
+    "qwen2": (llama.Layer, parts.RMSNorm),
+    "qwen3": (llama.Layer, parts.RMSNorm),
+    "gemma2": (gemma2.Layer, parts.OffsetRMSNorm),
     "gpt_neox": (gpt_neox.Layer, parts.LayerNorm),
+    "gpt2": (gpt2.Layer, parts.LayerNorm),
 }
 _LAYER_INPUT = "layer_input"
 _CACHED = attention.Choice("cached", "one query against the cache")
@@ -50,6 +54,8 @@ class Decoder(nnx.Module):
         layer, norm = _FAMILIES[config.family]
         self.config = config
         self.embed = parts.parameter(config.vocab_size, config.width)
+        if config.learned_positions:
+            self.positions = parts.parameter(config.max_positions, config.width)
         self.layers = _stacked(layer(config), config.layers)
         self.final_norm = norm(config.width, config.norm_eps)
         if config.reward_head:
@@ -68,15 +74,17 @@ class Decoder(nnx.Module):
         layout: sharding.Layout,
     ) -> Float[jax.Array, "N T D"]:
         """Return the hidden states after the final norm, in compute_dtype."""
-        context = self._context(jnp.arange(tokens_NT.shape[1])[None], valid_NT, choice, layout)
+        positions_XT = jnp.arange(tokens_NT.shape[1])[None]
+        context = self._context(positions_XT, valid_NT, choice, layout)
         graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(x_NTD, layer):
-            return nnx.merge(graphdef, layer)(checkpoint_name(x_NTD, _LAYER_INPUT), context), None
+        def apply_layer(x_NTD, layer, *, window):
+            own = context._replace(sliding_window=window)
+            return nnx.merge(graphdef, layer)(checkpoint_name(x_NTD, _LAYER_INPUT), own), None
 
         # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless.
-        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), context, compute_dtype)
-        x_NTD, _ = jax.lax.scan(REMAT[remat](apply_layer), x_NTD, layers)
+        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, context, compute_dtype)
+        x_NTD, _ = self._scan(lambda window: REMAT[remat](functools.partial(apply_layer, window=window)), x_NTD, layers)
         return layout.pin(self.final_norm(x_NTD), "rows", "positions", "width")
 
     def prefill(
@@ -89,16 +97,19 @@ class Decoder(nnx.Module):
         layout: sharding.Layout,
     ) -> tuple[Float[jax.Array, "N T D"], caching.Cache]:
         """Return the hidden states and the keys and values of all positions."""
-        context = self._context(jnp.arange(tokens_NT.shape[1])[None], valid_NT, choice, layout)
+        positions_XT = jnp.arange(tokens_NT.shape[1])[None]
+        context = self._context(positions_XT, valid_NT, choice, layout)
         graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(x_NTD, layer):
+        def apply_layer(x_NTD, layer, *, window):
             recorder = caching.Recorder()
-            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context._replace(slot=recorder))
+            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context._replace(slot=recorder, sliding_window=window))
             return x_NTD, (recorder.keys_NTGC, recorder.values_NTGC)
 
-        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), context, compute_dtype)
-        x_NTD, (keys_LNTGC, values_LNTGC) = jax.lax.scan(apply_layer, x_NTD, layers)
+        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, context, compute_dtype)
+        x_NTD, (keys_LNTGC, values_LNTGC) = self._scan(
+            lambda window: functools.partial(apply_layer, window=window), x_NTD, layers
+        )
         return self.final_norm(x_NTD), caching.Cache(keys_LNTGC, values_LNTGC)
 
     def decode(
@@ -115,33 +126,62 @@ class Decoder(nnx.Module):
         context = self._context(positions_N[:, None], valid_NT, _CACHED, layout)
         graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(carry, layer):
+        def apply_layer(carry, layer, *, window):
             x_NTD, cache, number = carry
             slot = caching.Slot(cache, number, positions_N)
-            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context._replace(slot=slot))
+            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context._replace(slot=slot, sliding_window=window))
             return (x_NTD, slot.cache, number + 1), None
 
-        x_NTD = self._embedded(tokens_N[:, None], context, compute_dtype)
-        (x_NTD, cache, _), _ = jax.lax.scan(apply_layer, (x_NTD, cache, jnp.int32(0)), layers)
+        x_NTD = self._embedded(tokens_N[:, None], positions_N[:, None], context, compute_dtype)
+        (x_NTD, cache, _), _ = self._scan(
+            lambda window: functools.partial(apply_layer, window=window), (x_NTD, cache, jnp.int32(0)), layers
+        )
         return self.final_norm(x_NTD)[:, 0], cache
 
-    def _context(self, positions_XT, valid_NT, choice: attention.Choice, layout: sharding.Layout) -> parts.Context:
-        config = self.config
-        cos_XTP, sin_XTP = rope.rotation(
-            config.rope,
-            head_dim=config.head_dim,
-            max_positions=config.max_positions,
-            lengths_N=jnp.sum(valid_NT, axis=1, dtype=jnp.int32),
-            positions_XT=positions_XT,
-        )
-        return parts.Context(valid_NT, cos_XTP, sin_XTP, config.sliding_window, choice, layout)
+    def _scan(self, layer_of: Callable, carry, layers):
+        """Scan over the layers; where kinds of them alternate, over groups of one of each kind.
 
-    def _embedded(self, tokens_NT, context: parts.Context, compute_dtype) -> jax.Array:
+        `layer_of(window)` gives the body of a layer with that sliding window.
+        """
+        bodies = [layer_of(window) for window in self.config.windows]
+        if len(bodies) == 1:
+            return jax.lax.scan(bodies[0], carry, layers)
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, len(bodies), *leaf.shape[1:]), layers)
+
+        def apply_group(carry, group):
+            found = []
+            for index, body in enumerate(bodies):
+                carry, one = body(carry, jax.tree.map(lambda leaf: leaf[index], group))  # noqa: B023
+                found.append(one)
+            return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+
+        carry, found = jax.lax.scan(apply_group, carry, grouped)
+        return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
+
+    def _context(self, positions_XT, valid_NT, choice: attention.Choice, layout: sharding.Layout) -> parts.Context:
+        config, rotation = self.config, None
+        if not config.learned_positions:
+            rotation = rope.rotation(
+                config.rope,
+                head_dim=config.head_dim,
+                max_positions=config.max_positions,
+                lengths_N=jnp.sum(valid_NT, axis=1, dtype=jnp.int32),
+                positions_XT=positions_XT,
+            )
+        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        return parts.Context(valid_NT, rotation, scale, None, config.attention_soft_cap, choice, layout)
+
+    def _embedded(self, tokens_NT, positions_XT, context: parts.Context, compute_dtype) -> jax.Array:
         """The cast follows the gather: its gradient, a scatter-add, then sums in the parameters' own dtype.
 
         Ids outside the vocabulary give NaN.
         """
-        return context.pin_stream(jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype))
+        x_NTD = jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype)
+        if self.config.family == "gemma2":
+            x_NTD *= jnp.asarray(self.config.width**0.5, compute_dtype)
+        if self.config.learned_positions:
+            x_NTD += jnp.take(self.positions[...], positions_XT, axis=0, mode="clip").astype(compute_dtype)
+        return context.pin_stream(x_NTD)
 
 
 @functools.lru_cache(maxsize=32)

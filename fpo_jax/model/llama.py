@@ -1,7 +1,9 @@
-"""The layer of Llama 2, 3 and 3.1+ and of Mistral: RMSNorm, grouped-query attention, gated MLP, no biases.
+"""The layer of Llama, Mistral and Qwen: RMSNorm, grouped-query attention, gated MLP.
 
 h = x + attention(norm(x))
 y = h + down(act(gate(norm(h))) * up(norm(h)))
+
+Qwen-2 and 2.5 add biases to queries, keys and values; Qwen-3 normalises each head's queries and keys.
 """
 
 import jax
@@ -20,12 +22,22 @@ class Attention(nnx.Module):
         self.key = parts.parameter(D, G, C)
         self.value = parts.parameter(D, G, C)
         self.out = parts.parameter(H, C, D)
+        if config.family == "qwen2":
+            self.query_bias = parts.parameter(H, C)
+            self.key_bias = parts.parameter(G, C)
+            self.value_bias = parts.parameter(G, C)
+        self.normalizes_heads = config.family == "qwen3"
+        if self.normalizes_heads:
+            self.query_norm = parts.RMSNorm(C, config.norm_eps)
+            self.key_norm = parts.RMSNorm(C, config.norm_eps)
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
         q_NTHC = context.pin_heads(context.project("NTD,DHC->NTHC", x_NTD, self, "query"))
         k_NTGC = context.project("NTD,DGC->NTGC", x_NTD, self, "key")
         v_NTGC = context.project("NTD,DGC->NTGC", x_NTD, self, "value")
+        if self.normalizes_heads:
+            q_NTHC, k_NTGC = self.query_norm(q_NTHC), self.key_norm(k_NTGC)
         out_NTHC = context.pin_heads(context.attend(q_NTHC, k_NTGC, v_NTGC))
         return context.project("NTHC,HCD->NTD", out_NTHC, self, "out")
 

@@ -39,12 +39,21 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = parameter(width)
 
-    def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
+    def __call__(self, x: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
         """Normalise the last axis."""
-        wide_NTD = x_NTD.astype(jnp.float32)
-        mean_square_NT1 = jnp.mean(jnp.square(wide_NTD), axis=-1, keepdims=True)
-        scaled_NTD = wide_NTD * jax.lax.rsqrt(mean_square_NT1 + self.eps) * self.scale[...].astype(jnp.float32)
-        return scaled_NTD.astype(x_NTD.dtype)
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + self.eps) * self._factor()).astype(x.dtype)
+
+    def _factor(self) -> jax.Array:
+        return self.scale[...].astype(jnp.float32)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """Gemma's: the scale counts from one, so that weight 0 leaves a normalised value as it is."""
+
+    def _factor(self) -> jax.Array:
+        return 1.0 + self.scale[...].astype(jnp.float32)
 
 
 class LayerNorm(nnx.Module):
@@ -68,18 +77,19 @@ class Context(NamedTuple):
     """What every layer of one forward pass sees besides its input."""
 
     valid_NT: jax.Array  # bool
-    cos_XTP: jax.Array  # float32; X is N or 1
-    sin_XTP: jax.Array
-    sliding_window: int | None
+    rotation: tuple[jax.Array, jax.Array] | None  # cos and sin [X, T, P], float32, X is N or 1; None = no rotation
+    scale: float  # factor on the attention logits
+    sliding_window: int | None  # of the layer
+    soft_cap: float | None
     attention: attention.Choice
     layout: sharding.Layout
     slot: caching.Recorder | caching.Slot | None = None  # the layer's place in a cache, where there is one
 
     def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
-        """Rotate queries and keys, then attend with logits scaled by C**-0.5."""
-        q_NTHC = rope.rotate(q_NTHC, self.cos_XTP, self.sin_XTP)
-        k_NTGC = rope.rotate(k_NTGC, self.cos_XTP, self.sin_XTP)
-        options = {"scale": q_NTHC.shape[-1] ** -0.5, "sliding_window": self.sliding_window, "soft_cap": None}
+        """Rotate queries and keys, then attend."""
+        if self.rotation is not None:
+            q_NTHC, k_NTGC = (rope.rotate(x, *self.rotation) for x in (q_NTHC, k_NTGC))
+        options = {"scale": self.scale, "sliding_window": self.sliding_window, "soft_cap": self.soft_cap}
         if isinstance(self.slot, caching.Slot):
             return self.slot.attend(q_NTHC, k_NTGC, v_NTGC, **options)
         if self.slot is not None:

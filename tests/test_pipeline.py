@@ -1,0 +1,187 @@
+"""A whole recipe on tiny models: every stage once, nothing the second time, and what a change does again."""
+
+import importlib
+import json
+
+import pytest
+
+from configs.pipelines import common
+from eval import jobfile, pipeline, pipeline_report
+from fpo_jax import execution
+from tests import tiny
+from tests.paths import REPO, shared_data
+
+RECIPES = sorted(path.stem for path in (REPO / "configs" / "pipelines").glob("*.py") if path.stem != "common")
+
+
+def small(folder, name="hh_rw", **changed):
+    """The recipe with a tiny model, two updates a stage, and local pairs."""
+    c = importlib.import_module(f"configs.pipelines.{name}").get_config()
+    c.base = str(folder / "model")
+    c.data.update({"format": "json", "train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")})
+    c.data.update({"train_split": "", "eval_split": "", "subfolder": "", "hh_split": "last_turn"})
+    c.data.update({"max_length": 40})
+    c.data.max_response_length = 16
+    for section in ("sft", "reward", "align"):
+        c[section].model.compute_dtype = "float32"
+        c[section].train.update({"batch_size": 8, "micro_batch_per_device": 1})
+        c[section].train.max_steps = 2
+        c[section].train.update({"eval_every": 1, "save_every": 1})
+        c[section].logging.tensorboard = False
+    c.sample.update({"max_new_tokens": 8, "batch_size": 4})
+    c.generate.update({"max_new_tokens": 8, "num_prompts": 4, "num_return": 2, "batch_size": 4})
+    for key, value in changed.items():
+        *parents, last = key.split("__")
+        node = c
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return c
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pipeline")
+    tiny.write_model(root / "model", layers=1)
+    tiny.write_pairs(root / "train.jsonl", count=16)
+    tiny.write_pairs(root / "eval.jsonl", count=8, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "w"
+    return workdir, pipeline.Pipeline(small(folder), workdir).run()
+
+
+@pytest.mark.slow  # three trainings, each with its compilations
+def test_the_report_compares_every_alignment_with_the_start(finished):
+    workdir, report = finished
+    assert list(report) == ["start", "alphapo-rw-seed1234"]
+    one = report["alphapo-rw-seed1234"]
+    assert one["prompts"] == 4 and one["answers"] == 8
+    start, aligned = (jobfile.read(workdir / report[name]["file"]) for name in report)
+    means = [[sum(line["rewards"]) / 2 for line in lines] for lines in (start, aligned)]
+    assert one["change"]["mean"] == pytest.approx(sum(b - a for a, b in zip(*means, strict=True)) / 4)
+    assert json.loads((workdir / "report" / "report.json").read_text()) == json.loads(json.dumps(report))
+    assert "| alphapo-rw-seed1234 | 4 x 2 |" in (workdir / "report" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_second_time_nothing_is_done(folder, finished, capsys, monkeypatch):
+    workdir, report = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    for module, name in (("loop", "run"), ("generate", "run"), ("label", "run")):
+        monkeypatch.setattr(getattr(pipeline, module), name, None)
+    assert pipeline.Pipeline(small(folder), workdir).run() == report
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("done before" in line for line in lines) == 9
+    changed = [p for p, t in before.items() if p.stat().st_mtime_ns != t and "report" not in p.parts[-2]]
+    assert [path.name for path in changed] in ([], ["pipeline.log"])
+
+
+@pytest.mark.slow
+def test_a_change_does_again_what_depends_on_it_alone(folder, finished, capsys):
+    workdir, _ = finished
+    c = small(folder, losses=("alphapo-rw", "exo-rw"), align__optim__learning_rate=3e-6)
+    report = pipeline.Pipeline(c, workdir).run()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    again = [line.split("]")[1].split("...")[0].strip() for line in lines if "done before" not in line]
+    names = ("alphapo-rw-seed1234", "exo-rw-seed1234")
+    expected = [text for name in names for text in (f"Align: {name}", f"Answer with {name}", f"Score {name}")]
+    assert again == [*expected, "Write the report"] and list(report) == ["start", *names]
+    assert len(list(workdir.glob("align-alphapo-rw-seed1234-*"))) == 2, "another rate, another folder"
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_stopped_goes_on(folder, finished, tmp_path, monkeypatch):
+    """A signal in the middle of a training: the stage runs again and resumes from its checkpoint."""
+    answers = iter([None, "SIGTERM"])
+    monkeypatch.setattr(execution.StopRequest, "agreed", lambda self: next(answers, None))
+    with pytest.raises(execution.Stopped, match="saved step 1 of 2"):
+        pipeline.Pipeline(small(folder), tmp_path / "w").run()
+    (run,) = (tmp_path / "w").glob("sft-*/run/checkpoints")
+    assert [path.name for path in run.iterdir()] == ["1"]
+
+
+# --- settings
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_sound(name, tmp_path):
+    c = importlib.import_module(f"configs.pipelines.{name}").get_config()
+    if not c.reward_model and "reward" not in c:
+        c.reward_model = "some/reward-model"
+    pipeline.Pipeline(c, tmp_path / "w")
+    text = importlib.import_module(f"configs.pipelines.{name}").__doc__
+    assert all(word in text for word in ("Command", "Stages", "Original", "Expect"))
+
+
+def test_what_the_pipeline_fills_in_cannot_be_set_in_a_section():
+    c = importlib.import_module("configs.pipelines.hh_rw").get_config()
+    for key in ("train", "max_length", "rule"):
+        with pytest.raises(KeyError):
+            c.sft.data[key] = "x"
+    with pytest.raises(AttributeError):
+        c.align.seed = 1
+    assert set(common.SOURCE) | set(common.ROWS) == set(c.data)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"losses": ()}, "losses=\\(\\) must hold at least one entry"),
+        ({"seeds": (1, 1)}, r"seeds=\(1, 1\) must hold at least one entry and none twice"),
+        ({"losses": ("alphapo-rv",)}, "losses: unknown loss 'alphapo-rv'"),
+        ({"sample__num_return": 3}, "give 3 responses, which align.data.group_size=4 does not divide"),
+        ({"pairing": "best"}, "pairing='best' must be '' or best_worst"),
+        ({"reward_model": "x"}, "exclude each other"),
+        ({"sft__optim__learning_rate": -1.0}, "sft: .*optim.learning_rate=-1.0"),
+        ({"sft__loss__name": "dpo"}, "sft: .*does not belong to stage 'sft'"),
+    ],
+)
+def test_problems_of_all_stages_are_listed_before_any_starts(folder, tmp_path, changed, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.Pipeline(small(folder, **changed), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_another_loss_leaves_out_what_it_does_not_take(folder, tmp_path):
+    made = pipeline.Pipeline(small(folder, losses=("alphapo-rw", "exo-rw")), tmp_path / "w")
+    found = made._alignment("exo-rw", 7, model="m", sources=dict(made.config.data.items()))
+    assert (found.loss.name, found.loss.alpha, found.loss.beta_pi, found.seed) == ("exo-rw", None, 0.35, 7)
+
+
+def test_answers_of_several_seeds_are_one_line(tmp_path):
+    for seed, texts in ((1, ["a", "b"]), (2, ["c", "b"])):
+        rows = [
+            {"index": i, "prompt": f"p{i}", "completions": [text], "finish": ["stop"]} for i, text in enumerate(texts)
+        ]
+        (tmp_path / f"{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = pipeline.merge([tmp_path / "1.jsonl", tmp_path / "2.jsonl"], tmp_path / "o.jsonl")
+    (line,) = jobfile.read(tmp_path / "o.jsonl")
+    assert line["completions"] == ["a", "c"] and "1 dropped whose answers are all the same" in told
+    (tmp_path / "3.jsonl").write_text('{"index":0,"prompt":"p1","completions":["a"],"finish":["stop"]}\n' * 2)
+    with pytest.raises(ValueError, match="answer different prompts"):
+        pipeline.merge([tmp_path / "1.jsonl", tmp_path / "3.jsonl"], tmp_path / "o.jsonl")
+
+
+def test_a_report_of_other_prompts_is_refused(tmp_path):
+    for name, prompt in (("a", "p"), ("b", "q")):
+        (tmp_path / name).write_text(json.dumps({"prompt": prompt, "completions": ["x"], "rewards": [1.0]}) + "\n")
+    with pytest.raises(ValueError, match="answer different prompts"):
+        pipeline_report.write(tmp_path, {"start": tmp_path / "a", "dpo": tmp_path / "b"}, {})
+
+
+# --- readers that the recipes use
+
+
+def test_real_tldr_records():
+    from fpo_jax import data
+
+    found = data.read(shared_data("tldr", "comparison_example.jsonl"), format="tldr")
+    assert found.rows
+    for record in found.rows:
+        assert record.prompt.startswith("SUBREDDIT: r/") and record.prompt.endswith("\nTL;DR:")
+        assert all(text.startswith(" ") and text == " " + text.strip() for text in record.responses)
+        assert list(record.rewards) == [1.0, 0.0]
