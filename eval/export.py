@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Export as the command line says; return the exit status."""
     options = _parser().parse_args(arguments)
     try:
-        line = export(options.workdir, options.out, step=options.step, dtype=options.dtype)
+        line = export(options.workdir, options.out, step=options.step, dtype=options.dtype, lora=options.lora)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | None) -> str:
+def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | None, lora: str = "merged") -> str:
     """Write the directory and return one line that says what was written.
 
     Args:
@@ -38,6 +38,8 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
         out: absent or empty directory.
         step: which checkpoint; "best" = the best one of a run with train.keep_best; None = the newest.
         dtype: of the weights on disk; None = the dtype in the config of the model the run started from.
+        lora: of a run that trained an adapter: "merged" into the model it started from, or the "adapter" alone, as PEFT
+            reads it.
 
     Raises:
         ValueError: no such run or step, `out` in use or its disk too small, or weights that are not finite in `dtype`.
@@ -47,10 +49,28 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
         raise ValueError(f"{workdir} is not a directory; give the --workdir of a training run.")
     tree, meta = checkpoint.restore_params(workdir, step)
     config = model.from_hf_config(meta["hf_config"])
-    config = dataclasses.replace(config, reward_head=meta["config"]["stage"] == "reward")
+    config = dataclasses.replace(config, reward_head=meta["config"].get("stage") == "reward")
     dtype = dtype or _source_dtype(meta["hf_config"])
+    settings = meta["config"].get("lora", {"rank": 0})
+    if lora == "adapter" and not settings["rank"]:
+        raise ValueError(f"{workdir} trained no adapter (lora.rank=0); leave --lora out.")
+    if settings["rank"]:
+        adapter = params.adapter(config, **settings)
+        if lora == "adapter":
+            hf.write_peft(tree, config, adapter, out_dir=out, base_name=meta["config"]["model"]["path"])
+            return f"{out}: adapter of rank {adapter.rank} over {len(adapter.targets)} matrices, step {meta['step']}"
+        tree = hf.merged(tree, _base(meta), config, adapter)
     hf.export(tree, config, out_dir=out, source_dir=Path(meta["model_dir"]), dtype=dtype)
     return f"{out}: {config.family}, step {meta['step']}, {params.count(config):,} parameters in {dtype}"
+
+
+def _base(meta: dict[str, Any]) -> Path:
+    """Return the model that a run started from, whose weights its checkpoints do not hold."""
+    path, revision = meta["config"]["model"]["path"], meta["config"]["model"]["revision"]
+    base = hf.local_dir(path, revision=revision or None)
+    if hf.weights_fingerprint(base) != meta["fingerprints"]["model"]:
+        raise ValueError(f"the weights of {path} are not those that the adapter was trained on; put them back.")
+    return base
 
 
 def _source_dtype(config: dict[str, Any]) -> str:
@@ -70,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the training run")
     parser.add_argument("--out", type=Path, required=True, help="directory to write; absent or empty")
     parser.add_argument("--step", type=_step, help="which checkpoint: a number or best (default: the newest)")
+    parser.add_argument("--lora", choices=("merged", "adapter"), default="merged", help="what of an adapter's run")
     parser.add_argument("--dtype", choices=DTYPES, help="weights on disk (default: as the model the run started from)")
     return parser
 

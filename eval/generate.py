@@ -316,6 +316,8 @@ def _model(options: Options) -> tuple[Path, model.ModelConfig, Any, Any]:
     tree, meta = checkpoint.restore_params(Path(options.workdir), step)
     source = Path(meta["model_dir"])
     config = hf.read_config(source)
+    if meta["config"]["lora"]["rank"]:
+        raise ValueError(f"{options.workdir} trained an adapter; export it (python -m eval.export) and give --model.")
     if meta["config"]["stage"] == "reward":
         raise ValueError(f"{options.workdir} trains a reward model, which writes no answers.")
 

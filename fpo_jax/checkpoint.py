@@ -76,7 +76,7 @@ class Checkpointer:
             ),
         )
         count = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
-        return shapes.TrainState(items["params"], items["optimizer"], count)
+        return shapes.TrainState(items["params"], items["optimizer"], count)  # frozen weights come from their own files
 
     def wait(self) -> None:
         """Return when every save is committed; raises what a background save raised."""

@@ -6,6 +6,7 @@ A knob whose default is None or "" is unset; setting a loss option that the chos
 """
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -55,6 +56,12 @@ def default() -> Config:
     c.model.compute_dtype = "bfloat16"  # matmul operands; softmax, norms and losses are always float32
     c.model.remat = "full"  # none | dots | full | offload: what the backward pass recomputes, from nothing to all
     c.model.attention = "auto"  # auto | xla | chunked | cudnn | splash
+
+    c.lora = ml_collections.ConfigDict()
+    c.lora.rank = 0  # r of the adapters that are trained instead of the weights; 0 = train the weights
+    c.lora.alpha = 16.0  # what an adapter adds is scaled by alpha / rank
+    c.lora.dropout = 0.0  # share of an adapter's inputs that is dropped in training
+    c.lora.modules = "all-linear"  # regular expression over Hugging Face's names of the layers' matrices: q_proj|v_proj
 
     c.tokenizer = ml_collections.ConfigDict()
     c.tokenizer.path = ""  # "" = model.path
@@ -219,6 +226,21 @@ def problems(config: Config) -> list[str]:
     choice("model.compute_dtype", DTYPES)
     choice("model.remat", ("none", "dots", "full", "offload"))
     choice("model.attention", ("auto", "xla", "chunked", "cudnn", "splash"))
+    number("lora.rank", 0)
+    number("lora.alpha", 0.0, exclusive=True)
+    if not 0 <= config.lora.dropout < 1:
+        found.append(f"lora.dropout={config.lora.dropout} must lie in [0, 1).")
+    try:
+        re.compile(config.lora.modules)
+    except re.error as error:
+        found.append(f"lora.modules={config.lora.modules!r} is no regular expression: {error}.")
+    unchanged = {"alpha": 16.0, "dropout": 0.0, "modules": "all-linear"}
+    if config.lora.rank == 0:
+        found += [
+            f"lora.{key}={config.lora[key]!r} is not used while lora.rank is 0; set lora.rank."
+            for key, value in unchanged.items()
+            if config.lora[key] != value
+        ]
     choice("data.format", FORMATS)
     choice("data.rule", ("chat", "raw"))
     choice("data.truncation", ("keep_end", "keep_start"))

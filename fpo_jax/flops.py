@@ -55,15 +55,17 @@ def forward(config: model.ModelConfig, done: Work) -> int:
     return 2 * matrices * done.tokens + attention * done.pairs + head
 
 
-def update(config: model.ModelConfig, done: Work, *, extra_forward: bool = False) -> int:
+def update(config: model.ModelConfig, done: Work, *, extra_forward: bool = False, adapted: bool = False) -> int:
     """Return the operations of an update: forward, and twice as many backward; recomputation does not count.
 
     Args:
         config: the architecture.
         done: over all rows of the update.
         extra_forward: the loss needs a statistic of the batch from a pass of its own (KTO).
+        adapted: an adapter alone is trained, whose own operations do not count: the backward pass then computes the
+            gradients of activations, and of no weight.
     """
-    return (3 + extra_forward) * forward(config, done)
+    return (3 - adapted + extra_forward) * forward(config, done)
 
 
 def traced(jaxpr: core.Jaxpr, *, sliding_window: int | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from fpo_jax import __version__, chat, checkpoint, data, hf, losses, model, optim
+from fpo_jax import __version__, chat, checkpoint, data, hf, losses, model, optim, params
 from fpo_jax import config as configuration
 
 
@@ -53,6 +53,7 @@ class Blueprint(NamedTuple):
     scored: int  # the largest R
     warmup: int
     horizon: int
+    adapter: model.Adapter | None = None
 
 
 def prepare(config: configuration.Config) -> Inputs:
@@ -60,6 +61,7 @@ def prepare(config: configuration.Config) -> Inputs:
     loss = check(config)
     source = hf.local_dir(config.model.path, revision=config.model.revision or None)
     model_config = read_model(config, source)
+    adapter(config, model_config)
     hf.check_weights(source, model_config)
     return Inputs(loss, source, model_config, *read_data(config, source, model_config))
 
@@ -226,10 +228,20 @@ def durations(config: configuration.Config, *, steps_per_epoch: int) -> tuple[in
     return steps, warmup, horizon
 
 
-def blueprint(inputs: Inputs, plan: Plan) -> Blueprint:
+def blueprint(config: configuration.Config, inputs: Inputs, plan: Plan) -> Blueprint:
     """Return what the programs of a run are compiled for."""
-    scored = max(scored for _, scored in plan.shapes)
-    return Blueprint(inputs.loss, inputs.model_config, plan.schedule.buckets, scored, plan.warmup, plan.horizon)
+    scored, lengths = max(scored for _, scored in plan.shapes), plan.schedule.buckets
+    added = adapter(config, inputs.model_config)
+    return Blueprint(inputs.loss, inputs.model_config, lengths, scored, plan.warmup, plan.horizon, added)
+
+
+def adapter(config: configuration.Config, model_config: model.ModelConfig) -> model.Adapter | None:
+    """Return the description of the adapter that is trained, or None.
+
+    Raises:
+        ValueError: the model has no matrix of the names asked for.
+    """
+    return params.adapter(model_config, **config.lora) if config.lora.rank else None
 
 
 def sequential_schedule(config: configuration.Config, prepared: data.Prepared, *, batch_size: int) -> data.Schedule:

@@ -77,7 +77,7 @@ def run(
             layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
             plan = job.plan(config, inputs, devices=layout.row_ways)
             trace = profiling.Trace(profile, workdir, last=plan.steps)
-            compiled = programs.Programs(config, job.blueprint(inputs, plan), layout)
+            compiled = programs.Programs(config, job.blueprint(config, inputs, plan), layout)
             if hosts.first():
                 job.claim_workdir(config, workdir, inputs)
         hosts.check_shared(workdir)
@@ -115,6 +115,7 @@ class _Run:
             devices=compiled.mesh.size,
             peak=None if holds is None or wide else holds.flops,
             extra_forward=inputs.loss.needs_batch_kl,
+            adapted=compiled.adapted,
         )
 
     def announce(self) -> None:
@@ -173,15 +174,17 @@ class _Run:
             if last is None:
                 state = self.programs.fresh_state(weights)
             else:
-                del weights  # the reference; the policy comes from the checkpoint
+                if not self.programs.adapted:
+                    weights = None  # the reference; the policy comes from the checkpoint
                 state = checkpointer.restore(last, self.programs.abstract_state())
+                state = self.programs.resumed(state, weights)
                 log.info("resumed from step %d of %d", last, self.plan.steps)
             with hosts.together():
                 if hosts.first():
                     self.writers = self._open_writers(last)
             with contextlib.closing(self.writers):
                 if last is None:
-                    self._check_best(self._evaluate(0, state.params, references[1]))
+                    self._check_best(self._evaluate(0, self.programs.whole(state), references[1]))
                 self._updates(state, references, checkpointer)
                 self.writers.write(self.plan.steps, self.meter.overall(), timing=True)
         log.info("since the start: %s", profiling.shown(self.meter.overall()))
@@ -240,7 +243,7 @@ class _Run:
                     pending = None
                     score = None
                     if evaluating:
-                        score = self._score(self._evaluate(number, state.params, references[1]))
+                        score = self._score(self._evaluate(number, self.programs.whole(state), references[1]))
                         saving = saving or (score is not None and score > self.best)
                     if saving:
                         self.best = self.best if score is None else max(score, self.best)

@@ -11,6 +11,7 @@ Layouts are spelled in the letters of shapes.py, a digit being a literal size. `
 import dataclasses
 import functools
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpo_jax import shapes
-from fpo_jax.model import ModelConfig
+from fpo_jax.model import Adapter, ModelConfig
 
 AXES = {
     "L": "layers",
@@ -42,7 +43,9 @@ class Row:
     letters: str  # layout here
     hf_name: str  # "{layer}" stands for the layer's number
     hf_letters: str  # layout of one layer on disk
-    init: str  # "normal" (standard deviation config.initializer_range), "uniform" (1/sqrt(D)), "ones" or "zeros"
+    init: (
+        str  # "normal" (standard deviation config.initializer_range), "uniform" (1/sqrt(its inputs)), "ones" or "zeros"
+    )
     decay: bool  # whether weight decay applies: matrices yes, norms and biases no
     shape: tuple[int, ...] = ()
     axes: tuple[str | None, ...] = ()  # logical axes for sharding.py, None = every device holds all of it
@@ -130,7 +133,7 @@ def initial(row: Row, config: ModelConfig, key: jax.Array) -> jax.Array:
     if row.init == "normal":
         return config.initializer_range * jax.random.normal(own_key, row.shape, jnp.float32)
     if row.init == "uniform":
-        bound = config.width**-0.5
+        bound = row.hf_shape[-1] ** -0.5
         return jax.random.uniform(own_key, row.shape, jnp.float32, -bound, bound)
     return {"ones": jnp.ones, "zeros": jnp.zeros}[row.init](row.shape, jnp.float32)
 
@@ -180,6 +183,78 @@ def ignored_hf_names(config: ModelConfig) -> frozenset[str]:
 def hf_head_name(config: ModelConfig) -> str:
     """Return the head's name on disk; files of tied models may hold it as a copy of the embedding."""
     return "embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight"
+
+
+def adapter(config: ModelConfig, *, rank: int, alpha: float, dropout: float, modules: str) -> Adapter:
+    """Describe an adapter of the layers' matrices.
+
+    Args:
+        config: the architecture.
+        rank: r >= 1.
+        alpha: the additions are scaled by alpha / r.
+        dropout: share of the inputs of A that is dropped in training, in [0, 1).
+        modules: regular expression over the names that Hugging Face gives the matrices ("q_proj|v_proj", found anywhere
+            in "model.layers.0.self_attn.q_proj"); "all-linear" = all of them.
+
+    Raises:
+        ValueError: no matrix of that name; lists those there are.
+    """
+    matrices = [row for row in rows(config) if row.stacked and row.decay]
+    chosen = [row for row in matrices if modules == "all-linear" or re.search(modules, row.hf_name)]
+    if not chosen:
+        names = sorted({row.hf_name.removesuffix(".weight").rpartition(".")[2] for row in matrices})
+        raise ValueError(f"lora.modules={modules!r} is in no name of this model's matrices: {', '.join(names)}.")
+    targets = []
+    for row in chosen:
+        sizes = dict(zip(row.letters, row.shape, strict=True))
+        inside, outside = _inputs_and_outputs(row, config)
+        a, b = (tuple(sizes[letter] for letter in letters) for letters in (inside, outside))
+        targets.append((row.path.removeprefix("layers/"), (*a, rank), (rank, *b)))
+    return Adapter(rank, alpha, dropout, tuple(targets))
+
+
+def adapter_rows(config: ModelConfig, of: Adapter) -> tuple[Row, ...]:
+    """Return the rows of an adapter: A [L, inputs, r] and B [L, r, outputs] of each matrix, under PEFT's names."""
+    by_path, found = {row.path: row for row in rows(config)}, []
+    for path, a_shape, b_shape in of.targets:
+        row = by_path[f"layers/{path}"]
+        inside, outside = _inputs_and_outputs(row, config)
+        name = f"base_model.model.{row.hf_name.removesuffix('.weight')}"
+        axes = dict(zip(row.letters, row.axes, strict=True)) | {"r": None}
+        for part, letters, shape, disk, init in (
+            ("a", f"L{inside}r", a_shape, f"r({inside})", "uniform"),
+            ("b", f"Lr{outside}", b_shape, f"({outside})r", "zeros"),
+        ):
+            found.append(
+                Row(
+                    f"{row.path}_lora_{part}",
+                    letters,
+                    f"{name}.lora_{part.upper()}.weight",
+                    disk,
+                    init,
+                    decay=True,
+                    shape=(config.layers, *shape),
+                    axes=tuple(axes[letter] for letter in letters),
+                )
+            )
+    return tuple(found)
+
+
+def trained_rows(config: ModelConfig, of: Adapter | None) -> tuple[Row, ...]:
+    """Return the rows that training changes: all of them, or the adapter's and a reward model's head."""
+    if of is None:
+        return rows(config)
+    return (*adapter_rows(config, of), *(row for row in rows(config) if row.path == "score"))
+
+
+def frozen_rows(config: ModelConfig, of: Adapter | None) -> tuple[Row, ...]:
+    """Return the rows that training only reads: none, or those below an adapter."""
+    return () if of is None else tuple(row for row in rows(config) if row.path != "score")
+
+
+def union(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one nested dict of the leaves of all; trees whose leaves have different paths."""
+    return nest({path: leaf for tree in trees for path, leaf in flatten(tree).items()})
 
 
 def full_hf_name(name: str, config: ModelConfig) -> str:
@@ -371,6 +446,12 @@ def _logical_axes(row: Row) -> tuple[str | None, ...]:
     """Name the axes; a vector over D stays whole, since cutting a few KiB saves nothing and costs a collective."""
     vector = len(row.letters.removeprefix("L")) == 1
     return tuple(None if vector and letter == "D" else AXES.get(letter) for letter in row.letters)
+
+
+def _inputs_and_outputs(row: Row, config: ModelConfig) -> tuple[str, str]:
+    """Return the letters of a matrix's input and output axes; GPT-2's lie on disk the other way round."""
+    outside, inside = _groups(row.hf_letters)
+    return (outside, inside) if config.family == "gpt2" else (inside, outside)
 
 
 def _groups(letters: str) -> Iterator[str]:

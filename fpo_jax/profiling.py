@@ -57,7 +57,15 @@ class Meter:
     the mathematics needs (`flops`): recomputation does not count, nor, on valid tokens, does padding.
     """
 
-    def __init__(self, config: model.ModelConfig, *, devices: int, peak: float | None, extra_forward: bool = False):
+    def __init__(
+        self,
+        config: model.ModelConfig,
+        *,
+        devices: int,
+        peak: float | None,
+        extra_forward: bool = False,
+        adapted: bool = False,
+    ):
         """Start with nothing done.
 
         Args:
@@ -65,9 +73,10 @@ class Meter:
             devices: how many share the work.
             peak: FLOP/s of one of them in the compute dtype; None = unknown, and there is no MFU.
             extra_forward: updates run one more forward pass (`flops.update`).
+            adapted: no gradient of the model's own weights is computed.
         """
         self._config, self._peak = config, None if peak is None else devices * peak
-        self._of_update = functools.partial(flops.update, extra_forward=extra_forward)
+        self._of_update = functools.partial(flops.update, extra_forward=extra_forward, adapted=adapted)
         self._operations, self._seconds = {"valid": 0, "padded": 0}, 0.0
 
     def update(self, rows: data.RowSizes, *, seconds: float) -> dict[str, float]:

@@ -6,6 +6,7 @@ Built once from a configuration before any weight is read; nothing here decides 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Programs:
         """
         assert layout.mesh is not None
         self.layout, self.mesh, self._model = layout, layout.mesh, blueprint.model_config
+        self._adapter, self._trained = blueprint.adapter, params.trained_rows(self._model, blueprint.adapter)
+        self._frozen = params.frozen_rows(self._model, blueprint.adapter)
         self._seed = config.seed  # of a reward model's new head
         self._dtype, mesh = jnp.dtype(config.model.param_dtype), layout.mesh
         self._blocks = held_blocks(mesh, process=jax.process_index())
@@ -46,11 +49,14 @@ class Programs:
             eps=config.optim.eps,
             weight_decay=config.optim.weight_decay,
             clip_norm=config.optim.clip_norm,
-            decay_mask=params.decay_mask(self._model),
+            decay_mask=params.nest({row.path: row.decay for row in self._trained}),
             state_dtype=config.optim.state_dtype,
         )
         self.scorer, self.choices = _scorer(config, blueprint, layout)
-        self.param_shardings = _param_shardings(self._model, self._dtype, mesh)
+        self.param_shardings = self._placed(self._trained)
+        whole = self.param_shardings
+        if self._adapter is not None:
+            whole = params.union(self.param_shardings, self._placed(self._frozen))
         self.state_shardings = self._state_shardings(offload=config.optim.offload)
         update = functools.partial(
             step.train_step,
@@ -64,10 +70,10 @@ class Programs:
             "train_step", step.jit_train_step(update, mesh=mesh, state_shardings=self.state_shardings)
         )
         evaluate = functools.partial(step.eval_step, scorer=self.scorer, loss=blueprint.loss)
-        self.evaluate = execution.Program(
-            "eval_step", step.jit_eval_step(evaluate, mesh=mesh, param_shardings=self.param_shardings)
-        )
-        self.score = _score_program(self.scorer, mesh, self.param_shardings)
+        self.evaluate = execution.Program("eval_step", step.jit_eval_step(evaluate, mesh=mesh, param_shardings=whole))
+        # The reference is the model below the adapter.
+        reference = dataclasses.replace(self.scorer, adapter=None)
+        self.score = _score_program(reference, mesh, _param_shardings(self._model, self._dtype, mesh))
 
     def positions(self, groups: int, *, accumulation: int = 1) -> np.ndarray:
         """Return which groups of a batch this process builds, in the order in which `place` takes them."""
@@ -94,9 +100,9 @@ class Programs:
 
     def load(self, source: Path) -> shapes.PyTree:
         """Read the run's model from a Hugging Face directory onto the mesh."""
-        return hf.load_params(
-            source, self._model, dtype=self._dtype, shardings=self.param_shardings, key=jax.random.key(self._seed)
-        )
+        places = _param_shardings(self._model, self._dtype, self.mesh)
+        key = jax.random.key(self._seed)
+        return hf.load_params(source, self._model, dtype=self._dtype, shardings=places, key=key)
 
     def load_other(self, source: Path) -> tuple[shapes.PyTree, execution.Program]:
         """Read another model (a reference of its own) and make the program that scores with it."""
@@ -107,19 +113,51 @@ class Programs:
 
     def score_with(self, config: model.ModelConfig) -> execution.Program:
         """Make the program that scores with a model of another description."""
-        scorer = dataclasses.replace(self.scorer, config=config)
+        scorer = dataclasses.replace(self.scorer, config=config, adapter=None)
         return _score_program(scorer, self.mesh, _param_shardings(config, self._dtype, self.mesh))
 
     def fresh_state(self, weights: shapes.PyTree) -> shapes.TrainState:
-        """Return the state before the first update."""
-        opt_state = jax.jit(self._optimizer.init, out_shardings=self.state_shardings.opt_state)(weights)
-        return shapes.TrainState(weights, opt_state, jax.device_put(np.int32(0), self.state_shardings.step))
+        """Return the state before the first update: weights to train, or an adapter that adds nothing yet to them."""
+        trained, frozen = weights, None
+        if self._adapter is not None:
+            trained, frozen = self._split(weights)
+        opt_state = jax.jit(self._optimizer.init, out_shardings=self.state_shardings.opt_state)(trained)
+        return shapes.TrainState(trained, opt_state, jax.device_put(np.int32(0), self.state_shardings.step), frozen)
+
+    def resumed(self, state: shapes.TrainState, weights: shapes.PyTree | None) -> shapes.TrainState:
+        """Return a restored state with the weights below its adapter."""
+        return state if self._adapter is None else state._replace(frozen=self._split(weights)[1])
+
+    def whole(self, state: shapes.TrainState) -> shapes.PyTree:
+        """Return all weights that a forward pass reads."""
+        return state.params if self._adapter is None else params.union(state.frozen, state.params)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is trained and the weights below it are not."""
+        return self._adapter is not None
+
+    def _split(self, weights: shapes.PyTree) -> tuple[shapes.PyTree, shapes.PyTree]:
+        """Return what is trained, the adapter drawn anew, and what is not."""
+        flat = params.flatten(weights)
+
+        def drawn(row: params.Row, place) -> jax.Array:
+            make = functools.partial(params.initial, row, self._model)
+            return jax.jit(make, out_shardings=place)(jax.random.key(self._seed))
+
+        places = params.flatten(self.param_shardings)
+        trained = {
+            row.path: flat[row.path].astype(jnp.float32) if row.path in flat else drawn(row, places[row.path])
+            for row in self._trained
+        }
+        return params.nest(trained), params.nest({row.path: flat[row.path] for row in self._frozen})
 
     def abstract_state(self) -> shapes.TrainState:
         """Return shapes, dtypes and shardings of the state."""
-        weights = params.abstract(self._model, self._dtype)
+        weights = self._abstract(self._trained)
         opt_state = jax.eval_shape(self._optimizer.init, weights)
-        state = shapes.TrainState(weights, opt_state, jax.ShapeDtypeStruct((), jnp.int32))
+        frozen = None if self._adapter is None else self._abstract(self._frozen)
+        state = shapes.TrainState(weights, opt_state, jax.ShapeDtypeStruct((), jnp.int32), frozen)
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, self.state_shardings
         )
@@ -165,11 +203,21 @@ class Programs:
         moments = optax.tree_utils.tree_map_params(
             self._optimizer,
             lambda _, place: place.with_memory_kind(sharding.HOST) if offload else place,
-            jax.eval_shape(self._optimizer.init, params.abstract(self._model, self._dtype)),
+            jax.eval_shape(self._optimizer.init, self._abstract(self._trained)),
             self.param_shardings,
             transform_non_params=lambda _: alone,
         )
-        return shapes.TrainState(self.param_shardings, moments, alone)
+        frozen = None if self._adapter is None else self._placed(self._frozen)
+        return shapes.TrainState(self.param_shardings, moments, alone, frozen)
+
+    def _abstract(self, rows: Sequence[params.Row]) -> shapes.PyTree:
+        """Return shapes and dtypes; what is trained beside frozen weights is float32, whatever they are."""
+        dtype = jnp.dtype(jnp.float32) if self._adapter is not None and rows is self._trained else self._dtype
+        return params.nest({row.path: jax.ShapeDtypeStruct(row.shape, dtype) for row in rows})
+
+    def _placed(self, rows: Sequence[params.Row]) -> shapes.PyTree:
+        axes = params.nest({row.path: row.axes for row in rows})
+        return sharding.param_shardings(axes, self._abstract(rows), mesh=self.mesh)
 
     def _places(self, *, compute_dtype: str) -> step.Places:
         """Where the parts of an update hand over their results."""
@@ -259,7 +307,9 @@ def _scorer(
     gathered = f"weights: {sharding.GATHER[layout.gather]}"
     attended = f"attention: {attends.implementation} ({attends.reason})"
     if model_config.reward_head:
-        scorer = rewarding.RewardScorer(model_config, dtype, config.model.remat, attends, layout)
+        scorer = rewarding.RewardScorer(
+            model_config, dtype, config.model.remat, attends, layout, adapter=blueprint.adapter
+        )
         return scorer, [gathered, attended, "head: one score at the last token of a row, float32"]
     workspace = config.kernel.workspace_mib * 2**20
     explained = logps.explain(**head, workspace_bytes=workspace)
@@ -275,6 +325,7 @@ def _scorer(
         workspace_bytes=workspace,
         temperature=blueprint.loss.temperature,
         layout=layout,
+        adapter=blueprint.adapter,
     )
     return scorer, [
         gathered,

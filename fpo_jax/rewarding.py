@@ -28,22 +28,41 @@ class RewardScorer:
     remat: str
     attention: attention.Choice
     layout: sharding.Layout = sharding.ONE_DEVICE
+    adapter: model.Adapter | None = None
 
-    def __call__(self, params: shapes.PyTree, batch: shapes.Batch) -> logps.ResponseLogps:
+    def __call__(
+        self, params: shapes.PyTree, batch: shapes.Batch, *, dropout_key: jax.Array | None = None
+    ) -> logps.ResponseLogps:
         """Run the model and read the score of every row in the place of its log-prob."""
         last_N = jnp.max(jnp.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)
-        scores_N = self.scores(params, jnp.asarray(batch.tokens_NT), jnp.asarray(batch.valid_NT), last_N)
+        scores_N = self.scores(
+            params, jnp.asarray(batch.tokens_NT), jnp.asarray(batch.valid_NT), last_N, dropout_key=dropout_key
+        )
         return logps.ResponseLogps(scores_N, jnp.sum(batch.scored_NR, axis=1, dtype=scores_N.dtype), None)
 
     def group_losses(
-        self, params: shapes.PyTree, batch: shapes.Batch, operands: losses.Candidates, *, loss: losses.Loss
+        self,
+        params: shapes.PyTree,
+        batch: shapes.Batch,
+        operands: losses.Candidates,
+        *,
+        loss: losses.Loss,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[shapes.Array, logps.ResponseLogps]:
         """Run the model to the losses [B] of the groups, and the scores they come from."""
-        response = self(params, batch)
+        response = self(params, batch, dropout_key=dropout_key)
         scores_BK = jnp.asarray(response.sum_N).reshape(batch.rewards_BK.shape)
         return loss.of_logps(scores_BK, operands), response
 
-    def scores(self, params: shapes.PyTree, tokens_NT: jax.Array, valid_NT: jax.Array, last_N: jax.Array) -> jax.Array:
+    def scores(
+        self,
+        params: shapes.PyTree,
+        tokens_NT: jax.Array,
+        valid_NT: jax.Array,
+        last_N: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
         """Return the scores [N], float32, at one position of each row."""
         with jax.named_scope("model"):
             hidden_NTD = model.hidden_states(
@@ -55,6 +74,8 @@ class RewardScorer:
                 remat=self.remat,
                 attention=self.attention,
                 layout=self.layout,
+                adapter=self.adapter,
+                dropout_key=dropout_key,
             )
         with jax.named_scope("score"):
             return model.scores(params, hidden_NTD, last_N)

@@ -53,6 +53,7 @@ class TrainState(NamedTuple):
     params: PyTree  # nested dict of arrays, layers stacked on a leading L axis
     opt_state: PyTree
     step: PyTree  # int32 scalar (or its shape, or its sharding): updates applied or skipped so far
+    frozen: PyTree = None  # parameters that no update changes; no checkpoint holds them
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from fpo_jax import attention, logps, losses, model, optim, rewarding, shapes, sharding
+from fpo_jax import params as trees
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]  # metric name -> (sum, count)
 
@@ -35,6 +36,7 @@ class Scorer:
     fuse_loss: bool = False  # run the loss in the kernel of the log-probs, where it is differentiated
     interpret: bool = False  # emulate that kernel
     layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
+    adapter: model.Adapter | None = None
 
     def __call__(self, params: shapes.PyTree, batch: shapes.Batch) -> logps.ResponseLogps:
         """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
@@ -43,10 +45,16 @@ class Scorer:
             return logps.response_logps(*inputs, **self._options())
 
     def group_losses(
-        self, params: shapes.PyTree, batch: shapes.Batch, operands: losses.Candidates, *, loss: losses.Loss
+        self,
+        params: shapes.PyTree,
+        batch: shapes.Batch,
+        operands: losses.Candidates,
+        *,
+        loss: losses.Loss,
+        dropout_key: jax.Array | None = None,
     ) -> tuple[shapes.Array, logps.ResponseLogps]:
         """Run the model to the losses [B] of the groups, and the log-probs they come from."""
-        inputs = self._inputs(params, batch)
+        inputs = self._inputs(params, batch, dropout_key)
         with jax.named_scope("loss"):
             return logps.response_losses(
                 *inputs,
@@ -68,7 +76,7 @@ class Scorer:
         }
 
     def _inputs(
-        self, params: shapes.PyTree, batch: shapes.Batch
+        self, params: shapes.PyTree, batch: shapes.Batch, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, shapes.Array, shapes.Array, shapes.Array]:
         """Hidden states, head and scored positions: what every function of `logps` starts with."""
         with jax.named_scope("model"):
@@ -81,6 +89,8 @@ class Scorer:
                 remat=self.remat,
                 attention=self.attention,
                 layout=self.layout,
+                adapter=self.adapter,
+                dropout_key=dropout_key,
             )
         head_VD = model.head(params, config=self.config)
         return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
@@ -126,12 +136,24 @@ def train_step(
         The new state (unchanged but for `step` where loss or gradient is not finite) and metrics as (sum, count).
     """
     totals = _totals(batch, loss)
-    weights = places.gather(state.params) if places else state.params
-    batch_kl = _batch_kl(weights, batch, scorer=scorer, weight=totals[0]) if loss.needs_batch_kl else None
-    differentiate = jax.value_and_grad(functools.partial(_objective, scorer=scorer, loss=loss), has_aux=True)
+    weights, frozen = state.params, state.frozen
+    if places:
+        weights, frozen = (places.gather(weights), None) if frozen is None else (weights, places.gather(frozen))
+    whole = (lambda trained: trained) if frozen is None else (lambda trained: trees.union(frozen, trained))
+    batch_kl = _batch_kl(whole(weights), batch, scorer=scorer, weight=totals[0]) if loss.needs_batch_kl else None
+    key = jax.random.fold_in(jax.random.key(_DROPOUT_STREAM), state.step) if _drops(scorer) else None
 
-    def accumulate(carry, micro):
-        (value, pairs), grads = differentiate(weights, micro, totals=totals, batch_kl=batch_kl)
+    def objective(trained, micro, number, *, totals, batch_kl):
+        own = None if key is None else jax.random.fold_in(key, number)
+        return _objective(
+            whole(trained), micro, totals=totals, batch_kl=batch_kl, scorer=scorer, loss=loss, dropout_key=own
+        )
+
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+
+    def accumulate(carry, numbered):
+        micro, number = numbered
+        (value, pairs), grads = differentiate(weights, micro, number, totals=totals, batch_kl=batch_kl)
         grads = places.cut(grads) if places else grads
         return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs)), None
 
@@ -139,7 +161,8 @@ def train_step(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
         _carry_shapes(differentiate, weights, batch, totals, batch_kl),
     )
-    (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, batch)
+    numbers = jnp.arange(batch.weight_B.shape[0])
+    (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, (batch, numbers))
     with jax.named_scope("optimizer"):
         grads = places.cut(grads) if places else grads
         old_state = places.fetch(state.opt_state) if places else state.opt_state
@@ -158,7 +181,7 @@ def train_step(
         "learning_rate": (rate(applied), one),
         "nonfinite": (1.0 - finite.astype(jnp.float32), one),
     }
-    return shapes.TrainState(params, opt_state, state.step + 1), pairs
+    return shapes.TrainState(params, opt_state, state.step + 1, state.frozen), pairs
 
 
 def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: AnyScorer, loss: losses.Loss) -> Pairs:
@@ -207,8 +230,16 @@ def stack_micro_batches(batch: shapes.Batch, *, accumulation: int) -> shapes.Bat
     return shapes.Batch(*(leaf.reshape(accumulation, leaf.shape[0] // accumulation, *leaf.shape[1:]) for leaf in batch))
 
 
-def _objective(params, batch: shapes.Batch, *, totals, batch_kl, scorer: AnyScorer, loss: losses.Loss):
-    losses_B, response = scorer.group_losses(params, batch, _operands(batch, batch_kl), loss=loss)
+_DROPOUT_STREAM = 2  # keeps what adapters drop independent of other noise
+
+
+def _drops(scorer: AnyScorer) -> bool:
+    return scorer.adapter is not None and scorer.adapter.dropout > 0
+
+
+def _objective(params, batch: shapes.Batch, *, totals, batch_kl, scorer: AnyScorer, loss: losses.Loss, dropout_key):
+    operands = _operands(batch, batch_kl)
+    losses_B, response = scorer.group_losses(params, batch, operands, loss=loss, dropout_key=dropout_key)
     candidates = _candidates(batch, response, batch_kl)
     with jax.named_scope("objective"):
         losses_B = jnp.where(batch.weight_B > 0, losses_B, 0.0)
@@ -339,7 +370,8 @@ def _score_pairs(batch: shapes.Batch, candidates: losses.Candidates, loss: losse
 
 def _carry_shapes(differentiate, params, batch, totals, batch_kl):
     micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
     (value, pairs), grads = jax.eval_shape(
-        functools.partial(differentiate, totals=totals, batch_kl=batch_kl), params, micro
+        functools.partial(differentiate, totals=totals, batch_kl=batch_kl), params, micro, number
     )
     return value, grads, pairs

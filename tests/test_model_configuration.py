@@ -201,7 +201,7 @@ def test_an_absent_original_context_is_the_whole_context():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma2"}, r"model_type 'gemma2' is not supported; supported: llama, mistral, gpt_neox"),
+        ({"model_type": "bert"}, r"model_type 'bert' is not supported; supported: llama, mistral, qwen2"),
         ({"hidden_act": "relu2"}, r"activation 'relu2' is none of silu, swish, gelu"),
         ({"attention_bias": True}, r"attention_bias=True is not supported \(supported: None, False\)"),
         ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
@@ -280,7 +280,7 @@ def test_all_problems_come_at_once():
         ({"sliding_window": 0}, r"sliding_window=0 must be positive or None"),
         ({"family": "llama", "sliding_window": 4}, r"sliding_window=4 has no meaning for llama"),
         ({"parallel_residual": True}, r"parallel_residual has no meaning for mistral"),
-        ({"family": "bert"}, r"family 'bert' is none of llama, mistral, gpt_neox"),
+        ({"family": "bert"}, r"family 'bert' is none of llama, mistral, qwen2"),
         ({"family": "gpt_neox", "sliding_window": None}, r"gpt_neox has kv_heads = heads and head_dim = width / heads"),
     ],
 )

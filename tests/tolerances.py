@@ -92,3 +92,6 @@ FIGURE_MOMENTS = 1e-4  # sums over a grid that ends at +-15; measured 2.5e-5
 
 # Hidden states of one position against a cache and of whole rows: sums in another order. Absolute, at magnitude 3.
 CACHED = 1e-5  # the bound of the issue
+
+# Logits of W + alpha/r B A rounded once to float32 against the low-rank path, magnitude 6; the bound of the issue.
+MERGED = 1e-5

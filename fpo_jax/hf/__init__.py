@@ -4,6 +4,7 @@
 
 directory    files and companions of a model directory, hub downloads, fingerprint
 reading      safetensors -> sharded parameters, one layer at a time; the check of names, shapes and dtypes
+adapters     an adapter with its base as one model, or as PEFT's directory
 writing      parameters -> safetensors, one tensor at a time
 
 Weights are safetensors only, one file or shards with an index, and cross through the rows of params.py; torch and
@@ -11,6 +12,7 @@ pickle are never involved. Every problem of a directory is reported at once, bef
 is never whole on the host, in either direction.
 """
 
+from fpo_jax.hf.adapters import merged, write_peft
 from fpo_jax.hf.directory import (
     COMPANIONS,
     INDEX,
@@ -34,6 +36,8 @@ __all__ = [
     "export",
     "load_params",
     "local_dir",
+    "merged",
     "read_config",
     "weights_fingerprint",
+    "write_peft",
 ]

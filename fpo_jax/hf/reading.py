@@ -50,7 +50,7 @@ def check_weights(directory: Path, config: model.ModelConfig) -> None:
     Raises:
         ValueError: missing, unexpected, misshapen or non-float tensors, missing or damaged files; all of them at once.
     """
-    _locate(directory, _stored(directory, config))
+    located(directory, stored(directory, config))
 
 
 def load_params(
@@ -77,12 +77,12 @@ def load_params(
     Raises:
         ValueError: what check_weights raises, or a head that differs from the embedding it is tied to.
     """
-    stored = _stored(directory, config)
-    tensors = _locate(directory, stored)
-    _check_tied_head(directory, stored, tensors)
+    on_disk = stored(directory, config)
+    tensors = located(directory, on_disk)
+    _check_tied_head(directory, on_disk, tensors)
     places = {} if shardings is None else params.flatten(shardings)
     flat = {}
-    held = {row.path for row in params.rows(stored)}
+    held = {row.path for row in params.rows(on_disk)}
     for row in params.rows(config):
         place = None if shardings is None else places[row.path]
         if row.path not in held:
@@ -97,7 +97,7 @@ def load_params(
     return params.nest(flat)
 
 
-def _stored(directory: Path, config: model.ModelConfig) -> model.ModelConfig:
+def stored(directory: Path, config: model.ModelConfig) -> model.ModelConfig:
     """Describe what the directory holds: a new reward model starts from a language model."""
     if not config.reward_head:
         return config
@@ -171,8 +171,12 @@ def _copy(view: np.ndarray, index: Index, dtype: np.dtype) -> np.ndarray:
     return np.array(view[index], dtype)
 
 
-def _locate(directory: Path, config: model.ModelConfig) -> dict[str, Tensor]:
-    """Map every tensor name to its place, after checking names, shapes, dtypes and files."""
+def located(directory: Path, config: model.ModelConfig) -> dict[str, Tensor]:
+    """Map every tensor name to its place, after checking names, shapes, dtypes and files.
+
+    Raises:
+        ValueError: as check_weights.
+    """
     paths, headers, problems = directories.weight_files(directory), {}, []
     for path in paths:
         try:

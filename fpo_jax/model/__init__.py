@@ -16,11 +16,20 @@ from jaxtyping import Bool, Float, Int
 from fpo_jax import attention as attention_module
 from fpo_jax import shapes, sharding
 from fpo_jax.model import caching, decoder
-from fpo_jax.model.configuration import FAMILIES, ModelConfig, filler_id, from_hf_config, head_keys, to_hf_config
+from fpo_jax.model.configuration import (
+    FAMILIES,
+    Adapter,
+    ModelConfig,
+    filler_id,
+    from_hf_config,
+    head_keys,
+    to_hf_config,
+)
 from fpo_jax.model.rope import Rope
 
 __all__ = [
     "FAMILIES",
+    "Adapter",
     "ModelConfig",
     "Rope",
     "decode",
@@ -48,6 +57,8 @@ def hidden_states(
     remat: str = "none",
     attention: attention_module.Choice | None = None,
     layout: sharding.Layout = sharding.ONE_DEVICE,
+    adapter: Adapter | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> Float[jax.Array, "N T D"]:
     """Run the decoder up to and including its final norm.
 
@@ -67,6 +78,8 @@ def hidden_states(
         attention: from attention.choose; None = decided for the default device.
         layout: where activations live on a mesh. They must be told: left alone, the compiler cuts D where the
             embedding is cut, rebuilds whole activations in every layer, and cuDNN attention does not compile.
+        adapter: low-rank additions, whose A and B `params` holds beside their matrices; None = none.
+        dropout_key: of what the adapter drops in this pass; None = nothing, as in every evaluation.
 
     Returns:
         hidden_NTD in compute_dtype.
@@ -80,13 +93,14 @@ def hidden_states(
     if attention is None:
         attention = _default_attention(config, dtype, tokens_NT.shape[1], layout)
     with _exact(dtype):
-        return nnx.merge(decoder.graph(config), params)(
+        return nnx.merge(decoder.graph(config, adapter), params)(
             tokens_NT,
             valid_NT,
             compute_dtype=dtype,
             remat=remat,
             choice=attention,
             layout=layout,
+            dropout_key=dropout_key,
         )
 
 

@@ -55,6 +55,22 @@ class ModelConfig:
             raise ValueError(f"unsupported {self.family} model: " + "; ".join(problems) + ".")
 
 
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """Low-rank additions to a decoder's matrices (LoRA, arXiv 2106.09685): y = x W + alpha/rank dropout(x) A B."""
+
+    rank: int  # r
+    alpha: float
+    dropout: float
+    # matrices of a layer that have one: (path in the layer, shape of A, shape of B); from params.adapter
+    targets: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    @property
+    def scale(self) -> float:
+        """Factor on A B."""
+        return self.alpha / self.rank
+
+
 # field of ModelConfig -> key of config.json, for the fields that are copied as they are
 _SHARED_KEYS = {
     "vocab_size": "vocab_size",

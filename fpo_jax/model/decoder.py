@@ -50,13 +50,13 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 class Decoder(nnx.Module):
     """A causal decoder without its LM head's matmul; declares parameters by shape, holds none."""
 
-    def __init__(self, config: configuration.ModelConfig):
+    def __init__(self, config: configuration.ModelConfig, adapter: configuration.Adapter | None = None):
         layer, norm = _FAMILIES[config.family]
-        self.config = config
+        self.config, self.adapter = config, adapter
         self.embed = parts.parameter(config.vocab_size, config.width)
         if config.learned_positions:
             self.positions = parts.parameter(config.max_positions, config.width)
-        self.layers = _stacked(layer(config), config.layers)
+        self.layers = _stacked(_with_adapter(layer(config), adapter), config.layers)
         self.final_norm = norm(config.width, config.norm_eps)
         if config.reward_head:
             self.score = parts.parameter(1, config.width)
@@ -72,6 +72,7 @@ class Decoder(nnx.Module):
         remat: str,
         choice: attention.Choice,
         layout: sharding.Layout,
+        dropout_key: jax.Array | None = None,
     ) -> Float[jax.Array, "N T D"]:
         """Return the hidden states after the final norm, in compute_dtype."""
         positions_XT = jnp.arange(tokens_NT.shape[1])[None]
@@ -80,10 +81,15 @@ class Decoder(nnx.Module):
 
         def apply_layer(x_NTD, layer, *, window):
             own = context._replace(sliding_window=window)
+            if dropout_key is not None:
+                layer, number = layer
+                own = own._replace(dropout_key=jax.random.fold_in(dropout_key, number))
             return nnx.merge(graphdef, layer)(checkpoint_name(x_NTD, _LAYER_INPUT), own), None
 
         # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless.
         x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, context, compute_dtype)
+        if dropout_key is not None:
+            layers = (layers, jnp.arange(self.config.layers))
         x_NTD, _ = self._scan(lambda window: REMAT[remat](functools.partial(apply_layer, window=window)), x_NTD, layers)
         return layout.pin(self.final_norm(x_NTD), "rows", "positions", "width")
 
@@ -169,7 +175,7 @@ class Decoder(nnx.Module):
                 positions_XT=positions_XT,
             )
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        return parts.Context(valid_NT, rotation, scale, None, config.attention_soft_cap, choice, layout)
+        return parts.Context(valid_NT, rotation, scale, None, config.attention_soft_cap, choice, layout, self.adapter)
 
     def _embedded(self, tokens_NT, positions_XT, context: parts.Context, compute_dtype) -> jax.Array:
         """The cast follows the gather: its gradient, a scatter-add, then sums in the parameters' own dtype.
@@ -185,9 +191,19 @@ class Decoder(nnx.Module):
 
 
 @functools.lru_cache(maxsize=32)
-def graph(config: configuration.ModelConfig) -> nnx.GraphDef:
+def graph(config: configuration.ModelConfig, adapter: configuration.Adapter | None = None) -> nnx.GraphDef:
     """Return the static half of the decoder; merging it with a nested dict of arrays gives a callable module."""
-    return nnx.split(Decoder(config))[0]
+    return nnx.split(Decoder(config, adapter))[0]
+
+
+def _with_adapter(layer: nnx.Module, adapter: configuration.Adapter | None) -> nnx.Module:
+    """Declare A and B beside each matrix that has them."""
+    for path, a_shape, b_shape in () if adapter is None else adapter.targets:
+        *parents, name = path.split("/")
+        module = functools.reduce(getattr, parents, layer)
+        setattr(module, f"{name}_lora_a", parts.parameter(*a_shape))
+        setattr(module, f"{name}_lora_b", parts.parameter(*b_shape))
+    return layer
 
 
 def _stacked(layer: nnx.Module, count: int) -> nnx.Module:

@@ -4,8 +4,9 @@ Modules here declare parameters by shape only. Values come from one place, the r
 from safetensors), and enter by `nnx.merge`.
 """
 
+import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,9 @@ from jaxtyping import Float
 
 from fpo_jax import attention, sharding
 from fpo_jax.model import caching, rope
+
+if TYPE_CHECKING:  # which checks activations against the table here
+    from fpo_jax.model import configuration
 
 # hidden_act of a Hugging Face config -> function; gelu_new, gelu_fast and gelu_pytorch_tanh are one formula
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -83,6 +87,8 @@ class Context(NamedTuple):
     soft_cap: float | None
     attention: attention.Choice
     layout: sharding.Layout
+    adapter: "configuration.Adapter | None" = None
+    dropout_key: jax.Array | None = None  # of the layer; None = nothing is dropped
     slot: caching.Recorder | caching.Slot | None = None  # the layer's place in a cache, where there is one
 
     def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
@@ -107,11 +113,29 @@ class Context(NamedTuple):
     def project(self, equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
         """Apply a matrix of a module, and its bias where it has one under the name `{name}_bias`.
 
-        Every matmul with a weight of a layer goes through here.
+        Every matmul with a weight of a layer goes through here; so does what an adapter adds to it.
         """
         out = jnp.einsum(equation, x, getattr(module, name)[...].astype(x.dtype))
+        if self.adapter is not None and hasattr(module, f"{name}_lora_a"):
+            out += self._adapted(equation, x, module, name)
         bias = getattr(module, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
+
+    def _adapted(self, equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
+        """Return alpha/rank dropout(x) A B, through the rank: no matrix of the size of W is made."""
+        assert self.adapter is not None
+        given, result = equation.split("->")
+        read, weight = given.split(",")
+        inside = "".join(letter for letter in weight if letter not in result)
+        outside = "".join(letter for letter in weight if letter in result)
+        kept = "".join(letter for letter in read if letter not in inside)
+        a, b = (getattr(module, f"{name}_lora_{part}")[...].astype(x.dtype) for part in "ab")
+        if self.dropout_key is not None:
+            own = jax.random.fold_in(self.dropout_key, zlib.crc32(name.encode()))
+            keep = jax.random.bernoulli(own, 1.0 - self.adapter.dropout, x.shape)
+            x = jnp.where(keep, x / (1.0 - self.adapter.dropout), 0).astype(x.dtype)
+        low = jnp.einsum(f"{read},{inside}r->{kept}r", x, a)
+        return self.adapter.scale * jnp.einsum(f"{kept}r,r{outside}->{result}", low, b)
 
     def pin_stream(self, x_NTD: jax.Array) -> jax.Array:
         """State where the residual stream lives."""

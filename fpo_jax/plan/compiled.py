@@ -141,9 +141,16 @@ def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulat
     train = config.train
     yield UPDATE, made.train, state, batch(sizes.update, train.micro_batch_per_device, accumulation), 0
     if sizes.evaluation is not None:
-        yield EVALUATION, made.evaluate, state.params, batch(sizes.evaluation, train.eval_batch_per_device), moments
+        yield (
+            EVALUATION,
+            made.evaluate,
+            made.whole(state),
+            batch(sizes.evaluation, train.eval_batch_per_device),
+            moments,
+        )
     if sizes.scoring is not None:
-        program, weights, beside = made.score, state.params, 0  # it runs before there is an optimiser
+        # It runs before there is an optimiser, or an adapter.
+        program, weights, beside = made.score, made.abstract_weights(sizes.blueprint.model_config), 0
         if sizes.reference is not None:
             program, weights = made.score_with(sizes.reference), made.abstract_weights(sizes.reference)
             beside = programs.bytes_on_device(state.params)

@@ -145,7 +145,8 @@ def _model_operations(outcome: Outcome) -> dict[str, int]:
     done = {"padded": flops.work(lengths, scored, sliding_window=model_config.sliding_window)}
     if sizes.valid is not None:
         done["valid"] = sizes.valid
-    return {name: flops.update(model_config, work, extra_forward=loss.needs_batch_kl) for name, work in done.items()}
+    options = {"extra_forward": loss.needs_batch_kl, "adapted": sizes.blueprint.adapter is not None}
+    return {name: flops.update(model_config, work, **options) for name, work in done.items()}
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -71,7 +71,7 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         rows.lengths_N, rows.lengths_N - rows.prompt_lengths_N, sliding_window=model_config.sliding_window
     )
     return Sizes(
-        job.blueprint(inputs, plan),
+        job.blueprint(config, inputs, plan),
         Shape(*plan.shapes[-1]),
         largest(inputs.evaluation, config.train.eval_batch_per_device),
         largest(inputs.train, config.reference.batch_per_device) if loss.needs_reference else None,
@@ -126,7 +126,9 @@ def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str) 
         steps, warmup, horizon = job.durations(config, steps_per_epoch=steps_per_epoch)
     counted = "plan.groups is unset" if groups is None else f"{groups:,} groups by plan.groups"
     return Sizes(
-        job.Blueprint(loss, model_config, job.buckets(config), shape.scored, warmup, horizon),
+        job.Blueprint(
+            loss, model_config, job.buckets(config), shape.scored, warmup, horizon, job.adapter(config, model_config)
+        ),
         shape,
         shape if config.data.eval else None,
         shape if loss.needs_reference else None,
