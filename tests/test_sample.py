@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 import scipy.stats
 
 from fpo_jax import attention, hf, model, params, sample, sharding
+from fpo_jax.model import caching
 from tests import paths, sampling_oracle, tolerances
 
 PAD, EOS = 0, 2
@@ -104,6 +106,37 @@ def test_responses_do_not_depend_on_batch_size_window_or_number_of_returns():
     assert draw(PROMPTS[:2], num_return=3, **ragged) == whole[:2]
 
 
+def test_the_other_prompts_and_their_order_change_not_a_bit(caplog):
+    """Each prompt is padded by its own length, so that its rows are the same program's whatever stands beside it."""
+    config, weights = tiny()
+    config = dataclasses.replace(config, max_positions=96)  # prompts are padded to 16, 32, 64 and 91 tokens
+    random = np.random.default_rng(0)
+    prompts = [random.integers(3, 11, size).tolist() for size in (4, 20, 17, 60, 5, 33, 1, 90)]
+    told = []
+
+    def answers(order):
+        found = sample.sample(
+            weights,
+            [prompts[index] for index in order],
+            config=config,
+            decoding=sample.Decoding(5, stop_ids=(EOS,)),
+            seed=3,
+            num_return=2,
+            batch_size=4,
+            numbers=order,
+            done=told.append,
+        )
+        return dict(zip(order, found, strict=True))
+
+    with caplog.at_level("INFO", logger="fpo_jax"):
+        whole = answers(range(8))
+    assert told == [{0: whole[0], 4: whole[4]}, {6: whole[6]}, {1: whole[1], 2: whole[2]}, {3: whole[3], 5: whole[5]},
+                    {7: whole[7]}]  # fmt: skip
+    assert [record.args for record in caplog.records] == [(3, 16, 2), (2, 32, 2), (2, 64, 2), (1, 91, 2)]
+    assert answers([5, 2, 7, 0, 6, 1, 4, 3]) == whole
+    assert answers([0, 7]) == {0: whole[0], 7: whole[7]}
+
+
 def test_noise_differs_between_seeds_prompts_returns_and_steps():
     same = [[1, 4, 5]] * 2
     (a, b), (c, d) = draw(same, num_return=2)
@@ -127,7 +160,7 @@ def test_a_response_ends_with_eos_or_at_the_limit():
 def test_it_stops_as_soon_as_all_rows_have_ended():
     config, weights = tiny()
     first = int(next_probabilities([1], temperature=1.0).argmax())  # greedy decoding ends at its first token
-    drawn_PKS, finite = sample._respond(
+    drawn_PKS, finite_P = sample._respond(
         weights,
         *(np.array([[1] + [PAD] * 15] * 2 + [[PAD] * 16], np.int32), np.array([1, 1, 0], np.int32)),  # a filler row
         np.zeros(3, np.int32),
@@ -141,7 +174,7 @@ def test_it_stops_as_soon_as_all_rows_have_ended():
         layout=sharding.ONE_DEVICE,
     )
     np.testing.assert_array_equal(drawn_PKS[:2, 0], [[first] + [0] * 7] * 2)
-    assert finite
+    assert finite_P.all()
 
 
 def test_stories_greedy_text_is_reproduced():
@@ -160,11 +193,14 @@ def test_stories_greedy_text_is_reproduced():
     assert response == expected[1:]
 
 
-def test_non_finite_weights_are_an_error():
+def test_logits_that_are_not_finite_are_an_error_that_names_the_prompts():
     _, weights = tiny()
     broken = dict(weights, head=weights["head"].at[3, 1].set(jnp.nan))
-    with pytest.raises(ValueError, match="logits that are not finite for prompts \[0, 1, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"logits that are not finite for prompts \[0, 1, 2, 3\]; check"):
         draw(params=broken)
+    broken = dict(weights, embed=weights["embed"].at[3].set(jnp.nan))  # a token that one prompt has
+    with pytest.raises(ValueError, match=r"logits that are not finite for prompts \[70\]; check"):
+        draw(params=broken, temperature=0.0, max_new_tokens=1, numbers=[50, 70, 60, 80])
 
 
 @pytest.mark.parametrize(
@@ -243,6 +279,23 @@ def test_hidden_states_against_the_cache_are_those_of_whole_rows(window, mesh):
         np.testing.assert_allclose(hidden_ND, expected_ND, rtol=0, atol=tolerances.CACHED)
         tokens_N = np.take_along_axis(tokens_NT, (lengths_N + count)[:, None], axis=1)[:, 0]
         hidden_ND, cache = step(weights, tokens_N, lengths_N + count, cache)
+
+
+def test_a_token_on_a_mesh_moves_no_row_of_the_cache():
+    """A layer gathers its weights over fsdp; what it writes to the cache stays where it is."""
+    config, weights = tiny()
+    layout = sharding.make_layout(preset="fsdp", data=1, fsdp=4, tensor=2, devices=jax.devices())
+    config = dataclasses.replace(config, vocab_size=12)
+    weights = params.init(config, jax.random.key(0), "float32")
+    placed = jax.device_put(weights, sharding.param_shardings(params.logical_axes(config), weights, mesh=layout.mesh))
+    rows = sharding.batch_sharding(layout.mesh, stacked=False)
+    place = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(None, ("data", "fsdp"), None, "tensor"))
+    room = jax.ShapeDtypeStruct((2, 20, 24, 2, 2), "float32", sharding=place)
+    one = jax.ShapeDtypeStruct((20,), "int32", sharding=rows)
+    step = functools.partial(model.decode, config=config, compute_dtype="float32", layout=layout)
+    text = jax.jit(step).lower(placed, one, one, caching.Cache(room, room)).compile().as_text()
+    moves = re.findall(r"= \w+\[(\d+).* (?:all-gather|all-to-all|collective-permute)\(.*/while/body/(.*)", text)
+    assert moves and not [place for first, place in moves if first == "20"]
 
 
 def test_a_mesh_changes_no_token():
