@@ -10,6 +10,7 @@ signal with everything saved.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +147,12 @@ def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
         raise ValueError(f"stop ids {outside} lie outside the model's vocabulary of {config.vocab_size} tokens.")
     layout, places = _placed(config, tensor=options.tensor)
     _tokenize(prompts, encoder, options.rule, room)
-    job = _job(options, prompts) | {"model": fingerprint(), "stop_ids": list(decoding.stop_ids)}
+    job = _job(options, prompts) | {"model": fingerprint(), "tokenizer": _digest(_identity(tokenizer))}
+    job |= {"stop_ids": list(decoding.stop_ids)}
     with jobfile.JobFile(options.out, job) as file, execution.StopRequest() as stop:
         left = _left(file, prompts)
         if not left:
             return _summary(file, prompts, left, seconds=0.0)
-        weights = load(places)
         started, bar = time.perf_counter(), _bar(left)
 
         def done(found: dict[int, list[list[int]]]) -> None:
@@ -161,9 +162,9 @@ def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
             if (asked := stop.agreed()) and len(file.done) < len(prompts):
                 raise execution.Stopped(f"{asked}: {len(file.done)} of {len(prompts)} prompts are answered and saved.")
 
-        with bar:
+        with bar, _fitting():
             sample.sample(
-                weights,
+                load(places),
                 [prompt.ids for prompt in left],
                 config=config,
                 decoding=decoding,
@@ -177,6 +178,21 @@ def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
                 done=done,
             )
         return _summary(file, prompts, left, seconds=time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    """Say what to change where a device's memory does not suffice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fact = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
+        raise ValueError(
+            f"the memory of a device does not suffice: {fact}. Lower --batch-size or --max-length, or cut the weights"
+            " over more devices with --tensor."
+        ) from error
 
 
 def _placed(config: model.ModelConfig, *, tensor: int) -> tuple[sharding.Layout, Any]:
@@ -324,8 +340,7 @@ def _model(options: Options) -> tuple[Path, model.ModelConfig, Any, Any]:
     def place(leaf, where):
         return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index].read().result().astype(dtype))
 
-    fingerprint = json.dumps([meta["fingerprints"], meta["step"], meta["config"]], sort_keys=True)
-    digest = hashlib.sha256(fingerprint.encode()).hexdigest()
+    digest = _digest([meta["fingerprints"], meta["step"], meta["config"]])
     return source, config, lambda places: jax.tree.map(place, tree, places), lambda: digest
 
 
@@ -348,10 +363,19 @@ def _tokenize(prompts: list[_Prompt], encoder: chat.Encoder, rule: str, room: in
 
 def _job(options: Options, prompts: list[_Prompt]) -> dict[str, Any]:
     """Return everything that the answers depend on, but for the model."""
-    digest = hashlib.sha256(json.dumps([prompt.text for prompt in prompts], sort_keys=True).encode()).hexdigest()
+    digest = _digest([prompt.text for prompt in prompts])
     kept = ("rule", "chat_template", "max_length", "num_return", "seed", "max_new_tokens", "temperature", "top_k")
     kept += ("top_p", "min_new_tokens", "stop_ids", "stop_strings", "compute_dtype")
     return {"prompts": f"{len(prompts)} {digest}", **{name: getattr(options, name) for name in kept}}
+
+
+def _identity(tokenizer) -> list[str]:
+    """Return what a tokenizer makes of texts, conversations and ids, wherever it was read from."""
+    return [tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.eos_token)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _left(file: jobfile.JobFile, prompts: list[_Prompt]) -> list[_Prompt]:

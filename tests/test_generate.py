@@ -1,6 +1,7 @@
 """Answers to prompts: what is written, resumption, refusals, checkpoints, the server adapter, and labels."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -206,6 +207,28 @@ def test_a_finished_file_that_lost_lines_is_refused(folder, answered, tmp_path):
     out.write_bytes(b"".join(whole)[:-9])
     with pytest.raises(ValueError, match="answers.jsonl:6: not a line of this job"):
         generate.run(options(folder, out))
+
+
+def test_another_tokenizer_is_another_job(folder, answered, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "other")
+    same = options(folder, answered[0], tokenizer=str(tmp_path / "other"))
+    assert generate.run(same).done_before == 6, "the same files elsewhere"
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"belongs to another job:\n  tokenizer: .\w{64}. -> .\w{64}.\n"):
+        generate.run(same)
+
+
+def test_too_little_memory_is_one_sentence(folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.\nmore")
+
+    monkeypatch.setattr(sample, "sample", full)
+    with pytest.raises(ValueError, match=r"RESOURCE_EXHAUSTED: .* 5 bytes.. Lower --batch-size or .* with --tensor"):
+        generate.run(options(folder, tmp_path / "o.jsonl"))
 
 
 def test_the_summary_counts_what_this_start_did(folder, answered, tmp_path):
