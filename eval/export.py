@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import checkpoint, hf, model, params
+from fpo_jax import chat, checkpoint, hf, model, params
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -49,7 +49,8 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
         raise ValueError(f"{workdir} is not a directory; give the --workdir of a training run.")
     tree, meta = checkpoint.restore_params(workdir, step)
     config = model.from_hf_config(meta["hf_config"])
-    config = dataclasses.replace(config, reward_head=meta["config"].get("stage") == "reward")
+    if meta["config"].get("stage") == "reward":
+        config = dataclasses.replace(config, reward_head=True, pad_id=_pad_id(meta, config))
     dtype = dtype or _source_dtype(meta["hf_config"])
     settings = meta["config"].get("lora", {"rank": 0})
     if lora == "adapter" and not settings["rank"]:
@@ -62,6 +63,16 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
         tree = hf.merged(tree, _base(meta), config, adapter)
     hf.export(tree, config, out_dir=out, source_dir=Path(meta["model_dir"]), dtype=dtype)
     return f"{out}: {config.family}, step {meta['step']}, {params.count(config):,} parameters in {dtype}"
+
+
+def _pad_id(meta: dict[str, Any], config: model.ModelConfig) -> int:
+    """Return the id that users of a reward model will pad with: its tokenizer's, where that has one."""
+    directory = Path(meta["model_dir"])
+    if any(directory.glob("tokenizer*")):
+        tokenizer = chat.load_tokenizer(directory, eos_token=meta["config"]["tokenizer"]["eos_token"] or None)
+        if isinstance(tokenizer.pad_token_id, int) and tokenizer.pad_token_id < config.vocab_size:
+            return tokenizer.pad_token_id
+    return model.filler_id(config)
 
 
 def _base(meta: dict[str, Any]) -> Path:

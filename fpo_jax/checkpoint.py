@@ -5,6 +5,7 @@ Parameters are an item of their own, so that export reads them without the optim
 """
 
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -27,14 +28,18 @@ class Checkpointer:
     def __init__(self, workdir: Path, *, keep: int, keep_best: bool = False):
         """Open the folder; the `keep` newest steps stay, and with `keep_best` the one of the highest score."""
         stays: policies.PreservationPolicy = policies.LatestN(keep)
+        score = None
         if keep_best:
-            best = policies.BestN(
-                get_metric_fn=lambda found: found[_SCORE], n=1, keep_checkpoints_without_metrics=False
-            )
+            score = lambda found: found[_SCORE]  # noqa: E731
+            best = policies.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
             stays = policies.AnyPreservationPolicy([stays, best])
+        self._keeps_best = keep_best
         self._manager = ocp.CheckpointManager(
             (workdir / FOLDER).absolute(),
-            options=ocp.CheckpointManagerOptions(preservation_policy=stays, cleanup_tmp_directories=True),
+            # Without best_fn orbax writes no score to the disk, and a resumed run would drop the best step.
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=stays, best_fn=score, cleanup_tmp_directories=True
+            ),
             item_names=("params", "optimizer", "meta"),
         )
 
@@ -53,7 +58,7 @@ class Checkpointer:
         """
         self._manager.save(
             step,
-            metrics=None if score is None else {_SCORE: score},
+            metrics={_SCORE: -math.inf if score is None else score} if self._keeps_best else None,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params, save_args=_chunks(state.params)),
                 optimizer=ocp.args.StandardSave(state.opt_state),

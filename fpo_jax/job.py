@@ -102,9 +102,22 @@ def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str
             f"data.group_size={config.data.group_size} leaves nothing to compare, and loss {config.loss.name!r} needs"
             f" {loss.minimum_candidates}."
         )
+    if config.stage == "sft" and config.data.group_size != 1:
+        found.append(
+            f"data.group_size={config.data.group_size} does not belong to stage 'sft', which trains on one response of"
+            " each prompt; use 1."
+        )
+    unused = {f"reference.{key}": f"loss {config.loss.name!r}" for key in ("path", "cache_dir")}
+    unused = {} if loss.needs_reference else unused
+    if config.stage == "sft":
+        unused["loss.tie_policy"] = "stage 'sft'"
     if config.stage == "reward":
-        unused = {"reference.path": config.reference.path, "reference.cache_dir": config.reference.cache_dir}
-        found += [f"{key}={value!r} is not used by stage 'reward'; unset it." for key, value in unused.items() if value]
+        unused |= dict.fromkeys(("kernel.implementation", "kernel.fuse_loss", "kernel.workspace_mib"), "stage 'reward'")
+    default = configuration.default()
+    for key, why in unused.items():
+        value = configuration.value_at(config, key)
+        if value != configuration.value_at(default, key):
+            found.append(f"{key}={value!r} is not used by {why}; unset it.")
     return found
 
 

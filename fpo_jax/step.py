@@ -197,7 +197,8 @@ def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: AnyScorer, 
         candidates = candidates._replace(batch_kl=ratio / count)
     losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
     pairs = _pairs(batch, response, candidates, losses_B, loss)
-    count = pairs["sft_loss"][1] if loss.over_tokens else jnp.sum(batch.weight_B)
+    groups = jnp.sum(batch.weight_B * loss.counted(batch.rewards_BK))
+    count = pairs["sft_loss"][1] if loss.over_tokens else groups
     return pairs | {"loss": (jnp.sum(batch.weight_B * losses_B), count)}
 
 
@@ -277,8 +278,9 @@ def _totals(batch: shapes.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Arra
     zeros_BK = jnp.zeros_like(lengths_BK)
     chosen_BK = loss.chosen(losses.Candidates(zeros_BK, zeros_BK, lengths_BK, rewards_BK, jnp.float32(0.0)))
     weight_B = batch.weight_B.reshape(-1)
+    groups = jnp.sum(weight_B * loss.counted(rewards_BK))
     tokens = jnp.sum(weight_B[:, None] * chosen_BK * lengths_BK)
-    return jnp.maximum(jnp.sum(weight_B), 1.0), jnp.maximum(tokens, 1.0)
+    return jnp.maximum(groups, 1.0), jnp.maximum(tokens, 1.0)
 
 
 def _batch_kl(params, batch: shapes.Batch, *, scorer: AnyScorer, weight) -> jax.Array:

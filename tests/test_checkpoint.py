@@ -37,7 +37,7 @@ def test_round_trip_keeps_bits_placement_and_meta(workdir):
     saver.close()
     reader = checkpoint.Checkpointer(workdir, keep=2)
     assert reader.latest_step() == 3
-    assert reader.meta(3) == {"note": "x", "step": 3}
+    assert reader.meta(3) == {"note": "x", "step": 3, "score": None}
     restored = reader.restore(3, abstract(state))
     assert int(restored.step) == 3
     for old, new in zip(jax.tree.leaves(state[:2]), jax.tree.leaves(restored[:2]), strict=True):

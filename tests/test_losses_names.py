@@ -221,7 +221,7 @@ def test_every_option_changes_the_loss_or_is_an_error(loss):
         value = other[loss.options[key]] if isinstance(other, dict) and key in loss.options else other
         if key not in loss.options:
             value = next(iter(value)) if isinstance(value, dict) else value
-            first = "tie_policy" if loss.of_scores else "temperature, "
+            first = "no option" if loss.of_scores else "temperature, "
             with pytest.raises(ValueError, match=f"'{key}' is not used by '{loss.name}'.*; it uses: {first}"):
                 losses.resolve(loss.name, **settings_of, **{key: value})
             continue

@@ -59,7 +59,7 @@ def published(name, o, w, lo, z):
 
 
 def published_group(name, o, candidates):
-    """[B]: the chosen candidate against each other one, averaged."""
+    """[B]: the chosen candidate against each other one, averaged; a reward model's, every better against worse."""
     rows = np.stack(candidates[:3], axis=-1).astype(np.float64)
     out = []
     for row_K3, rewards_K in zip(rows, candidates.rewards_BK, strict=True):
@@ -69,7 +69,11 @@ def published_group(name, o, candidates):
             score, label = row_K3[best][0], rewards_K[best]
             out.append(-label * oracle.log_sigmoid(score) - (1 - label) * oracle.log_sigmoid(-score))
             continue
-        out.append(np.mean([published(name, o, row_K3[best], row_K3[i], float(candidates.batch_kl)) for i in others]))
+        pairs = [(best, i) for i in others]
+        if name == "bradley_terry":
+            pairs = [(i, j) for i, j in np.ndindex(len(rewards_K), len(rewards_K)) if rewards_K[i] > rewards_K[j]]
+        drift = float(candidates.batch_kl)
+        out.append(np.mean([published(name, o, row_K3[win], row_K3[lose], drift) for win, lose in pairs]))
     return np.array(out)
 
 

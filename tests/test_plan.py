@@ -291,3 +291,23 @@ def test_the_command_prints_a_plan_and_needs_no_workdir(folder):
     assert "plan for here: " in done.stdout and "remat full" in done.stdout
     done = subprocess.run([*command, "--plan", "b200:8"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.endswith("h100:N, h200:N, here\n"), done.stderr
+
+
+STAGES = {
+    "sft": {"stage": "sft", "loss__name": "sft", "data__group_size": 1},
+    "reward": {"stage": "reward", "loss__name": "bradley_terry"},
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_has_a_plan_and_no_reference_pass(folder, stage):
+    changed = {"mesh__data": 1, "mesh__fsdp": 1, "loss__alpha": None, "loss__beta_pi": None} | STAGES[stage]
+    config = tiny.config(folder / "model", folder / "pairs.jsonl", **changed)
+    report = plan.run(config, "here", devices=lambda _: jax.devices()[:1], capacity=lambda _: HELD)
+    assert [program.name for program in report.outcome.programs] == ["update", "evaluation"] and report.fits
+    rows = 8 * config.data.group_size
+    assert f"update: 8 groups x {config.data.group_size} = {rows} rows of T=40" in report.text
+    count = params.count(report.outcome.sizes.blueprint.model_config)
+    assert (count < params.count(model.from_hf_config(json.loads((folder / "bare" / "config.json").read_text())))) == (
+        stage == "reward"
+    )

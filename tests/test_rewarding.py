@@ -1,6 +1,7 @@
 """Reward models and fine-tuning: scores, losses and gradients against torch, whole runs, export, best checkpoint."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -11,7 +12,7 @@ from numpy.testing import assert_allclose
 
 from eval import export
 from fpo_jax import attention, checkpoint, data, hf, job, loop, losses, metrics, model, params, rewarding, step
-from tests import tiny, tolerances
+from tests import resuming, tiny, tolerances
 
 
 def reward_config(folder, pairs, **changed):
@@ -110,13 +111,39 @@ def test_losses_and_gradients_equal_torch():
     assert_allclose(gradient, theirs.grad.numpy(), rtol=tolerances.FLOAT32, atol=tolerances.FLOAT32)
 
 
-def test_more_than_two_candidates_compare_the_best_with_each_other_one():
-    scores_BK, rewards_BK = jnp.array([[1.0, 3.0, 0.5]]), np.float32([[0.1, 0.9, 0.3]])
+def test_more_than_two_candidates_compare_every_better_with_every_worse_one():
+    scores_BK, rewards_BK = jnp.array([[1.0, 3.0, 0.5], [7.0, 8.0, 9.0]]), np.float32([[0.1, 0.9, 0.1], [2, 2, 2]])
     zeros_BK = np.zeros_like(rewards_BK)
-    found = losses.resolve("bradley_terry").of_logps(
-        scores_BK, losses.Candidates(zeros_BK, zeros_BK, zeros_BK, rewards_BK, 0.0)
-    )
-    assert_allclose(found, [np.mean([np.log1p(np.exp(-2.0)), np.log1p(np.exp(-2.5))])], rtol=1e-6)
+    loss = losses.resolve("bradley_terry")
+    found = loss.of_logps(scores_BK, losses.Candidates(zeros_BK, zeros_BK, zeros_BK, rewards_BK, 0.0))
+    assert_allclose(found, [np.mean([np.log1p(np.exp(-2.0)), np.log1p(np.exp(-2.5))]), 0], rtol=1e-6)
+    assert loss.counted(rewards_BK).tolist() == [True, False]
+
+
+def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
+    """Two groups, and the same two beside a tied one: the same mean, the same gradient."""
+    inputs = job.prepare(reward_config(base / "model", base / "train.jsonl"))
+    weights = hf.load_params(inputs.source, inputs.model_config, dtype="float32", key=jax.random.key(0))
+    scorer = rewarding.RewardScorer(inputs.model_config, "float32", "none", attention.Choice("xla", "test"))
+    schedule = data.schedule(inputs.train.prepared, batch_size=3, buckets=(40,), seed=0)
+    whole = data.batch_at(schedule, 0, np.arange(3))
+    whole.rewards_BK[2] = 0.5
+    first = jax.tree.map(lambda leaf: leaf[: len(leaf) * 2 // 3], whole)
+
+    def gradient(batch):
+        totals = step._totals(step.stack_micro_batches(batch, accumulation=1), inputs.loss)
+        value = functools.partial(
+            step._objective, totals=totals, batch_kl=None, scorer=scorer, loss=inputs.loss, dropout_key=None
+        )
+        return jax.jit(jax.grad(value, has_aux=True))(weights, batch)[0]
+
+    assert np.abs(gradient(first)["score"]).max() > tolerances.DIFFERENT
+    jax.tree.map(lambda a, b: assert_allclose(a, b, **tolerances.SAME_UPDATE), gradient(whole), gradient(first))
+    evaluate = jax.jit(functools.partial(step.eval_step, scorer=scorer, loss=inputs.loss))
+    with_tie, without = (metrics.means(jax.device_get(evaluate(weights, batch))) for batch in (whole, first))
+    assert with_tie.keys() == without.keys()
+    for name, value in without.items():
+        assert_allclose(with_tie[name], value, err_msg=name, **tolerances.SAME_UPDATE)
 
 
 # --- what a stage takes
@@ -131,7 +158,13 @@ def test_more_than_two_candidates_compare_the_best_with_each_other_one():
         ({"data__group_size": 1}, "data.group_size=1 leaves nothing to compare, and loss 'bradley_terry' needs 2"),
         ({"loss__temperature": 0.8}, "'temperature' is not used by 'bradley_terry'"),
         ({"loss__sft_weight": 0.1}, "'sft_weight' is not used by 'bradley_terry'"),
-        ({"reference__path": "elsewhere"}, "reference.path='elsewhere' is not used by stage 'reward'"),
+        ({"reference__path": "elsewhere"}, "reference.path='elsewhere' is not used by loss 'bradley_terry'"),
+        ({"kernel__workspace_mib": 64}, "kernel.workspace_mib=64 is not used by stage 'reward'"),
+        ({"stage": "sft", "loss__name": "sft"}, "data.group_size=2 does not belong to stage 'sft'"),
+        (
+            {"stage": "sft", "loss__name": "sft", "data__group_size": 1, "loss__tie_policy": "first"},
+            "loss.tie_policy='first' is not used by stage 'sft'",
+        ),
         ({"train__keep_best": "loss"}, "train.keep_best='loss' must name a metric of an evaluation"),
         ({"train__keep_best": "eval_loss", "data__eval": ""}, "needs an evaluation; set data.eval"),
         ({"train__eval_batches": 0}, "train.eval_batches=0 must be finite and at least 1"),
@@ -167,24 +200,26 @@ def test_the_best_checkpoint_stays_beside_the_newest(run):
     assert checkpoint.restore_params(run, None)[1]["step"] == max(scores)
 
 
-@pytest.mark.slow  # two runs
-def test_the_best_score_survives_a_resumption(base, tmp_path):
-    """A run that is stopped and goes on keeps the best step that the first part saw."""
-    options = {
-        "optim__learning_rate": 1e-2,
-        "train__epochs": 5.0,
-        "train__eval_every": 5,
-        "train__save_every": 5,
-        "train__keep_best": "eval_rewards/accuracies",
-    }
-    c = reward_config(base / "model", base / "train.jsonl", **options)
-    loop.run(c, tmp_path / "whole")
-    keeper = checkpoint.Checkpointer(tmp_path / "whole", keep=2, keep_best=True)
-    steps = keeper._manager.all_steps()
-    best = max(keeper.meta(step)["best"] for step in steps)
-    assert any(keeper.meta(step)["score"] == best for step in steps)
-    assert keeper.meta(steps[-1])["best"] == best
-    keeper.close()
+@pytest.mark.slow  # two runs and a resumption
+def test_a_stopped_run_goes_on_to_the_bit_and_remembers_its_best(base, tmp_path, monkeypatch):
+    """The best score stands before the stop: what came after must not take its place."""
+    c = reward_config(
+        base / "model",
+        base / "train.jsonl",
+        optim__learning_rate=1e-2,
+        train__max_steps=10,
+        train__epochs=5.0,
+        train__eval_every=2,
+        train__save_every=3,
+        train__keep_checkpoints=1,
+        train__keep_best="eval_rewards/rejected",  # falls
+    )
+    resuming.whole(c, tmp_path / "whole")
+    resuming.stopped(c, tmp_path / "stopped", monkeypatch, after=5)
+    assert resuming.outcome(tmp_path / "whole") == resuming.outcome(tmp_path / "stopped")
+    metas = [checkpoint.restore_params(tmp_path / name, "best")[1] for name in ("whole", "stopped")]
+    assert metas[0]["step"] == metas[1]["step"] and metas[0]["score"] == metas[1]["score"]
+    assert metas[0]["step"] <= 4, "the best step came before the stop"
 
 
 # --- export
@@ -220,6 +255,14 @@ def test_a_reward_model_goes_on_training_and_is_no_language_model(run, base, tmp
         loop.job.prepare(tiny.config(tmp_path / "rm", base / "train.jsonl"))
     with pytest.raises(ValueError, match="is a language model; give a reward model"):
         rewarding.Rewarder(base / "model", max_length=32, compute_dtype="float32", batch_per_device=1)
+
+
+def test_the_exported_pad_token_is_the_tokenizers(run, base):
+    """transformers scores the last token that is no pad token, and users pad with the tokenizer's."""
+    _, meta = checkpoint.restore_params(run, None)
+    config = dataclasses.replace(hf.read_config(base / "model"), pad_id=None)
+    assert export._pad_id(meta, config) == 0
+    assert export._pad_id(meta | {"model_dir": str(run)}, config) == 2  # no tokenizer: EOS
 
 
 def test_a_classifier_of_two_labels_is_refused(base):

@@ -68,7 +68,9 @@ def export(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not an empty directory; choose another or remove it.")
     params.check(parameters, config)
-    found = dataclasses.replace(directories.read_config(source_dir), reward_head=config.reward_head)
+    found = directories.read_config(source_dir)
+    if config.reward_head:  # what a new reward model does not have from the language model it started from
+        found = dataclasses.replace(found, reward_head=True, pad_id=config.pad_id)
     if found != config:
         raise ValueError(f"{source_dir} describes another model: {_difference(found, config)}.")
     flat = params.flatten(parameters)

@@ -4,12 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from fpo_jax.losses import numerics, targets
 from fpo_jax.losses.divergences import DIVERGENCES, f_divergence
-from fpo_jax.losses.objectives import OBJECTIVES, Objective, over_pairs
+from fpo_jax.losses.objectives import OBJECTIVES, Objective, over_pairs, over_ranked_pairs
 from fpo_jax.losses.scores import SCORES, Candidates, Options, Score
+from fpo_jax.shapes import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,12 @@ class Loss:
         """Return the shares of the chosen label; a tie is shared where the loss itself names no winner."""
         return targets.chosen_shares(candidates.rewards_BK, tie_policy=self.options.get("tie_policy", "uniform"))
 
+    def counted(self, rewards_BK: Float[Array, "B K"]) -> Bool[jax.Array, " B"]:
+        """Return which groups count in the mean: for pairs of a reward model, those with a preference."""
+        if not self.of_scores or self.minimum_candidates == 1:
+            return jnp.ones(rewards_BK.shape[0], bool)
+        return jnp.max(rewards_BK, axis=-1) > jnp.min(rewards_BK, axis=-1)
+
     def _divergence(self, candidates: Candidates) -> jax.Array:
         row = DIVERGENCES[self.name]
         log_p_BK, log_q_BK = numerics.log_softmax(self.scores(candidates)), self._log_q(candidates)
@@ -126,8 +133,11 @@ class Loss:
         row, chosen_BK = OBJECTIVES[self.name], self.chosen(candidates)
         losses_B = jnp.zeros(chosen_BK.shape[0], chosen_BK.dtype)
         if row.pair is not None:
-            pair = row.pair
-            losses_B += over_pairs(lambda win, lose: pair(win, lose, self.options), self.scores(candidates), chosen_BK)
+            pair, scores_BK = row.pair, self.scores(candidates)
+            pairing, order_BK = (over_pairs, chosen_BK)
+            if row.of_scores:
+                pairing, order_BK = (over_ranked_pairs, candidates.rewards_BK)
+            losses_B += pairing(lambda win, lose: pair(win, lose, self.options), scores_BK, order_BK)
         if row.chosen_term is not None:
             losses_B += (chosen_BK * row.chosen_term(candidates, self.options)).sum(axis=-1)
         return losses_B

@@ -124,7 +124,8 @@ def _unused(name: str, key: str, defaults: Mapping[str, Value]) -> str:
     setting = ", ".join(f"{choice}={defaults[choice]!r}" for choice in ("target", "score") if choice in defaults)
     hint = "; label smoothing ls is epsilon=ls with normalize=True here" if key == "label_smoothing" and setting else ""
     return (
-        f"{key!r} is not used by {name!r}{f' with {setting}' if setting else ''}; it uses: {', '.join(defaults)}{hint}"
+        f"{key!r} is not used by {name!r}{f' with {setting}' if setting else ''}; it uses: "
+        f"{', '.join(defaults) or 'no option'}{hint}"
     )
 
 

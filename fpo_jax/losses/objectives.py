@@ -2,7 +2,8 @@
 
 Each row is a score per candidate, a link that turns the scores of a chosen and of another candidate into a loss, and,
 in some, a term on the chosen candidate alone. A group of K candidates has K-1 pairs, the chosen one against each other
-one, and its loss is their mean; K = 2 is the published formula. DPO, cDPO, EXO and SimPO are rows of `divergences.py`.
+one, and its loss is their mean; K = 2 is the published formula. A reward model (`of_scores`) learns from every pair of
+a group whose rewards differ. DPO, cDPO, EXO and SimPO are rows of `divergences.py`.
 
 Letters of the equations: w chosen, l other; logp = Σ_t log π; ℓ = logp/|y|; Δ = logp - logp_ref; m = score_w - score_l.
 """
@@ -25,7 +26,7 @@ HIGHEST_MEAN_LOGP = -1e-6
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Objective:
-    """One row. `options` are its own, with defaults; every row also has tie_policy."""
+    """One row. `options` are its own, with defaults; every row but those of scores also has tie_policy."""
 
     name: str
     source: str
@@ -67,6 +68,34 @@ def over_pairs(
         weights_BK = jnp.where(is_chosen_BK, 0.0, share_B1 / (candidates - 1))
         losses_B += jnp.sum(weights_BK * pair(score_B1, scores_BK), axis=1)
     return losses_B
+
+
+def over_ranked_pairs(
+    pair: Callable[[Array, Array], Array],
+    scores_BK: Float[Array, "B K"],
+    rewards_BK: Float[Array, "B K"],
+) -> Float[jax.Array, " B"]:
+    """Return the mean of pair(score of better, score of worse) over the pairs of each group whose rewards differ.
+
+    Args:
+        pair: elementwise loss of a better and a worse score.
+        scores_BK: one score per candidate, K >= 2.
+        rewards_BK: what is better; a group whose rewards are all equal has no pair, and loss 0.
+
+    >>> scores_BK, rewards_BK = jnp.array([[5.0, 3.0, 2.0]]), jnp.array([[2.0, 1.0, 1.0]])
+    >>> over_ranked_pairs(lambda win, lose: win - lose, scores_BK, rewards_BK).tolist()  # (5 - 3 + 5 - 2) / 2
+    [2.5]
+    """
+    losses_B = pairs_B = jnp.zeros(scores_BK.shape[0], scores_BK.dtype)
+    for better in range(scores_BK.shape[-1]):
+        is_better_BK = jax.lax.broadcasted_iota(jnp.int32, scores_BK.shape, 1) == better
+        score_B1, reward_B1 = (
+            jnp.sum(jnp.where(is_better_BK, x_BK, 0.0), axis=1, keepdims=True) for x_BK in (scores_BK, rewards_BK)
+        )
+        is_worse_BK = rewards_BK < reward_B1
+        losses_B += jnp.sum(jnp.where(is_worse_BK, pair(score_B1, scores_BK), 0.0), axis=1)
+        pairs_B += jnp.sum(is_worse_BK, axis=1).astype(pairs_B.dtype)
+    return losses_B / jnp.maximum(pairs_B, 1.0)
 
 
 def binary_cross_entropy(scores: Float[Array, "*shape"], labels: Float[Array, "*shape"]) -> Float[jax.Array, "*shape"]:
@@ -190,7 +219,7 @@ _ROWS = (
     Objective(
         name="bradley_terry",
         source="reward model; Bradley and Terry 1952",
-        equation="-log σ(r_w - r_l), r the score",
+        equation="-log σ(r_w - r_l), r the score; over every pair of a group whose rewards differ",
         options={},
         score=lambda c, chosen_BK, o: c.logps_BK,
         reward=lambda c, o: c.logps_BK,

@@ -96,7 +96,7 @@ def options_of(name: str, *, target: str = "preference", score: str = "log_ratio
     if name in objectives.OBJECTIVES:
         row = objectives.OBJECTIVES[name]
         own = dict(row.options)
-        names = (*(() if row.of_scores else GENERAL), "tie_policy", *own)
+        names = (*(() if row.of_scores else (*GENERAL, "tie_policy")), *own)
     else:
         divergence = divergences.DIVERGENCES[name]
         own = {**divergence.parameters, "epsilon": divergence.epsilon, "log_clamp": divergence.log_clamp}

@@ -1,0 +1,31 @@
+"""Runs on one device that are stopped and go on, in one process."""
+
+import jax
+import numpy as np
+import pytest
+
+from fpo_jax import checkpoint, execution, loop, metrics, profiling
+
+
+def whole(config, workdir):
+    """Run without a stop."""
+    config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 1
+    loop.run(config, workdir, devices=jax.devices()[:1])
+
+
+def stopped(config, workdir, monkeypatch, *, after):
+    """Run, stop as by a signal during update `after`, and run again to the end."""
+    begun = [0]
+    with monkeypatch.context() as patch:
+        patch.setattr(profiling.Trace, "before", lambda self, number: begun.append(number))
+        patch.setattr(execution.StopRequest, "agreed", lambda self: "SIGTERM" if begun[-1] >= after else None)
+        with pytest.raises(execution.Stopped, match=f"saved step {after} of "):
+            whole(config, workdir)
+    whole(config, workdir)
+
+
+def outcome(workdir):
+    """Step, weights and metrics of a run, to be compared bit by bit."""
+    weights, meta = checkpoint.restore_params(workdir, None)
+    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights)]
+    return meta["step"], leaves, (workdir / metrics.METRICS_FILE).read_bytes()
