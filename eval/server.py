@@ -147,6 +147,7 @@ def each(
     """Yield the results of `work` as they come, with at most `workers` items under way.
 
     Once `asked()` is true `ended` is set and no further item is taken; what is under way is waited for GRACE_S at most.
+    The first item that raises ends the others in the same way, without a wait.
 
     Raises:
         Exception: what `work` raised.
@@ -163,6 +164,7 @@ def each(
             try:
                 results.put(("result", work(item)))  # pyright: ignore[reportArgumentType]
             except BaseException as error:
+                ended.set()
                 results.put(("error", error))
         results.put(("done", None))
 
@@ -179,7 +181,6 @@ def each(
         except queue.Empty:
             continue
         if kind == "error":
-            ended.set()
             raise value
         if kind == "result":
             yield value
