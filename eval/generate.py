@@ -149,7 +149,7 @@ def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
     _tokenize(prompts, encoder, options.rule, room)
     job = _job(options, prompts) | {"model": fingerprint(), "tokenizer": _digest(_identity(tokenizer))}
     job |= {"stop_ids": list(decoding.stop_ids)}
-    with jobfile.JobFile(options.out, job) as file, execution.StopRequest() as stop:
+    with jobfile.JobFile(options.out, job, count=len(prompts)) as file, execution.StopRequest() as stop:
         left = _left(file, prompts)
         if not left:
             return _summary(file, prompts, left, seconds=0.0)
@@ -225,7 +225,7 @@ def _with_server(options: Options, prompts: list[_Prompt], decoding: sample.Deco
         completions, ends = [text for text, _ in found], [end for _, end in found]
         return {**_head(prompt), "completions": completions, "finish": ends}
 
-    with jobfile.JobFile(options.out, job) as file, execution.StopRequest() as stop:
+    with jobfile.JobFile(options.out, job, count=len(prompts)) as file, execution.StopRequest() as stop:
         left = _left(file, prompts)
         started, failed = time.perf_counter(), 0
         with _bar(left) as bar:
@@ -382,11 +382,6 @@ def _left(file: jobfile.JobFile, prompts: list[_Prompt]) -> list[_Prompt]:
     """Return what is to be done, and say what was."""
     if file.repaired:
         log.info(file.repaired)
-    if file.finished and len(file.done) != len(prompts):
-        raise ValueError(
-            f"{file.path} holds {len(file.done)} of the {len(prompts)} lines it had when it was finished; put it back,"
-            " or delete it to start over."
-        )
     if file.done:
         log.info("%s: %d of %d prompts are answered", file.path, len(file.done), len(prompts))
     return [prompt for prompt in prompts if prompt.index not in file.done]

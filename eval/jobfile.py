@@ -16,15 +16,17 @@ from fpo_jax import config as configuration
 class JobFile:
     """One output file; `done` holds the indices of its lines, which need not be done again."""
 
-    def __init__(self, path: Path, job: dict[str, Any]):
+    def __init__(self, path: Path, job: dict[str, Any], *, count: int):
         """Open what an earlier start left.
 
         Args:
             path: of the finished file.
             job: everything that the lines depend on, as JSON values.
+            count: lines of the finished file.
 
         Raises:
-            ValueError: the file belongs to another job, or is damaged elsewhere than at its end.
+            ValueError: the file belongs to another job, is damaged elsewhere than at its end, or was finished and has
+                lost lines.
         """
         self.path, self._part = path, path.with_name(path.name + ".part")
         self._job_path = path.with_name(path.name + ".job.json")
@@ -48,6 +50,11 @@ class JobFile:
         if not self.finished:
             self._repair()
         self.done = {line["index"] for line in self.lines()}
+        if self.finished and len(self.done) != count:
+            raise ValueError(
+                f"{path} holds {len(self.done)} of the {count} lines it had when it was finished; put it back, or"
+                " delete it to start over."
+            )
         self._file = None
 
     def __enter__(self) -> "JobFile":

@@ -434,6 +434,14 @@ def test_a_signal_saves_what_is_scored(judge, completions, tmp_path, monkeypatch
     assert [line["index"] for line in jobfile.read(tmp_path / "l.jsonl")] == [0, 1, 2]
 
 
+def test_scores_that_lost_a_line_are_refused(judge, completions, tmp_path):
+    out = tmp_path / "l.jsonl"
+    labelled(judge, completions, out)
+    out.write_bytes(out.read_bytes().split(b"\n", 1)[1])
+    with pytest.raises(ValueError, match="l.jsonl holds 2 of the 3 lines it had"):
+        labelled(judge, completions, out)
+
+
 def test_real_model_and_its_published_text(tmp_path):
     """stories260K, greedy from its own BOS, through the whole program."""
     model = shared_data("stories260K")

@@ -59,3 +59,22 @@ def test_hidden_states_against_the_cache_are_those_of_whole_rows(name):
         if count < 10:
             tokens_N = np.take_along_axis(tokens_NT, (lengths_N + count)[:, None], axis=1)[:, 0]
             hidden_ND, cache = step(tree, tokens_N, lengths_N + count, cache)
+
+
+@pytest.mark.parametrize("name", ["llama GQA", "gemma2"])
+def test_bfloat16_against_the_cache_is_as_good_as_over_whole_rows(name):
+    """The bound is that of whole rows, whose error on these tokens is 0.0143 (llama) and 0.0202 (gemma2)."""
+    config, tree = made(name)
+    tokens_NT = np.random.default_rng(0).integers(1, test_model.V, (4, 19)).astype(np.int32)
+    exact_NTD = test_model.forward(tree, jnp.asarray(tokens_NT), jnp.ones((4, 19), bool), config=config)[:, 8:18]
+    options = {"config": config, "compute_dtype": "bfloat16"}
+    hidden_ND, cache = jax.jit(functools.partial(model.prefill, positions=19, **options))(
+        tree, tokens_NT[:, :9], np.full(4, 9, np.int32)
+    )
+    assert {array.dtype.name for array in cache} == {"bfloat16"}
+    step, found = jax.jit(functools.partial(model.decode, **options)), []
+    for position in range(8, 18):
+        found.append(np.asarray(hidden_ND, np.float32))
+        hidden_ND, cache = step(tree, tokens_NT[:, position + 1], np.full(4, position + 1, np.int32), cache)
+    error = np.sqrt(np.mean((np.stack(found, 1) - exact_NTD) ** 2) / np.mean(np.square(exact_NTD)))
+    assert 0 < error < tolerances.BFLOAT16_HIDDEN
