@@ -57,8 +57,8 @@ class TestRows:
             prepare([record], toy)
         with pytest.raises(ValueError, match=r"f:9: 3 responses with 2 rewards"):
             prepare([record._replace(rewards=[1.0, 0.0])], toy, group_size=3)
-        with pytest.raises(ValueError, match=r"group_size=1 leaves nothing to compare"):
-            prepare([record], toy, group_size=1)
+        with pytest.raises(ValueError, match=r"group_size=0 is no number of candidates"):
+            prepare([record], toy, group_size=0)
 
     @pytest.mark.parametrize("reward", [float("nan"), float("-inf"), 1e39])
     def test_rewards_must_be_finite(self, toy, reward):
