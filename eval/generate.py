@@ -10,13 +10,13 @@ signal with everything saved.
 """
 
 import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +34,9 @@ from fpo_jax import config as configuration
 log = logging.getLogger("fpo_jax")
 
 DEDUP = ("none", "consecutive", "all")
+# what means nothing to each place that answers may come from
+_LOCAL = ("tokenizer", "chat_template", "eos_token", "max_length", "batch_size", "compute_dtype", "tensor")
+_IDLE = {"model": ("concurrency",), "workdir": ("revision", "concurrency"), "server": ("revision", *_LOCAL)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,8 @@ class Options:
     min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()  # besides the tokenizer's EOS and the model's
     stop_strings: tuple[str, ...] = ()  # a response ends before the first of them
-    batch_size: int = 64  # rows of a pass, per device
+    batch_size: int = 64  # rows of a pass, per copy of the weights
+    tensor: int = 1  # devices that share one copy of the weights
     compute_dtype: str = "bfloat16"
 
 
@@ -139,19 +143,17 @@ def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
     room = window - decoding.max_new_tokens
     if room < 1:
         raise ValueError(f"--max-new-tokens={decoding.max_new_tokens} leaves no room for a prompt in {window} tokens.")
+    if outside := [token for token in decoding.stop_ids if not 0 <= token < config.vocab_size]:
+        raise ValueError(f"stop ids {outside} lie outside the model's vocabulary of {config.vocab_size} tokens.")
+    layout, places = _placed(config, tensor=options.tensor)
     _tokenize(prompts, encoder, options.rule, room)
-    job = _job(options, prompts) | {"model": fingerprint(), "stop_ids": list(decoding.stop_ids)}
-    with jobfile.JobFile(options.out, job) as file, execution.StopRequest() as stop:
+    job = _job(options, prompts) | {"model": fingerprint(), "tokenizer": _digest(_identity(tokenizer))}
+    job |= {"stop_ids": list(decoding.stop_ids)}
+    with jobfile.JobFile(options.out, job, count=len(prompts)) as file, execution.StopRequest() as stop:
         left = _left(file, prompts)
         if not left:
-            return _summary(file, prompts, before=len(prompts), seconds=0.0)
-        layout = sharding.make_layout(preset="fsdp", data=None, fsdp=None, tensor=None, devices=jax.devices())
-        assert layout.mesh is not None
-        abstract = params.abstract(config, "float32")
-        places = sharding.param_shardings(params.logical_axes(config), abstract, mesh=layout.mesh)
-        weights = load(places)
-        before, started = len(prompts) - len(left), time.perf_counter()
-        bar = tqdm.tqdm(total=len(left), unit="prompt", disable=not execution.progress_shown(), dynamic_ncols=True)
+            return _summary(file, prompts, left, seconds=0.0)
+        started, bar = time.perf_counter(), _bar(left)
 
         def done(found: dict[int, list[list[int]]]) -> None:
             for place, responses in found.items():
@@ -160,9 +162,9 @@ def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
             if (asked := stop.agreed()) and len(file.done) < len(prompts):
                 raise execution.Stopped(f"{asked}: {len(file.done)} of {len(prompts)} prompts are answered and saved.")
 
-        with bar:
+        with bar, _fitting():
             sample.sample(
-                weights,
+                load(places),
                 [prompt.ids for prompt in left],
                 config=config,
                 decoding=decoding,
@@ -175,14 +177,36 @@ def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
                 layout=layout,
                 done=done,
             )
-        file.finish()
-        return _summary(file, prompts, before=before, seconds=time.perf_counter() - started)
+        return _summary(file, prompts, left, seconds=time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    """Say what to change where a device's memory does not suffice."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fact = next(line for line in str(error).splitlines() if "RESOURCE_EXHAUSTED" in line)
+        raise ValueError(
+            f"the memory of a device does not suffice: {fact}. Lower --batch-size or --max-length, or cut the weights"
+            " over more devices with --tensor."
+        ) from error
+
+
+def _placed(config: model.ModelConfig, *, tensor: int) -> tuple[sharding.Layout, Any]:
+    """Lay out copies of the weights, each on `tensor` devices: cut over more, every token would gather them."""
+    layout = sharding.make_layout(preset="multi_gpu", data=None, fsdp=None, tensor=tensor, devices=jax.devices())
+    assert layout.mesh is not None
+    abstract = params.abstract(config, "float32")
+    return layout, sharding.param_shardings(params.logical_axes(config), abstract, mesh=layout.mesh)
 
 
 def _with_server(options: Options, prompts: list[_Prompt], decoding: sample.Decoding) -> Summary:
-    server = servers.Server(
-        servers.checked_url(options.server), options.server_model, servers.Secret(options.api_key_env)
-    )
+    ended = threading.Event()
+    url, key = servers.checked_url(options.server), servers.Secret(options.api_key_env)
+    server = servers.Server(url, options.server_model, key, ended)
     job = _job(options, prompts) | {"model": f"{options.server} {options.server_model}"}
     asked: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
     asked |= {"top_p": decoding.top_p, "n": options.num_return}
@@ -201,36 +225,20 @@ def _with_server(options: Options, prompts: list[_Prompt], decoding: sample.Deco
         completions, ends = [text for text, _ in found], [end for _, end in found]
         return {**_head(prompt), "completions": completions, "finish": ends}
 
-    with jobfile.JobFile(options.out, job) as file, execution.StopRequest() as stop:
+    with jobfile.JobFile(options.out, job, count=len(prompts)) as file, execution.StopRequest() as stop:
         left = _left(file, prompts)
-        before, started, failures = len(prompts) - len(left), time.perf_counter(), []
-        pool = concurrent.futures.ThreadPoolExecutor(options.concurrency)
-        bar = tqdm.tqdm(total=len(left), unit="prompt", disable=not execution.progress_shown(), dynamic_ncols=True)
-        with bar, pool:
-            for found in _bounded(pool, answer, left, 2 * options.concurrency):
+        started, failed = time.perf_counter(), 0
+        with _bar(left) as bar:
+            for found in servers.each(answer, left, workers=options.concurrency, ended=ended, asked=stop.agreed):
                 bar.update(1)
-                if isinstance(found, str):
-                    failures.append(found)
-                    log.warning("no answer: %s", found)
-                else:
+                if isinstance(found, dict):
                     file.append(found)
-                if asked_to_stop := stop.agreed():
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise execution.Stopped(f"{asked_to_stop}: {len(file.done)} of {len(prompts)} prompts are saved.")
-        if left and not failures:
-            file.finish()
-        seconds = time.perf_counter() - started
-        return _summary(file, prompts, before=before, seconds=seconds, failed=len(failures))
-
-
-def _bounded(pool: concurrent.futures.Executor, work, items: Sequence, waiting: int) -> Iterator:
-    """Yield the results of `work` as they come, with at most `waiting` items handed in."""
-    rest = iter(items)
-    running = {pool.submit(work, item) for item in itertools.islice(rest, waiting)}
-    while running:
-        done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
-        running |= {pool.submit(work, item) for item in itertools.islice(rest, len(done))}
-        yield from (future.result() for future in done)
+                elif not ended.is_set():
+                    failed += 1
+                    log.warning("no answer: %s", found)
+        if (name := stop.agreed()) and len(file.done) < len(prompts):
+            raise execution.Stopped(f"{name}: {len(file.done)} of {len(prompts)} prompts are saved.")
+        return _summary(file, prompts, left, seconds=time.perf_counter() - started, failed=failed)
 
 
 def _check(options: Options) -> None:
@@ -245,15 +253,22 @@ def _check(options: Options) -> None:
         problems.append("--server needs --server-model, the model's name there")
     if not options.server and (options.server_model or options.api_key_env):
         problems.append("--server-model and --api-key-env belong to --server")
-    if options.server and (options.chat_template or options.tokenizer or options.max_length):
-        problems.append("--chat-template, --tokenizer and --max-length are the server's business; leave them out")
+    for kind in given if len(given) == 1 else ():
+        wrong = [name for name in _IDLE[kind] if getattr(options, name) != getattr(Options, name)]
+        if wrong:
+            said = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+            problems.append(f"with --{kind}, {said} would change nothing; leave out what does not apply")
+    if options.step not in ("", checkpoint.BEST) and not options.step.isdecimal():
+        problems.append(f"--step={options.step!r} must be a number or {checkpoint.BEST}")
+    if not 0 <= options.seed < 2**32:
+        problems.append(f"--seed={options.seed} must lie in [0, 2**32)")
     if options.rule not in ("raw", "chat"):
         problems.append(f"--rule={options.rule!r} is not one of raw, chat")
     if options.chat_template and options.rule != "chat":
         problems.append("--chat-template belongs to --rule=chat")
     if options.dedup not in DEDUP:
         problems.append(f"--dedup={options.dedup!r} is not one of {', '.join(DEDUP)}")
-    for name, least in (("num_prompts", 0), ("num_return", 1), ("batch_size", 1), ("concurrency", 1)):
+    for name, least in (("num_prompts", 0), ("num_return", 1), ("batch_size", 1), ("concurrency", 1), ("tensor", 1)):
         if getattr(options, name) < least:
             problems.append(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least {least}")
     if options.compute_dtype not in model.COMPUTE_DTYPES:
@@ -325,8 +340,7 @@ def _model(options: Options) -> tuple[Path, model.ModelConfig, Any, Any]:
     def place(leaf, where):
         return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index].read().result().astype(dtype))
 
-    fingerprint = json.dumps([meta["fingerprints"], meta["step"], meta["config"]], sort_keys=True)
-    digest = hashlib.sha256(fingerprint.encode()).hexdigest()
+    digest = _digest([meta["fingerprints"], meta["step"], meta["config"]])
     return source, config, lambda places: jax.tree.map(place, tree, places), lambda: digest
 
 
@@ -349,19 +363,25 @@ def _tokenize(prompts: list[_Prompt], encoder: chat.Encoder, rule: str, room: in
 
 def _job(options: Options, prompts: list[_Prompt]) -> dict[str, Any]:
     """Return everything that the answers depend on, but for the model."""
-    digest = hashlib.sha256(json.dumps([prompt.text for prompt in prompts], sort_keys=True).encode()).hexdigest()
+    digest = _digest([prompt.text for prompt in prompts])
     kept = ("rule", "chat_template", "max_length", "num_return", "seed", "max_new_tokens", "temperature", "top_k")
     kept += ("top_p", "min_new_tokens", "stop_ids", "stop_strings", "compute_dtype")
     return {"prompts": f"{len(prompts)} {digest}", **{name: getattr(options, name) for name in kept}}
+
+
+def _identity(tokenizer) -> list[str]:
+    """Return what a tokenizer makes of texts, conversations and ids, wherever it was read from."""
+    return [tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.eos_token)]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _left(file: jobfile.JobFile, prompts: list[_Prompt]) -> list[_Prompt]:
     """Return what is to be done, and say what was."""
     if file.repaired:
         log.info(file.repaired)
-    if file.finished:
-        log.info("%s: all %d prompts are answered", file.path, len(prompts))
-        return []
     if file.done:
         log.info("%s: %d of %d prompts are answered", file.path, len(file.done), len(prompts))
     return [prompt for prompt in prompts if prompt.index not in file.done]
@@ -395,15 +415,25 @@ def _text(tokenizer, prompt: list[int], response: list[int]) -> str:
     return whole[len(before) :] if whole.startswith(before) else decode(response)
 
 
-def _summary(file: jobfile.JobFile, prompts: list[_Prompt], *, before: int, seconds: float, failed: int = 0) -> Summary:
-    fresh = collections.Counter()
-    if file.finished and before < len(prompts):
-        for line in jobfile.read(file.path):
+def _bar(left: list[_Prompt]) -> tqdm.tqdm:
+    return tqdm.tqdm(total=len(left), unit="prompt", disable=not execution.progress_shown(), dynamic_ncols=True)
+
+
+def _summary(
+    file: jobfile.JobFile, prompts: list[_Prompt], left: list[_Prompt], *, seconds: float, failed: int = 0
+) -> Summary:
+    """Count what this start did to the prompts that were `left`; the file is finished if that was all."""
+    fresh, indices = collections.Counter(), {prompt.index for prompt in left}
+    for line in file.lines() if left else ():
+        if line["index"] in indices:
             fresh["completions"] += len(line["completions"])
             fresh["stopped"] += line["finish"].count("stop")
             fresh["tokens"] += sum(line.get("tokens", ()))
+    if not file.finished and len(file.done) == len(prompts):
+        file.finish()
     cut = sum(prompt.cut > 0 for prompt in prompts)
     numbers = {name: fresh[name] for name in ("completions", "tokens", "stopped")}
+    before = len(prompts) - len(left)
     return Summary(prompts=len(prompts), done_before=before, failed=failed, cut=cut, seconds=seconds, **numbers)
 
 

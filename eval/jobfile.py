@@ -6,7 +6,6 @@ written is cut off and done again.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,17 +14,19 @@ from fpo_jax import config as configuration
 
 
 class JobFile:
-    """One output file; `done` holds the indices that need not be done again."""
+    """One output file; `done` holds the indices of its lines, which need not be done again."""
 
-    def __init__(self, path: Path, job: dict[str, Any]):
+    def __init__(self, path: Path, job: dict[str, Any], *, count: int):
         """Open what an earlier start left.
 
         Args:
             path: of the finished file.
             job: everything that the lines depend on, as JSON values.
+            count: lines of the finished file.
 
         Raises:
-            ValueError: the file belongs to another job, or is damaged elsewhere than at its end.
+            ValueError: the file belongs to another job, is damaged elsewhere than at its end, or was finished and has
+                lost lines.
         """
         self.path, self._part = path, path.with_name(path.name + ".part")
         self._job_path = path.with_name(path.name + ".job.json")
@@ -46,7 +47,14 @@ class JobFile:
         temporary.write_text(json.dumps(job, indent=2) + "\n")
         temporary.replace(self._job_path)
         self.finished = path.exists()
-        self.done = set() if self.finished else {line["index"] for line in self._repair()}
+        if not self.finished:
+            self._repair()
+        self.done = {line["index"] for line in self.lines()}
+        if self.finished and len(self.done) != count:
+            raise ValueError(
+                f"{path} holds {len(self.done)} of the {count} lines it had when it was finished; put it back, or"
+                " delete it to start over."
+            )
         self._file = None
 
     def __enter__(self) -> "JobFile":
@@ -65,40 +73,51 @@ class JobFile:
         self._file.flush()
         self.done.add(line["index"])
 
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines there are.
+
+        Raises:
+            ValueError: one is no line of this job; names it.
+        """
+        path = self.path if self.finished else self._part
+        return [_line(path, number, line) for number, line in enumerate(_split(path), 1)]
+
     def finish(self) -> None:
         """Make the finished file of all lines, in the order of their index."""
         assert self._file is not None
         self._file.close()
-        lines = sorted(self._part.read_bytes().splitlines(keepends=True), key=lambda line: json.loads(line)["index"])
+        lines = sorted(_split(self._part), key=lambda line: json.loads(line)["index"])
         temporary = self.path.with_name(self.path.name + ".tmp")
         temporary.write_bytes(b"".join(lines))
         temporary.replace(self.path)
         self._part.unlink()
         self.finished = True
 
-    def _repair(self) -> Iterable[dict[str, Any]]:
-        """Return the whole lines of the unfinished file, and cut off what follows them."""
-        if not self._part.exists():
-            return []
-        found, end = [], 0
-        content = self._part.read_bytes()
-        lines = content.splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            try:
-                one = json.loads(line)
-                whole = line.endswith(b"\n") and isinstance(one["index"], int)
-            except (ValueError, KeyError, TypeError):
-                whole = False
-            if not whole and number < len(lines):
-                raise ValueError(f"{self._part}:{number}: not a line of this job; delete the file to start over.")
-            if whole:
-                found.append(one)
-                end += len(line)
-        if end < len(content):
-            self.repaired = f"{self._part.name}: a half-written last line ({len(content) - end} bytes) is done again"
-            with self._part.open("r+b") as file:
-                file.truncate(end)
-        return found
+    def _repair(self) -> None:
+        """Cut off a last line that is not whole."""
+        *_, last = _split(self._part) or [b"\n"]
+        try:
+            _line(self._part, 0, last)
+        except ValueError:
+            if last.strip():
+                self.repaired = f"{self._part.name}: a half-written last line ({len(last)} bytes) is done again"
+                with self._part.open("r+b") as file:
+                    file.truncate(self._part.stat().st_size - len(last))
+
+
+def _split(path: Path) -> list[bytes]:
+    """Return the lines of a file with their ends; none where there is no file."""
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
+def _line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+        if line.endswith(b"\n") and type(found["index"]) is int:
+            return found
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path}:{number}: not a line of this job; put it right, or delete the file to start over.")
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ def run(options: Options) -> Summary:
     digest = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
     job = {"data": digest, "model": hf.weights_fingerprint(source), **{name: getattr(options, name) for name in kept}}
     scored = options.out.with_name(f"{options.out.name}.scored") if options.pairing else options.out
-    with jobfile.JobFile(scored, job) as file, execution.StopRequest() as stop:
+    with jobfile.JobFile(scored, job, count=len(lines)) as file, execution.StopRequest() as stop:
         if file.repaired:
             log.info(file.repaired)
         left = [] if file.finished else [line for line in lines if line["index"] not in file.done]

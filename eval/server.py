@@ -3,17 +3,28 @@
 The key is read from the environment, sent in a header, and stands nowhere else: not in a message, a log or a file.
 """
 
+import email.utils
+import http.client
 import json
 import os
+import queue
 import random
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes that may pass
+REFUSED = (401, 403, 404)  # what every request would get: no such key, model or place
 LONGEST_WAIT_S = 60.0
+GRACE_S = 20.0  # that a stopped job waits for requests under way
+_POLL_S = 0.1
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Failed(Exception):
@@ -27,18 +38,34 @@ class Secret:
         """Read the key from an environment variable; "" = none is sent.
 
         Raises:
-            ValueError: the variable is not set.
+            ValueError: the variable is not set, or no header could carry what it holds.
         """
-        if variable and not os.environ.get(variable):
+        self._value = os.environ.get(variable, "").strip() if variable else ""
+        if variable and not self._value:
             raise ValueError(f"the environment variable {variable} is not set; export the server's key in it.")
-        self._value = os.environ[variable] if variable else ""
+        if not (self._value.isascii() and all(character.isprintable() for character in self._value)):
+            raise ValueError(f"the environment variable {variable} holds characters that no header may have.")
 
     def header(self) -> dict[str, str]:
         """Return the header that carries it."""
         return {"Authorization": f"Bearer {self._value}"} if self._value else {}
 
+    def hidden(self, text: str) -> str:
+        """Return a text without it."""
+        return text.replace(self._value, "...") if self._value else text
+
     def __repr__(self) -> str:
         return "Secret(...)"
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is a failure: it would take the key to another place, and a question asked by POST is not repeated."""
+
+    def redirect_request(self, *_args: object, **_options: object) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 class Server(NamedTuple):
@@ -47,7 +74,8 @@ class Server(NamedTuple):
     url: str  # up to /v1
     model: str  # as the server calls it
     key: Secret
-    timeout_s: float = 600.0  # of one request
+    ended: threading.Event  # set = ask nothing again
+    timeout_s: float = 600.0  # of silence within one request
     attempts: int = 6
 
     def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +83,7 @@ class Server(NamedTuple):
 
         Raises:
             Failed: no answer in all attempts, or the server refuses the request.
+            ValueError: the server would refuse every request.
         """
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/{path}",
@@ -63,59 +92,137 @@ class Server(NamedTuple):
         )
         cause = ""
         for attempt in range(self.attempts):
-            wait = min(LONGEST_WAIT_S, 0.5 * 2**attempt) * random.uniform(0.5, 1.0)
+            wait = min(LONGEST_WAIT_S, 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                with _OPENER.open(request, timeout=self.timeout_s) as response:
                     answer = json.loads(response.read())
                 if isinstance(answer, dict):
                     return answer
                 cause = "the answer is no JSON object"
             except urllib.error.HTTPError as error:
-                cause = f"status {error.code}"
+                with error:
+                    said = self.key.hidden(error.read(300).decode(errors="replace"))
+                cause = f"status {error.code}: {said}"
+                if error.code in REFUSED:
+                    raise ValueError(
+                        f"{self.url} answers with {cause}; check --server, --server-model and the key."
+                    ) from None
                 if error.code not in RETRIED:
-                    said = error.read(300).decode(errors="replace")
-                    raise Failed(f"{cause}: {said}") from None
+                    raise Failed(cause) from None
                 wait = max(wait, _retry_after(error.headers.get("Retry-After")))
-            except (OSError, ValueError) as error:  # time-outs, broken connections, answers that are not JSON
-                cause = f"{type(error).__name__}: {error}"
-            if attempt + 1 < self.attempts:
-                time.sleep(wait)
-        raise Failed(f"no answer in {self.attempts} attempts; the last one: {cause}")
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                cause = f"{type(error).__name__}: {error}"  # time-outs, broken connections, what is no HTTP or no JSON
+            if attempt + 1 == self.attempts or self._wait(wait):
+                break
+        raise Failed(f"no answer in {attempt + 1} attempts; the last one: {self.key.hidden(cause)}")
 
     def responses(self, prompt: str | list[dict[str, str]], options: dict[str, Any]) -> list[tuple[str, str]]:
         """Return (text, finish reason) of each response to a text, or to a conversation.
 
         Raises:
             Failed: as `ask`; an answer of another form.
+            ValueError: as `ask`.
         """
-        if isinstance(prompt, str):
-            choices = self.ask("completions", {"prompt": prompt, **options}).get("choices")
-        else:
-            choices = self.ask("chat/completions", {"messages": prompt, **options}).get("choices")
-        found = []
-        for choice in choices if isinstance(choices, list) else []:
-            text = choice.get("text") if isinstance(prompt, str) else (choice.get("message") or {}).get("content")
-            if isinstance(text, str):
-                found.append((text, str(choice.get("finish_reason") or "")))
-        if len(found) != options.get("n", 1):
-            raise Failed(f"the answer has {len(found)} texts, {options.get('n', 1)} were asked for")
-        return found
+        path, question = ("completions", "prompt") if isinstance(prompt, str) else ("chat/completions", "messages")
+        choices = self.ask(path, {question: prompt, **options}).get("choices")
+        found = [_choice(choice, "text" if isinstance(prompt, str) else "message") for choice in _list(choices)]
+        texts = [one for one in found if one is not None]
+        if len(texts) != options.get("n", 1):
+            raise Failed(f"the answer has {len(texts)} texts, {options.get('n', 1)} were asked for")
+        return texts
+
+    def _wait(self, seconds: float) -> bool:
+        """Wait before the next attempt; return whether there shall be none."""
+        return self.ended.wait(seconds)
+
+
+def each(
+    work: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    *,
+    workers: int,
+    ended: threading.Event,
+    asked: Callable[[], object],
+) -> Iterator[_Result]:
+    """Yield the results of `work` as they come, with at most `workers` items under way.
+
+    Once `asked()` is true `ended` is set and no further item is taken; what is under way is waited for GRACE_S at most.
+
+    Raises:
+        Exception: what `work` raised.
+    """
+    results: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    waiting, lock = iter(items), threading.Lock()
+
+    def take() -> None:
+        while not ended.is_set():
+            with lock:
+                item = next(waiting, results)  # `results` stands for none left: an item may be anything else
+            if item is results:
+                break
+            try:
+                results.put(("result", work(item)))  # pyright: ignore[reportArgumentType]
+            except BaseException as error:
+                results.put(("error", error))
+        results.put(("done", None))
+
+    # Daemons: a request that hangs must not keep a stopped program from ending.
+    for _ in range(workers):
+        threading.Thread(target=take, daemon=True).start()
+    running, until = workers, float("inf")
+    while running and time.monotonic() < until:
+        if not ended.is_set() and asked():
+            ended.set()
+            until = time.monotonic() + GRACE_S
+        try:
+            kind, value = results.get(timeout=_POLL_S)
+        except queue.Empty:
+            continue
+        if kind == "error":
+            ended.set()
+            raise value
+        if kind == "result":
+            yield value
+        running -= kind == "done"
 
 
 def checked_url(url: str) -> str:
     """Return the URL of a server.
 
     Raises:
-        ValueError: not http or https.
+        ValueError: not http or https, no host, or a password inside, which would stand in files and messages.
     """
-    if urllib.parse.urlparse(url).scheme not in ("http", "https"):
+    parts = urllib.parse.urlparse(url)
+    if "@" in parts.netloc:
+        raise ValueError("--server holds a password; give the key with --api-key-env alone.")
+    if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"--server={url!r} is no URL; write e.g. http://localhost:8000/v1.")
     return url
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _choice(choice: Any, kind: str) -> tuple[str, str] | None:
+    """Return text and finish reason of one choice; None where it is none."""
+    if not isinstance(choice, dict):
+        return None
+    text = choice.get(kind)
+    if kind == "message":
+        text = text.get("content") if isinstance(text, dict) else None
+    if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
+        return None  # half a surrogate pair is no text: no file could hold it
+    return text, str(choice.get("finish_reason") or "")
+
+
 def _retry_after(value: str | None) -> float:
-    """Seconds that a server asks to wait; dates and nonsense count as none."""
+    """Seconds that a server asks to wait, as a number or a date; nonsense counts as none."""
     try:
-        return min(LONGEST_WAIT_S, max(0.0, float(value or 0)))
+        seconds = float(value or 0)
     except ValueError:
-        return 0.0
+        try:
+            seconds = email.utils.parsedate_to_datetime(value or "").timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    return min(LONGEST_WAIT_S, max(0.0, seconds))

@@ -74,6 +74,7 @@ def default() -> Config:
     c.data.train = ""  # file, directory or hub name
     c.data.train_split = ""  # split of a hub or saved data set; "" for a file
     c.data.train_rows = ""  # slice of the rows, "0:1600"; "" = all
+    c.data.mixer = ()  # instead of train: several sources, each "source=fraction" or "source@split=fraction"
     c.data.eval = ""  # as train; "" = no evaluation
     c.data.eval_split = ""
     c.data.eval_rows = ""
@@ -224,7 +225,11 @@ def problems(config: Config) -> list[str]:
 
     choice("stage", STAGES)
     required("model.path", "a Hugging Face directory or hub name, e.g. --config.model.path=...")
-    required("data.train", "a file, a directory or a hub name, e.g. --config.data.train=...")
+    if not config.data.mixer:
+        required("data.train", "a file, a directory or a hub name, e.g. --config.data.train=...")
+    for name in ("train", "train_split", "train_rows") if config.data.mixer else ():
+        if config.data[name]:
+            found.append(f"data.{name}={config.data[name]!r} and data.mixer exclude each other; unset one.")
     choice("model.param_dtype", DTYPES)
     choice("model.compute_dtype", DTYPES)
     choice("model.remat", ("none", "dots", "full", "offload"))

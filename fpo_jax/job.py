@@ -85,8 +85,13 @@ def check(config: configuration.Config) -> losses.Loss:
 
 
 def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str]:
-    """List what does not fit the stage."""
+    """List what does not fit the stage, and entries of a mixture that are none."""
     found = []
+    for entry in config.data.mixer:
+        try:
+            data.parse(entry)
+        except ValueError as error:
+            found.append(f"data.mixer: {error}")
     if config.stage == "sft" and loss.name != "sft":
         found.append(f"loss.name={config.loss.name!r} does not belong to stage 'sft'; use 'sft'.")
     if loss.of_scores != (config.stage == "reward"):
@@ -156,17 +161,24 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
     """Read and tokenise the train or eval data."""
     options = config.data
     rows = configuration.row_slice(options[f"{name}_rows"])
-    records = data.read(
-        options[name],
-        format=options.format,
-        split=options[f"{name}_split"] or None,
-        hh_split=options.hh_split,
-        on_bad_row=options.on_bad_row,
-        start=rows.start or 0,
-        stop=rows.stop,
-        data_dir=options.subfolder or None,
-        revision=options.revision or None,
-    )
+
+    def read(part: data.Part) -> data.Records:
+        return data.read(
+            part.source,
+            format=options.format,
+            split=part.split or None,
+            hh_split=options.hh_split,
+            on_bad_row=options.on_bad_row,
+            start=rows.start or 0,
+            stop=rows.stop,
+            data_dir=options.subfolder or None,
+            revision=options.revision or None,
+        )
+
+    if name == "train" and options.mixer:
+        records = data.mixture([data.parse(entry) for entry in options.mixer], read)
+    else:
+        records = read(data.Part(options[name], options[f"{name}_split"], 1.0))
     if options.group_size == 1:
         records = data.best_only(records)
     chat_only = {}

@@ -3,14 +3,17 @@
     prompts ──prefill──► cache, K rows per prompt ──► (one token per row ──► cache) until all rows ended
 
 A prompt is run once for all of its returns. Shapes are static: prompts are padded to one of a few lengths, and a
-batch has a fixed number of rows, so that there is one compilation per length. Rows are cut over the devices of a mesh,
-as in training. Text is not this module's business: tokenize before, decode after.
+batch has a fixed number of rows, so that there is one compilation per length. Each of the K returns has a copy of the
+prompt's keys and values: attention then reads one array, at K times the memory of the prompts' part. Rows are cut over
+the devices of a mesh, as in training. Text is not this module's business: tokenize before, decode after.
 """
 
 import dataclasses
 import functools
+import itertools
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from fpo_jax import attention as attention_module
 from fpo_jax import model, shapes, sharding
+
+log = logging.getLogger("fpo_jax")
 
 SHORTEST = 16  # length below which prompts are not told apart
 
@@ -77,8 +82,9 @@ def sample(
 
     which is an exact draw from the softmax (the Gumbel-max identity), and greedy decoding at temperature 0. The noise
     depends on the prompt's number and on the return's alone, so the responses do not depend on batch_size, on the
-    order or on the other prompts, and more returns leave the first ones as they were (up to rounding of another
-    batch shape).
+    order or on the other prompts, and more returns leave the first ones as they were. Another batch_size, mesh or
+    number of returns is another program, which may round differently; the other prompts and their order change not a
+    bit, as a prompt is padded by its own length alone.
 
     Args:
         params: the model's parameters.
@@ -122,7 +128,7 @@ def sample(
     together = min(num_return, max(1, batch_size // layout.row_ways))  # returns of a prompt in one pass
     per_pass = max(layout.row_ways, batch_size // together // layout.row_ways * layout.row_ways)  # prompts
     lengths = _lengths(window - decoding.max_new_tokens)
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    padded = [next(length for length in lengths if length >= len(prompt)) for prompt in prompts]
     responses: list[list[list[int]]] = [[] for _ in prompts]
     run = functools.partial(
         _respond,
@@ -133,20 +139,19 @@ def sample(
         attention=attention,
         layout=layout,
     )
-    for start in range(0, len(order), per_pass):
-        indices = order[start : start + per_pass]
-        length = next(length for length in lengths if length >= len(prompts[indices[-1]]))
+    for length, indices in _batches(padded, per_pass):
         tokens_PT, lengths_P = _rows([prompts[index] for index in indices], rows=per_pass, length=length)
         numbers_P = np.array([numbers[index] for index in indices] + [0] * (per_pass - len(indices)), np.int32)
         for first in range(0, num_return, together):
             placed = (tokens_PT, lengths_P, numbers_P)
             if layout.mesh is not None:
                 placed = jax.device_put(placed, sharding.batch_sharding(layout.mesh, stacked=False))
-            drawn_PKT, finite = jax.device_get(run(params, *placed, np.int32(first), jax.random.key(seed)))
-            if not finite:
+            drawn_PKT, finite_P = jax.device_get(run(params, *placed, np.int32(first), jax.random.key(seed)))
+            if not finite_P.all():
+                bad = [numbers[index] for index, finite in zip(indices, finite_P, strict=False) if not finite]
                 raise ValueError(
-                    f"the model gives logits that are not finite for prompts {sorted(indices)}; check that its weights"
-                    f" are finite and that they fit {jnp.dtype(compute_dtype).name}."
+                    f"the model gives logits that are not finite for prompts {sorted(bad)}; check that its weights are"
+                    f" finite and that they fit {jnp.dtype(compute_dtype).name}."
                 )
             for index, drawn_KT in zip(indices, drawn_PKT.tolist(), strict=False):
                 rows = drawn_KT[: num_return - first]
@@ -171,12 +176,12 @@ def _respond(
     compute_dtype: str,
     attention: attention_module.Choice | None,
     layout: sharding.Layout,
-) -> tuple[Int[Array, "P K S"], Bool[Array, ""]]:
-    """Write responses until all rows of length > 0 have ended.
+) -> tuple[Int[Array, "P K S"], Bool[Array, " P"]]:
+    """Write responses until all rows of length > 0 have ended, or one has logits that are not finite.
 
     Returns:
-        The new tokens, of which those behind a stop token mean nothing, and whether all logits that were sampled from
-        are finite.
+        The new tokens, of which those behind a stop token mean nothing, and for which prompts all logits that were
+        sampled from are finite.
     """
     steps = decoding.max_new_tokens
     hidden_ND, cache = model.prefill(
@@ -204,23 +209,23 @@ def _respond(
             return _draw(logits_NV, keys_now_N, count, decoding), jnp.all(jnp.isfinite(logits_NV), axis=-1)
 
     def write(carry):
-        count, drawn_NS, ended_N, finite, hidden_ND, cache = carry
+        count, drawn_NS, ended_N, sound_N, hidden_ND, cache = carry
         tokens_N, finite_N = draw(count, hidden_ND)
-        finite &= jnp.all(finite_N | ended_N)
+        sound_N &= finite_N | ended_N
         drawn_NS = jax.lax.dynamic_update_slice_in_dim(drawn_NS, tokens_N[:, None], count, axis=1)
         ended_N |= jnp.isin(tokens_N, jnp.array(decoding.stop_ids, jnp.int32))
         hidden_ND, cache = model.decode(
             params, tokens_N, lengths_N + count, cache, config=config, compute_dtype=compute_dtype, layout=layout
         )
-        return count + 1, drawn_NS, ended_N, finite, hidden_ND, cache
+        return count + 1, drawn_NS, ended_N, sound_N, hidden_ND, cache
 
     def unfinished(carry):
-        count, _, ended_N, finite, *_ = carry
-        return (count < steps) & ~jnp.all(ended_N) & finite
+        count, _, ended_N, sound_N, *_ = carry
+        return (count < steps) & ~jnp.all(ended_N) & jnp.all(sound_N)
 
-    start = (jnp.int32(0), drawn_NS, lengths_N == 0, jnp.bool_(True), hidden_ND, cache)
-    _, drawn_NS, _, finite, *_ = jax.lax.while_loop(unfinished, write, start)
-    return drawn_NS.reshape(-1, returns, steps), finite
+    start = (jnp.int32(0), drawn_NS, lengths_N == 0, jnp.ones_like(lengths_N, bool), hidden_ND, cache)
+    _, drawn_NS, _, sound_N, *_ = jax.lax.while_loop(unfinished, write, start)
+    return drawn_NS.reshape(-1, returns, steps), jnp.all(sound_N.reshape(-1, returns), axis=1)
 
 
 def _draw(logits_NV: Float[Array, "N V"], keys_N, count, decoding: Decoding) -> Int[Array, " N"]:
@@ -250,6 +255,20 @@ def _cut(logits_NV: Float[Array, "N V"], *, top_k: int, top_p: float) -> Float[A
         least_N1 = jnp.min(jnp.where(before_NV < top_p, sorted_NV, jnp.inf), axis=-1, keepdims=True)
         logits_NV = jnp.where(logits_NV < least_N1, -jnp.inf, logits_NV)
     return logits_NV
+
+
+def _batches(padded: Sequence[int], size: int) -> Iterator[tuple[int, Sequence[int]]]:
+    """Yield (length, indices) of at most `size` prompts that are padded to the same length, the shortest first.
+
+    >>> list(_batches([32, 16, 32, 32], 2))
+    [(16, [1]), (32, [0, 2]), (32, [3])]
+    """
+    order = sorted(range(len(padded)), key=padded.__getitem__)
+    for length, group in itertools.groupby(order, padded.__getitem__):
+        indices = list(group)
+        log.info("sampling: %d prompts of up to %d tokens, %d at a time", len(indices), length, size)
+        for start in range(0, len(indices), size):
+            yield length, indices[start : start + size]
 
 
 def _rows(prompts: Sequence[Sequence[int]], *, rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterator
 
 
 class AnswerServer:
-    """What the server got, and how it behaves; `behave(number, body)` returns None, a status code or a special word."""
+    """What the server got, and how it behaves.
 
-    def __init__(self, behave: Callable[[int, dict], int | str | None], reply: Callable[[str], str]):
+    `behave(number, body)` returns None to answer, a status code to refuse, "hang", "garbage", an object to send as JSON
+    with status 200, or a function of the handler that does everything itself.
+    """
+
+    def __init__(self, behave: Callable[[int, dict], object], reply: Callable[[str], str]):
         self.behave, self.reply = behave, reply
         self.bodies: list[dict] = []
         self.headers: list[dict[str, str]] = []
@@ -54,6 +58,9 @@ class AnswerServer:
                         outer.running -= 1
 
             def _answer(self, how, body):
+                if callable(how):
+                    how(self)
+                    return
                 if how == "hang":
                     time.sleep(1.0)
                 if isinstance(how, int):
@@ -66,7 +73,8 @@ class AnswerServer:
                 text = outer.reply(body["messages"][-1]["content"] if chat else body["prompt"])
                 one = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
                 choices = [{**one, "finish_reason": "stop"}] * body.get("n", 1)
-                content = b"<html>" if how == "garbage" else json.dumps({"choices": choices}).encode()
+                answer = how if isinstance(how, (dict, list)) else {"choices": choices}
+                content = b"<html>" if how == "garbage" else json.dumps(answer).encode()
                 self.send_response(200)
                 self.end_headers()
                 with contextlib.suppress(OSError):  # the client has given up

@@ -128,6 +128,24 @@ SPEC_3_1_SIMPO = {  # the same of SimPO's own configurations, without alpha
     "simpo_mistral_instruct": (2048, 1800, 2.5, 0.1, 5e-7),
     "simpo_gemma2_it": (2048, 1800, 10.0, 0.5, 8e-7),
 }
+SPEC_2_5 = {  # spec 2.5, 2.6, 3.1: stage, loss, learning rate, max_length, response, batch, group size
+    "pythia_hh_sft": ("sft", "sft", 1e-5, 512, 200, 128, 1),
+    "pythia_tldr_sft": ("sft", "sft", 1e-5, 650, 75, 128, 1),
+    "pythia_hh_reward": ("reward", "bradley_terry", 1e-5, 512, 200, 128, 2),
+    "pythia_tldr_reward": ("reward", "bradley_terry", 1e-5, 650, 75, 128, 2),
+    "llama3_base_sft": ("sft", "sft", 2e-5, 2048, None, 128, 1),
+}
+
+
+@pytest.mark.parametrize("name", SPEC_2_5)
+def test_recipes_of_the_stages_before_to_the_digit(name):
+    c = importlib.import_module(f"configs.{name}").get_config()
+    found = (c.stage, c.loss.name, c.optim.learning_rate, c.data.max_length, c.data.max_response_length)
+    assert (*found, c.train.batch_size, c.data.group_size) == SPEC_2_5[name]
+    assert (c.optim.schedule, c.optim.weight_decay, c.optim.clip_norm, c.train.epochs) == ("cosine", 0.0, 1.0, 1.0)
+    if name.startswith("pythia"):
+        assert (c.optim.b2, c.optim.warmup_fraction, c.seed, c.train.eval_batches) == (0.95, 0.0, 1234, 100)
+    assert (c.train.keep_best == "eval_rewards/accuracies") == (c.stage == "reward")
 
 
 @pytest.mark.parametrize("name", SPEC_3_1_SIMPO)

@@ -59,6 +59,7 @@ class TestRows:
             prepare([record._replace(rewards=[1.0, 0.0])], toy, group_size=3)
         with pytest.raises(ValueError, match=r"group_size=0 is no number of candidates"):
             prepare([record], toy, group_size=0)
+        assert prepare([record], toy, group_size=1)[0].groups == 3  # demonstrations
 
     @pytest.mark.parametrize("reward", [float("nan"), float("-inf"), 1e39])
     def test_rewards_must_be_finite(self, toy, reward):

@@ -1,15 +1,17 @@
 """Answers to prompts: what is written, resumption, refusals, checkpoints, the server adapter, and labels."""
 
 import json
+import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from eval import generate, jobfile, label
 from eval import server as servers
-from fpo_jax import chat, checkpoint, execution, hf, loop, sample
+from fpo_jax import chat, checkpoint, execution, hf, loop, params, sample, sharding
 from tests import tiny
 from tests.answer_server import AnswerServer
 from tests.paths import REPO, shared_data
@@ -163,12 +165,99 @@ def test_a_checkpoint_answers_as_its_export(base, tmp_path):  # noqa: F811
         ({"compute_dtype": "int8"}, "--compute-dtype='int8' is not one of"),
         ({"stop_strings": ("",)}, "a stop string is empty"),
         ({"data": "nowhere.jsonl"}, "no file or directory 'nowhere.jsonl'"),
+        ({"seed": -1}, r"--seed=-1 must lie in \[0, 2\*\*32\)"),
+        ({"step": "new", "workdir": "w", "model": ""}, "--step='new' must be a number or best"),
+        ({"concurrency": 3}, "with --model, --concurrency would change nothing"),
+        ({"workdir": "w", "model": "", "revision": "main"}, "with --workdir, --revision would change nothing"),
+        ({"stop_ids": (1, 999)}, r"stop ids \[999\] lie outside the model's vocabulary of 259 tokens"),
+        ({"tensor": 3}, "8 devices are not divisible by 3"),
+        ({"tensor": 8}, "heads has 4 entries, mesh axis tensor has 8 devices"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_written(folder, tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         generate.run(options(folder, tmp_path / "x.jsonl", **changed))
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_cut_over_devices_change_no_token(folder, tmp_path):
+    tiny.write_model(tmp_path / "model", layers=1, vocab_size=264)  # 259 tokens cannot be cut
+    for tensor in (1, 4):
+        out = tmp_path / f"{tensor}.jsonl"
+        generate.run(options(folder, out, model=str(tmp_path / "model"), tensor=tensor))
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "4.jsonl").read_bytes()
+
+
+def test_a_job_killed_before_its_file_was_finished_is_finished(folder, answered, tmp_path, monkeypatch):
+    out = tmp_path / "answers.jsonl"
+    generate.run(options(folder, out))
+    out.rename(out.with_name("answers.jsonl.part"))
+    monkeypatch.setattr(sample, "sample", None)
+    assert generate.run(options(folder, out)).done_before == 6
+    assert out.read_bytes() == answered[0].read_bytes() and not out.with_name("answers.jsonl.part").exists()
+
+
+def test_a_finished_file_that_lost_lines_is_refused(folder, answered, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    generate.run(options(folder, out))
+    whole = answered[0].read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join(whole[:5]))
+    with pytest.raises(ValueError, match="answers.jsonl holds 5 of the 6 lines it had"):
+        generate.run(options(folder, out))
+    out.write_bytes(b"".join(whole)[:-9])
+    with pytest.raises(ValueError, match="answers.jsonl:6: not a line of this job"):
+        generate.run(options(folder, out))
+
+
+def test_another_tokenizer_is_another_job(folder, answered, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "other")
+    same = options(folder, answered[0], tokenizer=str(tmp_path / "other"))
+    assert generate.run(same).done_before == 6, "the same files elsewhere"
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"belongs to another job:\n  tokenizer: .\w{64}. -> .\w{64}.\n"):
+        generate.run(same)
+
+
+def test_too_little_memory_is_one_sentence(folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.\nmore")
+
+    monkeypatch.setattr(sample, "sample", full)
+    with pytest.raises(ValueError, match=r"RESOURCE_EXHAUSTED: .* 5 bytes.. Lower --batch-size or .* with --tensor"):
+        generate.run(options(folder, tmp_path / "o.jsonl"))
+
+
+def test_the_summary_counts_what_this_start_did(folder, answered, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    generate.run(options(folder, out))
+    whole = answered[0].read_bytes().splitlines(keepends=True)
+    out.unlink()
+    out.with_name("answers.jsonl.part").write_bytes(b"".join(whole[:5]))
+    again, last = generate.run(options(folder, out)), jobfile.read(answered[0])[5]
+    assert (again.done_before, again.completions, again.tokens) == (5, 2, sum(last["tokens"]))
+    assert again.stopped == last["finish"].count("stop")
+
+
+def test_a_signal_saves_the_batch_and_the_same_command_goes_on(folder, answered, tmp_path, monkeypatch):
+    out, asked = tmp_path / "answers.jsonl", iter([None, "SIGTERM"])
+    with monkeypatch.context() as patched:
+        patched.setattr(execution.StopRequest, "agreed", lambda self: next(asked, None))
+        patched.setattr(generate, "_placed", lambda config, *, tensor: _one_device(config))
+        with pytest.raises(execution.Stopped, match=r"SIGTERM: 2 of 6 prompts are answered and saved"):
+            generate.run(options(folder, out, batch_size=2))
+    assert generate.run(options(folder, out)).done_before == 2
+    assert jobfile.read(out) == jobfile.read(answered[0])
+
+
+def _one_device(config):
+    layout = sharding.make_layout(preset="multi_gpu", data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+    return layout, sharding.param_shardings(
+        params.logical_axes(config), params.abstract(config, "float32"), mesh=layout.mesh
+    )
 
 
 def test_the_command_line(folder, tmp_path):
@@ -202,7 +291,8 @@ def test_generation_prompts_are_what_training_makes_of_prompt_and_answer():
 
 
 def served(folder, out, server, **changed):
-    given = {"model": "", "server": server.url, "server_model": "m", "max_length": 0, "concurrency": 3} | changed
+    given = {"model": "", "server": server.url, "server_model": "m", "concurrency": 3}
+    given |= {name: getattr(generate.Options, name) for name in ("max_length", "batch_size", "compute_dtype")} | changed
     return generate.run(options(folder, out, **given))
 
 
@@ -342,6 +432,14 @@ def test_a_signal_saves_what_is_scored(judge, completions, tmp_path, monkeypatch
         labelled(judge, completions, tmp_path / "l.jsonl")
     assert labelled(judge, completions, tmp_path / "l.jsonl").lines == 3
     assert [line["index"] for line in jobfile.read(tmp_path / "l.jsonl")] == [0, 1, 2]
+
+
+def test_scores_that_lost_a_line_are_refused(judge, completions, tmp_path):
+    out = tmp_path / "l.jsonl"
+    labelled(judge, completions, out)
+    out.write_bytes(out.read_bytes().split(b"\n", 1)[1])
+    with pytest.raises(ValueError, match="l.jsonl holds 2 of the 3 lines it had"):
+        labelled(judge, completions, out)
 
 
 def test_real_model_and_its_published_text(tmp_path):

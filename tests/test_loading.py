@@ -211,7 +211,8 @@ def save_checkpoint(workdir, source, config, tree):
     (workdir / checkpoint.SOURCE_FOLDER).mkdir(parents=True)
     hf.copy_companions(source, workdir / checkpoint.SOURCE_FOLDER)
     saver = checkpoint.Checkpointer(workdir, keep=1)
-    saver.save(7, shapes.TrainState(tree, {"count": jnp.int32(0)}, jnp.int32(7)), {})
+    meta = {"config": {"stage": "align", "lora": {"rank": 0}}}
+    saver.save(7, shapes.TrainState(tree, {"count": jnp.int32(0)}, jnp.int32(7)), meta)
     saver.close()
 
 

@@ -321,6 +321,13 @@ def local_data(folder, c):
     elif c.data.format == "chat_pairs":
         say = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
         rows = [{"prompt": q, "chosen": say(q, good), "rejected": say(q, bad)} for q, good, bad in turns]
+    elif c.data.format == "messages":
+        rows = [
+            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": good}]}
+            for q, good, _ in turns
+        ]
+    elif c.data.format == "tldr_sft":
+        rows = [{"subreddit": "s", "title": q, "post": bad, "summary": good} for q, good, bad in turns]
     elif c.data.group_size == 4:
         rows = [
             {"prompt": q, "completions": [f" {a}{i}" for i, a in enumerate((good, bad, good, bad))],
@@ -375,8 +382,9 @@ def test_every_knob_is_read():
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     c = config.default()
-    assert "config.mesh" in ast.unparse(tree) and "loss_options(config)" in ast.unparse(tree)
-    for section in (name for name in c if hasattr(c[name], "items") and name not in {"loss", "mesh"}):
+    whole = ("**config.mesh", "**config.lora", "loss_options(config)")
+    assert all(text in ast.unparse(tree) for text in whole)
+    for section in (name for name in c if hasattr(c[name], "items") and name not in {"loss", "mesh", "lora"}):
         for knob in c[section]:
             by_prefix = knob.startswith(("train", "eval")) and "_" + knob.partition("_")[2] in texts
             assert knob in names or by_prefix or knob in {"train", "eval"}, f"{section}.{knob} is never read"

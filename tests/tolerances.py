@@ -37,7 +37,8 @@ PACKED_GRADIENT = 5e-6
 ROPE_ULP = 4
 # The same float32 maths in another order (padding, other rows, sharding) at values up to 4.4; measured 4.3e-6.
 SAME_MATHS = 1.5e-5
-# Root mean square of the bfloat16 hidden states' error, relative to that of the states; measured 0.0144 and 0.0084.
+# Root mean square of the bfloat16 hidden states' error, relative to that of the states; measured 0.0144 and 0.0084,
+# against a cache 0.0143 (llama) and 0.0224 (gemma2, four layers).
 BFLOAT16_HIDDEN = 0.03
 
 # Losses, relative, against textbook float64 NumPy.

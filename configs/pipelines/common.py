@@ -77,7 +77,7 @@ def _trimmed(section: Any, *, seed: bool) -> Any:
     with trimmed.unlocked():
         for key in (*SOURCE, *ROWS):
             del trimmed.data[key]
-        del trimmed.model["path"], trimmed["tokenizer"]
+        del trimmed.model["path"], trimmed["tokenizer"], trimmed.data["mixer"]
         if not seed:
             del trimmed["seed"]
     trimmed.lock()

@@ -6,6 +6,7 @@ transcripts  HH-RLHF transcripts -> prompt and two responses
 prepared     records -> `Prepared` (flat token storage) with an `Audit` of everything cut, dropped or odd
 packing      short texts of `Prepared` packed into rows
 audit        what the audit counts, as text and as JSON
+mixing       several sources as one
 batches      order of the groups, resumable cursor, static shapes -> `shapes.Batch`
 """
 
@@ -23,12 +24,14 @@ from fpo_jax.data.batches import (
     sequential_batches,
     steps_per_epoch,
 )
+from fpo_jax.data.mixing import Part, mixture, parse
 from fpo_jax.data.packing import pack
 from fpo_jax.data.prepared import Prepared, best_only, masked_sample, prepare, without_eos
 from fpo_jax.data.records import Record, Records, read
 
 __all__ = [
     "Audit",
+    "Part",
     "Prepared",
     "Record",
     "Records",
@@ -39,8 +42,10 @@ __all__ = [
     "best_only",
     "group_ids",
     "masked_sample",
+    "mixture",
     "order",
     "pack",
+    "parse",
     "prepare",
     "read",
     "row_sizes",

@@ -12,6 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+# Update n goes to row n. Said like this, rows stay on their devices; with `.at[layer, rows, positions]` XLA gathers the
+# updates of all rows on every device, in every layer and for every token.
+_ROW_BY_ROW = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2),
+    inserted_window_dims=(0, 2),
+    scatter_dims_to_operand_dims=(0, 2),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
+
 
 class Cache(NamedTuple):
     """Keys (rotated) and values of all layers; positions that a row has not reached hold anything."""
@@ -44,11 +54,9 @@ class Slot:
         soft_cap: float | None,
     ) -> Float[jax.Array, "N 1 H C"]:
         """Add the new position and attend to it and those before it; logits and softmax are float32."""
-        rows_N = jnp.arange(q_NTHC.shape[0])
-        place = (self._layer, rows_N, self._positions_N)
         self.cache = Cache(
-            self.cache.keys_LNSGC.at[place].set(k_NTGC[:, 0].astype(self.cache.keys_LNSGC.dtype)),
-            self.cache.values_LNSGC.at[place].set(v_NTGC[:, 0].astype(self.cache.values_LNSGC.dtype)),
+            self._written(self.cache.keys_LNSGC, k_NTGC),
+            self._written(self.cache.values_LNSGC, v_NTGC),
         )
         keys_NSGC, values_NSGC = (
             jax.lax.dynamic_index_in_dim(array, self._layer, keepdims=False).astype(q_NTHC.dtype)
@@ -65,6 +73,17 @@ class Slot:
         values_NSGC = jnp.where(seen_NS[:, :, None, None], values_NSGC, 0)  # 0 * NaN of an unused place is NaN
         out_NGMC = jnp.einsum("NGMS,NSGC->NGMC", weights_NGMS.astype(q_NTHC.dtype), values_NSGC)
         return out_NGMC.reshape(q_NTHC.shape)
+
+    def _written(self, array_LNSGC: jax.Array, new_NTGC: jax.Array) -> jax.Array:
+        """Put the new position of every row into the layer; beyond the room nothing is kept."""
+        layers_N = jnp.full_like(self._positions_N, self._layer)
+        return jax.lax.scatter(
+            array_LNSGC,
+            jnp.stack([layers_N, self._positions_N], axis=1),
+            new_NTGC[:, 0].astype(array_LNSGC.dtype),
+            _ROW_BY_ROW,
+            mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+        )
 
 
 def with_room(cache: Cache, *, positions: int, returns: int) -> Cache:

@@ -104,8 +104,9 @@ def description(name_or_path: str, *, revision: str | None = None) -> Path:
 
 def _inputs(config, loss, source: Path, model_config) -> tuple[job.Inputs | None, str]:
     """Read the data where they are files of this machine; else None and why."""
-    if not Path(config.data.train).exists():
-        return None, f"{config.data.train} is not a file here"
+    sources = [data.parse(entry).source for entry in config.data.mixer] or [config.data.train]
+    if absent := [source for source in sources if not Path(source).exists()]:
+        return None, f"{absent[0]} is not a file here"
     try:
         datasets = job.read_data(config, source, model_config)
     except ValueError as error:

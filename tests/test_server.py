@@ -1,0 +1,215 @@
+"""The server adapter against servers that misbehave: broken answers, redirects, leaks, waits, and signals."""
+
+import email.utils
+import json
+import threading
+import time
+
+import pytest
+
+from eval import generate, jobfile
+from eval import server as servers
+from fpo_jax import execution
+from tests.answer_server import AnswerServer
+
+KEY = "sk-very-secret"
+
+
+def ask(behave, **changed):
+    """Ask a server one question; returns the answer and the server."""
+    server = AnswerServer(behave, lambda text: f"re: {text}")
+    with server.served():
+        given = {"timeout_s": 2.0, "attempts": 2} | changed
+        patient = servers.Server(server.url, "m", given.pop("key", servers.Secret("")), threading.Event(), **given)
+        return patient.responses("one?", {"n": 1}), server
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(servers, "LONGEST_WAIT_S", 0.02)
+
+
+def half_a_body(handler):
+    handler.send_response(200)
+    handler.send_header("Content-Length", "500")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+
+
+def no_http(handler):
+    handler.wfile.write(b"what?\r\n\r\n")
+
+
+def closed(handler):
+    handler.connection.close()
+
+
+@pytest.mark.parametrize("how", [half_a_body, no_http, closed, "garbage", [], 503])
+def test_what_may_pass_is_asked_again(quick, how):
+    answer, server = ask(lambda number, body: how if number == 0 else None)
+    assert answer == [("re: one?", "stop")] and len(server.bodies) == 2
+    with pytest.raises(servers.Failed, match="no answer in 2 attempts; the last one: "):
+        ask(lambda number, body: how)
+
+
+@pytest.mark.parametrize(
+    "choices", [None, "text", {"0": "text"}, ["text"], [{}], [{"text": 3}], [{"text": "a"}] * 2, [{"text": "\ud800"}]]
+)
+def test_an_answer_of_another_form_fails(quick, choices):
+    with pytest.raises(servers.Failed, match="the answer has . texts, 1 were asked for"):
+        ask(lambda number, body: {"choices": choices})
+
+
+def test_messages_of_another_form_fail(quick):
+    for message in ("text", None, ["text"], {"content": None}):
+        server = AnswerServer(lambda number, body, said=message: {"choices": [{"message": said}]}, str)
+        with server.served(), pytest.raises(servers.Failed, match="the answer has 0 texts"):
+            servers.Server(server.url, "m", servers.Secret(""), threading.Event()).responses(
+                [{"role": "user", "content": "q"}], {"n": 1}
+            )
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_the_key_follows_no_redirect(quick, monkeypatch, code):
+    monkeypatch.setenv("ANSWER_KEY", KEY)
+    other = AnswerServer(lambda number, body: None, str)
+    got = []
+
+    def redirect(handler):
+        handler.send_response(code)
+        handler.send_header("Location", other.url)
+        handler.end_headers()
+
+    with other.served():
+        monkeypatch.setattr(other, "behave", lambda *_: got.append(1))
+        with pytest.raises(servers.Failed, match=f"status {code}"):
+            ask(lambda number, body: redirect, key=servers.Secret("ANSWER_KEY"))
+    assert not other.headers and not got
+
+
+@pytest.mark.parametrize("value", [KEY, f"{KEY}\n", f" {KEY}"])
+def test_the_key_stands_in_no_message(quick, monkeypatch, value):
+    """Not even where the server repeats it; white space around it, which no header may hold, is cut off."""
+    monkeypatch.setenv("ANSWER_KEY", value)
+
+    def tell(handler):
+        handler.send_response(400)
+        handler.end_headers()
+        handler.wfile.write(f"wrong: {handler.headers['Authorization']}".encode())
+
+    with pytest.raises(servers.Failed, match="status 400: wrong: Bearer") as caught:
+        ask(lambda number, body: tell, key=servers.Secret("ANSWER_KEY"))
+    assert "secret" not in str(caught.value)
+
+
+def test_keys_and_urls_that_cannot_be_used(monkeypatch):
+    monkeypatch.setenv("ANSWER_KEY", "two\nlines")
+    with pytest.raises(ValueError, match="ANSWER_KEY holds characters that no header may have") as caught:
+        servers.Secret("ANSWER_KEY")
+    assert "two" not in str(caught.value)
+    with pytest.raises(ValueError, match="--server holds a password") as caught:
+        servers.checked_url("http://me:hunter2@host/v1")
+    assert "hunter2" not in str(caught.value)
+    with pytest.raises(ValueError, match="is no URL"):
+        servers.checked_url("http:///v1")
+
+
+def test_it_waits_as_long_as_the_server_asks(monkeypatch):
+    assert servers._retry_after("7") == 7.0
+    assert servers._retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=2)
+    assert servers._retry_after(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0.0
+    assert servers._retry_after("1e9") == servers.LONGEST_WAIT_S
+    assert [servers._retry_after(value) for value in (None, "", "soon", "-3", "nan")] == [0.0] * 5
+    waited = []
+    monkeypatch.setattr(servers.Server, "_wait", lambda self, seconds: waited.append(seconds))
+
+    def later(handler):
+        handler.send_response(429)
+        handler.send_header("Retry-After", "9")
+        handler.end_headers()
+
+    answer, _ = ask(lambda number, body: (later, 503, 503, None)[number], attempts=4)
+    assert answer and waited[0] == 9.0 and 1.0 <= waited[1] <= 2.0 and 2.0 <= waited[2] <= 4.0
+
+
+# --- the whole job
+
+
+def options(tmp_path, server, **changed):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{number}?"}) + "\n" for number in range(8)))
+    given = {"out": tmp_path / "o.jsonl", "data": str(data), "server": server.url, "server_model": "m"}
+    return generate.Options(**(given | {"concurrency": 2} | changed))
+
+
+def test_a_signal_keeps_what_is_under_way_and_asks_no_more(tmp_path, monkeypatch):
+    """A server that is down does not hold a job that is told to stop: waits between attempts end at once."""
+    asked = threading.Event()
+    monkeypatch.setattr(execution.StopRequest, "agreed", lambda self: "SIGTERM" if asked.is_set() else None)
+
+    def behave(number, body):
+        if body["prompt"] == "0?":
+            return 503  # waits half a second and more, then would ask again
+        asked.wait(0.2)
+        asked.set()
+        time.sleep(0.3)
+        return None
+
+    server = AnswerServer(behave, lambda text: f"re: {text}")
+    with server.served():
+        started = time.perf_counter()
+        with pytest.raises(execution.Stopped, match="SIGTERM: 1 of 8 prompts are saved"):
+            generate.run(options(tmp_path, server))
+        assert time.perf_counter() - started < 3 and len(server.bodies) <= 3
+    assert json.loads((tmp_path / "o.jsonl.part").read_text())["completions"] == ["re: 1?"]
+
+
+def test_a_signal_does_not_wait_for_a_server_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "GRACE_S", 0.3)
+    monkeypatch.setattr(execution.StopRequest, "agreed", lambda self: "SIGTERM")
+    free = threading.Event()
+    server = AnswerServer(lambda number, body: free.wait(20) and None, str)
+    with server.served():
+        started = time.perf_counter()
+        with pytest.raises(execution.Stopped, match="SIGTERM: 0 of 8 prompts are saved"):
+            generate.run(options(tmp_path, server))
+        assert time.perf_counter() - started < 5
+        free.set()
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_a_server_that_knows_no_such_key_or_model_ends_the_job(tmp_path, code):
+    server = AnswerServer(lambda number, body: code, str)
+    with server.served(), pytest.raises(ValueError, match=f"answers with status {code}: refused; check --server, "):
+        generate.run(options(tmp_path, server))
+    assert len(server.bodies) <= 4, "not one request for each of the prompts"
+
+
+def test_the_summary_counts_what_this_start_did(tmp_path, monkeypatch):
+    refused = [True]
+    server = AnswerServer(lambda number, body: 400 if refused[0] and body["prompt"] in ("3?", "5?") else None, str)
+    with server.served():
+        first = generate.run(options(tmp_path, server, num_return=3))
+        assert (first.prompts, first.done_before, first.failed, first.completions, first.stopped) == (8, 0, 2, 18, 18)
+        refused[0] = False
+        second = generate.run(options(tmp_path, server, num_return=3))
+        assert (second.done_before, second.failed, second.completions, second.stopped) == (6, 0, 6, 6)
+    assert [line["index"] for line in jobfile.read(tmp_path / "o.jsonl")] == [*range(8)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"batch_size": 3}, "with --server, --batch-size would change nothing"),
+        ({"compute_dtype": "float32"}, "with --server, --compute-dtype would change nothing"),
+        ({"eos_token": "</s>"}, "with --server, --eos-token would change nothing"),
+        ({"revision": "main"}, "with --server, --revision would change nothing"),
+        ({"tokenizer": "t", "max_length": 9}, "with --server, --tokenizer, --max-length would change nothing"),
+    ],
+)
+def test_options_that_a_server_would_not_see_are_refused(tmp_path, changed, message):
+    server = AnswerServer(lambda number, body: None, str)
+    server.url = "http://127.0.0.1:9/v1"
+    with pytest.raises(ValueError, match=message):
+        generate.run(options(tmp_path, server, **changed))
+    assert not (tmp_path / "o.jsonl.job.json").exists()
