@@ -93,6 +93,7 @@ def default() -> Config:
     c.data.on_empty_response = "drop"  # drop | error
     c.data.on_long_prompt = "truncate"  # truncate | drop | error
     c.data.on_identical = "keep"  # keep | drop groups whose responses are all the same text
+    c.data.packing = False  # several short texts in a row of max_length, each seeing itself alone (stage sft)
     c.data.buckets = ()  # row lengths to compile for, ascending; () = max_length alone
     c.data.shuffle = True
     c.data.last_batch = "drop"  # drop | pad the ragged last batch of an epoch
@@ -150,7 +151,7 @@ def default() -> Config:
     c.optim.offload = False  # keep the moments in the host's memory between updates
 
     c.train = ml_collections.ConfigDict()
-    c.train.batch_size = 128  # groups per update, over all devices
+    c.train.batch_size = 128  # groups (with data.packing rows) per update, over all devices
     c.train.micro_batch_per_device = 2  # groups per device and forward pass; accumulation follows from it
     c.train.epochs = 1.0
     c.train.max_steps = config_dict.placeholder(int)  # updates; stops the run earlier
@@ -183,7 +184,9 @@ def default() -> Config:
     c.mesh.tensor = config_dict.placeholder(int)
 
     c.plan = ml_collections.ConfigDict()
-    c.plan.groups = config_dict.placeholder(int)  # of the training data, for `--plan` where they are not at hand
+    c.plan.groups = config_dict.placeholder(
+        int
+    )  # of the training data (rows of packed ones), for `--plan` where they are not at hand
 
     c.logging = ml_collections.ConfigDict()
     c.logging.tensorboard = True  # where tensorboardX is installed
@@ -262,6 +265,8 @@ def problems(config: Config) -> list[str]:
             found.append(f"{path}: {error}")
     number("data.max_length", 2)
     number("data.group_size", 1)
+    if config.data.packing and config.stage != "sft":
+        found.append(f"data.packing=True is for stage 'sft', not {config.stage!r}; unset it.")
     found += _length_problems(config)
     choice("optim.schedule", ("cosine", "linear", "constant"))
     choice("optim.decay_over", ("run", "epochs"))

@@ -129,6 +129,11 @@ def read_model(config: configuration.Config, source: Path) -> model.ModelConfig:
         model_config = dataclasses.replace(model_config, reward_head=True)
     elif model_config.reward_head:
         raise ValueError(f"{source} is a reward model, and stage {config.stage!r} needs a language model.")
+    if config.data.packing and model_config.rope.type == "dynamic":
+        raise ValueError(
+            f"the rotary frequencies of {source} depend on a row's length (rope type 'dynamic'), which packed texts"
+            " share; set data.packing=False."
+        )
     if config.data.max_length > model_config.max_positions:
         raise ValueError(
             f"data.max_length={config.data.max_length} exceeds the model's window of {model_config.max_positions}"
@@ -199,7 +204,11 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
         score_eos=config.stage != "reward",
         **chat_only,
     )
-    return Dataset(prepared, audit, data.masked_sample(prepared, tokenizer))
+    sample = data.masked_sample(prepared, tokenizer)
+    if options.packing:
+        prepared = data.pack(prepared, length=options.max_length)
+        audit = audit.with_packed(prepared.groups, length=options.max_length)
+    return Dataset(prepared, audit, sample)
 
 
 def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:

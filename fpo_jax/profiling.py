@@ -94,9 +94,9 @@ class Meter:
     def _count(self, batches: Iterable[data.RowSizes], operations_of: Callable, seconds: float) -> dict[str, float]:
         tokens, operations, window = {"valid": 0, "padded": 0}, {"valid": 0, "padded": 0}, self._config.sliding_window
         for rows in batches:
-            count = len(rows.lengths_N)
+            count = len(rows.scored_N)
             work = {
-                "valid": flops.work(rows.lengths_N, rows.scored_N, sliding_window=window),
+                "valid": flops.work(rows.texts, rows.scored_N, sliding_window=window),
                 "padded": flops.work([rows.length] * count, [rows.scored] * count, sliding_window=window),
             }
             for name, done in work.items():

@@ -33,6 +33,7 @@ class Programs:
         self.layout, self.mesh, self._model = layout, layout.mesh, blueprint.model_config
         self._adapter, self._trained = blueprint.adapter, params.trained_rows(self._model, blueprint.adapter)
         self._frozen = params.frozen_rows(self._model, blueprint.adapter)
+        self._packed = config.data.packing
         self._seed = config.seed  # of a reward model's new head
         self._dtype, mesh = jnp.dtype(config.model.param_dtype), layout.mesh
         self._blocks = held_blocks(mesh, process=jax.process_index())
@@ -96,7 +97,7 @@ class Programs:
             shape = (*leaf.shape[:axis], size * self.layout.row_ways, *leaf.shape[axis + 1 :])
             return jax.make_array_from_callback(shape, placement, block)
 
-        return shapes.Batch(*map(put, batch))
+        return jax.tree.map(put, batch)
 
     def load(self, source: Path) -> shapes.PyTree:
         """Read the run's model from a Hugging Face directory onto the mesh."""
@@ -191,6 +192,7 @@ class Programs:
             reference_logps_BK=array((*per_group, group_size), jnp.float32),
             weight_B=array(per_group, jnp.float32),
             row_ids_B=array(per_group, jnp.int32),
+            segments_NT=array((*per_row, length), jnp.int32) if self._packed else None,
         )
 
     def state_bytes(self) -> int:
@@ -287,7 +289,7 @@ def _scorer(
         positions=blueprint.lengths,
         sliding_window=model_config.sliding_window,
         soft_cap=model_config.attention_soft_cap,
-        segments=False,
+        segments=config.data.packing,
         layout=layout,
     )
     rows = config.train.micro_batch_per_device * layout.row_ways * config.data.group_size

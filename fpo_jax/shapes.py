@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     reference_logps_BK: Array  # float32 summed log-probs under the reference; zeros when the loss needs none
     weight_B: Array  # float32, 1 = a real group, 0 = padding of a ragged last batch
     row_ids_B: Array  # int32, the group's position in the prepared data set (-1 for padding)
+    segments_NT: Array | None = None  # int32, of packed rows: number of the text in its row (-1 for padding)
 
 
 class TrainState(NamedTuple):

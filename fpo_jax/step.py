@@ -91,6 +91,7 @@ class Scorer:
                 layout=self.layout,
                 adapter=self.adapter,
                 dropout_key=dropout_key,
+                segments_NT=None if batch.segments_NT is None else jnp.asarray(batch.segments_NT),
             )
         head_VD = model.head(params, config=self.config)
         return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
@@ -228,7 +229,7 @@ def jit_eval_step(step: Callable, *, mesh: Mesh, param_shardings: shapes.PyTree)
 
 def stack_micro_batches(batch: shapes.Batch, *, accumulation: int) -> shapes.Batch:
     """Cut a batch into A micro-batches of consecutive groups: every leaf gets a leading A."""
-    return shapes.Batch(*(leaf.reshape(accumulation, leaf.shape[0] // accumulation, *leaf.shape[1:]) for leaf in batch))
+    return jax.tree.map(lambda leaf: leaf.reshape(accumulation, leaf.shape[0] // accumulation, *leaf.shape[1:]), batch)
 
 
 _DROPOUT_STREAM = 2  # keeps what adapters drop independent of other noise
@@ -310,10 +311,11 @@ def _pairs(batch, response, candidates: losses.Candidates, losses_B, loss: losse
         return jnp.sum(jnp.where(which_BK > 0, which_BK * values_BK, 0.0), axis=-1)
 
     # A padding group scores no token, so that its NLL and its length are exactly 0.
-    pairs = {
-        "sft_loss": (-jnp.sum(weight_B * pick(logps_BK, best_BK)), jnp.sum(weight_B * pick(lengths_BK, best_BK))),
-        "lengths/chosen": pair(pick(lengths_BK, best_BK), weight_B),
-    }
+    nll, tokens = -jnp.sum(weight_B * pick(logps_BK, best_BK)), jnp.sum(weight_B * pick(lengths_BK, best_BK))
+    responses_B = jnp.ones_like(weight_B)
+    if batch.segments_NT is not None:  # K = 1
+        responses_B = 1.0 + jnp.max(batch.segments_NT, axis=1)
+    pairs = {"sft_loss": (nll, tokens), "lengths/chosen": (tokens, jnp.sum(weight_B * responses_B))}
     if rewards_BK.shape[-1] == 1:
         return pairs
     # Groups without a preference (all rewards equal) say nothing about chosen against rejected.

@@ -8,12 +8,12 @@ from fpo_jax import execution, shapes
 from tests import batches
 
 BATCH = batches.random_batch(groups=2, candidates=2, length=13, vocab=24)
-ARGUMENTS = 4 * 3 + sum(leaf.nbytes for leaf in BATCH)
+ARGUMENTS = 4 * 3 + sum(leaf.nbytes for leaf in jax.tree.leaves(BATCH))
 
 
 def program():
     def total(first, batch: shapes.Batch):
-        return first.sum() + sum(jax.numpy.sum(leaf) for leaf in batch)
+        return first.sum() + sum(jax.numpy.sum(leaf) for leaf in jax.tree.leaves(batch))
 
     return execution.Program("the update", jax.jit(total, keep_unused=True))
 

@@ -294,7 +294,7 @@ def test_the_command_prints_a_plan_and_needs_no_workdir(folder):
 
 
 STAGES = {
-    "sft": {"stage": "sft", "loss__name": "sft", "data__group_size": 1},
+    "sft": {"stage": "sft", "loss__name": "sft", "data__group_size": 1, "data__packing": True},
     "reward": {"stage": "reward", "loss__name": "bradley_terry"},
 }
 

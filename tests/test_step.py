@@ -85,8 +85,8 @@ def test_remat_and_dense_head_give_the_same_update():
 def test_padding_groups_change_nothing():
     loss = losses.resolve("sigmoid", sft_weight=0.5)
     batch = batch_of()
-    empty = shapes.Batch(*(np.zeros_like(leaf) for leaf in batch))._replace(row_ids_B=np.full(GROUPS, -1, np.int32))
-    padded = shapes.Batch(*(np.concatenate(leaves) for leaves in zip(batch, empty, strict=True)))
+    empty = jax.tree.map(np.zeros_like, batch)._replace(row_ids_B=np.full(GROUPS, -1, np.int32))
+    padded = jax.tree.map(lambda *leaves: np.concatenate(leaves), batch, empty)
     assert_same_update(updated(loss, batch), updated(loss, padded))
 
 
@@ -149,7 +149,7 @@ def evaluated(loss, batch, logps_BK, lengths_BK):
 def test_metrics_by_hand():
     """Three groups: ranked right, tied, and one without a preference that must not count."""
     batch = batch_of()
-    batch = shapes.Batch(*(leaf[:3] if leaf.shape[0] == GROUPS else leaf[:6] for leaf in batch))._replace(
+    batch = jax.tree.map(lambda leaf: leaf[:3] if leaf.shape[0] == GROUPS else leaf[:6], batch)._replace(
         rewards_BK=np.array([[1, 0], [1, 0], [0, 0]], np.float32), reference_logps_BK=np.zeros((3, 2), np.float32)
     )
     loss = losses.resolve("dpo-pref", beta_pi=0.5)
@@ -165,7 +165,7 @@ def test_metrics_by_hand():
 
 
 def test_length_normalised_losses_show_mean_logps():
-    batch = shapes.Batch(*(leaf[:1] if leaf.shape[0] == GROUPS else leaf[:2] for leaf in batch_of()))
+    batch = jax.tree.map(lambda leaf: leaf[:1] if leaf.shape[0] == GROUPS else leaf[:2], batch_of())
     numbers = evaluated(losses.resolve("alphapo", beta=2.0, gamma_beta_ratio=0.8), batch, [[-6, -8]], [[3, 2]])
     assert numbers["logps/chosen"] == -2.0 and numbers["logps/rejected"] == -4.0
     assert numbers["rewards/chosen"] == -4.0  # beta * mean logp, without gamma

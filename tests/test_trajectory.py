@@ -101,7 +101,7 @@ def our_trajectory(folder, recipe, options, micro_batches):
     for micros in micro_batches:
         if loss.needs_reference:
             micros = [micro._replace(reference_logps_BK=np.asarray(score(weights, micro))) for micro in micros]
-        stacked.append(shapes.Batch(*(np.stack(leaves) for leaves in zip(*micros, strict=True))))
+        stacked.append(jax.tree.map(lambda *leaves: np.stack(leaves), *micros))
     state = shapes.TrainState(weights, optimizer.init(weights), np.int32(0))
     curve = []
     for batch in stacked:

@@ -4,6 +4,7 @@ sources      files, saved data sets and hub names -> rows
 records      rows of a named format -> `Records`
 transcripts  HH-RLHF transcripts -> prompt and two responses
 prepared     records -> `Prepared` (flat token storage) with an `Audit` of everything cut, dropped or odd
+packing      short texts of `Prepared` packed into rows
 audit        what the audit counts, as text and as JSON
 mixing       several sources as one
 batches      order of the groups, resumable cursor, static shapes -> `shapes.Batch`
@@ -24,6 +25,7 @@ from fpo_jax.data.batches import (
     steps_per_epoch,
 )
 from fpo_jax.data.mixing import Part, mixture, parse
+from fpo_jax.data.packing import pack
 from fpo_jax.data.prepared import Prepared, best_only, masked_sample, prepare, without_eos
 from fpo_jax.data.records import Record, Records, read
 
@@ -42,6 +44,7 @@ __all__ = [
     "masked_sample",
     "mixture",
     "order",
+    "pack",
     "parse",
     "prepare",
     "read",

@@ -37,6 +37,15 @@ class Bucket(NamedTuple):
     padding: float  # share of the positions that hold no token, 0 to 1
 
 
+class Packed(NamedTuple):
+    """Rows that hold several texts each."""
+
+    rows: int
+    length: int
+    padding: float  # share of the positions that hold no token, 0 to 1
+    before: float  # the same with one text a row, each padded to its bucket
+
+
 class Audit(NamedTuple):
     """What became of the rows of a data set; counts are exact."""
 
@@ -61,6 +70,13 @@ class Audit(NamedTuple):
     pad: str  # which id fills, and why
     lengths: dict[str, Lengths]  # prompt, response, row
     buckets: tuple[Bucket, ...]
+    packed: Packed | None = None
+
+    def with_packed(self, rows: int, *, length: int) -> "Audit":
+        """Return the audit of the same texts packed into so many rows."""
+        padded = sum(bucket.groups * bucket.length for bucket in self.buckets) * self.group_size
+        padding, before = (1 - self.tokens / positions for positions in (rows * length, padded))
+        return self._replace(packed=Packed(rows, length, padding, before))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, ready for `json.dumps`."""
@@ -69,6 +85,7 @@ class Audit(NamedTuple):
             "noted": {reason: list(sources) for reason, sources in self.noted.items()},
             "lengths": {name: lengths._asdict() for name, lengths in self.lengths.items()},
             "buckets": [bucket._asdict() for bucket in self.buckets],
+            "packed": None if self.packed is None else self.packed._asdict(),
         }
 
     def text(self) -> str:
@@ -102,6 +119,9 @@ class Audit(NamedTuple):
             f"  {f'T = {bucket.length}':<16}{bucket.groups:>9,}  groups, {bucket.padding:.1%} padding"
             for bucket in self.buckets
         ]
+        if self.packed is not None:
+            rows, length, padding, before = self.packed
+            lines.append(f"  {'packed':<16}{rows:>9,}  rows of {length}, {padding:.1%} padding instead of {before:.1%}")
         return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ class Schedule(NamedTuple):
     buckets: tuple[int, ...]  # T, ascending
     scored: tuple[int, ...]  # R of each bucket
     longest_B: np.ndarray  # int32, longest row of each group
+    scored_N: np.ndarray  # int32, scored tokens of each row
     batch_size: int  # groups of a global batch
     seed: int
     shuffle: bool
@@ -55,8 +56,8 @@ def scored_positions(most: int, *, length: int) -> int:
 class RowSizes(NamedTuple):
     """Tokens of the rows of a whole batch; rows that fill it up have none."""
 
-    lengths_N: np.ndarray  # tokens, prompt and response
-    scored_N: np.ndarray  # tokens of the response
+    texts: np.ndarray  # tokens of each text: of a row, prompt and response, or of each of the texts packed into it
+    scored_N: np.ndarray  # tokens of the responses in a row
     length: int  # T, to which rows are padded
     scored: int  # R
 
@@ -93,8 +94,9 @@ def schedule(
             f"batch_size={batch_size} is more than the {prepared.groups} groups there are, so no batch is whole; "
             f"use at most {prepared.groups}, or last_batch='pad'"
         )
-    bounds, scored, longest_B = _bucket_shapes(prepared, buckets)
-    return Schedule(prepared, bounds, scored, longest_B, batch_size, seed, shuffle, last_batch)
+    scored_N = prepared.scored_N
+    bounds, scored, longest_B = _bucket_shapes(prepared, scored_N, buckets)
+    return Schedule(prepared, bounds, scored, longest_B, scored_N, batch_size, seed, shuffle, last_batch)
 
 
 @lru_cache(maxsize=4)
@@ -146,9 +148,8 @@ def row_sizes(plan: Schedule, step: int) -> RowSizes:
     """Return what the rows of the whole batch of a step hold, without building them."""
     ids, prepared = group_ids(plan, step), plan.prepared
     rows_BK = np.where(ids >= 0, ids, 0)[:, None] * prepared.group_size + np.arange(prepared.group_size)
-    lengths_BK = np.where(ids[:, None] >= 0, prepared.lengths_N[rows_BK], 0)
-    scored_BK = np.where(ids[:, None] >= 0, prepared.lengths_N[rows_BK] - prepared.prompt_lengths_N[rows_BK], 0)
-    return RowSizes(lengths_BK.reshape(-1), scored_BK.reshape(-1), *_shape(plan, ids))
+    scored_BK = np.where(ids[:, None] >= 0, plan.scored_N[rows_BK], 0)
+    return RowSizes(prepared.text_lengths(rows_BK[ids >= 0].reshape(-1)), scored_BK.reshape(-1), *_shape(plan, ids))
 
 
 def batch_shapes(plan: Schedule, *, steps: int, start: int = 0) -> list[tuple[int, int]]:
@@ -174,7 +175,9 @@ def sequential_batches(
     return (batch_at(plan, step) for step in range(plan.steps_per_epoch))
 
 
-def _bucket_shapes(prepared: Prepared, buckets: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray]:
+def _bucket_shapes(
+    prepared: Prepared, scored_N: np.ndarray, buckets: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray]:
     """Buckets in order, the R of each, and the longest row of each group."""
     bounds = tuple(sorted(set(buckets)))
     longest_B = prepared.lengths_N.reshape(prepared.rewards_BK.shape).max(axis=1)
@@ -183,7 +186,7 @@ def _bucket_shapes(prepared: Prepared, buckets: Sequence[int]) -> tuple[tuple[in
             f"buckets={list(buckets)} do not hold the longest row of {longest_B.max()} tokens; "
             f"add a bucket of at least {longest_B.max()}, or prepare with a smaller max_length"
         )
-    scored_B = (prepared.lengths_N - prepared.prompt_lengths_N).reshape(prepared.rewards_BK.shape).max(axis=1)
+    scored_B = scored_N.reshape(prepared.rewards_BK.shape).max(axis=1)
     scored = []
     for bound in bounds:
         most = int(scored_B[longest_B <= bound].max(initial=1))
@@ -207,14 +210,20 @@ def _assemble(prepared: Prepared, ids_B: np.ndarray, length: int, scored: int) -
 
     positions_T, positions_R = np.arange(length), np.arange(scored)
     valid_NT = positions_T < lengths_N[:, None]
-    scored_NR = positions_R < (lengths_N - prompts_N)[:, None]
-    targets_NR = prompts_N[:, None] + positions_R  # position of each target in its row
     starts_N1 = prepared.starts_N[rows_N][:, None]
     tokens_S = prepared.tokens_S
+    places_NT = np.where(valid_NT, starts_N1 + positions_T, 0)  # in tokens_S
+    if prepared.scored_S is None:
+        counts_N, targets_NR = lengths_N - prompts_N, prompts_N[:, None] + positions_R  # position of each target
+    else:
+        chosen_NT = valid_NT & prepared.scored_S[places_NT]
+        counts_N, targets_NR = chosen_NT.sum(axis=1), np.argsort(~chosen_NT, axis=1, kind="stable")[:, :scored]
+    scored_NR = positions_R < counts_N[:, None]
+    segments_NT = None
+    if prepared.segments_S is not None:
+        segments_NT = np.where(valid_NT, prepared.segments_S[places_NT], np.int32(-1))
     return Batch(
-        tokens_NT=np.where(
-            valid_NT, tokens_S[np.where(valid_NT, starts_N1 + positions_T, 0)], np.int32(prepared.pad_id)
-        ),
+        tokens_NT=np.where(valid_NT, tokens_S[places_NT], np.int32(prepared.pad_id)),
         valid_NT=valid_NT,
         predictors_NR=np.where(scored_NR, targets_NR - 1, 0).astype(np.int32),
         targets_NR=np.where(scored_NR, tokens_S[np.where(scored_NR, starts_N1 + targets_NR, 0)], np.int32(0)),
@@ -223,4 +232,5 @@ def _assemble(prepared: Prepared, ids_B: np.ndarray, length: int, scored: int) -
         reference_logps_BK=np.zeros((len(ids_B), K), np.float32),
         weight_B=real_B.astype(np.float32),
         row_ids_B=ids_B.astype(np.int32),
+        segments_NT=segments_NT,
     )

@@ -36,6 +36,8 @@ class Prepared(NamedTuple):
     rewards_BK: np.ndarray  # float32
     sources: tuple[str, ...]  # of each group, "file:line"
     pad_id: int  # filler beyond a row's end; masks never look at it
+    scored_S: np.ndarray | None = None  # bool, of packed rows: which tokens are scored
+    segments_S: np.ndarray | None = None  # int32, of packed rows: which of the row's texts a token belongs to, from 0
 
     @property
     def groups(self) -> int:
@@ -46,6 +48,20 @@ class Prepared(NamedTuple):
     def group_size(self) -> int:
         """K, the candidates per group."""
         return self.rewards_BK.shape[1]
+
+    @property
+    def scored_N(self) -> np.ndarray:
+        """Scored tokens of each row."""
+        if self.scored_S is None:
+            return self.lengths_N - self.prompt_lengths_N
+        return np.add.reduceat(self.scored_S.astype(np.int32), self.starts_N)
+
+    def text_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each text of some rows: of the rows themselves, unless they are packed."""
+        if self.segments_S is None:
+            return self.lengths_N[rows]
+        ends = self.starts_N + self.lengths_N
+        return np.concatenate([np.bincount(self.segments_S[self.starts_N[row] : ends[row]]) for row in rows])
 
     def row(self, index: int) -> tuple[np.ndarray, int]:
         """Token ids of one row and the length of its prompt."""
@@ -63,6 +79,8 @@ class Prepared(NamedTuple):
             (self.lengths_N, "<i4"),
             (self.prompt_lengths_N, "<i4"),
             (self.rewards_BK, "<f4"),
+            *([] if self.scored_S is None else [(self.scored_S, "|b1")]),
+            *([] if self.segments_S is None else [(self.segments_S, "<i4")]),
         ):
             digest.update(repr(array.shape).encode())
             digest.update(np.ascontiguousarray(array, dtype=kind).tobytes())

@@ -59,11 +59,12 @@ def hidden_states(
     layout: sharding.Layout = sharding.ONE_DEVICE,
     adapter: Adapter | None = None,
     dropout_key: jax.Array | None = None,
+    segments_NT: Int[jax.Array, "N T"] | None = None,
 ) -> Float[jax.Array, "N T D"]:
     """Run the decoder up to and including its final norm.
 
-    Every row starts at position 0 and is right-padded; what stands in the padding changes neither the valid
-    positions nor their gradient. Hidden states of padding positions are finite and mean nothing.
+    Every row, or segment of a row, starts at position 0, and rows are right-padded; what stands in the padding changes
+    neither the valid positions nor their gradient. Hidden states of padding positions are finite and mean nothing.
 
     Args:
         params: nested dict of arrays with the rows of params.py, any float dtype; cast to compute_dtype at use.
@@ -80,6 +81,8 @@ def hidden_states(
             embedding is cut, rebuilds whole activations in every layer, and cuDNN attention does not compile.
         adapter: low-rank additions, whose A and B `params` holds beside their matrices; None = none.
         dropout_key: of what the adapter drops in this pass; None = nothing, as in every evaluation.
+        segments_NT: of packed rows: equal for the tokens of one text, which see each other and nothing else. The rotary
+            frequencies must not depend on the length of a text (rope type dynamic).
 
     Returns:
         hidden_NTD in compute_dtype.
@@ -91,7 +94,7 @@ def hidden_states(
     if remat not in decoder.REMAT:
         raise ValueError(f"remat {remat!r} is not one of {', '.join(decoder.REMAT)}.")
     if attention is None:
-        attention = _default_attention(config, dtype, tokens_NT.shape[1], layout)
+        attention = _default_attention(config, dtype, tokens_NT.shape[1], layout, segments=segments_NT is not None)
     with _exact(dtype):
         return nnx.merge(decoder.graph(config, adapter), params)(
             tokens_NT,
@@ -101,6 +104,7 @@ def hidden_states(
             choice=attention,
             layout=layout,
             dropout_key=dropout_key,
+            segments_NT=segments_NT,
         )
 
 
@@ -189,7 +193,7 @@ def _exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
 
 
 def _default_attention(
-    config: ModelConfig, dtype: jnp.dtype, positions: int, layout: sharding.Layout
+    config: ModelConfig, dtype: jnp.dtype, positions: int, layout: sharding.Layout, *, segments: bool = False
 ) -> attention_module.Choice:
     return attention_module.choose(
         "auto",
@@ -201,7 +205,7 @@ def _default_attention(
         positions=[positions],
         sliding_window=config.sliding_window,
         soft_cap=config.attention_soft_cap,
-        segments=False,
+        segments=segments,
         layout=layout,
     )
 

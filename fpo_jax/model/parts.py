@@ -89,6 +89,7 @@ class Context(NamedTuple):
     layout: sharding.Layout
     adapter: "configuration.Adapter | None" = None
     dropout_key: jax.Array | None = None  # of the layer; None = nothing is dropped
+    segments_NT: jax.Array | None = None  # int32, of packed rows
     slot: caching.Recorder | caching.Slot | None = None  # the layer's place in a cache, where there is one
 
     def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
@@ -105,6 +106,7 @@ class Context(NamedTuple):
             k_NTGC,
             v_NTGC,
             valid_NT=self.valid_NT,
+            segments_NT=self.segments_NT,
             choice=self.attention,
             layout=self.layout,
             **options,

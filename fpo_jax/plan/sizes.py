@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import huggingface_hub
 import huggingface_hub.errors
+import numpy as np
 
 from fpo_jax import config as configuration
 from fpo_jax import data, flops, hf, job, model
@@ -67,9 +68,8 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         return Shape(*data.batch_shapes(schedule, steps=schedule.steps_per_epoch)[-1])
 
     rows = inputs.train.prepared
-    total = flops.work(
-        rows.lengths_N, rows.lengths_N - rows.prompt_lengths_N, sliding_window=model_config.sliding_window
-    )
+    texts = rows.text_lengths(np.arange(len(rows.lengths_N)))
+    total = flops.work(texts, rows.scored_N, sliding_window=model_config.sliding_window)
     return Sizes(
         job.blueprint(config, inputs, plan),
         Shape(*plan.shapes[-1]),
@@ -118,6 +118,7 @@ def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str) 
     """The largest shapes that the configuration allows."""
     length = config.data.max_length
     most = config.data.max_response_length or length - 1  # rule chat: a prompt may be one token
+    most = length - 1 if config.data.packing else most
     shape = Shape(length, data.scored_positions(most, length=length))
     groups, steps, warmup, horizon = config.plan.groups, None, 0, 1
     if groups is not None:
