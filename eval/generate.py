@@ -147,7 +147,7 @@ def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
         raise ValueError(f"stop ids {outside} lie outside the model's vocabulary of {config.vocab_size} tokens.")
     layout, places = _placed(config, tensor=options.tensor)
     _tokenize(prompts, encoder, options.rule, room)
-    job = _job(options, prompts) | {"model": fingerprint(), "tokenizer": _digest(_identity(tokenizer))}
+    job = _job(options, prompts) | {"model": fingerprint(), "tokenizer": _digest(chat.identity(tokenizer))}
     job |= {"stop_ids": list(decoding.stop_ids)}
     with jobfile.JobFile(options.out, job, count=len(prompts)) as file, execution.StopRequest() as stop:
         left = _left(file, prompts)
@@ -367,11 +367,6 @@ def _job(options: Options, prompts: list[_Prompt]) -> dict[str, Any]:
     kept = ("rule", "chat_template", "max_length", "num_return", "seed", "max_new_tokens", "temperature", "top_k")
     kept += ("top_p", "min_new_tokens", "stop_ids", "stop_strings", "compute_dtype")
     return {"prompts": f"{len(prompts)} {digest}", **{name: getattr(options, name) for name in kept}}
-
-
-def _identity(tokenizer) -> list[str]:
-    """Return what a tokenizer makes of texts, conversations and ids, wherever it was read from."""
-    return [tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.eos_token)]
 
 
 def _digest(value: Any) -> str:

@@ -79,16 +79,23 @@ def run(options: Options) -> Summary:
     source = hf.local_dir(options.model, revision=options.revision or None)
     config = hf.read_config(source)
     window = options.max_length or config.max_positions
-    kept = ("rule", "chat_template", "max_length", "pairing", "compute_dtype")
-    digest = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
-    job = {"data": digest, "model": hf.weights_fingerprint(source), **{name: getattr(options, name) for name in kept}}
+    tokenizer = chat.load_tokenizer(
+        options.tokenizer or source, chat_template=options.chat_template or None, eos_token=options.eos_token or None
+    )
+    kept = ("rule", "max_length", "pairing", "compute_dtype")
+    job = {
+        "data": _digest(lines),
+        "model": hf.weights_fingerprint(source),
+        "tokenizer": _digest(chat.identity(tokenizer)),
+    }
+    job |= {name: getattr(options, name) for name in kept}
     scored = options.out.with_name(f"{options.out.name}.scored") if options.pairing else options.out
     with jobfile.JobFile(scored, job, count=len(lines)) as file, execution.StopRequest() as stop:
         if file.repaired:
             log.info(file.repaired)
         left = [] if file.finished else [line for line in lines if line["index"] not in file.done]
         if left:
-            _score(options, source, window, left, len(lines), file, stop)
+            _score(options, source, chat.encoder(tokenizer), window, left, len(lines), file, stop)
         if not file.finished:
             file.finish()
     found = jobfile.read(scored)
@@ -116,11 +123,11 @@ def best_worst(line: dict[str, Any]) -> dict[str, Any] | None:
     return {**head, "chosen": texts[best], "rejected": texts[worst], "rewards": [rewards[best], rewards[worst]]}
 
 
-def _score(options: Options, source: Path, window: int, left, total: int, file: jobfile.JobFile, stop) -> None:
-    tokenizer = chat.load_tokenizer(
-        options.tokenizer or source, chat_template=options.chat_template or None, eos_token=options.eos_token or None
-    )
-    encoder = chat.encoder(tokenizer)
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _score(options: Options, source: Path, encoder, window: int, left, total: int, file: jobfile.JobFile, stop) -> None:
     rewarder = rewarding.Rewarder(
         source, max_length=window, compute_dtype=options.compute_dtype, batch_per_device=options.batch_size
     )

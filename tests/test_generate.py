@@ -400,6 +400,12 @@ def test_a_label_is_the_score_that_training_gives_the_same_row(judge, base, tmp_
     assert rows == [prepared.row(index)[0].tolist() for index in range(16)]
 
 
+def test_labels_of_another_tokenizer_are_another_job(judge, completions, tmp_path):
+    labelled(judge, completions, tmp_path / "l.jsonl")
+    with pytest.raises(ValueError, match=r"belongs to another job:\n  tokenizer: "):
+        labelled(judge, completions, tmp_path / "l.jsonl", eos_token="<s>")
+
+
 def test_pairs_of_best_and_worst_leave_ties_out(judge, completions, tmp_path):
     summary = labelled(judge, completions, tmp_path / "p.jsonl", pairing="best_worst")
     pairs = jobfile.read(tmp_path / "p.jsonl")

@@ -7,7 +7,7 @@ rules       the two ways of building rows (`raw`, `chat`) and their truncation
 
 from fpo_jax.chat.rules import Row, chat_rows, chat_texts, fit_chat, fit_raw, generation_prompts, raw_rows
 from fpo_jax.chat.templates import CHAT_TEMPLATES
-from fpo_jax.chat.tokenizer import Encoder, encode, encoder, load_tokenizer
+from fpo_jax.chat.tokenizer import Encoder, encode, encoder, identity, load_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -20,6 +20,7 @@ __all__ = [
     "fit_chat",
     "fit_raw",
     "generation_prompts",
+    "identity",
     "load_tokenizer",
     "raw_rows",
 ]

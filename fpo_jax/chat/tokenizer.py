@@ -144,6 +144,11 @@ def encode(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in encoder.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
+def identity(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return what a tokenizer makes of texts, conversations and ids, wherever it was read from."""
+    return [tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.eos_token)]
+
+
 def refuse_reserved(text: str) -> str:
     """Return `text`, which must not contain the three noncharacters that mark control tokens here.
 
