@@ -102,10 +102,10 @@ def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str
             f"data.group_size={config.data.group_size} leaves nothing to compare, and loss {config.loss.name!r} needs"
             f" {loss.minimum_candidates}."
         )
-    if config.stage == "sft" and config.data.group_size != 1:
+    if config.stage != "align" and loss.minimum_candidates == 1 and config.data.group_size != 1:
         found.append(
-            f"data.group_size={config.data.group_size} does not belong to stage 'sft', which trains on one response of"
-            " each prompt; use 1."
+            f"data.group_size={config.data.group_size}: loss {config.loss.name!r} in stage {config.stage!r} trains on"
+            " one response of each prompt and would ignore the others; use 1."
         )
     unused = {f"reference.{key}": f"loss {config.loss.name!r}" for key in ("path", "cache_dir")}
     unused = {} if loss.needs_reference else unused

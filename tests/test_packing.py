@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import attention, data, job, losses, metrics, model, params, sharding, step
+from fpo_jax import attention, data, job, loop, losses, metrics, model, params, sharding, step
 from fpo_jax.data import packing
 from tests import batches, resuming, tiny, tolerances
 
@@ -65,7 +65,10 @@ def test_a_packed_row_to_the_letter():
     assert_array_equal(batch.scored_NR, [[1, 1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]])
     assert_array_equal(batch.targets_NR[batch.scored_NR], [13, 14, 32, 33, 22])
     assert_array_equal(batch.predictors_NR[batch.scored_NR], [1, 2, 4, 5, 0])
-    sizes = data.row_sizes(data.schedule(packed, batch_size=2, buckets=(8,), seed=0, shuffle=False), 0)
+    schedule = data.schedule(packed, batch_size=2, buckets=(8,), seed=0, shuffle=False)
+    part = data.batch_at(schedule, 0, np.array([1]))
+    jax.tree.map(lambda mine, whole: assert_array_equal(mine, whole[1:]), part, batch)
+    sizes = data.row_sizes(schedule, 0)
     assert sizes.texts.tolist() == [4, 3, 2] and sizes.scored_N.tolist() == [4, 1]
 
 
@@ -117,11 +120,8 @@ def gradient(config, batch, implementation):
     return float(mean), metrics.means(jax.device_get(pairs)), jax.device_get(params.flatten(grads))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "chunked"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "implementation"), [*((name, "xla") for name in FAMILIES), ("llama", "chunked")])
 def test_packed_rows_have_the_loss_and_the_gradient_of_their_texts(name, implementation):
-    if implementation == "chunked" and name != "llama":
-        pytest.skip("one family shows what attention does with segments")
     sizes = {"vocab_size": 90, "width": 16, "layers": 2, "heads": 4, "head_dim": 4, "ffn": 24, "max_positions": 32}
     config = model.ModelConfig(initializer_range=0.3, **(sizes | FAMILIES[name]))
     prepared = texts([9, 4, 12, 3, 7, 5], [3, 1, 6, 2, 1, 4])
@@ -174,14 +174,19 @@ def test_what_cannot_be_packed_is_refused(root):
         job.read_model(packed_config(root), root / "dynamic")
 
 
-@pytest.mark.slow  # three runs
+@pytest.mark.slow  # four runs
 def test_a_packed_run_evaluates_as_an_unpacked_one_and_resumes_to_the_bit(root, tmp_path, monkeypatch):
     c = packed_config(root, train__max_steps=5, train__epochs=3.0, train__save_every=2, train__eval_every=3)
     resuming.whole(c, tmp_path / "whole")
     resuming.stopped(c, tmp_path / "stopped", monkeypatch, after=3)
     assert resuming.outcome(tmp_path / "whole") == resuming.outcome(tmp_path / "stopped")
     resuming.whole(packed_config(root, data__packing=False, train__max_steps=1), tmp_path / "alone")
-    packed, alone = (metrics.read(tmp_path / name / metrics.METRICS_FILE)[0] for name in ("whole", "alone"))
-    assert packed.keys() == alone.keys()
+    loop.run(
+        packed_config(root, train__max_steps=1, train__batch_size=8, mesh__data=4, mesh__fsdp=2), tmp_path / "mesh"
+    )
+    packed, alone, mesh = (
+        metrics.read(tmp_path / name / metrics.METRICS_FILE)[0] for name in ("whole", "alone", "mesh")
+    )
+    assert packed.keys() == alone.keys() == mesh.keys()
     for name, value in alone.items():
-        assert_allclose(packed[name], value, rtol=tolerances.LOGPS, err_msg=name)
+        assert_allclose([packed[name], mesh[name]], value, rtol=tolerances.LOGPS, err_msg=name)

@@ -305,9 +305,12 @@ def test_every_stage_has_a_plan_and_no_reference_pass(folder, stage):
     config = tiny.config(folder / "model", folder / "pairs.jsonl", **changed)
     report = plan.run(config, "here", devices=lambda _: jax.devices()[:1], capacity=lambda _: HELD)
     assert [program.name for program in report.outcome.programs] == ["update", "evaluation"] and report.fits
-    rows = 8 * config.data.group_size
-    assert f"update: 8 groups x {config.data.group_size} = {rows} rows of T=40" in report.text
-    count = params.count(report.outcome.sizes.blueprint.model_config)
-    assert (count < params.count(model.from_hf_config(json.loads((folder / "bare" / "config.json").read_text())))) == (
-        stage == "reward"
-    )
+    K, found = config.data.group_size, report.outcome.sizes
+    assert f"update: 8 groups x {K} = {8 * K} rows of T=40" in report.text
+    rows = job.prepare(config).train.prepared
+    assert found.groups == rows.groups and (rows.groups < 24) == (stage == "sft"), "packed rows are fewer than texts"
+    texts = rows.text_lengths(np.arange(len(rows.lengths_N))).astype(int)
+    assert found.valid.pairs == round((texts * (texts + 1) // 2).sum() * 8 / rows.groups), "of texts, not of rows"
+    language_model = model.from_hf_config(json.loads((folder / "bare" / "config.json").read_text()))
+    count = params.count(found.blueprint.model_config)
+    assert (count < params.count(language_model)) == (stage == "reward"), "a score in the place of the LM head"

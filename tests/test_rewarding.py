@@ -160,7 +160,8 @@ def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
         ({"loss__sft_weight": 0.1}, "'sft_weight' is not used by 'bradley_terry'"),
         ({"reference__path": "elsewhere"}, "reference.path='elsewhere' is not used by loss 'bradley_terry'"),
         ({"kernel__workspace_mib": 64}, "kernel.workspace_mib=64 is not used by stage 'reward'"),
-        ({"stage": "sft", "loss__name": "sft"}, "data.group_size=2 does not belong to stage 'sft'"),
+        ({"stage": "sft", "loss__name": "sft"}, "data.group_size=2: loss 'sft' in stage 'sft' trains on one response"),
+        ({"loss__name": "binary_cross_entropy"}, "data.group_size=2: loss 'binary_cross_entropy' in stage 'reward'"),
         (
             {"stage": "sft", "loss__name": "sft", "data__group_size": 1, "loss__tie_policy": "first"},
             "loss.tie_policy='first' is not used by stage 'sft'",

@@ -55,7 +55,7 @@ def bins(lengths: Sequence[int], *, length: int) -> list[list[int]]:
     [[0, 1], [2, 3], [4]]
     """
     rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # free positions -> rows that have so many, the oldest last
+    open_rows: dict[int, list[int]] = {}  # free positions -> rows that have so many
     rooms: list[int] = []  # keys of open_rows, ascending
     for text in sorted(range(len(lengths)), key=lambda text: -lengths[text]):
         place = bisect.bisect_left(rooms, lengths[text])
@@ -72,5 +72,5 @@ def bins(lengths: Sequence[int], *, length: int) -> list[list[int]]:
         if left not in open_rows:
             open_rows[left] = []
             bisect.insort(rooms, left)
-        open_rows[left].insert(0, row)
+        open_rows[left].append(row)
     return sorted(sorted(row) for row in rows)
