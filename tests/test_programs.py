@@ -22,7 +22,7 @@ def built(inputs, **changed):
     found = job.prepare(c)
     layout = sharding.make_layout(**c.mesh, devices=jax.devices())
     plan = job.plan(c, found, devices=layout.row_ways)
-    return programs.Programs(c, job.blueprint(found, plan), layout), plan.schedule
+    return programs.Programs(c, job.blueprint(c, found, plan), layout), plan.schedule
 
 
 def test_moments_live_where_their_parameters_do(inputs):
