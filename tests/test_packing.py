@@ -1,6 +1,7 @@
 """Packing: which texts share a row, what a packed row is, and that no number of a run depends on it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ def test_the_fingerprint_tells_packed_rows_apart():
 
 # --- the numbers
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"family": "llama", "kv_heads": 2},
     "gpt_neox": {"family": "gpt_neox", "kv_heads": 4, "activation": "gelu", "parallel_residual": True},
     "gpt2": {"family": "gpt2", "kv_heads": 4, "activation": "gelu_new", "tied_head": True},
@@ -122,7 +123,15 @@ def gradient(config, batch, implementation):
 
 @pytest.mark.parametrize(("name", "implementation"), [*((name, "xla") for name in FAMILIES), ("llama", "chunked")])
 def test_packed_rows_have_the_loss_and_the_gradient_of_their_texts(name, implementation):
-    sizes = {"vocab_size": 90, "width": 16, "layers": 2, "heads": 4, "head_dim": 4, "ffn": 24, "max_positions": 32}
+    sizes: dict[str, Any] = {
+        "vocab_size": 90,
+        "width": 16,
+        "layers": 2,
+        "heads": 4,
+        "head_dim": 4,
+        "ffn": 24,
+        "max_positions": 32,
+    }
     config = model.ModelConfig(initializer_range=0.3, **(sizes | FAMILIES[name]))
     prepared = texts([9, 4, 12, 3, 7, 5], [3, 1, 6, 2, 1, 4])
     packed = data.pack(prepared, length=16)
@@ -157,7 +166,11 @@ def root(tmp_path_factory):
 def test_the_audit_says_what_packing_saves(root):
     alone, packed = (job.prepare(packed_config(root, data__packing=on)).train for on in (False, True))
     found = packed.audit.packed
-    assert alone.audit.packed is None and found.rows == packed.prepared.groups < alone.prepared.groups == 40
+    assert (
+        found is not None
+        and alone.audit.packed is None
+        and found.rows == packed.prepared.groups < alone.prepared.groups == 40
+    )
     assert_allclose(found.before, 1 - alone.prepared.lengths_N.sum() / (40 * 40))
     assert_allclose(found.padding, 1 - alone.prepared.lengths_N.sum() / (40 * found.rows))
     assert f"rows of 40, {found.padding:.1%} padding instead of {found.before:.1%}" in packed.audit.text()
