@@ -355,10 +355,8 @@ def _tokenize(prompts: list[_Prompt], encoder: chat.Encoder, rule: str, room: in
     for prompt, whole in zip(prompts, ids, strict=True):
         if not whole:
             raise ValueError(f"{prompt.source}: the prompt is empty; a model needs at least one token.")
-        opening = whole[:1] if encoder.adds_bos and whole[:1] == [encoder.bos_id] else []
-        body = whole[len(opening) :]
-        kept = body[max(0, len(body) - (room - len(opening))) :]
-        prompt.ids, prompt.cut = opening + kept, len(body) - len(kept)
+        prompt.ids = chat.keep_end(encoder, whole, room=room)
+        prompt.cut = len(whole) - len(prompt.ids)
 
 
 def _job(options: Options, prompts: list[_Prompt]) -> dict[str, Any]:
@@ -391,23 +389,12 @@ def _line(prompt: _Prompt, responses: list[list[int]], tokenizer, decoding: samp
     texts, ends = [], []
     for ids in responses:
         stopped = ids[-1] in decoding.stop_ids
-        text = _text(tokenizer, prompt.ids, ids[:-1] if stopped else ids)
+        text = chat.continuation(tokenizer, prompt.ids, ids[:-1] if stopped else ids)
         places = [place for stop in stops if (place := text.find(stop)) >= 0]
         texts.append(text[: min(places)] if places else text)
         ends.append("stop" if stopped or places else "length")
     line = {**_head(prompt), "completions": texts, "finish": ends, "tokens": [len(ids) for ids in responses]}
     return line | ({"prompt_cut": prompt.cut} if prompt.cut else {})
-
-
-def _text(tokenizer, prompt: list[int], response: list[int]) -> str:
-    """Decode a response in its place: a SentencePiece tokenizer drops a leading space from a text of its own."""
-
-    def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-    tail = prompt[-8:]  # enough for the context of a first character
-    before, whole = decode(tail), decode([*tail, *response])
-    return whole[len(before) :] if whole.startswith(before) else decode(response)
 
 
 def _bar(left: list[_Prompt]) -> tqdm.tqdm:

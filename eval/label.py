@@ -20,7 +20,7 @@ import tqdm
 
 from eval import jobfile
 from eval import options as command_line
-from fpo_jax import chat, data, execution, hf, model, rewarding
+from fpo_jax import chat, execution, hf, model, rewarding
 
 log = logging.getLogger("fpo_jax")
 
@@ -135,7 +135,8 @@ def _score(options: Options, source: Path, encoder, window: int, left, total: in
     with bar:
         for start in range(0, len(left), CHUNK):
             chunk = left[start : start + CHUNK]
-            groups = _rows(encoder, chunk, options.rule, window)
+            prompts, responses = [line["prompt"] for line in chunk], [line["completions"] for line in chunk]
+            groups = rewarding.rows(encoder, prompts, responses, rule=options.rule, window=window)
             scores = iter(rewarder([row.ids for group in groups for row in group]).tolist())
             for line, group in zip(chunk, groups, strict=True):
                 cut = sum(row.prompt_cut > 0 or row.response_cut > 0 for row in group)
@@ -144,26 +145,6 @@ def _score(options: Options, source: Path, encoder, window: int, left, total: in
             bar.update(len(chunk))
             if (asked := stop.agreed()) and len(file.done) < total:
                 raise execution.Stopped(f"{asked}: {len(file.done)} of {total} lines are scored and saved.")
-
-
-def _rows(encoder: chat.Encoder, lines: Sequence[dict[str, Any]], rule: str, window: int) -> list[list[chat.Row]]:
-    """Build the rows as the reward model's training does."""
-    prompts, responses = [line["prompt"] for line in lines], [line["completions"] for line in lines]
-    if rule == "raw":
-        groups = chat.raw_rows(
-            encoder, prompts, responses, max_length=window + 1, max_response_length=max(1, window - 1)
-        )
-    else:
-        groups = chat.chat_rows(
-            encoder,
-            prompts,
-            responses,
-            max_length=window + 1,
-            max_prompt_length=max(1, window // 2),
-            truncate_together=False,
-        )
-    stripped = [[data.without_eos(row, encoder.eos_id) for row in group] for group in groups]
-    return [[row._replace(ids=row.ids[:window]) for row in group] for group in stripped]
 
 
 def _check(options: Options) -> None:

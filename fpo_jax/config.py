@@ -168,6 +168,14 @@ def default() -> Config:
     c.train.on_nonfinite = "stop"  # stop | skip an update whose loss or gradient is not finite
     c.train.max_nonfinite = 10  # skipped updates in a row before the run stops anyway
 
+    c.answers = ml_collections.ConfigDict()
+    c.answers.count = 0  # prompts that the model answers at every evaluation, into answers/ of the workdir; 0 = none
+    c.answers.prompts = ""  # file or hub name with a column prompt; "" = the prompts of data.eval
+    c.answers.max_new_tokens = 128
+    c.answers.temperature = 0.8  # 0 = greedy
+    c.answers.batch_per_device = 16  # answers of a pass
+    c.answers.reward_model = ""  # whose scores tell how often an answer beats the start's; loaded for that time only
+
     c.reference = ml_collections.ConfigDict()
     c.reference.path = ""  # "" = model.path before training
     c.reference.batch_per_device = 8  # groups per device in the reference pass
@@ -292,10 +300,15 @@ def problems(config: Config) -> list[str]:
         number(f"train.{path}", 1)
     number("train.eval_every", 0)
     choice("train.on_nonfinite", ("stop", "skip"))
-    if config.train.keep_best and not config.data.eval:
+    if config.train.keep_best and not (config.data.eval or config.answers.count):
         found.append(f"train.keep_best={config.train.keep_best!r} needs an evaluation; set data.eval.")
     if config.train.keep_best and not config.train.keep_best.startswith("eval_"):
         found.append(f"train.keep_best={config.train.keep_best!r} must name a metric of an evaluation, e.g. eval_loss.")
+    found += _answers_problems(config)
+    number("answers.count", 0)
+    number("answers.max_new_tokens", 1)
+    number("answers.temperature", 0.0)
+    number("answers.batch_per_device", 1)
     number("reference.batch_per_device", 1)
     choice("kernel.implementation", ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu"))
     choice("kernel.fuse_loss", ("auto", "on", "off"))
@@ -307,6 +320,25 @@ def problems(config: Config) -> list[str]:
         found.append(
             f"mesh data={axes[0]} fsdp={axes[1]} tensor={axes[2]}: each axis is a number of devices, and at most one is"
             " -1 (all that remain)."
+        )
+    return found
+
+
+def _answers_problems(config: Config) -> list[str]:
+    """List what keeps the model from answering prompts, and settings of answers that nobody asks for."""
+    found, options = [], config.answers
+    if not options.count:
+        initial = default().answers
+        changed = [name for name in initial if options[name] != initial[name]]
+        return [f"answers.{name}={options[name]!r} is not used while answers.count is 0; set it." for name in changed]
+    if not options.prompts and not config.data.eval:
+        found.append(f"answers.count={options.count} needs prompts; set answers.prompts or data.eval.")
+    if config.stage == "reward":
+        found.append(f"answers.count={options.count}: stage 'reward' trains a model that writes no answers; use 0.")
+    if config.lora.rank:
+        found.append(
+            f"answers.count={options.count}: answers are written by whole models, and"
+            f" lora.rank={config.lora.rank} trains an adapter; use 0, and eval.generate on the export."
         )
     return found
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from transformers import PreTrainedTokenizerFast
 
 from fpo_jax import __version__, chat, checkpoint, data, hf, losses, model, optim, params
 from fpo_jax import config as configuration
@@ -148,15 +149,20 @@ def read_model(config: configuration.Config, source: Path) -> model.ModelConfig:
     return model_config
 
 
-def read_data(
-    config: configuration.Config, source: Path, model_config: model.ModelConfig
-) -> tuple[Dataset, Dataset | None]:
-    """Read the tokenizer and with it the training and the evaluation data."""
-    tokenizer = chat.load_tokenizer(
+def read_tokenizer(config: configuration.Config, source: Path) -> PreTrainedTokenizerFast:
+    """Read the tokenizer of a run: the model's, unless the configuration names another."""
+    return chat.load_tokenizer(
         config.tokenizer.path or source,
         chat_template=config.tokenizer.chat_template or None,
         eos_token=config.tokenizer.eos_token or None,
     )
+
+
+def read_data(
+    config: configuration.Config, source: Path, model_config: model.ModelConfig
+) -> tuple[Dataset, Dataset | None]:
+    """Read the tokenizer and with it the training and the evaluation data."""
+    tokenizer = read_tokenizer(config, source)
     hf.check_vocabulary(len(tokenizer), model_config)
     train = _dataset(config, "train", tokenizer, model_config.vocab_size)
     evaluation = _dataset(config, "eval", tokenizer, model_config.vocab_size) if config.data.eval else None

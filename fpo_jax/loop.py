@@ -20,6 +20,7 @@ import numpy as np
 import tqdm
 
 from fpo_jax import (
+    answering,
     checkpoint,
     data,
     execution,
@@ -78,11 +79,14 @@ def run(
             plan = job.plan(config, inputs, devices=layout.row_ways)
             trace = profiling.Trace(profile, workdir, last=plan.steps)
             compiled = programs.Programs(config, job.blueprint(config, inputs, plan), layout)
+            answers = None
+            if config.answers.count:
+                answers = answering.Answers(config, workdir, inputs, layout=compiled.layout)
             if hosts.first():
                 job.claim_workdir(config, workdir, inputs)
         hosts.check_shared(workdir)
         stop.connect(compiled.mesh)
-        one = _Run(config, workdir, inputs, plan, compiled, stop, fingerprints, trace)
+        one = _Run(config, workdir, inputs, plan, compiled, stop, fingerprints, trace, answers)
         one.announce()
         one.train()
 
@@ -100,9 +104,11 @@ class _Run:
         stop: execution.StopRequest,
         fingerprints: dict[str, str],
         trace: profiling.Trace,
+        answers: answering.Answers | None,
     ):
         self.config, self.workdir, self.inputs, self.plan = config, workdir, inputs, plan
         self.programs, self.stop, self.fingerprints, self.trace = compiled, stop, fingerprints, trace
+        self.answers = answers
         self.positions = compiled.positions(config.train.batch_size, accumulation=plan.accumulation)
         self.writers: metrics.Writers | metrics.Silent = metrics.Silent()
         self.nonfinite_in_a_row = 0
@@ -291,7 +297,15 @@ class _Run:
                 bar.set_postfix_str(_shown(numbers))
 
     def _evaluate(self, number: int, weights: shapes.PyTree, references: np.ndarray | None) -> dict[str, float]:
-        """Write and return the metrics of the evaluation data."""
+        """Write and return the metrics of the evaluation data and of the answers to prompts."""
+        found = self._evaluate_data(number, weights, references)
+        if self.answers is not None:
+            found |= self.answers(number, weights)
+        if found:
+            self.writers.write(number, found)
+        return found
+
+    def _evaluate_data(self, number: int, weights: shapes.PyTree, references: np.ndarray | None) -> dict[str, float]:
         if self.inputs.evaluation is None:
             return {}
         started, total = time.perf_counter(), None
@@ -309,10 +323,8 @@ class _Run:
             numbers["loss"] += self.inputs.loss.sft_weight * numbers["sft_loss"]
         if self.config.stage == "sft":
             numbers["perplexity"] = math.exp(numbers["sft_loss"])
-        found = {f"eval_{name}": value for name, value in numbers.items()}
-        self.writers.write(number, found)
         log.info("evaluation at step %d  %s  %.1f s", number, _shown(numbers), time.perf_counter() - started)
-        return found
+        return {f"eval_{name}": value for name, value in numbers.items()}
 
     def _check_best(self, found: dict[str, float]) -> None:
         """Refuse a metric that evaluations do not have, at the first of them."""

@@ -11,12 +11,13 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpo_jax import attention, hf, logps, losses, model, params, shapes, sharding
+from fpo_jax import attention, chat, data, hf, logps, losses, model, params, shapes, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +160,36 @@ class Rewarder:
         put = functools.partial(jax.device_put, device=self._place)
         scores_N = self._scores(self._params, put(tokens_NT), put(valid_NT), put(lengths_N - 1))
         return np.asarray(scores_N)[: len(rows)]
+
+
+def rows(
+    encoder: chat.Encoder,
+    prompts: Sequence[Any],
+    responses: Sequence[Sequence[Any]],
+    *,
+    rule: str,
+    window: int,
+) -> list[list[chat.Row]]:
+    """Build the rows of responses to prompts as a reward model's training builds them.
+
+    Args:
+        encoder: of the reward model's tokenizer.
+        prompts: texts, or conversations for rule `chat`.
+        responses: of each prompt.
+        rule: `raw` or `chat`.
+        window: tokens of a row; a longer prompt loses its beginning.
+    """
+    longest = window + 1  # the EOS is cut off below
+    if rule == "raw":
+        most = max(1, window - 1)
+        groups = chat.raw_rows(encoder, prompts, responses, max_length=longest, max_response_length=most)
+    else:
+        half = max(1, window // 2)
+        groups = chat.chat_rows(
+            encoder, prompts, responses, max_length=longest, max_prompt_length=half, truncate_together=False
+        )
+    stripped = [[data.without_eos(row, encoder.eos_id) for row in group] for group in groups]
+    return [[row._replace(ids=row.ids[:window]) for row in group] for group in stripped]
 
 
 def _buckets(longest: int) -> tuple[int, ...]:

@@ -225,7 +225,11 @@ def _respond(
 
     start = (jnp.int32(0), drawn_NS, lengths_N == 0, jnp.ones_like(lengths_N, bool), hidden_ND, cache)
     _, drawn_NS, _, sound_N, *_ = jax.lax.while_loop(unfinished, write, start)
-    return drawn_NS.reshape(-1, returns, steps), jnp.all(sound_N.reshape(-1, returns), axis=1)
+    found = drawn_NS.reshape(-1, returns, steps), jnp.all(sound_N.reshape(-1, returns), axis=1)
+    if layout.mesh is None:
+        return found
+    # every process reads all of it
+    return jax.lax.with_sharding_constraint(found, sharding.replicated(layout.mesh))
 
 
 def _draw(logits_NV: Float[Array, "N V"], keys_N, count, decoding: Decoding) -> Int[Array, " N"]:

@@ -11,7 +11,7 @@ import pytest
 
 from eval import generate, jobfile, label
 from eval import server as servers
-from fpo_jax import chat, checkpoint, execution, hf, loop, params, sample, sharding
+from fpo_jax import chat, checkpoint, execution, hf, loop, params, rewarding, sample, sharding
 from tests import tiny
 from tests.answer_server import AnswerServer
 from tests.paths import REPO, shared_data
@@ -396,7 +396,9 @@ def test_a_label_is_the_score_that_training_gives_the_same_row(judge, base, tmp_
     tokenizer = chat.encoder(chat.load_tokenizer(judge))
     pairs = jobfile.read(base / "held_out.jsonl")[:8]
     lines = [{"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]]} for pair in pairs]
-    rows = [row.ids for group in label._rows(tokenizer, lines, "raw", 40) for row in group]
+    prompts, completions = [line["prompt"] for line in lines], [line["completions"] for line in lines]
+    groups = rewarding.rows(tokenizer, prompts, completions, rule="raw", window=40)
+    rows = [row.ids for group in groups for row in group]
     assert rows == [prepared.row(index)[0].tolist() for index in range(16)]
 
 

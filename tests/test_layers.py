@@ -36,6 +36,7 @@ LAYERS = [
     "job",
     "programs",
     "scoring",
+    "answering",
     "topologies",
     "plan",
     "loop",

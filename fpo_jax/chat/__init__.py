@@ -5,7 +5,17 @@ tokenizer   load a tokenizer; encode so that text in the data can never become a
 rules       the two ways of building rows (`raw`, `chat`) and their truncation
 """
 
-from fpo_jax.chat.rules import Row, chat_rows, chat_texts, fit_chat, fit_raw, generation_prompts, raw_rows
+from fpo_jax.chat.rules import (
+    Row,
+    chat_rows,
+    chat_texts,
+    continuation,
+    fit_chat,
+    fit_raw,
+    generation_prompts,
+    keep_end,
+    raw_rows,
+)
 from fpo_jax.chat.templates import CHAT_TEMPLATES
 from fpo_jax.chat.tokenizer import Encoder, encode, encoder, identity, load_tokenizer
 
@@ -15,12 +25,14 @@ __all__ = [
     "Row",
     "chat_rows",
     "chat_texts",
+    "continuation",
     "encode",
     "encoder",
     "fit_chat",
     "fit_raw",
     "generation_prompts",
     "identity",
+    "keep_end",
     "load_tokenizer",
     "raw_rows",
 ]

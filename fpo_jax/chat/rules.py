@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jinja2
+from transformers import PreTrainedTokenizerFast
 
 from fpo_jax.chat import tokenizer as tokens
 from fpo_jax.chat.tokenizer import Encoder
@@ -221,6 +222,30 @@ def generation_prompts(
             whole = chat_texts(encoder, prompt, [_ANSWER], auto_insert_empty_system=auto_insert_empty_system)[1][0]
             texts.append(whole[: whole.rindex(_ANSWER)].rstrip(" "))
     return [_begin(ids, encoder) for ids in tokens.encode(encoder, texts)]
+
+
+def keep_end(encoder: Encoder, prompt: list[int], *, room: int) -> list[int]:
+    """Return the last `room` tokens of a prompt to continue; a BOS that the tokenizer itself adds stays in front.
+
+    Args:
+        encoder: of the tokenizer.
+        prompt: from `generation_prompts`.
+        room: tokens that the prompt may have, at least 1.
+    """
+    opening = prompt[:1] if encoder.adds_bos and prompt[:1] == [encoder.bos_id] else []
+    body = prompt[len(opening) :]
+    return opening + body[max(0, len(body) - (room - len(opening))) :]
+
+
+def continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response: list[int]) -> str:
+    """Decode a response in its place: a SentencePiece tokenizer drops a leading space from a text of its own."""
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    tail = prompt[-8:]  # enough for the context of a first character
+    before, whole = decode(tail), decode([*tail, *response])
+    return whole[len(before) :] if whole.startswith(before) else decode(response)
 
 
 def _no_messages():

@@ -46,8 +46,8 @@ def texts(entry: str) -> list[str]:
     found: list[str] = []
     for where, row in sources.rows(match["source"], split=match["split"], data_dir=None, revision=None):
         value = row.get(match["column"]) if isinstance(row, dict) else row
-        values = value if isinstance(value, list) else [value]
-        if not values or not all(isinstance(text, str) for text in values):
+        values = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if not values or (isinstance(value, list) and len(values) < len(value)):
             columns = f"; it has {', '.join(row)}" if isinstance(row, dict) else ""
             raise ValueError(f"{where}: the column {match['column']!r} is neither a text nor a list of texts{columns}")
         found += values

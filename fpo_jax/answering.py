@@ -1,0 +1,167 @@
+"""Answers to fixed prompts at every evaluation, and how often they beat those of the start.
+
+What flows in: the weights of now. What flows out: `answers/STEP.jsonl` in the workdir, one line per prompt, and
+
+    eval_answers/length    tokens of an answer, its stop token included
+    eval_answers/ended     share of the answers that ended by themselves
+    eval_answers/reward    mean score of answers.reward_model
+    eval_answers/win_rate  share of the prompts whose answer scores higher than that of the start, a tie one half
+
+A prompt's noise is the same at every step: where the policy has not changed, the answer has not. The reward model is on
+the devices for as long as it scores, so that training has all of their memory again.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from fpo_jax import chat, data, hf, hosts, job, rewarding, sample, shapes, sharding
+from fpo_jax import config as configuration
+
+FOLDER = "answers"
+DECIMALS = 6  # of a reward in a file
+
+
+class Answers:
+    """The prompts of a run, ready to be answered by its weights."""
+
+    def __init__(
+        self,
+        config: configuration.Config,
+        workdir: Path,
+        inputs: job.Inputs,
+        *,
+        layout: sharding.Layout = sharding.ONE_DEVICE,
+    ):
+        """Read and tokenize the prompts; touches no device and writes nothing.
+
+        Raises:
+            ValueError: no prompts, no room for an answer, or a reward model that is none.
+        """
+        options = config.answers
+        self._options, self._folder, self._layout = options, workdir / FOLDER, layout
+        self._config, self._rule = inputs.model_config, config.data.rule
+        self._seed, self._dtype = config.seed, config.model.compute_dtype
+        self._tokenizer = job.read_tokenizer(config, inputs.source)
+        encoder = chat.encoder(self._tokenizer)
+        ends = dict.fromkeys((encoder.eos_id, *self._config.eos_ids))
+        self._decoding = sample.Decoding(options.max_new_tokens, temperature=options.temperature, stop_ids=tuple(ends))
+        window = config.data.max_length
+        room = window - options.max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"answers.max_new_tokens={options.max_new_tokens} leaves no room for a prompt in"
+                f" data.max_length={window} tokens; lower it."
+            )
+        self._prompts = _prompts(config)
+        options_of_rule = {"auto_insert_empty_system": config.data.auto_insert_empty_system}
+        ids = chat.generation_prompts(encoder, self._prompts, rule=self._rule, **options_of_rule)
+        self._ids = [chat.keep_end(encoder, whole, room=room) for whole in ids]
+        self._window = window
+        self._judge = None
+        if options.reward_model:
+            self._judge = hf.local_dir(options.reward_model, revision=None)
+            if not hf.read_config(self._judge).reward_head:
+                raise ValueError(
+                    f"answers.reward_model={options.reward_model!r} is a language model; give a reward model."
+                )
+            self._judge_encoder = chat.encoder(chat.load_tokenizer(self._judge))
+
+    def __call__(self, number: int, weights: shapes.PyTree) -> dict[str, float]:
+        """Answer every prompt, write the answers of update `number`, and return their metrics."""
+        drawn = sample.sample(
+            weights,
+            self._ids,
+            config=self._config,
+            decoding=self._decoding,
+            seed=self._seed,
+            batch_size=self._options.batch_per_device * self._layout.row_ways,
+            window=self._window,
+            compute_dtype=self._dtype,
+            layout=self._layout,
+        )
+        lines = [self._line(index, responses[0]) for index, responses in enumerate(drawn)]
+        found = {
+            "eval_answers/length": float(np.mean([line["tokens"] for line in lines])),
+            "eval_answers/ended": float(np.mean([line["finish"] == "stop" for line in lines])),
+        }
+        if self._judge is not None:
+            rewards = self._rewards([line["completion"] for line in lines])
+            for line, reward in zip(lines, rewards, strict=True):
+                line["reward"] = round(reward, DECIMALS)
+            found |= self._against_the_start(number, lines)
+        with hosts.together():
+            if hosts.first():
+                self._write(number, lines)
+        return found
+
+    def _line(self, index: int, ids: list[int]) -> dict:
+        stopped = ids[-1] in self._decoding.stop_ids
+        text = chat.continuation(self._tokenizer, self._ids[index], ids[:-1] if stopped else ids)
+        finish = "stop" if stopped else "length"
+        return {
+            "index": index, "prompt": self._prompts[index], "completion": text, "finish": finish, "tokens": len(ids)
+        }  # fmt: skip
+
+    def _rewards(self, texts: list[str]) -> list[float]:
+        assert self._judge is not None
+        window = hf.read_config(self._judge).max_positions
+        groups = rewarding.rows(
+            self._judge_encoder, self._prompts, [[text] for text in texts], rule=self._rule, window=window
+        )
+        rows = [row.ids for group in groups for row in group]
+        rewarder = rewarding.Rewarder(
+            self._judge,
+            max_length=max(len(row) for row in rows),
+            compute_dtype=self._dtype,
+            batch_per_device=self._options.batch_per_device,
+        )
+        return rewarder(rows).tolist()
+
+    def _against_the_start(self, number: int, lines: list[dict]) -> dict[str, float]:
+        start = lines if number == 0 else read(self._folder, 0)
+        margins = np.array([line["reward"] - first["reward"] for line, first in zip(lines, start, strict=True)])
+        wins = 0.5 * (np.sign(margins) + 1)
+        return {
+            "eval_answers/reward": float(np.mean([line["reward"] for line in lines])),
+            "eval_answers/win_rate": float(wins.mean()),
+        }
+
+    def _write(self, number: int, lines: list[dict]) -> None:
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"{number}.jsonl"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+        temporary.replace(path)
+
+
+def read(folder: Path, number: int) -> list[dict]:
+    """Return the answers after an update.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = folder / f"{number}.jsonl"
+    if not path.exists():
+        raise ValueError(f"{path} is missing, and the answers of a later step are compared with it; put it back.")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _prompts(config: configuration.Config) -> list[str | list[dict[str, str]]]:
+    """Return the first distinct prompts."""
+    options, own = config.data, config.answers.prompts
+    rows = configuration.row_slice("" if own else options.eval_rows)
+    records = data.read(
+        own or options.eval,
+        format="prompts" if own else options.format,
+        split=None if own else options.eval_split or None,
+        hh_split="last_turn" if own else options.hh_split,
+        on_bad_row=options.on_bad_row,
+        start=rows.start or 0,
+        stop=rows.stop,
+        data_dir=None if own else options.subfolder or None,
+        revision=None if own else options.revision or None,
+    )
+    distinct = {json.dumps(record.prompt): record.prompt for record in records.rows}
+    return list(distinct.values())[: config.answers.count]

@@ -1,0 +1,133 @@
+"""Answers during training: what is written and measured, the best checkpoint by it, resumption, and refusals."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval import export, generate, jobfile
+from fpo_jax import answering, checkpoint, job, metrics
+from tests import resuming, tiny
+from tests.test_rewarding import base, run  # noqa: F401  fixtures
+
+
+@pytest.fixture(scope="module")
+def judge(run, tmp_path_factory):  # noqa: F811
+    """A reward model that prefers answers that end in an exclamation mark."""
+    out = tmp_path_factory.mktemp("judge") / "rm"
+    export.export(run, out, step="best", dtype=None)
+    return out
+
+
+def config(base, **changed):  # noqa: F811
+    given = {
+        "data__eval": str(base / "held_out.jsonl"),
+        "train__max_steps": 6,
+        "train__eval_every": 2,
+        "train__batch_size": 4,
+        "optim__learning_rate": 1e-2,
+        "answers__count": 6,
+        "answers__max_new_tokens": 5,
+        "answers__batch_per_device": 8,
+    }
+    return tiny.config(base / "model", base / "train.jsonl", **(given | changed))
+
+
+def numbers(workdir):
+    lines = metrics.read(workdir / metrics.METRICS_FILE)
+    return {line["step"]: line for line in lines if "eval_answers/length" in line}
+
+
+@pytest.fixture(scope="module")
+def trained(base, judge, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("trained") / "w"
+    resuming.whole(config(base, answers__reward_model=str(judge), train__keep_best="eval_answers/win_rate"), workdir)
+    return workdir
+
+
+def test_the_metrics_are_those_of_the_lines(trained):
+    found = numbers(trained)
+    assert list(found) == [0, 2, 4, 6] and found[0]["eval_answers/win_rate"] == 0.5
+    start = answering.read(trained / "answers", 0)
+    for number, line in found.items():
+        lines = answering.read(trained / "answers", number)
+        assert [one["prompt"] for one in lines] == [one["prompt"] for one in start] and len(lines) == 6
+        rewards = np.array([one["reward"] for one in lines])
+        first = np.array([one["reward"] for one in start])
+        assert line["eval_answers/reward"] == pytest.approx(rewards.mean(), abs=1e-12)
+        assert line["eval_answers/win_rate"] == (np.sum(rewards > first) + 0.5 * np.sum(rewards == first)) / 6
+        assert line["eval_answers/length"] == np.mean([one["tokens"] for one in lines])
+        assert line["eval_answers/ended"] == np.mean([one["finish"] == "stop" for one in lines])
+    assert answering.read(trained / "answers", 6) != start
+
+
+def test_the_best_checkpoint_is_the_one_that_wins_most(trained):
+    found = numbers(trained)
+    _, meta = checkpoint.restore_params(trained, checkpoint.BEST)
+    best = max(found[number]["eval_answers/win_rate"] for number in (2, 4, 6))
+    assert found[meta["step"]]["eval_answers/win_rate"] == best
+
+
+def test_the_answers_of_the_start_are_the_samplers(trained, base, tmp_path):  # noqa: F811
+    prompts = [line["prompt"] for line in jobfile.read(base / "held_out.jsonl")][:6]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    given = {"max_new_tokens": 5, "temperature": 0.8, "seed": 42, "max_length": 40, "compute_dtype": "float32"}
+    options = generate.Options(
+        out=tmp_path / "a.jsonl", data=str(tmp_path / "p.jsonl"), model=str(base / "model"), batch_size=1, **given
+    )
+    generate.run(options)
+    ours = answering.read(trained / "answers", 0)
+    assert [[line["completion"]] for line in ours] == [line["completions"] for line in jobfile.read(options.out)]
+
+
+def test_a_stopped_run_writes_the_same(base, judge, tmp_path, monkeypatch, trained):  # noqa: F811
+    c = config(base, answers__reward_model=str(judge), train__keep_best="eval_answers/win_rate")
+    resuming.stopped(c, tmp_path / "w", monkeypatch, after=3)
+    assert resuming.outcome(tmp_path / "w") == resuming.outcome(trained)
+    for number in (0, 2, 4, 6):
+        name = f"answers/{number}.jsonl"
+        assert (tmp_path / "w" / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_answers_without_a_judge_and_without_evaluation_data_on_a_mesh(base, tmp_path):  # noqa: F811
+    from fpo_jax import loop
+
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a?"}\n{"prompt": "a?"}\n{"prompt": "b?"}\n')
+    c = config(base, data__eval="", answers__prompts=str(tmp_path / "p.jsonl"), train__max_steps=1, train__batch_size=8)
+    loop.run(c, tmp_path / "w")
+    assert [line["prompt"] for line in answering.read(tmp_path / "w" / "answers", 1)] == ["a?", "b?"]
+    assert set(numbers(tmp_path / "w")[1]) == {"step", "eval_answers/length", "eval_answers/ended"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"answers__count": 0}, "answers.max_new_tokens=5 is not used while answers.count is 0"),
+        ({"data__eval": ""}, "answers.count=6 needs prompts; set answers.prompts or data.eval"),
+        ({"lora__rank": 2}, "lora.rank=2 trains an adapter"),
+        ({"answers__count": -1}, "answers.count=-1 must"),
+        ({"answers__temperature": -1.0}, "answers.temperature=-1"),
+    ],
+)
+def test_settings_that_are_refused(base, changed, message):  # noqa: F811
+    with pytest.raises(ValueError, match=message):
+        job.check(config(base, **changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"answers__max_new_tokens": 40},
+            "answers.max_new_tokens=40 leaves no room for a prompt in data.max_length=40",
+        ),
+        ({"answers__reward_model": "the base"}, "is a language model; give a reward model"),
+        ({"answers__prompts": "nothing/here.jsonl"}, "no file or directory"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_written(base, tmp_path, changed, message):  # noqa: F811
+    if "answers__reward_model" in changed:
+        changed = {"answers__reward_model": str(base / "model")}
+    with pytest.raises(ValueError, match=message):
+        resuming.whole(config(base, **changed), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
