@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,22 @@ def only(path: Path, rows: Iterable[Row], field: str, remedy: str) -> str:
     if len(values) > 1:
         raise ValueError(f"{path} has {len(values)} values of {field}: {', '.join(values[:5])}; {remedy}")
     return values[0] if values else ""
+
+
+def latest(rows: Iterable[Row], key: Callable[[Row], Hashable], counts: Callable[[Row], bool]) -> tuple[list[Row], int]:
+    """Keep one row of each key: the last that counts, else the last; a run that was repeated leaves several.
+
+    Returns:
+        the rows in the order in which their keys first stand, and how many were left out.
+    """
+    kept: dict[Hashable, Row] = {}
+    total = 0
+    for row in rows:
+        total += 1
+        place = key(row)
+        if place not in kept or counts(row) or not counts(kept[place]):
+            kept[place] = row
+    return list(kept.values()), total - len(kept)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
