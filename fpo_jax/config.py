@@ -75,6 +75,7 @@ def default() -> Config:
     c.data.train_split = ""  # split of a hub or saved data set; "" for a file
     c.data.train_rows = ""  # slice of the rows, "0:1600"; "" = all
     c.data.mixer = ()  # instead of train: several sources, each "source=fraction" or "source@split=fraction"
+    c.data.decontaminate = ()  # benchmarks, each "source=column" or "source@split=column": what repeats one is dropped
     c.data.eval = ""  # as train; "" = no evaluation
     c.data.eval_split = ""
     c.data.eval_rows = ""

@@ -13,6 +13,7 @@ import jax
 
 from fpo_jax import __version__, chat, checkpoint, data, hf, losses, model, optim, params
 from fpo_jax import config as configuration
+from fpo_jax.data import decontamination
 
 
 class Dataset(NamedTuple):
@@ -92,6 +93,11 @@ def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str
             data.parse(entry)
         except ValueError as error:
             found.append(f"data.mixer: {error}")
+    for entry in config.data.decontaminate:
+        try:
+            decontamination.check(entry)
+        except ValueError as error:
+            found.append(f"data.decontaminate: {error}")
     if config.stage == "sft" and loss.name != "sft":
         found.append(f"loss.name={config.loss.name!r} does not belong to stage 'sft'; use 'sft'.")
     if loss.of_scores != (config.stage == "reward"):
@@ -179,6 +185,9 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
         records = data.mixture([data.parse(entry) for entry in options.mixer], read)
     else:
         records = read(data.Part(options[name], options[f"{name}_split"], 1.0))
+    if name == "train" and options.decontaminate:
+        texts = [text for entry in options.decontaminate for text in decontamination.texts(entry)]
+        records = decontamination.clean(records, texts)
     if options.group_size == 1:
         records = data.best_only(records)
     chat_only = {}

@@ -295,11 +295,12 @@ gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
 for accumulation in (1, 2, 3):
     positions = one.positions(24, accumulation=accumulation)
     rows = (positions[:, None] * 3 + np.arange(3)).reshape(-1)
-    part = type(whole)(*(leaf[rows if len(leaf) == 72 else positions] for leaf in whole))
+    part = jax.tree.map(lambda leaf: leaf[rows if len(leaf) == 72 else positions], whole)
     stacked = accumulation > 1
     if stacked:
         part = step.stack_micro_batches(part, accumulation=accumulation)
-    for leaf, expected in zip(one.place(part, stacked=stacked), whole, strict=True):
+    placed = one.place(part, stacked=stacked)
+    for leaf, expected in zip(jax.tree.leaves(placed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(np.asarray(gather(leaf)).reshape(expected.shape), expected)
 print("done")
 """

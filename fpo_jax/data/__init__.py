@@ -7,6 +7,7 @@ prepared     records -> `Prepared` (flat token storage) with an `Audit` of every
 packing      short texts of `Prepared` packed into rows
 audit        what the audit counts, as text and as JSON
 mixing       several sources as one
+decontamination  records that repeat a benchmark are dropped
 batches      order of the groups, resumable cursor, static shapes -> `shapes.Batch`
 """
 

@@ -310,9 +310,13 @@ def _response(value: Any, prompt: str | list[Message], index: int) -> str | Mess
 def _reward(value: Any, index: int) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRow(f"reward {index} must be a number, not {_kind(value)}")
-    if not math.isfinite(value):
-        raise BadRow(f"reward {index} is {value}; rewards must be finite")
-    return float(value)
+    try:
+        reward = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        reward = math.inf
+    if not math.isfinite(reward):
+        raise BadRow(f"reward {index} is {reward}; rewards must be finite")
+    return reward
 
 
 def _check_problems(problems: list[str], count: int, on_bad_row: str) -> None:

@@ -124,6 +124,7 @@ def _layer_by_layer(row: params.Row, layers: list[Tensor], dtype: np.dtype, plac
         view = tensor.mapped(row.disk_shape)
         placed = _place(functools.partial(_copy, view, dtype=dtype), row.disk_shape, layer_on)
         stacked = _set_layer(stacked, placed, np.int32(layer), row=row, place=stacks_on)
+        del placed  # else it is held while the next layer is read
         stacked.block_until_ready()  # else the host runs ahead and holds the layers that wait
     return stacked if place == stacks_on else jax.device_put(stacked, place)
 
