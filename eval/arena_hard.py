@@ -104,7 +104,7 @@ def read(path: Path) -> list[judgements.Row]:
                 f"{place}: no field 'uid' (v2.0) or 'question_id' (v0.1); this is no Arena-Hard judgement."
             )
         category = row.get("category", None if "uid" in row else OLD)
-        if category not in SIZES:
+        if not isinstance(category, str) or category not in SIZES:
             raise ValueError(f"{place}: category={category!r} is not one of {', '.join(SIZES)}.")
         games = row["games"]
         if not isinstance(games, list) or len(games) != 2:

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import math
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,10 @@ def number(place: str, row: Mapping[str, Any], field: str) -> float:
     value = row[field]
     try:
         found = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
-        raise ValueError(f"{place}: {field}={value!r} is no finite number; put the file right.")
+        raise ValueError(f"{place}: {field}={value!r:.80} is no finite number; put the file right.")
     return found
 
 
@@ -82,7 +83,7 @@ def whole(place: str, row: Mapping[str, Any], field: str) -> int:
     """
     found = number(place, row, field)
     if found < 0 or found != int(found):
-        raise ValueError(f"{place}: {field}={row[field]!r} is no whole number from 0 on; put the file right.")
+        raise ValueError(f"{place}: {field}={row[field]!r:.80} is no whole number from 0 on; put the file right.")
     return int(found)
 
 
@@ -93,7 +94,7 @@ def text(place: str, row: Mapping[str, Any], field: str) -> str:
         ValueError: the field holds something else.
     """
     if not isinstance(row[field], str):
-        raise ValueError(f"{place}: {field}={row[field]!r} is no text; put the file right.")
+        raise ValueError(f"{place}: {field}={row[field]!r:.80} is no text; put the file right.")
     return row[field]
 
 
@@ -142,7 +143,7 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     """Write a report at once or not at all; a number that is not finite is a fault of ours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
 
 
@@ -152,9 +153,6 @@ def _json_rows(path: Path) -> Iterable[Row]:
             raise ValueError(f"{place}: {row}; cut the row off if its writer was killed, and judge it again.")
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a row must be a JSON object, not {type(row).__name__}.")
-        bad = next((f"{key}: {value}" for key, value in row.items() if isinstance(value, sources.BadRow)), None)
-        if bad:
-            raise ValueError(f"{place}: {bad}; write null for a judgement that there is not.")
         yield place, row
 
 
@@ -162,14 +160,14 @@ def _csv_rows(path: Path) -> Iterable[Row]:
     data = path.read_bytes()
     try:
         content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as text ({error}); fetch the file again.") from error
-    reader = csv.DictReader(io.StringIO(content, newline=""))
-    for row in reader:
-        place = f"{path}:{reader.line_num}"
+        reader = csv.DictReader(io.StringIO(content, newline=""))
+        rows = [(f"{path}:{reader.line_num}", row) for row in reader]
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a table ({error}); fetch the file again.") from error
+    for place, row in rows:
         if None in row or None in row.values():
             raise ValueError(f"{place}: not the {len(reader.fieldnames or ())} columns of the header; fetch it again.")
-        yield place, row
+    return rows
 
 
 def _what(row: Mapping[str, Any]) -> str:

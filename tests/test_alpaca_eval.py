@@ -171,8 +171,10 @@ def test_damaged_files_are_refused(tmp_path):
         ("half.jsonl", f"{whole}\n{whole[:40]}".encode(), r"half\.jsonl:2: broken JSON.*judge it again"),
         ("half.json", f"[{whole}, ".encode(), r"half\.json:1: broken JSON"),
         ("half.jsonl.gz", gzip.compress(whole.encode() * 9)[:60], "gzip stream is cut"),
-        ("nan.json", f"[{whole.replace('1.0', 'NaN')}]".encode(), "preference: NaN is not JSON; write null"),
+        ("nan.json", f"[{whole.replace('1.0', 'NaN')}]".encode(), "preference=.*NaN is not JSON.* is no finite number"),
         ("short.csv", b"index,len_1,len_2,preference\n0,5\n", r"short\.csv:2: not the 4 columns"),
+        ("torn.csv.gz", gzip.compress(b"index,preference\n" * 9)[:-20] + b"\xff" * 12, "cannot be read as a table"),
+        ("long.json", f"[{whole.replace('1.0', '1' * 400)}]".encode(), "preference=1{80} is no finite number"),
         ("empty.json", b"", "holds no row"),
     ):
         (tmp_path / name).write_bytes(content)

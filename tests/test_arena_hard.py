@@ -162,6 +162,7 @@ WRONG = [
         [{"uid": "u", "category": "math", "model": "m", "games": [None, None]}],
         "category='math' is not one of arena-hard",
     ),
+    ([new_row(0, "A>B", "A>B", category=["hard_prompt"])], r"category=\['hard_prompt'\] is not one of"),
     ([{"model": "m", "games": [None, None]}], r"no field 'uid' \(v2\.0\) or 'question_id' \(v0\.1\)"),
     ([old_row(0, "A>B", "A>B") | {"games": [{"score": "A>B"}]}], "games must be two, one in each order"),
     ([old_row(0, "A>B", "A>B") | {"games": [{}, None]}], "a game must be null or have a `score`"),
