@@ -6,7 +6,8 @@ A table goes to stdout, all numbers to --json. --difficulty hub (or a path to df
 win rate, --weights takes it from published weights instead of a fit. Nothing is judged here and no key is needed.
 
 A preference of 1.5 (or 0, as old files have it) is a tie; so are two equal answers, which no judge was asked about.
-Other rows without a preference are left out and counted; where more than 1 % are missing, win rates are withheld.
+Other rows without a preference are left out and counted; where more than 1 % of the 805 instructions are not judged,
+win rates are withheld.
 
 Exit codes: 0 scored; 1 a win rate is withheld; 2 the input cannot be used.
 """
@@ -32,7 +33,8 @@ class Options:
     annotations: tuple[Path, ...]  # one file per model
     difficulty: str = ""  # df_gamed.csv or hub: adds length control
     weights: str = ""  # table of fitted weights by model, for length control without a fit
-    min_coverage: float = 0.99  # share of judged rows below which win rates are withheld
+    instructions: int = 805  # of the benchmark; 0 = those of the file
+    min_coverage: float = 0.99  # share of judged instructions below which win rates are withheld
     json: str = ""
 
 
@@ -60,6 +62,8 @@ def run(options: Options) -> dict[str, Any]:
     """
     if not 0 <= options.min_coverage <= 1:
         raise ValueError(f"--min-coverage={options.min_coverage} is no share; use a number from 0 to 1.")
+    if options.instructions < 0:
+        raise ValueError(f"--instructions={options.instructions} must be their number, or 0 for those of the file.")
     if options.weights and not options.difficulty:
         raise ValueError(
             "--weights needs --difficulty too: the win rate is a mean over the instructions' difficulties."
@@ -75,13 +79,18 @@ def run(options: Options) -> dict[str, Any]:
         scores["avg_length"] = sum(found.lengths) // len(found.lengths)
         if known is not None:
             scores |= _controlled(found, known, weights)
-        coverage = scores["n_total"] / len(found.preferences)
+        size = options.instructions or len(found.preferences)
+        if len(found.preferences) > size:
+            raise ValueError(
+                f"{path} has {len(found.preferences)} rows and the benchmark {size} instructions; keep one judgement of"
+                " each, or give --instructions."
+            )
+        coverage = scores["n_total"] / size
         withheld = coverage < options.min_coverage
         if withheld:
             scores |= {name: None for name, value in scores.items() if isinstance(value, float)}
-        about = {"n_rows": len(found.preferences), "coverage": coverage, "withheld": withheld}
-        about |= {"commonest_answer": found.commonest, "judge": found.judge, "file": str(path)}
-        report[found.model] = scores | about
+        about = {"n_instructions": size, "coverage": coverage, "withheld": withheld}
+        report[found.model] = scores | about | {"commonest_answer": found.commonest, "judge": found.judge}
     return {"benchmark": "AlpacaEval 2", "models": report}
 
 
@@ -164,7 +173,7 @@ def table(report: dict[str, Any]) -> str:
             _number(one["discrete_win_rate"]),
         ]
         cells += [str(one[key]) for key in ("n_wins", "n_wins_base", "n_draws")]
-        rows.append([*cells, f"{one['n_total']}/{one['n_rows']}", str(one["avg_length"])])
+        rows.append([*cells, f"{one['n_total']}/{one['n_instructions']}", str(one["avg_length"])])
     return judgements.table(head, rows)
 
 
@@ -172,13 +181,14 @@ def remarks(report: dict[str, Any]) -> list[str]:
     """Return what a reader of the table must know about its rows."""
     found = []
     for name, one in report["models"].items():
+        left = one["n_instructions"] - one["n_total"]
         if one["withheld"]:
             found.append(
-                f"{name}: win rates withheld, {one['n_rows'] - one['n_total']} of {one['n_rows']} rows are not judged;"
-                " judge them, or lower --min-coverage."
+                f"{name}: win rates withheld, {left} of {one['n_instructions']} instructions are not judged; judge the"
+                " rest, or lower --min-coverage."
             )
-        elif one["n_total"] < one["n_rows"]:
-            found.append(f"{name}: {one['n_rows'] - one['n_total']} rows are not judged and left out.")
+        elif left:
+            found.append(f"{name}: {left} of {one['n_instructions']} instructions are not judged and left out.")
         if one["commonest_answer"] >= CONSTANT:
             found.append(
                 f"{name}: {one['commonest_answer']:.0%} of the answers are alike (or as long, in a file without texts),"

@@ -92,7 +92,9 @@ def test_ties_never_asked_and_rows_never_judged(tmp_path):
     rows = [annotation(0, 2.0), annotation(1, 1.0), annotation(2, None, first="same", second="same")]
     rows += [annotation(3, 0), annotation(4, 1.5), annotation(5, 1.75), annotation(6, None)]
     path = written(tmp_path / "a.json", rows)
-    found = alpaca_eval.run(alpaca_eval.Options(annotations=(path,), min_coverage=0.8))["models"]["ours"]
+    found = alpaca_eval.run(alpaca_eval.Options(annotations=(path,), instructions=0, min_coverage=0.8))["models"][
+        "ours"
+    ]
     judged = [1, 0, 0.5, 0.5, 0.5, 0.75]
     assert found["win_rate"] == pytest.approx(100 * np.mean(judged), abs=1e-12)
     assert found["standard_error"] == pytest.approx(100 * np.std(judged, ddof=1) / math.sqrt(6), abs=1e-12)
@@ -110,13 +112,16 @@ def test_too_few_judgements_withhold_the_rate(tmp_path, capsys):
     out = tmp_path / "report" / "scores.json"
     arguments = ["--annotations", str(written(tmp_path / "a.json", rows)), "--json", str(out)]
     assert alpaca_eval.main(arguments) == 1
+    assert "ours: win rates withheld, 707 of 805 instructions are not judged" in capsys.readouterr().out
+    arguments += ["--instructions", "100"]
+    assert alpaca_eval.main(arguments) == 1
     printed = capsys.readouterr().out
-    assert "ours: win rates withheld, 2 of 100 rows are not judged" in printed and "100.00" not in printed
+    assert "ours: win rates withheld, 2 of 100 instructions are not judged" in printed and "100.00" not in printed
     found = json.loads(out.read_text())["models"]["ours"]
     assert found["win_rate"] is None and found["discrete_win_rate"] is None and found["n_wins"] == 98
     assert alpaca_eval.main([*arguments, "--min-coverage", "0.98"]) == 0
     printed = capsys.readouterr().out
-    assert "ours: 2 rows are not judged and left out" in printed and "98/100" in printed
+    assert "ours: 2 of 100 instructions are not judged and left out" in printed and "98/100" in printed
     assert json.loads(out.read_text())["models"]["ours"]["win_rate"] == 100.0
 
 
@@ -132,7 +137,8 @@ def test_every_form_of_file_gives_the_same(tmp_path):
         written(tmp_path / "list.json", rows),
         *map(tmp_path.joinpath, ("lines.jsonl", "packed.jsonl.gz", "ours.csv")),
     ]
-    found = [alpaca_eval.run(alpaca_eval.Options(annotations=(path,)))["models"]["ours"] for path in paths]
+    options = [alpaca_eval.Options(annotations=(path,), instructions=0) for path in paths]
+    found = [alpaca_eval.run(one)["models"]["ours"] for one in options]
     for one in found:
         assert {name: one[name] for name in (*PUBLISHED, "avg_length")} == {
             name: found[0][name] for name in (*PUBLISHED, "avg_length")
@@ -188,6 +194,8 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
     path = written(tmp_path / "a.json", [annotation(0, 1.0), annotation(1, 2.0)])
     for more, message in (
         (["--min-coverage", "1.1"], "--min-coverage=1.1 is no share"),
+        (["--instructions", "-1"], "--instructions=-1 must be their number"),
+        (["--instructions", "1"], "has 2 rows and the benchmark 1 instructions; keep one judgement of each"),
         (["--weights", "w.csv"], "--weights needs --difficulty"),
         (
             ["--difficulty", "absent.csv"],
@@ -255,7 +263,7 @@ def noisy(tmp_path_factory):
 
 
 def controlled(annotations, gamed, **more):
-    options = alpaca_eval.Options(annotations=(annotations,), difficulty=str(gamed), **more)
+    options = alpaca_eval.Options(annotations=(annotations,), difficulty=str(gamed), instructions=0, **more)
     (found,) = alpaca_eval.run(options)["models"].values()
     return found
 

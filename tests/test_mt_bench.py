@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from eval import agreement, mt_bench
+from eval import agreement, intervals, mt_bench
 from fpo_jax.data import sources
 from tests.paths import shared_data
 
@@ -91,7 +91,8 @@ def test_the_categories_are_those_of_the_real_questions():
 
 
 def test_doctests():
-    assert doctest.testmod(mt_bench).failed == 0
+    for module in (mt_bench, intervals):
+        assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -286,3 +287,8 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
     assert "j.jsonl:2: broken JSON" in capsys.readouterr().err
     assert mt_bench.main(["--judgements", str(path), "--min-coverage", "2"]) == 2
     assert "--min-coverage=2.0 is no share" in capsys.readouterr().err
+
+
+def test_an_interval_needs_two_values():
+    with pytest.raises(ValueError, match="an interval of 1 values; need at least 2"):
+        intervals.mean_interval([1.0])
