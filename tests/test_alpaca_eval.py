@@ -7,7 +7,9 @@ import json
 import math
 
 import numpy as np
+import pandas
 import pytest
+from scipy import optimize
 
 from eval import alpaca_eval, judgements, length_control
 from tests import tolerances
@@ -80,7 +82,6 @@ def test_published_weights_predict_the_published_rates():
     )
     targets = np.array([whole[name] for name in names])
     half = np.arange(len(names)) % 2 == 0
-    optimize = pytest.importorskip("scipy.optimize")
     shares, _ = optimize.nnls(np.vstack([rates[half], np.full(61, 1e4)]), np.append(targets[half], 1e4))
     np.testing.assert_allclose(rates[~half] @ shares, targets[~half], atol=tolerances.PUBLISHED_RATE)
 
@@ -289,7 +290,6 @@ def test_the_fit_is_that_of_the_package(noisy, monkeypatch):
     fitted = controlled(annotations, gamed)
     assert fitted["length_controlled_winrate"] == pytest.approx(53.71902358664288, abs=tolerances.PACKAGE_RATE)
     assert fitted["lc_standard_error"] == pytest.approx(0.7016518288195212, abs=tolerances.PACKAGE_RATE)
-    pandas = pytest.importorskip("pandas")
     package = pytest.importorskip(
         "alpaca_eval.metrics.glm_winrate",
         reason="the recorded figures agree; the package alpaca_eval itself is not installed",

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from eval import arena_hard
 from tests import tolerances
@@ -77,7 +78,6 @@ def test_every_verdict_in_both_orders(tmp_path):
 
 def test_score_is_the_joint_bradley_terry_fit(tmp_path):
     """The harness fits all models at once by maximum likelihood and reads each win rate against the baseline off it."""
-    optimize = pytest.importorskip("scipy.optimize")
     rows = drawn(old_row, MODELS, 60, seed=1)
     names = [*MODELS]
     model_M = np.array([names.index(row["model"]) for row in rows for _ in battles(row)])
