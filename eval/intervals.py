@@ -1,4 +1,4 @@
-"""95 % intervals of success rates: of one rate, and of the change between two answers to the same questions."""
+"""95 % intervals: of a success rate, of a mean, and of the change between two answers to the same questions."""
 
 import math
 from collections.abc import Sequence
@@ -48,8 +48,25 @@ def paired_difference(before: Sequence[float], after: Sequence[float]) -> tuple[
     count = len(before)
     if count != len(after) or count < 2:
         raise ValueError(f"{count} outcomes before and {len(after)} after; need the same number, at least 2.")
-    changes = [float(b) - float(a) for a, b in zip(before, after, strict=True)]
-    mean = sum(changes) / count
-    variance = sum((change - mean) ** 2 for change in changes) / (count - 1)
+    return mean_interval([float(b) - float(a) for a, b in zip(before, after, strict=True)])
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return (mean, low, high) of a mean by the normal interval.
+
+    Args:
+        values: of independent units, at least two.
+
+    Raises:
+        ValueError: fewer.
+
+    >>> tuple(round(number, 4) for number in mean_interval([1.0, 2.0, 4.0]))
+    (2.3333, 0.6048, 4.0619)
+    """
+    count = len(values)
+    if count < 2:
+        raise ValueError(f"an interval of {count} values; need at least 2.")
+    mean = sum(values) / count
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
     spread = Z95 * math.sqrt(variance / count)
     return mean, mean - spread, mean + spread
