@@ -63,6 +63,12 @@ def test_the_report_compares_every_alignment_with_the_start(finished):
     start, aligned = (jobfile.read(workdir / report[name]["file"]) for name in report)
     means = [[sum(line["rewards"]) / 2 for line in lines] for lines in (start, aligned)]
     assert one["change"]["mean"] == pytest.approx(sum(b - a for a, b in zip(*means, strict=True)) / 4)
+    won = [
+        (new > old) + 0.5 * (new == old)
+        for before, after in zip(start, aligned, strict=True)
+        for old, new in zip(before["rewards"], after["rewards"], strict=True)
+    ]
+    assert one["win_rate"]["mean"] == sum(won) / 8 and one["win_rate"]["low"] <= sum(won) / 8 <= one["win_rate"]["high"]
     assert json.loads((workdir / "report" / "report.json").read_text()) == json.loads(json.dumps(report))
     assert "| alphapo-rw-seed1234 | 4 x 2 |" in (workdir / "report" / "report.md").read_text()
 
