@@ -1,6 +1,6 @@
 """What a pipeline found: rewards and win rates of the answers before and after each alignment, as JSON and as a table.
 
-Scored files in (prompt, completions, rewards a line), report.json and report.md out. An answer's prompt is the unit: a
+Scored files in (prompt, completions, rewards a line), report.json and table.md out. An answer's prompt is the unit: a
 prompt's rewards are averaged first, and changes are taken prompt by prompt against the model that the alignments began
 with, so that hard prompts do not widen the intervals. Win rates compare the answers one by one with the start's, the
 higher reward wins; their intervals resample prompts.
@@ -39,8 +39,8 @@ def write(workdir: Path, scores: Mapping[str, Path], report: dict[str, Any]) -> 
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.md").write_text(markdown(report))
-    return str(folder / "report.md")
+    (folder / "table.md").write_text(markdown(report))
+    return str(folder / "table.md")
 
 
 def summary(rows: list[dict[str, Any]], *, before: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -96,8 +96,8 @@ def table(report: Mapping[str, Any]) -> str:
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as a markdown table."""
     lines = [
-        "| model | prompts x answers | mean reward | change against the start (95 %) | win rate (95 %) | at equal length |"
-        " characters |",
+        "| model | prompts x answers | mean reward | change against the start (95 %) | win rate (95 %) |"
+        " at equal length | characters |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, one in report.items():
