@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from eval import jobfile
 from eval import options as command_line
@@ -122,19 +123,19 @@ def run(options: Options) -> Summary:
     """
     decoding = _decoding(options, ())
     _check(options)
-    prompts = _prompts(options)
     if options.server:
-        return _with_server(options, prompts, decoding)
-    return _with_model(options, prompts)
+        return _with_server(options, _prompts(options, None), decoding)
+    return _with_model(options)
 
 
-def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
+def _with_model(options: Options) -> Summary:
     source, config, load, fingerprint = _model(options)
     tokenizer = chat.load_tokenizer(
         options.tokenizer or source,
         chat_template=options.chat_template or None,
         eos_token=options.eos_token or None,
     )
+    prompts = _prompts(options, tokenizer)
     encoder = chat.encoder(tokenizer)
     decoding = _decoding(options, (encoder.eos_id, *config.eos_ids))
     window = options.max_length or config.max_positions
@@ -290,7 +291,7 @@ def _decoding(options: Options, ends: Sequence[int]) -> sample.Decoding:
     )
 
 
-def _prompts(options: Options) -> list[_Prompt]:
+def _prompts(options: Options, tokenizer: PreTrainedTokenizerFast | None) -> list[_Prompt]:
     """Read the prompts, leave out repeated ones, and number the rest."""
     rows = configuration.row_slice(options.rows)
     records = data.read(
@@ -302,6 +303,7 @@ def _prompts(options: Options) -> list[_Prompt]:
         stop=rows.stop,
         data_dir=options.subfolder or None,
         revision=options.data_revision or None,
+        tokenizer=tokenizer,
     )
     kept, seen, last = [], set(), None
     for record in records.rows:
