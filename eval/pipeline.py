@@ -102,10 +102,8 @@ class Pipeline:
     def _section(self, name: str, *, model: str) -> Any:
         """Return a whole training configuration: the section with what all stages share."""
         c = self.config
-        sources = dict(c.data.items())
-        if name == "sft":
-            given = {key: value for key, value in c.demonstrations.items() if value}
-            sources |= given and {key: given.get(key, "") for key in c.demonstrations}
+        own = c.demonstrations if name == "sft" else c.judgements
+        sources = dict(c.data.items()) | (own.to_dict() if any(own.values()) else {})
         return _whole(c[name], model=model, data=sources, tokenizer=c.tokenizer)
 
     def _alignment(self, loss: str, seed: int, *, model: str, sources: dict[str, Any]) -> Any:

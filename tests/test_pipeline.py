@@ -146,6 +146,22 @@ def test_problems_of_all_stages_are_listed_before_any_starts(folder, tmp_path, c
     assert not (tmp_path / "w").exists()
 
 
+def test_sft_and_the_reward_model_have_data_of_their_own_where_they_are_given_some(folder, tmp_path):
+    made = pipeline.Pipeline(small(folder), tmp_path / "w")
+    for name in ("sft", "reward"):
+        section = made._section(name, model="m")
+        assert {key: section.data[key] for key in common.SOURCE} == {
+            key: made.config.data[key] for key in common.SOURCE
+        }
+    given = {"judgements__format": "imdb", "judgements__train": "reviews.json", "judgements__eval": "others.json"}
+    given |= {"demonstrations__format": "demonstrations", "demonstrations__train": "texts.json"}
+    made = pipeline.Pipeline(small(folder, **given), tmp_path / "w")
+    sft, reward = (made._section(name, model="m").data for name in ("sft", "reward"))
+    assert (reward.format, reward.train, reward.eval) == ("imdb", "reviews.json", "others.json")
+    assert (sft.format, sft.train, sft.eval) == ("demonstrations", "texts.json", "")
+    assert made._alignment("alphapo-rw", 0, model="m", sources=dict(made.config.data.items())).data.format == "json"
+
+
 def test_another_loss_leaves_out_what_it_does_not_take(folder, tmp_path):
     made = pipeline.Pipeline(small(folder, losses=("alphapo-rw", "exo-rw")), tmp_path / "w")
     found = made._alignment("exo-rw", 7, model="m", sources=dict(made.config.data.items()))
