@@ -80,6 +80,7 @@ def run(options: Options) -> Summary:
     lines = jobfile.read(options.data)
     prepared = _prepared(options.data, lines, hf.read_config(policy).vocab_size)
     found = [_logprobs(source, prepared, settings, options.batch_size) for source in (policy, base)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = options.out.with_name(options.out.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         for line, ours_K, theirs_K in zip(lines, *found, strict=True):

@@ -134,6 +134,9 @@ def test_what_the_pipeline_fills_in_cannot_be_set_in_a_section():
         ({"seeds": (1, 1)}, r"seeds=\(1, 1\) must hold at least one entry and none twice"),
         ({"losses": ("alphapo-rv",)}, "losses: unknown loss 'alphapo-rv'"),
         ({"sample__num_return": 3}, "give 3 responses, which align.data.group_size=4 does not divide"),
+        ({"measure_kl": True, "generate__top_p": 0.9}, "measure_kl needs answers of one seed.* top_p=0.9"),
+        ({"measure_kl": True, "generate__seeds": (1, 2)}, r"measure_kl .* seeds=\(1, 2\)"),
+        ({"measure_kl": True, "generate__temperature": 0.0}, "measure_kl .* temperature=0.0"),
         ({"pairing": "best"}, "pairing='best' must be '' or best_worst"),
         ({"reward_model": "x"}, "exclude each other"),
         ({"sft__optim__learning_rate": -1.0}, "sft: .*optim.learning_rate=-1.0"),
@@ -186,7 +189,7 @@ def test_a_report_of_other_prompts_is_refused(tmp_path):
     for name, prompt in (("a", "p"), ("b", "q")):
         (tmp_path / name).write_text(json.dumps({"prompt": prompt, "completions": ["x"], "rewards": [1.0]}) + "\n")
     with pytest.raises(ValueError, match="answer different prompts"):
-        pipeline_report.write(tmp_path, {"start": tmp_path / "a", "dpo": tmp_path / "b"}, {})
+        pipeline_report.write(tmp_path, {"start": tmp_path / "a", "dpo": tmp_path / "b"}, {}, {})
 
 
 # --- readers that the recipes use

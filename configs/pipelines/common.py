@@ -33,6 +33,7 @@ def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, rewa
     c.pairing = (
         ""  # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
     )
+    c.measure_kl = False  # KL(aligned || start) of every alignment, on its answers; they must be drawn untruncated
     c.tokenizer = align.tokenizer.copy_and_resolve_references()
     c.data = ml_collections.ConfigDict({key: align.data[key] for key in (*SOURCE, *ROWS)})
     c.demonstrations = ml_collections.ConfigDict(dict.fromkeys(SOURCE, ""))  # of SFT; all "" = as `data`
