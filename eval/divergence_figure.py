@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from eval import quickstart_plots, quickstart_report
+from eval import quickstart_plots, report
 from fpo_jax import losses
 
 # Peaks near -3 (height 0.34) and +2 (height 0.19), as in the figure of f-PO's repository. The numbers behind it are not
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of divergences.png and divergences.json")
     options = parser.parse_args(arguments)
     try:
-        quickstart_report.require_matplotlib()
+        report.require_matplotlib()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

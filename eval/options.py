@@ -14,7 +14,7 @@ def parse(kind: type[_Options], arguments: Sequence[str] | None, *, program: str
     """Read the command line.
 
     Args:
-        kind: a dataclass; fields are int, float, str, Path, or a tuple of one of them.
+        kind: a dataclass; fields are int, float, str, Path, a tuple of one of them, or bool, False unless given.
         arguments: None = those of the process.
         program: how it is called.
         about: what --help says above the options.
@@ -28,6 +28,9 @@ def parse(kind: type[_Options], arguments: Sequence[str] | None, *, program: str
         settings: dict[str, Any] = {"type": hint, "metavar": "TEXT" if hint in (str, Path) else "NUMBER"}
         if isinstance(hint, types.GenericAlias):
             settings = {"type": get_args(hint)[0], "nargs": "+", "metavar": "VALUE"}
+        if hint is bool:
+            parser.add_argument(f"--{field.name.replace('_', '-')}", action="store_true")
+            continue
         required = field.default is dataclasses.MISSING
         settings |= {"required": True} if required else {"default": field.default, "help": f"default {field.default!r}"}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)

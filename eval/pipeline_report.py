@@ -1,8 +1,9 @@
-"""What a pipeline found: mean rewards of the answers before and after each alignment, as JSON and as a table.
+"""What a pipeline found: rewards and win rates of the answers before and after each alignment, as JSON and as a table.
 
-Scored files in (prompt, completions, rewards a line), report.json and report.md out. An answer's prompt is the unit: a
+Scored files in (prompt, completions, rewards a line), report.json and table.md out. An answer's prompt is the unit: a
 prompt's rewards are averaged first, and changes are taken prompt by prompt against the model that the alignments began
-with, so that hard prompts do not widen the intervals.
+with, so that hard prompts do not widen the intervals. Win rates compare the answers one by one with the start's, the
+higher reward wins; their intervals resample prompts.
 """
 
 import json
@@ -11,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval import intervals, kl
+import numpy as np
+
+from eval import intervals, kl, rates
 
 START = "start"
 
@@ -40,8 +43,8 @@ def write(workdir: Path, scores: Mapping[str, Path], divergences: Mapping[str, P
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.md").write_text(markdown(report))
-    return str(folder / "report.md")
+    (folder / "table.md").write_text(markdown(report))
+    return str(folder / "table.md")
 
 
 def summary(rows: list[dict[str, Any]], *, before: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -60,16 +63,38 @@ def summary(rows: list[dict[str, Any]], *, before: list[dict[str, Any]] | None) 
         change, low, high = intervals.paired_difference(old, means)
         found["change"] = {"mean": change, "low": low, "high": high}
         found["better_prompts"] = sum(new > was for was, new in zip(old, means, strict=True)) / len(means)
+        found |= win_rates(rows, before=before)
     return found
+
+
+def win_rates(rows: list[dict[str, Any]], *, before: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return how often an answer has a higher reward than the start's, a tie one half; also at equal length."""
+    outcomes, lengths, clusters = [], [], []
+    for number, (new, old) in enumerate(zip(rows, before, strict=True)):
+        answers = zip(new["rewards"], new["completions"], old["rewards"], old["completions"], strict=True)
+        for ours, text, theirs, other in answers:
+            outcomes.append(0.5 * (1 + (ours > theirs) - (ours < theirs)))
+            lengths.append([len(text), len(other)])
+            clusters.append(number)
+    outcomes_P, clusters_P = np.array(outcomes), np.array(clusters)
+    found = {
+        "win_rate": rates.bootstrap(outcomes_P, clusters_P),
+        "length_controlled_win_rate": rates.length_controlled(outcomes_P, np.array(lengths, float), clusters_P),
+    }
+    return {name: dict(zip(("mean", "low", "high"), one, strict=True)) for name, one in found.items()}
 
 
 def table(report: Mapping[str, Any]) -> str:
     """Return the report as text for a terminal."""
     width = max(map(len, report))
     shown = any("kl" in one for one in report.values())
-    lines = [f"{'':{width}}  mean reward  change (95 %)            better on  characters" + "  KL from start" * shown]
+    lines = [
+        f"{'':{width}}  mean reward  change (95 %)            win rate (95 %)       at equal length        characters"
+        + "  KL from start (95 %)" * shown
+    ]
     for name, one in report.items():
-        numbers = f"{one['mean_reward']:11.3f}  {_change(one):24} {_better(one):>9}  {one['mean_characters']:10.0f}"
+        won = f"{_rate(one, 'win_rate'):20}  {_rate(one, 'length_controlled_win_rate'):20}"
+        numbers = f"{one['mean_reward']:11.3f}  {_change(one):24} {won}  {one['mean_characters']:10.0f}"
         lines.append(f"{name:{width}}  {numbers}" + (f"  {_kl(one)}" if "kl" in one else ""))
     return "\n".join(lines)
 
@@ -78,14 +103,15 @@ def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as a markdown table."""
     shown = any("kl" in one for one in report.values())
     lines = [
-        "| model | prompts x answers | mean reward | change against the start (95 %) | better on | characters |"
-        + " KL from the start (95 %) |" * shown,
-        "|---|---|---|---|---|---|" + "---|" * shown,
+        "| model | prompts x answers | mean reward | change against the start (95 %) | win rate (95 %) |"
+        " at equal length | characters |" + " KL from the start (95 %) |" * shown,
+        "|---|---|---|---|---|---|---|" + "---|" * shown,
     ]
     for name, one in report.items():
         lines.append(
             f"| {name} | {one['prompts']} x {one['answers'] // one['prompts']} | {one['mean_reward']:.3f} |"
-            f" {_change(one)} | {_better(one)} | {one['mean_characters']:.0f} |" + f" {_kl(one)} |" * shown
+            f" {_change(one)} | {_rate(one, 'win_rate')} | {_rate(one, 'length_controlled_win_rate')} |"
+            f" {one['mean_characters']:.0f} |" + f" {_kl(one)} |" * shown
         )
     return "\n".join(lines) + "\n"
 
@@ -111,8 +137,8 @@ def _kl(one: Mapping[str, Any]) -> str:
     return "{mean:.3f} ({low:.3f}, {high:.3f})".format(**one["kl"]) if "kl" in one else ""
 
 
-def _better(one: Mapping[str, Any]) -> str:
-    return f"{one['better_prompts']:.0%}" if "better_prompts" in one else ""
+def _rate(one: Mapping[str, Any], name: str) -> str:
+    return "{mean:.1%} ({low:.1%}, {high:.1%})".format(**one[name]) if name in one else ""
 
 
 def _relative(path: Path, workdir: Path) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from configs import quickstart as recipe
-from eval import export, quickstart_configs, quickstart_model, quickstart_report, quickstart_summary
+from eval import export, quickstart_configs, quickstart_model, quickstart_report, quickstart_summary, report
 from eval import quickstart_task as task
 from eval.quickstart_configs import Scale
 from eval.stages import StageError, Stages
@@ -76,7 +76,7 @@ def run(workdir: Path, *, seed: int, divergence: str, scale: Scale | None = None
         raise ValueError(f"--seed={seed} must lie in [0, 2**31).")
     program = _Quickstart(workdir, seed, divergence, scale or Scale())
     losses.resolve(divergence, **configuration.loss_options(program.alignment))
-    quickstart_report.require_matplotlib()
+    report.require_matplotlib()
     workdir.mkdir(parents=True, exist_ok=True)
     return program.run()
 

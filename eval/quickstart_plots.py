@@ -96,7 +96,7 @@ def alignment(path: Path, lines: Sequence[Line]) -> None:
         figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.3), layout="constrained")
         for panel, (name, title, unit) in zip(axes, panels, strict=True):
             scale = 100 if name == "rewards/accuracies" else 1
-            _curve(panel, lines, name, scale=scale, colour=AFTER, label="training batches")
+            curve(panel, lines, name, scale=scale, colour=AFTER, label="training batches")
             points = [(line["step"], scale * line[f"eval_{name}"]) for line in lines if f"eval_{name}" in line]
             panel.plot(*zip(*points, strict=True), color="#d9822b", marker="o", markersize=4.5, label="held-out groups")
             panel.set_title(title)
@@ -115,7 +115,7 @@ def pretraining(path: Path, lines: Sequence[Line]) -> None:
 
     with plt.rc_context(STYLE):
         figure, panel = plt.subplots(figsize=(6, 3), layout="constrained")
-        _curve(panel, lines, "loss", scale=1, colour=BEFORE, label="training batches")
+        curve(panel, lines, "loss", scale=1, colour=BEFORE, label="training batches")
         panel.set_title("Pretraining on imperfect demonstrations")
         panel.set_ylabel("nats per token")
         panel.set_xlabel("update")
@@ -124,11 +124,11 @@ def pretraining(path: Path, lines: Sequence[Line]) -> None:
         plt.close(figure)
 
 
-def _curve(panel, lines: Sequence[Line], name: str, *, scale: float, colour: str, label: str) -> None:
+def curve(panel, lines: Sequence[Line], name: str, *, scale: float, colour: str, label: str) -> None:
     """Draw single updates faintly and their moving average (fewer at the ends) on top."""
     points = [(line["step"], scale * line[name]) for line in lines if line.get(name) is not None]
     steps, values = [step for step, _ in points], [value for _, value in points]
-    half = SMOOTHING_UPDATES // 2
+    half = min(SMOOTHING_UPDATES, len(values) // 4) // 2
     windows = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
     panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
     panel.plot(steps, [sum(window) / len(window) for window in windows], color=colour, linewidth=2, label=label)

@@ -1,25 +1,17 @@
 """The quickstart's report: a summary and the files it was counted from in, report.md, report.html and plots out.
 
-What is said is decided here, as blocks; quickstart_page.py writes them in both formats.
+What is said is decided here, as blocks; page.py writes them in both formats.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from eval import quickstart_page as page
-from eval import quickstart_plots, quickstart_summary
+from eval import page, quickstart_plots, quickstart_summary, report
 from eval import quickstart_task as task
-from eval.quickstart_page import Block, Code, Heading, Plot, Table, Text
+from eval.page import Block, Code, Heading, Plot, Table, Text
 
 SAMPLES_SHOWN = 14
-
-
-def require_matplotlib() -> None:
-    """Raise ValueError where the plots could not be drawn, before anything else is done."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the report's plots need matplotlib; pip install 'fpo_jax[report]' (make quickstart does).")
 
 
 def write(folder: Path, summary: dict[str, Any], *, workdir: Path) -> None:
@@ -192,35 +184,13 @@ def _judged(row: dict[str, Any]) -> str:
 
 
 def _audit(audit: dict[str, Any]) -> list[Block]:
-    names = {
-        "rows_read": "records read",
-        "groups": "groups kept",
-        "group_size": "candidates per group",
-        "tokens": "tokens",
-        "scored_tokens": "scored tokens",
-        "prompts_cut": "prompts cut",
-        "responses_cut": "responses cut",
-        "missing_eos": "rows without EOS",
-        "merged": "tokens across the boundary",
-        "double_bos": "rows with two BOS",
-        "ties": "groups with a tie for the best reward",
-    }
-    parts = list(audit.values())
-    rows = [
-        [label, *(f"{part[key]:,}" for part in parts)]
-        for key, label in names.items()
-        if all(key in part for part in parts)
-    ]
-    for kind in ("dropped", "noted"):
-        for reason in sorted({reason for part in parts for reason in part[kind]}):
-            rows.append([f"{kind}: {reason}", *(f"{len(part[kind].get(reason, ())):,}" for part in parts)])
     return [
         Heading("Audit of the alignment data"),
         Text(
             "A group whose candidates are all right or all wrong has nothing to prefer; its target is uniform, which"
             " holds the model to the reference there."
         ),
-        Table(["", *audit], rows),
+        report.audit(audit),
     ]
 
 

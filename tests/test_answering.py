@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from eval import export, generate, jobfile
+from eval import export, generate, jobfile, report
 from fpo_jax import answering, checkpoint, job, metrics
 from tests import resuming, tiny
 from tests.test_rewarding import base, run  # noqa: F401  fixtures
@@ -131,3 +131,61 @@ def test_what_cannot_be_used_is_refused_before_anything_is_written(base, tmp_pat
     with pytest.raises(ValueError, match=message):
         resuming.whole(config(base, **changed), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+# --- the report of the run
+
+
+@pytest.fixture(scope="module")
+def reported(trained, tmp_path_factory):
+    out, judged = tmp_path_factory.mktemp("report"), tmp_path_factory.mktemp("judged")
+    one = {"mean": 0.625, "low": 0.5, "high": 0.75}
+    summary = {
+        "candidate": "/somewhere/ours.jsonl", "baseline": "theirs.jsonl", "judge": {"model": "org/judge"}, "wins": 4,
+        "ties": 2, "losses": 2, "failures": 1, "steering": {"candidate": 3, "baseline": 0}, "win_rate": one,
+        "length_controlled_win_rate": one,
+    }  # fmt: skip
+    (judged / "summary.json").write_text(json.dumps(summary))
+    report.run(report.Options(workdir=trained, out=str(out), winrate=(str(judged),), samples=2))
+    return out
+
+
+def test_the_page_has_what_the_files_say(trained, reported):
+    text = (reported / "report.md").read_text()
+    found = numbers(trained)
+    assert f"| answers/reward | {found[0]['eval_answers/reward']:.4g} | {found[6]['eval_answers/reward']:.4g} |" in text
+    assert "| ours.jsonl against theirs.jsonl | judge | 62.5% (50.0%, 75.0%) |" in text and "4 / 2 / 2 / 1" in text
+    assert "3 answers speak to the judge" in text and "| `answers.count` | `0` | `6` |" in text
+    audit = json.loads((trained / "audit.json").read_text())
+    assert f"| scored tokens | {audit['train']['scored_tokens']:,} | {audit['eval']['scored_tokens']:,} |" in text
+    assert "an update, median" in text and "| prompt | update 0 | update 6 |" in text
+
+
+def test_the_page_needs_no_other_file_and_no_model_s_text_is_markup(trained, tmp_path):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "w", ignore=shutil.ignore_patterns("checkpoints"))
+    for number in (0, 6):
+        path = tmp_path / "w" / "answers" / f"{number}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line["completion"] = "<script>alert(1)</script> | **bold** `code`\nnext"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report.run(report.Options(workdir=tmp_path / "w"))
+    text = page.read_text()
+    assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; | **bold** `code`\nnext" in text
+    assert "src=" in text and all(part.startswith('"data:image/png;base64,') for part in text.split("src=")[1:])
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; \\| \\*\\*bold" in (page.parent / "report.md").read_text()
+
+
+def test_the_model_card_names_no_path_of_this_machine(reported, base):  # noqa: F811
+    card = (reported / "model_card.md").read_text()
+    assert card.startswith('---\nlibrary_name: transformers\nbase_model: "model"\ntags:\n- "f-po"')
+    assert str(base) not in card and "| `model.path` | (empty) | `model` |" in card and "win rate" in card
+
+
+def test_what_is_no_run_is_refused(tmp_path, trained):
+    with pytest.raises(ValueError, match="holds neither metrics.jsonl of a run nor stages.json of a pipeline"):
+        report.run(report.Options(workdir=tmp_path))
+    with pytest.raises(ValueError, match="summary.json is missing"):
+        report.run(report.Options(workdir=trained, winrate=(str(tmp_path),)))

@@ -58,7 +58,7 @@ def test_the_track_ends_in_a_reward_and_a_divergence(finished, capsys):
     assert report[name]["kl"] == {"mean": found.mean, "low": found.low, "high": found.high}
     assert (found.prompts, found.samples) == (4, 8) and found.mean != 0.0
     row = f"| {found.mean:.3f} ({found.low:.3f}, {found.high:.3f}) |"
-    assert row in (root / "w" / "report" / "report.md").read_text() and "KL from start" in pipeline_table(report)
+    assert row in (root / "w" / "report" / "table.md").read_text() and "KL from start" in pipeline_table(report)
 
 
 def pipeline_table(report):

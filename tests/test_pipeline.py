@@ -63,8 +63,26 @@ def test_the_report_compares_every_alignment_with_the_start(finished):
     start, aligned = (jobfile.read(workdir / report[name]["file"]) for name in report)
     means = [[sum(line["rewards"]) / 2 for line in lines] for lines in (start, aligned)]
     assert one["change"]["mean"] == pytest.approx(sum(b - a for a, b in zip(*means, strict=True)) / 4)
+    won = [
+        (new > old) + 0.5 * (new == old)
+        for before, after in zip(start, aligned, strict=True)
+        for old, new in zip(before["rewards"], after["rewards"], strict=True)
+    ]
+    assert one["win_rate"]["mean"] == sum(won) / 8 and one["win_rate"]["low"] <= sum(won) / 8 <= one["win_rate"]["high"]
     assert json.loads((workdir / "report" / "report.json").read_text()) == json.loads(json.dumps(report))
-    assert "| alphapo-rw-seed1234 | 4 x 2 |" in (workdir / "report" / "report.md").read_text()
+    assert "| alphapo-rw-seed1234 | 4 x 2 |" in (workdir / "report" / "table.md").read_text()
+
+
+def test_the_page_compares_rewards_lengths_and_distances(finished):
+    from eval import report
+
+    workdir, found = finished
+    text = report.run(report.Options(workdir=workdir, samples=2)).with_suffix(".md").read_text()
+    one = found["alphapo-rw-seed1234"]
+    assert f"| alphapo-rw-seed1234 | 4 x 2 | {one['mean_reward']:.3f} |" in text
+    assert "![Mean reward against the log-ratio to the start](kl.png)" in text
+    assert "| prompt | start | alphapo-rw-seed1234 |" in text and "| total |" in text
+    assert (workdir / "report" / "report.json").exists(), "the pipeline's own report stays"
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ from ml_collections import config_flags
 from configs import quickstart as recipe
 from eval import (
     intervals,
+    page,
     quickstart,
     quickstart_configs,
     quickstart_model,
-    quickstart_page,
     quickstart_report,
     quickstart_summary,
 )
@@ -158,16 +158,16 @@ def test_answers_to_different_prompts_are_not_compared():
 def test_a_page_is_written_in_both_formats(tmp_path):
     (tmp_path / "p.png").write_bytes(b"PNG")
     blocks = [
-        quickstart_page.Heading("A & B", 1),
-        quickstart_page.Text("`x<y>` is **so**"),
-        quickstart_page.Table(["", "n"], [["a", "1"]]),
-        quickstart_page.Plot("p.png", "curve"),
-        quickstart_page.Code("run <it>"),
+        page.Heading("A & B", 1),
+        page.Text("`x<y>` is **so**"),
+        page.Table(["", "n"], [["a", "1"]]),
+        page.Plot("p.png", "curve"),
+        page.Code("run <it>"),
     ]
-    assert quickstart_page.markdown(blocks) == (
+    assert page.markdown(blocks) == (
         "# A & B\n\n`x<y>` is **so**\n\n|  | n |\n| :-- | --: |\n| a | 1 |\n\n![curve](p.png)\n\n```\nrun <it>\n```\n"
     )
-    text = quickstart_page.html(blocks, tmp_path)
+    text = page.html(blocks, tmp_path)
     for part in (
         "<title>A &amp; B</title>",
         "<p><code>x&lt;y&gt;</code> is <strong>so</strong></p>",

@@ -35,13 +35,20 @@ class Plot(NamedTuple):
     caption: str
 
 
+class Texts(NamedTuple):
+    """Texts side by side, shown as they are: what models and data wrote is never markup."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 class Code(NamedTuple):
     """Commands to copy."""
 
     text: str
 
 
-Block = Heading | Text | Table | Plot | Code
+Block = Heading | Text | Table | Texts | Plot | Code
 
 
 def markdown(blocks: Sequence[Block]) -> str:
@@ -53,7 +60,7 @@ def html(blocks: Sequence[Block], folder: Path) -> str:
     """Return the page as HTML that needs no other file; plots are read from `folder`."""
     title = next(block.text for block in blocks if isinstance(block, Heading))
     body = "\n".join(_html(block, folder) for block in blocks)
-    head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n{_CSS}'
+    head = f'<meta charset="utf-8">\n{_VIEWPORT}\n<title>{escape(title)}</title>\n{_CSS}'
     return f'<!doctype html>\n<html lang="en">\n{head}\n{body}\n</html>\n'
 
 
@@ -66,6 +73,9 @@ def _markdown(block: Block) -> str:
         case Table(header, rows, right):
             rule = [":--", *(["--:" if right else ":--"] * (len(header) - 1))]
             return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+        case Texts(header, rows):
+            cells = [[_cell(text) for text in row] for row in rows]
+            return _markdown(Table(header, cells, right=False))
         case Plot(file, caption):
             return f"![{caption}]({file})"
         case Code(text):
@@ -82,12 +92,27 @@ def _html(block: Block, folder: Path) -> str:
             kind = ' class="numbers"' if right else ""
             head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
             body = "\n".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in rows)
-            return f"<table{kind}>\n<tr>{head}</tr>\n{body}\n</table>"
+            return f'<div class="wide"><table{kind}>\n<tr>{head}</tr>\n{body}\n</table></div>'
+        case Texts(header, rows):
+            body = "".join(
+                f'<div class="text"><b>{escape(name)}</b>{escape(text)}</div>'
+                for row in rows
+                for name, text in zip(header, row, strict=True)
+            )
+            return f'<div class="texts" style="--columns: {len(header)}">{body}</div>'
         case Plot(file, caption):
             data = base64.b64encode((folder / file).read_bytes()).decode()
             return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}"></figure>'
         case Code(text):
             return f"<pre>{escape(text)}</pre>"
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell of a Markdown table."""
+    text = escape(text, quote=False)
+    for mark in "\\`*_[]|":
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("\n", "<br>")
 
 
 def _inline(text: str) -> str:
@@ -99,6 +124,7 @@ def _inline(text: str) -> str:
     return text
 
 
+_VIEWPORT = '<meta name="viewport" content="width=device-width, initial-scale=1">'
 _CSS = """<style>
 body { font: 16px/1.5 system-ui, sans-serif; color: #22303f; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #e3e7ec; padding-bottom: .3rem; }
@@ -108,4 +134,10 @@ th { border-bottom: 2px solid #b9c1cb; } td { border-bottom: 1px solid #e3e7ec; 
 table.numbers th:not(:first-child), table.numbers td:not(:first-child) { text-align: right; padding-left: 1.5rem; }
 code, pre { font: 14px/1.45 ui-monospace, monospace; background: #f4f6f8; border-radius: 4px; }
 code { padding: .1rem .3rem; } pre { padding: .8rem 1rem; overflow-x: auto; }
+.wide { overflow-x: auto; }
+.texts { display: grid; grid-template-columns: repeat(var(--columns), 1fr); gap: .5rem; margin: 1rem 0; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f8; border-radius: 4px;
+        padding: .5rem .7rem; font-size: 14px; }
+.text b { display: block; color: #5b6775; font-size: 12px; }
+@media (max-width: 40rem) { .texts { grid-template-columns: 1fr; } body { margin: 1rem auto; } }
 </style>"""
