@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from eval import jobfile
 from eval import options as command_line
@@ -35,7 +36,7 @@ log = logging.getLogger("fpo_jax")
 
 DEDUP = ("none", "consecutive", "all")
 # what means nothing to each place that answers may come from
-_LOCAL = ("tokenizer", "chat_template", "eos_token", "max_length", "batch_size", "compute_dtype", "tensor")
+_LOCAL = ("tokenizer", "chat_template", "eos_token", "max_length", "batch_size", "compute_dtype", "tensor", "keep_ids")
 _IDLE = {"model": ("concurrency",), "workdir": ("revision", "concurrency"), "server": ("revision", *_LOCAL)}
 
 
@@ -78,6 +79,7 @@ class Options:
     batch_size: int = 64  # rows of a pass, per copy of the weights
     tensor: int = 1  # devices that share one copy of the weights
     compute_dtype: str = "bfloat16"
+    keep_ids: int = 0  # 1 = write the token ids too, `prompt_ids` and `ids`, as eval.kl needs them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,19 +124,19 @@ def run(options: Options) -> Summary:
     """
     decoding = _decoding(options, ())
     _check(options)
-    prompts = _prompts(options)
     if options.server:
-        return _with_server(options, prompts, decoding)
-    return _with_model(options, prompts)
+        return _with_server(options, _prompts(options), decoding)
+    return _with_model(options)
 
 
-def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
+def _with_model(options: Options) -> Summary:
     source, config, load, fingerprint = _model(options)
     tokenizer = chat.load_tokenizer(
         options.tokenizer or source,
         chat_template=options.chat_template or None,
         eos_token=options.eos_token or None,
     )
+    prompts = _prompts(options, tokenizer)
     encoder = chat.encoder(tokenizer)
     decoding = _decoding(options, (encoder.eos_id, *config.eos_ids))
     window = options.max_length or config.max_positions
@@ -157,7 +159,8 @@ def _with_model(options: Options, prompts: list[_Prompt]) -> Summary:
 
         def done(found: dict[int, list[list[int]]]) -> None:
             for place, responses in found.items():
-                file.append(_line(left[place], responses, tokenizer, decoding, options.stop_strings))
+                line = _line(left[place], responses, tokenizer, decoding, options.stop_strings)
+                file.append(line | ({"prompt_ids": left[place].ids, "ids": responses} if options.keep_ids else {}))
             bar.update(len(found))
             if (asked := stop.agreed()) and len(file.done) < len(prompts):
                 raise execution.Stopped(f"{asked}: {len(file.done)} of {len(prompts)} prompts are answered and saved.")
@@ -271,6 +274,8 @@ def _check(options: Options) -> None:
     for name, least in (("num_prompts", 0), ("num_return", 1), ("batch_size", 1), ("concurrency", 1), ("tensor", 1)):
         if getattr(options, name) < least:
             problems.append(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least {least}")
+    if options.keep_ids not in (0, 1):
+        problems.append(f"--keep-ids={options.keep_ids} must be 0 or 1")
     if options.compute_dtype not in model.COMPUTE_DTYPES:
         problems.append(f"--compute-dtype={options.compute_dtype!r} is not one of {', '.join(model.COMPUTE_DTYPES)}")
     if "" in options.stop_strings:
@@ -290,7 +295,7 @@ def _decoding(options: Options, ends: Sequence[int]) -> sample.Decoding:
     )
 
 
-def _prompts(options: Options) -> list[_Prompt]:
+def _prompts(options: Options, tokenizer: PreTrainedTokenizerFast | None = None) -> list[_Prompt]:
     """Read the prompts, leave out repeated ones, and number the rest."""
     rows = configuration.row_slice(options.rows)
     records = data.read(
@@ -302,6 +307,7 @@ def _prompts(options: Options) -> list[_Prompt]:
         stop=rows.stop,
         data_dir=options.subfolder or None,
         revision=options.data_revision or None,
+        tokenizer=tokenizer,
     )
     kept, seen, last = [], set(), None
     for record in records.rows:
@@ -363,7 +369,7 @@ def _job(options: Options, prompts: list[_Prompt]) -> dict[str, Any]:
     """Return everything that the answers depend on, but for the model."""
     digest = _digest([prompt.text for prompt in prompts])
     kept = ("rule", "chat_template", "max_length", "num_return", "seed", "max_new_tokens", "temperature", "top_k")
-    kept += ("top_p", "min_new_tokens", "stop_ids", "stop_strings", "compute_dtype")
+    kept += ("top_p", "min_new_tokens", "stop_ids", "stop_strings", "compute_dtype", "keep_ids")
     return {"prompts": f"{len(prompts)} {digest}", **{name: getattr(options, name) for name in kept}}
 
 

@@ -1,6 +1,6 @@
 """Run a recipe from its base model to a reward report: `python -m eval.pipeline --config configs/pipelines/hh_rw.py`.
 
-    base ─► sft ─┬─► sample ─► label ─► align (each loss and seed) ─► generate ─► score ─► report
+    base ─► sft ─┬─► sample ─► label ─► align (each loss and seed) ─► generate ─► score, KL ─► report
     base ─► reward ───────────► label ─────────────────────────────────────────► score
 
 A stage's folder is named by a digest of everything that goes into it, settings and the content of files, so that two
@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from eval import export, generate, jobfile, label, pipeline_report
+from eval import export, generate, jobfile, kl, label, pipeline_report
 from eval.stages import StageError, Stages
 from fpo_jax import config as configuration
 from fpo_jax import execution, job, loop, losses
@@ -44,7 +45,7 @@ class Pipeline:
         configuration.raise_problems(self._problems())
         runs = len(config.losses) * len(config.seeds)
         sampled = 2 if "sample" in config else 0
-        total = ("sft" in config) + ("reward" in config) + sampled + 2 + 3 * runs + 1
+        total = ("sft" in config) + ("reward" in config) + sampled + 2 + (3 + config.measure_kl) * runs + 1
         workdir.mkdir(parents=True, exist_ok=True)
         self.stages = Stages(workdir, total=total, program="pipeline")
 
@@ -56,15 +57,23 @@ class Pipeline:
         sources = dict(c.data.items())
         if "sample" in c:
             sources |= self._labelled(start, judge)
-        scores = {"start": self._scored("start", start, judge)}
+        scores = {"start": self._scored("start", self._answered("start", start), judge)}
+        divergences: dict[str, Path] = {}
         for loss in c.losses:
             for seed in c.seeds:
                 name = f"{loss}-seed{seed}"
                 config = self._alignment(loss, seed, model=str(start), sources=sources)
                 aligned = self._train(f"align-{name}", f"Align: {name}", config, export_step=None)
-                scores[name] = self._scored(name, aligned, judge)
+                answers = self._answered(name, aligned)
+                scores[name] = self._scored(name, answers, judge)
+                if c.measure_kl:
+                    divergences[name] = self._diverged(name, aligned, start, answers)
         report: dict[str, Any] = {}
-        self.stages.always("report", "Write the report", lambda: pipeline_report.write(self.workdir, scores, report))
+        self.stages.always(
+            "report",
+            "Write the report",
+            lambda: pipeline_report.write(self.workdir, scores, divergences, report),
+        )
         print(pipeline_report.table(report))
         return report
 
@@ -77,6 +86,14 @@ class Pipeline:
             found.append(f"reward_model={c.reward_model!r} and the stage `reward` exclude each other; set it to ''.")
         if c.pairing not in ("", "best_worst") or (c.pairing and "sample" not in c):
             found.append(f"pairing={c.pairing!r} must be '' or best_worst, and needs a section `sample`.")
+        drawn = c.generate
+        fit = drawn.temperature > 0 and drawn.top_k == 0 and drawn.top_p == 1 and len(drawn.seeds) == 1
+        if c.measure_kl and not fit:
+            told = ", ".join(f"{name}={drawn[name]}" for name in ("temperature", "top_k", "top_p", "seeds"))
+            found.append(
+                f"measure_kl needs answers of one seed, drawn with a temperature alone, and generate has {told}; change"
+                " them, or unset measure_kl."
+            )
         for name, values in (("losses", c.losses), ("seeds", c.seeds)):
             if not values or len(set(values)) != len(values):
                 found.append(f"{name}={tuple(values)} must hold at least one entry and none twice.")
@@ -102,10 +119,8 @@ class Pipeline:
     def _section(self, name: str, *, model: str) -> Any:
         """Return a whole training configuration: the section with what all stages share."""
         c = self.config
-        sources = dict(c.data.items())
-        if name == "sft":
-            given = {key: value for key, value in c.demonstrations.items() if value}
-            sources |= given and {key: given.get(key, "") for key in c.demonstrations}
+        own = c.demonstrations if name == "sft" else c.judgements
+        sources = dict(c.data.items()) | (own.to_dict() if any(own.values()) else {})
         return _whole(c[name], model=model, data=sources, tokenizer=c.tokenizer)
 
     def _alignment(self, loss: str, seed: int, *, model: str, sources: dict[str, Any]) -> Any:
@@ -156,15 +171,31 @@ class Pipeline:
         paths = {split: str(folder / f"{split}.jsonl") for split in splits}
         return {**empty, **paths, "format": "json", "hh_split": "last_turn"}
 
-    def _scored(self, name: str, model: Path | str, judge: Path | str) -> Path:
-        """Answer the test prompts and score the answers; return the scored file."""
+    def _answered(self, name: str, model: Path | str) -> Path:
+        """Answer the test prompts; return the file."""
         split = "eval" if self.config.data.eval else "train"
-        answers = self._sampled(f"generate-{name}", f"Answer with {name}", model, self.config.generate, [split])
+        section = self.config.generate
+        if self.config.measure_kl:
+            section = ml_collections.ConfigDict({**section, "keep_ids": 1})
+        return self._sampled(f"generate-{name}", f"Answer with {name}", model, section, [split]) / f"{split}.jsonl"
+
+    def _diverged(self, name: str, model: Path, start: Path | str, answers: Path) -> Path:
+        """Measure KL(model || start) on the model's answers; return the file."""
 
         def work(folder: Path) -> str:
-            return self._label(judge, answers / f"{split}.jsonl", folder / "scores.jsonl", pairing="")
+            options = kl.Options(policy=str(model), reference=str(start), data=answers, out=folder / "kl.jsonl")
+            return kl.run(options).text
 
-        inputs = {"judge": judge, "answers": answers, **self._row_settings()}
+        inputs = {"model": model, "start": start, "answers": answers.parent}  # with the record of how they were drawn
+        return self._stage(f"kl-{name}", f"KL of {name}", work, inputs=inputs, outputs=["kl.jsonl"]) / "kl.jsonl"
+
+    def _scored(self, name: str, answers: Path, judge: Path | str) -> Path:
+        """Score the answers to the test prompts; return the scored file."""
+
+        def work(folder: Path) -> str:
+            return self._label(judge, answers, folder / "scores.jsonl", pairing="")
+
+        inputs = {"judge": judge, "answers": answers.parent, **self._row_settings()}
         return (
             self._stage(f"score-{name}", f"Score {name}", work, inputs=inputs, outputs=["scores.jsonl"])
             / "scores.jsonl"

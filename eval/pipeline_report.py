@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from eval import intervals, rates
+from eval import intervals, kl, rates
 
 START = "start"
 
 
-def write(workdir: Path, scores: Mapping[str, Path], report: dict[str, Any]) -> str:
+def write(workdir: Path, scores: Mapping[str, Path], divergences: Mapping[str, Path], report: dict[str, Any]) -> str:
     """Fill `report` from the scored files, write it, and return where it is.
 
     Args:
         workdir: the pipeline's folder.
         scores: scored file of each model, `start` first.
+        divergences: file of `eval.kl` of each aligned model, or none.
         report: filled with one entry per model.
 
     Raises:
@@ -36,6 +37,9 @@ def write(workdir: Path, scores: Mapping[str, Path], report: dict[str, Any]) -> 
         if [row["prompt"] for row in rows] != [row["prompt"] for row in before]:
             raise ValueError(f"{path} and {scores[START]} answer different prompts; delete both folders and run again.")
         report[name] = summary(rows, before=None if name == START else before) | {"file": _relative(path, workdir)}
+        if name in divergences:
+            found = kl.summary(divergences[name])
+            report[name]["kl"] = {"mean": found.mean, "low": found.low, "high": found.high}
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -83,28 +87,31 @@ def win_rates(rows: list[dict[str, Any]], *, before: list[dict[str, Any]]) -> di
 def table(report: Mapping[str, Any]) -> str:
     """Return the report as text for a terminal."""
     width = max(map(len, report))
+    shown = any("kl" in one for one in report.values())
     lines = [
         f"{'':{width}}  mean reward  change (95 %)            win rate (95 %)       at equal length        characters"
+        + "  KL from start (95 %)" * shown
     ]
     for name, one in report.items():
         won = f"{_rate(one, 'win_rate'):20}  {_rate(one, 'length_controlled_win_rate'):20}"
         numbers = f"{one['mean_reward']:11.3f}  {_change(one):24} {won}  {one['mean_characters']:10.0f}"
-        lines.append(f"{name:{width}}  {numbers}")
+        lines.append(f"{name:{width}}  {numbers}" + (f"  {_kl(one)}" if "kl" in one else ""))
     return "\n".join(lines)
 
 
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as a markdown table."""
+    shown = any("kl" in one for one in report.values())
     lines = [
         "| model | prompts x answers | mean reward | change against the start (95 %) | win rate (95 %) |"
-        " at equal length | characters |",
-        "|---|---|---|---|---|---|---|",
+        " at equal length | characters |" + " KL from the start (95 %) |" * shown,
+        "|---|---|---|---|---|---|---|" + "---|" * shown,
     ]
     for name, one in report.items():
         lines.append(
             f"| {name} | {one['prompts']} x {one['answers'] // one['prompts']} | {one['mean_reward']:.3f} |"
             f" {_change(one)} | {_rate(one, 'win_rate')} | {_rate(one, 'length_controlled_win_rate')} |"
-            f" {one['mean_characters']:.0f} |"
+            f" {one['mean_characters']:.0f} |" + f" {_kl(one)} |" * shown
         )
     return "\n".join(lines) + "\n"
 
@@ -124,6 +131,10 @@ def training(run: Path) -> str:
 
 def _change(one: Mapping[str, Any]) -> str:
     return "{mean:+.3f} ({low:+.3f}, {high:+.3f})".format(**one["change"]) if "change" in one else ""
+
+
+def _kl(one: Mapping[str, Any]) -> str:
+    return "{mean:.3f} ({low:.3f}, {high:.3f})".format(**one["kl"]) if "kl" in one else ""
 
 
 def _rate(one: Mapping[str, Any], name: str) -> str:

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from fpo_jax import chat, data, hf, hosts, job, rewarding, sample, shapes, sharding
 from fpo_jax import config as configuration
@@ -54,7 +55,7 @@ class Answers:
                 f"answers.max_new_tokens={options.max_new_tokens} leaves no room for a prompt in"
                 f" data.max_length={window} tokens; lower it."
             )
-        self._prompts = _prompts(config)
+        self._prompts = _prompts(config, self._tokenizer)
         options_of_rule = {"auto_insert_empty_system": config.data.auto_insert_empty_system}
         ids = chat.generation_prompts(encoder, self._prompts, rule=self._rule, **options_of_rule)
         self._ids = [chat.keep_end(encoder, whole, room=room) for whole in ids]
@@ -148,7 +149,7 @@ def read(folder: Path, number: int) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _prompts(config: configuration.Config) -> list[str | list[dict[str, str]]]:
+def _prompts(config: configuration.Config, tokenizer: PreTrainedTokenizerFast) -> list[str | list[dict[str, str]]]:
     """Return the first distinct prompts."""
     options, own = config.data, config.answers.prompts
     rows = configuration.row_slice("" if own else options.eval_rows)
@@ -162,6 +163,7 @@ def _prompts(config: configuration.Config) -> list[str | list[dict[str, str]]]:
         stop=rows.stop,
         data_dir=None if own else options.subfolder or None,
         revision=None if own else options.revision or None,
+        tokenizer=tokenizer,
     )
     distinct = {json.dumps(record.prompt): record.prompt for record in records.rows}
     return list(distinct.values())[: config.answers.count]

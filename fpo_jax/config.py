@@ -23,6 +23,7 @@ FORMATS = (
     "json",
     "tldr",
     "tldr_sft",
+    "imdb",
     "messages",
     "demonstrations",
 )  # readers of data/records.py

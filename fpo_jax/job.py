@@ -185,6 +185,7 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
             stop=rows.stop,
             data_dir=options.subfolder or None,
             revision=options.revision or None,
+            tokenizer=tokenizer,
         )
 
     if name == "train" and options.mixer:

@@ -128,6 +128,11 @@ SPEC_3_1_SIMPO = {  # the same of SimPO's own configurations, without alpha
     "simpo_mistral_instruct": (2048, 1800, 2.5, 0.1, 5e-7),
     "simpo_gemma2_it": (2048, 1800, 10.0, 0.5, 8e-7),
 }
+SPEC_2_12 = {  # spec 2.12: stage, loss, learning rate, batch, epochs, max_steps, group size
+    "imdb_sft": ("sft", "sft", 1e-5, 128, 5.0, None, 1),
+    "imdb_reward": ("reward", "binary_cross_entropy", 1e-5, 256, 5.0, None, 1),
+    "imdb_rw": ("align", "alphapo-rw", 1e-6, 64, 1.0, 200, 2),
+}
 SPEC_2_5 = {  # spec 2.5, 2.6, 3.1: stage, loss, learning rate, max_length, response, batch, group size
     "pythia_hh_sft": ("sft", "sft", 1e-5, 512, 200, 128, 1),
     "pythia_tldr_sft": ("sft", "sft", 1e-5, 650, 75, 128, 1),
@@ -185,6 +190,17 @@ def test_pythia_recipes_to_the_digit(name):
         1234,
     )
     assert (o.learning_rate, o.schedule, c.train.batch_size) == (1e-6, "cosine", 128)
+
+
+@pytest.mark.parametrize("name", SPEC_2_12)
+def test_imdb_recipes_to_the_digit(name):
+    c = importlib.import_module(f"configs.{name}").get_config()
+    found = (c.stage, c.loss.name, c.optim.learning_rate, c.train.batch_size, c.train.epochs, c.train.max_steps)
+    assert (*found, c.data.group_size) == SPEC_2_12[name]
+    assert (c.data.rule, c.data.max_length, c.data.max_response_length, c.seed) == ("raw", 512, 500, 1234)
+    assert c.data.format == ("json" if c.stage == "align" else "imdb")
+    if c.stage == "align":
+        assert (c.loss.beta_r, c.loss.beta_pi, c.loss.temperature) == (0.1, 0.1, 0.8)
 
 
 @pytest.mark.parametrize(

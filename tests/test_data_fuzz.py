@@ -1,5 +1,6 @@
 """Readers under damage: whatever a row holds, a reader gives sound records or names the file and line; nothing else."""
 
+import functools
 import gzip
 import json
 import math
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_jax import data
+from fpo_jax import chat, data
 from fpo_jax.data import records
+from tests import tiny
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
 POST = {"subreddit": "r", "title": "t", "post": "p"}
@@ -20,6 +22,7 @@ SOUND = {
     "json": {"prompt": "Hi", "completions": ["a", "b"], "rewards": [1, 2]},
     "tldr": {"info": POST, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1},
     "tldr_sft": {**POST, "summary": "s"},
+    "imdb": {"text": "a review of some length", "label": 1},
     "messages": {"messages": [*TURNS, *TURNS]},
     "demonstrations": {"prompt": "Hi", "completion": "Yo"},
     "prompts": {"prompt": TURNS[:1]},
@@ -71,9 +74,16 @@ def sound(record):
     assert all(type(reward) is float and math.isfinite(reward) for reward in record.rewards)
 
 
+@functools.cache
+def bytewise(folder):
+    tiny.write_tokenizer(folder / "tokenizer")
+    return chat.load_tokenizer(folder / "tokenizer")
+
+
 def read_or_refuse(path, *, format):
+    tokenizer = bytewise(path.parent) if format == "imdb" else None
     try:
-        found = data.read(path, format=format)
+        found = data.read(path, format=format, tokenizer=tokenizer)
     except ValueError as error:
         assert str(path) in str(error)
         return

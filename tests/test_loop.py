@@ -328,10 +328,13 @@ def local_data(folder, c):
         ]
     elif c.data.format == "tldr_sft":
         rows = [{"subreddit": "s", "title": q, "post": bad, "summary": good} for q, good, bad in turns]
-    elif c.data.group_size == 4:
+    elif c.data.format == "imdb":
+        rows = [{"text": f"{q}, {good}; {bad}", "label": index % 2} for index, (q, good, bad) in enumerate(turns)]
+    elif c.loss.beta_r is not None:
+        size = c.data.group_size
         rows = [
-            {"prompt": q, "completions": [f" {a}{i}" for i, a in enumerate((good, bad, good, bad))],
-             "rewards": [1.2, -0.3, 0.4, -2.0]}
+            {"prompt": q, "completions": [f" {a}{i}" for i, a in enumerate((good, bad, good, bad)[:size])],
+             "rewards": [1.2, -0.3, 0.4, -2.0][:size]}
             for q, good, bad in turns
         ]  # fmt: skip
     else:

@@ -152,6 +152,9 @@ def test_what_the_pipeline_fills_in_cannot_be_set_in_a_section():
         ({"seeds": (1, 1)}, r"seeds=\(1, 1\) must hold at least one entry and none twice"),
         ({"losses": ("alphapo-rv",)}, "losses: unknown loss 'alphapo-rv'"),
         ({"sample__num_return": 3}, "give 3 responses, which align.data.group_size=4 does not divide"),
+        ({"measure_kl": True, "generate__top_p": 0.9}, "measure_kl needs answers of one seed.* top_p=0.9"),
+        ({"measure_kl": True, "generate__seeds": (1, 2)}, r"measure_kl .* seeds=\(1, 2\)"),
+        ({"measure_kl": True, "generate__temperature": 0.0}, "measure_kl .* temperature=0.0"),
         ({"pairing": "best"}, "pairing='best' must be '' or best_worst"),
         ({"reward_model": "x"}, "exclude each other"),
         ({"sft__optim__learning_rate": -1.0}, "sft: .*optim.learning_rate=-1.0"),
@@ -162,6 +165,22 @@ def test_problems_of_all_stages_are_listed_before_any_starts(folder, tmp_path, c
     with pytest.raises(ValueError, match=message):
         pipeline.Pipeline(small(folder, **changed), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_sft_and_the_reward_model_have_data_of_their_own_where_they_are_given_some(folder, tmp_path):
+    made = pipeline.Pipeline(small(folder), tmp_path / "w")
+    for name in ("sft", "reward"):
+        section = made._section(name, model="m")
+        assert {key: section.data[key] for key in common.SOURCE} == {
+            key: made.config.data[key] for key in common.SOURCE
+        }
+    given = {"judgements__format": "imdb", "judgements__train": "reviews.json", "judgements__eval": "others.json"}
+    given |= {"demonstrations__format": "demonstrations", "demonstrations__train": "texts.json"}
+    made = pipeline.Pipeline(small(folder, **given), tmp_path / "w")
+    sft, reward = (made._section(name, model="m").data for name in ("sft", "reward"))
+    assert (reward.format, reward.train, reward.eval) == ("imdb", "reviews.json", "others.json")
+    assert (sft.format, sft.train, sft.eval) == ("demonstrations", "texts.json", "")
+    assert made._alignment("alphapo-rw", 0, model="m", sources=dict(made.config.data.items())).data.format == "json"
 
 
 def test_another_loss_leaves_out_what_it_does_not_take(folder, tmp_path):
@@ -188,7 +207,7 @@ def test_a_report_of_other_prompts_is_refused(tmp_path):
     for name, prompt in (("a", "p"), ("b", "q")):
         (tmp_path / name).write_text(json.dumps({"prompt": prompt, "completions": ["x"], "rewards": [1.0]}) + "\n")
     with pytest.raises(ValueError, match="answer different prompts"):
-        pipeline_report.write(tmp_path, {"start": tmp_path / "a", "dpo": tmp_path / "b"}, {})
+        pipeline_report.write(tmp_path, {"start": tmp_path / "a", "dpo": tmp_path / "b"}, {}, {})
 
 
 # --- readers that the recipes use

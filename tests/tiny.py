@@ -31,13 +31,13 @@ def write_tokenizer(folder: Path) -> int:
     return len(tokenizer)
 
 
-def write_model(folder: Path, *, seed: int = 0, **changed) -> model.ModelConfig:
-    """Write a random Llama with the byte tokenizer as a Hugging Face directory."""
+def write_model(folder: Path, *, seed: int = 0, family: str = "llama", **changed) -> model.ModelConfig:
+    """Write a random model with the byte tokenizer as a Hugging Face directory."""
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder)
     options = {"vocab_size": size, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 24}
     options |= {"max_positions": 64, "bos_id": 1, "eos_ids": (2,), "pad_id": 0, "initializer_range": 0.3}
-    config = model.ModelConfig(family="llama", **(options | changed))
+    config = model.ModelConfig(family=family, **(options | changed))
     (folder / "config.json").write_text(json.dumps(model.to_hf_config(config)))
     weights = params.flatten(params.init(config, jax.random.key(seed), "float32"))
     tensors = {}

@@ -1,9 +1,10 @@
 """What every pipeline has: a section for each of its stages, and what they share stated once.
 
 A pipeline is a ConfigDict. `sft`, `reward` and `align` are configurations of train.py without the keys that it fills in
-itself: where the data lie and how rows are cut (section `data`, and `demonstrations` for SFT), the tokenizer, which
-model a stage starts from, and the seed of the alignment (`seeds`). `sample` and `generate` are options of
-`eval.generate`. A stage is run if its section is there. `python -m eval.pipeline` runs it.
+itself: where the data lie and how rows are cut (section `data`; where SFT or the reward model has other data,
+`demonstrations` or `judgements`), the tokenizer, which model a stage starts from, and the seed of the alignment
+(`seeds`). `sample` and `generate` are options of `eval.generate`. A stage is run if its section is there. `python -m
+eval.pipeline` runs it.
 """
 
 from typing import Any
@@ -32,9 +33,11 @@ def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, rewa
     c.pairing = (
         ""  # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
     )
+    c.measure_kl = False  # KL(aligned || start) of every alignment, on its answers; they must be drawn untruncated
     c.tokenizer = align.tokenizer.copy_and_resolve_references()
     c.data = ml_collections.ConfigDict({key: align.data[key] for key in (*SOURCE, *ROWS)})
-    c.demonstrations = ml_collections.ConfigDict(dict.fromkeys(SOURCE, ""))  # of SFT; "" = as `data`
+    c.demonstrations = ml_collections.ConfigDict(dict.fromkeys(SOURCE, ""))  # of SFT; all "" = as `data`
+    c.judgements = ml_collections.ConfigDict(dict.fromkeys(SOURCE, ""))  # of the reward model; all "" = as `data`
     for name, section in (("sft", sft), ("reward", reward), ("align", align)):
         if section is not None:
             c[name] = _trimmed(section, seed=name != "align")

@@ -3,6 +3,7 @@
 sources      files, saved data sets and hub names -> rows
 records      rows of a named format -> `Records`
 transcripts  HH-RLHF transcripts -> prompt and two responses
+reviews      movie reviews -> prompt, response and label
 prepared     records -> `Prepared` (flat token storage) with an `Audit` of everything cut, dropped or odd
 packing      short texts of `Prepared` packed into rows
 audit        what the audit counts, as text and as JSON

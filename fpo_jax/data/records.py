@@ -9,6 +9,7 @@ their rewards and the file and line it came from, beside a list of what was drop
     json        columns prompt, chosen, rejected, or prompt, completions, rewards: texts or messages
     tldr        columns info, summaries, choice: comparisons of summarize-from-feedback
     tldr_sft    columns subreddit, title, post, summary: a demonstration
+    imdb        columns text, label: a review, cut into prompt and response, rewarded with 1 if it is positive, or 0
     messages    column messages: a conversation (UltraChat); each of its assistant turns is a demonstration, given what
                 came before, so that all of them are trained on
     demonstrations  columns prompt and completion (or chosen), texts or messages
@@ -28,7 +29,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from fpo_jax.data import sources, transcripts
+from transformers import PreTrainedTokenizerFast
+
+from fpo_jax.data import reviews, sources, transcripts
 from fpo_jax.data.sources import BadRow
 
 Message = dict[str, str]
@@ -65,6 +68,7 @@ def read(
     stop: int | None = None,
     data_dir: str | None = None,
     revision: str | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Records:
     """Read preference records.
 
@@ -80,12 +84,14 @@ def read(
         stop: row before which to end; None = all.
         data_dir: folder inside the hub repository ("helpful-base").
         revision: commit of the hub repository; pin it for a run that must be repeatable.
+        tokenizer: of the model; format `imdb` counts a prompt's tokens with it, and nothing else does.
 
     Returns:
-        The records in the order of the source.
+        The records in the order of the source; reviews in that of `reviews.alternating`, from `start` to `stop` of it.
 
     Raises:
-        ValueError: no such source, a damaged file, bad rows (each as "file:line: fact"), no rows at all.
+        ValueError: no such source, a damaged file, bad rows (each as "file:line: fact"), no rows at all; no tokenizer
+            for reviews.
     """
     sources.check_choice("format", format, list(_PARSERS))
     sources.check_choice("hh_split", hh_split, list(transcripts.SPLITS))
@@ -94,14 +100,17 @@ def read(
         raise ValueError(f"hh_split={hh_split!r} applies to format='hh' only, and format is {format!r}; leave it out")
     if start < 0 or (stop is not None and stop <= start):
         raise ValueError(f"start={start}, stop={stop} selects no rows; need 0 <= start < stop")
+    if format == "imdb" and tokenizer is None:
+        raise ValueError("format='imdb' cuts reviews by a model's tokens, and none is at hand; give a file of prompts")
     parse = _PARSERS[format]
+    found_rows = sources.rows(str(source), split=split, data_dir=data_dir, revision=revision)
     rows: list[Record] = []
     dropped: dict[str, list[str]] = {}
     noted: dict[str, list[str]] = {}
     problems: list[str] = []
     count = 0
     for where, row in itertools.islice(
-        sources.rows(str(source), split=split, data_dir=data_dir, revision=revision), start, stop
+        reviews.alternating(found_rows) if format == "imdb" else found_rows, start, stop
     ):
         count += 1
         try:
@@ -124,6 +133,8 @@ def read(
     _check_problems(problems, count, on_bad_row)
     if count == 0:
         raise ValueError(f"{source}: no rows" + (f" from row {start} on" if start else ""))
+    if format == "imdb" and tokenizer is not None:
+        rows = _cut_reviews(rows, tokenizer, dropped)
     return Records(rows, dropped, noted)
 
 
@@ -215,6 +226,32 @@ def _parse_tldr_sft(row: dict[str, Any], _: str) -> _Parsed:
     return _Parsed(_tldr_prompt(row, ""), [" " + row["summary"].strip()], [1.0], note)
 
 
+def _parse_imdb(row: dict[str, Any], _: str) -> _Parsed | transcripts.Dropped:
+    """The whole review is the response until `_cut_reviews` cuts it."""
+    _want(row, "text", "label")
+    text, label = reviews.clean(_text(row["text"], "text")), row["label"]
+    if type(label) is int and label == reviews.UNLABELLED:
+        return transcripts.Dropped("unlabelled")
+    if type(label) not in (int, str) or label not in reviews.LABELS:
+        raise BadRow(f"label must be 0, 1, neg or pos, not {label!r}")
+    return _Parsed("", [text], [reviews.LABELS[label]])
+
+
+def _cut_reviews(
+    rows: Sequence[Record], tokenizer: PreTrainedTokenizerFast, dropped: dict[str, list[str]]
+) -> list[Record]:
+    """Give each review its prompt; one that is no longer than a prompt is dropped."""
+    cut = []
+    for row, (prompt, response) in zip(
+        rows, reviews.split([str(row.responses[0]) for row in rows], tokenizer), strict=True
+    ):
+        if response:
+            cut.append(row._replace(prompt=prompt, responses=[response]))
+        else:
+            dropped.setdefault("short_review", []).append(row.source)
+    return cut
+
+
 def _parse_messages(row: dict[str, Any], _: str) -> _Parsed:
     _want(row, "messages")
     turns = _messages(row["messages"], "messages")
@@ -247,6 +284,7 @@ _PARSERS: dict[str, Callable[[dict[str, Any], str], _Parsed | transcripts.Droppe
     "json": _parse_json,
     "tldr": _parse_tldr,
     "tldr_sft": _parse_tldr_sft,
+    "imdb": _parse_imdb,
     "messages": _parse_messages,
     "demonstrations": _parse_demonstrations,
     "prompts": _parse_prompts,
