@@ -183,7 +183,11 @@ def _answers_of_run(workdir: Path, count: int) -> list[Block]:
 
 def _prompt(line: dict[str, Any]) -> str:
     prompt = line["prompt"]
-    return prompt if isinstance(prompt, str) else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return (
+        prompt.strip("\n")
+        if isinstance(prompt, str)
+        else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    )
 
 
 def _answer(line: dict[str, Any]) -> str:
@@ -266,12 +270,18 @@ def _of_pipeline(options: Options, rates: list[dict[str, Any]], out: Path) -> li
         x="mean characters of an answer", y="mean reward", joined=False,
     )  # fmt: skip
     blocks += [Heading("What it cost"), Plot("length.png", "Mean reward against the length of the answers")]
-    distances = {name: kl for name in found if (kl := _kl(workdir, name)) is not None}
+    sampled = any("kl" in one for one in found.values())
+    if sampled:
+        distances = {name: one["kl"]["mean"] for name, one in found.items() if "kl" in one}
+        label, caption = "KL to the start on its own samples, nats per response", "the KL to the start"
+    else:
+        distances = {name: ratio for name in found if (ratio := _log_ratio(workdir, name)) is not None}
+        label, caption = DISTANCE, "the log-ratio to the start"
     if distances:
-        points = [_point(name, found[name], kl) for name, kl in distances.items()]
+        points = [_point(name, found[name], distance) for name, distance in distances.items()]
         start = report_plots.Point("start", 0.0, found[pipeline_report.START]["mean_reward"])
-        report_plots.plane(out / "kl.png", [start, *points], x=DISTANCE, y="mean reward", joined=False)
-        blocks.append(Plot("kl.png", "Mean reward against the log-ratio to the start"))
+        report_plots.plane(out / "distance.png", [start, *points], x=label, y="mean reward", joined=False)
+        blocks.append(Plot("distance.png", f"Mean reward against {caption}"))
     blocks += _answers_of_pipeline(workdir, found, options.samples)
     return [*blocks, *_costs_of_pipeline(workdir)]
 
@@ -285,8 +295,8 @@ def _point(name: str, one: dict[str, Any], x: float) -> report_plots.Point:
     )
 
 
-def _kl(workdir: Path, name: str) -> float | None:
-    """Return the last measured KL of an alignment."""
+def _log_ratio(workdir: Path, name: str) -> float | None:
+    """Return the last reference_kl of an alignment's evaluations."""
     folders = sorted(workdir.glob(f"align-{name}-*/run/{metrics.METRICS_FILE}"), key=lambda path: path.stat().st_mtime)
     lines = metrics.read(folders[-1]) if folders else []
     values = [line["eval_reference_kl"] for line in lines if line.get("eval_reference_kl") is not None]

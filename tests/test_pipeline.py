@@ -80,7 +80,7 @@ def test_the_page_compares_rewards_lengths_and_distances(finished):
     text = report.run(report.Options(workdir=workdir, samples=2)).with_suffix(".md").read_text()
     one = found["alphapo-rw-seed1234"]
     assert f"| alphapo-rw-seed1234 | 4 x 2 | {one['mean_reward']:.3f} |" in text
-    assert "![Mean reward against the log-ratio to the start](kl.png)" in text
+    assert "![Mean reward against the log-ratio to the start](distance.png)" in text
     assert "| prompt | start | alphapo-rw-seed1234 |" in text and "| total |" in text
     assert (workdir / "report" / "report.json").exists(), "the pipeline's own report stays"
 
