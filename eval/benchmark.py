@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 from eval import generate, jobfile
 from eval import options as command_line
 from fpo_jax import config as configuration
-from fpo_jax import execution
 from fpo_jax.data import sources
 
 log = logging.getLogger("fpo_jax")
@@ -324,17 +323,11 @@ def _replace(path: Path, text: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    options = command_line.parse(Options, arguments, program="eval.benchmark", about=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    try:
-        written = run(options)
-    except ValueError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 2
-    except execution.Stopped as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        return 75
+    return command_line.run(Options, _work, arguments, program="eval.benchmark", about=__doc__)
+
+
+def _work(options: Options) -> int:
+    written = run(options)
     for path in written:
         print(path)
     return 0 if written else 1

@@ -427,17 +427,11 @@ def _summary(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    options = command_line.parse(Options, arguments, program="eval.generate", about=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    try:
-        summary = run(options)
-    except ValueError as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return 2
-    except execution.Stopped as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return 75
+    return command_line.run(Options, _work, arguments, program="eval.generate", about=__doc__)
+
+
+def _work(options: Options) -> int:
+    summary = run(options)
     print(f"{options.out}: {summary.text}")
     if summary.failed:
         print(f"generate: {summary.failed} prompts without an answer; the same command asks again.", file=sys.stderr)

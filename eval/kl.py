@@ -184,15 +184,11 @@ def _logprobs(source: Path, prepared: data.Prepared, settings: dict[str, Any], p
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    options = command_line.parse(Options, arguments, program="eval.kl", about=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    try:
-        found = run(options)
-    except ValueError as error:
-        print(f"kl: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {found.text}")
+    return command_line.run(Options, _work, arguments, program="eval.kl", about=__doc__)
+
+
+def _work(options: Options) -> int:
+    print(f"{options.out}: {run(options).text}")
     return 0
 
 

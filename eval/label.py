@@ -196,18 +196,11 @@ def _summary(lines: list[dict[str, Any]]) -> Summary:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    options = command_line.parse(Options, arguments, program="eval.label", about=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    try:
-        summary = run(options)
-    except ValueError as error:
-        print(f"label: {error}", file=sys.stderr)
-        return 2
-    except execution.Stopped as error:
-        print(f"label: {error}", file=sys.stderr)
-        return 75
-    print(f"{options.out}: {summary.text}")
+    return command_line.run(Options, _work, arguments, program="eval.label", about=__doc__)
+
+
+def _work(options: Options) -> int:
+    print(f"{options.out}: {run(options).text}")
     return 0
 
 

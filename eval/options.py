@@ -1,9 +1,14 @@
-"""A command line for a dataclass: every field is an option of its name, its default is the field's."""
+"""A command line for a dataclass: every field is an option of its name, its default is the field's.
+
+`run` is a program around it: what it prints and the exit codes that the long jobs of eval/ share.
+"""
 
 import argparse
 import dataclasses
+import logging
+import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -36,3 +41,35 @@ def parse(kind: type[_Options], arguments: Sequence[str] | None, *, program: str
         parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
     found = vars(parser.parse_args(arguments))
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+
+
+def run(
+    kind: type[_Options],
+    work: Callable[[_Options], int],
+    arguments: Sequence[str] | None,
+    *,
+    program: str,
+    about: str | None,
+) -> int:
+    """Run a program as the command line says, with its log on stderr; return the exit status.
+
+    Args:
+        kind: as for parse.
+        work: does it, prints what it found, and returns the exit status.
+        arguments: as for parse.
+        program: as for parse.
+        about: as for parse.
+
+    Returns:
+        That of `work`; 2 after a ValueError, 75 after a signal, each told in one line.
+    """
+    from fpo_jax import execution  # brings jax, which --help does not need
+
+    options = parse(kind, arguments, program=program, about=about)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("fpo_jax").setLevel(logging.INFO)
+    try:
+        return work(options)
+    except (ValueError, execution.Stopped) as error:
+        print(f"{program.rpartition('.')[2]}: {error}", file=sys.stderr)
+        return 75 if isinstance(error, execution.Stopped) else 2

@@ -388,27 +388,19 @@ def table(summary: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    options = command_line.parse(Options, arguments, program="eval.winrate", about=__doc__)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    try:
-        summary = run(options)
-    except ValueError as error:
-        print(f"winrate: {error}", file=sys.stderr)
-        return 2
-    except execution.Stopped as error:
-        print(f"winrate: {error}", file=sys.stderr)
-        return 75
+    return command_line.run(Options, _work, arguments, program="eval.winrate", about=__doc__)
+
+
+def _work(options: Options) -> int:
+    summary = run(options)
     if options.dry_run:
         print("\n".join(f"{name} {value}" for name, value in summary.items()))
         return 0
     print(table(summary))
-    if summary["failures"]:
-        print(
-            f"winrate: {summary['failures']} comparisons without a verdict; the same command asks again.",
-            file=sys.stderr,
-        )
-    return int(summary["failures"] > 0)
+    failures = summary["failures"]
+    if failures:
+        print(f"winrate: {failures} comparisons without a verdict; the same command asks again.", file=sys.stderr)
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

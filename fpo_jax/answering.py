@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from fpo_jax import chat, data, hf, hosts, job, rewarding, sample, shapes, sharding
 from fpo_jax import config as configuration
 
+Table = tuple[list[str], list[list[str]]]  # header and rows
+
 FOLDER = "answers"
 DECIMALS = 6  # of a reward in a file
 
@@ -69,8 +71,8 @@ class Answers:
                 )
             self._judge_encoder = chat.encoder(chat.load_tokenizer(self._judge))
 
-    def __call__(self, number: int, weights: shapes.PyTree) -> dict[str, float]:
-        """Answer every prompt, write the answers of update `number`, and return their metrics."""
+    def __call__(self, number: int, weights: shapes.PyTree) -> tuple[dict[str, float], Table]:
+        """Answer every prompt, write the answers of update `number`, and return their metrics and them as a table."""
         drawn = sample.sample(
             weights,
             self._ids,
@@ -95,7 +97,7 @@ class Answers:
         with hosts.together():
             if hosts.first():
                 self._write(number, lines)
-        return found
+        return found, _table(lines)
 
     def _line(self, index: int, ids: list[int]) -> dict:
         stopped = ids[-1] in self._decoding.stop_ids
@@ -147,6 +149,15 @@ def read(folder: Path, number: int) -> list[dict]:
     if not path.exists():
         raise ValueError(f"{path} is missing, and the answers of a later step are compared with it; put it back.")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _table(lines: list[dict]) -> Table:
+    header = ["prompt", "answer", *(["reward"] if "reward" in lines[0] else [])]
+    rows = []
+    for line in lines:
+        turns = [line["prompt"]] if isinstance(line["prompt"], str) else [turn["content"] for turn in line["prompt"]]
+        rows.append(["\n\n".join(turns), line["completion"], *([f"{line['reward']:.4g}"] if "reward" in line else [])])
+    return header, rows
 
 
 def _prompts(config: configuration.Config, tokenizer: PreTrainedTokenizerFast) -> list[str | list[dict[str, str]]]:

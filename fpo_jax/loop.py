@@ -300,7 +300,9 @@ class _Run:
         """Write and return the metrics of the evaluation data and of the answers to prompts."""
         found = self._evaluate_data(number, weights, references)
         if self.answers is not None:
-            found |= self.answers(number, weights)
+            numbers, table = self.answers(number, weights)
+            found |= numbers
+            self.writers.table(number, answering.FOLDER, *table)
         if found:
             self.writers.write(number, found)
         return found

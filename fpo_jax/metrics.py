@@ -4,6 +4,7 @@
 the same bytes as an uninterrupted one; what depends on the machine (times, rates) goes to `timing.jsonl`.
 """
 
+import html
 import importlib.util
 import json
 import math
@@ -40,6 +41,9 @@ class Silent:
 
     def write(self, *_: object, **__: object) -> None:
         """Drop a line."""
+
+    def table(self, *_: object) -> None:
+        """Drop a table."""
 
     def sync(self) -> None:
         """Do nothing."""
@@ -96,6 +100,16 @@ class Writers:
         if self._wandb is not None:
             self._wandb.log(dict(numbers), step=step)
 
+    def table(self, step: int, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Show texts in TensorBoard and W&B; the files do not hold them."""
+        if self._tensorboard is not None:
+            lines = [header, ["---"] * len(header), *([_cell(text) for text in row] for row in rows)]
+            self._tensorboard.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+        if self._wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            self._wandb.log({name: wandb.Table(columns=list(header), data=[list(row) for row in rows])}, step=step)
+
     def sync(self) -> None:
         """Bring the files to the disk; called before a checkpoint that relies on them commits."""
         for file in self._files.values():
@@ -115,6 +129,11 @@ def read(path: Path) -> list[dict]:
     """Read a jsonl file of ours; a last line cut short by a kill is left out."""
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell of a Markdown table, which no text can leave."""
+    return html.escape(text, quote=False).replace("|", "&#124;").replace("\n", "<br>")
 
 
 def _open_until(path: Path, last_step: int):

@@ -43,6 +43,16 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert json.loads((tmp_path / metrics.METRICS_FILE).read_text()) == {"step": 1, "loss": 0.5}
 
 
+def test_a_table_reaches_tensorboard_and_no_text_leaves_its_cell(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
+    log = writers(tmp_path, tensorboard=True)
+    log.table(3, "answers", ["prompt", "answer"], [["p|q\nr", "<b>x</b>"]])
+    log.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    assert b"| p&#124;q<br>r | &lt;b&gt;x&lt;/b&gt; |" in file.read_bytes()
+    writers(tmp_path).table(3, "answers", ["a"], [["b"]])  # neither is there: nothing to do
+
+
 def test_a_number_that_is_not_finite_is_null_and_rows_are_named(tmp_path):
     log = writers(tmp_path)
     log.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "fine": 1.0}, rows=[4, 2])
