@@ -273,7 +273,9 @@ def test_a_pattern_that_fits_nothing_lists_what_there_is(base):
         job.prepare(config(base, lora__modules="query_key_value"))
 
 
-def test_an_adapter_of_no_adapter_is_refused(base, tmp_path):
-    loop.run(config(base, lora__rank=0, lora__alpha=16.0, train__max_steps=1), tmp_path / "w")
+def test_an_adapter_of_no_adapter_is_refused(run, tmp_path, monkeypatch):
+    tree, meta = checkpoint.restore_params(run, None)
+    meta["config"]["lora"]["rank"] = 0
+    monkeypatch.setattr(checkpoint, "restore_params", lambda workdir, step: (tree, meta))
     with pytest.raises(ValueError, match="trained no adapter"):
-        export.export(tmp_path / "w", tmp_path / "a", step=None, dtype=None, lora="adapter")
+        export.export(run, tmp_path / "a", step=None, dtype=None, lora="adapter")
