@@ -26,8 +26,17 @@ from jaxtyping import install_import_hook
 install_import_hook("fpo_jax", "tests.shapecheck.checked")
 
 
+# The files that take longest, first, so that no worker is left with one of them at the end.
+LONGEST = (
+    "hosts", "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
+    "sample", "generate", "quickstart", "imdb_pipeline", "plan", "model", "generate_parity", "trajectory", "winrate",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
-    """Leave out what needs a large machine unless it is asked for."""
+    """Order the files, and leave out what needs a large machine unless it is asked for."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     if "large" in config.getoption("markexpr"):
         return
     for item in items:

@@ -1,6 +1,7 @@
 """The quickstart: its task, its statistics, its stages, and one miniature run from nothing to the report."""
 
 import collections
+import importlib.util
 import json
 import math
 import re
@@ -406,7 +407,7 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, mo
     assert "contradicts 'simpo'" in capsys.readouterr().err
     assert quickstart.main(["--workdir", str(workdir), "--seed", "-1"]) == 2
     assert "--seed=-1 must lie in" in capsys.readouterr().err
-    monkeypatch.setattr(quickstart_report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert quickstart.main(["--workdir", str(workdir)]) == 2
     assert "plots need matplotlib" in capsys.readouterr().err
     assert not workdir.exists()
