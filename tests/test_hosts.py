@@ -23,8 +23,9 @@ from tests.paths import REPO
 
 STEPS = 40
 BOUND_S = 60  # a process ends so soon after another one; a busy machine needs more than the 10 s of the heartbeat
-FSDP = {"mesh.fsdp": 4}
-TENSOR = {"mesh.fsdp": 2, "mesh.tensor": 2, "optim.offload": True}
+ANSWERS = {"answers.count": 2, "answers.max_new_tokens": 4, "answers.temperature": 0.0, "answers.batch_per_device": 1}
+FSDP = {"mesh.fsdp": 4} | ANSWERS
+TENSOR = {"mesh.fsdp": 2, "mesh.tensor": 2, "optim.offload": True} | ANSWERS
 
 
 @pytest.fixture(scope="module")
