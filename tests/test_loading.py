@@ -170,7 +170,7 @@ def test_the_host_holds_one_tensor_of_one_layer(tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         hf.export(result["tree"], WIDE, out_dir=tmp_path / "out", source_dir=source, dtype="bfloat16")
 
-    assert peak_bytes(load, calls=1) > 12 * WIDEST_BYTES, "24 layers of a half are stacked on the host: the measure sees it"
+    assert peak_bytes(load, calls=1) > 12 * WIDEST_BYTES, "24 layers of a half are stacked: the measure sees it"
     monkeypatch.setattr(reading, "_STACKED_ON_HOST_BYTES", 2**18)
     # a CPU device takes what was read at once, here the embedding, without a copy: NumPy memory that is a device's
     # the runtime gives a layer back a moment after it used it: measured -0.3 to +0.7 MB around one layer
