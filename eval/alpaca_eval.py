@@ -1,7 +1,7 @@
 """Win rates from AlpacaEval 2 annotations: `python -m eval.alpaca_eval --annotations MODEL_A.json MODEL_B.json`.
 
-One file per model: the annotations.json that the alpaca_eval package or our judge writes (`output_1` of the baseline,
-`output_2` of the model, `preference` from 1 = baseline to 2 = model), or a CSV table with `len_1` and `len_2` instead.
+One file per model: the annotations.json that the alpaca_eval package writes (`output_1` of the baseline, `output_2` of
+the model, `preference` from 1 = baseline to 2 = model), or a CSV table with `len_1` and `len_2` instead.
 A table goes to stdout, all numbers to --json. --difficulty hub (or a path to df_gamed.csv) adds the length-controlled
 win rate, --weights takes it from published weights instead of a fit. Nothing is judged here and no key is needed.
 
@@ -255,17 +255,12 @@ def _number(value: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    options = command_line.parse(Options, arguments, program="eval.alpaca_eval", about=__doc__)
-    try:
-        report = run(options)
-        if options.json:
-            judgements.write_json(Path(options.json), report)
-    except ValueError as error:
-        print(f"alpaca_eval: {error}", file=sys.stderr)
-        return 2
-    print(table(report))
-    for line in remarks(report):
-        print(line)
+    return command_line.run(Options, _work, arguments, program="eval.alpaca_eval", about=__doc__)
+
+
+def _work(options: Options) -> int:
+    report = run(options)
+    judgements.show(report, table=table(report), remarks=remarks(report), json=options.json)
     if not options.difficulty:
         print("no length control: --difficulty=hub, or a path to df_gamed.csv, adds it.")
     return 1 if any(one["withheld"] for one in report["models"].values()) else 0

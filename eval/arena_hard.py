@@ -247,17 +247,12 @@ def _numbers(one: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    options = command_line.parse(Options, arguments, program="eval.arena_hard", about=__doc__)
-    try:
-        report = run(options)
-        if options.json:
-            judgements.write_json(Path(options.json), report)
-    except ValueError as error:
-        print(f"arena_hard: {error}", file=sys.stderr)
-        return 2
-    print(table(report))
-    for line in remarks(report):
-        print(line)
+    return command_line.run(Options, _work, arguments, program="eval.arena_hard", about=__doc__)
+
+
+def _work(options: Options) -> int:
+    report = run(options)
+    judgements.show(report, table=table(report), remarks=remarks(report), json=options.json)
     entries = report["categories"].values()
     return 1 if any(one["withheld"] for entry in entries for one in entry["models"].values()) else 0
 

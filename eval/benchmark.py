@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval import generate, jobfile
+from eval import files, generate, jobfile
 from eval import options as command_line
 from fpo_jax import config as configuration
 from fpo_jax.data import sources
@@ -59,9 +59,9 @@ RECIPES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Which benchmark, with which model, and how. What is not here is as in eval.generate."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(generate.Answering):
+    """Which benchmark, with which model, and how."""
 
     benchmark: str
     data: str
@@ -70,27 +70,8 @@ class Options:
     split: str = ""
     rows: str = ""
     recipe: str = ""  # whose decoding to use; or give temperature and max_new_tokens
-    model: str = ""
-    revision: str = ""
-    workdir: str = ""
-    step: str = ""
-    server: str = ""
-    server_model: str = ""
-    api_key_env: str = ""
-    concurrency: int = 16
-    tokenizer: str = ""
-    chat_template: str = ""
-    eos_token: str = ""
-    max_length: int = 0
     temperature: float = math.nan
     max_new_tokens: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    stop_ids: tuple[int, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    batch_size: int = 64
-    tensor: int = 1
-    compute_dtype: str = "bfloat16"
 
 
 class Question(NamedTuple):
@@ -240,12 +221,9 @@ def _answers(
 ) -> list[str] | None:
     """Answer some prompts, or read the answers there are; None where some are missing."""
     folder = options.out / "parts"
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{part}.prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts))
-    same = {field.name for field in dataclasses.fields(generate.Options)}
-    same &= {field.name for field in dataclasses.fields(Options)} - {"out", "data", "split", "rows"}
-    settings = {name: getattr(options, name) for name in same}
+    files.write_lines(path, ({"prompt": prompt} for prompt in prompts))
+    settings = {field.name: getattr(options, field.name) for field in dataclasses.fields(generate.Answering)}
     settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "rule": "chat"}
     if recipe := RECIPES.get(options.recipe):
         settings |= {} if options.server else {"chat_template": recipe.chat_template}
@@ -270,7 +248,7 @@ def _write_alpaca_eval(out: Path, name: str, questions: list[Question], answers:
         {**question.row, "instruction": question.turns[0], "output": answer[0], "generator": name}
         for question, answer in zip(questions, answers, strict=True)
     ]
-    return _replace(out / "model_outputs.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    return files.write(out / "model_outputs.json", json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
 
 
 def _write_arena_hard(out: Path, name: str, questions: list[Question], answers: list[list[str]]) -> Path:
@@ -309,16 +287,7 @@ _WRITERS: dict[str, Callable[[Path, str, list[Question], list[list[str]]], Path]
 def _write_lines(out: Path, name: str, lines: list[dict[str, Any]]) -> Path:
     """Write a model's answers; the time is that of the newest part, so that a second start writes the same file."""
     written = max(path.stat().st_mtime for path in (out / "parts").glob("*.jsonl") if "prompts" not in path.name)
-    text = "".join(json.dumps({**line, "tstamp": written}, ensure_ascii=False) + "\n" for line in lines)
-    return _replace(out / "model_answer" / f"{name}.jsonl", text)
-
-
-def _replace(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-    return path
+    return files.write_lines(out / "model_answer" / f"{name}.jsonl", ({**line, "tstamp": written} for line in lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

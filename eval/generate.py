@@ -40,12 +40,10 @@ _LOCAL = ("tokenizer", "chat_template", "eos_token", "max_length", "batch_size",
 _IDLE = {"model": ("concurrency",), "workdir": ("revision", "concurrency"), "server": ("revision", *_LOCAL)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to answer, with what, and how. Paths and names as on the command line."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answering:
+    """Who answers, and how, whatever is asked. Paths and names as on the command line."""
 
-    out: Path
-    data: str
     model: str = ""  # directory or hub name; or workdir, or server
     revision: str = ""
     workdir: str = ""  # of a training run
@@ -54,31 +52,39 @@ class Options:
     server_model: str = ""
     api_key_env: str = ""
     concurrency: int = 16
+    tokenizer: str = ""  # "" = the model's
+    chat_template: str = ""
+    eos_token: str = ""
+    max_length: int = 0  # prompt and response; 0 = the model's window
+    seed: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()  # besides the tokenizer's EOS and the model's
+    stop_strings: tuple[str, ...] = ()  # a response ends before the first of them
+    batch_size: int = 64  # rows of a pass, per copy of the weights
+    tensor: int = 1  # devices that share one copy of the weights
+    compute_dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Answering):
+    """What to answer, with what, and how."""
+
+    out: Path
+    data: str
     format: str = "prompts"
     split: str = ""
     rows: str = ""
     subfolder: str = ""
     data_revision: str = ""
     hh_split: str = "last_turn"
-    tokenizer: str = ""  # "" = the model's
     rule: str = "raw"
-    chat_template: str = ""
-    eos_token: str = ""
-    max_length: int = 0  # prompt and response; 0 = the model's window
     num_prompts: int = 0  # after deduplication; 0 = all
     dedup: str = "none"
     num_return: int = 1
-    seed: int = 0
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_k: int = 0
-    top_p: float = 1.0
     min_new_tokens: int = 0
-    stop_ids: tuple[int, ...] = ()  # besides the tokenizer's EOS and the model's
-    stop_strings: tuple[str, ...] = ()  # a response ends before the first of them
-    batch_size: int = 64  # rows of a pass, per copy of the weights
-    tensor: int = 1  # devices that share one copy of the weights
-    compute_dtype: str = "bfloat16"
     keep_ids: int = 0  # 1 = write the token ids too, `prompt_ids` and `ids`, as eval.kl needs them
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from eval import files
 from fpo_jax import config as configuration
 
 
@@ -42,10 +43,7 @@ class JobFile:
                 )
         elif path.exists() or self._part.exists():
             raise ValueError(f"{path} exists and has no {self._job_path.name}; give another file, or delete it.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._job_path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(job, indent=2) + "\n")
-        temporary.replace(self._job_path)
+        files.write(self._job_path, json.dumps(job, indent=2) + "\n")
         self.finished = path.exists()
         if not self.finished:
             self._repair()

@@ -7,13 +7,13 @@ scorers share is here; what a judgement means is theirs.
 import csv
 import gzip
 import io
-import json
 import math
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval import files
 from fpo_jax.data import sources
 
 # what only the judgements of one benchmark have, and who reads them; the first match counts
@@ -139,12 +139,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def write_json(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report at once or not at all; a number that is not finite is a fault of ours."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+def show(report: Mapping[str, Any], *, table: str, remarks: Iterable[str], json: str) -> None:
+    """Print what was scored, after writing all of it to the file `json`, "" for none."""
+    if json:
+        files.write_json(Path(json), report)
+    print(table)
+    for line in remarks:
+        print(line)
 
 
 def _json_rows(path: Path) -> Iterable[Row]:

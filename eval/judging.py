@@ -126,12 +126,17 @@ def verdict(reply: str) -> str | None:
     return {"a": "A", "b": "B", "tie": "tie"}[found.pop()] if len(found) == 1 else None
 
 
+def same(pair: Pair) -> bool:
+    """Whether both answers are one text, which nobody need be asked about."""
+    return pair.candidate.strip() == pair.baseline.strip()
+
+
 def decide(pair: Pair, replies: tuple[str | None, str | None]) -> Decision:
     """Return what the replies of both orders, the candidate first and then second, say together.
 
     Orders that disagree are a tie: the judge saw the place and not the answer.
     """
-    if pair.candidate.strip() == pair.baseline.strip():
+    if same(pair):
         return Decision(TIE, "same_text")
     straight, turned = replies
     if straight is None or turned is None:

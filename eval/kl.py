@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eval import intervals, jobfile
+from eval import files, intervals, jobfile
 from eval import options as command_line
 from fpo_jax import config as configuration
 from fpo_jax import data, hf, job, losses, programs, reference, sharding
@@ -80,14 +80,11 @@ def run(options: Options) -> Summary:
     lines = jobfile.read(options.data)
     prepared = _prepared(options.data, lines, hf.read_config(policy).vocab_size)
     found = [_logprobs(source, prepared, settings, options.batch_size) for source in (policy, base)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.out.with_name(options.out.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        for line, ours_K, theirs_K in zip(lines, *found, strict=True):
-            head = {key: line[key] for key in ("index", "prompt", "completions")}
-            scored = {"logprobs": ours_K.tolist(), "reference_logprobs": theirs_K.tolist()}
-            file.write(json.dumps(head | scored, ensure_ascii=False) + "\n")
-    temporary.replace(options.out)
+    rows = []
+    for line, ours_K, theirs_K in zip(lines, *found, strict=True):
+        head = {key: line[key] for key in ("index", "prompt", "completions")}
+        rows.append(head | {"logprobs": ours_K.tolist(), "reference_logprobs": theirs_K.tolist()})
+    files.write_lines(options.out, rows)
     return summary(options.out)
 
 

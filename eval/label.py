@@ -18,7 +18,7 @@ from typing import Any
 
 import tqdm
 
-from eval import jobfile
+from eval import files, jobfile
 from eval import options as command_line
 from fpo_jax import chat, execution, hf, model, rewarding
 
@@ -103,9 +103,7 @@ def run(options: Options) -> Summary:
     if not options.pairing:
         return summary
     pairs = [pair for line in found if (pair := best_worst(line)) is not None]
-    temporary = options.out.with_name(options.out.name + ".tmp")
-    temporary.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
-    temporary.replace(options.out)
+    files.write_lines(options.out, pairs)
     return dataclasses.replace(summary, written=len(pairs))
 
 

@@ -263,17 +263,12 @@ def _shares(one: Mapping[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    options = command_line.parse(Options, arguments, program="eval.mt_bench", about=__doc__)
-    try:
-        report = run(options)
-        if options.json:
-            judgements.write_json(Path(options.json), report)
-    except ValueError as error:
-        print(f"mt_bench: {error}", file=sys.stderr)
-        return 2
-    print(table(report))
-    for line in remarks(report):
-        print(line)
+    return command_line.run(Options, _work, arguments, program="eval.mt_bench", about=__doc__)
+
+
+def _work(options: Options) -> int:
+    report = run(options)
+    judgements.show(report, table=table(report), remarks=remarks(report), json=options.json)
     return 1 if any(one["withheld"] for models in report["judges"].values() for one in models.values()) else 0
 
 

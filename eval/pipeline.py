@@ -21,7 +21,7 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from eval import export, generate, jobfile, kl, label, pipeline_report
+from eval import export, files, generate, jobfile, kl, label, pipeline_report
 from eval.stages import StageError, Stages
 from fpo_jax import config as configuration
 from fpo_jax import execution, job, loop, losses
@@ -292,9 +292,7 @@ def merge(parts: Sequence[Path], out: Path) -> str:
         alike += len(set(texts)) == 1
         if len(set(texts)) > 1:
             kept.append({**lines[0], "completions": texts, "finish": [end for line in lines for end in line["finish"]]})
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(out)
+    files.write_lines(out, kept)
     return f"{len(kept)} prompts of {len(parts)} seeds, {alike} dropped whose answers are all the same"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import intervals, kl, rates
+from eval import files, intervals, kl, page, rates
 
 START = "start"
 
@@ -41,10 +41,8 @@ def write(workdir: Path, scores: Mapping[str, Path], divergences: Mapping[str, P
             found = kl.summary(divergences[name])
             report[name]["kl"] = {"mean": found.mean, "low": found.low, "high": found.high}
     folder = workdir / "report"
-    folder.mkdir(exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "table.md").write_text(markdown(report))
-    return str(folder / "table.md")
+    files.write_json(folder / "report.json", report)
+    return str(files.write(folder / "table.md", page.markdown([page.Table(*cells(report))])))
 
 
 def summary(rows: list[dict[str, Any]], *, before: list[dict[str, Any]] | None) -> dict[str, Any]:
@@ -76,12 +74,7 @@ def win_rates(rows: list[dict[str, Any]], *, before: list[dict[str, Any]]) -> di
             outcomes.append(0.5 * (1 + (ours > theirs) - (ours < theirs)))
             lengths.append([len(text), len(other)])
             clusters.append(number)
-    outcomes_P, clusters_P = np.array(outcomes), np.array(clusters)
-    found = {
-        "win_rate": rates.bootstrap(outcomes_P, clusters_P),
-        "length_controlled_win_rate": rates.length_controlled(outcomes_P, np.array(lengths, float), clusters_P),
-    }
-    return {name: dict(zip(("mean", "low", "high"), one, strict=True)) for name, one in found.items()}
+    return rates.both(np.array(outcomes), np.array(lengths, float), np.array(clusters))
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -93,27 +86,28 @@ def table(report: Mapping[str, Any]) -> str:
         + "  KL from start (95 %)" * shown
     ]
     for name, one in report.items():
-        won = f"{_rate(one, 'win_rate'):20}  {_rate(one, 'length_controlled_win_rate'):20}"
+        won = f"{rates.shown(one, 'win_rate'):20}  {rates.shown(one, 'length_controlled_win_rate'):20}"
         numbers = f"{one['mean_reward']:11.3f}  {_change(one):24} {won}  {one['mean_characters']:10.0f}"
         lines.append(f"{name:{width}}  {numbers}" + (f"  {_kl(one)}" if "kl" in one else ""))
     return "\n".join(lines)
 
 
-def markdown(report: Mapping[str, Any]) -> str:
-    """Return the report as a markdown table."""
-    shown = any("kl" in one for one in report.values())
-    lines = [
-        "| model | prompts x answers | mean reward | change against the start (95 %) | win rate (95 %) |"
-        " at equal length | characters |" + " KL from the start (95 %) |" * shown,
-        "|---|---|---|---|---|---|---|" + "---|" * shown,
-    ]
+def cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the report as the header and the rows of a table."""
+    with_kl = any("kl" in one for one in report.values())
+    header = ["model", "prompts x answers", "mean reward", "change against the start (95 %)", "win rate (95 %)"]
+    header += ["at equal length", "characters", *(["KL from the start (95 %)"] if with_kl else [])]
+    rows = []
     for name, one in report.items():
-        lines.append(
-            f"| {name} | {one['prompts']} x {one['answers'] // one['prompts']} | {one['mean_reward']:.3f} |"
-            f" {_change(one)} | {_rate(one, 'win_rate')} | {_rate(one, 'length_controlled_win_rate')} |"
-            f" {one['mean_characters']:.0f} |" + f" {_kl(one)} |" * shown
-        )
-    return "\n".join(lines) + "\n"
+        row = [
+            name,
+            f"{one['prompts']} x {one['answers'] // one['prompts']}",
+            f"{one['mean_reward']:.3f}",
+            _change(one),
+        ]
+        row += [rates.shown(one, "win_rate"), rates.shown(one, "length_controlled_win_rate")]
+        rows.append([*row, f"{one['mean_characters']:.0f}", *([_kl(one)] if with_kl else [])])
+    return header, rows
 
 
 def training(run: Path) -> str:
@@ -135,10 +129,6 @@ def _change(one: Mapping[str, Any]) -> str:
 
 def _kl(one: Mapping[str, Any]) -> str:
     return "{mean:.3f} ({low:.3f}, {high:.3f})".format(**one["kl"]) if "kl" in one else ""
-
-
-def _rate(one: Mapping[str, Any], name: str) -> str:
-    return "{mean:.1%} ({low:.1%}, {high:.1%})".format(**one[name]) if name in one else ""
 
 
 def _relative(path: Path, workdir: Path) -> str:

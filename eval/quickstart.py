@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from configs import quickstart as recipe
-from eval import export, quickstart_configs, quickstart_model, quickstart_report, quickstart_summary, report
+from eval import export, files, quickstart_configs, quickstart_model, quickstart_report, quickstart_summary, report
 from eval import quickstart_task as task
 from eval.quickstart_configs import Scale
 from eval.stages import StageError, Stages
@@ -177,8 +177,8 @@ class _Quickstart:
         ]
         for row in rows:
             row["rewards"] = [0.0] * DEMONSTRATIONS  # nobody checks a demonstration
-        quickstart_summary.write(self.demonstrations, rows)
-        quickstart_summary.write(self.held_out, [{"prompt": p, "answer": task.answer(p)} for p in prompts.held_out])
+        files.write_lines(self.demonstrations, rows)
+        files.write_lines(self.held_out, [{"prompt": p, "answer": task.answer(p)} for p in prompts.held_out])
         shutil.rmtree(self.start, ignore_errors=True)
         quickstart_model.write_start(self.start, seed=_seed(self.seed, "weights"))
         right = [task.reward(row["prompt"], text) for row in rows for text in row["completions"]]
@@ -212,7 +212,7 @@ class _Quickstart:
                     f"in each of {len(rows)} groups all {CANDIDATES} responses have the same reward, so there is"
                     " nothing to prefer; the pretrained model is too weak (raise pretraining_steps) or already perfect."
                 )
-            quickstart_summary.write(target, rows)
+            files.write_lines(target, rows)
             rates.append(np.mean([row["rewards"] for row in rows]))
         return f"{CANDIDATES * self.scale.aligned_prompts:,} responses, {rates[0]:.1%} correct"
 
@@ -246,7 +246,7 @@ class _Quickstart:
             {"prompt": prompt, "response": text, "outcome": task.outcome(prompt, text), "greedy": best}
             for prompt, (text,), (best,) in zip(prompts, sampled, greedy, strict=True)
         ]
-        quickstart_summary.write(target, rows)
+        files.write_lines(target, rows)
         return f"{quickstart_summary.success(rows)['rate']:.1%} of {len(rows):,} correct"
 
     def report(self, stages: Stages, summary: dict[str, Any]) -> str:

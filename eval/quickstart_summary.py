@@ -42,14 +42,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a jsonl file; it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
-
-
 def _correct(answers: list[Answer]) -> list[bool]:
     return [row["outcome"] == task.CORRECT for row in answers]
 

@@ -1,5 +1,8 @@
 """Win rates with intervals, and what they would be at equal length."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -67,6 +70,30 @@ def length_controlled(
         rates[index] = _at_zero(outcomes_P, z_P, drawn[places_P].astype(float))
     low, high = np.quantile(rates, [0.025, 0.975])
     return rate, float(low), float(high)
+
+
+def both(
+    outcomes_P: Float[np.ndarray, " P"],
+    lengths_P2: Float[np.ndarray, "P 2"],
+    clusters_P: Int[np.ndarray, " P"],
+    *,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Return `win_rate` and `length_controlled_win_rate`, each with mean, low and high; arguments as for the latter."""
+    found = {
+        "win_rate": bootstrap(outcomes_P, clusters_P, seed=seed),
+        "length_controlled_win_rate": length_controlled(outcomes_P, lengths_P2, clusters_P, seed=seed),
+    }
+    return {name: dict(zip(("mean", "low", "high"), one, strict=True)) for name, one in found.items()}
+
+
+def shown(found: Mapping[str, Any], name: str) -> str:
+    """Return one of the rates of `both` in percent with its interval, "" where there is none.
+
+    >>> shown({"win_rate": {"mean": 0.5, "low": 0.25, "high": 0.75}}, "win_rate")
+    '50.0% (25.0%, 75.0%)'
+    """
+    return "{mean:.1%} ({low:.1%}, {high:.1%})".format(**found[name]) if name in found else ""
 
 
 def _by_cluster(values_P: np.ndarray, clusters_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import jobfile, page, pipeline_report, report_plots
+from eval import files, jobfile, page, pipeline_report, rates, report_plots
 from eval import options as command_line
 from eval.page import Block, Heading, Plot, Table, Text, Texts
 from fpo_jax import __version__, answering, metrics
@@ -43,20 +43,20 @@ def run(options: Options) -> Path:
     require_matplotlib()
     if options.samples < 0:
         raise ValueError(f"--samples={options.samples} must be at least 0.")
-    rates = [_json(Path(folder) / "summary.json") for folder in options.winrate]
+    summaries = [_json(Path(folder) / "summary.json") for folder in options.winrate]
     out = Path(options.out) if options.out else options.workdir / "report"
     if (options.workdir / metrics.METRICS_FILE).is_file():
-        blocks, card = _of_run(options, rates, out)
+        blocks, card = _of_run(options, summaries, out)
     elif (options.workdir / "stages.json").is_file():
-        blocks, card = _of_pipeline(options, rates, out), None
+        blocks, card = _of_pipeline(options, summaries, out), None
     else:
         raise ValueError(
             f"{options.workdir} holds neither {metrics.METRICS_FILE} of a run nor stages.json of a pipeline."
         )
-    _write(out / "report.md", page.markdown(blocks))
-    _write(out / "report.html", page.html(blocks, out))
+    files.write(out / "report.md", page.markdown(blocks))
+    files.write(out / "report.html", page.html(blocks, out))
     if card is not None:
-        _write(out / "model_card.md", card)
+        files.write(out / "model_card.md", card)
     return out / "report.html"
 
 
@@ -96,7 +96,7 @@ def audit(parts: dict[str, Any]) -> Table:
 # --- a training run
 
 
-def _of_run(options: Options, rates: list[dict[str, Any]], out: Path) -> tuple[list[Block], str]:
+def _of_run(options: Options, summaries: list[dict[str, Any]], out: Path) -> tuple[list[Block], str]:
     workdir = options.workdir
     config, lines = _json(workdir / "config.json"), metrics.read(workdir / metrics.METRICS_FILE)
     if not lines:
@@ -110,7 +110,7 @@ def _of_run(options: Options, rates: list[dict[str, Any]], out: Path) -> tuple[l
     about = Text(
         f"{updates:,} updates of {config['train']['batch_size']} from `{_base(config)}`; fpo_jax {__version__}."
     )
-    blocks: list[Block] = [Heading(title, 1), about, *result, *_rates(rates)]
+    blocks: list[Block] = [Heading(title, 1), about, *result, *_rates(summaries)]
     if report_plots.curves(out / "curves.png", lines):
         blocks += [Heading("Curves"), Plot("curves.png", "Training batches (faint: single updates) and evaluations")]
     blocks += _tradeoff_of_run(evaluations, out)
@@ -118,7 +118,7 @@ def _of_run(options: Options, rates: list[dict[str, Any]], out: Path) -> tuple[l
     blocks += [Heading("Configuration"), Text("What differs from the default; everything else is as there."), settings]
     parts = {name: part for name, part in _json(workdir / "audit.json").items() if part}
     blocks += [Heading("Audit of the data"), audit(parts), Heading("Time and speed"), costs]
-    card = [Heading(workdir.name, 1), about, *result, *_rates(rates), Heading("Training"), settings, costs]
+    card = [Heading(workdir.name, 1), about, *result, *_rates(summaries), Heading("Training"), settings, costs]
     return blocks, _front_matter(config) + page.markdown(card)
 
 
@@ -248,21 +248,18 @@ def _front_matter(config: dict[str, Any]) -> str:
 # --- a pipeline
 
 
-def _of_pipeline(options: Options, rates: list[dict[str, Any]], out: Path) -> list[Block]:
+def _of_pipeline(options: Options, summaries: list[dict[str, Any]], out: Path) -> list[Block]:
     workdir = options.workdir
     found = _json(workdir / "report" / "report.json")
     out.mkdir(parents=True, exist_ok=True)
-    header, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in pipeline_report.markdown(found).splitlines()
-    ]
     blocks: list[Block] = [
         Heading(f"{workdir.name}: {len(found) - 1} alignments against their start", 1),
         Text(
             "The judge is the reward model; a win is a higher reward than that of the start's answer."
             " Intervals are of 95 %, over prompts."
         ),
-        Table(header, rows),
-        *_rates(rates),
+        Table(*pipeline_report.cells(found)),
+        *_rates(summaries),
     ]
     report_plots.plane(
         out / "length.png",
@@ -341,7 +338,7 @@ def _rates(summaries: list[dict[str, Any]]) -> list[Block]:
     rows = []
     for one in summaries:
         judge = one["judge"].get("reward_model") or one["judge"]["model"]
-        parts = [_interval(one, "win_rate"), _interval(one, "length_controlled_win_rate")]
+        parts = [rates.shown(one, name) or "none" for name in ("win_rate", "length_controlled_win_rate")]
         numbers = [f"{one[name]}" for name in ("wins", "ties", "losses", "failures")]
         sides = [Path(one[side]).name for side in ("candidate", "baseline")]
         rows.append([f"{sides[0]} against {sides[1]}", Path(judge).name, *parts, " / ".join(numbers)])
@@ -349,10 +346,6 @@ def _rates(summaries: list[dict[str, Any]]) -> list[Block]:
     flagged = sum(sum(one["steering"].values()) for one in summaries)
     note = [Text(f"{flagged} answers speak to the judge; read them in verdicts.jsonl.")] if flagged else []
     return [Heading("Win rates"), Table(header, rows, right=False), *note]
-
-
-def _interval(summary: dict[str, Any], name: str) -> str:
-    return "{mean:.1%} ({low:.1%}, {high:.1%})".format(**summary[name]) if name in summary else "none"
 
 
 def _number(value: float) -> str:
@@ -366,12 +359,6 @@ def _json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing.") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}).") from None
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval import files
+
 RECORD_FILE = "stages.json"
 DIGESTS_FILE = "digests.json"
 
@@ -161,9 +163,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    files.write(path, json.dumps(value, indent=2) + "\n")
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from eval import generate, jobfile, judging, label, rates
+from eval import files, generate, jobfile, judging, label, rates
 from eval import options as command_line
 from eval import server as servers
 from fpo_jax import chat, data, execution
@@ -90,18 +90,16 @@ def run(options: Options) -> dict[str, Any]:
     else:
         form = judging.template(options.template)
         judge = {"model": options.server_model or options.judge_model, "max_tokens": options.max_tokens}
-        asked = {pair.index: _questions(pair, form, judge) for pair in pairs if not _same(pair)}
+        asked = {pair.index: _questions(pair, form, judge) for pair in pairs if not judging.same(pair)}
         if options.dry_run:
             return _dry_run(options, asked)
         ask = _ask_server if kind == "server" else _ask_model
         replies = ask(options, _distinct(asked))
-        none = (None, None)
-        decisions = [
-            judging.decide(pair, tuple(map(replies.get, (one.key for one in asked[pair.index]))))  # pyright: ignore[reportArgumentType]
-            if pair.index in asked
-            else judging.decide(pair, none)
-            for pair in pairs
-        ]
+
+        def reply(pair: judging.Pair, turned: bool) -> str | None:
+            return replies.get(asked[pair.index][turned].key) if pair.index in asked else None
+
+        decisions = [judging.decide(pair, (reply(pair, False), reply(pair, True))) for pair in pairs]
         judge |= {"template": options.template, "temperature": 0}
     summary = _summary(options, pairs, decisions, judge)
     _write(options.out, pairs, decisions, summary)
@@ -199,10 +197,6 @@ def _text(response: str | dict[str, str]) -> str:
     return response if isinstance(response, str) else response["content"]
 
 
-def _same(pair: judging.Pair) -> bool:
-    return judging.decide(pair, (None, None)).why == "same_text"
-
-
 def _questions(pair: judging.Pair, form: str, judge: dict[str, Any]) -> list[judging.Question]:
     return [judging.question(pair, form=form, turned=turned, judge=judge) for turned in (False, True)]
 
@@ -269,9 +263,8 @@ def _wanted(reply: str | None) -> bool:
 
 def _ask_model(options: Options, questions: list[judging.Question]) -> dict[str, str]:
     """Let a causal model here reply, greedily."""
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "questions.jsonl"
-    path.write_text("".join(json.dumps({"prompt": question.text}) + "\n" for question in questions))
+    files.write_lines(path, ({"prompt": question.text} for question in questions))
     if not questions:
         return {}
     job = generate.Options(
@@ -293,10 +286,9 @@ def _ask_model(options: Options, questions: list[judging.Question]) -> dict[str,
 
 def _by_rewards(options: Options, pairs: list[judging.Pair]) -> tuple[list[judging.Decision], dict[str, Any]]:
     """Let the higher score win."""
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "pairs.jsonl"
     rows = [{"prompt": pair.prompt, "completions": [pair.candidate, pair.baseline]} for pair in pairs]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    files.write_lines(path, rows)
     job = label.Options(
         model=options.reward_model,
         data=path,
@@ -311,7 +303,7 @@ def _by_rewards(options: Options, pairs: list[judging.Pair]) -> tuple[list[judgi
     found = []
     for pair, line in zip(pairs, jobfile.read(job.out), strict=True):
         ours, theirs = line["rewards"]
-        same = judging.decide(pair, (None, None)).why == "same_text"
+        same = judging.same(pair)
         outcome = judging.TIE if same or ours == theirs else judging.WIN if ours > theirs else judging.LOSS
         found.append(judging.Decision(outcome, "same_text" if same else ""))
     return found, {"reward_model": options.reward_model}
@@ -341,32 +333,19 @@ def _summary(
     if judged:
         outcomes_P = np.array([decisions[place].outcome for place in judged], float)
         clusters_P = np.array([clusters[place] for place in judged])
-        for name, found in (
-            ("win_rate", rates.bootstrap(outcomes_P, clusters_P, seed=options.seed)),
-            (
-                "length_controlled_win_rate",
-                rates.length_controlled(outcomes_P, lengths[judged], clusters_P, seed=options.seed),
-            ),
-        ):
-            summary[name] = dict(zip(("mean", "low", "high"), found, strict=True))
+        summary |= rates.both(outcomes_P, lengths[judged], clusters_P, seed=options.seed)
     return summary
 
 
 def _write(out: Path, pairs: list[judging.Pair], decisions: list[judging.Decision], summary: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     lines = []
     for pair, decision in zip(pairs, decisions, strict=True):
         flags = {"candidate": judging.steers(pair.candidate), "baseline": judging.steers(pair.baseline)}
         said = [name for name, flag in flags.items() if flag]
         line = {**pair._asdict(), "outcome": decision.outcome, "why": decision.why}
         lines.append(line | ({"steering": said} if said else {}))
-    for name, text in (
-        ("verdicts.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)),
-        ("summary.json", json.dumps(summary, indent=2) + "\n"),
-    ):
-        temporary = out / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out / name)
+    files.write_lines(out / "verdicts.jsonl", lines)
+    files.write_json(out / "summary.json", summary)
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -374,8 +353,7 @@ def table(summary: dict[str, Any]) -> str:
     lines = [f"{summary['comparisons']} comparisons on {summary['prompts']} prompts"]
     for name in ("win_rate", "length_controlled_win_rate"):
         if name in summary:
-            one = summary[name]
-            lines.append(f"{name.replace('_', ' '):28} {one['mean']:.1%} ({one['low']:.1%}, {one['high']:.1%})")
+            lines.append(f"{name.replace('_', ' '):28} {rates.shown(summary, name)}")
     shown = ("wins", "ties", "losses", "failures")
     lines.append("  ".join(f"{name} {summary[name]}" for name in shown))
     lines.append(f"of the ties: same text {summary['same_text']}, turned with the order {summary['position']}")

@@ -65,10 +65,12 @@ class Answers:
         self._judge = None
         if options.reward_model:
             self._judge = hf.local_dir(options.reward_model, revision=None)
-            if not hf.read_config(self._judge).reward_head:
+            judge_config = hf.read_config(self._judge)
+            if not judge_config.reward_head:
                 raise ValueError(
                     f"answers.reward_model={options.reward_model!r} is a language model; give a reward model."
                 )
+            self._judge_window = judge_config.max_positions
             self._judge_encoder = chat.encoder(chat.load_tokenizer(self._judge))
 
     def __call__(self, number: int, weights: shapes.PyTree) -> tuple[dict[str, float], Table]:
@@ -109,9 +111,8 @@ class Answers:
 
     def _rewards(self, texts: list[str]) -> list[float]:
         assert self._judge is not None
-        window = hf.read_config(self._judge).max_positions
         groups = rewarding.rows(
-            self._judge_encoder, self._prompts, [[text] for text in texts], rule=self._rule, window=window
+            self._judge_encoder, self._prompts, [[text] for text in texts], rule=self._rule, window=self._judge_window
         )
         rows = [row.ids for group in groups for row in group]
         rewarder = rewarding.Rewarder(

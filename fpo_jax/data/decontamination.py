@@ -9,7 +9,7 @@ original's recipe (alignment-handbook) compares with HumanEval's docstrings and 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fpo_jax.data import sources
 from fpo_jax.data.records import Record, Records
@@ -17,7 +17,6 @@ from fpo_jax.data.records import Record, Records
 WORDS = 13
 SHORTEST = 8
 REASON = "contaminated"
-_ENTRY = re.compile(r"(?P<source>.+?)(@(?P<split>[^@=/]+))?=(?P<column>[^=]+)")
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -27,7 +26,7 @@ def check(entry: str) -> None:
     Raises:
         ValueError: not of that form.
     """
-    if not _ENTRY.fullmatch(entry):
+    if sources.entry(entry) is None:
         raise ValueError(f"{entry!r} is not source=column or source@split=column.")
 
 
@@ -41,15 +40,16 @@ def texts(entry: str) -> list[str]:
         ValueError: no such source or column, or a value of another kind.
     """
     check(entry)
-    match = _ENTRY.fullmatch(entry)
-    assert match is not None
+    parts = sources.entry(entry)
+    assert parts is not None
+    source, split, column = parts
     found: list[str] = []
-    for where, row in sources.rows(match["source"], split=match["split"], data_dir=None, revision=None):
-        value = row.get(match["column"]) if isinstance(row, dict) else row
+    for where, row in sources.rows(source, split=split, data_dir=None, revision=None):
+        value = row.get(column) if isinstance(row, dict) else row
         values = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         if not values or (isinstance(value, list) and len(values) < len(value)):
             columns = f"; it has {', '.join(row)}" if isinstance(row, dict) else ""
-            raise ValueError(f"{where}: the column {match['column']!r} is neither a text nor a list of texts{columns}")
+            raise ValueError(f"{where}: the column {column!r} is neither a text nor a list of texts{columns}")
         found += values
     return found
 
@@ -64,11 +64,12 @@ def clean(records: Records, benchmarks: Iterable[str]) -> Records:
     Raises:
         ValueError: no text is long enough to compare with.
     """
-    runs = set()
+    runs: dict[int, set[str]] = {}  # by their number of words
     for text in benchmarks:
         words = _words(text)
         if len(words) >= SHORTEST:
-            runs.update(_runs(words, min(WORDS, len(words))))
+            length = min(WORDS, len(words))
+            runs.setdefault(length, set()).update(_runs(words, length))
     if not runs:
         raise ValueError(f"no benchmark text has {SHORTEST} words or more; decontamination would compare nothing")
     kept, dropped = [], list(records.dropped.get(REASON, ()))
@@ -80,9 +81,9 @@ def clean(records: Records, benchmarks: Iterable[str]) -> Records:
     return Records(kept, {**records.dropped, **({REASON: dropped} if dropped else {})}, records.noted)
 
 
-def _repeats(text: str, runs: set[str]) -> bool:
+def _repeats(text: str, runs: Mapping[int, set[str]]) -> bool:
     words = _words(text)
-    return any(run in runs for length in range(SHORTEST, WORDS + 1) for run in _runs(words, length))
+    return any(run in known for length, known in runs.items() for run in _runs(words, length))
 
 
 def _texts_of(record: Record) -> list[str]:

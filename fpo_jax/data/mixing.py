@@ -4,15 +4,13 @@ An entry of a mixture is "source=fraction" or "source@split=fraction". A fractio
 rows of its source, as alignment-handbook's mixer does; the order is fixed by a seed of its own, not by the run's.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fpo_jax.data import batches
+from fpo_jax.data import batches, sources
 from fpo_jax.data.records import Records
 
 ORDER_SEED = 42
-_ENTRY = re.compile(r"(?P<source>.+?)(@(?P<split>[^@=/]+))?=(?P<fraction>[^=]+)")
 
 
 class Part(NamedTuple):
@@ -32,14 +30,14 @@ def parse(entry: str) -> Part:
     Raises:
         ValueError: not of that form, or a fraction outside (0, 1].
     """
-    match = _ENTRY.fullmatch(entry)
+    parts = sources.entry(entry)
     try:
-        fraction = float(match["fraction"]) if match else 0.0
+        fraction = float(parts[2]) if parts else 0.0
     except ValueError:
         fraction = 0.0
-    if match is None or not 0 < fraction <= 1:
+    if parts is None or not 0 < fraction <= 1:
         raise ValueError(f"{entry!r} is not source=fraction or source@split=fraction with a fraction in (0, 1].")
-    return Part(match["source"], match["split"] or "", fraction)
+    return Part(parts[0], parts[1] or "", fraction)
 
 
 def mixture(parts: Sequence[Part], read: Callable[[Part], Records]) -> Records:

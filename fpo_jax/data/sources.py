@@ -17,6 +17,7 @@ from typing import Any
 
 _ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|gz|csv|tsv|txt|parquet|arrow|zip|zst|bz2|xz)$")
+_ENTRY = re.compile(r"(?P<source>.+?)(@(?P<split>[^@=/]+))?=(?P<value>[^=]+)")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -147,6 +148,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRow:
 
 def _constant(name: str) -> BadRow:
     return BadRow(f"{name} is not JSON")
+
+
+def entry(text: str) -> tuple[str, str | None, str] | None:
+    """Take "source=value" or "source@split=value" apart; None where it is neither.
+
+    >>> entry("org/name@train=0.5"), entry("./x@y/z.jsonl=prompt"), entry("name")
+    (('org/name', 'train', '0.5'), ('./x@y/z.jsonl', None, 'prompt'), None)
+    """
+    match = _ENTRY.fullmatch(text)
+    return match and (match["source"], match["split"], match["value"])
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
