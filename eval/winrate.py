@@ -123,6 +123,8 @@ def _check(options: Options) -> str:
         problems.append("give --template: helpful, harmless, tldr, or a file")
     if kind == "server" and not options.server_model:
         problems.append("--server needs --server-model, the model's name there")
+    if kind == "server" and options.tokenizer and not options.dry_run:
+        problems.append("--tokenizer with --server counts tokens for --dry-run; leave it out")
     if options.baseline_format == ANSWERS and options.baseline_split:
         problems.append("--baseline-split belongs to a data set; give its --baseline-format")
     if (options.price_in or options.price_out) and not options.dry_run:

@@ -31,7 +31,7 @@ def test_what_is_dropped():
             (COPY, ["x", "y"]),
             (turns, [{"role": "assistant", "content": "z"}] * 2),
             ("a prompt", ["x", f"as you say: {COPY}"]),
-            (COPY.replace("closer", "nearer"), ["x", "y"]),  # twelve words in a row before and after at most
+            (COPY.replace("closer to", "closer than"), ["x", "y"]),  # twelve words in a row
             (SHORT.upper(), ["x", "y"]),
             (SHORT.removesuffix("share."), ["x", "y"]),
             ("def add(x, y): return x + y", ["x", "y"]),

@@ -337,6 +337,7 @@ def test_prompts_that_come_again_are_matched_in_their_order_and_drawn_together(t
         ({"reward_model": "r", "server_model": ""}, "--template means nothing with --reward-model"),
         ({"judge_model": "r"}, "--server-model means nothing with --judge-model"),
         ({"server": "http://h/v1", "price_in": 1.0}, "are for --dry-run"),
+        ({"server": "http://h/v1", "tokenizer": "t"}, "--tokenizer with --server counts tokens for --dry-run"),
         ({"server": "http://h/v1", "answers": 2}, "a.jsonl:1 has 1 answers; --answers=2 needs more"),
         ({"server": "http://h/v1", "baseline_split": "x"}, "--baseline-split belongs to a data set"),
     ],
