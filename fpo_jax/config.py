@@ -96,6 +96,10 @@ def default() -> Config:
     c.data.on_long_prompt = "truncate"  # truncate | drop | error
     c.data.on_identical = "keep"  # keep | drop groups whose responses are all the same text
     c.data.packing = False  # several short texts in a row of max_length, each seeing itself alone (stage sft)
+    c.data.layout = (
+        "padded"  # padded: a candidate a row | packed: whole groups in rows | shared: and prompts stand once
+    )
+    c.data.row_length = config_dict.placeholder(int)  # tokens of a row of groups; unset = the length that pads least
     c.data.buckets = ()  # row lengths to compile for, ascending; () = max_length alone
     c.data.shuffle = True
     c.data.last_batch = "drop"  # drop | pad the ragged last batch of an epoch
@@ -154,11 +158,12 @@ def default() -> Config:
 
     c.train = ml_collections.ConfigDict()
     c.train.batch_size = 128  # groups (with data.packing rows) per update, over all devices
-    c.train.micro_batch_per_device = 2  # groups per device and forward pass; accumulation follows from it
+    # Groups (with data.layout packed or shared: rows of groups) per device and forward pass; accumulation follows.
+    c.train.micro_batch_per_device = 2
     c.train.epochs = 1.0
     c.train.max_steps = config_dict.placeholder(int)  # updates; stops the run earlier
     c.train.eval_every = 400  # updates; 0 = only at the start and the end
-    c.train.eval_batch_per_device = 4  # groups per device
+    c.train.eval_batch_per_device = 4  # groups or rows per device
     c.train.eval_batches = config_dict.placeholder(int)  # of an evaluation, at most; unset = all
     c.train.save_every = 100  # updates
     c.train.keep_checkpoints = 2  # newest ones
@@ -179,7 +184,7 @@ def default() -> Config:
 
     c.reference = ml_collections.ConfigDict()
     c.reference.path = ""  # "" = model.path before training
-    c.reference.batch_per_device = 8  # groups per device in the reference pass
+    c.reference.batch_per_device = 8  # groups or rows per device in the reference pass
     c.reference.cache_dir = ""  # "" = inside the workdir; share it between sweeps
 
     c.kernel = ml_collections.ConfigDict()
@@ -268,6 +273,8 @@ def problems(config: Config) -> list[str]:
     choice("data.on_identical", ("keep", "drop"))
     choice("data.on_bad_row", ("error", "skip"))
     choice("data.last_batch", ("drop", "pad"))
+    choice("data.layout", ("padded", "packed", "shared"))
+    number("data.row_length", 2)
     for path in ("data.train_rows", "data.eval_rows"):
         try:
             row_slice(value_at(config, path))
@@ -277,6 +284,7 @@ def problems(config: Config) -> list[str]:
     number("data.group_size", 1)
     if config.data.packing and config.stage != "sft":
         found.append(f"data.packing=True is for stage 'sft', not {config.stage!r}; unset it.")
+    found += _layout_problems(config)
     found += _length_problems(config)
     choice("optim.schedule", ("cosine", "linear", "constant"))
     choice("optim.decay_over", ("run", "epochs"))
@@ -322,6 +330,30 @@ def problems(config: Config) -> list[str]:
             f"mesh data={axes[0]} fsdp={axes[1]} tensor={axes[2]}: each axis is a number of devices, and at most one is"
             " -1 (all that remain)."
         )
+    return found
+
+
+def _layout_problems(config: Config) -> list[str]:
+    """List what does not go with the layout of rows."""
+    found, layout = [], config.data.layout
+    if layout == "padded":
+        if config.data.row_length is not None:
+            found.append(
+                f"data.row_length={config.data.row_length} is not used by data.layout='padded'; set data.layout to"
+                " packed or shared, or unset it."
+            )
+        return found
+    if config.data.buckets:
+        found.append(
+            f"data.buckets={tuple(config.data.buckets)} is not used by data.layout={layout!r}, whose rows have one"
+            " length; unset it."
+        )
+    if config.data.packing:
+        found.append(f"data.packing=True and data.layout={layout!r} exclude each other; unset one.")
+    if layout == "shared" and config.data.group_size == 1:
+        found.append("data.layout='shared' needs responses that share a prompt, and data.group_size is 1; use packed.")
+    if config.kernel.fuse_loss == "on":
+        found.append(f"kernel.fuse_loss='on' reads one candidate a row, and data.layout={layout!r} puts several there.")
     return found
 
 

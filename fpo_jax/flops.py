@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from jax.extend import core
 
 from fpo_jax import model, params
@@ -26,20 +27,27 @@ class Work(NamedTuple):
     scored: int  # positions through the LM head
 
 
-def work(lengths_N, scored_N, *, sliding_window: int | None) -> Work:
-    """Sum up rows.
+def work(lengths_N, scored_N, *, contexts: npt.ArrayLike = 0, sliding_window: int | None) -> Work:
+    """Sum up rows, or texts.
 
     Args:
         lengths_N: tokens of each row.
-        scored_N: scored positions of each row.
+        scored_N: scored positions of each row, or of all.
+        contexts: tokens that each of them follows without computing them: of a prompt that others share.
         sliding_window: positions a query sees, itself included; None = all before it.
 
     >>> work([3, 1], [2, 0], sliding_window=2)  # the first row's queries see 1, 2 and 2 keys
     Work(tokens=4, pairs=6, scored=2)
+    >>> work([3, 1], [2, 0], contexts=[0, 3], sliding_window=None)  # 1 + 2 + 3, and 4
+    Work(tokens=4, pairs=10, scored=2)
     """
-    lengths_N = np.asarray(lengths_N, np.int64)
-    reach_N = lengths_N if sliding_window is None else np.minimum(lengths_N, sliding_window)
-    pairs_N = reach_N * (reach_N + 1) // 2 + (lengths_N - reach_N) * reach_N
+    lengths_N, contexts_N = np.asarray(lengths_N, np.int64), np.asarray(contexts, np.int64)
+
+    def pairs(lengths_N):
+        reach_N = lengths_N if sliding_window is None else np.minimum(lengths_N, sliding_window)
+        return reach_N * (reach_N + 1) // 2 + (lengths_N - reach_N) * reach_N
+
+    pairs_N = pairs(contexts_N + lengths_N) - pairs(contexts_N)
     return Work(int(lengths_N.sum()), int(pairs_N.sum()), int(np.sum(scored_N)))
 
 
@@ -53,6 +61,12 @@ def forward(config: model.ModelConfig, done: Work) -> int:
     attention = 4 * config.layers * config.heads * config.head_dim
     head = 0 if config.reward_head else 2 * config.width * config.vocab_size * done.scored
     return 2 * matrices * done.tokens + attention * done.pairs + head
+
+
+def head_cost(config: model.ModelConfig) -> float:
+    """Return what a scored position costs in the head, relative to a token in the matrices of the layers."""
+    one = [forward(config, Work(tokens, 0, 1 - tokens)) for tokens in (0, 1)]
+    return one[0] / one[1]
 
 
 def update(config: model.ModelConfig, done: Work, *, extra_forward: bool = False, adapted: bool = False) -> int:

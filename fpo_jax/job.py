@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import __version__, chat, checkpoint, data, hf, losses, model, optim, params
+from fpo_jax import __version__, chat, checkpoint, data, flops, hf, losses, model, optim, params
 from fpo_jax import config as configuration
 from fpo_jax.data import decontamination
 
@@ -136,10 +136,10 @@ def read_model(config: configuration.Config, source: Path) -> model.ModelConfig:
         model_config = dataclasses.replace(model_config, reward_head=True)
     elif model_config.reward_head:
         raise ValueError(f"{source} is a reward model, and stage {config.stage!r} needs a language model.")
-    if config.data.packing and model_config.rope.type == "dynamic":
+    if (config.data.packing or config.data.layout != "padded") and model_config.rope.type == "dynamic":
         raise ValueError(
             f"the rotary frequencies of {source} depend on a row's length (rope type 'dynamic'), which packed texts"
-            " share; set data.packing=False."
+            " share; set data.packing=False and data.layout='padded'."
         )
     if config.data.max_length > model_config.max_positions:
         raise ValueError(
@@ -238,17 +238,32 @@ def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:
     Raises:
         ValueError: the batch does not divide, or there is less than one batch of data.
     """
-    micro_batches = accumulation(config, ways=devices)
-    schedule = data.schedule(
-        inputs.train.prepared,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        last_batch=config.data.last_batch,
-        buckets=buckets(config),
-    )
-    steps, warmup, horizon = durations(config, steps_per_epoch=schedule.steps_per_epoch)
+    prepared, train = inputs.train.prepared, config.train
+    order = {"batch_size": train.batch_size, "seed": config.seed, "shuffle": config.data.shuffle}
+    order["last_batch"] = config.data.last_batch
+    if config.data.layout == "padded":
+        micro_batches = accumulation(config, ways=devices)
+        schedule = data.schedule(prepared, **order, buckets=buckets(config))
+        steps, warmup, horizon = durations(config, steps_per_epoch=schedule.steps_per_epoch)
+    else:
+        per_epoch = data.steps_per_epoch(
+            prepared.groups, batch_size=train.batch_size, last_batch=config.data.last_batch
+        )
+        steps, warmup, horizon = durations(config, steps_per_epoch=per_epoch)
+        multiple = train.micro_batch_per_device * devices
+        schedule = data.packed(prepared, **order, **_rows(config, inputs.model_config), multiple=multiple, steps=steps)
+        micro_batches = schedule.parts // multiple
     return Plan(schedule, data.batch_shapes(schedule, steps=steps), micro_batches, steps, warmup, horizon)
+
+
+def _rows(config: configuration.Config, model_config: model.ModelConfig) -> dict:
+    """How groups are packed: their rows take at most what one group takes with a row for each candidate."""
+    return {
+        "layout": config.data.layout,
+        "longest": config.data.group_size * config.data.max_length,
+        "length": config.data.row_length,
+        "head_cost": flops.head_cost(model_config),
+    }
 
 
 def accumulation(config: configuration.Config, *, ways: int) -> int:
@@ -294,8 +309,12 @@ def adapter(config: configuration.Config, model_config: model.ModelConfig) -> mo
     return params.adapter(model_config, **config.lora) if config.lora.rank else None
 
 
-def sequential_schedule(config: configuration.Config, prepared: data.Prepared, *, batch_size: int) -> data.Schedule:
-    """Return the schedule of every group once in the order of the data, the last batch filled up."""
+def sequential_schedule(
+    config: configuration.Config, prepared: data.Prepared, model_config: model.ModelConfig, *, batch_size: int
+) -> data.Schedule:
+    """Return the schedule of every group once, the last of its batches of so many groups or rows filled up."""
+    if config.data.layout != "padded":
+        return data.sequence(prepared, **_rows(config, model_config), rows=batch_size)
     return data.schedule(
         prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", buckets=buckets(config)
     )

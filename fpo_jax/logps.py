@@ -83,6 +83,8 @@ def response_logps(
     targets_NR: Int[Array, "N R"],
     scored_NR: Bool[Array, "N R"],
     *,
+    slots_NR: Int[Array, "N R"] | None = None,
+    slots: int = 1,
     temperature: float = 1.0,
     softcap: float | None = None,
     vocab_size: int | None = None,
@@ -105,6 +107,9 @@ def response_logps(
         predictors_NR: position whose hidden state predicts the target, in [0, T); any value in range where not scored.
         targets_NR: token ids in [0, vocab_size); any value where not scored. A scored target outside gives NaN.
         scored_NR: True = counts.
+        slots_NR: of rows that hold several responses: which of them a position belongs to, in [0, slots); None: a row
+            is one.
+        slots: responses that a row has places for.
         temperature: sampling temperature that divides the logits, > 0.
         softcap: cap of the model's head, before the temperature; None for none.
         vocab_size: real rows of the head; rows beyond are padding with probability 0. None: all V.
@@ -115,7 +120,7 @@ def response_logps(
         placement: where rows and head live on a mesh; None for one device.
 
     Returns:
-        ResponseLogps, each field of shape [N].
+        ResponseLogps, each field of shape [N], with slots [N * slots], those of a row next to each other.
 
     Raises:
         ValueError: an option or a shape outside its range; an unknown implementation.
@@ -140,7 +145,8 @@ def response_logps(
         hidden_MD, targets_M, scored_M = _scored(hidden_NTD, predictors_NR, targets_NR, scored_NR)
         stats = _implementation(implementation)(hidden_MD, head_VD, targets_M, spec=spec)
         logps_M = jnp.where(scored_M, stats.target_logit_N - stats.lse_N, 0)
-        return _response(jnp.sum(logps_M.reshape(scored_NR.shape), axis=1), hidden_MD, head_VD, scored_NR, spec)
+        sum_N = sum_slots(logps_M.reshape(scored_NR.shape), slots_NR, slots=slots).reshape(-1)
+        return _response(sum_N, hidden_MD, head_VD, scored_NR, spec, slots_NR, slots)
 
 
 def response_losses(
@@ -153,6 +159,7 @@ def response_losses(
     *,
     group_loss: head_loss.GroupLoss,
     groups: tuple[int, int],
+    slots_NR: Int[Array, "N R"] | None = None,
     implementation: str,
     fuse_loss: bool = False,
     temperature: float = 1.0,
@@ -167,13 +174,15 @@ def response_losses(
     Args, beyond those of `response_logps`:
         operands: what else the group loss reads, [B, K] arrays and scalars, without gradient.
         group_loss: (logps_BK, operands) -> losses_B, such as `Loss.of_logps`.
-        groups: (B, K), N = B*K.
+        groups: (B, K), N = B*K; with slots B*K = N * slots.
         implementation: a key of IMPLEMENTATIONS.
         fuse_loss: run the group loss in the kernel of the log-probs; "pallas_tpu" alone can.
 
     Raises:
-        ValueError: as `response_logps`; fuse_loss with an implementation that cannot.
+        ValueError: as `response_logps`; fuse_loss with an implementation that cannot, or with slots.
     """
+    if fuse_loss and slots_NR is not None:
+        raise ValueError("fuse_loss with slots_NR: the kernel of the loss reads one candidate a row; set it False")
     if fuse_loss and implementation != "pallas_tpu":
         raise ValueError(
             f"fuse_loss with implementation {implementation!r}: only 'pallas_tpu' runs the loss in its kernel"
@@ -186,10 +195,33 @@ def response_losses(
             out = pallas_tpu_loss.fused_head_loss(*inputs, group_loss=group_loss, groups=groups, spec=spec)
         else:
             token_stats = _implementation(implementation)
+            slots = groups[0] * groups[1] // len(scored_NR)
+
+            def candidate_sums(logps_M):
+                return sum_slots(logps_M.reshape(scored_NR.shape), slots_NR, slots=slots).reshape(groups)
+
             out = head_loss.fpo_head_loss(
-                *inputs, group_loss=group_loss, groups=groups, spec=spec, token_stats=token_stats
+                *inputs,
+                group_loss=group_loss,
+                groups=groups,
+                spec=spec,
+                token_stats=token_stats,
+                candidate_sums=None if slots_NR is None else candidate_sums,
             )
-        return out.losses_B, _response(out.logps_BK.reshape(-1), hidden_MD, head_VD, scored_NR, spec)
+        slots = groups[0] * groups[1] // len(scored_NR)
+        return out.losses_B, _response(out.logps_BK.reshape(-1), hidden_MD, head_VD, scored_NR, spec, slots_NR, slots)
+
+
+def sum_slots(values_NR: jax.Array, slots_NR: Array | None, *, slots: int) -> jax.Array:
+    """Sum values over the positions of every response in a row: [..., N, slots]; without slots over the row.
+
+    >>> sum_slots(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[0, 1, 1]]), slots=3).tolist()
+    [[1.0, 6.0, 0.0]]
+    """
+    if slots_NR is None:
+        return jnp.sum(values_NR, axis=-1, keepdims=True)
+    mine_NRP = slots_NR[..., None] == jnp.arange(slots)
+    return jnp.sum(jnp.where(mine_NRP, values_NR[..., None], 0), axis=-2)
 
 
 def choose(
@@ -201,6 +233,7 @@ def choose(
     requested: str = "auto",
     fuse_loss: str = "auto",
     placement: specs.Placement | None = None,
+    slotted: bool = False,
     jax_version: str = jax.__version__,
 ) -> Choice:
     """Choose the implementation of the head for a target and shapes. Pure: queries no device.
@@ -213,6 +246,7 @@ def choose(
         requested: "auto", or a key of IMPLEMENTATIONS, which is then chosen or refused, never replaced.
         fuse_loss: "auto", "on" or "off"; "on" is refused where it cannot be.
         placement: where rows and head live on a mesh.
+        slotted: rows hold several candidates.
         jax_version: as `jax.__version__` says it.
 
     Returns:
@@ -249,7 +283,7 @@ def choose(
     interpret = target.platform == "cpu" and implementation in PLATFORMS
     if interpret:
         reason += ", emulated on the CPU: for tests, very slow"
-    fused, fused_reason = _choose_fused(implementation, fuse_loss, target, cuts)
+    fused, fused_reason = _choose_fused(implementation, fuse_loss, target, cuts, slotted)
     return Choice(implementation, fused, interpret, f"{reason}; {fused_reason}" if fused_reason else reason)
 
 
@@ -301,13 +335,17 @@ def _obstacle(implementation: str, *, target: Target, shapes: HeadShapes, dtype,
     return ""
 
 
-def _choose_fused(implementation: str, fuse_loss: str, target: Target, cuts: specs.Axes) -> tuple[bool, str]:
+def _choose_fused(
+    implementation: str, fuse_loss: str, target: Target, cuts: specs.Axes, slotted: bool
+) -> tuple[bool, str]:
     """Whether the loss runs in the kernel, and the reason where there is something to say."""
     cut = cuts.vocab or cuts.width
     if fuse_loss == "off":
         return False, "loss apart, as requested"
     if implementation != "pallas_tpu":
         obstacle = f"{implementation} has no kernel for it" if fuse_loss == "on" else ""
+    elif slotted:
+        obstacle = "rows hold several candidates"
     elif cut:
         obstacle = f"the head is cut along mesh axis {cut!r}"
     elif fuse_loss == "auto" and target.device_kind in TWO_CORES:
@@ -409,24 +447,23 @@ def _scored(hidden_NTD, predictors_NR, targets_NR, scored_NR):
     return hidden_NRD.reshape(-1, hidden_NTD.shape[-1]), safe_targets_NR.reshape(-1), jnp.asarray(scored_NR).reshape(-1)
 
 
-def _response(sum_N, hidden_MD, head_VD, scored_NR, spec: specs.HeadSpec) -> ResponseLogps:
+def _response(sum_N, hidden_MD, head_VD, scored_NR, spec: specs.HeadSpec, slots_NR, slots: int) -> ResponseLogps:
     """The sums, with what goes into metrics."""
-    count_N = jnp.sum(scored_NR, axis=1, dtype=sum_N.dtype)
+    count_N = sum_slots(jnp.asarray(scored_NR, sum_N.dtype), slots_NR, slots=slots).reshape(-1)
     if spec.softcap is not None:
         return ResponseLogps(sum_N, count_N, None)
-    hidden_NRD = hidden_MD.reshape(*scored_NR.shape, -1)
-    return ResponseLogps(sum_N, count_N, _mean_logit(hidden_NRD, head_VD[: spec.vocab_size], count_N))
-
-
-def _mean_logit(hidden_NRD, head_VD, count_N):
-    """Mean raw logit over the vocabulary and the scored positions, by linearity, without logits.
-
-    mean_r mean_v hidden[r] . head[v] = (mean_r hidden[r]) . (mean_v head[v]); rows without a scored position give 0.
-    """
-    hidden_NRD, head_VD = jax.lax.stop_gradient((hidden_NRD, jnp.asarray(head_VD)))
-    mean_head_D = jnp.mean(head_VD, axis=0, dtype=count_N.dtype)
-    mean_hidden_ND = jnp.sum(hidden_NRD, axis=1, dtype=count_N.dtype) / jnp.maximum(count_N, 1)[:, None]
-    return jnp.einsum("ND,D->N", mean_hidden_ND, mean_head_D, precision=jax.lax.Precision.HIGHEST)
+    hidden_NRD, head_VD = jax.lax.stop_gradient((hidden_MD.reshape(*scored_NR.shape, -1), jnp.asarray(head_VD)))
+    mean_head_D = jnp.mean(head_VD[: spec.vocab_size], axis=0, dtype=count_N.dtype)
+    if slots_NR is None:
+        mean_hidden_ND = jnp.sum(hidden_NRD, axis=1, dtype=count_N.dtype) / jnp.maximum(count_N, 1)[:, None]
+        mean_N = jnp.einsum("ND,D->N", mean_hidden_ND, mean_head_D, precision=jax.lax.Precision.HIGHEST)
+        return ResponseLogps(sum_N, count_N, mean_N)
+    # Mean raw logit over the vocabulary and the scored positions, by linearity, without logits; 0 where none is scored.
+    mean_NR = jnp.einsum(
+        "NRD,D->NR", hidden_NRD.astype(count_N.dtype), mean_head_D, precision=jax.lax.Precision.HIGHEST
+    )
+    mean_N = sum_slots(mean_NR, slots_NR, slots=slots).reshape(-1) / jnp.maximum(count_N, 1)
+    return ResponseLogps(sum_N, count_N, mean_N)
 
 
 def _version(text):

@@ -109,7 +109,15 @@ class _Run:
         self.config, self.workdir, self.inputs, self.plan = config, workdir, inputs, plan
         self.programs, self.stop, self.fingerprints, self.trace = compiled, stop, fingerprints, trace
         self.answers = answers
-        self.positions = compiled.positions(config.train.batch_size, accumulation=plan.accumulation)
+        self._evaluation = None  # the batches of an evaluation
+        if inputs.evaluation is not None:
+            self._evaluation = job.sequential_schedule(
+                config,
+                inputs.evaluation.prepared,
+                inputs.model_config,
+                batch_size=config.train.eval_batch_per_device * compiled.layout.row_ways,
+            )
+        self.positions = compiled.positions(plan.schedule.parts, accumulation=plan.accumulation)
         self.writers: metrics.Writers | metrics.Silent = metrics.Silent()
         self.nonfinite_in_a_row = 0
         self.best = -math.inf  # score of the best checkpoint so far
@@ -143,7 +151,7 @@ class _Run:
         log.info("one row as the model gets it, scored tokens between ⟦ and ⟧:\n%s", self.inputs.train.sample)
         log.info(
             "plan: %d updates of %d groups (%d an epoch) in %d micro-batches each; warm-up %d, decay over %d; %d"
-            " compilation%s of the update: %s",
+            " compilation%s of the update: %s%s",
             plan.steps,
             config.train.batch_size,
             plan.schedule.steps_per_epoch,
@@ -153,6 +161,20 @@ class _Run:
             len(self.plan.shapes),
             "s" * (len(self.plan.shapes) > 1),
             ", ".join(f"T={length} R={scored}" for length, scored in self.plan.shapes),
+            self._rows(),
+        )
+
+    def _rows(self) -> str:
+        """What rows that hold groups save, in words."""
+        rows = self.plan.schedule.rows
+        if rows is None:
+            return ""
+        sizes = [data.row_sizes(self.plan.schedule, number) for number in range(min(self.plan.steps, 64))]
+        held, taken = (sum(size.texts.sum() for size in sizes), sum(size.rows * size.length for size in sizes))
+        whole = sum(size.candidates for size in sizes)
+        return (
+            f"; layout {self.config.data.layout}: up to {rows.count} rows of up to {rows.packing.places} groups,"
+            f" {held / whole:.0%} of the candidates' tokens are computed, {1 - held / taken:.1%} padding"
         )
 
     def train(self) -> None:
@@ -311,9 +333,9 @@ class _Run:
         if self.inputs.evaluation is None:
             return {}
         started, total = time.perf_counter(), None
-        batch_size = self.config.train.eval_batch_per_device * self.programs.layout.row_ways
-        batches = job.sequential_schedule(self.config, self.inputs.evaluation.prepared, batch_size=batch_size)
-        positions = self.programs.positions(batch_size)
+        batches = self._evaluation
+        assert batches is not None
+        positions = self.programs.positions(batches.batch_size)
         most = self.config.train.eval_batches or batches.steps_per_epoch
         for index in range(min(most, batches.steps_per_epoch)):
             batch = _with_reference(data.batch_at(batches, index, positions), references)

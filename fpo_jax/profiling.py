@@ -54,7 +54,9 @@ class Meter:
     """Tokens per second and utilisation of a run, on valid and on padded tokens.
 
     The model FLOP/s utilisation (MFU) is operations / (seconds * devices * peak), where the operations are those that
-    the mathematics needs (`flops`): recomputation does not count, nor, on valid tokens, does padding.
+    the mathematics needs (`flops`): recomputation does not count, nor, on valid tokens, does padding. Valid tokens are
+    those of all candidates with their prompts, whatever the layout; one that is shared is computed, and counts among
+    the operations, once.
     """
 
     def __init__(
@@ -93,19 +95,21 @@ class Meter:
 
     def _count(self, batches: Iterable[data.RowSizes], operations_of: Callable, seconds: float) -> dict[str, float]:
         tokens, operations, window = {"valid": 0, "padded": 0}, {"valid": 0, "padded": 0}, self._config.sliding_window
+        held = 0
         for rows in batches:
-            count = len(rows.scored_N)
             work = {
-                "valid": flops.work(rows.texts, rows.scored_N, sliding_window=window),
-                "padded": flops.work([rows.length] * count, [rows.scored] * count, sliding_window=window),
+                "valid": flops.work(rows.texts, rows.responses, contexts=rows.contexts, sliding_window=window),
+                "padded": flops.work([rows.length] * rows.rows, rows.rows * rows.scored, sliding_window=window),
             }
             for name, done in work.items():
-                tokens[name] += done.tokens
                 operations[name] += operations_of(self._config, done)
+            tokens["valid"] += rows.candidates
+            tokens["padded"] += work["padded"].tokens
+            held += work["valid"].tokens
         self._seconds += seconds
         self._operations = {name: total + operations[name] for name, total in self._operations.items()}
         rates = {f"{name}_tokens_per_s": count / seconds for name, count in tokens.items()}
-        rates["padding_share"] = 1.0 - tokens["valid"] / tokens["padded"]
+        rates["padding_share"] = 1.0 - held / tokens["padded"]
         return rates | self._utilisation(operations, seconds, "")
 
     def _utilisation(self, operations: dict[str, int], seconds: float, prefix: str) -> dict[str, float]:

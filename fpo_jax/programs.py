@@ -33,7 +33,7 @@ class Programs:
         self.layout, self.mesh, self._model = layout, layout.mesh, blueprint.model_config
         self._adapter, self._trained = blueprint.adapter, params.trained_rows(self._model, blueprint.adapter)
         self._frozen = params.frozen_rows(self._model, blueprint.adapter)
-        self._packed = config.data.packing
+        self._packed, self._layout = config.data.packing, config.data.layout
         self._seed = config.seed  # of a reward model's new head
         self._dtype, mesh = jnp.dtype(config.model.param_dtype), layout.mesh
         self._blocks = held_blocks(mesh, process=jax.process_index())
@@ -76,9 +76,9 @@ class Programs:
         reference = dataclasses.replace(self.scorer, adapter=None)
         self.score = _score_program(reference, mesh, _param_shardings(self._model, self._dtype, mesh))
 
-    def positions(self, groups: int, *, accumulation: int = 1) -> np.ndarray:
-        """Return which groups of a batch this process builds, in the order in which `place` takes them."""
-        places = np.arange(groups).reshape(accumulation, self.layout.row_ways, -1)
+    def positions(self, parts: int, *, accumulation: int = 1) -> np.ndarray:
+        """Return which parts of a batch this process builds, in the order in which `place` takes them."""
+        places = np.arange(parts).reshape(accumulation, self.layout.row_ways, -1)
         return places[:, self._blocks].reshape(-1)
 
     def place(self, batch: shapes.Batch, *, stacked: bool) -> shapes.Batch:
@@ -172,16 +172,27 @@ class Programs:
         )
 
     def abstract_batch(
-        self, groups: int, *, group_size: int, length: int, scored: int, accumulation: int | None = None
+        self, parts: int, *, group_size: int, length: int, scored: int, places: int = 1, accumulation: int | None = None
     ) -> shapes.Batch:
-        """Return shapes, dtypes and shardings of a batch of `groups` rows of T = `length`, R = `scored`; A in front."""
+        """Return shapes, dtypes and shardings of a batch of T = `length`, R = `scored`; A in front.
+
+        Args:
+            parts: groups, or rows that hold groups.
+            group_size: K.
+            length: T.
+            scored: R.
+            places: groups that a row has places for.
+            accumulation: A; None = no axis for it.
+        """
         stack = () if accumulation is None else (accumulation,)
         place = sharding.batch_sharding(self.mesh, stacked=accumulation is not None)
-        per_row, per_group = (groups * group_size,), (groups,)
+        slotted = self._layout != "padded"
+        per_row, per_group = (parts if slotted else parts * group_size,), (parts * places,)
 
         def array(shape, dtype) -> Any:
             return jax.ShapeDtypeStruct((*stack, *shape), jnp.dtype(dtype), sharding=place)
 
+        segments = [array((*per_row, length), jnp.int32)] * (3 if self._layout == "shared" else 2)
         return shapes.Batch(
             tokens_NT=array((*per_row, length), jnp.int32),
             valid_NT=array((*per_row, length), bool),
@@ -192,7 +203,9 @@ class Programs:
             reference_logps_BK=array((*per_group, group_size), jnp.float32),
             weight_B=array(per_group, jnp.float32),
             row_ids_B=array(per_group, jnp.int32),
-            segments_NT=array((*per_row, length), jnp.int32) if self._packed else None,
+            segments=shapes.Segments(*segments) if self._packed or slotted else None,
+            slots_NR=array((*per_row, scored), jnp.int32) if slotted else None,
+            ends_NP=array((*per_row, places * group_size), jnp.int32) if slotted else None,
         )
 
     def state_bytes(self) -> int:
@@ -289,10 +302,12 @@ def _scorer(
         positions=blueprint.lengths,
         sliding_window=model_config.sliding_window,
         soft_cap=model_config.attention_soft_cap,
-        segments=config.data.packing,
+        segments=config.data.packing or config.data.layout != "padded",
+        shared=config.data.layout == "shared",
         layout=layout,
     )
-    rows = config.train.micro_batch_per_device * layout.row_ways * config.data.group_size
+    slotted = config.data.layout != "padded"
+    rows = config.train.micro_batch_per_device * layout.row_ways * (1 if slotted else config.data.group_size)
     head = {
         "target": target,
         "shapes": logps.HeadShapes(
@@ -305,6 +320,7 @@ def _scorer(
         "requested": config.kernel.implementation,
         "fuse_loss": config.kernel.fuse_loss,
         "placement": layout.head,
+        "slotted": slotted,
     }
     gathered = f"weights: {sharding.GATHER[layout.gather]}"
     attended = f"attention: {attends.implementation} ({attends.reason})"

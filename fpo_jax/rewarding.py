@@ -35,11 +35,22 @@ class RewardScorer:
         self, params: shapes.PyTree, batch: shapes.Batch, *, dropout_key: jax.Array | None = None
     ) -> logps.ResponseLogps:
         """Run the model and read the score of every row in the place of its log-prob."""
-        last_N = jnp.max(jnp.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)
-        scores_N = self.scores(
-            params, jnp.asarray(batch.tokens_NT), jnp.asarray(batch.valid_NT), last_N, dropout_key=dropout_key
+        if batch.ends_NP is None:
+            last_NP = jnp.max(jnp.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)[:, None]
+        else:
+            last_NP = jnp.asarray(batch.ends_NP)
+        scores_NP = self.scores(
+            params,
+            jnp.asarray(batch.tokens_NT),
+            jnp.asarray(batch.valid_NT),
+            last_NP,
+            segments=batch.segments,
+            dropout_key=dropout_key,
         )
-        return logps.ResponseLogps(scores_N, jnp.sum(batch.scored_NR, axis=1, dtype=scores_N.dtype), None)
+        counts_NP = logps.sum_slots(
+            jnp.asarray(batch.scored_NR, scores_NP.dtype), batch.slots_NR, slots=scores_NP.shape[1]
+        )
+        return logps.ResponseLogps(scores_NP.reshape(-1), counts_NP.reshape(-1), None)
 
     def group_losses(
         self,
@@ -60,11 +71,12 @@ class RewardScorer:
         params: shapes.PyTree,
         tokens_NT: jax.Array,
         valid_NT: jax.Array,
-        last_N: jax.Array,
+        last_NP: jax.Array,
         *,
+        segments: shapes.Segments | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the scores [N], float32, at one position of each row."""
+        """Return the scores [N, P], float32, at P positions of each row."""
         with jax.named_scope("model"):
             hidden_NTD = model.hidden_states(
                 params,
@@ -77,9 +89,10 @@ class RewardScorer:
                 layout=self.layout,
                 adapter=self.adapter,
                 dropout_key=dropout_key,
+                segments=segments,
             )
         with jax.named_scope("score"):
-            return model.scores(params, hidden_NTD, last_N)
+            return model.scores(params, hidden_NTD, last_NP)
 
 
 class Rewarder:
@@ -158,8 +171,8 @@ class Rewarder:
             lengths_N[index] = len(row)
         valid_NT = np.arange(length) < lengths_N[:, None]
         put = functools.partial(jax.device_put, device=self._place)
-        scores_N = self._scores(self._params, put(tokens_NT), put(valid_NT), put(lengths_N - 1))
-        return np.asarray(scores_N)[: len(rows)]
+        scores_N1 = self._scores(self._params, put(tokens_NT), put(valid_NT), put(lengths_N[:, None] - 1))
+        return np.asarray(scores_N1)[: len(rows), 0]
 
 
 def rows(

@@ -8,6 +8,7 @@ but rounding. An update whose loss or gradient is not finite leaves the state as
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Scorer:
         """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
         inputs = self._inputs(params, batch)
         with jax.named_scope("logps"):
-            return logps.response_logps(*inputs, **self._options())
+            return logps.response_logps(*inputs, slots_NR=batch.slots_NR, slots=_slots(batch), **self._options())
 
     def group_losses(
         self,
@@ -61,6 +62,7 @@ class Scorer:
                 operands,
                 group_loss=loss.of_logps,
                 groups=(batch.rewards_BK.shape[0], batch.rewards_BK.shape[1]),
+                slots_NR=batch.slots_NR,
                 fuse_loss=self.fuse_loss,
                 **self._options(),
             )
@@ -91,7 +93,7 @@ class Scorer:
                 layout=self.layout,
                 adapter=self.adapter,
                 dropout_key=dropout_key,
-                segments_NT=None if batch.segments_NT is None else jnp.asarray(batch.segments_NT),
+                segments=batch.segments,
             )
         head_VD = model.head(params, config=self.config)
         return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
@@ -152,11 +154,18 @@ def train_step(
 
     differentiate = jax.value_and_grad(objective, has_aux=True)
 
-    def accumulate(carry, numbered):
-        micro, number = numbered
+    def add(carry, micro, number):
         (value, pairs), grads = differentiate(weights, micro, number, totals=totals, batch_kl=batch_kl)
         grads = places.cut(grads) if places else grads
-        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs)), None
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs))
+
+    def accumulate(carry, numbered):
+        micro, number = numbered
+        if micro.slots_NR is None:
+            return add(carry, micro, number), None
+        # Groups fill more rows in one update than in another; what is left of them costs nothing.
+        filled = jnp.any(micro.weight_B > 0)
+        return jax.lax.cond(filled, add, lambda carry, micro, number: carry, carry, micro, number), None
 
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
@@ -266,16 +275,30 @@ def _operands(batch: shapes.Batch, batch_kl) -> losses.Candidates:
     return losses.Candidates(
         logps_BK=jnp.zeros(shape_BK, jnp.float32),
         reference_logps_BK=batch.reference_logps_BK,
-        lengths_BK=jnp.sum(batch.scored_NR, axis=1, dtype=jnp.float32).reshape(shape_BK),
+        lengths_BK=_lengths_BK(batch),
         rewards_BK=batch.rewards_BK,
         batch_kl=jnp.float32(0.0) if batch_kl is None else batch_kl,
     )
 
 
+def _lengths_BK(batch: shapes.Batch) -> jax.Array:
+    """Scored tokens of every candidate, float32; axes before the rows stay."""
+    scored_NR = jnp.asarray(batch.scored_NR, jnp.float32)
+    if batch.slots_NR is None:
+        return jnp.sum(scored_NR, axis=-1).reshape(batch.rewards_BK.shape)
+    lengths_NP = logps.sum_slots(scored_NR, jnp.asarray(batch.slots_NR), slots=_slots(batch))
+    return lengths_NP.reshape(batch.rewards_BK.shape)
+
+
+def _slots(batch: shapes.Batch) -> int:
+    """Candidates that a row has places for."""
+    return batch.rewards_BK.size // math.prod(batch.scored_NR.shape[:-1])
+
+
 def _totals(batch: shapes.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array]:
     """Groups and chosen tokens of the whole update: the denominators that make any micro-batch split equal."""
     rewards_BK = batch.rewards_BK.reshape(-1, batch.rewards_BK.shape[-1])
-    lengths_BK = jnp.sum(batch.scored_NR, axis=-1, dtype=jnp.float32).reshape(rewards_BK.shape)
+    lengths_BK = _lengths_BK(batch).reshape(rewards_BK.shape)
     zeros_BK = jnp.zeros_like(lengths_BK)
     chosen_BK = loss.chosen(losses.Candidates(zeros_BK, zeros_BK, lengths_BK, rewards_BK, jnp.float32(0.0)))
     weight_B = batch.weight_B.reshape(-1)
@@ -313,8 +336,8 @@ def _pairs(batch, response, candidates: losses.Candidates, losses_B, loss: losse
     # A padding group scores no token, so that its NLL and its length are exactly 0.
     nll, tokens = -jnp.sum(weight_B * pick(logps_BK, best_BK)), jnp.sum(weight_B * pick(lengths_BK, best_BK))
     responses_B = jnp.ones_like(weight_B)
-    if batch.segments_NT is not None:  # K = 1
-        responses_B = 1.0 + jnp.max(batch.segments_NT, axis=1)
+    if batch.segments is not None and batch.slots_NR is None:  # K = 1, a row is a group of texts
+        responses_B = 1.0 + jnp.max(batch.segments.ids_NT, axis=1)
     pairs = {"sft_loss": (nll, tokens), "lengths/chosen": (tokens, jnp.sum(weight_B * responses_B))}
     if rewards_BK.shape[-1] == 1:
         return pairs

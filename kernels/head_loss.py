@@ -42,6 +42,7 @@ def fpo_head_loss(
     groups: tuple[int, int],
     spec: specs.HeadSpec,
     token_stats: Callable[..., specs.TokenStats],
+    candidate_sums: Callable[[jax.Array], jax.Array] | None = None,
 ) -> HeadLoss:
     """Compute the losses of B groups of K candidates from the hidden states of their tokens.
 
@@ -58,6 +59,8 @@ def fpo_head_loss(
         groups: (B, K).
         spec: options of the head.
         token_stats: an implementation.
+        candidate_sums: log-probs [N] of the tokens, 0 where not scored -> sums [B, K]; None: candidates have N / (B*K)
+            tokens each, one after the other.
 
     Returns:
         HeadLoss.
@@ -65,22 +68,25 @@ def fpo_head_loss(
     Raises:
         ValueError: shapes that do not fit.
     """
-    check(hidden_ND, scored_N, operands, groups)
+    check(hidden_ND, scored_N, operands, groups, equal=candidate_sums is None)
     operands = jax.lax.stop_gradient(operands)
     stats = token_stats(hidden_ND, head_VD, targets_N, spec=spec)
-    logps_BK = jnp.where(scored_N, stats.target_logit_N - stats.lse_N, 0).reshape(*groups, -1).sum(axis=-1)
+    logps_N = jnp.where(scored_N, stats.target_logit_N - stats.lse_N, 0)
+    logps_BK = logps_N.reshape(*groups, -1).sum(axis=-1) if candidate_sums is None else candidate_sums(logps_N)
     return HeadLoss(group_loss(logps_BK, operands), logps_BK, stats.entropy_N, stats.is_argmax_N)
 
 
-def check(hidden_ND: specs.Array, scored_N: specs.Array, operands: Operands, groups: tuple[int, int]) -> None:
-    """Check what is particular to groups.
+def check(
+    hidden_ND: specs.Array, scored_N: specs.Array, operands: Operands, groups: tuple[int, int], *, equal: bool = True
+) -> None:
+    """Check what is particular to groups; `equal`: whether candidates have as many tokens each.
 
     Raises:
         ValueError: tokens that do not divide into B*K candidates, a mask of another shape or type, or operands that are
             neither [B, K] nor scalars.
     """
     tokens = hidden_ND.shape[0]
-    if tokens % (groups[0] * groups[1]):
+    if equal and tokens % (groups[0] * groups[1]):
         raise ValueError(
             f"{tokens} tokens do not divide into B*K = {groups[0]}*{groups[1]} candidates; pad them to R each"
         )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpo_jax import attention, sharding
+from fpo_jax import attention, shapes, sharding
 
 
 class Case(NamedTuple):
@@ -20,6 +20,7 @@ class Case(NamedTuple):
     window: int | None = None
     cap: float | None = None
     segments: bool = False
+    shared: bool = False  # of the segments every third is followed by the two behind it
     scale: float = 0.3
     lengths: tuple[int, ...] = (21, 13, 0)  # full, padded, nothing but padding
 
@@ -28,12 +29,20 @@ class Case(NamedTuple):
         return np.arange(self.T)[None] < np.array(self.lengths)[:, None]
 
     @property
-    def segments_NT(self):
+    def packed(self):
         """Segments of 4, 5, 6, ... positions; the ids neither start at 0 nor grow."""
-        if not self.segments:
+        if not (self.segments or self.shared):
             return None
-        ids = np.repeat(np.arange(90, 90 - self.T, -1), np.arange(4, 4 + self.T))[: self.T]
-        return np.tile(ids, (len(self.lengths), 1)).astype(np.int32)
+        sizes = np.arange(4, 4 + self.T)
+        numbers = np.arange(self.T)
+        follows = numbers - numbers % 3 if self.shared else numbers
+        begins = np.cumsum(sizes) - sizes
+        places = np.where(follows == numbers, 0, sizes[follows]) - begins  # of a segment's first token
+        one = (90 - numbers, places, 90 - follows)
+        ids, offsets, parents = (np.repeat(values, sizes)[: self.T] for values in one)
+        rows = (ids, offsets + np.arange(self.T), parents)
+        rows = [jnp.asarray(np.tile(row, (len(self.lengths), 1)), jnp.int32) for row in rows]
+        return shapes.Segments(*rows) if self.shared else shapes.Segments(*rows[:2])
 
     def inputs(self, dtype="float32", seed=0):
         """Queries, keys, values and the cotangent of the output."""
@@ -47,9 +56,15 @@ class Case(NamedTuple):
         R = self.H // self.G
         k, v = np.repeat(k, R, axis=2), np.repeat(v, R, axis=2)
         i, j = np.mgrid[: self.T, : self.T]
-        seen = np.broadcast_to((j <= i) & (i - j < (self.window or self.T)), (len(q), 1, self.T, self.T))
-        if self.segments:
-            seen = seen & (self.segments_NT[:, None, :, None] == self.segments_NT[:, None, None, :])
+        seen = np.broadcast_to(j <= i, (len(q), 1, self.T, self.T))
+        places = np.broadcast_to(np.arange(self.T), (len(q), self.T))
+        if self.packed is not None:
+            ids, places = np.asarray(self.packed.ids_NT), np.asarray(self.packed.positions_NT)
+            mine = ids[:, :, None] == ids[:, None, :]
+            if self.shared:
+                mine = mine | (np.asarray(self.packed.parents_NT)[:, :, None] == ids[:, None, :])
+            seen = seen & mine[:, None]
+        seen = seen & (places[:, :, None] - places[:, None, :] < (self.window or self.T))[:, None]
         raw = np.einsum("NTHC,NSHC->NHTS", q, k) * self.scale
         logits = raw if self.cap is None else self.cap * np.tanh(raw / self.cap)
         slope = 1 if self.cap is None else 1 - np.tanh(raw / self.cap) ** 2
@@ -78,7 +93,7 @@ def program(case, implementation, layout):
         scale=case.scale,
         sliding_window=case.window,
         soft_cap=case.cap,
-        segments_NT=None if case.segments_NT is None else jnp.asarray(case.segments_NT),
+        segments=case.packed,
         choice=attention.Choice(implementation, reason="a test", interpret=implementation == "splash"),
         layout=layout,
     )

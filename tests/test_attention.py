@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import attention, sharding
+from fpo_jax import attention, shapes, sharding
 from fpo_jax.attention import chunked, splash
 from tests import jaxpr_tools, tolerances
 from tests.attention_oracle import Case, program, run
@@ -156,12 +156,55 @@ def seen(implementation, *, valid, window=None, segments=None):
             valid_NT=jnp.asarray([valid]),
             scale=1.0,
             sliding_window=window,
-            segments_NT=None if segments is None else jnp.asarray([segments]),
+            segments=segments,
             choice=attention.Choice(implementation, reason="a test", interpret=implementation == "splash"),
             layout=ALONE,
         )
     )(nothing, nothing, jnp.eye(size)[None, :, None, :])
     return (np.asarray(out)[0, :, 0, :] > 0).astype(int)
+
+
+def packed(ids, parents=None):
+    """One row of texts, with the positions that their tokens have there."""
+    positions = [ids[:place].count(number) for place, number in enumerate(ids)]
+    if parents is None:
+        return shapes.Segments(jnp.array([ids]), jnp.array([positions]))
+    shared = [0 if parent == number else ids.count(parent) for number, parent in zip(ids, parents, strict=True)]
+    positions = [own + before for own, before in zip(positions, shared, strict=True)]
+    return shapes.Segments(jnp.array([ids]), jnp.array([positions]), jnp.array([parents]))
+
+
+SHARING = ["xla", "chunked"]
+
+
+@pytest.mark.parametrize("implementation", SHARING)
+def test_responses_see_their_prompt_and_not_each_other(implementation):
+    """Two prompts; the first has two responses, whose windows of 3 count positions of the conversation."""
+    row = packed([0, 0, 1, 1, 2, 2, 3, 4], [0, 0, 0, 0, 0, 0, 3, 3])
+    causal = [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1, 1],
+    ]
+    assert_array_equal(seen(implementation, valid=[True] * 8, segments=row), causal)
+    windowed = np.array(causal)
+    windowed[3, 0] = windowed[5, 0] = 0
+    assert_array_equal(seen(implementation, valid=[True] * 8, window=3, segments=row), windowed)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 150}, {"cap": 2.0}], ids=str)
+@pytest.mark.parametrize("implementation", SHARING)
+def test_shared_prompts_match_the_oracle_over_several_blocks(implementation, options):
+    if implementation == "xla" and "cap" in options:
+        pytest.skip("XLA attention has no soft-cap")
+    case = Case(T=500, H=2, G=1, C=8, shared=True, lengths=(500, 340), **options)
+    arrays = case.inputs()
+    assert_matches(run(case, arrays, implementation=implementation), case.oracle(*arrays), dtype="float32")
 
 
 @pytest.mark.parametrize("implementation", ENGINES)
@@ -201,7 +244,7 @@ def test_sliding_window_of_one_reads_only_itself(implementation):
 @pytest.mark.parametrize("implementation", ENGINES)
 def test_segments_see_their_own_keys_and_the_window_goes_on(implementation):
     assert_array_equal(
-        seen(implementation, valid=[True] * 6 + [False], window=3, segments=[7, 7, 3, 3, 3, 3, 3]),
+        seen(implementation, valid=[True] * 6 + [False], window=3, segments=packed([7, 7, 3, 3, 3, 3, 3])),
         [
             [1, 0, 0, 0, 0, 0, 0],
             [1, 1, 0, 0, 0, 0, 0],

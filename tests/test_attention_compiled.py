@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import attention, model, params, sharding, topologies
+from fpo_jax import attention, model, params, shapes, sharding, topologies
 
 pytestmark = pytest.mark.deviceless
 
@@ -65,7 +65,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
             scale=C**-0.5,
             sliding_window=window,
             soft_cap=cap,
-            segments_NT=segments_NT if segments else None,
+            segments=shapes.Segments(segments_NT, segments_NT) if segments else None,
             choice=choice,
             layout=layout,
         )

@@ -61,7 +61,7 @@ def test_a_packed_row_to_the_letter():
     batch = one_batch(packed, length=8)
     assert packed.sources == ("f:0, f:2", "f:1") and packed.scored_N.tolist() == [4, 1]
     assert_array_equal(batch.tokens_NT, [[11, 12, 13, 14, 31, 32, 33, 0], [21, 22, 0, 0, 0, 0, 0, 0]])
-    assert_array_equal(batch.segments_NT, [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, -1, -1, -1, -1, -1, -1]])
+    assert_array_equal(batch.segments.ids_NT, [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, -1, -1, -1, -1, -1, -1]])
     assert_array_equal(batch.valid_NT, [[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 0]])
     assert_array_equal(batch.scored_NR, [[1, 1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]])
     assert_array_equal(batch.targets_NR[batch.scored_NR], [13, 14, 32, 33, 22])
@@ -70,17 +70,18 @@ def test_a_packed_row_to_the_letter():
     part = data.batch_at(schedule, 0, np.array([1]))
     jax.tree.map(lambda mine, whole: assert_array_equal(mine, whole[1:]), part, batch)
     sizes = data.row_sizes(schedule, 0)
-    assert sizes.texts.tolist() == [4, 3, 2] and sizes.scored_N.tolist() == [4, 1]
+    assert sizes.texts.tolist() == [4, 3, 2] and (sizes.responses, sizes.rows) == (5, 2)
 
 
 def test_positions_restart_and_a_text_sees_itself_alone():
-    segments_NT = jnp.array([[0, 0, 1, 1, 1, 2, -1, -1]])
-    positions = model.decoder._restarted(jnp.arange(8)[None], segments_NT)
-    assert_array_equal(positions, [[0, 1, 0, 1, 2, 0, 0, 1]])
+    batch = one_batch(data.pack(texts([2, 3, 1], [1, 1, 1]), length=6), length=8)
+    segments = jax.tree.map(jnp.asarray, batch.segments)
+    assert_array_equal(segments.ids_NT, [[0, 0, 1, 1, 1, 2, -1, -1]])
+    assert_array_equal(segments.positions_NT, [[0, 1, 0, 1, 2, 0, 0, 1]])
     identity_NTHC = jnp.eye(8)[None, :, None]
     seen = attention.attend(
-        0 * identity_NTHC, 0 * identity_NTHC, identity_NTHC, valid_NT=segments_NT >= 0, scale=1.0, sliding_window=None,
-        segments_NT=segments_NT, choice=attention.Choice("xla", "test"), layout=sharding.ONE_DEVICE,
+        0 * identity_NTHC, 0 * identity_NTHC, identity_NTHC, valid_NT=batch.valid_NT, scale=1.0, sliding_window=None,
+        segments=segments, choice=attention.Choice("xla", "test"), layout=sharding.ONE_DEVICE,
     )  # fmt: skip
     expected = [
         [1, 0, 0, 0, 0, 0, 0, 0],

@@ -43,7 +43,8 @@ def test_a_restart_forgets_the_lap(clock):
 CONFIG = model.ModelConfig(
     family="llama", vocab_size=11, width=4, layers=3, heads=2, kv_heads=1, head_dim=6, ffn=5, max_positions=9
 )
-ROWS = data.RowSizes(np.array([3, 1, 0, 0]), np.array([2, 0, 0, 0]), 5, 4)  # two rows fill up the batch
+NONE = np.zeros(2, int)
+ROWS = data.RowSizes(np.array([3, 1]), NONE, candidates=4, responses=2, rows=4, length=5, scored=4)  # two are filling
 
 
 def forward(tokens, pairs, scored):

@@ -109,3 +109,9 @@ PACKAGE_RATE = 1e-6  # the same fit as alpaca_eval 0.6.6 with scikit-learn 1.9.1
 # Arena-Hard.
 BRADLEY_TERRY = 1e-5  # percent, against a joint BFGS fit, whose gradient is of differences; measured 3.6e-7
 BOOTSTRAP = 0.08  # half-width of 4,000 samples' interval, relative to the normal one: 3 standard errors; measured 0.023
+
+# Rows that share a prompt, or hold several groups, against a row for each candidate: log-probs relative to 1 + |value|,
+# gradients relative to the largest entry of all. Measured: gradients 1.6e-6 (llama, K = 5; 4.2e-7 gpt_neox), where
+# another order of the same rows alone moves them by 6.5e-7.
+SHARED_LOGPS = 1e-6
+SHARED_GRADIENT = 2e-6

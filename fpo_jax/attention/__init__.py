@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from fpo_jax import sharding
+from fpo_jax import shapes, sharding
 from fpo_jax.attention import chunked, placement, splash
+from fpo_jax.attention import segments as segments_
 from fpo_jax.attention.choice import IMPLEMENTATIONS, Choice, choose
 
 __all__ = ["IMPLEMENTATIONS", "Choice", "attend", "choose"]
@@ -29,14 +30,15 @@ def attend(
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None = None,
-    segments_NT: Int[jax.Array, "N T"] | None = None,
+    segments: shapes.Segments | None = None,
     choice: Choice,
     layout: sharding.Layout,
 ) -> Float[jax.Array, "N T H C"]:
     """Attend causally within each row.
 
         out_i = sum_j softmax_j(cap(scale * q_i . k_j)) v_j   over j <= i, with a window W also j > i - W, and with
-                                                              segments only j of the segment of i
+                                                              segments only j of the segment of i and of the one that
+                                                              it follows; W then counts their own positions
         out_i = 0                                             where row position i is padding
         cap(x) = soft_cap * tanh(x / soft_cap), or x without a soft-cap
 
@@ -50,7 +52,7 @@ def attend(
         scale: factor on the logits, usually C**-0.5.
         sliding_window: W, positions a query sees, itself included (Mistral); None = all before it.
         soft_cap: bound on the magnitude of the logits (Gemma-2: 50), > 0; None for none.
-        segments_NT: a number for each segment packed into a row; None = a row is one segment.
+        segments: who sees whom in packed rows; None = a row is one text.
         choice: from `choose`.
         layout: where rows and heads live on a mesh; those that the mesh does not divide stay whole.
 
@@ -68,27 +70,29 @@ def attend(
     engine = functools.partial(
         _ENGINES[choice.implementation], scale=scale, window=window, soft_cap=soft_cap, **options
     )
-    out_NTHC = placement.on_each_device(engine, q_NTHC, k_NTGC, v_NTGC, segments_NT, layout=layout)
+    out_NTHC = placement.on_each_device(engine, q_NTHC, k_NTGC, v_NTGC, segments, layout=layout)
     # Every query sees at least itself, so the value under the select is finite and so is its gradient.
     return jnp.where(valid_NT[:, :, None, None], out_NTHC, 0)
 
 
-def _library(q_NTHC, k_NTGC, v_NTGC, segments_NT, *, scale, window, soft_cap, implementation) -> jax.Array:
+def _library(q_NTHC, k_NTGC, v_NTGC, segments, *, scale, window, soft_cap, implementation) -> jax.Array:
     """Attend by JAX's own call, in XLA or cuDNN."""
-    if soft_cap is not None or (implementation == "cudnn" and segments_NT is not None):
+    if soft_cap is not None or (implementation == "cudnn" and segments is not None):
         raise ValueError(
             f"attention implementation {implementation!r} runs without the soft-cap {soft_cap} or the segments asked"
             " for; take the implementation from attention.choose."
         )
-    same_N1TT = None if segments_NT is None else segments_NT[:, None, :, None] == segments_NT[:, None, None, :]
+    seen_N1TT, local = None, None if window is None else (window - 1, 0)
+    if segments is not None:
+        seen_N1TT, local = segments_.seen(segments, segments, window=window)[:, None], None
     return jax.nn.dot_product_attention(
         q_NTHC,
         k_NTGC,
         v_NTGC,
-        mask=same_N1TT,
+        mask=seen_N1TT,
         scale=scale,
         is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
+        local_window_size=local,
         implementation=implementation,
     )
 

@@ -39,6 +39,7 @@ class _Facts(NamedTuple):
     positions: Sequence[int]
     soft_cap: float | None
     segments: bool
+    shared: bool
 
 
 def choose(
@@ -53,6 +54,7 @@ def choose(
     sliding_window: int | None,
     soft_cap: float | None,
     segments: bool,
+    shared: bool = False,
     layout: sharding.Layout,
 ) -> Choice:
     """Pick the implementation of `attend`; one choice holds for rows of every length.
@@ -67,7 +69,8 @@ def choose(
         positions: every padded row length T that will be compiled.
         sliding_window: positions a query sees, itself included; None = all before it. Every implementation has it.
         soft_cap: bound on the magnitude of the logits; None for none.
-        segments: whether rows hold several segments.
+        segments: whether rows hold several texts.
+        shared: whether texts of a row follow another one, their prompt.
         layout: where activations live on a mesh.
 
     Raises:
@@ -81,7 +84,13 @@ def choose(
     if requested not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"attention {requested!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}.")
     facts = _Facts(
-        "gpu" if platform == "cuda" else platform, jnp.dtype(dtype).name, head_dim, positions, soft_cap, segments
+        "gpu" if platform == "cuda" else platform,
+        jnp.dtype(dtype).name,
+        head_dim,
+        positions,
+        soft_cap,
+        segments,
+        shared,
     )
     ways = layout.ways("heads")
     if heads % ways:
@@ -141,6 +150,8 @@ def _no_cudnn(facts: _Facts) -> str:
 
 
 def _no_splash(facts: _Facts) -> str:
+    if facts.shared:
+        return "splash attention takes no prompts that several responses share"
     if facts.platform not in ("tpu", "cpu"):
         return f"splash attention needs a TPU, or a CPU to emulate one, not {facts.platform}"
     # Its backward pass is traced when the gradient is, outside of the model's default_matmul_precision("highest").

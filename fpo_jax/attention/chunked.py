@@ -1,8 +1,8 @@
 """Attention in blocks of queries and keys, in plain XLA: the logits of one pair of blocks exist at a time.
 
 For where neither cuDNN nor splash can run. Online softmax (FlashAttention, arXiv 2205.14135) with float32 statistics;
-the backward pass computes the blocks again, from the log-sum-exp of every query. Pairs of blocks beyond the causal band
-or the sliding window are never visited.
+the backward pass computes the blocks again, from the log-sum-exp of every query. Pairs of blocks beyond the causal
+band, the sliding window or, in packed rows, the group of texts are never visited.
 
 Letters beyond `shapes.py`: R query heads per key/value head, X blocks of a row, Q positions of a block of queries, S of
 a block of keys (as many).
@@ -13,6 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from fpo_jax import shapes
+from fpo_jax.attention import segments as segments_
 
 WORKSPACE_BYTES = 32 * 2**20  # of the float32 logits of one pair of blocks, all rows and heads of a device
 MIN_BLOCK, MAX_BLOCK = 128, 256  # at 512 a CPU, out of its caches, takes twice as long
@@ -27,23 +30,35 @@ class _Spec(NamedTuple):
     window: int | None
     soft_cap: float | None
 
-    def keys_of(self, block: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def keys_of(self, block: jax.Array, packed: "_Packed | None") -> tuple[jax.Array, jax.Array]:
         """First and last + 1 block of keys that a block of queries sees."""
+        if packed is not None:
+            return packed.first_X[block], block + 1
         reach = jnp.int32(0) if self.window is None else block * self.block - (self.window - 1)
         return jnp.maximum(reach, 0) // self.block, block + 1
 
-    def queries_of(self, block: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array]:
+    def queries_of(self, block: jax.Array, blocks: int, packed: "_Packed | None") -> tuple[jax.Array, jax.Array]:
         """First and last + 1 block of queries that see a block of keys."""
+        if packed is not None:
+            return block, packed.last_X[block] + 1
         if self.window is None:
             return block, jnp.int32(blocks)
         return block, jnp.minimum(((block + 1) * self.block - 1 + self.window - 1) // self.block + 1, blocks)
+
+
+class _Packed(NamedTuple):
+    """Rows of several texts, cut into blocks."""
+
+    segments_XNQ: shapes.Segments  # its arrays have the blocks in front
+    first_X: jax.Array  # first block of keys that a block of queries sees anything of
+    last_X: jax.Array  # last block of queries that sees anything of a block of keys
 
 
 def attend(
     q_NTHC: jax.Array,
     k_NTGC: jax.Array,
     v_NTGC: jax.Array,
-    segments_NT: jax.Array | None,
+    segments: shapes.Segments | None,
     *,
     scale: float,
     window: int | None,
@@ -56,7 +71,7 @@ def attend(
         q_NTHC: queries.
         k_NTGC: keys.
         v_NTGC: values.
-        segments_NT: a number for each segment; None = a row is one segment.
+        segments: of packed rows; None = a row is one text.
         scale: factor on the logits.
         window: positions a query sees, itself included; None = all before it.
         soft_cap: bound on the logits; None for none.
@@ -72,8 +87,15 @@ def attend(
         return jnp.moveaxis(padded.reshape(N, blocks, size, *x.shape[2:]), 1, 0)
 
     q_XNQGRC = split(q_NTHC.reshape(N, T, G, H // G, -1))
-    segments_XNQ = None if segments_NT is None else split(segments_NT)
-    out_XNQGRC: jax.Array = _attend(spec, q_XNQGRC, split(k_NTGC), split(v_NTGC), segments_XNQ)
+    packed = None
+    if segments is not None:
+        first_NT, last_NT = (split(reach) for reach in segments_.reach(segments))
+        packed = _Packed(
+            jax.tree.map(split, segments),
+            jnp.min(first_NT, axis=(1, 2)) // size,
+            jnp.max(last_NT, axis=(1, 2)) // size,
+        )
+    out_XNQGRC: jax.Array = _attend(spec, q_XNQGRC, split(k_NTGC), split(v_NTGC), packed)
     return jnp.moveaxis(out_XNQGRC, 0, 1).reshape(N, blocks * size, H, -1)[:, :T]
 
 
@@ -90,11 +112,11 @@ def _cut(T: int, block: int) -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ) -> jax.Array:
-    return _forward(spec, q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ)[0]
+def _attend(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed) -> jax.Array:
+    return _forward(spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed)[0]
 
 
-def _forward(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ):
+def _forward(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed):
     """Return the attended values and the log-sum-exp of every query's logits."""
     X, N, Q, G, R, C = q_XNQGRC.shape
     dtype = q_XNQGRC.dtype
@@ -102,7 +124,7 @@ def _forward(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ):
     def attend_block(_, i):
         def see(j, carry):
             out_NGRQC, max_NGRQ, sum_NGRQ = carry
-            logits_NGRQS, seen_NQS = _logits(spec, q_XNQGRC, k_XNSGC, segments_XNQ, i, j)[:2]
+            logits_NGRQS, seen_NQS = _logits(spec, q_XNQGRC, k_XNSGC, packed, i, j)[:2]
             logits_NGRQS = jnp.where(seen_NQS, logits_NGRQS, _MASKED)
             new_NGRQ = jnp.maximum(max_NGRQ, jnp.max(logits_NGRQS, axis=-1))
             weights_NGRQS = jnp.where(seen_NQS, jnp.exp(logits_NGRQS - new_NGRQ[..., None]), 0)
@@ -116,17 +138,17 @@ def _forward(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ):
 
         zeros_NGRQ = jnp.zeros((N, G, R, Q), jnp.float32)
         start = (jnp.zeros((N, G, R, Q, C), jnp.float32), zeros_NGRQ + _MASKED, zeros_NGRQ)
-        out_NGRQC, max_NGRQ, sum_NGRQ = jax.lax.fori_loop(*spec.keys_of(i), see, start)
+        out_NGRQC, max_NGRQ, sum_NGRQ = jax.lax.fori_loop(*spec.keys_of(i, packed), see, start)
         out_NQGRC = jnp.einsum("NGRQC->NQGRC", out_NGRQC / sum_NGRQ[..., None]).astype(dtype)
         return None, (out_NQGRC, max_NGRQ + jnp.log(sum_NGRQ))
 
     _, (out_XNQGRC, lse_XNGRQ) = jax.lax.scan(attend_block, None, jnp.arange(X))
-    return out_XNQGRC, (q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ, out_XNQGRC, lse_XNGRQ)
+    return out_XNQGRC, (q_XNQGRC, k_XNSGC, v_XNSGC, packed, out_XNQGRC, lse_XNGRQ)
 
 
 def _backward(spec: _Spec, residuals, grad_XNQGRC):
     """Visit the blocks of keys one by one; the gradient of the queries accumulates in float32."""
-    q_XNQGRC, k_XNSGC, v_XNSGC, segments_XNQ, out_XNQGRC, lse_XNGRQ = residuals
+    q_XNQGRC, k_XNSGC, v_XNSGC, packed, out_XNQGRC, lse_XNGRQ = residuals
     X, dtype = q_XNQGRC.shape[0], q_XNQGRC.dtype
     # sum_j p_ij dp_ij, of every query
     mean_XNGRQ = jnp.einsum(
@@ -136,7 +158,7 @@ def _backward(spec: _Spec, residuals, grad_XNQGRC):
     def key_block(dq_XNQGRC, j):
         def seen_by(i, carry):
             dq_XNQGRC, dk_NSGC, dv_NSGC = carry
-            logits_NGRQS, seen_NQS, slope_NGRQS = _logits(spec, q_XNQGRC, k_XNSGC, segments_XNQ, i, j)
+            logits_NGRQS, seen_NQS, slope_NGRQS = _logits(spec, q_XNQGRC, k_XNSGC, packed, i, j)
             p_NGRQS = jnp.where(seen_NQS, jnp.exp(logits_NGRQS - lse_XNGRQ[i][..., None]), 0)
             dp_NGRQS = _product("NQGRC,NSGC->NGRQS", grad_XNQGRC[i], v_XNSGC[j])
             dlogits_NGRQS = (p_NGRQS * (dp_NGRQS - mean_XNGRQ[i][..., None]) * slope_NGRQS).astype(dtype)
@@ -149,7 +171,7 @@ def _backward(spec: _Spec, residuals, grad_XNQGRC):
 
         zeros_NSGC = jnp.zeros(k_XNSGC.shape[1:], jnp.float32)
         dq_XNQGRC, dk_NSGC, dv_NSGC = jax.lax.fori_loop(
-            *spec.queries_of(j, X), seen_by, (dq_XNQGRC, zeros_NSGC, zeros_NSGC)
+            *spec.queries_of(j, X, packed), seen_by, (dq_XNQGRC, zeros_NSGC, zeros_NSGC)
         )
         return dq_XNQGRC, (dk_NSGC.astype(dtype), dv_NSGC.astype(dtype))
 
@@ -161,7 +183,7 @@ def _backward(spec: _Spec, residuals, grad_XNQGRC):
 _attend.defvjp(_forward, _backward)
 
 
-def _logits(spec: _Spec, q_XNQGRC, k_XNSGC, segments_XNQ, i, j):
+def _logits(spec: _Spec, q_XNQGRC, k_XNSGC, packed: _Packed | None, i, j):
     """Return logits [N, G, R, Q, S] of query block i and key block j, what is seen, and dlogits / d(q . k)."""
     logits_NGRQS = spec.scale * _product("NQGRC,NSGC->NGRQS", q_XNQGRC[i], k_XNSGC[j])
     slope_NGRQS = spec.scale
@@ -171,10 +193,11 @@ def _logits(spec: _Spec, q_XNQGRC, k_XNSGC, segments_XNQ, i, j):
     positions = jnp.arange(spec.block)
     behind_QS = (i * spec.block + positions)[:, None] - (j * spec.block + positions)[None]
     seen_NQS = (behind_QS >= 0)[None]
-    if spec.window is not None:
+    if packed is not None:
+        queries, keys = (jax.tree.map(lambda x, block=block: x[block], packed.segments_XNQ) for block in (i, j))
+        seen_NQS &= segments_.seen(queries, keys, window=spec.window)
+    elif spec.window is not None:
         seen_NQS &= behind_QS < spec.window
-    if segments_XNQ is not None:
-        seen_NQS &= segments_XNQ[i][:, :, None] == segments_XNQ[j][:, None, :]
     return logits_NGRQS, seen_NQS[:, None, None], slope_NGRQS
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from fpo_jax import sharding
+from fpo_jax import shapes, sharding
 
 
 def on_each_device(
@@ -19,7 +19,7 @@ def on_each_device(
     q_NTHC: jax.Array,
     k_NTGC: jax.Array,
     v_NTGC: jax.Array,
-    segments_NT: jax.Array | None,
+    segments: shapes.Segments | None,
     *,
     layout: sharding.Layout,
 ) -> jax.Array:
@@ -29,16 +29,16 @@ def on_each_device(
     """
     mesh = layout.mesh
     if mesh is None or mesh.size == 1:
-        return attend(q_NTHC, k_NTGC, v_NTGC, segments_NT)
+        return attend(q_NTHC, k_NTGC, v_NTGC, segments)
     N, _, H, _ = q_NTHC.shape
     G = k_NTGC.shape[2]
     rows, heads, kv_heads = layout.place("rows", N), layout.place("heads", H), layout.place("kv_heads", G)
 
-    def on_device(q_NTHC, k_NTGC, v_NTGC, segments_NT):
+    def on_device(q_NTHC, k_NTGC, v_NTGC, segments):
         if heads and not kv_heads:
             first = jax.lax.axis_index(heads) * q_NTHC.shape[2]
             k_NTGC, v_NTGC = (_read_by(x, first, q_NTHC.shape[2], H // G) for x in (k_NTGC, v_NTGC))
-        return attend(q_NTHC, k_NTGC, v_NTGC, segments_NT)
+        return attend(q_NTHC, k_NTGC, v_NTGC, segments)
 
     q_spec, kv_spec = PartitionSpec(rows, None, heads, None), PartitionSpec(rows, None, kv_heads, None)
     # Values that differ between devices are told apart here, by in_specs and out_specs, not by the type system.
@@ -49,7 +49,7 @@ def on_each_device(
         out_specs=q_spec,
         check_vma=False,
     )
-    return sharded(q_NTHC, k_NTGC, v_NTGC, segments_NT)
+    return sharded(q_NTHC, k_NTGC, v_NTGC, segments)
 
 
 def _read_by(x_NTGC: jax.Array, first: jax.Array, heads: int, group: int) -> jax.Array:

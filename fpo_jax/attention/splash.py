@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+from fpo_jax import shapes
+
 LANES = 128
 MAX_BLOCK = 512
 # The fused backward kernel computes five matrix products where the two separate ones compute seven, but writes the
@@ -29,7 +31,7 @@ def attend(
     q_NTHC: jax.Array,
     k_NTGC: jax.Array,
     v_NTGC: jax.Array,
-    segments_NT: jax.Array | None,
+    segments: shapes.Segments | None,
     *,
     scale: float,
     window: int | None,
@@ -42,7 +44,7 @@ def attend(
         q_NTHC: queries.
         k_NTGC: keys.
         v_NTGC: values.
-        segments_NT: a number for each segment; None = a row is one segment.
+        segments: of packed rows, whose texts follow no other; None = a row is one text.
         scale: factor on the logits; goes into the queries and is rounded to their dtype, as the kernel has none.
         window: positions a query sees, itself included; None = all before it.
         soft_cap: bound on the logits; None for none.
@@ -73,12 +75,12 @@ def attend(
     def heads_first(x_NTHC):
         return jnp.einsum("NTHC->NHTC", jnp.pad(x_NTHC, ((0, 0), (0, padded - T), (0, 0), (0, 0))))
 
-    segments = None
-    if segments_NT is not None:
-        segments_NT = jnp.pad(segments_NT, ((0, 0), (0, padded - T)))
-        segments = splash_attention_kernel.SegmentIds(segments_NT, segments_NT)
+    ids = None
+    if segments is not None:
+        ids_NT = jnp.pad(segments.ids_NT, ((0, 0), (0, padded - T)))
+        ids = splash_attention_kernel.SegmentIds(ids_NT, ids_NT)
     scaled_NTHC = (q_NTHC * scale).astype(q_NTHC.dtype)
-    out_NHTC = jax.vmap(kernel)(heads_first(scaled_NTHC), heads_first(k_NTGC), heads_first(v_NTGC), segments)
+    out_NHTC = jax.vmap(kernel)(heads_first(scaled_NTHC), heads_first(k_NTGC), heads_first(v_NTGC), ids)
     return jnp.einsum("NHTC->NTHC", out_NHTC)[:, :T]
 
 

@@ -9,6 +9,7 @@ packing      short texts of `Prepared` packed into rows
 audit        what the audit counts, as text and as JSON
 mixing       several sources as one
 decontamination  records that repeat a benchmark are dropped
+layouts      whole groups packed into rows, their prompts standing once
 batches      order of the groups, resumable cursor, static shapes -> `shapes.Batch`
 """
 
@@ -20,9 +21,11 @@ from fpo_jax.data.batches import (
     batch_shapes,
     group_ids,
     order,
+    packed,
     row_sizes,
     schedule,
     scored_positions,
+    sequence,
     sequential_batches,
     steps_per_epoch,
 )
@@ -47,12 +50,14 @@ __all__ = [
     "mixture",
     "order",
     "pack",
+    "packed",
     "parse",
     "prepare",
     "read",
     "row_sizes",
     "schedule",
     "scored_positions",
+    "sequence",
     "sequential_batches",
     "steps_per_epoch",
     "without_eos",

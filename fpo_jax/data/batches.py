@@ -6,7 +6,7 @@ of processes, so a run resumes in O(1).
 
 Shapes: the rows of a batch are padded to the smallest bucket T that holds the longest row of the *global* batch, and
 each T has one R, the most scored tokens any row of that bucket can have. So the number of compilations is known before
-the first step.
+the first step. Groups that share rows (`layouts`) have one T, one R and one number of rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,30 +16,49 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from fpo_jax.data import layouts
 from fpo_jax.data.prepared import Prepared
 from fpo_jax.data.sources import check_choice
-from fpo_jax.shapes import Batch
+from fpo_jax.shapes import Batch, Segments
 
-_R_MULTIPLE = 8  # R is rounded up to it: the row count of one TPU tile
+_SAMPLES = 8  # batches on which shapes of packed rows are tried
+_CHUNK = 256  # groups of a set that are packed together for a pass over it
+
+
+class Rows(NamedTuple):
+    """Rows that hold whole groups, of all batches."""
+
+    packing: layouts.Packing  # their shape
+    count: int  # of a batch; those that its groups do not fill are padding
+    groups: list[list[list[int]]]  # of every row of every step
+    one_pass: bool = False  # the steps are one pass over the set
 
 
 class Schedule(NamedTuple):
-    """Everything that fixes which groups and which shapes a step has; made by `schedule`."""
+    """Everything that fixes which groups and which shapes a step has; made by `schedule` and its siblings."""
 
     prepared: Prepared
     buckets: tuple[int, ...]  # T, ascending
     scored: tuple[int, ...]  # R of each bucket
     longest_B: np.ndarray  # int32, longest row of each group
     scored_N: np.ndarray  # int32, scored tokens of each row
-    batch_size: int  # groups of a global batch
+    batch_size: int  # groups of a global batch; of `sequence` rows
     seed: int
     shuffle: bool
     last_batch: str
+    rows: Rows | None = None  # that hold groups; None = a row holds one candidate
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one pass over the data."""
+        if self.rows is not None and self.rows.one_pass:
+            return len(self.rows.groups)
         return steps_per_epoch(self.prepared.groups, batch_size=self.batch_size, last_batch=self.last_batch)
+
+    @property
+    def parts(self) -> int:
+        """What a batch can be cut into: groups, or rows that hold groups."""
+        return self.batch_size if self.rows is None else self.rows.count
 
 
 def steps_per_epoch(groups: int, *, batch_size: int, last_batch: str) -> int:
@@ -50,14 +69,17 @@ def steps_per_epoch(groups: int, *, batch_size: int, last_batch: str) -> int:
 
 def scored_positions(most: int, *, length: int) -> int:
     """R for rows of T = `length` positions of which at most `most` are scored."""
-    return min(-(-most // _R_MULTIPLE) * _R_MULTIPLE, length)
+    return min(-(-most // layouts.SCORED_UNIT) * layouts.SCORED_UNIT, length)
 
 
 class RowSizes(NamedTuple):
-    """Tokens of the rows of a whole batch; rows that fill it up have none."""
+    """What a whole batch holds and what it takes."""
 
-    texts: np.ndarray  # tokens of each text: of a row, prompt and response, or of each of the texts packed into it
-    scored_N: np.ndarray  # tokens of the responses in a row
+    texts: np.ndarray  # tokens of each text, of its own: without the prompt that it shares
+    contexts: np.ndarray  # tokens of the prompt that each text shares, 0 where it shares none
+    candidates: int  # tokens of all candidates, each with its prompt
+    responses: int  # tokens that are scored
+    rows: int
     length: int  # T, to which rows are padded
     scored: int  # R
 
@@ -99,6 +121,82 @@ def schedule(
     return Schedule(prepared, bounds, scored, longest_B, scored_N, batch_size, seed, shuffle, last_batch)
 
 
+def packed(
+    prepared: Prepared,
+    *,
+    layout: str,
+    batch_size: int,
+    multiple: int,
+    longest: int,
+    head_cost: float,
+    length: int | None = None,
+    seed: int,
+    shuffle: bool = True,
+    last_batch: str = "drop",
+    steps: int,
+) -> Schedule:
+    """Fix the order of every batch as `schedule` does, and the rows into which its groups are packed.
+
+    Args:
+        prepared: the rows.
+        layout: `packed` or `shared`.
+        batch_size: groups of a batch, over all processes.
+        multiple: rows that every batch must have a whole number of.
+        longest: bound on the row length where it is chosen here.
+        head_cost: of a scored position, relative to that of a token (`layouts.packing`).
+        length: of a row; None = the one that costs least.
+        seed: of the order.
+        shuffle: as for `schedule`.
+        last_batch: as for `schedule`.
+        steps: batches of the run.
+
+    Raises:
+        ValueError: as `schedule`; a group longer than `length`.
+    """
+    plain = schedule(
+        prepared,
+        batch_size=batch_size,
+        buckets=(int(prepared.lengths_N.max()),),
+        seed=seed,
+        shuffle=shuffle,
+        last_batch=last_batch,
+    )
+    drawn = [[group for group in group_ids(plain, step).tolist() if group >= 0] for step in range(steps)]
+    found, shared = layouts.sizes(prepared, shared=layout == "shared"), layout == "shared"
+    options = {"multiple": multiple, "longest": longest, "head_cost": head_cost, "length": length}
+    shape = layouts.packing(found, drawn[:: -(-steps // _SAMPLES)], shared=shared, **options)
+    return _with_rows(plain, shape, [layouts.deal(groups, shape) for groups in drawn])
+
+
+def sequence(
+    prepared: Prepared, *, layout: str, rows: int, longest: int, head_cost: float, length: int | None = None
+) -> Schedule:
+    """Pack a whole set for one pass over it, for evaluations and reference passes: batches of `rows` rows.
+
+    Raises:
+        ValueError: a group longer than `length`.
+    """
+    found, shared = layouts.sizes(prepared, shared=layout == "shared"), layout == "shared"
+    chunks = [
+        range(start, min(start + _CHUNK, prepared.groups)) for start in range(0, prepared.groups, _CHUNK)
+    ]  # of neighbours, for the time that packing takes
+    options = {"multiple": 1, "longest": longest, "head_cost": head_cost, "length": length}
+    shape = layouts.packing(found, chunks[:: -(-len(chunks) // _SAMPLES)], shared=shared, **options)
+    dealt = [row for chunk in chunks for row in layouts.deal(chunk, shape)]
+    empty = np.zeros(0, np.int32)
+    plain = Schedule(prepared, (), (), empty, empty, rows, 0, False, "pad")
+    batches = [dealt[start : start + rows] for start in range(0, len(dealt), rows)]
+    return _with_rows(plain, shape._replace(multiple=rows), batches, one_pass=True)
+
+
+def _with_rows(
+    plan: Schedule, shape: layouts.Packing, dealt: list[list[list[int]]], *, one_pass: bool = False
+) -> Schedule:
+    shape = shape._replace(places=max(len(row) for rows in dealt for row in rows))
+    rows = Rows(shape, layouts.blocks(max(map(len, dealt)), shape), dealt, one_pass)
+    return plan._replace(buckets=(shape.length,), scored=(shape.scored,), rows=rows)
+
+
 @lru_cache(maxsize=4)
 def order(count: int, *, seed: int, epoch: int) -> Int[np.ndarray, " count"]:
     """Return the permutation of 0 ... count-1 for one epoch; the same on every platform and process.
@@ -116,9 +214,14 @@ def order(count: int, *, seed: int, epoch: int) -> Int[np.ndarray, " count"]:
 
 
 def group_ids(plan: Schedule, step: int) -> Int[np.ndarray, " B"]:
-    """Places in the prepared set of the whole batch of a step; -1 fills up a ragged last batch."""
+    """Places in the prepared set of the whole batch of a step, in its order; -1 where a batch or a row is filled up."""
     if step < 0:
         raise ValueError(f"step={step} is negative; steps count from 0")
+    if plan.rows is not None:
+        ids_NS = np.full((plan.rows.count, plan.rows.packing.places), -1, np.int32)
+        for row, groups in enumerate(plan.rows.groups[step]):
+            ids_NS[row, : len(groups)] = groups
+        return ids_NS.reshape(-1)
     epoch, number = divmod(step, plan.steps_per_epoch)
     count = plan.prepared.groups
     arrangement = order(count, seed=plan.seed, epoch=epoch) if plan.shuffle else np.arange(count)
@@ -134,26 +237,48 @@ def batch_at(plan: Schedule, step: int, positions: np.ndarray | None = None) -> 
     Args:
         plan: from `schedule`.
         step: counted from 0 over all epochs.
-        positions: which of the batch's groups to build, in this order; None = all.
+        positions: which parts of the batch (`Schedule.parts`) to build, in this order; None = all.
 
     Returns:
-        The rows of those groups; T and R are those of the whole batch, so that all parts fit together.
+        Those parts; T and R are those of the whole batch, so that all parts fit together.
     """
+    if plan.rows is not None:
+        rows = plan.rows.groups[step]
+        rows = rows + [[]] * (plan.rows.count - len(rows))
+        chosen = rows if positions is None else [rows[place] for place in positions]
+        return layouts.assemble(plan.prepared, plan.rows.packing, chosen)
     ids = group_ids(plan, step)
     length, scored = _shape(plan, ids)
     return _assemble(plan.prepared, ids if positions is None else ids[positions], length, scored)
 
 
 def row_sizes(plan: Schedule, step: int) -> RowSizes:
-    """Return what the rows of the whole batch of a step hold, without building them."""
+    """Return what the whole batch of a step holds, without building it."""
     ids, prepared = group_ids(plan, step), plan.prepared
-    rows_BK = np.where(ids >= 0, ids, 0)[:, None] * prepared.group_size + np.arange(prepared.group_size)
-    scored_BK = np.where(ids[:, None] >= 0, plan.scored_N[rows_BK], 0)
-    return RowSizes(prepared.text_lengths(rows_BK[ids >= 0].reshape(-1)), scored_BK.reshape(-1), *_shape(plan, ids))
+    groups = ids[ids >= 0]
+    K = prepared.group_size
+    rows_N = (groups[:, None] * K + np.arange(K)).reshape(-1)
+    texts = prepared.text_lengths(rows_N)
+    if plan.rows is None:
+        scored = int(plan.scored_N[rows_N].sum())
+        return RowSizes(texts, np.zeros_like(texts), int(texts.sum()), scored, len(ids) * K, *_shape(plan, ids))
+    packing = plan.rows.packing
+    shared_B = packing.sizes.shared_B[groups]
+    return RowSizes(
+        texts=np.concatenate([shared_B, texts - np.repeat(shared_B, K)]),
+        contexts=np.concatenate([np.zeros_like(shared_B), np.repeat(shared_B, K)]),
+        candidates=int(texts.sum()),
+        responses=int(packing.sizes.scored_B[groups].sum()),
+        rows=layouts.blocks(len(plan.rows.groups[step]), packing),  # a micro-batch without groups is passed over
+        length=packing.length,
+        scored=packing.scored,
+    )
 
 
 def batch_shapes(plan: Schedule, *, steps: int, start: int = 0) -> list[tuple[int, int]]:
     """Distinct (T, R) of the steps start ... start+steps-1, ascending: one compilation each."""
+    if plan.rows is not None:
+        return [(plan.rows.packing.length, plan.rows.packing.scored)]
     return sorted({_shape(plan, group_ids(plan, step)) for step in range(start, start + steps)})
 
 
@@ -219,9 +344,10 @@ def _assemble(prepared: Prepared, ids_B: np.ndarray, length: int, scored: int) -
         chosen_NT = valid_NT & prepared.scored_S[places_NT]
         counts_N, targets_NR = chosen_NT.sum(axis=1), np.argsort(~chosen_NT, axis=1, kind="stable")[:, :scored]
     scored_NR = positions_R < counts_N[:, None]
-    segments_NT = None
+    segments = None
     if prepared.segments_S is not None:
-        segments_NT = np.where(valid_NT, prepared.segments_S[places_NT], np.int32(-1))
+        ids_NT = np.where(valid_NT, prepared.segments_S[places_NT], np.int32(-1))
+        segments = Segments(ids_NT, _restarted(ids_NT))
     return Batch(
         tokens_NT=np.where(valid_NT, tokens_S[places_NT], np.int32(prepared.pad_id)),
         valid_NT=valid_NT,
@@ -232,5 +358,12 @@ def _assemble(prepared: Prepared, ids_B: np.ndarray, length: int, scored: int) -
         reference_logps_BK=np.zeros((len(ids_B), K), np.float32),
         weight_B=real_B.astype(np.float32),
         row_ids_B=ids_B.astype(np.int32),
-        segments_NT=segments_NT,
+        segments=segments,
     )
+
+
+def _restarted(ids_NT: np.ndarray) -> np.ndarray:
+    """Positions of tokens in their own segments."""
+    places_NT = np.broadcast_to(np.arange(ids_NT.shape[1], dtype=np.int32), ids_NT.shape)
+    begins_NT = np.pad(ids_NT[:, 1:] != ids_NT[:, :-1], ((0, 0), (1, 0)))
+    return places_NT - np.maximum.accumulate(np.where(begins_NT, places_NT, 0), axis=1)

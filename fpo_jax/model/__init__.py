@@ -59,12 +59,13 @@ def hidden_states(
     layout: sharding.Layout = sharding.ONE_DEVICE,
     adapter: Adapter | None = None,
     dropout_key: jax.Array | None = None,
-    segments_NT: Int[jax.Array, "N T"] | None = None,
+    segments: shapes.Segments | None = None,
 ) -> Float[jax.Array, "N T D"]:
     """Run the decoder up to and including its final norm.
 
-    Every row, or segment of a row, starts at position 0, and rows are right-padded; what stands in the padding changes
-    neither the valid positions nor their gradient. Hidden states of padding positions are finite and mean nothing.
+    Every row starts at position 0, in packed rows every text of it, and rows are right-padded; what stands in the
+    padding changes neither the valid positions nor their gradient. Hidden states of padding positions are finite and
+    mean nothing.
 
     Args:
         params: nested dict of arrays with the rows of params.py, any float dtype; cast to compute_dtype at use.
@@ -81,7 +82,7 @@ def hidden_states(
             embedding is cut, rebuilds whole activations in every layer, and cuDNN attention does not compile.
         adapter: low-rank additions, whose A and B `params` holds beside their matrices; None = none.
         dropout_key: of what the adapter drops in this pass; None = nothing, as in every evaluation.
-        segments_NT: of packed rows: equal for the tokens of one text, which see each other and nothing else. The rotary
+        segments: of packed rows: who sees whom, and where each token stands in its own conversation. The rotary
             frequencies must not depend on the length of a text (rope type dynamic).
 
     Returns:
@@ -94,7 +95,7 @@ def hidden_states(
     if remat not in decoder.REMAT:
         raise ValueError(f"remat {remat!r} is not one of {', '.join(decoder.REMAT)}.")
     if attention is None:
-        attention = _default_attention(config, dtype, tokens_NT.shape[1], layout, segments=segments_NT is not None)
+        attention = _default_attention(config, dtype, tokens_NT.shape[1], layout, segments=segments is not None)
     with _exact(dtype):
         return nnx.merge(decoder.graph(config, adapter), params)(
             tokens_NT,
@@ -104,7 +105,7 @@ def hidden_states(
             choice=attention,
             layout=layout,
             dropout_key=dropout_key,
-            segments_NT=segments_NT,
+            segments=segments,
         )
 
 
@@ -227,9 +228,9 @@ def logits(
 
 
 def scores(
-    params: shapes.PyTree, hidden_NTD: Float[jax.Array, "N T D"], last_N: Int[jax.Array, " N"]
-) -> Float[jax.Array, " N"]:
-    """Return a reward model's scores, float32: the bias-free head on the hidden state at one position of each row."""
-    hidden_ND = jnp.take_along_axis(hidden_NTD, last_N[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    params: shapes.PyTree, hidden_NTD: Float[jax.Array, "N T D"], last_NP: Int[jax.Array, "N P"]
+) -> Float[jax.Array, "N P"]:
+    """Return a reward model's scores, float32: the bias-free head on the hidden states at P positions of each row."""
+    hidden_NPD = jnp.take_along_axis(hidden_NTD, last_NP[:, :, None], axis=1).astype(jnp.float32)
     score_D = params["score"][0].astype(jnp.float32)
-    return jnp.einsum("ND,D->N", hidden_ND, score_D, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("NPD,D->NP", hidden_NPD, score_D, precision=jax.lax.Precision.HIGHEST)

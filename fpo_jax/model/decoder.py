@@ -12,7 +12,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from fpo_jax import attention, sharding
+from fpo_jax import attention, shapes, sharding
 from fpo_jax.model import caching, configuration, gemma2, gpt2, gpt_neox, llama, parts, rope
 
 # family -> (one layer, the norm after the last layer)
@@ -73,13 +73,11 @@ class Decoder(nnx.Module):
         choice: attention.Choice,
         layout: sharding.Layout,
         dropout_key: jax.Array | None = None,
-        segments_NT: Int[jax.Array, "N T"] | None = None,
+        segments: shapes.Segments | None = None,
     ) -> Float[jax.Array, "N T D"]:
         """Return the hidden states after the final norm, in compute_dtype."""
-        positions_XT = jnp.arange(tokens_NT.shape[1])[None]
-        if segments_NT is not None:
-            positions_XT = _restarted(positions_XT, segments_NT)
-        context = self._context(positions_XT, valid_NT, choice, layout)._replace(segments_NT=segments_NT)
+        positions_XT = jnp.arange(tokens_NT.shape[1])[None] if segments is None else jnp.asarray(segments.positions_NT)
+        context = self._context(positions_XT, valid_NT, choice, layout)._replace(segments=segments)
         graphdef, layers = nnx.split(self.layers)
 
         def apply_layer(x_NTD, layer, *, window):
@@ -197,12 +195,6 @@ class Decoder(nnx.Module):
 def graph(config: configuration.ModelConfig, adapter: configuration.Adapter | None = None) -> nnx.GraphDef:
     """Return the static half of the decoder; merging it with a nested dict of arrays gives a callable module."""
     return nnx.split(Decoder(config, adapter))[0]
-
-
-def _restarted(positions_1T: jax.Array, segments_NT: jax.Array) -> jax.Array:
-    """Return the positions [N, T] of tokens in their own segments."""
-    begins_NT = jnp.pad(segments_NT[:, 1:] != segments_NT[:, :-1], ((0, 0), (1, 0)))
-    return positions_1T - jax.lax.cummax(jnp.where(begins_NT, positions_1T, 0), axis=1)
 
 
 def _with_adapter(layer: nnx.Module, adapter: configuration.Adapter | None) -> nnx.Module:

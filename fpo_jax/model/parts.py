@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
-from fpo_jax import attention, sharding
+from fpo_jax import attention, shapes, sharding
 from fpo_jax.model import caching, rope
 
 if TYPE_CHECKING:  # which checks activations against the table here
@@ -89,7 +89,7 @@ class Context(NamedTuple):
     layout: sharding.Layout
     adapter: "configuration.Adapter | None" = None
     dropout_key: jax.Array | None = None  # of the layer; None = nothing is dropped
-    segments_NT: jax.Array | None = None  # int32, of packed rows
+    segments: shapes.Segments | None = None  # of packed rows
     slot: caching.Recorder | caching.Slot | None = None  # the layer's place in a cache, where there is one
 
     def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
@@ -106,7 +106,7 @@ class Context(NamedTuple):
             k_NTGC,
             v_NTGC,
             valid_NT=self.valid_NT,
-            segments_NT=self.segments_NT,
+            segments=self.segments,
             choice=self.attention,
             layout=self.layout,
             **options,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fpo_jax import config as configuration
-from fpo_jax import execution, flops, job, programs, sharding, topologies
+from fpo_jax import execution, flops, programs, sharding, topologies
 from fpo_jax.plan import sizes as sizes_
 from fpo_jax.plan.collectives import Collective, collectives
 
@@ -77,8 +77,8 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         ValueError: the configuration cannot run on these devices.
     """
     layout = sharding.make_layout(**config.mesh, devices=devices)
-    accumulation = job.accumulation(config, ways=layout.row_ways)
     sizes = sizes_.find(config, ways=layout.row_ways)
+    accumulation = sizes.accumulation
     made = programs.Programs(config, sizes.blueprint, layout)
     choices = list(made.choices)
     if config.optim.offload and not knows_host_memory(devices[0]):
@@ -135,7 +135,12 @@ def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulat
 
     def batch(shape: sizes_.Shape, per_device: int, stack: int | None = None):
         return made.abstract_batch(
-            per_device * ways, group_size=group_size, length=shape.length, scored=shape.scored, accumulation=stack
+            per_device * ways,
+            group_size=group_size,
+            length=shape.length,
+            scored=shape.scored,
+            places=shape.places,
+            accumulation=stack,
         )
 
     train = config.train

@@ -23,6 +23,7 @@ class Shape(NamedTuple):
 
     length: int  # T
     scored: int  # R
+    places: int = 1  # groups that a row has places for, where it holds groups
 
 
 class Sizes(NamedTuple):
@@ -30,6 +31,7 @@ class Sizes(NamedTuple):
 
     blueprint: job.Blueprint
     update: Shape
+    accumulation: int  # micro-batches of an update
     evaluation: Shape | None  # None without evaluation
     scoring: Shape | None  # of the reference pass; None without
     reference: model.ModelConfig | None  # of a reference that is another model
@@ -57,22 +59,28 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         reference = hf.read_config(description(config.reference.path))
     inputs, why = _inputs(config, loss, source, model_config)
     if inputs is None:
-        return _bounds(config, loss, model_config, reference, why)
+        return _bounds(config, loss, model_config, reference, why, ways=ways)
     plan = job.plan(config, inputs, devices=ways)
     batch = config.train.batch_size
 
     def largest(dataset: job.Dataset | None, per_device: int) -> Shape | None:
         if dataset is None:
             return None
-        schedule = job.sequential_schedule(config, dataset.prepared, batch_size=per_device * ways)
-        return Shape(*data.batch_shapes(schedule, steps=schedule.steps_per_epoch)[-1])
+        schedule = job.sequential_schedule(config, dataset.prepared, model_config, batch_size=per_device * ways)
+        return _largest(schedule, schedule.steps_per_epoch)
 
     rows = inputs.train.prepared
-    texts = rows.text_lengths(np.arange(len(rows.lengths_N)))
-    total = flops.work(texts, rows.scored_N, sliding_window=model_config.sliding_window)
+    texts, contexts = rows.text_lengths(np.arange(len(rows.lengths_N))), 0
+    if plan.schedule.rows is not None:
+        shared_B = plan.schedule.rows.packing.sizes.shared_B
+        shared_N = np.repeat(shared_B, rows.group_size)
+        texts = np.concatenate([shared_B, texts - shared_N])
+        contexts = np.concatenate([np.zeros_like(shared_B), shared_N])
+    total = flops.work(texts, rows.scored_N, contexts=contexts, sliding_window=model_config.sliding_window)
     return Sizes(
         job.blueprint(config, inputs, plan),
-        Shape(*plan.shapes[-1]),
+        _largest(plan.schedule, plan.steps),
+        plan.accumulation,
         largest(inputs.evaluation, config.train.eval_batch_per_device),
         largest(inputs.train, config.reference.batch_per_device) if loss.needs_reference else None,
         reference,
@@ -81,6 +89,12 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         flops.Work(*(round(number * batch / rows.groups) for number in total)),
         f"measured on the data: {rows.groups:,} groups",
     )
+
+
+def _largest(schedule: data.Schedule, steps: int) -> Shape:
+    """Return the largest shape of some batches."""
+    places = 1 if schedule.rows is None else schedule.rows.packing.places
+    return Shape(*data.batch_shapes(schedule, steps=steps)[-1], places)
 
 
 def description(name_or_path: str, *, revision: str | None = None) -> Path:
@@ -114,11 +128,17 @@ def _inputs(config, loss, source: Path, model_config) -> tuple[job.Inputs | None
     return job.Inputs(loss, source, model_config, *datasets), ""
 
 
-def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str) -> Sizes:
+def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str, *, ways: int) -> Sizes:
     """The largest shapes that the configuration allows."""
-    length = config.data.max_length
+    length, lengths = config.data.max_length, job.buckets(config)
     most = config.data.max_response_length or length - 1  # rule chat: a prompt may be one token
     most = length - 1 if config.data.packing else most
+    if config.data.layout == "padded":
+        accumulation = job.accumulation(config, ways=ways)
+    else:  # a group a row
+        length, most = config.data.row_length or config.data.group_size * length, config.data.group_size * most
+        lengths, most = (length,), min(most, length - 1)
+        accumulation = -(-config.train.batch_size // (config.train.micro_batch_per_device * ways))
     shape = Shape(length, data.scored_positions(most, length=length))
     groups, steps, warmup, horizon = config.plan.groups, None, 0, 1
     if groups is not None:
@@ -128,10 +148,9 @@ def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str) 
         steps, warmup, horizon = job.durations(config, steps_per_epoch=steps_per_epoch)
     counted = "plan.groups is unset" if groups is None else f"{groups:,} groups by plan.groups"
     return Sizes(
-        job.Blueprint(
-            loss, model_config, job.buckets(config), shape.scored, warmup, horizon, job.adapter(config, model_config)
-        ),
+        job.Blueprint(loss, model_config, lengths, shape.scored, warmup, horizon, job.adapter(config, model_config)),
         shape,
+        accumulation,
         shape if config.data.eval else None,
         shape if loss.needs_reference else None,
         reference,
