@@ -80,8 +80,8 @@ def test_positions_restart_and_a_text_sees_itself_alone():
     assert_array_equal(segments.positions_NT, [[0, 1, 0, 1, 2, 0, 0, 1]])
     identity_NTHC = jnp.eye(8)[None, :, None]
     seen = attention.attend(
-        0 * identity_NTHC, 0 * identity_NTHC, identity_NTHC, valid_NT=batch.valid_NT, scale=1.0, sliding_window=None,
-        segments=segments, choice=attention.Choice("xla", "test"), layout=sharding.ONE_DEVICE,
+        0 * identity_NTHC, 0 * identity_NTHC, identity_NTHC, valid_NT=jnp.asarray(batch.valid_NT), scale=1.0,
+        sliding_window=None, segments=segments, choice=attention.Choice("xla", "test"), layout=sharding.ONE_DEVICE,
     )  # fmt: skip
     expected = [
         [1, 0, 0, 0, 0, 0, 0, 0],

@@ -115,3 +115,4 @@ BOOTSTRAP = 0.08  # half-width of 4,000 samples' interval, relative to the norma
 # another order of the same rows alone moves them by 6.5e-7.
 SHARED_LOGPS = 1e-6
 SHARED_GRADIENT = 2e-6
+SHARED_RUN = 2e-5  # metrics of four updates, relative to 1 + |number|
