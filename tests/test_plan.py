@@ -145,7 +145,7 @@ def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
         program = compiled.Program("update", 100, 5 * GIB - 100, 0, 0, 1.0, compiled=False)
         return compiled.Outcome(config, layout, found, 1, [], 1, 1, 1, [program], [], 0, 0)
 
-    config = bare(folder, train__micro_batch_per_device=2)
+    config = bare(folder, train__micro_batch_per_device=2, train__batch_size=16)
     layout = plan.compiled.sharding.make_layout(**config.mesh, devices=jax.devices())
     found = sizes.find(config, ways=8)
     monkeypatch.setattr(plan.compiled, "compile_all", refuse)
