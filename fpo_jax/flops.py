@@ -100,10 +100,13 @@ def traced(jaxpr: core.Jaxpr, *, sliding_window: int | None = None) -> int:
 
 def _equation(equation: core.JaxprEqn, window: int | None) -> int:
     name = equation.primitive.name
+    called = str(equation.params.get("name", ""))
+    if called.startswith("chunked_attention") and any(len(_shape(variable)) == 6 for variable in equation.invars):
+        return _kernel(called, equation, window)  # without queries it is what differentiation moved out of the loops
     if name == "dot_general":
         return _product(equation)
     if name in _OPAQUE:
-        return _kernel(str(equation.params.get("name", name)), equation, window)
+        return _kernel(called or name, equation, window)
     inner = [traced(nested, sliding_window=window) for nested in _nested(list(equation.params.values()))]
     if name == "cond":
         return max(inner)
@@ -134,7 +137,7 @@ _OPAQUE = (
 )
 
 # beginning of a kernel's name -> (matrix products of its plane, what the plane is): tokens by rows of the head, or the
-# attended pairs of queries laid out as said
+# attended pairs of queries laid out as said (X blocks of Q positions are a row of T)
 KERNELS = {
     "partial_softmax": (1, "head"),  # pallas_gpu
     "dlogits": (1, "head"),
@@ -144,6 +147,8 @@ KERNELS = {
     "dhead": (2, "head"),
     "dot_product_attention_fwd_wrapper": (2, "NTHC"),
     "dot_product_attention_bwd_wrapper": (5, "NTHC"),  # the scores again, dv, dp, dq, dk
+    "chunked_attention_fwd": (2, "XNQGRC"),  # of packed rows a bound: what lies outside a group is passed over
+    "chunked_attention_bwd": (5, "XNQGRC"),
     "splash_mha_fwd": (2, "NHTC"),
     "splash_mha_dq": (3, "NHTC"),
     "splash_mha_dkv": (4, "NHTC"),
@@ -161,8 +166,9 @@ def _kernel(name: str, equation: core.JaxprEqn, window: int | None) -> int:
     if plane == "head":
         (tokens, width), (rows, _) = [shape for shape in arrays if len(shape) == 2][:2]
         return 2 * products * tokens * rows * width
-    queries = next(shape for shape in arrays if len(shape) >= 3)
-    length = queries[plane.index("T") - len(plane)]
+    axes = len(plane) if plane[0] == "X" else 3  # under vmap or not; of blocks, rows of keys have one axis less
+    queries = next(shape for shape in arrays if len(shape) >= axes)
+    length = math.prod(queries[place - len(plane)] for place, letter in enumerate(plane) if letter in "TXQ")
     pairs = work([length], [0], sliding_window=window).pairs
     return 2 * products * pairs * (math.prod(queries) // length)
 

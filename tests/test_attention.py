@@ -327,6 +327,7 @@ def test_chunked_holds_no_logits():
         ("xla", {"cap": 2.0}, "'xla' runs without the soft-cap 2.0"),
         ("cudnn", {"cap": 2.0}, "'cudnn' runs without the soft-cap 2.0"),
         ("cudnn", {"segments": True}, "'cudnn' runs without .* the segments asked for"),
+        ("splash", {"shared": True}, "'splash' takes no texts that follow another one"),
     ],
 )
 def test_what_an_implementation_lacks_is_refused(implementation, options, message):

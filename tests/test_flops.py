@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from fpo_jax import flops, model, params
-from fpo_jax.attention import splash
+from fpo_jax.attention import chunked, splash
 from fpo_jax.kernels import pallas_tpu, spec
 from tests import batches
 
@@ -102,6 +102,19 @@ def test_a_shard_map_counts_on_every_device():
             lambda x: x @ x.T, mesh=mesh, in_specs=place, out_specs=place, axis_names=manual, check_vma=False
         )
         assert traced(jax.jit(product), x) == products * 2 * 2 * 2 * 6
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_blockwise_attention_counts_the_pairs_that_are_seen(window):
+    """Two products of every pair forward, five more backward; 2 rows of 256 positions, 4 heads of 8."""
+    q, k = jnp.ones((2, 256, 4, 8)), jnp.ones((2, 256, 2, 8))
+
+    def total(q, k, v):
+        return jnp.sum(chunked.attend(q, k, v, None, scale=1.0, window=window, soft_cap=None))
+
+    pairs = flops.work([256], [0], sliding_window=window).pairs * 2 * 4 * 8
+    assert traced(total, q, k, k, sliding_window=window) == 2 * 2 * pairs
+    assert traced(jax.grad(total, (0, 1, 2)), q, k, k, sliding_window=window) == 2 * (2 + 5) * pairs
 
 
 def test_a_product_in_a_loop_of_unknown_length_is_an_error():

@@ -43,6 +43,16 @@ def planned(folder):
     return plan.run(tiny.config(folder / "model", folder / "pairs.jsonl"), "here", capacity=lambda _: HELD)
 
 
+@pytest.mark.parametrize("data", ["pairs.jsonl", "absent.jsonl"])
+def test_rows_of_shared_prompts_are_planned_with_the_attention_that_they_get(folder, data):
+    """Rows above the limit of XLA's attention, whose blocks run in loops of unknown length."""
+    config = tiny.config(folder / "model", folder / data, data__layout="shared", data__row_length=512, data__eval="")
+    report = plan.run(config, "here", capacity=lambda _: HELD)
+    assert report.fits and report.outcome.operations > 0
+    assert report.outcome.sizes.update.length == 512
+    assert any(choice.startswith("attention: chunked") for choice in report.outcome.choices)
+
+
 def test_state_and_batch_are_what_the_shapes_say(planned):
     outcome, config = planned.outcome, planned.outcome.sizes.blueprint.model_config
     on_device = 0

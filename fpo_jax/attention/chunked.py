@@ -113,10 +113,12 @@ def _cut(T: int, block: int) -> tuple[int, int]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed) -> jax.Array:
-    return _forward(spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed)[0]
+    return chunked_attention_fwd(spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed)[0]
 
 
-def _forward(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed):
+# The two passes are programs with names, by which `flops` knows them: how often their loops run is not in the jaxpr.
+@functools.partial(jax.jit, static_argnums=0)
+def chunked_attention_fwd(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed):
     """Return the attended values and the log-sum-exp of every query's logits."""
     X, N, Q, G, R, C = q_XNQGRC.shape
     dtype = q_XNQGRC.dtype
@@ -146,7 +148,8 @@ def _forward(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed):
     return out_XNQGRC, (q_XNQGRC, k_XNSGC, v_XNSGC, packed, out_XNQGRC, lse_XNGRQ)
 
 
-def _backward(spec: _Spec, residuals, grad_XNQGRC):
+@functools.partial(jax.jit, static_argnums=0)
+def chunked_attention_bwd(spec: _Spec, residuals, grad_XNQGRC):
     """Visit the blocks of keys one by one; the gradient of the queries accumulates in float32."""
     q_XNQGRC, k_XNSGC, v_XNSGC, packed, out_XNQGRC, lse_XNGRQ = residuals
     X, dtype = q_XNQGRC.shape[0], q_XNQGRC.dtype
@@ -180,7 +183,7 @@ def _backward(spec: _Spec, residuals, grad_XNQGRC):
     return dq_XNQGRC.astype(dtype), dk_XNSGC, dv_XNSGC, None
 
 
-_attend.defvjp(_forward, _backward)
+_attend.defvjp(chunked_attention_fwd, chunked_attention_bwd)
 
 
 def _logits(spec: _Spec, q_XNQGRC, k_XNSGC, packed: _Packed | None, i, j):

@@ -50,6 +50,11 @@ def attend(
         soft_cap: bound on the logits; None for none.
         interpret: emulate the kernel.
     """
+    if segments is not None and segments.parents_NT is not None:
+        raise ValueError(
+            "attention implementation 'splash' takes no texts that follow another one; take the implementation from"
+            " attention.choose."
+        )
     T, H = q_NTHC.shape[1:3]
     padded, block, fused = _cut(T)
     if window is None:
