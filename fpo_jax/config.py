@@ -96,10 +96,9 @@ def default() -> Config:
     c.data.on_long_prompt = "truncate"  # truncate | drop | error
     c.data.on_identical = "keep"  # keep | drop groups whose responses are all the same text
     c.data.packing = False  # several short texts in a row of max_length, each seeing itself alone (stage sft)
-    c.data.layout = (
-        "padded"  # padded: a candidate a row | packed: whole groups in rows | shared: and prompts stand once
-    )
-    c.data.row_length = config_dict.placeholder(int)  # tokens of a row of groups; unset = the length that pads least
+    # padded: a candidate a row | packed: whole groups in rows | shared: the same, and a prompt stands once
+    c.data.layout = "padded"
+    c.data.row_length = config_dict.placeholder(int)  # tokens of a row of groups; unset = the length that costs least
     c.data.buckets = ()  # row lengths to compile for, ascending; () = max_length alone
     c.data.shuffle = True
     c.data.last_batch = "drop"  # drop | pad the ragged last batch of an epoch

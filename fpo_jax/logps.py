@@ -188,6 +188,7 @@ def response_losses(
             f"fuse_loss with implementation {implementation!r}: only 'pallas_tpu' runs the loss in its kernel"
         )
     spec = _spec(hidden_NTD, temperature, softcap, vocab_size, interpret, workspace_bytes, placement)
+    slots = groups[0] * groups[1] // len(scored_NR)
     with jax.named_scope("response_losses"):
         hidden_MD, targets_M, scored_M = _scored(hidden_NTD, predictors_NR, targets_NR, scored_NR)
         inputs = (hidden_MD, head_VD, targets_M, scored_M, operands)
@@ -195,7 +196,6 @@ def response_losses(
             out = pallas_tpu_loss.fused_head_loss(*inputs, group_loss=group_loss, groups=groups, spec=spec)
         else:
             token_stats = _implementation(implementation)
-            slots = groups[0] * groups[1] // len(scored_NR)
 
             def candidate_sums(logps_M):
                 return sum_slots(logps_M.reshape(scored_NR.shape), slots_NR, slots=slots).reshape(groups)
@@ -208,7 +208,6 @@ def response_losses(
                 token_stats=token_stats,
                 candidate_sums=None if slots_NR is None else candidate_sums,
             )
-        slots = groups[0] * groups[1] // len(scored_NR)
         return out.losses_B, _response(out.logps_BK.reshape(-1), hidden_MD, head_VD, scored_NR, spec, slots_NR, slots)
 
 

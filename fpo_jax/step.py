@@ -283,10 +283,7 @@ def _operands(batch: shapes.Batch, batch_kl) -> losses.Candidates:
 
 def _lengths_BK(batch: shapes.Batch) -> jax.Array:
     """Scored tokens of every candidate, float32; axes before the rows stay."""
-    scored_NR = jnp.asarray(batch.scored_NR, jnp.float32)
-    if batch.slots_NR is None:
-        return jnp.sum(scored_NR, axis=-1).reshape(batch.rewards_BK.shape)
-    lengths_NP = logps.sum_slots(scored_NR, jnp.asarray(batch.slots_NR), slots=_slots(batch))
+    lengths_NP = logps.sum_slots(jnp.asarray(batch.scored_NR, jnp.float32), batch.slots_NR, slots=_slots(batch))
     return lengths_NP.reshape(batch.rewards_BK.shape)
 
 

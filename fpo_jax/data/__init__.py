@@ -24,11 +24,11 @@ from fpo_jax.data.batches import (
     packed,
     row_sizes,
     schedule,
-    scored_positions,
     sequence,
     sequential_batches,
     steps_per_epoch,
 )
+from fpo_jax.data.layouts import scored_positions
 from fpo_jax.data.mixing import Part, mixture, parse
 from fpo_jax.data.packing import pack
 from fpo_jax.data.prepared import Prepared, best_only, masked_sample, prepare, without_eos

@@ -67,11 +67,6 @@ def steps_per_epoch(groups: int, *, batch_size: int, last_batch: str) -> int:
     return full + (last_batch == "pad" and rest > 0)
 
 
-def scored_positions(most: int, *, length: int) -> int:
-    """R for rows of T = `length` positions of which at most `most` are scored."""
-    return min(-(-most // layouts.SCORED_UNIT) * layouts.SCORED_UNIT, length)
-
-
 class RowSizes(NamedTuple):
     """What a whole batch holds and what it takes."""
 
@@ -162,9 +157,9 @@ def packed(
         last_batch=last_batch,
     )
     drawn = [[group for group in group_ids(plain, step).tolist() if group >= 0] for step in range(steps)]
-    found, shared = layouts.sizes(prepared, shared=layout == "shared"), layout == "shared"
-    options = {"multiple": multiple, "longest": longest, "head_cost": head_cost, "length": length}
-    shape = layouts.packing(found, drawn[:: -(-steps // _SAMPLES)], shared=shared, **options)
+    shape = _row_shape(
+        prepared, drawn, layout=layout, multiple=multiple, longest=longest, head_cost=head_cost, length=length
+    )
     return _with_rows(plain, shape, [layouts.deal(groups, shape) for groups in drawn])
 
 
@@ -176,17 +171,22 @@ def sequence(
     Raises:
         ValueError: a group longer than `length`.
     """
-    found, shared = layouts.sizes(prepared, shared=layout == "shared"), layout == "shared"
     chunks = [
         range(start, min(start + _CHUNK, prepared.groups)) for start in range(0, prepared.groups, _CHUNK)
     ]  # of neighbours, for the time that packing takes
-    options = {"multiple": 1, "longest": longest, "head_cost": head_cost, "length": length}
-    shape = layouts.packing(found, chunks[:: -(-len(chunks) // _SAMPLES)], shared=shared, **options)
+    shape = _row_shape(prepared, chunks, layout=layout, multiple=1, longest=longest, head_cost=head_cost, length=length)
     dealt = [row for chunk in chunks for row in layouts.deal(chunk, shape)]
     empty = np.zeros(0, np.int32)
     plain = Schedule(prepared, (), (), empty, empty, rows, 0, False, "pad")
     batches = [dealt[start : start + rows] for start in range(0, len(dealt), rows)]
     return _with_rows(plain, shape._replace(multiple=rows), batches, one_pass=True)
+
+
+def _row_shape(prepared: Prepared, batches: Sequence[Sequence[int]], *, layout: str, **options) -> layouts.Packing:
+    """Choose the shape of rows on some of the batches; `options` are those of `layouts.packing`."""
+    shared = layout == "shared"
+    samples = batches[:: -(-len(batches) // _SAMPLES)]
+    return layouts.packing(layouts.sizes(prepared, shared=shared), samples, shared=shared, **options)
 
 
 def _with_rows(
@@ -258,16 +258,17 @@ def row_sizes(plan: Schedule, step: int) -> RowSizes:
     groups = ids[ids >= 0]
     K = prepared.group_size
     rows_N = (groups[:, None] * K + np.arange(K)).reshape(-1)
-    texts = prepared.text_lengths(rows_N)
+    lengths_N = prepared.text_lengths(rows_N)
+    candidates = int(lengths_N.sum())
     if plan.rows is None:
         scored = int(plan.scored_N[rows_N].sum())
-        return RowSizes(texts, np.zeros_like(texts), int(texts.sum()), scored, len(ids) * K, *_shape(plan, ids))
+        return RowSizes(lengths_N, np.zeros_like(lengths_N), candidates, scored, len(ids) * K, *_shape(plan, ids))
     packing = plan.rows.packing
-    shared_B = packing.sizes.shared_B[groups]
+    texts, contexts = layouts.texts(packing.sizes, groups, lengths_N, group_size=K)
     return RowSizes(
-        texts=np.concatenate([shared_B, texts - np.repeat(shared_B, K)]),
-        contexts=np.concatenate([np.zeros_like(shared_B), np.repeat(shared_B, K)]),
-        candidates=int(texts.sum()),
+        texts=texts,
+        contexts=contexts,
+        candidates=candidates,
         responses=int(packing.sizes.scored_B[groups].sum()),
         rows=layouts.blocks(len(plan.rows.groups[step]), packing),  # a micro-batch without groups is passed over
         length=packing.length,
@@ -315,7 +316,7 @@ def _bucket_shapes(
     scored = []
     for bound in bounds:
         most = int(scored_B[longest_B <= bound].max(initial=1))
-        scored.append(scored_positions(most, length=bound))
+        scored.append(layouts.scored_positions(most, length=bound))
     return bounds, tuple(scored), longest_B
 
 

@@ -19,9 +19,8 @@ import numpy as np
 from fpo_jax.data.prepared import Prepared
 from fpo_jax.shapes import Batch, Segments
 
-LAYOUTS = ("padded", "packed", "shared")
 LENGTH_UNIT = 128  # rows are a multiple of it: whole tiles of every attention kernel
-SCORED_UNIT = 8  # R is rounded up to it: the row count of one TPU tile
+_SCORED_UNIT = 8  # R is rounded up to it: the row count of one TPU tile
 _LENGTHS = 8  # row lengths that are tried
 _SLACKS = (1.1, 1.2, 1.35, 1.6, 2.0)  # scored positions of a row over their mean share
 
@@ -43,6 +42,11 @@ class Packing(NamedTuple):
     scored: int  # R
     places: int  # S
     multiple: int  # rows come in blocks of so many: those of one micro-batch over all devices
+
+
+def scored_positions(most: int, *, length: int) -> int:
+    """R for rows of T = `length` positions of which at most `most` are scored."""
+    return min(-(-most // _SCORED_UNIT) * _SCORED_UNIT, length)
 
 
 def sizes(prepared: Prepared, *, shared: bool) -> Sizes:
@@ -69,6 +73,20 @@ def _common(prepared: Prepared, limits_B: np.ndarray) -> np.ndarray:
     return np.minimum.reduceat(ends_P, begins_B)
 
 
+def texts(found: Sizes, groups: np.ndarray, lengths_N: np.ndarray, *, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of each text of some groups and of the prompt that it shares: prompts first, then candidates.
+
+    Args:
+        found: from `sizes`.
+        groups: which ones.
+        lengths_N: tokens of their candidates, each with its prompt.
+        group_size: K.
+    """
+    shared_B = found.shared_B[groups]
+    shared_N = np.repeat(shared_B, group_size)
+    return np.concatenate([shared_B, lengths_N - shared_N]), np.concatenate([np.zeros_like(shared_B), shared_N])
+
+
 def packing(
     found: Sizes,
     samples: Sequence[Sequence[int]],
@@ -93,7 +111,7 @@ def packing(
         length: T; None = chosen here.
 
     Returns:
-        Packing with no place and no row yet.
+        Packing with no place yet.
 
     Raises:
         ValueError: a group does not fit into `length`.
@@ -108,7 +126,7 @@ def packing(
     step = max(1, (longest - least) // (LENGTH_UNIT * _LENGTHS)) * LENGTH_UNIT
     share = found.scored_B.sum() / found.tokens_B.sum()
     shapes = {
-        (T, min(-(-max(most_scored, int(slack * share * T)) // SCORED_UNIT) * SCORED_UNIT, T))
+        (T, scored_positions(max(most_scored, int(slack * share * T)), length=T))
         for T in ([length] if length else range(least, max(least, longest) + 1, step))
         for slack in _SLACKS
     }

@@ -14,6 +14,7 @@ import numpy as np
 
 from fpo_jax import config as configuration
 from fpo_jax import data, flops, hf, job, model
+from fpo_jax.data import layouts
 
 log = logging.getLogger("fpo_jax")
 
@@ -72,10 +73,8 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
     rows = inputs.train.prepared
     texts, contexts = rows.text_lengths(np.arange(len(rows.lengths_N))), 0
     if plan.schedule.rows is not None:
-        shared_B = plan.schedule.rows.packing.sizes.shared_B
-        shared_N = np.repeat(shared_B, rows.group_size)
-        texts = np.concatenate([shared_B, texts - shared_N])
-        contexts = np.concatenate([np.zeros_like(shared_B), shared_N])
+        found, everything = plan.schedule.rows.packing.sizes, np.arange(rows.groups)
+        texts, contexts = layouts.texts(found, everything, texts, group_size=rows.group_size)
     total = flops.work(texts, rows.scored_N, contexts=contexts, sliding_window=model_config.sliding_window)
     return Sizes(
         job.blueprint(config, inputs, plan),
