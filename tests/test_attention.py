@@ -90,12 +90,13 @@ def test_rows_of_several_blocks(implementation, length, window, monkeypatch):
     assert_matches(run(case, arrays, implementation=implementation), case.oracle(*arrays), dtype="float32")
 
 
+@pytest.mark.parametrize("segments", ["segments", "shared"])
 @pytest.mark.parametrize("copies", [1, 2, 0])
-def test_every_backward_pass_of_splash(copies, monkeypatch):
+def test_every_backward_pass_of_splash(copies, segments, monkeypatch):
     """One fused kernel in one step or two, or one kernel for the queries and one for keys and values."""
     monkeypatch.setattr(splash, "MAX_BLOCK", 128)
     monkeypatch.setattr(splash, "MAX_QUERY_GRADIENTS", copies)
-    case = Case(T=250 + copies, H=2, G=1, C=8, cap=2.0, segments=True, lengths=(250, 100))
+    case = Case(T=250 + copies, H=2, G=1, C=8, cap=2.0, **{segments: True}, lengths=(250, 100))
     arrays = case.inputs("bfloat16")
     assert_matches(run(case, arrays, implementation="splash"), case.oracle(*arrays), dtype="bfloat16")
 
@@ -174,7 +175,7 @@ def packed(ids, parents=None):
     return shapes.Segments(jnp.array([ids]), jnp.array([positions]), jnp.array([parents]))
 
 
-SHARING = ["xla", "chunked"]
+SHARING = ["xla", "chunked", "splash"]
 
 
 @pytest.mark.parametrize("implementation", SHARING)
@@ -327,7 +328,6 @@ def test_chunked_holds_no_logits():
         ("xla", {"cap": 2.0}, "'xla' runs without the soft-cap 2.0"),
         ("cudnn", {"cap": 2.0}, "'cudnn' runs without the soft-cap 2.0"),
         ("cudnn", {"segments": True}, "'cudnn' runs without .* the segments asked for"),
-        ("splash", {"shared": True}, "'splash' takes no texts that follow another one"),
     ],
 )
 def test_what_an_implementation_lacks_is_refused(implementation, options, message):

@@ -48,6 +48,12 @@ def choose(requested, **facts):
         ({"segments": True, "positions": [64]}, "xla", "cuDNN attention takes no segment ids"),
         ({"platform": "tpu"}, "splash", "flash attention for bfloat16, head_dim 128 on a tpu"),
         ({"platform": "tpu", "head_dim": 80, "soft_cap": 50.0, "segments": True, "positions": [77]}, "splash", "flash"),
+        ({"platform": "tpu", "segments": True, "shared": True, "positions": [8192]}, "splash", "flash"),
+        (
+            {"platform": "tpu", "segments": True, "shared": True, "positions": [128, 8320]},
+            "chunked",
+            "at most 8192 .* 8320",
+        ),
         ({"platform": "tpu", "dtype": "float32"}, "chunked", "splash attention needs bfloat16, not float32"),
         ({"platform": "tpu", "dtype": "float16"}, "chunked", "splash attention needs bfloat16, not float16"),
         ({"platform": "cpu"}, "chunked", "no flash attention kernel for a cpu; rows of 512 positions"),

@@ -40,7 +40,8 @@ def make_layout(target, sizes):
 def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2, C=128, **options):
     """The choice of `auto`, its program for values and gradients, and the bytes of a device's dense logits."""
     layout = make_layout(target, sizes)
-    window, cap, segments = (options.get(name) for name in ("window", "cap", "segments"))
+    window, cap, shared = (options.get(name) for name in ("window", "cap", "shared"))
+    segments = options.get("segments") or shared
     choice = attention.choose(
         "auto",
         platform=layout.mesh.devices.flat[0].platform,
@@ -52,6 +53,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
         sliding_window=window,
         soft_cap=cap,
         segments=bool(segments),
+        shared=bool(shared),
         layout=layout,
     )
 
@@ -65,7 +67,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
             scale=C**-0.5,
             sliding_window=window,
             soft_cap=cap,
-            segments=shapes.Segments(segments_NT, segments_NT) if segments else None,
+            segments=shapes.Segments(segments_NT, segments_NT, segments_NT if shared else None) if segments else None,
             choice=choice,
             layout=layout,
         )
@@ -103,12 +105,16 @@ OPTIONS = [
     {"T": 2000},
     {"T": 4096},
     {"T": 8192, "N": 1},
+    {"shared": True},
+    {"shared": True, "window": 512, "cap": 50.0, "H": 32, "N": 1},
+    {"shared": True, "T": 8192, "N": 1, "H": 32},
 ]
 MESHES = [
     ((1, 4, 1), {}),
     ((1, 1, 4), {"segments": True}),
     ((1, 2, 2), {"T": 2000, "window": 512}),
     ((1, 2, 2), {"G": 1}),
+    ((1, 2, 2), {"shared": True}),
 ]
 
 

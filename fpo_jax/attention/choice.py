@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fpo_jax import sharding
+from fpo_jax.attention import splash
 
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "splash")
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
@@ -150,8 +151,11 @@ def _no_cudnn(facts: _Facts) -> str:
 
 
 def _no_splash(facts: _Facts) -> str:
-    if facts.shared:
-        return "splash attention takes no prompts that several responses share"
+    if facts.shared and max(facts.positions) > splash.MAX_MASKED:
+        return (
+            f"splash attention takes rows of at most {splash.MAX_MASKED} positions with prompts that several responses"
+            f" share, not {max(facts.positions)}"
+        )
     if facts.platform not in ("tpu", "cpu"):
         return f"splash attention needs a TPU, or a CPU to emulate one, not {facts.platform}"
     # Its backward pass is traced when the gradient is, outside of the model's default_matmul_precision("highest").

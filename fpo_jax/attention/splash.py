@@ -1,8 +1,11 @@
 """The splash kernel that ships with JAX, for TPUs: flash attention that never visits blocks that the mask hides.
 
-Rows are padded to whole blocks; causality keeps the added keys from every query of the row.
+Rows are padded to whole blocks; causality keeps the added keys from every query of the row. Segment ids of the kernel
+are equal or not, so texts that follow another one come as a mask of their row, which all heads read: T * T bytes of a
+row and pass, where the logits of H heads take 4 H T * T.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 from fpo_jax import shapes
+from fpo_jax.attention import segments as segments_
 
 LANES = 128
 MAX_BLOCK = 512
@@ -17,6 +21,7 @@ MAX_BLOCK = 512
 # gradient of the queries once per block of keys, to be summed afterwards: at most so many copies, of such blocks.
 MAX_QUERY_GRADIENTS = 4
 MAX_FUSED_BLOCK = 1024
+MAX_MASKED = 8192  # positions of a row with a mask of its own: 64 MiB, twice with the one of the backward pass
 
 
 class _Blocks(NamedTuple):
@@ -44,25 +49,16 @@ def attend(
         q_NTHC: queries.
         k_NTGC: keys.
         v_NTGC: values.
-        segments: of packed rows, whose texts follow no other; None = a row is one text.
+        segments: of packed rows; None = a row is one text.
         scale: factor on the logits; goes into the queries and is rounded to their dtype, as the kernel has none.
         window: positions a query sees, itself included; None = all before it.
         soft_cap: bound on the logits; None for none.
         interpret: emulate the kernel.
     """
-    if segments is not None and segments.parents_NT is not None:
-        raise ValueError(
-            "attention implementation 'splash' takes no texts that follow another one; take the implementation from"
-            " attention.choose."
-        )
     T, H = q_NTHC.shape[1:3]
     padded, block, fused = _cut(T)
-    if window is None:
-        mask = splash_attention_mask.CausalMask((padded, padded))
-    else:
-        mask = splash_attention_mask.LocalMask((padded, padded), (window - 1, 0), offset=0)
-    kernel = splash_attention_kernel.make_splash_mha_single_device(
-        splash_attention_mask.MultiHeadMask([mask] * H),
+    make = functools.partial(
+        splash_attention_kernel.make_splash_mha_single_device,
         block_sizes=splash_attention_kernel.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -77,16 +73,40 @@ def attend(
         interpret=interpret,
     )
 
-    def heads_first(x_NTHC):
-        return jnp.einsum("NTHC->NHTC", jnp.pad(x_NTHC, ((0, 0), (0, padded - T), (0, 0), (0, 0))))
+    def padded_rows(x_NTHC):
+        return jnp.pad(x_NTHC, ((0, 0), (0, padded - T), (0, 0), (0, 0)))
 
-    ids = None
-    if segments is not None:
-        ids_NT = jnp.pad(segments.ids_NT, ((0, 0), (0, padded - T)))
-        ids = splash_attention_kernel.SegmentIds(ids_NT, ids_NT)
-    scaled_NTHC = (q_NTHC * scale).astype(q_NTHC.dtype)
-    out_NHTC = jax.vmap(kernel)(heads_first(scaled_NTHC), heads_first(k_NTGC), heads_first(v_NTGC), ids)
+    q_NTHC, k_NTGC, v_NTGC = (
+        padded_rows((q_NTHC * scale).astype(q_NTHC.dtype)),
+        padded_rows(k_NTGC),
+        padded_rows(v_NTGC),
+    )
+    heads_first = [jnp.einsum("NTHC->NHTC", x_NTHC) for x_NTHC in (q_NTHC, k_NTGC, v_NTGC)]
+    if segments is not None and segments.parents_NT is not None:
+        mask_NTT = _mask(segments, padded, window=window)
+        out_NHTC = jax.vmap(lambda mask_TT, *qkv: _masked(make(mask_TT[None]))(*qkv))(mask_NTT, *heads_first)
+    else:
+        ids = None
+        if segments is not None:
+            ids_NT = jnp.pad(segments.ids_NT, ((0, 0), (0, padded - T)))
+            ids = splash_attention_kernel.SegmentIds(ids_NT, ids_NT)
+        mask = splash_attention_mask.CausalMask((padded, padded))
+        if window is not None:
+            mask = splash_attention_mask.LocalMask((padded, padded), (window - 1, 0), offset=0)
+        out_NHTC = jax.vmap(make(splash_attention_mask.MultiHeadMask([mask] * H)))(*heads_first, ids)
     return jnp.einsum("NHTC->NTHC", out_NHTC)[:, :T]
+
+
+def _masked(kernel: splash_attention_kernel.SplashAttentionKernel) -> splash_attention_kernel.SplashAttentionKernel:
+    """Under jit JAX makes an array of the flag for a mask's kind and then branches on it; make it a bool again."""
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+    return kernel
+
+
+def _mask(segments: shapes.Segments, padded: int, *, window: int | None) -> jax.Array:
+    """Return who sees whom in rows of `padded` positions; those that were added see each other, so that all see one."""
+    wide = jax.tree.map(lambda x_NT: jnp.pad(x_NT, ((0, 0), (0, padded - x_NT.shape[1])), constant_values=-1), segments)
+    return segments_.seen(wide, wide, window=window) & jnp.tri(padded, dtype=bool)
 
 
 def _cut(T: int) -> _Blocks:
