@@ -167,12 +167,18 @@ def train_step(
         filled = jnp.any(micro.weight_B > 0)
         return jax.lax.cond(filled, add, lambda carry, micro, number: carry, carry, micro, number), None
 
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
-        _carry_shapes(differentiate, weights, batch, totals, batch_kl),
-    )
-    numbers = jnp.arange(batch.weight_B.shape[0])
-    (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, (batch, numbers))
+    if batch.weight_B.shape[0] == 1:  # nothing to add up: no second tree of gradients
+        (value, pairs), grads = differentiate(
+            weights, jax.tree.map(lambda leaf: leaf[0], batch), jnp.int32(0), totals=totals, batch_kl=batch_kl
+        )
+        value, grads, pairs = jax.tree.map(_wide, (value, grads, pairs))
+    else:
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+            _carry_shapes(differentiate, weights, batch, totals, batch_kl),
+        )
+        numbers = jnp.arange(batch.weight_B.shape[0])
+        (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, (batch, numbers))
     with jax.named_scope("optimizer"):
         grads = places.cut(grads) if places else grads
         old_state = places.fetch(state.opt_state) if places else state.opt_state
@@ -390,6 +396,10 @@ def _score_pairs(batch: shapes.Batch, candidates: losses.Candidates, loss: losse
         "rewards/accuracies": pair((margins_B > 0) + 0.5 * (margins_B == 0)),
         "lengths/chosen": pair(jnp.sum(best_BK * candidates.lengths_BK, axis=-1)),
     }
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _carry_shapes(differentiate, params, batch, totals, batch_kl):
