@@ -122,9 +122,8 @@ def faults(step: Path, *, only: Sequence[str] = ()) -> str:
         files = parse(step / MANIFEST)["files"]
     except ValueError as error:
         return str(error)
-    wrong = compare(
-        step, {name: entry for name, entry in files.items() if not without or Path(name).parts[0] != without}
-    )
+    kept = {name: entry for name, entry in files.items() if not only or "/" not in name or name.split("/")[0] in only}
+    wrong = compare(step, kept)
     told = [f"{name} {fault}{_whose(step, name)}" for name, fault in list(wrong.items())[:NAMED]]
     return "; ".join([*told, *([f"and {len(wrong) - NAMED} more files"] if len(wrong) > NAMED else [])])
 

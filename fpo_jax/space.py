@@ -75,4 +75,5 @@ def _ratio(leaf: jax.Array) -> float:
     layout = {"shape": sample.shape, "chunks": sample.shape, "dtype": "|u1", "compressor": _ZSTD}
     store = tensorstore.open({"driver": "zarr", "kvstore": "memory://", "metadata": layout}, create=True).result()
     store.write(sample).result()
+    assert store.kvstore is not None
     return len(store.kvstore.read("0").result().value) / sample.size
