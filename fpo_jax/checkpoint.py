@@ -66,6 +66,8 @@ class Checkpointer:
                 best_fn=score,
                 cleanup_tmp_directories=True,
                 temporary_path_class=_Sealed,
+                # Where the folder cannot be made, orbax's writers would wait five minutes for it.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
             item_names=("params", "optimizer", "meta"),
         )

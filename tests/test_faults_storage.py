@@ -214,3 +214,269 @@ class TestExportOfDamage:
         faults.flip(payload(tmp_path), 9)
         with pytest.raises(ValueError, match="checkpoint 2 of .* is damaged: params/"):
             checkpoint.restore_params(tmp_path, checkpoint.BEST)
+
+
+@contextlib.contextmanager
+def files_limited_to(count):
+    """Let no file of this process grow beyond `count` bytes: a disk that is full to the writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def breaking(monkeypatch, *, times, place="before"):
+    """Let so many commits of a step fail as a disk would, before the rename or in the seal after it."""
+    left = [times]
+    target, name = (checkpoint._Sealed, "finalize") if place == "before" else (integrity, "seal")
+    sound = getattr(target, name)
+
+    def fails(path):
+        final = path.get_final().name if place == "before" else path.name
+        if final.isdigit() and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "the writer broke")
+        return sound(path)
+
+    monkeypatch.setattr(target, name, fails)
+
+
+def settled(checkpointer):
+    """Wait without `wait`, which would raise: as the updates do, who ask `failing` now and then."""
+    while checkpointer._manager.is_saving_in_progress():
+        pass
+    return checkpointer.failing()
+
+
+class TestFailedSave:
+    @pytest.mark.parametrize("place", ["before", "after"])
+    def test_same_step_is_saved_at_the_second_attempt(self, workdir, monkeypatch, caplog, place):
+        breaking(monkeypatch, times=1, place=place)
+        with contextlib.closing(saver(workdir)) as one:
+            one.commit(3, state(3), {})
+            assert_holds(one, 3)
+        assert "step 3 was not saved, and the run tries again: " in caplog.text and "the writer broke" in caplog.text
+        assert listed(workdir) == ["1", "2", "3"]
+
+    @pytest.mark.parametrize("keep", [1, 2])
+    def test_next_save_takes_the_place_of_the_failed_one(self, workdir, monkeypatch, keep):
+        """Older steps stay until a newer one is committed, and go then."""
+        breaking(monkeypatch, times=1)
+        with contextlib.closing(saver(workdir, keep=keep)) as one:
+            one.save(3, state(3), {})
+            assert settled(one)
+            assert listed(workdir) == ["1", "2"] and one.latest_step() == 2
+            one.save(4, state(4), {})
+            assert not settled(one)
+        assert listed(workdir) == (["4"] if keep == 1 else ["2", "4"])
+
+    def test_fault_that_stays_ends_the_run_at_the_last_attempt(self, workdir, monkeypatch):
+        breaking(monkeypatch, times=checkpoint.ATTEMPTS)
+        one = saver(workdir)
+        with pytest.raises(
+            checkpoint.SaveFailed, match=r"step 3 .* attempt 3 in a row: .*broke; the newest .* is step 2"
+        ):
+            one.commit(3, state(3), {})
+        one.close()
+        assert listed(workdir) == ["1", "2"]
+        with contextlib.closing(saver(workdir)) as again:
+            assert_holds(again, 2)
+
+    @pytest.mark.parametrize("end", ["wait", "close"])
+    def test_background_fault_is_never_swallowed(self, workdir, monkeypatch, end):
+        breaking(monkeypatch, times=1)
+        one = saver(workdir)
+        one.save(3, state(3), {})
+        with pytest.raises(checkpoint.SaveFailed, match="the newest state was not saved to .*broke"):
+            getattr(one, end)()
+        one.close()
+        assert listed(workdir) == ["1", "2"]
+
+    def test_full_disk_leaves_older_steps_and_nothing_else(self, workdir):
+        one = saver(workdir)
+        with files_limited_to(5000), pytest.raises(checkpoint.SaveFailed, match=r"step 3 was not saved .*3 in a row"):
+            one.commit(3, state(3), {})
+        assert listed(workdir) == ["1", "2"], "nothing half-written is left"
+        one.commit(3, state(3), {})  # the disk has room again
+        assert_holds(one, 3)
+        one.close()
+
+    @pytest.mark.parametrize("instead", ["nothing", "a file"])
+    def test_vanished_folder_is_an_error_or_made_again(self, workdir, instead):
+        one = saver(workdir)
+        shutil.rmtree(workdir / checkpoint.FOLDER)
+        if instead == "a file":
+            (workdir / checkpoint.FOLDER).touch()
+            with pytest.raises(checkpoint.SaveFailed, match="step 3 was not saved"):
+                one.commit(3, state(3), {})
+        else:
+            one.commit(3, state(3), {})
+            assert_holds(one, 3)
+        one.close()
+
+
+class TestSpace:
+    def test_save_that_does_not_fit_names_both_numbers_and_begins_nothing(self, workdir, monkeypatch):
+        needed = space.estimate(workdir / checkpoint.FOLDER, state(3)[:2])
+        monkeypatch.setattr(space, "free", lambda folder: needed - 1000)
+        one = saver(workdir)
+        numbers = f"step 3 needs {space.gb(needed)}, the disk of .* has {space.gb(needed - 1000)} free"
+        with pytest.raises(checkpoint.SaveFailed, match=numbers):
+            one.commit(3, state(3), {})
+        monkeypatch.setattr(space, "free", lambda folder: needed)
+        one.commit(3, state(3), {})
+        one.close()
+
+    def test_run_is_told_before_it_begins(self, tmp_path, monkeypatch, caplog):
+        """Three checkpoints stay and one is written: four have to fit."""
+        one, each = saver(tmp_path), space.raw(state(1)[:2])
+        for free, says in ((4 * each, ""), (4 * each - 1, "4 more checkpoints (3 kept, one written) need")):
+            caplog.clear()
+            monkeypatch.setattr(space, "free", lambda folder, free=free: free)
+            one.check_space(state(1))
+            assert says in caplog.text and bool(says) == bool(caplog.text)
+        monkeypatch.setattr(space, "free", lambda folder: each - 1)
+        with pytest.raises(ValueError, match="a checkpoint needs .*train.keep_checkpoints"):
+            one.check_space(state(1))
+        one.close()
+
+    def test_estimate_is_within_five_percent_of_the_disk(self, tmp_path):
+        """Of the first save, by samples, and of the next, by the first one."""
+        values = state(1, rows=8192)
+        zeros = jnp.zeros((8192, 64)).at[:1024].set(values.params["embed"][:1024, :1].astype(jnp.float32))
+        values = values._replace(opt_state=(*values.opt_state, zeros))
+        folder = tmp_path / checkpoint.FOLDER
+        with contextlib.closing(saver(tmp_path)) as one:
+            for step in (1, 2):
+                told = space.estimate(folder, values[:2])
+                one.commit(step, values, {})
+                real = sum(path.stat().st_size for path in faults.files(folder / str(step)))
+                assert abs(told / real - 1) < 0.05, (step, told, real)
+
+
+class TestLock:
+    OTHER = (
+        "import sys; from pathlib import Path; from fpo_jax import locking\n"
+        "with locking.hold(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+    )
+
+    def other_run(self, workdir):
+        """A process that holds the lock until its input ends."""
+        command = [sys.executable, "-c", self.OTHER, str(workdir)]
+        process = subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    def test_second_run_is_refused_until_the_first_is_dead(self, tmp_path, caplog):
+        with self.other_run(tmp_path) as other:
+            with pytest.raises(ValueError, match=f"is in use by process {other.pid} of host .* on this host"):
+                locking.hold(tmp_path).__enter__()
+            other.kill()
+            other.wait()
+        with locking.hold(tmp_path):
+            assert f"process {other.pid} of host" in caplog.text and "taken over" in caplog.text
+        assert (tmp_path / locking.FILE).read_text() == "", "an orderly end leaves no claim"
+
+    def test_loop_refuses_a_workdir_in_use_before_it_writes(self, tmp_path):
+        tiny.write_model(tmp_path / "model", layers=1)
+        data = tiny.write_pairs(tmp_path / "pairs.jsonl", count=8)
+        with locking.hold(tmp_path / "w"), pytest.raises(ValueError, match="is in use by process"):
+            loop.run(tiny.config(tmp_path / "model", data), tmp_path / "w")
+        assert [path.name for path in (tmp_path / "w").iterdir()] == [locking.FILE]
+
+    def test_error_releases_it(self, tmp_path):
+        with pytest.raises(RuntimeError, match="fault"), locking.hold(tmp_path):
+            raise RuntimeError("fault")
+        with locking.hold(tmp_path):
+            pass
+
+    def claim(self, workdir, **changed):
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": locking.started(os.getpid())} | changed
+        (workdir / locking.FILE).write_text(json.dumps(owner))
+
+    def test_another_hosts_claim_is_refused_with_the_remedy(self, tmp_path):
+        self.claim(tmp_path, host="elsewhere")
+        with pytest.raises(ValueError, match=r"locked by process \d+ of host elsewhere, .* delete .*lock.json"):
+            locking.hold(tmp_path).__enter__()
+
+    @pytest.mark.parametrize("flock", [True, False])
+    def test_claim_of_a_number_that_another_process_has_now_is_broken(self, tmp_path, monkeypatch, caplog, flock):
+        if not flock:
+            self.no_flock(monkeypatch)
+        self.claim(tmp_path, started="another-boot/17")
+        with locking.hold(tmp_path):
+            assert "taken over" in caplog.text
+
+    def test_without_flock_a_living_process_is_refused_and_a_dead_one_broken(self, tmp_path, monkeypatch, caplog):
+        self.no_flock(monkeypatch)
+        self.claim(tmp_path)
+        with pytest.raises(ValueError, match="is in use by process"):
+            locking.hold(tmp_path).__enter__()
+        dead = subprocess.Popen([sys.executable, "-c", ""])
+        dead.wait()
+        self.claim(tmp_path, pid=dead.pid, started="boot/17")
+        with locking.hold(tmp_path):
+            assert "taken over" in caplog.text
+
+    def no_flock(self, monkeypatch):
+        def unsupported(*_):
+            raise OSError(errno.ENOTSUP, "no locks here")
+
+        monkeypatch.setattr(fcntl, "flock", unsupported)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A sharded export, to be copied."""
+    root = tmp_path_factory.mktemp("exported")
+    config = tiny.write_model(root / "model")
+    hf.export(
+        params.init(config, jax.random.key(1), "float32"), config,
+        out_dir=root / "out", source_dir=root / "model", dtype="float32", max_shard_bytes=20_000,
+    )  # fmt: skip
+    return root / "out"
+
+
+class TestExportManifest:
+    def test_export_is_as_written(self, exported, capsys):
+        assert checker.main([str(exported)]) == 0
+        content = json.loads((exported / integrity.MANIFEST).read_text())
+        assert len([name for name in content["files"] if name.endswith(".safetensors")]) > 1
+        assert content["tensors"]["model.norm.weight"].keys() == {"file", "dtype", "shape", "sha256"}
+        assert f"{len(content['tensors'])} tensors" in capsys.readouterr().out
+
+    def test_digests_on_the_way_to_the_disk_are_those_of_what_lies_there(self, exported, tmp_path):
+        shutil.copytree(exported, tmp_path / "out")
+        (tmp_path / "out" / integrity.MANIFEST).unlink()
+        manifest.write(tmp_path / "out")
+        assert (tmp_path / "out" / integrity.MANIFEST).read_bytes() == (exported / integrity.MANIFEST).read_bytes()
+
+    def test_flipped_bit_of_weights_names_file_and_tensor(self, exported, tmp_path, capsys):
+        shutil.copytree(exported, tmp_path / "out")
+        path = tmp_path / "out" / json.loads((exported / hf.INDEX).read_text())["weight_map"]["model.norm.weight"]
+        faults.flip(path, 8 * path.stat().st_size - 1)
+        assert checker.main([str(tmp_path / "out")]) == 1
+        last = json.loads((exported / integrity.MANIFEST).read_text())["tensors"]
+        assert f"{path.name} is not what was written" in (told := capsys.readouterr().err)
+        assert "(tensor " in told and told.partition("(tensor ")[2].partition(")")[0] in last
+
+    def test_cut_removed_and_added_files(self, exported, tmp_path):
+        shutil.copytree(exported, tmp_path / "out")
+        first, second, *_ = sorted((tmp_path / "out").glob("model-*.safetensors"))
+        os.truncate(first, 100)
+        second.unlink()
+        (tmp_path / "out" / hf.SINGLE).touch()
+        told = "\n".join(manifest.check(tmp_path / "out"))
+        assert f"{first.name} has 100 bytes" in told and f"{second.name} is missing" in told
+        assert f"{hf.SINGLE} was not there" in told
+
+    @pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.faults)])
+    def test_every_flipped_bit_is_detected(self, exported, tmp_path, count):
+        shutil.copytree(exported, tmp_path / "out")
+        for seed, random in faults.trials(count):
+            path = faults.flip_somewhere(tmp_path / "out", random)
+            told = manifest.check(tmp_path / "out")
+            assert len(told) == 1 and told[0].startswith(f"{path.relative_to(tmp_path / 'out')} "), faults.replay(seed)
+            shutil.copyfile(exported / path.relative_to(tmp_path / "out"), path)
