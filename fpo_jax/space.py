@@ -65,7 +65,7 @@ def _newest(folder: Path) -> int | None:
 def _ratio(leaf: jax.Array) -> float:
     """Compress rows from all over an array; returns compressed bytes per byte."""
     part = leaf.addressable_shards[0].data
-    while part.ndim > 1 and part[0].nbytes > SAMPLE_BYTES:
+    while part.ndim > 1 and part.nbytes > SAMPLE_BYTES * part.shape[0]:
         part = part[part.shape[0] // 2]
     if part.ndim:
         part = part[:: max(1, part.nbytes // SAMPLE_BYTES)]

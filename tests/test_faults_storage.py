@@ -92,7 +92,7 @@ class TestDamage:
     def test_flipped_bit_names_file_and_parameter_and_the_older_step_is_restored(self, workdir, caplog):
         path = payload(workdir)
         faults.flip(path, 8 * 100)
-        assert_recovers(workdir, path, caplog, words=["holds params layers.attn", "does not match its digest"])
+        assert_recovers(workdir, path, caplog, words=["(holds params ", "layers.attn", "does not match its digest"])
 
     @pytest.mark.parametrize("name", [integrity.MANIFEST, "_CHECKPOINT_METADATA", "meta/metadata", "params/_METADATA"])
     def test_flipped_bit_of_metadata_is_noticed(self, workdir, caplog, name):
@@ -191,7 +191,7 @@ class TestExportOfDamage:
         np.testing.assert_array_equal(
             np.asarray(weights["layers"]["attn"]), np.asarray(state(1).params["layers"]["attn"])
         )
-        assert meta["step"] == 1 and "checkpoint 2 of " in caplog.text and "holds params layers.attn" in caplog.text
+        assert meta["step"] == 1 and "checkpoint 2 of " in caplog.text and "(holds params " in caplog.text
         assert listed(workdir) == ["1", "2"], "an export changes nothing: the run may be alive"
 
     @pytest.mark.parametrize("name", ["meta/metadata", "params/manifest.ocdbt"])
