@@ -1,12 +1,13 @@
 # make quickstart   create the environment and run the main job on a task made here (no download of data or weights)
 # make test         the same, then every test;  PYTHON=python3.12 uses another interpreter and environment
+# make test-faults   inject faults: flipped bits, full disks, killed runs (minutes)
 # make test-deviceless   compile the kernels for TPUs and Hopper GPUs that are not here (installs their compilers, 2.1 GB)
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test tests test-deviceless lint format clean
+.PHONY: quickstart test tests test-faults test-deviceless lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m eval.quickstart --workdir $(WORKDIR)
@@ -15,6 +16,9 @@ test: quickstart tests
 
 tests: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-faults: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
 
 # The two compilers cannot meet in one process: each has a folder of its own, outside of the environment.
 test-deviceless: $(VENV)/installed-compilers

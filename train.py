@@ -3,10 +3,11 @@
 On several hosts run the same command on each: see docs/hosts.md. `--plan TARGET` in place of `--workdir` trains
 nothing: it compiles the run for devices that need not be here (h100:4, h100:2x8, v5e-16) and says what it needs there.
 
-Exit codes: 0 finished; 1 loss or gradient not finite, or a fault of the program; 2 the input cannot be used, or does
-not fit (the message says what to change); 70 another process of the run failed, died or never came (134, which is
-SIGABRT, where jax noticed first): the same command on every host goes on from the newest complete checkpoint; 75
-stopped by a signal with everything saved: the same command goes on.
+Exit codes: 0 finished; 1 loss or gradient not finite, a checkpoint could not be written, or a fault of the program; 2
+the input cannot be used or does not fit, or another run is in the workdir (the message says what to change); 70 another
+process of the run failed, died or never came (134, which is SIGABRT, where jax noticed first): the same command on
+every host goes on from the newest complete checkpoint; 75 stopped by a signal with everything saved: the same command
+goes on.
 """
 
 import logging
@@ -56,7 +57,7 @@ def main(_argv: list[str]) -> None:
     logging.getLogger("fpo_jax").setLevel(logging.INFO)
     if _PLAN.value:
         sys.exit(_plan())
-    from fpo_jax import execution, hosts, loop  # after the flags: a misspelt option answers at once
+    from fpo_jax import checkpoint, execution, hosts, loop  # after the flags: a misspelt option answers at once
 
     workdir = Path(_WORKDIR.value)
     try:
@@ -77,9 +78,9 @@ def main(_argv: list[str]) -> None:
         with hosts.guard():
             loop.run(_CONFIG.value, workdir, profile=_profiled())
         code = 0
-    except (ValueError, hosts.StartError, loop.NonFinite, execution.Stopped) as error:
+    except (ValueError, hosts.StartError, loop.NonFinite, checkpoint.SaveFailed, execution.Stopped) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        codes = {hosts.StartError: hosts.LOST, loop.NonFinite: 1, execution.Stopped: 75}
+        codes = {hosts.StartError: hosts.LOST, loop.NonFinite: 1, checkpoint.SaveFailed: 1, execution.Stopped: 75}
         code = codes.get(type(error), 2)
     hosts.finish()
     sys.exit(code)

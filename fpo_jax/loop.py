@@ -27,6 +27,7 @@ from fpo_jax import (
     hf,
     hosts,
     job,
+    locking,
     metrics,
     params,
     profiling,
@@ -68,8 +69,9 @@ def run(
         ValueError: the configuration, the data or the model cannot be used; nothing has been changed.
         execution.Stopped: a signal asked to stop; the state is saved.
         NonFinite: loss or gradient not finite.
+        checkpoint.SaveFailed: the disk takes no checkpoint.
     """
-    with execution.StopRequest() as stop:
+    with execution.StopRequest() as stop, contextlib.ExitStack() as held:
         with hosts.together():
             inputs = job.prepare(config)
             fingerprints = job.fingerprints(inputs)
@@ -83,6 +85,7 @@ def run(
             if config.answers.count:
                 answers = answering.Answers(config, workdir, inputs, layout=compiled.layout)
             if hosts.first():
+                held.enter_context(locking.hold(workdir))
                 job.claim_workdir(config, workdir, inputs)
         hosts.check_shared(workdir)
         stop.connect(compiled.mesh)
@@ -192,6 +195,8 @@ class _Run:
                 if last >= self.plan.steps:
                     log.info("finished: %s holds step %d of %d", self.workdir, last, self.plan.steps)
                     return
+            with hosts.together():
+                checkpointer.check_space(self.programs.abstract_state())
             weights = self.programs.load(self.inputs.source)
             if hosts.first():
                 self._copy_source()
@@ -264,7 +269,7 @@ class _Run:
                     self.trace.close()
                 asked = self.stop.agreed()
                 evaluating = number == total or (train.eval_every and number % train.eval_every == 0)
-                saving = number == total or number % train.save_every == 0 or asked
+                saving = number == total or number % train.save_every == 0 or asked or checkpointer.failing()
                 if evaluating or saving:
                     if pending is not None:
                         self._record(*pending, bar)
@@ -276,7 +281,8 @@ class _Run:
                     if saving:
                         self.best = self.best if score is None else max(score, self.best)
                         self.writers.sync()
-                        checkpointer.save(number, state, self._meta(number), score=score)
+                        save = checkpointer.commit if asked or number == total else checkpointer.save
+                        save(number, state, self._meta(number), score=score)
                     self.split.restart()
                 asked = asked or (self.stop.agreed() if saving else None)
                 if asked and number < total:

@@ -141,6 +141,7 @@ def test_export_copies_what_a_model_needs_and_updates_the_dtype(tmp_path):
         "additional_chat_templates",
         "chat_template.jinja",
         "config.json",
+        "digests.json",
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",

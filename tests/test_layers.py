@@ -11,6 +11,8 @@ from tests.paths import REPO
 # a module imports only from those above it
 LAYERS = [
     "shapes",
+    "locking",
+    "integrity",
     "hosts",
     "config",
     "chat",
@@ -29,6 +31,7 @@ LAYERS = [
     "step",
     "reference",
     "sample",
+    "space",
     "checkpoint",
     "metrics",
     "execution",

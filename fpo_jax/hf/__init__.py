@@ -6,6 +6,7 @@ directory    files and companions of a model directory, hub downloads, fingerpri
 reading      safetensors -> sharded parameters, one layer at a time; the check of names, shapes and dtypes
 adapters     an adapter with its base as one model, or as PEFT's directory
 writing      parameters -> safetensors, one tensor at a time
+manifest     digests of what was written, and their check: `python -m fpo_jax.hf DIRECTORY`
 
 Weights are safetensors only, one file or shards with an index, and cross through the rows of params.py; torch and
 pickle are never involved. Every problem of a directory is reported at once, before a single weight is placed. A model

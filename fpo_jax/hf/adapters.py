@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from fpo_jax import model, params, shapes
 from fpo_jax.hf import directory as directories
-from fpo_jax.hf import reading
+from fpo_jax.hf import manifest, reading
 
 
 class _Stored:
@@ -106,6 +106,7 @@ def write_peft(
     partial.mkdir(parents=True)
     (partial / "adapter_config.json").write_text(directories.dumps(content))
     safetensors.numpy.save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    manifest.write(partial)
     if out_dir.exists():
         out_dir.rmdir()
     partial.rename(out_dir)

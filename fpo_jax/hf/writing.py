@@ -1,7 +1,7 @@
 """Parameters -> a model directory; the host holds one tensor of one layer at a time, of embeddings a block of rows.
 
 Parameters are array-likes with `shape` and `parameter[index]`: jax.Array on any mesh, NumPy arrays, or the unread
-tensors of a checkpoint. Each block is fetched, cast, checked, turned into the layout of the disk and written.
+tensors of a checkpoint. Each block is fetched, cast, checked, turned into the layout of the disk, digested and written.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from fpo_jax import model, params, shapes
 from fpo_jax.hf import directory as directories
+from fpo_jax.hf import manifest
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _BLOCK_VALUES = 2**26  # of a parameter without layers
@@ -100,7 +101,7 @@ def _write(
     try:
         directories.copy_companions(source_dir, partial)
         (partial / "config.json").write_text(directories.dumps(_exported_config(source_dir, config, dtype)))
-        _write_weights(flat, config, partial, dtype, limit)
+        manifest.write(partial, _write_weights(flat, config, partial, dtype, limit))
         partial.rename(out_dir)
     except BaseException:
         shutil.rmtree(partial)
@@ -109,22 +110,25 @@ def _write(
 
 def _write_weights(
     flat: Mapping[str, Any], config: model.ModelConfig, directory: Path, dtype: np.dtype, limit: int
-) -> None:
-    """Write one file, or shards and their index."""
+) -> dict[str, manifest.Written]:
+    """Write one file, or shards and their index; returns their digests."""
     shards = _shards(config, dtype, limit)
     single = len(shards) == 1
-    weight_map = {}
+    weight_map, written = {}, {}
     for number, shard in enumerate(shards, start=1):
         name = directories.SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {piece.name: name for piece in shard}
-        with (directory / name).open("wb") as file:
-            file.write(_header(shard, dtype))
+        with manifest.Writer(directory / name) as file:
+            file.header(_header(shard, dtype))
             for piece in shard:
-                file.writelines(_blocks(flat[piece.row.path], piece, dtype))
+                blocks = _blocks(flat[piece.row.path], piece, dtype)
+                file.tensor(piece.name, _DTYPES[dtype.name], piece.row.hf_shape, blocks)
+            written[name] = file.written()
     if not single:
         count = params.count(config)
         metadata = {"total_parameters": count, "total_size": count * dtype.itemsize}
         (directory / directories.INDEX).write_text(directories.dumps({"metadata": metadata, "weight_map": weight_map}))
+    return written
 
 
 def _shards(config: model.ModelConfig, dtype: np.dtype, limit: int) -> list[list[_Piece]]:

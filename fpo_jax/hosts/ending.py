@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import jax
 
+from fpo_jax import locking
 from fpo_jax.hosts import agreement, group, witness
 
 LOST = 70  # exit code: another process is gone
@@ -106,6 +107,7 @@ def leave(code: int, message: str, *, tell: str) -> NoReturn:
             group.get(f"left/{other}", timeout_s=max(0.0, end - time.monotonic()))
     if group.first():
         time.sleep(1.0)  # the last of them has its answer, and is gone
+    locking.release()
     _say_to_witness("")  # this end is an orderly one
     logging.shutdown()
     sys.stdout.flush()

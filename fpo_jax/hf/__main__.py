@@ -1,0 +1,27 @@
+"""Check an exported model: `python -m fpo_jax.hf DIRECTORY`; exit code 1 names every file and tensor that is wrong."""
+
+import json
+import sys
+from pathlib import Path
+
+from fpo_jax import integrity
+from fpo_jax.hf import manifest
+
+
+def main(arguments: list[str]) -> int:
+    """Print what is wrong, or what was found as written."""
+    if len(arguments) != 1:
+        print("usage: python -m fpo_jax.hf DIRECTORY", file=sys.stderr)
+        return 2
+    directory = Path(arguments[0])
+    if found := manifest.check(directory):
+        print("\n".join(f"{directory}: {line}" for line in found), file=sys.stderr)
+        return 1
+    content = json.loads((directory / integrity.MANIFEST).read_text())
+    size = sum(entry["bytes"] for entry in content["files"].values())
+    print(f"{directory}: {len(content['files'])} files, {len(content['tensors'])} tensors, {size:,} bytes as written")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

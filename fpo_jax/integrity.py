@@ -1,0 +1,200 @@
+"""Digests of what was written, so that what is read can be trusted: of a checkpoint's files and of an exported model's.
+
+A manifest is one JSON file in the folder that it describes, with the length and the digest of every other file and with
+a digest of itself: a flipped bit in either is noticed. `seal` writes a checkpoint's once orbax has committed the step
+and before orbax removes older ones; `newest_good` is what may be restored. Nothing here deletes or repairs.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tensorstore
+import xxhash
+
+log = logging.getLogger("fpo_jax")
+
+MANIFEST = "digests.json"
+DAMAGED = ".damaged"  # behind the number of a step that is set aside
+FAST = "xxh3_128"  # finds faults of disks and memory, not forgers
+ALGORITHMS = {FAST: xxhash.xxh3_128, "sha256": hashlib.sha256}
+NAMED = 3  # files, and leaves of a file, that a message names; the rest are counted
+
+_ITEMS = ("meta/metadata", "params/manifest.ocdbt", "optimizer/manifest.ocdbt")  # without which nothing is a checkpoint
+
+
+class Choice(NamedTuple):
+    """Which step to restore, and why not a newer one."""
+
+    step: int | None  # None = there is no checkpoint
+    verified: bool  # False = the step has no digests to compare with
+    rejected: dict[int, str]  # newer steps, with what is wrong
+
+
+def digest(path: Path, algorithm: str) -> dict[str, Any]:
+    """Return length and digest of a file, streamed; not mapped, where a bad sector would be a signal."""
+    with path.open("rb", buffering=0) as file:
+        return {
+            "bytes": os.fstat(file.fileno()).st_size,
+            algorithm: hashlib.file_digest(file, ALGORITHMS[algorithm]).hexdigest(),
+        }
+
+
+def render(content: Mapping[str, Any]) -> str:
+    """Return a manifest's text, which ends with the digest of the rest."""
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "self": own}, indent=1) + "\n"
+
+
+def parse(path: Path) -> dict[str, Any]:
+    """Read a manifest.
+
+    Raises:
+        ValueError: it is missing, or one of its bytes is not what was written.
+    """
+    try:
+        text = path.read_text()
+        content = json.loads(text)
+        del content["self"]
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} is missing") from None
+    except (OSError, ValueError, TypeError, KeyError):
+        raise ValueError(f"{path.name} cannot be read") from None
+    if render(content) != text:
+        raise ValueError(f"{path.name} is not what was written: it does not match its own digest")
+    return content
+
+
+def write(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write a folder's manifest; it appears whole or not at all."""
+    temporary = folder / f".{MANIFEST}.tmp"
+    temporary.write_text(render(content))
+    temporary.rename(folder / MANIFEST)
+
+
+def compare(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return what is wrong with a folder's files, by name; nothing where all is well."""
+    wrong = {}
+    for name, expected in files.items():
+        path = folder / name
+        algorithm = next(key for key in expected if key != "bytes")
+        try:
+            if path.stat().st_size != expected["bytes"]:
+                wrong[name] = f"has {path.stat().st_size} bytes, {expected['bytes']} were written"
+            elif digest(path, algorithm) != expected:
+                wrong[name] = "is not what was written: it does not match its digest"
+        except FileNotFoundError:
+            wrong[name] = "is missing"
+        except OSError as error:
+            wrong[name] = f"cannot be read: {error.strerror or error}"
+    return wrong
+
+
+def seal(step: Path) -> None:
+    """Write the digests of every file of a committed step."""
+    names = sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
+    write(step, {"files": {name: digest(step / name, FAST) for name in names if name != MANIFEST}})
+
+
+def sealed(step: Path) -> bool:
+    """Return whether a step has digests, sound or not."""
+    return (step / MANIFEST).exists()
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the numbers of the committed steps, ascending."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+
+
+def faults(step: Path, *, only: Sequence[str] = ()) -> str:
+    """Say what is wrong with a sealed step: the files, and whose values they hold; empty where all is well.
+
+    Args:
+        step: folder of the step.
+        only: items that are going to be read, where not all are; the step's own files are always compared.
+    """
+    try:
+        files = parse(step / MANIFEST)["files"]
+    except ValueError as error:
+        return str(error)
+    kept = {name: entry for name, entry in files.items() if not only or "/" not in name or name.split("/")[0] in only}
+    wrong = compare(step, kept)
+    told = [f"{name} {fault}{_whose(step, name)}" for name, fault in list(wrong.items())[:NAMED]]
+    return "; ".join([*told, *([f"and {len(wrong) - NAMED} more files"] if len(wrong) > NAMED else [])])
+
+
+def newest_good(folder: Path, *, only: Sequence[str] = ()) -> Choice:
+    """Choose the newest step whose files are what was written.
+
+    A step without digests is used only where no sealed one is good: orbax removes older steps only after the seal, so
+    that a run killed between commit and seal has a sealed one behind it, and goes back by one save at most. A folder of
+    before there were digests has no sealed step, and its newest step is used unverified.
+
+    Args:
+        folder: with a folder of every step.
+        only: items that are going to be read, where not all are; the step's own files are always compared.
+
+    Raises:
+        ValueError: there are steps, and none can be used; says what is wrong with each.
+    """
+    found, wrong = steps(folder)[::-1], {}
+    unsealed = [number for number in found if not sealed(folder / str(number))]
+    for number in found:
+        if number in unsealed:
+            wrong[number] = f"{MANIFEST} is missing: its run ended before the step was sealed"
+        elif not (text := faults(folder / str(number), only=only)):
+            return Choice(number, True, wrong)
+        else:
+            wrong[number] = text
+    for number in unsealed:
+        lacking = [name for name in _ITEMS if not (folder / str(number) / name).exists()]
+        if not lacking:
+            return Choice(number, False, {newer: text for newer, text in wrong.items() if newer > number})
+        wrong[number] = f"{', '.join(lacking)} missing"
+    if wrong:
+        listed = "\n  ".join(f"step {number}: {text}" for number, text in sorted(wrong.items()))
+        raise ValueError(
+            f"no checkpoint of {folder} can be used:\n  {listed}\nput back a copy of one of them, or move the folder"
+            " away to begin again."
+        )
+    return Choice(None, True, {})
+
+
+def set_aside(folder: Path, number: int) -> Path:
+    """Rename a step so that nothing takes it for a checkpoint any more."""
+    target, again = folder / f"{number}{DAMAGED}", 2
+    while target.exists():
+        target, again = folder / f"{number}{DAMAGED}-{again}", again + 1
+    return (folder / str(number)).rename(target)
+
+
+def _whose(step: Path, name: str) -> str:
+    """Name the parameters whose values lie in a file, where orbax's index can still be read."""
+    item, _, inside = name.partition("/")
+    if item not in ("params", "optimizer") or "/d/" not in f"/{inside}":
+        return ""
+    try:
+        leaves = _leaves(step / item, inside)
+    except ValueError:  # the index is damaged
+        return ""
+    if not leaves:
+        return ""
+    more = f" and {len(leaves) - NAMED} more" if len(leaves) > NAMED else ""
+    return f" (holds {item} {', '.join(leaves[:NAMED])}{more})"
+
+
+def _leaves(item: Path, inside: str) -> list[str]:
+    """Return the arrays of which an item's index says that they lie in one of its files."""
+    base = tensorstore.KvStore.open(f"file://{item.absolute()}/").result()
+    root = tensorstore.ocdbt.dump(base).result()["versions"][-1]["root"]["location"]
+    found = set()
+    for entry in tensorstore.ocdbt.dump(base, root).result()["entries"]:
+        place = re.fullmatch(r"value:(.*):(.*):\d+:\d+", entry.get("indirect_value", ""))
+        if place and place[1] + place[2] == inside:
+            found.add(entry["key"].decode().rpartition("/")[0])
+    return sorted(found)
