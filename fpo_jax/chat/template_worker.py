@@ -25,7 +25,9 @@ from typing import Any
 
 import jinja2.constants
 import jinja2.debug  # Jinja imports these when it first needs them, and then nothing can be imported any more
+import jinja2.exceptions
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 import jinja2.utils
 
@@ -61,7 +63,7 @@ class _Namespace(jinja2.utils.Namespace):
     @staticmethod
     def _check(name: str) -> None:
         if name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a namespace may not hold {name!r}")
+            raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
 
 
 def _raise(message: str) -> None:

@@ -35,6 +35,9 @@ _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
+LARGEST_FILE = 2**27  # bytes; the largest published tokenizer.json have a quarter of it
+_TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+
 
 class Encoder(NamedTuple):
     """A tokenizer whose control tokens no text can spell, and the ids that rows are built with."""
@@ -76,7 +79,7 @@ def load_tokenizer(
     path = Path(name_or_path).expanduser()
     try:
         tokenizer = _load(name_or_path, path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RecursionError) as error:
         cause = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot load a tokenizer from {str(name_or_path)!r}: {cause}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -175,7 +178,20 @@ def alias(encoder: Encoder, rendered: str) -> str:
     return _HIDDEN.sub(lambda found: encoder.controls[int(found.group(1))], written)
 
 
+def _check_sizes(path: Path) -> None:
+    """Refuse what no tokenizer has: a file of its kinds that is huge, or none to be read from start to end."""
+    for entry in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if entry.suffix not in _TEXT_SUFFIXES or entry.is_dir() or not entry.exists():
+            continue
+        if not entry.is_file():
+            raise ValueError(f"{entry.name} is no regular file")
+        if (size := entry.stat().st_size) > LARGEST_FILE:
+            raise ValueError(f"{entry.name} has {size:,} bytes, and at most {LARGEST_FILE:,} are read")
+
+
 def _load(name_or_path: str | Path, path: Path) -> transformers.PreTrainedTokenizerBase:
+    if path.exists():
+        _check_sizes(path)
     if path.is_file():
         return _from_file(path)
     if path.is_dir():

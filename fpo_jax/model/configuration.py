@@ -5,6 +5,7 @@ on the forward pass (use_cache, architectures, ...) are passed over.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from fpo_jax.model import parts, rope
@@ -156,6 +157,8 @@ _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
 }
 _REWARD = "ForSequenceClassification"
+LARGEST = 2**31 - 1  # of any size: indices are int32
+MOST_LAYERS = 10_000  # each has its own names and rows, so that the count is a length here and no mere number
 FAMILIES = tuple(_ARCHITECTURES)
 
 # key of config.json -> values that leave the forward and backward pass as built here; any other value is refused
@@ -282,7 +285,7 @@ def _refusals(config: dict[str, Any], family: str) -> list[str]:
 def _layer_types(config: dict[str, Any], family: str, values: dict[str, Any]) -> list[str]:
     """Check the list that says which layers slide, where there is one, against what the family does."""
     given = config.get("layer_types")
-    if given is None or not isinstance(values.get("layers"), int):
+    if given is None or not isinstance(values.get("layers"), int) or values["layers"] > MOST_LAYERS:
         return []
     full, sliding = "full_attention", "sliding_attention"
     window = values.get("sliding_window") is not None
@@ -336,12 +339,17 @@ def _default_head_dim(values: dict[str, Any], problems: list[str]) -> int:
 def _problems(config: ModelConfig) -> list[str]:
     sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "max_positions")
     problems = [f"{name}={getattr(config, name)} must be positive" for name in sizes if getattr(config, name) < 1]
+    problems += [
+        f"{name}={getattr(config, name)} is beyond the largest that is supported, {most}"
+        for name, most in {**dict.fromkeys(sizes, LARGEST), "layers": MOST_LAYERS}.items()
+        if getattr(config, name) > most
+    ]
     if config.family not in FAMILIES:
         problems.append(f"family {config.family!r} is none of {', '.join(FAMILIES)}")
     problems += [
-        f"{name}={getattr(config, name)} must be 0 or larger"
+        f"{name}={getattr(config, name)} must be 0 or larger, and finite"
         for name in ("norm_eps", "initializer_range")
-        if not getattr(config, name) >= 0
+        if not 0 <= getattr(config, name) < math.inf
     ]
     if config.activation not in parts.ACTIVATIONS:
         problems.append(f"activation {config.activation!r} is none of {', '.join(parts.ACTIVATIONS)}")
@@ -360,8 +368,8 @@ def _problems(config: ModelConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and config.family != "gemma2":
             problems.append(f"{name}={value} has no meaning for {config.family}")
-        elif value is not None and not value > 0:
-            problems.append(f"{name}={value} must be positive or None")
+        elif value is not None and not 0 < value < math.inf:
+            problems.append(f"{name}={value} must be positive and finite, or None")
     if config.layers % len(config.windows):
         problems.append(f"{config.layers} layers are not a multiple of the {len(config.windows)} kinds that alternate")
     if config.heads % config.kv_heads:
