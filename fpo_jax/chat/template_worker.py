@@ -3,13 +3,14 @@
 A chat template is a program that came with a model. Jinja's sandbox keeps it from Python's internals, but bounds
 neither its time nor its memory: nested ranges, macros that call themselves, `"x" * n`, doubled strings, `9**9**9` and
 the widths of a dozen filters each need a rule of their own in Python, and the kernel has one for all of them. So this
-process may hold MEMORY bytes and spend SECONDS of processor time on a conversation (the time of a busy machine does not
-count), and it can open no file, write none and start no program, should a template ever leave the sandbox.
+process may hold MEMORY bytes and spend `rendering.SECONDS` of processor time on a conversation (waiting on a busy
+machine does not count), and it can open no file, write none and start no program, should a template ever leave the
+sandbox.
 
 It imports Jinja alone, so that it starts in a tenth of a second. One line of JSON comes in, one goes out:
 
-    {"template", "variables", "conversations"}  ->  {"texts"}, or with the texts so far {"kind", "fact"},
-                                                    kind being refused, broken or limit
+    {"template", "variables", "conversations", "seconds"}  ->  {"texts"}, or also {"kind", "fact"} of
+                                                               the first that failed: refused, broken, limit
 """
 
 import codecs
@@ -31,7 +32,6 @@ import jinja2.nodes
 import jinja2.sandbox
 import jinja2.utils
 
-SECONDS = 3.0
 MEMORY = 2**29
 SPARE_TEXT = 2**20  # characters that a template may write beyond four times what it was given
 DATE = datetime.datetime(2024, 7, 26)  # what Llama-3.1's template writes when it is given none; today's changes the ids
@@ -116,7 +116,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     texts = []
     try:
         for messages in question["conversations"]:
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, question["seconds"])
             texts.append(rendered(question["template"], question["variables"], messages))
     except MemoryError:
         kind, fact = "limit", "needs too much memory or writes far more than the conversation holds"
