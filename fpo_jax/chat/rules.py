@@ -215,7 +215,12 @@ def generation_prompts(
         texts = []
         for prompt in prompts:
             whole = chat_texts(encoder, prompt, [_ANSWER], auto_insert_empty_system=auto_insert_empty_system)[1][0]
-            texts.append(whole[: whole.rindex(_ANSWER)].rstrip(" "))
+            before, found, _ = whole.rpartition(_ANSWER)
+            if not found:
+                raise ValueError(
+                    "the chat template does not write what the assistant says; pass another chat_template."
+                )
+            texts.append(before.rstrip(" "))
     return [_begin(ids, encoder) for ids in tokens.encode(encoder, texts)]
 
 
