@@ -20,6 +20,7 @@ _PROGRAM = Path(template_worker.__file__)
 SECONDS = 3.0  # of processor time; real conversations take thousandths
 _lock = threading.Lock()
 _process: subprocess.Popen[bytes] | None = None
+_owner = 0  # the process that started it: a fork must not talk into its parent's pipes
 
 
 class Refused(ValueError):
@@ -58,7 +59,9 @@ def render(
 
 
 def _ask(question: bytes) -> dict:
-    global _process
+    global _process, _owner
+    if _owner != os.getpid():
+        _process, _owner = None, os.getpid()
     process = _process = _process or _start()
     assert process.stdin is not None and process.stdout is not None
     try:

@@ -6,6 +6,7 @@ on the forward pass (use_cache, architectures, ...) are passed over.
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 from fpo_jax.model import parts, rope
@@ -195,6 +196,7 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
+    _check_kinds(config)
     problems = _refusals(config, family)
     values: dict[str, Any] = {}
     for field, key in _KEYS[family].items():
@@ -271,6 +273,17 @@ def filler_id(config: ModelConfig) -> int:
 def _labels(config: dict[str, Any]) -> int:
     """Return the number of labels of a classifier; transformers' default is 2."""
     return config["num_labels"] if "num_labels" in config else len(config.get("id2label") or (0, 1))
+
+
+def _check_kinds(config: dict[str, Any]) -> None:
+    """Refuse values of another kind under the keys that are no field of their own."""
+    kinds = {"architectures": (list,), "id2label": (dict,), "num_labels": (int,), "query_pre_attn_scalar": (int, float)}
+    wrong = [key for key, kind in kinds.items() if config.get(key) is not None and type(config[key]) not in kind]
+    scalar = config.get("query_pre_attn_scalar", 256)
+    if not wrong and not (scalar is not None and 0 < scalar <= sys.float_info.max):
+        wrong.append("query_pre_attn_scalar")
+    if wrong:
+        raise ValueError("config.json: " + "; ".join(f"{key}={config[key]!s:.80} cannot be" for key in wrong) + ".")
 
 
 def _refusals(config: dict[str, Any], family: str) -> list[str]:
