@@ -247,9 +247,9 @@ def test_a_line_of_ten_gigabytes_in_ten_megabytes_is_refused_in_bounded_memory(t
     path.write_bytes(gzip.compress(row) + gzip.compress(b'{"prompt": "') + member * 160)
     for policy in ("error", "skip"):
         Path("/proc/self/clear_refs").write_text("5")
-        before, start = peak_bytes(), time.monotonic()
+        before, start = peak_bytes(), time.process_time()
         assert re.search(r"bomb\.jsonl\.gz:2: the line is longer than 67,108,864 bytes", outcome(path, "json", policy))
-        assert peak_bytes() - before < 5 * sources.LONGEST_LINE and time.monotonic() - start < 10
+        assert peak_bytes() - before < 5 * sources.LONGEST_LINE and time.process_time() - start < 10
 
 
 def test_a_list_without_an_end_is_refused(tmp_path, monkeypatch):
@@ -267,9 +267,9 @@ def test_many_keys_of_which_two_are_one_take_no_time(tmp_path):
     """To count each key for itself took minutes."""
     path = tmp_path / "keys.jsonl"
     path.write_text("{" + ", ".join(f'"k{index}": 0' for index in range(200_000)) + ', "k199999": 1}\n')
-    start = time.monotonic()
+    start = time.process_time()
     assert outcome(path, "json", "error").endswith("keys.jsonl:1: the key 'k199999' stands twice in one object")
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_the_report_of_the_hh_file_is_the_same_byte_for_byte():
