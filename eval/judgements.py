@@ -23,6 +23,7 @@ _SIGNS = (
     ("score", "MT-Bench judgements", "eval.mt_bench"),
     ("preference", "AlpacaEval annotations", "eval.alpaca_eval"),
 )
+LARGEST_TABLE = 2**28  # bytes that a gzipped table may unpack to
 
 Row = tuple[str, dict[str, Any]]  # place ("file:line" or "file[index]"), fields
 
@@ -160,10 +161,15 @@ def _json_rows(path: Path) -> Iterable[Row]:
 def _csv_rows(path: Path) -> Iterable[Row]:
     data = path.read_bytes()
     try:
-        content = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        if path.suffix == ".gz":
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream:
+                data = stream.read(LARGEST_TABLE + 1)
+            if len(data) > LARGEST_TABLE:
+                raise ValueError(f"it unpacks to more than {LARGEST_TABLE:,} bytes")
+        content = data.decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(content, newline=""))
         rows = [(f"{path}:{reader.line_num}", row) for row in reader]
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as a table ({error}); fetch the file again.") from error
     for place, row in rows:
         if None in row or None in row.values():

@@ -15,13 +15,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes that may pass
 REFUSED = (401, 403, 404)  # what every request would get: no such key, model or place
 LONGEST_WAIT_S = 60.0
 GRACE_S = 20.0  # that a stopped job waits for requests under way
 _POLL_S = 0.1
+HIDDEN = "***"
+SHORTEST_KEY = 16  # characters
+LONGEST_ANSWER = 2**16  # bytes that are read of a refusal
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -32,7 +35,9 @@ class Failed(Exception):
 
 
 class Secret:
-    """A key that never prints itself."""
+    """A key that prints as ***, is never pickled, and has no attribute that holds it; `header` alone gives it away."""
+
+    __slots__ = ("_reveal",)
 
     def __init__(self, variable: str):
         """Read the key from an environment variable; "" = none is sent.
@@ -40,22 +45,42 @@ class Secret:
         Raises:
             ValueError: the variable is not set, or no header could carry what it holds.
         """
-        self._value = os.environ.get(variable, "").strip() if variable else ""
-        if variable and not self._value:
+        value = os.environ.get(variable, "").strip() if variable else ""
+        if variable and not value:
             raise ValueError(f"the environment variable {variable} is not set; export the server's key in it.")
-        if not (self._value.isascii() and all(character.isprintable() for character in self._value)):
+        if not (value.isascii() and all(character.isprintable() for character in value)):
             raise ValueError(f"the environment variable {variable} holds characters that no header may have.")
+        self._reveal = lambda: value
 
     def header(self) -> dict[str, str]:
         """Return the header that carries it."""
-        return {"Authorization": f"Bearer {self._value}"} if self._value else {}
+        return {"Authorization": f"Bearer {self._reveal()}"} if self._reveal() else {}
 
     def hidden(self, text: str) -> str:
-        """Return a text without it."""
-        return text.replace(self._value, "...") if self._value else text
+        """Return a text without it, as it is or as JSON and URLs write it."""
+        for form in self._forms():
+            text = text.replace(form, HIDDEN)
+        return text
+
+    def stands_in(self, text: str) -> bool:
+        """Whether a text holds it; what is shorter than SHORTEST_KEY ("EMPTY") is no secret but a word."""
+        return len(self._reveal()) >= SHORTEST_KEY and any(form in text for form in self._forms())
+
+    def _forms(self) -> set[str]:
+        value = self._reveal()
+        return {value, json.dumps(value)[1:-1], urllib.parse.quote(value, safe="")} - {""}
 
     def __repr__(self) -> str:
-        return "Secret(...)"
+        return HIDDEN
+
+    def __copy__(self) -> "Secret":
+        return self
+
+    def __deepcopy__(self, _memo: object) -> "Secret":
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a key is never pickled; read it from the environment where it is needed.")
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -95,13 +120,17 @@ class Server(NamedTuple):
             wait = min(LONGEST_WAIT_S, 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
                 with _OPENER.open(request, timeout=self.timeout_s) as response:
-                    answer = json.loads(response.read())
+                    content = response.read()
+                answer = json.loads(content)
+                if self.key.stands_in(content.decode(errors="replace")) or self.key.stands_in(repr(answer)):
+                    raise Failed("the answer repeats the key, which no file may hold")
                 if isinstance(answer, dict):
                     return answer
                 cause = "the answer is no JSON object"
             except urllib.error.HTTPError as error:
                 with error:
-                    said = self.key.hidden(error.read(300).decode(errors="replace"))
+                    # hidden before it is cut: a cut through the key would show the first part of it
+                    said = self.key.hidden(error.read(LONGEST_ANSWER).decode(errors="replace"))[:300]
                 cause = f"status {error.code}: {said}"
                 if error.code in REFUSED:
                     raise ValueError(

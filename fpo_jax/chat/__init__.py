@@ -1,6 +1,7 @@
 """Conversation or plain text -> token ids and the length of the prompt. No JAX, no torch.
 
 templates   chat templates by name
+rendering   a template and conversations -> texts, in a process of its own with bounded time and memory
 tokenizer   load a tokenizer; encode so that text in the data can never become a control token
 rules       the two ways of building rows (`raw`, `chat`) and their truncation
 """

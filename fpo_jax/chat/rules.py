@@ -20,23 +20,19 @@ Where this differs from the originals:
         The date that a template may write is pinned, so the same data give the same ids tomorrow.
 """
 
-import datetime
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerFast
 
+from fpo_jax.chat import rendering
 from fpo_jax.chat import tokenizer as tokens
 from fpo_jax.chat.tokenizer import Encoder
 
 Message = dict[str, str]
 
 TRUNCATION_MODES = ("keep_end", "keep_start")
-_TEMPLATE_DATE = datetime.datetime(2024, 7, 26)  # the date Llama-3.1's template writes when it is given none
 _ANSWER = "fpo-answer"  # stands for an answer while its beginning is looked for
-_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
 class Row(NamedTuple):
@@ -177,14 +173,13 @@ def chat_texts(
     """
     tokenizer = encoder.tokenizer
     require_template(encoder)
-    template = _pin_date(str(tokenizer.get_chat_template()))
+    template = str(tokenizer.get_chat_template())
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     knows_system = "system" in template or "<|im_start|>" in template
     if auto_insert_empty_system and knows_system and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, {"role": "system", "content": ""})
     turns = [{"role": "assistant", "content": turn} if isinstance(turn, str) else turn for turn in responses]
-    prompt_text = _render(encoder, template, messages)
-    full_texts = [_render(encoder, template, [*messages, turn]) for turn in turns]
+    prompt_text, *full_texts = _render(encoder, template, [messages, *([*messages, turn] for turn in turns)])
     if not all(full.startswith(prompt_text) for full in full_texts):  # Phi-3 ends any text with EOS
         prompt_text = prompt_text.removesuffix(encoder.aliases[str(tokenizer.eos_token)])
     for full in full_texts:
@@ -220,7 +215,12 @@ def generation_prompts(
         texts = []
         for prompt in prompts:
             whole = chat_texts(encoder, prompt, [_ANSWER], auto_insert_empty_system=auto_insert_empty_system)[1][0]
-            texts.append(whole[: whole.rindex(_ANSWER)].rstrip(" "))
+            before, found, _ = whole.rpartition(_ANSWER)
+            if not found:
+                raise ValueError(
+                    "the chat template does not write what the assistant says; pass another chat_template."
+                )
+            texts.append(before.rstrip(" "))
     return [_begin(ids, encoder) for ids in tokens.encode(encoder, texts)]
 
 
@@ -388,16 +388,14 @@ def _keep(ids: list[int], count: int, mode: str) -> list[int]:
     return ids[max(len(ids) - count, 0) :] if mode == "keep_end" else ids[:count]
 
 
-def _pin_date(template: str) -> str:
-    """Replace a template's question for today's date by the answer `_TEMPLATE_DATE`."""
-    return _DATE_CALL.sub(lambda call: repr(_TEMPLATE_DATE.strftime(call.group(2))), template)
-
-
-def _render(encoder: Encoder, template: str, messages: list[Message]) -> str:
-    shielded = [{key: tokens.protect(encoder, message[key]) for key in ("role", "content")} for message in messages]
+def _render(encoder: Encoder, template: str, conversations: list[list[Message]]) -> list[str]:
+    shielded = [
+        [{key: tokens.protect(encoder, message[key]) for key in ("role", "content")} for message in messages]
+        for messages in conversations
+    ]
     try:
-        text = encoder.tokenizer.apply_chat_template(shielded, chat_template=template, tokenize=False)
-    except jinja2.TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
+        texts = rendering.render(template, shielded, variables=encoder.tokenizer.special_tokens_map)
+    except rendering.Refused as error:
+        roles = ", ".join(message["role"] for message in conversations[error.index])
         raise ValueError(f"the chat template refuses a conversation of the turns {roles}: {error}") from error
-    return tokens.alias(encoder, str(text))
+    return [tokens.alias(encoder, text) for text in texts]

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import tokenizers
 import transformers
 from google.protobuf import message as protobuf
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax.chat import templates
+from fpo_jax.chat import rendering, templates
 
 # noncharacters: no text may carry them (Unicode 16, section 23.7), so they delimit what must not be forged
 _OPEN, _CLOSE, _HIDE = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -35,6 +34,9 @@ _MARKER = re.compile("<[|｜].*[|｜]>")
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+LARGEST_FILE = 2**27  # bytes; the largest published tokenizer.json have a quarter of it
+_TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
 
 class Encoder(NamedTuple):
@@ -77,7 +79,7 @@ def load_tokenizer(
     path = Path(name_or_path).expanduser()
     try:
         tokenizer = _load(name_or_path, path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RecursionError) as error:
         cause = " ".join(str(error).split())[:300]
         raise ValueError(f"cannot load a tokenizer from {str(name_or_path)!r}: {cause}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -176,7 +178,20 @@ def alias(encoder: Encoder, rendered: str) -> str:
     return _HIDDEN.sub(lambda found: encoder.controls[int(found.group(1))], written)
 
 
+def _check_sizes(path: Path) -> None:
+    """Refuse what no tokenizer has: a file of its kinds that is huge, or none to be read from start to end."""
+    for entry in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if entry.suffix not in _TEXT_SUFFIXES or entry.is_dir() or not entry.exists():
+            continue
+        if not entry.is_file():
+            raise ValueError(f"{entry.name} is no regular file")
+        if (size := entry.stat().st_size) > LARGEST_FILE:
+            raise ValueError(f"{entry.name} has {size:,} bytes, and at most {LARGEST_FILE:,} are read")
+
+
 def _load(name_or_path: str | Path, path: Path) -> transformers.PreTrainedTokenizerBase:
+    if path.exists():
+        _check_sizes(path)
     if path.is_file():
         return _from_file(path)
     if path.is_dir():
@@ -280,11 +295,10 @@ def _template_text(chat_template: str) -> str:
 
 
 def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
+    conversation = [{"role": "user", "content": "x"}]
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"chat_template is broken Jinja at its line {error.lineno}: {error.message}") from error
-    except jinja2.TemplateError:
+        rendering.render(str(tokenizer.chat_template), [conversation], variables=tokenizer.special_tokens_map)
+    except rendering.Refused:
         pass  # sound Jinja that refuses this conversation; the real ones will tell
 
 

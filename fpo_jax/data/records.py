@@ -303,6 +303,9 @@ def _want(row: dict[str, Any], *names: str) -> None:
         raise BadRow(
             f"missing or null: {', '.join(missing)}; wanted {', '.join(names)}; found {', '.join(row) or 'none'}"
         )
+    for name in names:
+        if isinstance(row[name], BadRow):
+            raise row[name]
 
 
 def _text(value: Any, name: str) -> str:

@@ -6,6 +6,7 @@ ValueError. A line ends at LF, never at U+2028, and what a file holds is told by
 """
 
 import codecs
+import collections
 import gzip
 import itertools
 import json
@@ -18,6 +19,8 @@ from typing import Any
 _ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|gz|csv|tsv|txt|parquet|arrow|zip|zst|bz2|xz)$")
 _ENTRY = re.compile(r"(?P<source>.+?)(@(?P<split>[^@=/]+))?=(?P<value>[^=]+)")
+LONGEST_LINE = 2**26  # bytes of one row
+LARGEST_LIST = 2**30  # bytes of a JSON list, which is held as a whole; both count what a gzip stream unpacks to
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -100,25 +103,44 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
         return
     number, line = first
     if line.lstrip().startswith(b"["):
-        whole = _loads(b"".join([line, *(line for _, line in lines)]))
+        whole = _loads(_joined(path, line, lines))
         if isinstance(whole, BadRow):
             raise ValueError(f"{path}:{number + whole.line - 1}: {whole}")
         yield from ((f"{path}[{index}]", row) for index, row in enumerate(whole))
         return
     for number, line in itertools.chain([first], lines):
+        if len(line) > LONGEST_LINE:
+            raise ValueError(f"{path}:{number}: the line is longer than {LONGEST_LINE:,} bytes, which no row can be")
         if line.strip():
             yield f"{path}:{number}", _loads(line.rstrip(b"\r\n"))
 
 
+def _joined(path: Path, first: bytes, more: Iterator[tuple[int, bytes]]) -> bytes:
+    parts, size = [first], len(first)
+    for _, part in more:
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST_LIST:
+            raise ValueError(
+                f"{path}: the JSON list has more than {LARGEST_LIST:,} bytes; write it as JSON Lines, which are read"
+                " line by line"
+            )
+    return b"".join(parts)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
+    """Yield (number, line); a line beyond LONGEST_LINE comes in parts that are longer than that, bar the last."""
+    number, whole = 0, True
     with path.open("rb") as plain:
         gzipped = path.suffix == ".gz" or plain.peek(2)[:2] == b"\x1f\x8b"
         stream = gzip.GzipFile(fileobj=plain) if gzipped else plain
         try:
-            for number, line in enumerate(stream, 1):
-                yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            while line := stream.readline(LONGEST_LINE + 1):
+                opens, number = number == 0, number + whole
+                whole = line.endswith(b"\n")
+                yield number, line.removeprefix(codecs.BOM_UTF8) if opens else line
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            number -= not whole
             raise ValueError(
                 f"{path}:{number + 1}: the gzip stream is cut or damaged after {number} whole lines ({error}); "
                 "fetch the file again"
@@ -142,8 +164,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRow:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    keys = [key for key, _ in pairs]
-    return BadRow(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    twice = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
+    return BadRow(f"the key {twice[0]!r} stands twice in one object")
 
 
 def _constant(name: str) -> BadRow:

@@ -1,4 +1,9 @@
-"""A Hugging Face model directory as files: found or fetched, its config, its companions, its fingerprint."""
+"""A Hugging Face model directory as files: found or fetched, its config, its companions, its fingerprint.
+
+A directory is a stranger's: no code in it is ever run, whatever `auto_map` or `*.py` it has (the models are our own,
+the weights safetensors), no file is read through a link that leaves it, and no JSON beyond LARGEST_JSON. Archives are
+no format here: there is nothing to unpack.
+"""
 
 import hashlib
 import json
@@ -28,6 +33,8 @@ COMPANIONS = (
 )
 _DOWNLOADS = [SINGLE, "model-*.safetensors", INDEX, *COMPANIONS, "additional_chat_templates/*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+_SHARD = re.compile(r"[\w.-]+\.safetensors")
+LARGEST_JSON = 2**24  # bytes; an index of 100,000 tensors has half of it, and a Python list can take 20 times its text
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -39,7 +46,8 @@ def local_dir(name_or_path: str | os.PathLike[str], *, revision: str | None = No
         revision: hub commit, tag or branch; None = main. Only a hub name has one.
 
     Raises:
-        ValueError: neither a directory nor reachable, a revision for a directory, or no safetensors inside.
+        ValueError: neither a directory nor reachable, a revision for a directory, no safetensors inside, a link that
+            leaves the directory.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -59,8 +67,32 @@ def local_dir(name_or_path: str | os.PathLike[str], *, revision: str | None = No
                 f" ({type(error).__name__}: {str(error).splitlines()[0]}); check the spelling, the network, HF_TOKEN"
                 " for gated models, or download it elsewhere and give its directory."
             ) from error
+    check_links(path)
     weight_files(path)
     return path
+
+
+def check_links(directory: Path) -> None:
+    """Check that every file that is read or copied lies in the directory; the hub's cache links to its own blobs.
+
+    Raises:
+        ValueError: a link to somewhere else or to a directory, or what is no regular file.
+    """
+    root = directory.resolve()
+    homes = [root]
+    if root.parent.name == "snapshots":
+        homes.append((root.parents[1] / "blobs").resolve())
+    for pattern in (*COMPANIONS, "*.safetensors", INDEX):
+        for top in directory.glob(pattern):
+            for path in [top, *(top.rglob("*") if top.is_dir() else ())]:
+                target = path.resolve()
+                if not any(target.is_relative_to(home) for home in homes) or (path.is_symlink() and path.is_dir()):
+                    raise ValueError(
+                        f"{path} is a link to {target}, which is not a file of this directory; give the directory that"
+                        " holds the files, or copy them."
+                    )
+                if path.exists() and not (path.is_file() or path.is_dir()):
+                    raise ValueError(f"{path} is no regular file; fetch the directory again.")
 
 
 def read_config(directory: Path) -> model.ModelConfig:
@@ -126,8 +158,10 @@ def weight_files(directory: Path) -> list[Path]:
         return [single]
     if index.exists():
         names = set(_weight_map(index).values())
-        if outside := sorted(name for name in names if Path(name).name != name):
+        if outside := sorted(name for name in names if Path(name).name != name or name == ".."):
             raise ValueError(f"{index} names files outside its directory: {', '.join(outside)}.")
+        if others := sorted(name for name in names if not _SHARD.fullmatch(name)):
+            raise ValueError(f"{index} names files that are no safetensors: {', '.join(map(repr, others))}.")
         return [directory / name for name in sorted(names)]
     if pickles := sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern)):
         raise ValueError(
@@ -148,17 +182,23 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: the file is missing, not JSON, or no object.
+        ValueError: the file is missing, too large, nested too deeply, not JSON (NaN is none), or no object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise ValueError(f"{size:,} bytes, and at most {LARGEST_JSON:,} are read")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object.")
     return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def dumps(content: dict[str, Any]) -> str:

@@ -6,12 +6,13 @@ Each process maps a tensor, copies the slices of its own devices out of it, each
 Layers are turned into our layout and stacked on the devices, in place.
 """
 
+import collections
 import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +185,7 @@ def located(directory: Path, config: model.ModelConfig) -> dict[str, Tensor]:
             headers[path] = _header(path)
         except FileNotFoundError:
             problems.append(f"{path.name}, named by the index, is missing")
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, HeaderError) as error:
             problems.append(f"{path.name} is damaged or cut short ({error}); fetch it again")
     tensors: dict[str, Tensor] = {}
     for path, header in headers.items():
@@ -202,16 +203,35 @@ def located(directory: Path, config: model.ModelConfig) -> dict[str, Tensor]:
     return tensors
 
 
+class HeaderError(ValueError):
+    """A header that the library would accept and that cannot be right."""
+
+
 def _header(path: Path) -> dict[str, Tensor]:
-    """Read where the tensors of a file lie; the library has checked the header against the file before."""
-    with safetensors.safe_open(path, framework="np"), path.open("rb") as file:
+    """Read where the tensors of a file lie.
+
+    The library checks the header against the file: UTF-8, JSON, dtypes, sizes, offsets without a gap or an overlap. It
+    allows 100 MB, of which Python makes a gigabyte, and takes the last of two tensors with one name.
+    """
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        if length > directories.LARGEST_JSON:
+            raise HeaderError(f"its header claims {length:,} bytes, and at most {directories.LARGEST_JSON:,} are read")
+        with safetensors.safe_open(path, framework="np"):
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
     header.pop("__metadata__", None)
     return {
         name: Tensor(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
         for name, entry in header.items()
     }
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]
+        raise HeaderError(f"its header names {twice[0]} twice")
+    return found
 
 
 def _mismatches(tensors: Mapping[str, Tensor], config: model.ModelConfig) -> list[str]:

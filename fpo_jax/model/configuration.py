@@ -5,6 +5,8 @@ on the forward pass (use_cache, architectures, ...) are passed over.
 """
 
 import dataclasses
+import math
+import sys
 from typing import Any
 
 from fpo_jax.model import parts, rope
@@ -156,6 +158,8 @@ _ARCHITECTURES = {
     "gpt2": "GPT2LMHeadModel",
 }
 _REWARD = "ForSequenceClassification"
+LARGEST = 2**31 - 1  # of any size: indices are int32
+MOST_LAYERS = 10_000  # each has its own names and rows, so that the count is a length here and no mere number
 FAMILIES = tuple(_ARCHITECTURES)
 
 # key of config.json -> values that leave the forward and backward pass as built here; any other value is refused
@@ -192,6 +196,7 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
+    _check_kinds(config)
     problems = _refusals(config, family)
     values: dict[str, Any] = {}
     for field, key in _KEYS[family].items():
@@ -270,6 +275,17 @@ def _labels(config: dict[str, Any]) -> int:
     return config["num_labels"] if "num_labels" in config else len(config.get("id2label") or (0, 1))
 
 
+def _check_kinds(config: dict[str, Any]) -> None:
+    """Refuse values of another kind under the keys that are no field of their own."""
+    kinds = {"architectures": (list,), "id2label": (dict,), "num_labels": (int,), "query_pre_attn_scalar": (int, float)}
+    wrong = [key for key, kind in kinds.items() if config.get(key) is not None and type(config[key]) not in kind]
+    scalar = config.get("query_pre_attn_scalar", 256)
+    if not wrong and not (scalar is not None and 0 < scalar <= sys.float_info.max):
+        wrong.append("query_pre_attn_scalar")
+    if wrong:
+        raise ValueError("config.json: " + "; ".join(f"{key}={config[key]!s:.80} cannot be" for key in wrong) + ".")
+
+
 def _refusals(config: dict[str, Any], family: str) -> list[str]:
     neutral = _NEUTRAL | _NEUTRAL_OF[family]
     return [
@@ -282,7 +298,7 @@ def _refusals(config: dict[str, Any], family: str) -> list[str]:
 def _layer_types(config: dict[str, Any], family: str, values: dict[str, Any]) -> list[str]:
     """Check the list that says which layers slide, where there is one, against what the family does."""
     given = config.get("layer_types")
-    if given is None or not isinstance(values.get("layers"), int):
+    if given is None or not isinstance(values.get("layers"), int) or values["layers"] > MOST_LAYERS:
         return []
     full, sliding = "full_attention", "sliding_attention"
     window = values.get("sliding_window") is not None
@@ -336,12 +352,17 @@ def _default_head_dim(values: dict[str, Any], problems: list[str]) -> int:
 def _problems(config: ModelConfig) -> list[str]:
     sizes = ("vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "ffn", "max_positions")
     problems = [f"{name}={getattr(config, name)} must be positive" for name in sizes if getattr(config, name) < 1]
+    problems += [
+        f"{name}={getattr(config, name)} is beyond the largest that is supported, {most}"
+        for name, most in {**dict.fromkeys(sizes, LARGEST), "layers": MOST_LAYERS}.items()
+        if getattr(config, name) > most
+    ]
     if config.family not in FAMILIES:
         problems.append(f"family {config.family!r} is none of {', '.join(FAMILIES)}")
     problems += [
-        f"{name}={getattr(config, name)} must be 0 or larger"
+        f"{name}={getattr(config, name)} must be 0 or larger, and finite"
         for name in ("norm_eps", "initializer_range")
-        if not getattr(config, name) >= 0
+        if not 0 <= getattr(config, name) < math.inf
     ]
     if config.activation not in parts.ACTIVATIONS:
         problems.append(f"activation {config.activation!r} is none of {', '.join(parts.ACTIVATIONS)}")
@@ -360,8 +381,8 @@ def _problems(config: ModelConfig) -> list[str]:
         value = getattr(config, name)
         if value is not None and config.family != "gemma2":
             problems.append(f"{name}={value} has no meaning for {config.family}")
-        elif value is not None and not value > 0:
-            problems.append(f"{name}={value} must be positive or None")
+        elif value is not None and not 0 < value < math.inf:
+            problems.append(f"{name}={value} must be positive and finite, or None")
     if config.layers % len(config.windows):
         problems.append(f"{config.layers} layers are not a multiple of the {len(config.windows)} kinds that alternate")
     if config.heads % config.kv_heads:

@@ -9,6 +9,7 @@ order in which transformers computes them, so that both agree to 2 units in the 
 
 import dataclasses
 import math
+import sys
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -59,8 +60,13 @@ class Rope:
         given = {name for name in SCALING_FIELDS if getattr(self, name) is not None}
         problems = [f"{name} is missing" for name in needed if name not in given]
         problems += [f"{name} has no meaning" for name in sorted(given - {*needed, *optional})]
-        if not self.theta > 0:
-            problems.append(f"rope_theta={self.theta} must be positive")
+        problems += [
+            f"{name}={getattr(self, name)} must be finite"
+            for name in SCALING_FIELDS
+            if not abs(getattr(self, name) or 0) <= sys.float_info.max  # also an int that no float holds
+        ]
+        if not 0 < self.theta <= sys.float_info.max:
+            problems.append(f"rope_theta={self.theta} must be positive and finite")
         if not 0 < self.fraction <= 1:
             problems.append(f"the rotated share of the head dimension is {self.fraction}, it must lie in (0, 1]")
         if self.factor is not None and not self.factor >= 1:
