@@ -10,6 +10,7 @@ stopped by a signal with everything saved: the same command goes on.
 """
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -54,6 +55,8 @@ def main(_argv: list[str]) -> None:
     """Run, and turn each outcome into an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("fpo_jax").setLevel(logging.INFO)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _idle)  # while the imports below run; a run has handlers of its own
     if _PLAN.value:
         sys.exit(_plan())
     from fpo_jax import execution, hosts, loop  # after the flags: a misspelt option answers at once
@@ -83,6 +86,10 @@ def main(_argv: list[str]) -> None:
         code = codes.get(type(error), 2)
     hosts.finish()
     sys.exit(code)
+
+
+def _idle(number: int, _frame: object) -> NoReturn:
+    _fail(75, f"{signal.Signals(number).name}: nothing was under way that could be lost; the same command goes on.")
 
 
 def _profiled() -> range:

@@ -26,6 +26,7 @@ LAYERS = [
     "losses",
     "rewarding",
     "optim",
+    "guards",
     "step",
     "reference",
     "sample",
