@@ -3,8 +3,8 @@
 A fork is the program itself, with its own devices, signals and exit code; only the seconds of imports are spared, and
 those of tracing where a start before it with the same arguments left its executables (not at the point `compile`).
 What strikes it is told as JSON: a signal at the `count`-th call of a POINT or at the `count`-th operation on a file
-below `folder`, or without either, `delay` seconds after that (or after the start). `FPO_FAULT_SEED` replays the draws of a
-failed test, `FPO_FAULT_TRIALS` scales their number.
+below `folder`, or without either, `delay` seconds after that (or after the start). `FPO_FAULT_SEED` replays the
+draws of a failed test, `FPO_FAULT_TRIALS` scales their number.
 """
 
 import functools
@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import pickle
+import pkgutil
 import random
 import subprocess
 import sys
@@ -238,8 +239,8 @@ def _send(fault: dict) -> None:
 
 def _before(name: str, act) -> None:
     """Call `act` at the beginning of every call of a function, or of a method, of that name."""
-    *parents, last = name.split(".")
-    owner = functools.reduce(getattr, parents[1:], importlib.import_module(parents[0]))
+    place, _, last = name.rpartition(".")
+    owner = pkgutil.resolve_name(place)
     inner = getattr(owner, last)
 
     @functools.wraps(inner)
