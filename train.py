@@ -6,7 +6,7 @@ nothing: it compiles the run for devices that need not be here (h100:4, h100:2x8
 Exit codes: 0 finished; 1 loss or gradient not finite, or a fault of the program; 2 the input cannot be used, or does
 not fit (the message says what to change); 70 another process of the run failed, died or never came (134, which is
 SIGABRT, where jax noticed first): the same command on every host goes on from the newest complete checkpoint; 75
-stopped by a signal with everything saved: the same command goes on.
+stopped by a signal with everything saved: the same command goes on; 143 or 130: ended at once by a second signal.
 """
 
 import logging

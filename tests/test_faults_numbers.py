@@ -271,10 +271,7 @@ def test_the_same_seed_gives_the_same_bytes_under_any_hash_seed(inputs, tmp_path
         assert line[0] == sys.executable
         done = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        files = [
-            metrics.METRICS_FILE,
-            "audit.json",
-            *(f"reference/{path.name}" for path in sorted((tmp_path / seed / "reference").iterdir())),
-        ]
-        found.append([weights(tmp_path / seed)[1], *((name, (tmp_path / seed / name).read_bytes()) for name in files)])
+        references = [reference.load(path).tobytes() for path in sorted((tmp_path / seed / "reference").iterdir())]
+        files = [(tmp_path / seed / name).read_bytes() for name in (metrics.METRICS_FILE, "audit.json")]
+        found.append([weights(tmp_path / seed)[1], *files, *references])
     assert found[0] == found[1]
