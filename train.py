@@ -7,10 +7,11 @@ Exit codes: 0 finished; 1 loss or gradient not finite, a checkpoint could not be
 the input cannot be used or does not fit, or another run is in the workdir (the message says what to change); 70 another
 process of the run failed, died or never came (134, which is SIGABRT, where jax noticed first): the same command on
 every host goes on from the newest complete checkpoint; 75 stopped by a signal with everything saved: the same command
-goes on.
+goes on; 143 or 130: ended at once by a second signal.
 """
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -55,6 +56,8 @@ def main(_argv: list[str]) -> None:
     """Run, and turn each outcome into an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("fpo_jax").setLevel(logging.INFO)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _idle)  # while the imports below run; a run has handlers of its own
     if _PLAN.value:
         sys.exit(_plan())
     from fpo_jax import checkpoint, execution, hosts, loop  # after the flags: a misspelt option answers at once
@@ -84,6 +87,10 @@ def main(_argv: list[str]) -> None:
         code = codes.get(type(error), 2)
     hosts.finish()
     sys.exit(code)
+
+
+def _idle(number: int, _frame: object) -> NoReturn:
+    _fail(75, f"{signal.Signals(number).name}: nothing was under way that could be lost; the same command goes on.")
 
 
 def _profiled() -> range:

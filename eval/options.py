@@ -69,7 +69,8 @@ def run(
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     logging.getLogger("fpo_jax").setLevel(logging.INFO)
     try:
-        return work(options)
+        with execution.StopRequest(begun=False):  # until the job has one of its own
+            return work(options)
     except (ValueError, execution.Stopped) as error:
         print(f"{program.rpartition('.')[2]}: {error}", file=sys.stderr)
         return 75 if isinstance(error, execution.Stopped) else 2

@@ -12,6 +12,7 @@ the devices for as long as it scores, so that training has all of their memory a
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -73,8 +74,13 @@ class Answers:
             self._judge_window = judge_config.max_positions
             self._judge_encoder = chat.encoder(chat.load_tokenizer(self._judge))
 
-    def __call__(self, number: int, weights: shapes.PyTree) -> tuple[dict[str, float], Table]:
-        """Answer every prompt, write the answers of update `number`, and return their metrics and them as a table."""
+    def __call__(
+        self, number: int, weights: shapes.PyTree, check: Callable[[], None] = lambda: None
+    ) -> tuple[dict[str, float], Table]:
+        """Answer every prompt, write the answers of update `number`, and return their metrics and them as a table.
+
+        `check` is called after every batch, and may raise.
+        """
         drawn = sample.sample(
             weights,
             self._ids,
@@ -85,6 +91,7 @@ class Answers:
             window=self._window,
             compute_dtype=self._dtype,
             layout=self._layout,
+            done=lambda _: check(),
         )
         lines = [self._line(index, responses[0]) for index, responses in enumerate(drawn)]
         found = {

@@ -35,6 +35,8 @@ RESUMABLE = frozenset(
         "train.save_every",
         "train.keep_checkpoints",
         "train.log_every",
+        "train.on_nonfinite",
+        "train.max_nonfinite",
         "logging.tensorboard",
         "logging.wandb_project",
         "reference.batch_per_device",
@@ -171,7 +173,11 @@ def default() -> Config:
     )
     c.train.log_every = 5  # updates between lines on the terminal; metrics.jsonl has every update
     c.train.on_nonfinite = "stop"  # stop | skip an update whose loss or gradient is not finite
-    c.train.max_nonfinite = 10  # skipped updates in a row before the run stops anyway
+    c.train.max_nonfinite = 10  # skipped updates in a row, spikes too, before the run stops anyway
+    # Skip an update whose loss or gradient norm lies so many standard deviations above the mean of the last applied
+    # ones; 0 = off. 6 is rare by chance: one normal number in 10^9.
+    c.train.skip_spikes = 0.0
+    c.train.spike_window = 128  # applied updates that mean and deviation are taken over; none is skipped before them
 
     c.answers = ml_collections.ConfigDict()
     c.answers.count = 0  # prompts that the model answers at every evaluation, into answers/ of the workdir; 0 = none
@@ -306,6 +312,12 @@ def problems(config: Config) -> list[str]:
         number(f"train.{path}", 1)
     for path in ("log_every", "max_nonfinite", "max_steps", "eval_batches"):
         number(f"train.{path}", 1)
+    number("train.skip_spikes", 0.0)
+    number("train.spike_window", 2)
+    if config.train.spike_window != default().train.spike_window and not config.train.skip_spikes:
+        found.append(
+            f"train.spike_window={config.train.spike_window} is not used while train.skip_spikes is 0; set it too."
+        )
     number("train.eval_every", 0)
     choice("train.on_nonfinite", ("stop", "skip"))
     if config.train.keep_best and not (config.data.eval or config.answers.count):

@@ -358,8 +358,15 @@ def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -
     elif workdir.is_dir() and (workdir / checkpoint.FOLDER).exists():
         raise ValueError(f"{workdir} holds checkpoints but no config.json; use another --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2) + "\n")
+    _write(path, mine)
     audits = {"train": inputs.train.audit.as_dict()}
     if inputs.evaluation is not None:
         audits["eval"] = inputs.evaluation.audit.as_dict()
-    (workdir / "audit.json").write_text(json.dumps(audits, indent=2) + "\n")
+    _write(workdir / "audit.json", audits)
+
+
+def _write(path: Path, value: dict) -> None:
+    """Write JSON that is there whole or not at all, also where the process is killed."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)

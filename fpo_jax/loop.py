@@ -6,13 +6,14 @@ processes all compute, and the first alone writes the files, but for its part of
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import resource
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -39,6 +40,7 @@ from fpo_jax import (
     topologies,
 )
 from fpo_jax import config as configuration
+from fpo_jax.hosts import witness
 
 log = logging.getLogger("fpo_jax")
 
@@ -47,7 +49,7 @@ LESS_IS_BETTER = ("eval_loss", "eval_sft_loss", "eval_perplexity", "eval_f_diver
 
 
 class NonFinite(hosts.Everywhere):
-    """The loss or the gradient is not finite and the configuration says stop."""
+    """The loss or the gradient is not finite and the configuration says stop; or too many updates were skipped."""
 
 
 def run(
@@ -68,14 +70,15 @@ def run(
     Raises:
         ValueError: the configuration, the data or the model cannot be used; nothing has been changed.
         execution.Stopped: a signal asked to stop; the state is saved.
-        NonFinite: loss or gradient not finite.
+        NonFinite: loss or gradient not finite; what the last applied update left is saved.
         checkpoint.SaveFailed: the disk takes no checkpoint.
     """
-    with execution.StopRequest() as stop, contextlib.ExitStack() as held:
+    with execution.StopRequest(begun=False) as stop, contextlib.ExitStack() as held:
         with hosts.together():
             inputs = job.prepare(config)
             fingerprints = job.fingerprints(inputs)
         hosts.agree(job.identity(config) | fingerprints)
+        stop.begin(lambda: witness.resumption(workdir / checkpoint.FOLDER))
         with hosts.together():
             layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
             plan = job.plan(config, inputs, devices=layout.row_ways)
@@ -122,7 +125,8 @@ class _Run:
             )
         self.positions = compiled.positions(plan.schedule.parts, accumulation=plan.accumulation)
         self.writers: metrics.Writers | metrics.Silent = metrics.Silent()
-        self.nonfinite_in_a_row = 0
+        self.nonfinite_in_a_row = 0  # updates that were not applied, spikes too
+        self.recorded = 0  # the last update whose numbers are known
         self.best = -math.inf  # score of the best checkpoint so far
         self.split = profiling.Split("data", "device")  # of an update's time: making its batch, waiting for it
         device, wide = compiled.mesh.devices.flat[0], config.model.compute_dtype == "float32"
@@ -192,7 +196,7 @@ class _Run:
                 meta = checkpointer.meta(last)
                 with hosts.together():
                     self._check_same(meta)
-                if last >= self.plan.steps:
+                if last >= self.plan.steps and not self._lacks_evaluation(last):
                     log.info("finished: %s holds step %d of %d", self.workdir, last, self.plan.steps)
                     return
             with hosts.together():
@@ -210,14 +214,18 @@ class _Run:
                 if not self.programs.adapted:
                     weights = None  # the reference; the policy comes from the checkpoint
                 state = checkpointer.restore(last, self.programs.abstract_state())
-                state = self.programs.resumed(state, weights)
+                skipped = min(self.nonfinite_in_a_row, self.config.train.max_nonfinite - 1)
+                state = self.programs.resumed(state, weights, skipped=skipped)
                 log.info("resumed from step %d of %d", last, self.plan.steps)
             with hosts.together():
                 if hosts.first():
                     self.writers = self._open_writers(last)
             with contextlib.closing(self.writers):
-                if last is None:
-                    self._check_best(self._evaluate(0, self.programs.whole(state), references[1]))
+                if last is None or self._lacks_evaluation(last):
+                    saved = "nothing had been updated" if last is None else f"step {last} is saved"
+                    check = functools.partial(self.stop.check, f"{saved}; the same command goes on.")
+                    found = self._evaluate(last or 0, self.programs.whole(state), references[1], check)
+                    self._check_best(found)
                 self._updates(state, references, checkpointer)
                 self.writers.write(self.plan.steps, self.meter.overall(), timing=True)
         log.info("since the start: %s", profiling.shown(self.meter.overall()))
@@ -238,6 +246,17 @@ class _Run:
             config=self.config.to_dict(),
         )
 
+    def _lacks_evaluation(self, number: int) -> bool:
+        """Whether a signal came in the evaluation after an update that is saved."""
+        if not self._evaluates(number) or (self.inputs.evaluation is None and self.answers is None):
+            return False
+        lacks = hosts.first() and not metrics.has_evaluation(self.workdir / metrics.METRICS_FILE, number)
+        return any(hosts.share("lacks" if lacks else ""))
+
+    def _evaluates(self, number: int) -> bool:
+        every = self.config.train.eval_every
+        return number == self.plan.steps or bool(every and number % every == 0)
+
     def _updates(self, state: shapes.TrainState, references, checkpointer: checkpoint.Checkpointer) -> None:
         train, total, first = self.config.train, self.plan.steps, int(state.step) + 1
         bar = tqdm.tqdm(
@@ -245,7 +264,8 @@ class _Run:
         )
         pending = None  # the previous update, whose metrics are read while this one runs
         self.split.restart()
-        with contextlib.closing(bar), contextlib.closing(self.trace):
+        good = self._keeping_what_is_good(lambda: state, checkpointer)
+        with contextlib.closing(bar), contextlib.closing(self.trace), good:
             for number in range(first, total + 1):
                 if self.trace.begins(number) and pending is not None:
                     self._record(*pending, bar)
@@ -268,7 +288,7 @@ class _Run:
                     pending = None
                     self.trace.close()
                 asked = self.stop.agreed()
-                evaluating = number == total or (train.eval_every and number % train.eval_every == 0)
+                evaluating, whole = self._evaluates(number), True
                 saving = number == total or number % train.save_every == 0 or asked or checkpointer.failing()
                 if evaluating or saving:
                     if pending is not None:
@@ -276,8 +296,11 @@ class _Run:
                     pending = None
                     score = None
                     if evaluating:
-                        score = self._score(self._evaluate(number, self.programs.whole(state), references[1]))
-                        saving = saving or (score is not None and score > self.best)
+                        try:
+                            score = self._score(self._evaluate(number, self.programs.whole(state), references[1]))
+                        except execution.Stopped as stopped:
+                            asked, whole = str(stopped), False
+                        saving = saving or not whole or (score is not None and score > self.best)
                     if saving:
                         self.best = self.best if score is None else max(score, self.best)
                         self.writers.sync()
@@ -285,7 +308,7 @@ class _Run:
                         save(number, state, self._meta(number), score=score)
                     self.split.restart()
                 asked = asked or (self.stop.agreed() if saving else None)
-                if asked and number < total:
+                if asked and (number < total or not whole):
                     checkpointer.wait()
                     raise execution.Stopped(f"{asked}: saved step {number} of {total}; the same command goes on.")
             checkpointer.wait()
@@ -303,19 +326,26 @@ class _Run:
         bad = numbers.pop("nonfinite") > 0
         ids = data.group_ids(self.plan.schedule, number - 1)
         groups = ids[ids >= 0].tolist()
-        self.writers.write(number, numbers, rows=groups if bad else None)
+        spike = numbers.get("spike", 0.0) > 0
+        self.writers.write(number, numbers, rows=groups if bad or spike else None, why="nonfinite" if bad else "spike")
         self.writers.write(number, timing, timing=True)
         bar.update(1)
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad else 0
-        if bad:
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if bad or spike else 0
+        self.recorded = number
+        if bad or spike:
             names = [self.inputs.train.prepared.sources[group] for group in groups]
-            fact = (
-                f"step {number}: loss or gradient is not finite; the update was not applied; data: {', '.join(names)}"
+            what = (
+                "is not finite"
+                if bad
+                else f"is a spike (loss {numbers['loss']:.4g}, gradient norm {numbers['grad_norm']:.4g})"
             )
-            if self.config.train.on_nonfinite == "stop" or self.nonfinite_in_a_row >= self.config.train.max_nonfinite:
+            fact = f"step {number}: loss or gradient {what}; the update was not applied; data: {', '.join(names)}"
+            stops = bad and self.config.train.on_nonfinite == "stop"
+            if stops or self.nonfinite_in_a_row >= self.config.train.max_nonfinite:
                 raise NonFinite(
-                    f"{fact}. {self.nonfinite_in_a_row} in a row; the newest checkpoint is sound. Look at these rows,"
-                    " lower optim.learning_rate, or set train.on_nonfinite='skip'."
+                    f"{fact}. {self.nonfinite_in_a_row} in a row; the newest checkpoint is sound and holds what step"
+                    f" {number - self.nonfinite_in_a_row} left. Look at these rows, lower optim.learning_rate, or set"
+                    f" {'train.on_nonfinite=skip' if bad else 'train.skip_spikes=0 in another workdir'}."
                 )
             log.warning(fact)
         elif number % self.config.train.log_every == 0:
@@ -324,18 +354,53 @@ class _Run:
             else:
                 bar.set_postfix_str(_shown(numbers))
 
-    def _evaluate(self, number: int, weights: shapes.PyTree, references: np.ndarray | None) -> dict[str, float]:
-        """Write and return the metrics of the evaluation data and of the answers to prompts."""
-        found = self._evaluate_data(number, weights, references)
+    @contextlib.contextmanager
+    def _keeping_what_is_good(
+        self, newest: Callable[[], shapes.TrainState], checkpointer: checkpoint.Checkpointer
+    ) -> Iterator[None]:
+        """Save what the last applied update left, where too many after it were not: the newest state still is that."""
+        try:
+            yield
+        except NonFinite:
+            good = self.recorded - self.nonfinite_in_a_row
+            checkpointer.wait()
+            if good > (checkpointer.latest_step() or 0):
+                self.nonfinite_in_a_row = 0
+                self.writers.sync()
+                checkpointer.save(good, newest(), self._meta(good))
+                checkpointer.wait()
+            raise
+
+    def _evaluate(
+        self,
+        number: int,
+        weights: shapes.PyTree,
+        references: np.ndarray | None,
+        check: Callable[[], None] | None = None,
+    ) -> dict[str, float]:
+        """Write and return the metrics of the evaluation data and of the answers to prompts.
+
+        Raises:
+            execution.Stopped: a signal has arrived; nothing is written.
+        """
+        check = check or self._check_stop
+        found = self._evaluate_data(number, weights, references, check)
         if self.answers is not None:
-            numbers, table = self.answers(number, weights)
+            numbers, table = self.answers(number, weights, check)
             found |= numbers
             self.writers.table(number, answering.FOLDER, *table)
         if found:
             self.writers.write(number, found)
         return found
 
-    def _evaluate_data(self, number: int, weights: shapes.PyTree, references: np.ndarray | None) -> dict[str, float]:
+    def _check_stop(self) -> None:
+        """Break an evaluation off; not where its score says whether the checkpoint is the best."""
+        if not self.config.train.keep_best and (name := self.stop.agreed()):
+            raise execution.Stopped(name)
+
+    def _evaluate_data(
+        self, number: int, weights: shapes.PyTree, references: np.ndarray | None, check: Callable[[], None]
+    ) -> dict[str, float]:
         if self.inputs.evaluation is None:
             return {}
         started, total = time.perf_counter(), None
@@ -344,6 +409,7 @@ class _Run:
         positions = self.programs.positions(batches.batch_size)
         most = self.config.train.eval_batches or batches.steps_per_epoch
         for index in range(min(most, batches.steps_per_epoch)):
+            check()
             batch = _with_reference(data.batch_at(batches, index, positions), references)
             pairs = self.programs.evaluate(weights, self.programs.place(batch, stacked=False))
             total = metrics.add(total, jax.device_get(pairs))

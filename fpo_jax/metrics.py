@@ -77,7 +77,13 @@ class Writers:
             )
 
     def write(
-        self, step: int, numbers: Mapping[str, float], *, timing: bool = False, rows: Sequence[int] | None = None
+        self,
+        step: int,
+        numbers: Mapping[str, float],
+        *,
+        timing: bool = False,
+        rows: Sequence[int] | None = None,
+        why: str = "nonfinite",
     ) -> None:
         """Append one line; a number that is not finite is null there and left out elsewhere.
 
@@ -85,13 +91,12 @@ class Writers:
             step: updates so far.
             numbers: metric name -> value.
             timing: the numbers depend on the machine.
-            rows: data rows of an update that was not applied.
+            rows: data rows of an update that was not applied, written as `WHY_rows`.
+            why: nonfinite or spike.
         """
         file = self._files[TIMING_FILE if timing else METRICS_FILE]
         line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        file.write(
-            json.dumps({"step": step, **line, **({} if rows is None else {"nonfinite_rows": list(rows)})}) + "\n"
-        )
+        file.write(json.dumps({"step": step, **line, **({} if rows is None else {f"{why}_rows": list(rows)})}) + "\n")
         file.flush()
         numbers = {name: number for name, number in numbers.items() if math.isfinite(number)}
         if self._tensorboard is not None:
@@ -129,6 +134,15 @@ def read(path: Path) -> list[dict]:
     """Read a jsonl file of ours; a last line cut short by a kill is left out."""
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def has_evaluation(path: Path, step: int) -> bool:
+    """Return whether the file holds the evaluation after an update."""
+    return path.exists() and any(line["step"] == step and any(map(_of_evaluation, line)) for line in read(path))
+
+
+def _of_evaluation(name: str) -> bool:
+    return name.startswith("eval_")
 
 
 def _cell(text: str) -> str:

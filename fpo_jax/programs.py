@@ -16,7 +16,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fpo_jax import attention, execution, hf, job, logps, model, optim, params, rewarding, shapes, sharding, step
+from fpo_jax import (
+    attention,
+    execution,
+    guards,
+    hf,
+    job,
+    logps,
+    model,
+    optim,
+    params,
+    rewarding,
+    shapes,
+    sharding,
+    step,
+)
 from fpo_jax import config as configuration
 
 
@@ -43,7 +57,8 @@ class Programs:
             warmup=blueprint.warmup,
             horizon=blueprint.horizon,
         )
-        self._optimizer = optim.optimizer(
+        guard = _guard(config)
+        optimizer = optim.optimizer(
             rate,
             b1=config.optim.b1,
             b2=config.optim.b2,
@@ -53,6 +68,7 @@ class Programs:
             decay_mask=params.nest({row.path: row.decay for row in self._trained}),
             state_dtype=config.optim.state_dtype,
         )
+        self._optimizer = guard.watching(optimizer)
         self.scorer, self.choices = _scorer(config, blueprint, layout)
         self.param_shardings = self._placed(self._trained)
         whole = self.param_shardings
@@ -66,6 +82,7 @@ class Programs:
             optimizer=self._optimizer,
             rate=rate,
             places=self._places(compute_dtype=config.model.compute_dtype),
+            guard=guard,
         )
         self.train = execution.Program(
             "train_step", step.jit_train_step(update, mesh=mesh, state_shardings=self.state_shardings)
@@ -123,10 +140,13 @@ class Programs:
         if self._adapter is not None:
             trained, frozen = self._split(weights)
         opt_state = jax.jit(self._optimizer.init, out_shardings=self.state_shardings.opt_state)(trained)
-        return shapes.TrainState(trained, opt_state, jax.device_put(np.int32(0), self.state_shardings.step), frozen)
+        return shapes.TrainState(trained, opt_state, self._count(0), frozen, self._count(0))
 
-    def resumed(self, state: shapes.TrainState, weights: shapes.PyTree | None) -> shapes.TrainState:
-        """Return a restored state with the weights below its adapter."""
+    def resumed(
+        self, state: shapes.TrainState, weights: shapes.PyTree | None, *, skipped: int = 0
+    ) -> shapes.TrainState:
+        """Return a restored state with the weights below its adapter and its number of updates not applied in a row."""
+        state = state._replace(skipped=self._count(skipped))
         return state if self._adapter is None else state._replace(frozen=self._split(weights)[1])
 
     def whole(self, state: shapes.TrainState) -> shapes.PyTree:
@@ -137,6 +157,9 @@ class Programs:
     def adapted(self) -> bool:
         """Whether an adapter is trained and the weights below it are not."""
         return self._adapter is not None
+
+    def _count(self, number: int) -> jax.Array:
+        return jax.device_put(np.int32(number), self.state_shardings.step)
 
     def _split(self, weights: shapes.PyTree) -> tuple[shapes.PyTree, shapes.PyTree]:
         """Return what is trained, the adapter drawn anew, and what is not."""
@@ -158,7 +181,8 @@ class Programs:
         weights = self._abstract(self._trained)
         opt_state = jax.eval_shape(self._optimizer.init, weights)
         frozen = None if self._adapter is None else self._abstract(self._frozen)
-        state = shapes.TrainState(weights, opt_state, jax.ShapeDtypeStruct((), jnp.int32), frozen)
+        count = jax.ShapeDtypeStruct((), jnp.int32)
+        state = shapes.TrainState(weights, opt_state, count, frozen, count)
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, self.state_shardings
         )
@@ -223,7 +247,7 @@ class Programs:
             transform_non_params=lambda _: alone,
         )
         frozen = None if self._adapter is None else self._placed(self._frozen)
-        return shapes.TrainState(self.param_shardings, moments, alone, frozen)
+        return shapes.TrainState(self.param_shardings, moments, alone, frozen, alone)
 
     def _abstract(self, rows: Sequence[params.Row]) -> shapes.PyTree:
         """Return shapes and dtypes; what is trained beside frozen weights is float32, whatever they are."""
@@ -257,6 +281,12 @@ class Programs:
             return jax.lax.with_sharding_constraint(x.astype(compute_dtype) if matrix else x, place)
 
         return {**weights, "layers": jax.tree.map(gathered, weights["layers"], whole["layers"], is_matrix["layers"])}
+
+
+def _guard(config: configuration.Config) -> guards.Guard:
+    train = config.train
+    weight = train.max_nonfinite if train.on_nonfinite == "stop" else 1
+    return guards.Guard(train.max_nonfinite, weight=weight, sigmas=train.skip_spikes, window=train.spike_window)
 
 
 def held_blocks(mesh: Mesh, *, process: int) -> list[int]:

@@ -61,7 +61,7 @@ def load(path: Path) -> np.ndarray:
     """Read what `save` wrote.
 
     Raises:
-        ValueError: the file is damaged; the remedy is to delete it.
+        ValueError: the file is damaged, or holds what is not finite; the remedy is to delete it.
     """
     remedy = f"delete {path} and start again: it is computed anew."
     try:
@@ -72,6 +72,11 @@ def load(path: Path) -> np.ndarray:
         raise ValueError(f"the reference log-probs in {path} cannot be read ({error}); {remedy}") from None
     if _digest(logps) != digest:
         raise ValueError(f"the reference log-probs in {path} do not match their digest; {remedy}")
+    if bad := np.flatnonzero(~np.isfinite(logps).all(axis=1)).tolist():
+        raise ValueError(
+            f"the reference log-probs in {path} are not finite for {len(bad)} of {len(logps)} groups (first:"
+            f" {bad[:5]}); {remedy}"
+        )
     return logps
 
 

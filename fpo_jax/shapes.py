@@ -72,6 +72,7 @@ class TrainState(NamedTuple):
     opt_state: PyTree
     step: PyTree  # int32 scalar (or its shape, or its sharding): updates applied or skipped so far
     frozen: PyTree = None  # parameters that no update changes; no checkpoint holds them
+    skipped: PyTree = None  # int32 scalar: updates not applied in a row (guards.Guard.in_a_row); None = not counted
 
 
 if __name__ == "__main__":

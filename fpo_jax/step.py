@@ -3,7 +3,7 @@
     batch [A micro-batches] -> scan: hidden states -> log-probs -> losses -> gradients (float32 sums) -> AdamW
 
 Every mean is taken over the whole update, not over a micro-batch, so that the number of micro-batches changes nothing
-but rounding. An update whose loss or gradient is not finite leaves the state as it was.
+but rounding. An update whose loss or gradient is not finite leaves the state as it was, and so does what `guards` adds.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fpo_jax import attention, logps, losses, model, optim, rewarding, shapes, sharding
+from fpo_jax import attention, guards, logps, losses, model, optim, rewarding, shapes, sharding
 from fpo_jax import params as trees
 
 Pairs = dict[str, tuple[jax.Array, jax.Array]]  # metric name -> (sum, count)
@@ -119,6 +119,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     rate: Callable,
     places: Places | None = None,
+    guard: guards.Guard | None = None,
 ) -> tuple[shapes.TrainState, Pairs]:
     """Apply one update of the A micro-batches in `batch` (every leaf has a leading A).
 
@@ -134,9 +135,11 @@ def train_step(
         optimizer: from `optim.optimizer`.
         rate: the schedule in it, for the metrics.
         places: where the intermediate results live; None on one device.
+        guard: what is not applied besides; it needs `state.skipped`. None = nothing.
 
     Returns:
-        The new state (unchanged but for `step` where loss or gradient is not finite) and metrics as (sum, count).
+        The new state (unchanged but for `step` and `skipped` where the update is not applied) and metrics as
+        (sum, count).
     """
     totals = _totals(batch, loss)
     weights, frozen = state.params, state.frozen
@@ -185,11 +188,16 @@ def train_step(
         applied = optim.updates_applied(old_state)
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, old_state, state.params)
+        keep, spike = finite, None
+        if guard is not None:
+            keep &= state.skipped < guard.most
+            if guard.sigmas:
+                spike = finite & guard.spike(old_state, value, grad_norm)
+                keep &= ~spike
+        observed = {"value": value, "grad_norm": grad_norm} if spike is not None else {}
+        updates, opt_state = optimizer.update(grads, old_state, state.params, **observed)
         new = (optim.apply_updates(state.params, updates, jax.random.fold_in(jax.random.key(0), applied)), opt_state)
-        params, opt_state = jax.tree.map(
-            lambda fresh, old: jnp.where(finite, fresh, old), new, (state.params, old_state)
-        )
+        params, opt_state = jax.tree.map(lambda fresh, old: jnp.where(keep, fresh, old), new, (state.params, old_state))
     one = jnp.float32(1.0)
     pairs |= {
         "loss": (value, one),
@@ -197,7 +205,12 @@ def train_step(
         "learning_rate": (rate(applied), one),
         "nonfinite": (1.0 - finite.astype(jnp.float32), one),
     }
-    return shapes.TrainState(params, opt_state, state.step + 1, state.frozen), pairs
+    if spike is not None:
+        pairs["spike"] = (spike.astype(jnp.float32), one)
+    skipped = state.skipped
+    if guard is not None:
+        skipped = guard.in_a_row(skipped, applied=keep, finite=finite)
+    return shapes.TrainState(params, opt_state, state.step + 1, state.frozen, skipped), pairs
 
 
 def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: AnyScorer, loss: losses.Loss) -> Pairs:

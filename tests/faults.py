@@ -1,42 +1,255 @@
-"""Injected faults: seeded trials, each of which one command replays."""
+"""Real processes that are struck: programs run in forks of one that has imported everything, and each may have a fault.
 
+A fork is the program itself, with its own devices, signals and exit code; only the seconds of imports are spared, and
+those of tracing where a start before it with the same arguments left its executables (not at the point `compile`).
+What strikes it is told as JSON: a signal at the `count`-th call of a POINT or at the `count`-th operation on a file
+below `folder`, or without either, `delay` seconds after that (or after the start). `FPO_FAULT_SEED` replays the
+draws of a failed test, `FPO_FAULT_TRIALS` scales their number.
+"""
+
+import functools
+import hashlib
+import importlib
+import json
 import os
-from collections.abc import Iterator
+import pickle
+import pkgutil
+import random
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
-import numpy as np
+from tests.paths import REPO
+
+SEED = int(os.environ.get("FPO_FAULT_SEED", "20260923"))
+# where a run can be struck: its phases, by the function that each of them begins with
+POINTS = {
+    "data": "fpo_jax.data.prepare",
+    "load": "fpo_jax.hf.load_params",
+    "compile": "fpo_jax.execution.Program._compile",
+    "reference": "fpo_jax.reference.compute",
+    "reference written": "fpo_jax.reference.save",
+    "update": "fpo_jax.step.stack_micro_batches",
+    "evaluation": "fpo_jax.loop._Run._evaluate_data",
+    "answers": "fpo_jax.sample.sample",
+    "save": "fpo_jax.checkpoint.Checkpointer.save",
+    "generate": "eval.jobfile.JobFile.append",
+    "judge": "eval.judging.Store.add",
+}
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree")
+TRAINED = "trained.jsonl"  # in the workdir: number and group ids of every update that was begun, in any start
 
 
-def trials(count: int) -> Iterator[tuple[int, np.random.Generator]]:
-    """Yield seeds and their generators; FPO_FAULT_SEED and FPO_FAULT_TRIALS choose others."""
-    first = int(os.environ.get("FPO_FAULT_SEED", 0))
-    for seed in range(first, first + int(os.environ.get("FPO_FAULT_TRIALS", count))):
-        yield seed, np.random.default_rng(seed)
+def trials(usual: int) -> int:
+    """How many trials a test runs: its usual number, scaled by FPO_FAULT_TRIALS (whose usual value is 200)."""
+    return max(1, usual * int(os.environ.get("FPO_FAULT_TRIALS", "200")) // 200)
 
 
-def replay(seed: int) -> str:
-    """Return the command that repeats the trial of this seed in the running test."""
-    node = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
-    return f"FPO_FAULT_SEED={seed} FPO_FAULT_TRIALS=1 python -m pytest -m '' '{node}'"
+def draws(name: str, number: int = 0) -> random.Random:
+    """The random numbers of one trial."""
+    return random.Random(f"{SEED}/{name}/{number}")
 
 
-def flip(path: Path, bit: int) -> None:
-    """Flip one bit of a file."""
-    content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
+def replay(test: str) -> str:
+    """The command that repeats a failed test."""
+    return f"replay with FPO_FAULT_SEED={SEED} python -m pytest -m '' -k {test}"
 
 
-def files(folder: Path) -> list[Path]:
-    """Return every file under a folder, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+class Zygote:
+    """The process that has imported everything. It runs one program at a time."""
+
+    def __init__(self, cache: Path, *, devices: int = 1):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": str(REPO),
+        }
+        command = [sys.executable, "-m", "tests.faults"]
+        self._process = subprocess.Popen(
+            command, cwd=REPO, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> "Zygote":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, program: str, arguments: list, log: Path, fault: dict | None = None) -> tuple[int, str]:
+        """Run a program to its end; return the exit code (negative: the signal that ended it) and what it said."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        job = {"program": program, "arguments": list(map(str, arguments)), "log": str(log), "fault": fault or {}}
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline()), log.read_text(errors="replace")
 
 
-def flip_somewhere(folder: Path, random: np.random.Generator) -> Path:
-    """Flip a bit of a folder's files, every bit as likely as any other; returns the file."""
-    found = files(folder)
-    sizes = np.array([path.stat().st_size for path in found])
-    bit = int(random.integers(8 * sizes.sum()))
-    index = int(np.searchsorted(np.cumsum(8 * sizes), bit, side="right"))
-    flip(found[index], bit - int(8 * sizes[:index].sum()))
-    return found[index]
+def digest(leaves) -> str:
+    """sha256 over the bytes of arrays, with their dtypes and shapes."""
+    found = hashlib.sha256()
+    for leaf in leaves:
+        found.update(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
+    return found.hexdigest()
+
+
+def trained(workdir: Path) -> list[tuple[int, list[int]]]:
+    """Number and group ids of the updates that were begun, in the order of time; a line cut by a kill is left out."""
+    lines = (workdir / TRAINED).read_text().split("\n")[:-1]
+    return [tuple(json.loads(line)) for line in lines]
+
+
+def _serve() -> None:
+    """Run what is asked for on the standard input, each in a fork."""
+    import tempfile
+
+    from fpo_jax import chat
+    from tests import tiny
+
+    modules = {name: importlib.import_module(name) for name in ("train", "eval.generate", "eval.winrate")}
+    with tempfile.TemporaryDirectory() as folder:  # transformers imports most of itself with the first tokenizer
+        tiny.write_tokenizer(Path(folder))
+        chat.load_tokenizer(folder)
+    replies = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _become(modules[job["program"]], job)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        replies.write(json.dumps(code) + "\n")
+        replies.flush()
+
+
+def _become(program, job: dict) -> None:
+    """Be the program from here to its end."""
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    code = 0
+    try:
+        if program.__name__ == "train":
+            if job["fault"].get("point") != "compile":
+                _keep_executables(job["arguments"])
+            _log_groups(Path(job["arguments"][job["arguments"].index("--workdir") + 1]))
+            _arm(job["fault"])
+            from absl import app
+
+            sys.argv = ["train.py", *job["arguments"]]  # config_flags looks there
+            app.run(program.main, flags_parser=program.parse)
+        else:
+            _arm(job["fault"])
+            code = program.main(job["arguments"])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    print(f"came by {_calls[0]} times", flush=True)
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def _keep_executables(arguments: list[str]) -> None:
+    import jax
+    from jax.experimental import serialize_executable
+
+    from fpo_jax import execution
+
+    inner, place = execution.Program._compile, arguments.index("--workdir")
+    same = arguments[:place] + arguments[place + 2 :]
+    key = json.dumps([argument for argument in same if "keep_checkpoints" not in argument])
+
+    def compiled(self, first, batch):
+        parts = f"{key} {self.name} {batch.tokens_NT.shape} {batch.targets_NR.shape}".encode()
+        path = Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / f"{hashlib.sha256(parts).hexdigest()}.executable"
+        if path.exists():
+            return serialize_executable.deserialize_and_load(*pickle.loads(path.read_bytes()))
+        jax.config.update("jax_enable_compilation_cache", False)  # what came from that cache cannot be kept again
+        made = inner(self, first, batch)
+        jax.config.update("jax_enable_compilation_cache", True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(pickle.dumps(serialize_executable.serialize(made)))
+        temporary.replace(path)
+        return made
+
+    execution.Program._compile = compiled
+
+
+def _log_groups(workdir: Path) -> None:
+    from fpo_jax import data
+
+    inner = data.batch_at
+
+    @functools.wraps(inner)
+    def logged(schedule, number, positions):
+        batch = inner(schedule, number, positions)
+        if schedule.batch_size == 4:  # an update's; evaluations and the reference pass have other sizes here
+            with (workdir / TRAINED).open("a") as file:
+                file.write(json.dumps([number + 1, sorted(batch.row_ids_B[batch.row_ids_B >= 0].tolist())]) + "\n")
+        return batch
+
+    data.batch_at = logged
+
+
+_calls = [0]  # of the point, or operations on files
+
+
+def _arm(fault: dict) -> None:
+    """Let the fault strike when its time has come."""
+    if not fault:
+        return
+
+    def strike() -> None:
+        _calls[0] += 1
+        if _calls[0] == fault.get("count", 1):
+            if fault.get("delay"):
+                threading.Thread(target=_send, args=[fault], daemon=True).start()
+            else:
+                _send(fault)
+
+    if "point" in fault:
+        _before(POINTS[fault["point"]], strike)
+    elif "folder" in fault:
+        below = os.fspath(fault["folder"])
+
+        def hook(event: str, arguments: tuple) -> None:
+            if event in FILE_EVENTS and any(str(a).startswith(below) for a in arguments if isinstance(a, (str, Path))):
+                strike()
+
+        sys.addaudithook(hook)
+    else:
+        strike()
+
+
+def _send(fault: dict) -> None:
+    time.sleep(fault.get("delay", 0.0))
+    for _ in range(fault.get("times", 1)):
+        os.kill(os.getpid(), fault["signal"])
+        time.sleep(0.02)
+
+
+def _before(name: str, act) -> None:
+    """Call `act` at the beginning of every call of a function, or of a method, of that name."""
+    place, _, last = name.rpartition(".")
+    owner = pkgutil.resolve_name(place)
+    inner = getattr(owner, last)
+
+    @functools.wraps(inner)
+    def struck(*arguments, **options):
+        act()
+        return inner(*arguments, **options)
+
+    setattr(owner, last, struck)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -20,7 +20,7 @@ import pytest
 from fpo_jax import checkpoint, hf, integrity, locking, loop, params, shapes, space
 from fpo_jax.hf import __main__ as checker
 from fpo_jax.hf import manifest
-from tests import faults, tiny
+from tests import damage, tiny
 from tests.paths import REPO
 
 
@@ -91,12 +91,12 @@ def assert_recovers(workdir, damaged, caplog, *, words=()):
 class TestDamage:
     def test_flipped_bit_names_file_and_parameter_and_the_older_step_is_restored(self, workdir, caplog):
         path = payload(workdir)
-        faults.flip(path, 8 * 100)
+        damage.flip(path, 8 * 100)
         assert_recovers(workdir, path, caplog, words=["(holds params ", "layers.attn", "does not match its digest"])
 
     @pytest.mark.parametrize("name", [integrity.MANIFEST, "_CHECKPOINT_METADATA", "meta/metadata", "params/_METADATA"])
     def test_flipped_bit_of_metadata_is_noticed(self, workdir, caplog, name):
-        faults.flip(newest(workdir) / name, 8 * 20 + 1)
+        damage.flip(newest(workdir) / name, 8 * 20 + 1)
         assert_recovers(workdir, newest(workdir) / name, caplog)
 
     def test_cut_file_tells_its_lengths(self, workdir, caplog):
@@ -115,18 +115,18 @@ class TestDamage:
         assert_recovers(workdir, newest(workdir) / "optimizer/_METADATA", caplog, words=["more files"])
 
     def test_run_goes_on_from_there_and_saves_the_same_step_again(self, workdir):
-        faults.flip(payload(workdir), 77)
+        damage.flip(payload(workdir), 77)
         with contextlib.closing(saver(workdir)) as one:
             one.save(2, state(2), {})
         with contextlib.closing(saver(workdir)) as one:
             assert_holds(one, 2)
         assert listed(workdir) == ["1", "2", "2.damaged"]
-        faults.flip(payload(workdir), 78)
+        damage.flip(payload(workdir), 78)
         saver(workdir).close()
         assert listed(workdir) == ["1", "2.damaged", "2.damaged-2"], "nothing damaged is deleted"
 
     def test_no_good_step_lists_what_is_wrong_with_each_and_moves_nothing(self, workdir):
-        faults.flip(payload(workdir), 7)
+        damage.flip(payload(workdir), 7)
         (workdir / checkpoint.FOLDER / "1" / "meta" / "metadata").unlink()
         with pytest.raises(
             ValueError, match=r"no checkpoint of .*\n  step 1: meta/metadata is missing\n  step 2: params/"
@@ -157,14 +157,14 @@ class TestDamage:
     @pytest.mark.faults
     def test_every_flipped_bit_is_detected_and_the_older_step_restored(self, two_steps, tmp_path, caplog):
         done = 0
-        for seed, random in faults.trials(500):
+        for seed, random in damage.trials(500):
             workdir = tmp_path / str(seed)
             shutil.copytree(two_steps, workdir)
-            damaged = faults.flip_somewhere(newest(workdir), random)
+            damaged = damage.flip_somewhere(newest(workdir), random)
             try:
                 assert_recovers(workdir, damaged, caplog)
             except BaseException as error:
-                error.add_note(faults.replay(seed))
+                error.add_note(damage.replay(seed))
                 raise
             shutil.rmtree(workdir)
             done += 1
@@ -173,7 +173,7 @@ class TestDamage:
     @pytest.mark.faults
     @pytest.mark.parametrize("how", ["cut", "removed"])
     def test_every_file_cut_or_removed_is_detected(self, two_steps, tmp_path, caplog, how):
-        for name in [path.relative_to(newest(two_steps)) for path in faults.files(newest(two_steps))]:
+        for name in [path.relative_to(newest(two_steps)) for path in damage.files(newest(two_steps))]:
             workdir = tmp_path / str(name).replace("/", "_")
             shutil.copytree(two_steps, workdir)
             path = newest(workdir) / name
@@ -186,7 +186,7 @@ class TestDamage:
 
 class TestExportOfDamage:
     def test_newest_falls_back_and_says_so(self, workdir, caplog):
-        faults.flip(payload(workdir), 9)
+        damage.flip(payload(workdir), 9)
         weights, meta = checkpoint.restore_params(workdir, None)
         np.testing.assert_array_equal(
             np.asarray(weights["layers"]["attn"]), np.asarray(state(1).params["layers"]["attn"])
@@ -196,13 +196,13 @@ class TestExportOfDamage:
 
     @pytest.mark.parametrize("name", ["meta/metadata", "params/manifest.ocdbt"])
     def test_step_that_was_asked_for_is_an_error(self, workdir, name):
-        faults.flip(newest(workdir) / name, 30)
+        damage.flip(newest(workdir) / name, 30)
         with pytest.raises(ValueError, match=f"checkpoint 2 of .* is damaged: {name}"):
             checkpoint.restore_params(workdir, 2)
         assert checkpoint.restore_params(workdir, 1)[1]["step"] == 1
 
     def test_damaged_optimizer_is_no_matter(self, workdir):
-        faults.flip(payload(workdir, "optimizer"), 9)
+        damage.flip(payload(workdir, "optimizer"), 9)
         assert checkpoint.restore_params(workdir, 2)[1]["step"] == 2
 
     def test_best_step_is_an_error(self, tmp_path):
@@ -212,7 +212,7 @@ class TestExportOfDamage:
             one.save(1, state(1), {}, score=0.5)
             one.save(2, state(2), {}, score=0.7)
         assert checkpoint.restore_params(tmp_path, checkpoint.BEST)[1]["step"] == 2
-        faults.flip(payload(tmp_path), 9)
+        damage.flip(payload(tmp_path), 9)
         with pytest.raises(ValueError, match="checkpoint 2 of .* is damaged: params/"):
             checkpoint.restore_params(tmp_path, checkpoint.BEST)
 
@@ -357,7 +357,7 @@ class TestSpace:
             for step in (1, 2):
                 told = space.estimate(folder, values[:2])
                 one.commit(step, values, {})
-                real = sum(path.stat().st_size for path in faults.files(folder / str(step)))
+                real = sum(path.stat().st_size for path in damage.files(folder / str(step)))
                 assert abs(told / real - 1) < 0.05, (step, told, real)
 
 
@@ -388,7 +388,7 @@ class TestRun:
         caplog.set_level("INFO", "fpo_jax")
         run(inputs, tmp_path / "w")
         before = outcome(tmp_path / "w")
-        faults.flip(
+        damage.flip(
             max((tmp_path / "w" / checkpoint.FOLDER / "4").rglob("d/*"), key=lambda path: path.stat().st_size), 99
         )
         breaking(monkeypatch, times=1)  # and the last save fails once
@@ -525,7 +525,7 @@ class TestExportManifest:
     def test_flipped_bit_of_weights_names_file_and_tensor(self, exported, tmp_path, capsys):
         shutil.copytree(exported, tmp_path / "out")
         path = tmp_path / "out" / json.loads((exported / hf.INDEX).read_text())["weight_map"]["model.norm.weight"]
-        faults.flip(path, 8 * path.stat().st_size - 1)
+        damage.flip(path, 8 * path.stat().st_size - 1)
         assert checker.main([str(tmp_path / "out")]) == 1
         last = json.loads((exported / integrity.MANIFEST).read_text())["tensors"]
         assert f"{path.name} is not what was written" in (told := capsys.readouterr().err)
@@ -544,8 +544,8 @@ class TestExportManifest:
     @pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.faults)])
     def test_every_flipped_bit_is_detected(self, exported, tmp_path, count):
         shutil.copytree(exported, tmp_path / "out")
-        for seed, random in faults.trials(count):
-            path = faults.flip_somewhere(tmp_path / "out", random)
+        for seed, random in damage.trials(count):
+            path = damage.flip_somewhere(tmp_path / "out", random)
             told = manifest.check(tmp_path / "out")
-            assert len(told) == 1 and told[0].startswith(f"{path.relative_to(tmp_path / 'out')} "), faults.replay(seed)
+            assert len(told) == 1 and told[0].startswith(f"{path.relative_to(tmp_path / 'out')} "), damage.replay(seed)
             shutil.copyfile(exported / path.relative_to(tmp_path / "out"), path)

@@ -28,6 +28,7 @@ LAYERS = [
     "losses",
     "rewarding",
     "optim",
+    "guards",
     "step",
     "reference",
     "sample",

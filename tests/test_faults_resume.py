@@ -1,0 +1,179 @@
+"""A run that is stopped has, after every update, the very state of the run that is not; a state moves to any mesh."""
+
+import collections
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from fpo_jax import checkpoint, execution, loop, losses, metrics, profiling
+from fpo_jax.losses import objectives
+from tests import faults, tiny, tolerances
+
+STEPS, STOPS = 6, (1, 3, 4)
+STAGES = {"sft": "sft", "bradley_terry": "reward", "binary_cross_entropy": "reward"}
+EVERY = [*losses.DIVERGENCES, *objectives.OBJECTIVES]
+# What else a state depends on; every loss takes the next of them, the alpha-divergence takes all.
+WAYS = {
+    "full": {},
+    "accumulated": {"train__micro_batch_per_device": 2},
+    "adapter": {"lora__rank": 2},
+    "adapter, accumulated, dropout": {"lora__rank": 2, "lora__dropout": 0.1, "train__micro_batch_per_device": 1},
+    "packed": {"data__layout": "packed"},
+    "shared, accumulated": {"data__layout": "shared", "train__micro_batch_per_device": 1},
+    "bfloat16": {"model__param_dtype": "bfloat16", "optim__state_dtype": "bfloat16"},
+}
+CASES = [("alpha", way) for way in WAYS]
+CASES += [(name, list(WAYS)[i % len(WAYS)]) for i, name in enumerate(EVERY) if name != "alpha"]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    tiny.write_model(root / "model", layers=1, vocab_size=264)
+    tiny.write_pairs(root / "pairs.jsonl", count=16)
+    return root
+
+
+def config(inputs, name, **changed):
+    """Six updates of four pairs."""
+    stage = STAGES.get(name, "align")
+    options = {"loss__name": name, "loss__beta_pi": None, "stage": stage, "data__eval": "", "train__eval_every": 0}
+    options |= {"loss__alpha": 0.1 if name == "alpha" else None, "train__epochs": STEPS * 4 / 16}
+    options |= {"train__batch_size": 4, "train__micro_batch_per_device": 4, "mesh__data": 1, "mesh__fsdp": 1}
+    if name in ("sft", "binary_cross_entropy"):
+        options["data__group_size"] = 1
+        changed = {key: "packed" if value == "shared" else value for key, value in changed.items()}
+    return tiny.config(inputs / "model", inputs / "pairs.jsonl", **(options | changed))
+
+
+class Recorder:
+    """The digest of the state after every update, of any number of starts that share their compiled programs."""
+
+    def __init__(self, monkeypatch):
+        self.states, self.begun, self.compiled = {}, 0, {}
+        self.groups = collections.defaultdict(list)
+        call, build, before = execution.Program.__call__, execution.Program._compile, profiling.Trace.before
+
+        def called(program, first, batch):
+            found = call(program, first, batch)
+            if program.name == "train_step":
+                number = int(found[0].step)
+                self.states[number] = faults.digest([np.asarray(leaf) for leaf in jax.tree.leaves(found[0])])
+                self.groups[number] = sorted(np.ravel(batch.row_ids_B)[np.ravel(batch.row_ids_B) >= 0].tolist())
+            return found
+
+        def once(program, first, batch):
+            key = (program.name, str(jax.tree.map(lambda leaf: (leaf.shape, leaf.sharding), (first, batch))))
+            if key not in self.compiled:
+                self.compiled[key] = build(program, first, batch)
+            return self.compiled[key]
+
+        def begins(trace, number):
+            self.begun = number
+            before(trace, number)
+
+        monkeypatch.setattr(execution.Program, "__call__", called)
+        monkeypatch.setattr(execution.Program, "_compile", once)
+        monkeypatch.setattr(profiling.Trace, "before", begins)
+
+    def run(self, c, workdir, *, until=None, devices=1, monkeypatch=None):
+        """Run, and stop as by a signal during update `until`."""
+        if until is None:
+            loop.run(c, workdir, devices=jax.devices()[:devices])
+            return
+        self.begun = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(execution.StopRequest, "agreed", lambda _: "SIGTERM" if self.begun >= until else None)
+            with pytest.raises(execution.Stopped, match=f"saved step {until} of"):
+                loop.run(c, workdir, devices=jax.devices()[:devices])
+
+
+def default(case):
+    return case in [("alpha", "accumulated")]
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [case if default(case) else pytest.param(*case, marks=pytest.mark.faults) for case in CASES]
+)
+def test_every_update_of_a_run_stopped_three_times_is_that_of_the_whole_run(inputs, tmp_path, monkeypatch, name, way):
+    recorder, c = Recorder(monkeypatch), config(inputs, name, **WAYS[way])
+    recorder.run(c, tmp_path / "whole")
+    expected, recorder.states = recorder.states, {}
+    groups = dict(recorder.groups)
+    for stop in (*STOPS, None):
+        recorder.run(c, tmp_path / "w", until=stop, monkeypatch=monkeypatch)
+        if stop:
+            assert max(recorder.states) == stop
+    assert list(expected) == list(recorder.states) == list(range(1, STEPS + 1))
+    assert [number for number in expected if expected[number] != recorder.states[number]] == []
+    assert len(set(expected.values())) == STEPS and dict(recorder.groups) == groups
+    lines = [(tmp_path / folder / metrics.METRICS_FILE).read_bytes() for folder in ("whole", "w")]
+    assert lines[0] == lines[1]
+
+
+# --- another mesh
+
+MESHES = {
+    "1": (1, {}),
+    "2 fsdp": (2, {"mesh__fsdp": 2}),
+    "4 tensor": (4, {"mesh__tensor": 4}),
+    "8 fsdp": (8, {"mesh__fsdp": 8}),
+    "8 fsdp x tensor": (8, {"mesh__fsdp": 2, "mesh__tensor": 4}),
+    "8 data x tensor": (8, {"mesh__data": 4, "mesh__tensor": 2}),
+}
+MOVES = [("8 fsdp", "1"), ("8 fsdp", "2 fsdp"), ("8 fsdp", "4 tensor"), ("1", "8 fsdp"), ("8 fsdp x tensor", "8 fsdp")]
+MOVES += [("8 fsdp", "8 fsdp x tensor"), ("8 data x tensor", "1")]
+
+
+def on(inputs, name, **changed):
+    devices, mesh = MESHES[name]
+    mesh = {"mesh__data": 1, "mesh__fsdp": 1, "mesh__tensor": 1} | mesh
+    options = {"train__batch_size": 8, "train__micro_batch_per_device": 1, "train__epochs": 2.0} | mesh
+    return devices, config(inputs, "alpha", **(options | changed))
+
+
+@pytest.mark.faults  # two or three sets of compilations each
+@pytest.mark.parametrize(("saved", "restored"), MOVES)
+def test_a_state_moves_to_another_mesh_bit_for_bit_and_its_next_loss_is_the_same(
+    inputs, tmp_path, monkeypatch, saved, restored
+):
+    recorder, found = Recorder(monkeypatch), []
+    restore = checkpoint.Checkpointer.restore
+
+    def noted(self, number, abstract):
+        state = restore(self, number, abstract)
+        found.append(faults.digest([np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state))]))
+        return state
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "restore", noted)
+    devices, c = on(inputs, saved)
+    recorder.run(c, tmp_path / "w", until=2, devices=devices, monkeypatch=monkeypatch)
+    (tmp_path / "stay").mkdir()
+    for folder, mesh in (("stay", saved), ("move", restored)):
+        target = tmp_path / folder / "w"
+        shutil.copytree(tmp_path / "w", target)
+        devices, c = on(inputs, mesh)
+        (target / "config.json").unlink()
+        monkeypatch.setattr("fpo_jax.job.claim_workdir", lambda *_: None)
+        recorder.run(c, target, devices=devices)
+    assert len(found) == 2 and found[0] == found[1], "the state is bitwise the same"
+    stay, move = (metrics.read(tmp_path / folder / "w" / metrics.METRICS_FILE) for folder in ("stay", "move"))
+    assert [line["step"] for line in stay] == [line["step"] for line in move] == [1, 2, 3, 4]
+    np.testing.assert_allclose(move[2]["loss"], stay[2]["loss"], rtol=tolerances.FLOAT32)
+
+
+@pytest.mark.faults
+def test_a_run_on_four_two_and_one_devices_sees_every_example_once_in_the_same_batches(inputs, tmp_path, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    monkeypatch.setattr("fpo_jax.job.claim_workdir", lambda _, workdir, __: workdir.mkdir(exist_ok=True))
+    devices, c = on(inputs, "8 fsdp")
+    recorder.run(c, tmp_path / "whole", devices=devices)
+    expected, recorder.groups = dict(recorder.groups), collections.defaultdict(list)
+    for ways, until in ((4, 1), (2, 3), (1, None)):
+        _, c = on(inputs, "1", mesh__fsdp=ways)
+        recorder.run(c, tmp_path / "w", until=until, devices=ways, monkeypatch=monkeypatch)
+    assert dict(recorder.groups) == expected and len(expected) == 4
+    for epoch in (1, 3):
+        assert sorted(expected[epoch] + expected[epoch + 1]) == list(range(16))
