@@ -18,7 +18,7 @@ tests: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-faults: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults --durations=0 $(PYTEST_ARGS)
 
 # The two compilers cannot meet in one process: each has a folder of its own, outside of the environment.
 test-deviceless: $(VENV)/installed-compilers
