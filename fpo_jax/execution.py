@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import jax
 from jax.sharding import Mesh
@@ -158,16 +158,6 @@ class StopRequest:
         if self._vote is not None:
             number, self._cast = 0 if self._cast is None else int(self._cast), self._vote.cast(number)
         return signal.Signals(number).name if number else None
-
-    def checked(self, items: Iterable) -> Iterator:
-        """Pass items through until a signal arrives.
-
-        Raises:
-            Stopped: a signal has arrived.
-        """
-        for item in items:
-            self.check("nothing of this stage is kept; the same command starts it again.")
-            yield item
 
     def check(self, words: str) -> None:
         """Raise Stopped with these words where a signal has arrived; called at the same points as `agreed`."""

@@ -21,12 +21,15 @@ def fingerprint(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
 
 
-def compute(scored: Iterable[tuple[np.ndarray, np.ndarray]], *, groups: int) -> np.ndarray:
+def compute(
+    scored: Iterable[tuple[np.ndarray, np.ndarray]], *, groups: int, known: np.ndarray | None = None
+) -> np.ndarray:
     """Put the scores of all batches in the order of the data.
 
     Args:
         scored: of each batch, where its groups belong [B] (-1 is padding) and their summed log-probs [B, K].
         groups: number of groups in the data.
+        known: what is there already [groups, K], float32, NaN where nothing is; it is filled in place.
 
     Returns:
         Summed log-probs [groups, K], float32.
@@ -34,7 +37,7 @@ def compute(scored: Iterable[tuple[np.ndarray, np.ndarray]], *, groups: int) -> 
     Raises:
         ValueError: a log-prob is not finite, naming the groups.
     """
-    result = None
+    result = known
     for ids_B, logps_BK in scored:
         result = np.full((groups, logps_BK.shape[1]), np.nan, np.float32) if result is None else result
         result[ids_B[ids_B >= 0]] = logps_BK[ids_B >= 0]
@@ -50,11 +53,41 @@ def compute(scored: Iterable[tuple[np.ndarray, np.ndarray]], *, groups: int) -> 
 
 def save(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:
     """Write the log-probs with their parts and digest; the file appears whole or not at all."""
+    _write(path, logps, parts)
+    part_of(path).unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """Return where an unfinished pass keeps what it has."""
+    return path.with_suffix(".part")
+
+
+def save_part(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:
+    """Write what a pass has so far, NaN where nothing is; `path` is that of the whole."""
+    _write(part_of(path), logps, parts)
+
+
+def load_part(path: Path) -> np.ndarray | None:
+    """Read what an unfinished pass left; None where that is nothing, or damaged and so worth nothing."""
+    try:
+        logps, digest = _read(part_of(path))
+    except (FileNotFoundError, safetensors.SafetensorError):
+        return None
+    return logps if _digest(logps) == digest else None
+
+
+def _write(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     metadata = {"parts": json.dumps(dict(parts), sort_keys=True), "sha256": _digest(logps)}
     safetensors.numpy.save_file({"reference_logps": logps}, temporary, metadata=metadata)
     temporary.replace(path)
+
+
+def _read(path: Path) -> tuple[np.ndarray, str | None]:
+    """Return the log-probs and the digest that they were written with."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return file.get_tensor("reference_logps"), (file.metadata() or {}).get("sha256")
 
 
 def load(path: Path) -> np.ndarray:
@@ -65,9 +98,7 @@ def load(path: Path) -> np.ndarray:
     """
     remedy = f"delete {path} and start again: it is computed anew."
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            logps = file.get_tensor("reference_logps")
-            digest = (file.metadata() or {}).get("sha256")
+        logps, digest = _read(path)
     except safetensors.SafetensorError as error:
         raise ValueError(f"the reference log-probs in {path} cannot be read ({error}); {remedy}") from None
     if _digest(logps) != digest:

@@ -5,7 +5,7 @@ All processes compute and verify; process 0 alone touches the files, and the oth
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from fpo_jax import data, execution, hf, hosts, job, profiling, programs, refere
 
 log = logging.getLogger("fpo_jax")
 
+KEEP_EVERY_S = 60.0  # a crash costs a minute of the reference pass
 # Allowed relative difference of a recomputed reference log-prob: rounding of another batch shape or device, no more.
 REFERENCE_RTOL = {"float32": 1e-4, "bfloat16": 2e-2}
 
@@ -79,26 +80,13 @@ class ReferencePass:
         positions = self._programs.positions(batch_size)
 
         def scored(numbers: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for number in self._stop.checked(numbers):
+            for number in numbers:
+                self._stop.check("the reference log-probs so far are kept; the same command goes on.")
                 placed = self._programs.place(data.batch_at(batches, number, positions), stacked=False)
                 yield data.group_ids(batches, number), jax.device_get(program(weights, placed))
 
         if not any(hosts.share("there" if hosts.first() and path.exists() else "")):
-            started = time.perf_counter()
-            numbers = range(batches.steps_per_epoch)
-            bar = tqdm.tqdm(scored(numbers), f"reference {name}", len(numbers), disable=not execution.progress_shown())
-            computed = reference.compute(iter(bar), groups=prepared.groups)
-            if hosts.first():
-                reference.save(path, computed, parts)
-            seconds = time.perf_counter() - started
-            rates = self._meter.reference((data.row_sizes(batches, number) for number in numbers), seconds=seconds)
-            log.info(
-                "reference log-probs of %s: %d groups in %.1f s, compilation included; %s",
-                name,
-                prepared.groups,
-                seconds,
-                profiling.shown(rates),
-            )
+            self._compute(name, path, parts, batches, scored)
         with hosts.together():
             mine = reference.load(path) if hosts.first() else np.zeros(prepared.rewards_BK.shape, np.float32)
         stored = hosts.from_first(mine)
@@ -106,3 +94,50 @@ class ReferencePass:
         off = reference.verify(stored, again, rtol=REFERENCE_RTOL[config.model.compute_dtype], path=path)
         log.info("reference log-probs of %s: %s, verified to %.2g nats", name, path.name, off)
         return stored
+
+    def _compute(
+        self, name: str, path: Path, parts: dict[str, object], batches: data.Schedule, scored: Callable
+    ) -> None:
+        """Score what an earlier start has not, keeping what there is every KEEP_EVERY_S seconds and at the end."""
+        prepared = batches.prepared
+        known = np.full(prepared.rewards_BK.shape, np.nan, np.float32)
+        found = reference.load_part(path) if hosts.first() else None
+        known = hosts.from_first(known if found is None or found.shape != known.shape else found)
+        missing_B = np.asarray(np.isnan(known).any(axis=1))
+        ids = [data.group_ids(batches, number) for number in range(batches.steps_per_epoch)]
+        numbers = [number for number, ids_B in enumerate(ids) if missing_B[ids_B[ids_B >= 0]].any()]
+        if not missing_B.all():
+            log.info("reference log-probs of %s: %d of %d groups are there", name, (~missing_B).sum(), prepared.groups)
+        started = kept = time.perf_counter()
+
+        def kept_on_the_way() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            nonlocal kept
+            for batch in scored(numbers):
+                yield batch
+                if time.perf_counter() - kept > KEEP_EVERY_S:
+                    kept = time.perf_counter()
+                    keep()
+                    done = int((~np.isnan(known).any(axis=1)).sum())
+                    log.info("reference log-probs of %s: %d of %d groups", name, done, prepared.groups)
+
+        def keep() -> None:
+            if hosts.first():
+                reference.save_part(path, known, parts)
+
+        bar = tqdm.tqdm(kept_on_the_way(), f"reference {name}", len(numbers), disable=not execution.progress_shown())
+        try:
+            computed = reference.compute(iter(bar), groups=prepared.groups, known=known)
+        except execution.Stopped:
+            keep()
+            raise
+        if hosts.first():
+            reference.save(path, computed, parts)
+        seconds = time.perf_counter() - started
+        rates = self._meter.reference((data.row_sizes(batches, number) for number in numbers), seconds=seconds)
+        log.info(
+            "reference log-probs of %s: %d groups in %.1f s, compilation included; %s",
+            name,
+            missing_B.sum(),
+            seconds,
+            profiling.shown(rates),
+        )

@@ -13,9 +13,10 @@ import time
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from eval import export
-from fpo_jax import checkpoint, config, hf, job, loop, metrics
+from fpo_jax import checkpoint, config, execution, hf, job, loop, metrics, reference
 from tests import tiny
 from tests.paths import REPO
 
@@ -222,6 +223,32 @@ def test_reference_is_shared_between_runs_and_its_damage_found(inputs, tmp_path)
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match="do not match their digest; delete"):
         run(small(inputs, **shared), tmp_path / "third")
+
+
+def test_a_stopped_reference_pass_goes_on_where_it_was(inputs, tmp_path, monkeypatch):
+    small_passes = small(inputs, train__max_steps=1, reference__batch_per_device=4)  # six batches for each set
+    run(small_passes, tmp_path / "whole")
+    checks, inner = [], execution.StopRequest.check
+
+    def fourth_of_the_pass_stops(self, words):
+        checks.append(words)
+        if len(checks) == 4:
+            raise execution.Stopped(words)
+        inner(self, words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution.StopRequest, "check", fourth_of_the_pass_stops)
+        with pytest.raises(execution.Stopped, match="so far are kept"):
+            run(small_passes, tmp_path / "cut")
+    part = next((tmp_path / "cut" / "reference").glob("train-*.part"))
+    assert np.isnan(safetensors.numpy.load_file(part)["reference_logps"][:, 0]).tolist() == [False] * 12 + [True] * 12
+    scored, compute = [], reference.compute
+    monkeypatch.setattr(
+        reference, "compute", lambda found, **of: compute((scored.append(ids) or (ids, x) for ids, x in found), **of)
+    )
+    run(small_passes, tmp_path / "cut")
+    assert np.concatenate(scored[:3]).tolist() == list(range(12, 24)) and len(scored) == 3 + 6
+    assert not part.exists() and outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 def broken(inputs, tmp_path, case):

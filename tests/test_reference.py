@@ -37,6 +37,22 @@ def test_round_trip_and_damage(tmp_path):
         reference.load(path)
 
 
+def test_an_unfinished_pass_is_gone_on_with_and_a_damaged_part_is_none(tmp_path):
+    path = tmp_path / "train.safetensors"
+    known = np.full((3, 3), np.nan, np.float32)
+    assert reference.load_part(path) is None
+    known[1] = 7.0
+    reference.save_part(path, known, {})
+    found = reference.load_part(path)
+    np.testing.assert_array_equal(found, known)
+    whole = reference.compute(scored([2, 0]), groups=3, known=found)
+    np.testing.assert_array_equal(whole, [[0, 1, 2], [7, 7, 7], [20, 21, 22]])
+    reference.part_of(path).write_bytes(reference.part_of(path).read_bytes()[:-1] + b"?")
+    assert reference.load_part(path) is None
+    reference.save(path, whole, {})
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
 def test_verify_accepts_rounding_and_refuses_another_model(tmp_path):
     stored = reference.compute(scored([0, 1, 2]), groups=3)
     nearly = scored([2, -1], change=lambda logps: logps * (1 + 1e-6))
