@@ -78,13 +78,13 @@ class Turns:
             sys.exit("the comparison ended")
         self._started, self._used = time.perf_counter(), time.process_time()
 
-    def loss(self, value: float) -> None:
-        """Note the loss of the next update."""
-        self._losses.append(value)
+    def losses(self, values: list[float]) -> None:
+        """Note the losses of the next updates."""
+        self._losses += values
 
-    def reference(self, seconds: float, *, updates: float) -> None:
-        """Note the time of a reference pass over the groups of so many updates."""
-        self._say({"reference_seconds": seconds / updates})
+    def reference(self, seconds: float) -> None:
+        """Note the time of a reference pass over the groups of one update."""
+        self._say({"reference_seconds": seconds})
 
     def done(self, finish=lambda: None) -> None:
         """Call after the last update."""
@@ -113,66 +113,37 @@ def _status(field: str) -> int:
 
 def ours(case: Case, model: Path, layout: str) -> None:
     """fpo_jax: the programs of a run, batches made, placed and read as its loop does."""
-    import jax
-
+    from benchmarks.updates import Updates
     from fpo_jax import config as configuration
-    from fpo_jax import data, hf, job, programs, sharding, step
+    from fpo_jax import hf, job
 
     turns = Turns(case)
     config = configuration.default()
     config.update(
         {
             "model": {"path": str(model), "compute_dtype": "float32", "remat": "none"},
-            "data": {"train": "in memory", "group_size": case.candidates, "layout": layout},
-            "loss": {"name": "dpo", "beta_pi": BETA} if case.candidates == 2 else {"name": "exo", "beta_pi": BETA},
+            "data": {"train": "in memory", "group_size": case.candidates, "layout": layout, "shuffle": False},
+            "loss": {"name": "dpo" if case.candidates == 2 else "exo", "beta_pi": BETA},
             "optim": {"learning_rate": RATE, "schedule": "constant", "clip_norm": 0.0},
             "train": {"batch_size": case.groups, "micro_batch_per_device": case.groups},
         }
     )
     config.data.max_length, config.data.max_prompt_length = case.prompt + case.response, case.prompt
-    config.data.shuffle = False
-    prepared = _prepared(case)
-    inputs = job.Inputs(job.check(config), model, hf.read_config(model), job.Dataset(prepared, None, ""), None)
-    grid = sharding.make_layout(**config.mesh, devices=jax.devices())
+    inputs = job.Inputs(job.check(config), model, hf.read_config(model), job.Dataset(_prepared(case), None, ""), None)
     if layout == "shared":
         config.data.row_length = case.prompt + case.candidates * case.response  # a row for a group, as all are alike
-    plan = job.plan(config, inputs, devices=1)
-    compiled = programs.Programs(config, job.blueprint(config, inputs, plan), grid)
-    weights = compiled.load(model)
-    references = np.zeros(prepared.rewards_BK.shape, np.float32)
-    started = 0.0
-    batches = job.sequential_schedule(config, prepared, inputs.model_config, batch_size=plan.schedule.parts)
-    for number in range(batches.steps_per_epoch):
-        started = started if number > 1 else time.perf_counter()  # the first one is compiled
-        batch = data.batch_at(batches, number)
-        scores = jax.device_get(compiled.score(weights, compiled.place(batch, stacked=False)))
-        ids = data.group_ids(batches, number)
-        references[ids[ids >= 0]] = scores[ids >= 0]
-    turns.reference(
-        time.perf_counter() - started, updates=len(prepared.sources) / case.groups * (number / (number + 1))
-    )
-    state = compiled.fresh_state(weights)
-    pending = None
+    run = Updates(config, inputs, model)
+    turns.reference(run.score())
 
-    def read() -> None:
-        nonlocal pending
-        if pending is not None:
-            numbers = jax.device_get(pending)
-            turns.loss(float(numbers["loss"][0] / numbers["loss"][1]))
-        pending = None
+    def finish() -> None:
+        run.read()
+        turns.losses(run.losses)
+        run.losses = []
 
-    for update in range(plan.steps):
-        turns.before(update, read)
-        batch = data.batch_at(plan.schedule, update)
-        real = batch.row_ids_B >= 0
-        batch = batch._replace(
-            reference_logps_BK=np.where(real[:, None], references[np.where(real, batch.row_ids_B, 0)], np.float32(0))
-        )
-        stacked = step.stack_micro_batches(batch, accumulation=plan.accumulation)
-        state, pairs = compiled.train(state, compiled.place(stacked, stacked=True))
-        read()
-        pending = pairs
-    turns.done(read)
+    for number in range(run.plan.steps):
+        turns.before(number, finish)
+        run.update(number)
+    turns.done(finish)
 
 
 def _prepared(case: Case):
@@ -221,7 +192,7 @@ def trl(case: Case, model: Path, **options) -> None:
         def _precompute_ref_logps(self, *arguments):
             started = time.perf_counter()
             found = super()._precompute_ref_logps(*arguments)
-            turns.reference(time.perf_counter() - started, updates=len(prompts))
+            turns.reference((time.perf_counter() - started) / len(prompts))
             return found
 
         def _get_train_sampler(self, *_, **__):
@@ -229,7 +200,7 @@ def trl(case: Case, model: Path, **options) -> None:
 
         def compute_loss(self, *arguments, **named):
             found = super().compute_loss(*arguments, **named)
-            turns.loss(float((found[0] if isinstance(found, tuple) else found).detach()))
+            turns.losses([float((found[0] if isinstance(found, tuple) else found).detach())])
             return found
 
     trainer = Trainer(
@@ -309,8 +280,7 @@ def tunix(case: Case, model: Path) -> None:
 
         def finish() -> None:
             jax.block_until_ready(nnx.state(trainer.model))
-            for loss in pending:
-                turns.loss(float(loss))
+            turns.losses([float(loss) for loss in pending])
             pending.clear()
 
         def examples() -> Iterator[dpo_trainer.TrainingInput]:

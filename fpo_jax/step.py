@@ -3,7 +3,8 @@
     batch [A micro-batches] -> scan: hidden states -> log-probs -> losses -> gradients (float32 sums) -> AdamW
 
 Every mean is taken over the whole update, not over a micro-batch, so that the number of micro-batches changes nothing
-but rounding. An update whose loss or gradient is not finite leaves the state as it was, and so does what `guards` adds.
+but rounding. An update whose loss, gradient or reference is not finite leaves the state as it was, and so does what
+`guards` adds.
 """
 
 import dataclasses
@@ -187,7 +188,8 @@ def train_step(
         old_state = places.fetch(state.opt_state) if places else state.opt_state
         applied = optim.updates_applied(old_state)
         grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        # An infinite reference leaves a loss that is finite: the candidate has no share in its group any more.
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(batch.reference_logps_BK).all()
         keep, spike = finite, None
         if guard is not None:
             keep &= state.skipped < guard.most

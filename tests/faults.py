@@ -100,7 +100,8 @@ def digest(leaves) -> str:
 
 def trained(workdir: Path) -> list[tuple[int, list[int]]]:
     """Number and group ids of the updates that were begun, in the order of time; a line cut by a kill is left out."""
-    lines = (workdir / TRAINED).read_text().split("\n")[:-1]
+    path = workdir / TRAINED
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [tuple(json.loads(line)) for line in lines]
 
 

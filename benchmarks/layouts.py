@@ -1,0 +1,137 @@
+"""Shared prompts and packed groups against the padded layout on real lengths: measured time and what tokens predict.
+
+    python -m benchmarks.layouts --data ../shared/data --json runs/layouts.json
+
+The layouts take turns, update by update, on the same groups, in one process, with a random Llama. The prediction is the
+ratio of operations that each layout's rows take, padding included (`fpo_jax.flops`); the measurement that of medians of
+seconds. Losses are asserted equal first.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.updates import Updates
+from fpo_jax import config as configuration
+from fpo_jax import data, flops, hf, job
+from tests import tiny
+
+LAYOUTS = ("padded", "packed", "shared")
+LOSS_RTOL = 1e-3  # after some updates of AdamW, which enlarges rounding where a second moment is near 0
+SETS = {
+    "pref_chat": {
+        "format": "chat_pairs", "train": "pref_chat/ultrafeedback_shaped.jsonl.gz", "rule": "chat",
+        "max_length": 1024, "max_prompt_length": 512, "tokenizer": "tokenizers/phi-3-mini", "vocab": 32_064,
+        "eos": "", "groups": 8,
+    },
+    "hh_rlhf": {
+        "format": "hh", "train": "hh_rlhf/harmless-base.1800.jsonl.gz", "rule": "raw",
+        "max_length": 512, "max_response_length": 256, "tokenizer": "tokenizers/gpt_neox_20B_tokenizer.json",
+        "vocab": 50_304, "eos": "<|endoftext|>", "groups": 16,
+    },
+}  # fmt: skip
+
+
+def configured(of: dict, folder: Path, model: Path, *, layout: str, updates: int) -> configuration.Config:
+    """Return the configuration of a run on one of the SETS."""
+    config = configuration.default()
+    config.update(
+        {
+            "model": {"path": str(model), "compute_dtype": "float32", "remat": "none"},
+            "tokenizer": {"path": str(folder / of["tokenizer"]), "eos_token": of["eos"]},
+            "loss": {"name": "dpo"},
+            "optim": {"learning_rate": 1e-5, "schedule": "constant"},
+            "train": {"batch_size": of["groups"], "micro_batch_per_device": 1, "max_steps": updates},
+        }
+    )
+    for key in ("format", "rule", "max_length", "max_prompt_length", "max_response_length"):
+        if key in of:
+            config.data[key] = of[key]
+    config.data.train, config.data.layout = str(folder / of["train"]), layout
+    return config
+
+
+def operations(run: Updates, inputs: job.Inputs, number: int) -> tuple[int, int, float]:
+    """Return operations and tokens of an update's rows, padding included, and the share of padding."""
+    sizes = data.row_sizes(run.plan.schedule, number)
+    work = flops.work([sizes.length] * sizes.rows, sizes.rows * sizes.scored, sliding_window=None)
+    return flops.update(inputs.model_config, work), work.tokens, 1 - sizes.texts.sum() / work.tokens
+
+
+def compare(name: str, folder: Path, *, updates: int) -> list[dict]:
+    """Return a row for each layout."""
+    of = SETS[name]
+    runs, inputs = {}, None
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
+        tiny.write_model(
+            model, vocab_size=of["vocab"], width=256, layers=4, heads=8, kv_heads=8, head_dim=32, ffn=688,
+            max_positions=2048, initializer_range=0.02,
+        )  # fmt: skip
+        for layout in LAYOUTS:
+            config = configured(of, folder, model, layout=layout, updates=updates)
+            inputs = inputs or job.Inputs(
+                job.check(config), model, hf.read_config(model), *job.read_data(config, model, hf.read_config(model))
+            )
+            runs[layout] = Updates(config, inputs, model)
+    assert inputs is not None
+    seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
+    for number in range(updates):
+        for layout, run in runs.items():
+            started = time.perf_counter()
+            run.update(number)
+            run.read()
+            seconds[layout].append(time.perf_counter() - started)
+    rows = []
+    for layout, run in runs.items():
+        np.testing.assert_allclose(run.losses, runs["padded"].losses, rtol=LOSS_RTOL)
+        each = [operations(run, inputs, number) for number in range(1, updates)]  # the first one compiles
+        done, tokens, padding = (sum(column) / len(each) for column in zip(*each, strict=True))
+        shapes = ", ".join(f"T={length} R={scored}" for length, scored in run.plan.shapes)
+        rows.append(
+            {
+                "set": name, "layout": layout, "shapes": shapes, "seconds": statistics.median(seconds[layout][1:]),
+                "operations": done, "tokens": tokens, "padding": padding,
+            }
+        )  # fmt: skip
+    for row in rows:
+        row["predicted"], row["measured"] = (rows[0][key] / row[key] for key in ("operations", "seconds"))
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as Markdown."""
+    lines = [
+        "| set | layout | rows | tokens / update | padding | s / update | predicted | measured |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['set']} | {row['layout']} | {row['shapes']} | {row['tokens']:,.0f} | {row['padding']:.1%}"
+            f" | {row['seconds']:.2f} | {row['predicted']:.2f} | {row['measured']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compare what the command line says, print one table, write the numbers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the SETS' files")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = [row for name in options.sets for row in compare(name, options.data, updates=options.updates)]
+    print(table(rows))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()

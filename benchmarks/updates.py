@@ -1,0 +1,58 @@
+"""The programs of a run driven by hand, as its loop drives them: for benchmarks that count and time updates."""
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fpo_jax import config as configuration
+from fpo_jax import data, job, programs, sharding, step
+
+
+class Updates:
+    """Reference pass and updates of one configuration on one device; a metric is read one update late."""
+
+    def __init__(self, config: configuration.Config, inputs: job.Inputs, model: Path):
+        """Plan and load; nothing is compiled yet."""
+        grid = sharding.make_layout(**config.mesh, devices=jax.devices()[:1])
+        self._config, self._inputs, self.plan = config, inputs, job.plan(config, inputs, devices=1)
+        self.programs = programs.Programs(config, job.blueprint(config, inputs, self.plan), grid)
+        self._weights = self.programs.load(model)
+        self._state = self.programs.fresh_state(self._weights)
+        self._references = np.zeros(inputs.train.prepared.rewards_BK.shape, np.float32)
+        self._pending: dict | None = None
+        self.losses: list[float] = []
+
+    def score(self) -> float:
+        """Run the reference pass; returns its seconds for one batch of groups, compilation left out."""
+        prepared = self._inputs.train.prepared
+        rows = self.plan.schedule.parts
+        batches = job.sequential_schedule(self._config, prepared, self._inputs.model_config, batch_size=rows)
+        started, scored, weights = 0.0, 0, self.programs.whole(self._state)
+        for number in range(batches.steps_per_epoch):
+            if number == 1:  # the first one is compiled
+                started = time.perf_counter()
+            placed = self.programs.place(data.batch_at(batches, number), stacked=False)
+            scores, ids = jax.device_get(self.programs.score(weights, placed)), data.group_ids(batches, number)
+            self._references[ids[ids >= 0]] = scores[ids >= 0]
+            scored += int(np.count_nonzero(ids >= 0)) if number else 0
+        return (time.perf_counter() - started) / max(scored, 1) * self._config.train.batch_size
+
+    def update(self, number: int) -> None:
+        """Dispatch an update, counted from 0, and read the loss of the one before."""
+        batch = data.batch_at(self.plan.schedule, number)
+        real = batch.row_ids_B >= 0
+        references = self._references[np.where(real, batch.row_ids_B, 0)]
+        batch = batch._replace(reference_logps_BK=np.where(real[:, None], references, np.float32(0)))
+        stacked = step.stack_micro_batches(batch, accumulation=self.plan.accumulation)
+        self._state, pairs = self.programs.train(self._state, self.programs.place(stacked, stacked=True))
+        self.read()
+        self._pending = pairs
+
+    def read(self) -> None:
+        """Wait for the newest update."""
+        if self._pending is not None:
+            value, count = jax.device_get(self._pending["loss"])
+            self.losses.append(float(value / count))
+        self._pending = None
