@@ -98,9 +98,9 @@ def killing(random, site, workdir):
     return {"point": point, "count": random.randint(1, last[point]), "delay": delay, "signal": signal.SIGKILL}
 
 
-@pytest.mark.faults  # two minutes
+@pytest.mark.faults  # some minutes
 def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(site, tmp_path):
-    killed, number, wanted = 0, 0, faults.trials(90)
+    killed, number, wanted = 0, 0, faults.trials(40)
     while killed < wanted:
         random, workdir, told = faults.draws("kill", number), tmp_path / str(number), []
         for _ in range(4):
