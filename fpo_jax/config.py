@@ -34,6 +34,7 @@ RESUMABLE = frozenset(
     {
         "train.save_every",
         "train.keep_checkpoints",
+        "train.compilation_cache",
         "train.log_every",
         "train.on_nonfinite",
         "train.max_nonfinite",
@@ -168,6 +169,7 @@ def default() -> Config:
     c.train.eval_batches = config_dict.placeholder(int)  # of an evaluation, at most; unset = all
     c.train.save_every = 100  # updates
     c.train.keep_checkpoints = 2  # newest ones
+    c.train.compilation_cache = ""  # folder of compiled programs that later starts read instead; "" = compile anew
     c.train.keep_best = (
         ""  # metric of an evaluation whose best checkpoint stays too: eval_loss (least) or another (most)
     )

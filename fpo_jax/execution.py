@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from fpo_jax import hosts, shapes
@@ -24,6 +26,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 class Stopped(hosts.Everywhere):
     """SIGTERM or SIGINT arrived; what is saved is saved, and the same command goes on from there."""
+
+
+def keep_compiled(folder: str) -> None:
+    """Read compiled programs from a folder and leave new ones there; "" changes nothing."""
+    if folder:
+        compilation_cache.reset_cache()  # jax looks for its folder once, at the first compilation
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
 
 
 class Program:

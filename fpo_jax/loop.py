@@ -77,6 +77,7 @@ def run(
         with hosts.together():
             inputs = job.prepare(config)
             fingerprints = job.fingerprints(inputs)
+        execution.keep_compiled(config.train.compilation_cache)
         hosts.agree(job.identity(config) | fingerprints)
         stop.begin(lambda: witness.resumption(workdir / checkpoint.FOLDER))
         with hosts.together():

@@ -1,4 +1,7 @@
-"""A program that does not fit is refused with a remedy before it runs."""
+"""A program that does not fit is refused with a remedy before it runs; compiled programs can be kept."""
+
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -6,6 +9,7 @@ import pytest
 
 from fpo_jax import execution, shapes
 from tests import batches
+from tests.paths import REPO
 
 BATCH = batches.random_batch(groups=2, candidates=2, length=13, vocab=24)
 ARGUMENTS = 4 * 3 + sum(leaf.nbytes for leaf in jax.tree.leaves(BATCH))
@@ -56,3 +60,23 @@ def test_a_compiler_out_of_memory_says_what_to_do(text, refused):
         execution.Program("the update", Refusing())(np.zeros(3, np.float32), BATCH)
     assert ("does not fit: RESOURCE_EXHAUSTED: Ran out" in str(caught.value)) == refused
     assert ("train.py --plan" in str(caught.value)) == refused
+
+
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
+    """In processes of their own: the cache is the process's."""
+    text = f"""
+import jax
+from fpo_jax import execution
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: x + 1)(1)  # what compiled before must not settle it
+execution.keep_compiled({str(tmp_path / "cache")!r})
+jax.jit(lambda x: jax.numpy.sin(x) * 3)(2.0)
+print(hits.count("/jax/compilation_cache/cache_hits"))
+"""
+    said = [
+        subprocess.run([sys.executable, "-c", text], cwd=REPO, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert int(said[0]) == 0 and int(said[1]) >= 1 and any((tmp_path / "cache").iterdir())
