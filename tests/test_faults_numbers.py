@@ -226,6 +226,7 @@ def test_an_outlier_is_skipped_and_logged_and_the_run_resumes_to_the_bit(inputs,
         assert resuming.outcome(tmp_path / f"w{after}") == resuming.outcome(tmp_path / "whole")
 
 
+@pytest.mark.faults
 def test_spikes_without_an_end_stop_the_run(inputs, tmp_path, monkeypatch):
     spoil_updates(monkeypatch, range(6, 99), 400.0)
     with pytest.raises(loop.NonFinite, match=r"step 7: loss or gradient is a spike \(loss .*2 in a row.* what step 5"):

@@ -90,13 +90,8 @@ class Recorder:
                 loop.run(c, workdir, devices=jax.devices()[:devices])
 
 
-def default(case):
-    return case in [("alpha", "accumulated")]
-
-
-@pytest.mark.parametrize(
-    ("name", "way"), [case if default(case) else pytest.param(*case, marks=pytest.mark.faults) for case in CASES]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize(("name", "way"), CASES)
 def test_every_update_of_a_run_stopped_three_times_is_that_of_the_whole_run(inputs, tmp_path, monkeypatch, name, way):
     recorder, c = Recorder(monkeypatch), config(inputs, name, **WAYS[way])
     recorder.run(c, tmp_path / "whole")
