@@ -102,7 +102,7 @@ class ReferencePass:
         prepared = batches.prepared
         known = np.full(prepared.rewards_BK.shape, np.nan, np.float32)
         found = reference.load_part(path) if hosts.first() else None
-        known = hosts.from_first(known if found is None or found.shape != known.shape else found)
+        known = np.array(hosts.from_first(known if found is None or found.shape != known.shape else found))
         missing_B = np.asarray(np.isnan(known).any(axis=1))
         ids = [data.group_ids(batches, number) for number in range(batches.steps_per_epoch)]
         numbers = [number for number, ids_B in enumerate(ids) if missing_B[ids_B[ids_B >= 0]].any()]
