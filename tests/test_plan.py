@@ -60,7 +60,8 @@ def test_state_and_batch_are_what_the_shapes_say(planned):
         cut = 2 if "D" in row.letters and row.axes[row.letters.index("D")] == "embed" else 1
         on_device += 4 * math.prod(row.shape) // cut
     assert outcome.parameters == outcome.gradients == on_device
-    assert outcome.state == 3 * on_device + 3 * 4  # two moments; the counters of AdamW, the schedule and the state
+    # two moments; the counters of AdamW, the schedule and the state, and of updates skipped in a row
+    assert outcome.state == 3 * on_device + 4 * 4
     update = outcome.programs[0]
     rows, T, R = 16 // 8, 40, outcome.sizes.update.scored
     batch = rows * (T * (4 + 1) + R * (4 + 4 + 1)) + 1 * (2 * 4 + 2 * 4 + 4 + 4)
