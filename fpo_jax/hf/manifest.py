@@ -29,7 +29,8 @@ class Writer:
 
     def __init__(self, path: Path):
         """Name the file; it is opened inside `with`."""
-        self._path, self._whole, self._tensors = path, hashlib.sha256(), {}
+        self._path, self._whole, self._bytes = path, hashlib.sha256(), 0
+        self._digests: list[bytes] = []
 
     def __enter__(self) -> "Writer":
         self._file = self._path.open("wb")
@@ -42,21 +43,29 @@ class Writer:
         """Write what is no tensor's."""
         self._put(block)
 
-    def tensor(self, name: str, dtype: str, shape: Iterable[int], blocks: Iterable[memoryview]) -> None:
-        """Write a tensor; dtype as safetensors spells it."""
+    def tensor(self, blocks: Iterable[memoryview]) -> None:
+        """Write the next tensor."""
         own = hashlib.sha256()
         for block in blocks:
             own.update(block)
             self._put(block)
-        self._tensors[name] = _entry(self._path.name, dtype, shape, own.hexdigest())
+        self._digests.append(own.digest())
 
-    def written(self) -> Written:
-        """Return the digests so far."""
-        return Written({"bytes": self._file.tell(), _ALGORITHM: self._whole.hexdigest()}, self._tensors)
+    def written(self, tensors: Iterable[tuple[str, str, Iterable[int]]]) -> Written:
+        """Return the digests, once the file is closed, so that nothing but they is held while tensors are.
+
+        Args:
+            tensors: name, dtype as safetensors spells it, and shape of each, in the order of writing.
+        """
+        entries = {
+            name: _entry(self._path.name, dtype, shape, own.hex())
+            for (name, dtype, shape), own in zip(tensors, self._digests, strict=True)
+        }
+        return Written({"bytes": self._bytes, _ALGORITHM: self._whole.hexdigest()}, entries)
 
     def _put(self, block: bytes | memoryview) -> None:
         self._whole.update(block)
-        self._file.write(block)
+        self._bytes += self._file.write(block)
 
 
 def write(directory: Path, written: dict[str, Written] | None = None) -> None:

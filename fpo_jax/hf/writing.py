@@ -114,21 +114,23 @@ def _write_weights(
     """Write one file, or shards and their index; returns their digests."""
     shards = _shards(config, dtype, limit)
     single = len(shards) == 1
-    weight_map, written = {}, {}
+    weight_map, files = {}, {}
     for number, shard in enumerate(shards, start=1):
         name = directories.SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {piece.name: name for piece in shard}
         with manifest.Writer(directory / name) as file:
             file.header(_header(shard, dtype))
             for piece in shard:
-                blocks = _blocks(flat[piece.row.path], piece, dtype)
-                file.tensor(piece.name, _DTYPES[dtype.name], piece.row.hf_shape, blocks)
-            written[name] = file.written()
+                file.tensor(_blocks(flat[piece.row.path], piece, dtype))
+        files[name] = file
     if not single:
         count = params.count(config)
         metadata = {"total_parameters": count, "total_size": count * dtype.itemsize}
         (directory / directories.INDEX).write_text(directories.dumps({"metadata": metadata, "weight_map": weight_map}))
-    return written
+    return {
+        name: file.written((piece.name, _DTYPES[dtype.name], piece.row.hf_shape) for piece in shard)
+        for (name, file), shard in zip(files.items(), shards, strict=True)
+    }
 
 
 def _shards(config: model.ModelConfig, dtype: np.dtype, limit: int) -> list[list[_Piece]]:
