@@ -26,9 +26,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval import files, generate, jobfile
+from eval import generate, jobfile
 from eval import options as command_line
 from fpo_jax import config as configuration
+from fpo_jax import files
 from fpo_jax.data import sources
 
 log = logging.getLogger("fpo_jax")

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from eval import files
 from fpo_jax import config as configuration
+from fpo_jax import files
 
 
 class JobFile:

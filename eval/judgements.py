@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import files
+from fpo_jax import files
 from fpo_jax.data import sources
 
 # what only the judgements of one benchmark have, and who reads them; the first match counts

@@ -29,10 +29,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from eval import files, intervals, jobfile
+from eval import intervals, jobfile
 from eval import options as command_line
 from fpo_jax import config as configuration
-from fpo_jax import data, hf, job, losses, programs, reference, sharding
+from fpo_jax import data, files, hf, job, losses, programs, reference, sharding
 
 log = logging.getLogger("fpo_jax")
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import tqdm
 
-from eval import files, jobfile
+from eval import jobfile
 from eval import options as command_line
-from fpo_jax import chat, execution, hf, model, rewarding
+from fpo_jax import chat, execution, files, hf, model, rewarding
 
 log = logging.getLogger("fpo_jax")
 

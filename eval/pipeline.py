@@ -21,10 +21,10 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from eval import export, files, generate, jobfile, kl, label, pipeline_report
+from eval import export, generate, jobfile, kl, label, pipeline_report
 from eval.stages import StageError, Stages
 from fpo_jax import config as configuration
-from fpo_jax import execution, job, loop, losses
+from fpo_jax import execution, files, job, loop, losses
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/pipelines/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.")

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from eval import files, intervals, kl, page, rates
+from eval import intervals, kl, page, rates
+from fpo_jax import files
 
 START = "start"
 

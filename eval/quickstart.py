@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from configs import quickstart as recipe
-from eval import export, files, quickstart_configs, quickstart_model, quickstart_report, quickstart_summary, report
+from eval import export, quickstart_configs, quickstart_model, quickstart_report, quickstart_summary, report
 from eval import quickstart_task as task
 from eval.quickstart_configs import Scale
 from eval.stages import StageError, Stages
-from fpo_jax import checkpoint, execution, loop, losses, params, sample
+from fpo_jax import checkpoint, execution, files, loop, losses, params, sample
 from fpo_jax import config as configuration
 
 DEMONSTRATIONS = 2  # per prompt, of one demonstrator

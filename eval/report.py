@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import files, jobfile, page, pipeline_report, rates, report_plots
+from eval import jobfile, page, pipeline_report, rates, report_plots
 from eval import options as command_line
 from eval.page import Block, Heading, Plot, Table, Text, Texts
-from fpo_jax import __version__, answering, metrics
+from fpo_jax import __version__, answering, files, metrics
 from fpo_jax import config as configuration
 
 DISTANCE = "log-ratio to the reference, nats per response of the data (reference_kl)"

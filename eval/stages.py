@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval import files
+from fpo_jax import files
 
 RECORD_FILE = "stages.json"
 DIGESTS_FILE = "digests.json"

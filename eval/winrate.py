@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from eval import files, generate, jobfile, judging, label, rates
+from eval import generate, jobfile, judging, label, rates
 from eval import options as command_line
 from eval import server as servers
-from fpo_jax import chat, data, execution
+from fpo_jax import chat, data, execution, files
 
 log = logging.getLogger("fpo_jax")
 

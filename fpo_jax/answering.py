@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import chat, data, hf, hosts, job, rewarding, sample, shapes, sharding
+from fpo_jax import chat, data, files, hf, hosts, job, rewarding, sample, shapes, sharding
 from fpo_jax import config as configuration
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
@@ -140,11 +140,7 @@ class Answers:
         }
 
     def _write(self, number: int, lines: list[dict]) -> None:
-        self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"{number}.jsonl"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(path)
+        files.write_lines(self._folder / f"{number}.jsonl", lines)
 
 
 def read(folder: Path, number: int) -> list[dict]:

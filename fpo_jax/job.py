@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import __version__, chat, checkpoint, data, flops, hf, losses, model, optim, params
+from fpo_jax import __version__, chat, checkpoint, data, files, flops, hf, losses, model, optim, params
 from fpo_jax import config as configuration
 from fpo_jax.data import decontamination
 
@@ -358,15 +358,8 @@ def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -
     elif workdir.is_dir() and (workdir / checkpoint.FOLDER).exists():
         raise ValueError(f"{workdir} holds checkpoints but no config.json; use another --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
-    _write(path, mine)
+    files.write(path, json.dumps(mine, indent=2) + "\n")
     audits = {"train": inputs.train.audit.as_dict()}
     if inputs.evaluation is not None:
         audits["eval"] = inputs.evaluation.audit.as_dict()
-    _write(workdir / "audit.json", audits)
-
-
-def _write(path: Path, value: dict) -> None:
-    """Write JSON that is there whole or not at all, also where the process is killed."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    files.write(workdir / "audit.json", json.dumps(audits, indent=2) + "\n")

@@ -193,11 +193,13 @@ class _Run:
         with contextlib.closing(checkpointer), hosts.guard():
             last = checkpointer.latest_step()
             hosts.agree({"newest checkpoint": last, "updates of the run": self.plan.steps})
+            due = True  # an evaluation before the next update
             if last is not None:
                 meta = checkpointer.meta(last)
                 with hosts.together():
                     self._check_same(meta)
-                if last >= self.plan.steps and not self._lacks_evaluation(last):
+                due = self._lacks_evaluation(last)
+                if last >= self.plan.steps and not due:
                     log.info("finished: %s holds step %d of %d", self.workdir, last, self.plan.steps)
                     return
             with hosts.together():
@@ -222,7 +224,7 @@ class _Run:
                 if hosts.first():
                     self.writers = self._open_writers(last)
             with contextlib.closing(self.writers):
-                if last is None or self._lacks_evaluation(last):
+                if due:
                     saved = "nothing had been updated" if last is None else f"step {last} is saved"
                     check = functools.partial(self.stop.check, f"{saved}; the same command goes on.")
                     found = self._evaluate(last or 0, self.programs.whole(state), references[1], check)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fpo_jax import files
+
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
 
@@ -152,7 +154,4 @@ def _cell(text: str) -> str:
 
 def _open_until(path: Path, last_step: int):
     kept = [line for line in read(path) if line["step"] <= last_step] if path.exists() else []
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(path)
-    return path.open("a")
+    return files.write(path, "".join(json.dumps(line) + "\n" for line in kept)).open("a")

@@ -25,6 +25,17 @@ from jaxtyping import install_import_hook
 
 install_import_hook("fpo_jax", "tests.shapecheck.checked")
 
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tiny model and 24 pairs; modules that train something else have inputs of their own."""
+    root = tmp_path_factory.mktemp("inputs")
+    tiny.write_model(root / "model", layers=1)
+    tiny.write_pairs(root / "pairs.jsonl", count=24)
+    return root
+
 
 # The files that take longest, first, so that no worker is left with one of them at the end.
 LONGEST = (

@@ -19,14 +19,6 @@ from tests.test_step import CONFIG, batch_of
 MOST = 3
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    tiny.write_model(root / "model", layers=1)
-    tiny.write_pairs(root / "pairs.jsonl", count=24)
-    return root
-
-
 def one_leaf(where):
     """An optimiser's front that spoils a gradient leaf: all of it, or one shard's entry alone."""
     return lambda leaf: leaf.at[(0,) * leaf.ndim if where == "one shard" else ...].set(jnp.nan)

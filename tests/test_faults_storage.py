@@ -20,7 +20,7 @@ import pytest
 from fpo_jax import checkpoint, hf, integrity, locking, loop, params, shapes, space
 from fpo_jax.hf import __main__ as checker
 from fpo_jax.hf import manifest
-from tests import damage, tiny
+from tests import damage, resuming, tiny
 from tests.paths import REPO
 
 
@@ -361,14 +361,6 @@ class TestSpace:
                 assert abs(told / real - 1) < 0.05, (step, told, real)
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    tiny.write_model(root / "model", layers=1)
-    tiny.write_pairs(root / "pairs.jsonl", count=24)
-    return root
-
-
 def run(inputs, workdir, **changed):
     """Four updates on one device; a checkpoint after the second and the last."""
     options = {"train__batch_size": 4, "train__max_steps": 4, "train__save_every": 2, "data__eval": ""}
@@ -377,17 +369,12 @@ def run(inputs, workdir, **changed):
     loop.run(c, workdir, devices=jax.devices()[:1])
 
 
-def outcome(workdir):
-    weights, meta = checkpoint.restore_params(workdir, None)
-    return meta["step"], [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights)]
-
-
 @pytest.mark.faults  # three runs
 class TestRun:
     def test_damaged_newest_checkpoint_costs_one_save_interval_and_no_bit(self, inputs, tmp_path, caplog, monkeypatch):
         caplog.set_level("INFO", "fpo_jax")
         run(inputs, tmp_path / "w")
-        before = outcome(tmp_path / "w")
+        before = resuming.outcome(tmp_path / "w")
         damage.flip(
             max((tmp_path / "w" / checkpoint.FOLDER / "4").rglob("d/*"), key=lambda path: path.stat().st_size), 99
         )
@@ -395,7 +382,7 @@ class TestRun:
         run(inputs, tmp_path / "w")
         assert "set aside as 4.damaged" in caplog.text and "resumed from step 2 of 4" in caplog.text
         assert "step 4 was not saved, and the run tries again" in caplog.text
-        assert before[0] == 4 and outcome(tmp_path / "w") == before
+        assert before[0] == 4 and resuming.outcome(tmp_path / "w") == before
         assert listed(tmp_path / "w") == ["2", "4", "4.damaged"]
 
     def test_failed_save_is_made_again_after_the_next_update(self, inputs, tmp_path, monkeypatch, caplog):

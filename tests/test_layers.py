@@ -11,6 +11,7 @@ from tests.paths import REPO
 # a module imports only from those above it
 LAYERS = [
     "shapes",
+    "files",
     "locking",
     "integrity",
     "hosts",

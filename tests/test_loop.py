@@ -17,18 +17,10 @@ import safetensors.numpy
 
 from eval import export
 from fpo_jax import checkpoint, config, execution, hf, job, loop, metrics, reference
-from tests import tiny
+from tests import resuming, tiny
 from tests.paths import REPO
 
 STEPS = 40
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    tiny.write_model(root / "model", layers=1)
-    tiny.write_pairs(root / "pairs.jsonl", count=24)
-    return root
 
 
 def command(inputs, workdir, **changed):
@@ -65,17 +57,11 @@ def start_until(command_line, path, lines):
     return process
 
 
-def outcome(workdir):
-    weights, meta = checkpoint.restore_params(workdir, None)
-    leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights)]
-    return meta["step"], leaves, (workdir / metrics.METRICS_FILE).read_bytes()
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(inputs, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "w"
     finish(command(inputs, workdir))
-    return outcome(workdir)
+    return resuming.outcome(workdir)
 
 
 @pytest.mark.slow  # four processes
@@ -91,7 +77,7 @@ def test_sigkill_at_random_steps_changes_no_bit(inputs, uninterrupted, tmp_path)
         process.stderr.close()
     assert "resumed from step" in finish(command(inputs, tmp_path / "w"))
     assert uninterrupted[0] == STEPS
-    assert outcome(tmp_path / "w") == uninterrupted, f"replay with FPO_TEST_SEED={seed}; (exit, lines)={seen}"
+    assert resuming.outcome(tmp_path / "w") == uninterrupted, f"replay with FPO_TEST_SEED={seed}; (exit, lines)={seen}"
     assert any(code == -signal.SIGKILL for code, _ in seen), f"no run was killed in time: {seen}"
 
 
@@ -103,18 +89,18 @@ def test_signal_saves_exits_with_its_code_and_resumes_to_the_bit(inputs, uninter
     _, stderr = process.communicate()
     assert process.returncode == 75, stderr
     assert f"{number.name}: saved step" in stderr and "Traceback" not in stderr
-    step = outcome(tmp_path / "w")[0]
+    step = resuming.outcome(tmp_path / "w")[0]
     assert 3 <= step < STEPS
     assert f"resumed from step {step} of {STEPS}" in finish(command(inputs, tmp_path / "w"))
-    assert outcome(tmp_path / "w") == uninterrupted
+    assert resuming.outcome(tmp_path / "w") == uninterrupted
 
 
 @pytest.mark.slow  # two processes
 def test_finished_run_does_nothing(inputs, tmp_path):
     finish(command(inputs, tmp_path / "w", **{"train.max_steps": 3}))
-    before = outcome(tmp_path / "w")
+    before = resuming.outcome(tmp_path / "w")
     assert "holds step 3 of 3" in finish(command(inputs, tmp_path / "w", **{"train.max_steps": 3}))
-    assert outcome(tmp_path / "w") == before
+    assert resuming.outcome(tmp_path / "w") == before
 
 
 def one_device(c):
@@ -248,7 +234,7 @@ def test_a_stopped_reference_pass_goes_on_where_it_was(inputs, tmp_path, monkeyp
     )
     run(small_passes, tmp_path / "cut")
     assert np.concatenate(scored[:3]).tolist() == list(range(12, 24)) and len(scored) == 3 + 6
-    assert not part.exists() and outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+    assert not part.exists() and resuming.outcome(tmp_path / "cut") == resuming.outcome(tmp_path / "whole")
 
 
 def broken(inputs, tmp_path, case):
