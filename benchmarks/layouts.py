@@ -18,7 +18,7 @@ import numpy as np
 
 from benchmarks.updates import Updates
 from fpo_jax import config as configuration
-from fpo_jax import data, flops, hf, job
+from fpo_jax import data, hf, job
 from tests import tiny
 
 LAYOUTS = ("padded", "packed", "shared")
@@ -56,11 +56,9 @@ def configured(of: dict, folder: Path, model: Path, *, layout: str, updates: int
     return config
 
 
-def operations(run: Updates, inputs: job.Inputs, number: int) -> tuple[int, int, float]:
-    """Return operations and tokens of an update's rows, padding included, and the share of padding."""
-    sizes = data.row_sizes(run.plan.schedule, number)
-    work = flops.work([sizes.length] * sizes.rows, sizes.rows * sizes.scored, sliding_window=None)
-    return flops.update(inputs.model_config, work), work.tokens, 1 - sizes.texts.sum() / work.tokens
+def padding(run: Updates, number: int) -> float:
+    """Return the share of an update's positions that hold no token of a candidate."""
+    return 1 - data.row_sizes(run.plan.schedule, number).texts.sum() / run.work(number).tokens
 
 
 def compare(name: str, folder: Path, *, updates: int) -> list[dict]:
@@ -90,13 +88,14 @@ def compare(name: str, folder: Path, *, updates: int) -> list[dict]:
     rows = []
     for layout, run in runs.items():
         np.testing.assert_allclose(run.losses, runs["padded"].losses, rtol=LOSS_RTOL)
-        each = [operations(run, inputs, number) for number in range(1, updates)]  # the first one compiles
-        done, tokens, padding = (sum(column) / len(each) for column in zip(*each, strict=True))
+        later = range(1, updates)  # the first one compiles
         shapes = ", ".join(f"T={length} R={scored}" for length, scored in run.plan.shapes)
         rows.append(
             {
                 "set": name, "layout": layout, "shapes": shapes, "seconds": statistics.median(seconds[layout][1:]),
-                "operations": done, "tokens": tokens, "padding": padding,
+                "operations": statistics.mean(map(run.operations, later)),
+                "tokens": statistics.mean(run.work(number).tokens for number in later),
+                "padding": statistics.mean(padding(run, number) for number in later),
             }
         )  # fmt: skip
     for row in rows:

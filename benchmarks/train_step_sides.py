@@ -8,6 +8,7 @@ collation, its metrics; the reference log-probs come from where the trainer take
 """
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import os
@@ -99,8 +100,9 @@ class Turns:
         seconds = {"seconds": time.perf_counter() - self._started, "cpu_seconds": time.process_time() - self._used}
         self._say(seconds | {"losses": self._losses})
         self._losses = []
-        if Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of compiling is not that of updates
+        if Path("/proc/self/clear_refs").exists():  # the peak of compiling is not that of updates
+            ctypes.CDLL(None).malloc_trim(0)  # nor is what the allocator keeps of it
+            Path("/proc/self/clear_refs").write_text("5")
 
     def _say(self, what: dict) -> None:
         print(json.dumps(what), file=self._out, flush=True)
@@ -111,13 +113,51 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
+def write_model(case: Case, folder: Path) -> None:
+    """Write a random Llama of the case's shape with a tokenizer that nobody asks."""
+    from fpo_jax.model import Rope
+    from tests import tiny
+
+    tiny.write_model(
+        folder,
+        vocab_size=case.vocab,
+        width=case.width,
+        layers=case.layers,
+        heads=case.heads,
+        kv_heads=case.heads,
+        head_dim=case.width // case.heads,
+        ffn=case.ffn,
+        max_positions=1024,
+        initializer_range=0.02,
+        rope=Rope(theta=1e6),  # tunix takes this one whatever a model says
+    )
+
+
 def ours(case: Case, model: Path, layout: str) -> None:
     """fpo_jax: the programs of a run, batches made, placed and read as its loop does."""
+    import benchmarks.updates  # noqa: F401 - before the turns, as memory of imports does not count
+
+    turns = Turns(case)
+    run = our_run(case, model, layout)
+    turns.reference(run.score())
+
+    def finish() -> None:
+        run.read()
+        turns.losses(run.losses)
+        run.losses = []
+
+    for number in range(run.plan.steps):
+        turns.before(number, finish)
+        run.update(number)
+    turns.done(finish)
+
+
+def our_run(case: Case, model: Path, layout: str):
+    """Return `updates.Updates` of a case: DPO on pairs, EXO on more."""
     from benchmarks.updates import Updates
     from fpo_jax import config as configuration
     from fpo_jax import hf, job
 
-    turns = Turns(case)
     config = configuration.default()
     config.update(
         {
@@ -132,18 +172,7 @@ def ours(case: Case, model: Path, layout: str) -> None:
     inputs = job.Inputs(job.check(config), model, hf.read_config(model), job.Dataset(_prepared(case), None, ""), None)
     if layout == "shared":
         config.data.row_length = case.prompt + case.candidates * case.response  # a row for a group, as all are alike
-    run = Updates(config, inputs, model)
-    turns.reference(run.score())
-
-    def finish() -> None:
-        run.read()
-        turns.losses(run.losses)
-        run.losses = []
-
-    for number in range(run.plan.steps):
-        turns.before(number, finish)
-        run.update(number)
-    turns.done(finish)
+    return Updates(config, inputs, model)
 
 
 def _prepared(case: Case):

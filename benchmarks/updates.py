@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from fpo_jax import config as configuration
-from fpo_jax import data, job, programs, sharding, step
+from fpo_jax import data, flops, job, programs, sharding, step
 
 
 class Updates:
@@ -18,8 +18,7 @@ class Updates:
         grid = sharding.make_layout(**config.mesh, devices=jax.devices()[:1])
         self._config, self._inputs, self.plan = config, inputs, job.plan(config, inputs, devices=1)
         self.programs = programs.Programs(config, job.blueprint(config, inputs, self.plan), grid)
-        self._weights = self.programs.load(model)
-        self._state = self.programs.fresh_state(self._weights)
+        self._state = self.programs.fresh_state(self.programs.load(model))
         self._references = np.zeros(inputs.train.prepared.rewards_BK.shape, np.float32)
         self._pending: dict | None = None
         self.losses: list[float] = []
@@ -49,6 +48,15 @@ class Updates:
         self._state, pairs = self.programs.train(self._state, self.programs.place(stacked, stacked=True))
         self.read()
         self._pending = pairs
+
+    def operations(self, number: int) -> int:
+        """Return the operations that the rows of an update need, padding included."""
+        return flops.update(self._inputs.model_config, self.work(number))
+
+    def work(self, number: int) -> flops.Work:
+        """Return what the rows of an update hold, padding included."""
+        sizes = data.row_sizes(self.plan.schedule, number)
+        return flops.work([sizes.length] * sizes.rows, sizes.rows * sizes.scored, sliding_window=None)
 
     def read(self) -> None:
         """Wait for the newest update."""

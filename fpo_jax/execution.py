@@ -89,6 +89,12 @@ class Program:
             )
 
     @property
+    def temporaries(self) -> int | None:
+        """Most bytes beside its arguments that any shape needs on a device; None where the compiler does not say."""
+        found = [compiled.memory_analysis() for compiled in self._compiled.values()]
+        return max((memory.temp_size_in_bytes for memory in found if memory is not None), default=None)
+
+    @property
     def compilations(self) -> int:
         """Number of batch shapes compiled so far."""
         return len(self._compiled)
