@@ -3,9 +3,10 @@
     python benchmarks/guard.py --width 256 --layers 4 --rounds 30
 
 Prints a JSON object: the median seconds of both, of the guard that looks for spikes too, and the medians of the
-differences within a round relative to the update without. The one without is compiled with `isfinite` taken as true,
-so that the compiler drops every choice between new and old state. `host_calls` counts what the compiled program with
-the guard asks the host for; it is 0.
+differences within a round relative to the update without, in seconds and in CPU seconds, beside what the compiler
+counts of operations and bytes, which no other work on the machine disturbs. The one without is compiled with `isfinite`
+taken as true, so that the compiler drops every choice between new and old state. `host_calls` counts what the compiled
+program with the guard asks the host for; it is 0.
 """
 
 import argparse
@@ -85,20 +86,25 @@ def main() -> None:
     sides["guard"] = made(config, example, guard=guards.Guard(most=10))
     sides["guard and spikes"] = made(config, example, guard=guards.Guard(most=10, sigmas=6.0, window=128))
     host_calls = len(re.findall(r"callback|infeed|outfeed|host_transfer", sides["guard and spikes"][0].as_text()))
-    seconds = {name: [] for name in sides}
+    seconds, cpu_seconds = ({name: [] for name in sides} for _ in range(2))
     states = {name: state for name, (_, state) in sides.items()}
     for turn in range(options.rounds + 2):
         names = list(sides) if turn % 2 else list(sides)[::-1]
         for name in names:
-            started = time.perf_counter()
+            started, used = time.perf_counter(), time.process_time()
             states[name], pairs = jax.block_until_ready(sides[name][0](states[name], example))
             assert float(pairs["nonfinite"][0]) == 0.0
             if turn > 1:  # the first ones warm up
                 seconds[name].append(time.perf_counter() - started)
-    shares = {
-        name: statistics.median((b - a) / a for a, b in zip(seconds["without"], seconds[name], strict=True))
-        for name in ("guard", "guard and spikes")
-    }
+                cpu_seconds[name].append(time.process_time() - used)
+
+    def shares(values: dict[str, list[float]]) -> dict[str, float]:
+        return {
+            name: statistics.median((b - a) / a for a, b in zip(values["without"], values[name], strict=True))
+            for name in ("guard", "guard and spikes")
+        }
+
+    counted = {name: compiled.cost_analysis() for name, (compiled, _) in sides.items()}
     print(
         json.dumps(
             {
@@ -106,7 +112,10 @@ def main() -> None:
                 "parameters": params.count(config),
                 "rounds": options.rounds,
                 "median_s": {name: statistics.median(values) for name, values in seconds.items()},
-                "share": shares,
+                "share": shares(seconds),
+                "share_of_cpu_seconds": shares(cpu_seconds),
+                "share_of_operations": shares({name: [cost["flops"]] for name, cost in counted.items()}),
+                "share_of_bytes": shares({name: [cost["bytes accessed"]] for name, cost in counted.items()}),
                 "host_calls": host_calls,
             },
             indent=2,

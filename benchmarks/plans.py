@@ -79,7 +79,7 @@ def main() -> None:
         for recipe in arguments.recipes:
             key = f"{recipe} {target}"
             if key not in found:
-                found[key] = one(recipe, target)
+                found[key] = one(recipe, target, CHANGES.get((recipe, target), {}))
                 arguments.json.write_text(json.dumps(found, indent=1))
                 print(key, found[key]["fits"], f"{found[key]['peak'] / 2**30:.2f} GiB", flush=True)
     if arguments.write:
@@ -87,9 +87,8 @@ def main() -> None:
         DOCUMENT.write_text(document(found))
 
 
-def one(recipe: str, target: str) -> dict:
-    """Plan one recipe on one target."""
-    changes = CHANGES.get((recipe, target), {})
+def one(recipe: str, target: str, changes: dict[str, object]) -> dict:
+    """Plan one recipe on one target, with some keys changed."""
     config = remedies.changed(importlib.import_module(f"configs.{recipe}").get_config(), changes)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -120,6 +119,7 @@ def one(recipe: str, target: str) -> dict:
         "best": seconds.best,
         "most": seconds.most,
         "steps": outcome.sizes.steps,
+        "operations": outcome.operations,
         "text": text,
         "wall": round(time.perf_counter() - started, 1),
         "jax": jax.__version__,

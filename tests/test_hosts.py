@@ -180,7 +180,7 @@ def test_four_processes_stop_together_and_two_or_one_go_on(inputs, whole, tmp_pa
     assert (workdir / "audit.json").read_bytes() == whole[1]
 
 
-@pytest.mark.slow  # two processes, and a run in this one
+@pytest.mark.faults  # two processes, and a run in this one
 def test_killed_process_ends_the_other_and_the_run_goes_on(inputs, whole, tmp_path):
     """With tensor parallelism across the processes and the moments in the hosts' memory."""
     workdir = tmp_path / "w"

@@ -392,21 +392,29 @@ def test_program_size_is_independent_of_depth(remat):
     assert sizes[0] == sizes[1] > 50
 
 
+def kept_for_the_backward_pass(config, remat):
+    """Shapes of what the forward scan stacks for every token."""
+    return [
+        output.aval.shape
+        for equation in equations(gradient_jaxpr(config, remat=remat))
+        if equation.primitive.name == "scan"
+        for output in equation.outvars
+        if output.aval.shape[:3] == (config.layers, 3, T)
+    ]
+
+
 def test_full_remat_keeps_one_hidden_state_per_layer():
     config = model.from_hf_config(LLAMA)
-    stacked = (config.layers, 3, T)
-    kept = {
-        remat: [
-            output.aval.shape
-            for equation in equations(gradient_jaxpr(config, remat=remat))
-            if equation.primitive.name == "scan"
-            for output in equation.outvars
-            if output.aval.shape[:3] == stacked
-        ]
-        for remat in ("none", "full")
-    }
-    assert kept["full"] == [(*stacked, config.width)]
-    assert len(kept["none"]) > 5
+    assert kept_for_the_backward_pass(config, "full") == [(config.layers, 3, T, config.width)]
+    assert len(kept_for_the_backward_pass(config, "none")) > 5
+
+
+@pytest.mark.parametrize(("described", "most"), [(LLAMA, 3), (NEOX, 2)])
+def test_of_an_mlp_its_matmuls_arguments_alone_are_kept(described, most):
+    """Gate, up and their product; up and its activation."""
+    config = model.from_hf_config(described)
+    kept = kept_for_the_backward_pass(config, "none")
+    assert sum(shape[3:] == (config.ffn,) for shape in kept) == most
 
 
 def test_never_makes_logits():

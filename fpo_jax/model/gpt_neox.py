@@ -41,9 +41,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: parts.Context) -> Float[jax.Array, "N T D"]:
         """Apply down(act(up(x)))."""
-        active_NTF = context.pin_mlp(
-            parts.ACTIVATIONS[self.activation](context.project("NTD,DF->NTF", x_NTD, self, "up"))
-        )
+        up_NTF = context.project("NTD,DF->NTF", x_NTD, self, "up")
+        active_NTF = context.pin_mlp(parts.activate(self.activation, up_NTF))
         return context.project("NTF,FD->NTD", active_NTF, self, "down")
 
 

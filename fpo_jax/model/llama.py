@@ -55,7 +55,7 @@ class MLP(nnx.Module):
         """Apply down(act(gate(x)) * up(x))."""
         gate_NTF = context.project("NTD,DF->NTF", x_NTD, self, "gate")
         up_NTF = context.project("NTD,DF->NTF", x_NTD, self, "up")
-        gated_NTF = context.pin_mlp(parts.ACTIVATIONS[self.activation](gate_NTF) * up_NTF)
+        gated_NTF = context.pin_mlp(parts.activate(self.activation, gate_NTF, up_NTF))
         return context.project("NTF,FD->NTD", gated_NTF, self, "down")
 
 

@@ -4,6 +4,7 @@ Modules here declare parameters by shape only. Values come from one place, the r
 from safetensors), and enter by `nnx.merge`.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,6 +30,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)  # all layers are in a scan
+def activate(name: str, x: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+    """Return act(x), or act(x) * factor. The backward pass keeps the arguments and computes what is between anew.
+
+    Without it, it would keep four more arrays of the width of the MLP for each layer.
+    """
+    active = ACTIVATIONS[name](x)
+    return active if factor is None else active * factor
 
 
 def parameter(*shape: int) -> nnx.Param:
