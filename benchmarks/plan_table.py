@@ -28,7 +28,7 @@ def longest(recipe: str, layout: str) -> dict[str, object]:
     """Return what a recipe changes for rows of its longest groups."""
     data = importlib.import_module(f"configs.{recipe}").get_config().data
     response = data.max_response_length or data.max_length - data.max_prompt_length
-    changes: dict[str, object] = {"data.eval": "", "data.max_response_length": response}
+    changes: dict[str, object] = {"data.eval": ""}
     if layout == "shared":
         row = data.max_length - response + data.group_size * response
         changes |= {"data.layout": "shared", "data.row_length": row}

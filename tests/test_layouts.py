@@ -154,6 +154,14 @@ def test_a_pass_holds_every_group_once_and_pads_little():
     assert valid.mean() > 0.95
 
 
+def test_rows_of_groups_that_are_all_alike_have_room_for_no_more():
+    groups = 6
+    found = layouts.Sizes(np.full(groups, 128), np.full(groups, 192), np.full(groups, 64))
+    samples = [range(groups)]
+    shape = layouts.packing(found, samples, shared=True, multiple=1, longest=384, head_cost=2.0)
+    assert (shape.length, shape.scored) == (384, 128)
+
+
 def test_work_of_shared_prompts_is_counted_once():
     done = flops.work([5, 2, 3], [0, 2, 3], contexts=[0, 5, 5], sliding_window=None)
     assert done == flops.Work(tokens=10, pairs=15 + (6 + 7) + (6 + 7 + 8), scored=5)

@@ -22,7 +22,7 @@ from fpo_jax.shapes import Batch, Segments
 LENGTH_UNIT = 128  # rows are a multiple of it: whole tiles of every attention kernel
 _SCORED_UNIT = 8  # R is rounded up to it: the row count of one TPU tile
 _LENGTHS = 8  # row lengths that are tried
-_SLACKS = (1.1, 1.2, 1.35, 1.6, 2.0)  # scored positions of a row over their mean share
+_SLACKS = (1.0, 1.1, 1.2, 1.35, 1.6, 2.0)  # scored positions of a row over their mean share; 1: all groups alike
 
 
 class Sizes(NamedTuple):
