@@ -5,15 +5,16 @@ import os
 import shutil
 import tempfile
 
+from tests import compiling
+
 # Programs that several tests or their child processes compile are compiled once a session.
 _CACHE = tempfile.mkdtemp(prefix="fpo_jax_compiled_")
 atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-# Most of the suite's time is LLVM's, and programs this small gain nothing by it. Flags of yours come last and win.
-_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+# Flags of yours come last and win.
+os.environ["XLA_FLAGS"] = f"{compiling.flags(devices=8)} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"

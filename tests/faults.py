@@ -21,6 +21,7 @@ import threading
 import time
 from pathlib import Path
 
+from tests import compiling
 from tests.paths import REPO
 
 SEED = int(os.environ.get("FPO_FAULT_SEED", "20260923"))
@@ -63,7 +64,7 @@ class Zygote:
     def __init__(self, cache: Path, *, devices: int = 1):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": compiling.flags(devices=devices),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": str(REPO),

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from fpo_jax import checkpoint, data, guards, loop, losses, metrics, optim, params, reference, shapes, sharding, step
-from tests import batches, faults, resuming, tiny
+from tests import batches, compiling, faults, resuming, tiny
 from tests.paths import REPO
 from tests.test_step import CONFIG, batch_of
 
@@ -259,7 +259,7 @@ def test_the_same_seed_gives_the_same_bytes_under_any_hash_seed(inputs, tmp_path
     found = []
     for seed in ("0", "4242"):
         changed = {"train.max_steps": 4, "train.eval_every": 2, "train.epochs": 1.0}
-        environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONHASHSEED": seed}
+        environment = os.environ | {"XLA_FLAGS": compiling.flags(), "PYTHONHASHSEED": seed}
         line = command(inputs, tmp_path / seed, **changed)
         assert line[0] == sys.executable
         done = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True)

@@ -24,7 +24,7 @@ from eval import generate
 from eval import server as servers
 from fpo_jax import chat, hf, job, model
 from fpo_jax.chat import rendering
-from tests import hostile, tiny, toy_tokenizers
+from tests import compiling, hostile, tiny, toy_tokenizers
 from tests.answer_server import AnswerServer
 from tests.paths import REPO
 
@@ -113,7 +113,9 @@ def test_train_ends_in_one_sentence(sound, tmp_path, name):
     flags |= {"data.max_prompt_length": 32, "tokenizer.chat_template": "", "train.batch_size": 4}
     command = [sys.executable, "train.py", "--config=configs/mistral_base.py", f"--workdir={tmp_path / 'w'}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    done = subprocess.run(
+        command, cwd=REPO, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": compiling.flags()}
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert re.search(r"train\.py: .*" + case.refusal, done.stderr, re.DOTALL)
     assert not hostile.canary(tmp_path / "model").exists() and not (tmp_path / "w").exists()
@@ -343,7 +345,7 @@ def test_a_training_run_writes_no_byte_of_the_environment_s_keys(sound, tmp_path
     flags |= {"train.micro_batch_per_device": 2, "train.max_steps": 2, "logging.tensorboard": True}
     command = [sys.executable, "train.py", "--config=configs/pythia_hh_pref.py", f"--workdir={tmp_path / 'w'}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]
-    environment = os.environ | dict.fromkeys(names, KEY) | {"XLA_FLAGS": "", "HOME": str(tmp_path)}
+    environment = os.environ | dict.fromkeys(names, KEY) | {"XLA_FLAGS": compiling.flags(), "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=REPO, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

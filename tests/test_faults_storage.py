@@ -20,7 +20,7 @@ import pytest
 from fpo_jax import checkpoint, hf, integrity, locking, loop, params, shapes, space
 from fpo_jax.hf import __main__ as checker
 from fpo_jax.hf import manifest
-from tests import damage, resuming, tiny
+from tests import compiling, damage, resuming, tiny
 from tests.paths import REPO
 
 
@@ -408,7 +408,7 @@ def test_run_on_a_full_disk_ends_with_its_exit_code_and_leaves_nothing_half_writ
     limited = ["prlimit", f"--fsize={2**16}", sys.executable, "train.py", "--config", "configs/pythia_hh_pref.py"]
     limited += ["--workdir", str(tmp_path / "w"), *flags]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION")}
-    environment["XLA_FLAGS"] = ""
+    environment["XLA_FLAGS"] = compiling.flags()
     done = subprocess.run(limited, cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "train.py: step 2 was not saved to" in done.stderr and "there is no checkpoint" in done.stderr

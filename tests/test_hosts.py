@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from fpo_jax import checkpoint, hosts, loop, metrics, programs, sharding
 from fpo_jax.hosts import startup
-from tests import tiny, tolerances
+from tests import compiling, tiny, tolerances
 from tests.paths import REPO
 
 STEPS = 40
@@ -85,8 +85,7 @@ class Job:
         self.logs = [folder / f"log{index}" for index in range(len(commands))]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            # unoptimised code: compiling is most of what these runs do
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+            "XLA_FLAGS": compiling.flags(devices=devices),
             "PYTHONPATH": str(REPO),
         }
         self.processes = []

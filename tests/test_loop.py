@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from eval import export
 from fpo_jax import checkpoint, config, execution, hf, job, loop, metrics, reference
-from tests import resuming, tiny
+from tests import compiling, resuming, tiny
 from tests.paths import REPO
 
 STEPS = 40
@@ -38,7 +38,7 @@ def command(inputs, workdir, **changed):
 
 
 def environment():
-    return os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
+    return os.environ | {"XLA_FLAGS": compiling.flags()}
 
 
 def finish(command_line):

@@ -1,0 +1,14 @@
+"""XLA flags of tests: compiling is most of their time, and programs this small gain nothing by doing it well."""
+
+import importlib.metadata
+
+# LLVM's own passes are off; XLA's, and with them the maths, stay as they are. Emitting fusions without MLIR takes a
+# fifth of the time; jaxlib 0.11 and newer may not know that flag, and XLA ends a process over an unknown one.
+_QUICK = ["--xla_backend_optimization_level=0"]
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    _QUICK.append("--xla_cpu_use_fusion_emitters=false")
+
+
+def flags(*, devices: int = 1) -> str:
+    """Return the value of XLA_FLAGS for so many virtual CPU devices."""
+    return " ".join([f"--xla_force_host_platform_device_count={devices}", *_QUICK])
