@@ -40,8 +40,10 @@ def real(recipe: str, layout: str, folder: Path) -> dict[str, object]:
     of = layouts.SETS[REAL[recipe]]
     changes: dict[str, object] = {"data.eval": "", "data.format": of["format"], "data.layout": layout}
     changes |= {"data.train": str(folder / of["train"]), "data.train_split": "", "data.subfolder": ""}
-    changes |= {"tokenizer.path": str(folder / of["tokenizer"]), "tokenizer.chat_template": ""}
-    return changes | {"tokenizer.eos_token": of["eos"], "plan.groups": None}
+    changes |= {"plan.groups": None, "tokenizer.eos_token": of["eos"]}
+    if recipe.startswith("mistral"):  # whose vocabulary is too small for the set's own
+        return changes | {"tokenizer.path": str(folder / "tokenizers" / "mistral-v1.model")}
+    return changes | {"tokenizer.path": str(folder / of["tokenizer"]), "tokenizer.chat_template": ""}
 
 
 def table(found: dict[str, dict]) -> str:
@@ -89,6 +91,8 @@ def main() -> None:
                     key = f"{recipe} {lengths} {target} {layout}"
                     if key not in found:
                         found[key] = plans.one(recipe, target, changes)
+                        if lengths == "real" and "measured on the data" not in found[key]["text"]:
+                            raise RuntimeError(f"{key}: the data were not read:\n{found[key]['text']}")
                         kept = options.json.with_suffix(".part")
                         kept.write_text(json.dumps(found, indent=1))
                         os.replace(kept, options.json)

@@ -51,6 +51,9 @@ def test_rows_of_shared_prompts_are_planned_with_the_attention_that_they_get(fol
     assert report.fits and report.outcome.operations > 0
     assert report.outcome.sizes.update.length == 512
     assert any(choice.startswith("attention: chunked") for choice in report.outcome.choices)
+    if data == "pairs.jsonl":  # several groups a row, so that one row a device holds an update and the reference pass
+        assert "update: 8 groups x 2 in 8 rows of T=512" in report.text and "; 4,096 tokens" in report.text
+        assert report.outcome.sizes.scoring_batches == 1
 
 
 def test_state_and_batch_are_what_the_shapes_say(planned):

@@ -33,19 +33,28 @@ def _run(target: str, outcome: Outcome) -> str:
     config, sizes, mesh = outcome.config, outcome.sizes, outcome.layout.mesh
     assert mesh is not None
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    rows = config.train.batch_size * config.data.group_size
+    rows = _rows(outcome)
     count = params.count(sizes.blueprint.model_config)
     shape = sizes.update
     lines = [
         f"plan for {target}: {mesh.size} x {mesh.devices.flat[0].device_kind}; mesh {axes}",
         f"model: {config.model.path}, {count:,} parameters in {config.model.param_dtype}, computed in"
         f" {config.model.compute_dtype}; remat {config.model.remat}",
-        f"update: {config.train.batch_size} groups x {config.data.group_size} = {rows} rows of T={shape.length} (R="
+        f"update: {config.train.batch_size} groups x {config.data.group_size} "
+        f"{'=' if config.data.layout == 'padded' else 'in'} {rows} rows of T={shape.length} (R="
         f"{shape.scored} scored) in {outcome.accumulation} micro-batches; {rows * shape.length:,} tokens",
         f"shapes: {sizes.origin}",
         *[line.split("\n")[0] for line in outcome.choices],
     ]
     return "\n".join(lines)
+
+
+def _rows(outcome: Outcome) -> int:
+    """Rows of an update; where they hold groups, of the largest."""
+    config = outcome.config
+    if config.data.layout == "padded":
+        return config.train.batch_size * config.data.group_size
+    return outcome.accumulation * config.train.micro_batch_per_device * outcome.layout.row_ways
 
 
 def _memory(outcome: Outcome) -> str:
@@ -120,9 +129,8 @@ def _cost(outcome: Outcome, capacity: topologies.Capacity | None) -> str:
     what = "1,000 updates (plan.groups is unset)" if sizes.steps is None else f"the run of {steps:,} updates"
     hours = f"{steps * seconds.best / 3600:.2f} to {steps * seconds.most / 3600:.2f} h"
     scoring = ""
-    if sizes.scoring is not None and sizes.groups is not None:
-        batches = -(-sizes.groups // (outcome.config.reference.batch_per_device * outcome.layout.row_ways))
-        alone = batches * outcome.scoring_operations / devices / capacity.flops / 3600
+    if sizes.scoring_batches is not None:
+        alone = sizes.scoring_batches * outcome.scoring_operations / devices / capacity.flops / 3600
         scoring = f", before it the reference pass over {sizes.groups:,} groups {alone:.2f} h"
     return "\n".join(
         [
@@ -138,9 +146,9 @@ def _cost(outcome: Outcome, capacity: topologies.Capacity | None) -> str:
 
 def _model_operations(outcome: Outcome) -> dict[str, int]:
     """What the mathematics of an update needs, on padded and, where they are known, on valid tokens."""
-    sizes, config = outcome.sizes, outcome.config
+    sizes = outcome.sizes
     model_config, loss = sizes.blueprint.model_config, sizes.blueprint.loss
-    rows = config.train.batch_size * config.data.group_size
+    rows = _rows(outcome)
     lengths, scored = [sizes.update.length] * rows, [sizes.update.scored] * rows
     done = {"padded": flops.work(lengths, scored, sliding_window=model_config.sliding_window)}
     if sizes.valid is not None:

@@ -35,6 +35,7 @@ class Sizes(NamedTuple):
     accumulation: int  # micro-batches of an update
     evaluation: Shape | None  # None without evaluation
     scoring: Shape | None  # of the reference pass; None without
+    scoring_batches: int | None  # of that pass; None without, or unknown
     reference: model.ModelConfig | None  # of a reference that is another model
     groups: int | None  # of the training data; None = unknown
     steps: int | None  # updates of the run
@@ -64,12 +65,15 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
     plan = job.plan(config, inputs, devices=ways)
     batch = config.train.batch_size
 
-    def largest(dataset: job.Dataset | None, per_device: int) -> Shape | None:
-        if dataset is None:
-            return None
+    def one_pass(dataset: job.Dataset, per_device: int) -> tuple[Shape, int]:
         schedule = job.sequential_schedule(config, dataset.prepared, model_config, batch_size=per_device * ways)
-        return _largest(schedule, schedule.steps_per_epoch)
+        return _largest(schedule, schedule.steps_per_epoch), schedule.steps_per_epoch
 
+    evaluation, scoring, batches = None, None, None
+    if inputs.evaluation is not None:
+        evaluation, _ = one_pass(inputs.evaluation, config.train.eval_batch_per_device)
+    if loss.needs_reference:
+        scoring, batches = one_pass(inputs.train, config.reference.batch_per_device)
     rows = inputs.train.prepared
     texts, contexts = rows.text_lengths(np.arange(len(rows.lengths_N))), 0
     if plan.schedule.rows is not None:
@@ -80,8 +84,9 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         job.blueprint(config, inputs, plan),
         _largest(plan.schedule, plan.steps),
         plan.accumulation,
-        largest(inputs.evaluation, config.train.eval_batch_per_device),
-        largest(inputs.train, config.reference.batch_per_device) if loss.needs_reference else None,
+        evaluation,
+        scoring,
+        batches,
         reference,
         rows.groups,
         plan.steps,
@@ -145,6 +150,9 @@ def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str, 
             groups, batch_size=config.train.batch_size, last_batch=config.data.last_batch
         )
         steps, warmup, horizon = job.durations(config, steps_per_epoch=steps_per_epoch)
+    batches = None
+    if loss.needs_reference and groups is not None:
+        batches = -(-groups // (config.reference.batch_per_device * ways))
     counted = "plan.groups is unset" if groups is None else f"{groups:,} groups by plan.groups"
     return Sizes(
         job.Blueprint(loss, model_config, lengths, shape.scored, warmup, horizon, job.adapter(config, model_config)),
@@ -152,6 +160,7 @@ def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str, 
         accumulation,
         shape if config.data.eval else None,
         shape if loss.needs_reference else None,
+        batches,
         reference,
         groups,
         steps,
