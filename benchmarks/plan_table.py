@@ -78,16 +78,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the SETS' files")
     parser.add_argument("--targets", nargs="+", default=[], choices=NAMES)
     parser.add_argument("--recipes", nargs="+", default=list(plans.RECIPES), choices=plans.RECIPES)
+    parser.add_argument("--lengths", nargs="+", default=["longest", "real"], choices=("longest", "real"))
     options = parser.parse_args()
     found = json.loads(options.json.read_text()) if options.json.exists() else {}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     for target in options.targets:
         for recipe in options.recipes:
             for layout in LAYOUTS:
-                wanted = {"longest": longest(recipe, layout)}
-                if recipe in REAL:
-                    wanted["real"] = real(recipe, layout, options.data)
-                for lengths, changes in wanted.items():
+                for lengths in options.lengths:
+                    if lengths == "real" and recipe not in REAL:
+                        continue
+                    changes = longest(recipe, layout) if lengths == "longest" else real(recipe, layout, options.data)
                     key = f"{recipe} {lengths} {target} {layout}"
                     if key not in found:
                         found[key] = plans.one(recipe, target, changes)
