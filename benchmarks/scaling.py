@@ -52,7 +52,6 @@ def measure(axis: str, value: int, layout: str, *, updates: int) -> dict:
         model = Path(folder) / "model"
         train_step_sides.write_model(case, model)
         run = train_step_sides.our_run(case, model, layout)
-    run.score()
     seconds = []
     for number in range(updates):
         started = time.perf_counter()
