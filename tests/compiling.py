@@ -5,8 +5,11 @@ import importlib.metadata
 # LLVM's own passes are off; XLA's, and with them the maths, stay as they are. Emitting fusions without MLIR takes a
 # fifth of the time; jaxlib 0.11 and newer may not know that flag, and XLA ends a process over an unknown one.
 _QUICK = ["--xla_backend_optimization_level=0"]
+# Options of `compile` that give the programs of a user's run, where it matters that two of them round alike.
+AS_USERS: dict[str, bool] = {}
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")
+    AS_USERS["xla_cpu_use_fusion_emitters"] = True
 
 
 def flags(*, devices: int = 1) -> str:
