@@ -47,11 +47,12 @@ def planned(folder):
 def test_rows_of_shared_prompts_are_planned_with_the_attention_that_they_get(folder, data):
     """Rows above the limit of XLA's attention, whose blocks run in loops of unknown length."""
     config = tiny.config(folder / "model", folder / data, data__layout="shared", data__row_length=512, data__eval="")
+    config.reference.batch_per_device = 1
     report = plan.run(config, "here", capacity=lambda _: HELD)
     assert report.fits and report.outcome.operations > 0
     assert report.outcome.sizes.update.length == 512
     assert any(choice.startswith("attention: chunked") for choice in report.outcome.choices)
-    if data == "pairs.jsonl":  # several groups a row, so that one row a device holds an update and the reference pass
+    if data == "pairs.jsonl":  # several groups a row, so that eight rows hold an update, and all 24 groups
         assert "update: 8 groups x 2 in 8 rows of T=512" in report.text and "; 4,096 tokens" in report.text
         assert report.outcome.sizes.scoring_batches == 1
 
