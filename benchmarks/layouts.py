@@ -9,7 +9,6 @@ whose models weigh the head otherwise, over one epoch of the same sets: no weigh
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -20,7 +19,7 @@ import numpy as np
 from benchmarks import plans
 from benchmarks.updates import Updates
 from fpo_jax import config as configuration
-from fpo_jax import data, hf, job
+from fpo_jax import data, files, hf, job
 from tests import tiny
 
 LAYOUTS = ("padded", "packed", "shared")
@@ -167,8 +166,7 @@ def main() -> None:
     padded = [row for name in options.sets for row in paddings(name, options.data)]
     print(table(rows), padding_table(padded), sep="\n\n")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"updates": rows, "padding": padded}, indent=2))
+        files.write_json(options.json, {"updates": rows, "padding": padded})
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ Operations are those of the compiled update, recomputation included.
 import argparse
 import importlib
 import json
-import os
 from pathlib import Path
 
 from benchmarks import layouts, plans
+from fpo_jax import files
 
 REAL = dict.fromkeys(("mistral_base", "mistral_instruct", "llama3_base", "llama3_instruct"), "pref_chat")
 REAL["pythia_hh_pref"] = "hh_rlhf"
@@ -81,7 +81,6 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", default=["longest", "real"], choices=("longest", "real"))
     options = parser.parse_args()
     found = json.loads(options.json.read_text()) if options.json.exists() else {}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
     for target in options.targets:
         for recipe in options.recipes:
             for layout in LAYOUTS:
@@ -94,9 +93,7 @@ def main() -> None:
                         found[key] = plans.one(recipe, target, changes)
                         if lengths == "real" and "measured on the data" not in found[key]["text"]:
                             raise RuntimeError(f"{key}: the data were not read:\n{found[key]['text']}")
-                        kept = options.json.with_suffix(".part")
-                        kept.write_text(json.dumps(found, indent=1))
-                        os.replace(kept, options.json)
+                        files.write_json(options.json, found)
                         print(key, f"{found[key]['wall']:.0f} s", flush=True)
     print(table(found))
 

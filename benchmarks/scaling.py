@@ -11,7 +11,6 @@ temporaries what the compiler says of the update beyond its state.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import train_step_sides
+from fpo_jax import files
 
 BASE = train_step_sides.Case("base", vocab=16_384, layers=2, groups=2, candidates=2, prompt=192, response=64)
 LAYOUTS = ("padded", "shared")
@@ -103,8 +103,7 @@ def main() -> None:
             rows += [measure(axis, value, layout, updates=options.updates) for layout in LAYOUTS]
     print(table(rows))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=2))
+        files.write_json(options.json, rows)
 
 
 if __name__ == "__main__":

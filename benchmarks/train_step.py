@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.train_step_sides import SIDES, Case, write_model
+from fpo_jax import files
 
 CASES = (
     Case("short", vocab=32_000, layers=4, groups=4, candidates=2, prompt=64, response=64),
@@ -167,8 +168,7 @@ def main() -> None:
     print(machine)
     print(table(rows))
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2))
+        files.write_json(options.json, {"machine": machine, "rows": rows})
 
 
 if __name__ == "__main__":
