@@ -284,7 +284,8 @@ def restore_params(workdir: Path, step: int | str | None) -> tuple[shapes.PyTree
 
 
 def _recover(folder: Path) -> None:
-    """Set aside every step that is newer than the newest good one."""
+    """Set aside every step that is newer than the newest good one, and remove what a killed run left of a seal."""
+    integrity.clear(folder)
     choice = integrity.newest_good(folder)
     aside = {number: integrity.set_aside(folder, number).name for number in choice.rejected}
     _tell(choice, folder, aside)

@@ -2,7 +2,8 @@
 
 A manifest is one JSON file in the folder that it describes, with the length and the digest of every other file and with
 a digest of itself: a flipped bit in either is noticed. `seal` writes a checkpoint's once orbax has committed the step
-and before orbax removes older ones; `newest_good` is what may be restored. Nothing here deletes or repairs.
+and before orbax removes older ones; `newest_good` is what may be restored. `clear` removes unfinished manifests;
+nothing else here deletes or repairs.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ import xxhash
 log = logging.getLogger("fpo_jax")
 
 MANIFEST = "digests.json"
+_UNFINISHED = f".{MANIFEST}.tmp"
 DAMAGED = ".damaged"  # behind the number of a step that is set aside
 FAST = "xxh3_128"  # finds faults of disks and memory, not forgers
 ALGORITHMS = {FAST: xxhash.xxh3_128, "sha256": hashlib.sha256}
@@ -72,7 +74,7 @@ def parse(path: Path) -> dict[str, Any]:
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Write a folder's manifest; it appears whole or not at all."""
-    temporary = folder / f".{MANIFEST}.tmp"
+    temporary = folder / _UNFINISHED
     temporary.write_text(render(content))
     temporary.rename(folder / MANIFEST)
 
@@ -99,6 +101,12 @@ def seal(step: Path) -> None:
     """Write the digests of every file of a committed step."""
     names = sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
     write(step, {"files": {name: digest(step / name, FAST) for name in names if name != MANIFEST}})
+
+
+def clear(folder: Path) -> None:
+    """Remove the manifests that a run left unfinished as it was killed; for the one that may write into the folder."""
+    for path in folder.glob(f"*/{_UNFINISHED}"):
+        path.unlink()
 
 
 def sealed(step: Path) -> bool:

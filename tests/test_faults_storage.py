@@ -147,6 +147,15 @@ class TestDamage:
         assert "checkpoint 2 of " in caplog.text and "is used unverified" in caplog.text
         assert listed(workdir) == ["1", "2"]
 
+    @pytest.mark.parametrize("steps", [(1, 2), (2,)])
+    def test_half_written_seal_of_a_killed_run_is_gone_at_the_next_start(self, workdir, steps):
+        if 1 not in steps:  # the first save of a run is used unverified, and stays
+            shutil.rmtree(workdir / checkpoint.FOLDER / "1")
+        (newest(workdir) / integrity.MANIFEST).rename(newest(workdir) / f".{integrity.MANIFEST}.tmp")
+        with contextlib.closing(saver(workdir)) as one:
+            assert_holds(one, min(steps))
+        assert listed(workdir) and not list(workdir.rglob("*.tmp"))
+
     def test_unsealed_step_without_an_item_is_no_checkpoint(self, workdir):
         shutil.rmtree(workdir / checkpoint.FOLDER / "1")
         (newest(workdir) / integrity.MANIFEST).unlink()
