@@ -114,8 +114,9 @@ def _serve() -> None:
     from tests import tiny
 
     modules = {name: importlib.import_module(name) for name in ("train", "eval.generate", "eval.winrate")}
-    with tempfile.TemporaryDirectory() as folder:  # transformers imports most of itself with the first tokenizer
+    with tempfile.TemporaryDirectory() as folder:  # transformers imports most of itself with the first tokenizer,
         tiny.write_tokenizer(Path(folder))
+        (Path(folder) / "config.json").write_text('{"model_type": "llama"}')  # and torch with the first configuration
         chat.load_tokenizer(folder)
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
