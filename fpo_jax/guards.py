@@ -33,7 +33,7 @@ class Guard:
     )
     window: int = 1  # W, the applied updates that mean and deviation are taken over
 
-    def watching(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    def watching(self, optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
         """Let the optimiser's state hold the window, so that a checkpoint does; it is as it was where no spike is."""
         return _watching(optimizer, self.window) if self.sigmas else optimizer
 
@@ -49,13 +49,14 @@ class Guard:
         return jnp.where(applied, 0, jnp.minimum(before + jnp.where(finite, 1, self.weight), self.most))
 
 
-def _watching(inner: optax.GradientTransformation, window: int) -> optax.GradientTransformationExtraArgs:
+def _watching(inner: optax.GradientTransformationExtraArgs, window: int) -> optax.GradientTransformationExtraArgs:
     def init(params):
         return Watched(inner.init(params), jnp.zeros((2, window), jnp.float32))
 
-    def update(grads, state, params=None, *, value, grad_norm, **_):
-        updates, fresh = inner.update(grads, state.inner, params)
+    def update(grads, state, params=None, *, value, grad_norm, keep: optim.Keep = True, **_):
+        updates, fresh = inner.update(grads, state.inner, params, keep=keep)
         place = optim.updates_applied(state.inner) % window
-        return updates, Watched(fresh, state.recent_2W.at[:, place].set(jnp.stack([value, grad_norm])))
+        recent_2W = state.recent_2W.at[:, place].set(jnp.stack([value, grad_norm]))
+        return updates, Watched(fresh, optim.kept(recent_2W, state.recent_2W, keep))
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -11,9 +11,11 @@ import math
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fpo_jax import shapes
+
+Keep = Bool[Array, ""] | bool  # whether an update is applied
 
 
 def warmup_steps(*, fraction: float, steps: int | None, horizon: int) -> int:
@@ -61,8 +63,10 @@ def optimizer(
     clip_norm: float,
     decay_mask: shapes.PyTree,
     state_dtype: str = "float32",
-) -> optax.GradientTransformation:
-    """Return clip_by_global_norm (off when clip_norm is 0) followed by AdamW with decoupled weight decay.
+) -> optax.GradientTransformationExtraArgs:
+    """Return clipping by the global norm (off when clip_norm is 0) followed by AdamW with decoupled weight decay.
+
+    Where the argument `keep` of its `update` is False the state stays as it was, and the updates mean nothing.
 
     Args:
         rate: step -> learning rate, from `schedule`.
@@ -74,9 +78,15 @@ def optimizer(
         decay_mask: tree of bool like the parameters (params.decay_mask).
         state_dtype: of the moments between updates; an update itself is float32.
     """
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    adamw = optax.adamw(rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+    clip = _clip(clip_norm) if clip_norm else optax.identity()
+    decay = optax.add_decayed_weights(weight_decay, decay_mask)
+    adamw = optax.chain(_adam(b1, b2, eps), decay, _keeping(optax.scale_by_learning_rate(rate)))
     return _stored_in(optax.chain(clip, adamw), jnp.dtype(state_dtype))
+
+
+def kept(fresh: shapes.PyTree, old: shapes.PyTree, keep: Keep) -> shapes.PyTree:
+    """Return `fresh`, or `old` where the update is not applied."""
+    return jax.tree.map(lambda new, was: jnp.where(keep, new, was), fresh, old)
 
 
 def updates_applied(opt_state: shapes.PyTree) -> Int[Array, ""]:
@@ -106,7 +116,50 @@ def stochastic_round(x: Float[Array, "..."], key: jax.Array) -> Float[Array, "..
     return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)
 
 
-def _stored_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+def _clip(limit: float) -> optax.GradientTransformation:
+    """Multiply by min(1, limit / global norm), one number.
+
+    optax divides every entry by the norm; as a division is not done twice for the two moments, the compiler would
+    write the clipped gradients to memory first.
+    """
+
+    def update(grads, state, params=None):
+        scale = jnp.minimum(1.0, limit / optax.global_norm(grads))
+        return jax.tree.map(lambda grad: grad * scale, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)  # pyright: ignore[reportArgumentType]
+
+
+def _keeping(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Leave the state as it was where `keep` is False."""
+
+    def update(grads, state, params=None, *, keep: Keep = True, **_):
+        updates, fresh = inner.update(grads, state, params)
+        return updates, kept(fresh, state, keep)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_adam, but that its direction is that of the moments which stay where `keep` is False.
+
+    A direction of the fresh moments would need the old ones after the kept ones are written in their place, and the
+    compiler would copy both in every update.
+    """
+    inner = optax.scale_by_adam(b1, b2, eps)
+
+    def update(grads, state, params=None, *, keep: Keep = True, **_):
+        _, fresh = inner.update(grads, state, params)
+        count, mu, nu = kept(fresh, state, keep)
+        mean = optax.tree_utils.tree_bias_correction(mu, b1, count)
+        square = optax.tree_utils.tree_bias_correction(nu, b2, count)
+        direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
+        return direction, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _stored_in(inner: optax.GradientTransformationExtraArgs, dtype: jnp.dtype) -> optax.GradientTransformationExtraArgs:
     """Keep the floating-point states of `inner` in `dtype` between updates, and hand them to it in float32."""
 
     def wanted(state, as_dtype):
@@ -118,13 +171,13 @@ def _stored_in(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.G
     def init(params):
         return jax.tree.map(lambda x, to: x.astype(to.dtype), state := inner.init(params), wanted(state, dtype))
 
-    def update(grads, state, params=None):
+    def update(grads, state, params=None, **extra):
         exact = jax.tree.map(lambda x, to: x.astype(to.dtype), state, wanted(state, jnp.float32))
-        updates, exact = inner.update(grads, exact, params)
+        updates, exact = inner.update(grads, exact, params, **extra)
         key = jax.random.fold_in(jax.random.key(_STATE_STREAM), updates_applied(state))
         return updates, _stored(exact, wanted(state, dtype), key)
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 _STATE_STREAM = 1  # keeps the rounding of states independent of that of weights

@@ -117,7 +117,7 @@ def train_step(
     *,
     scorer: AnyScorer,
     loss: losses.Loss,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     rate: Callable,
     places: Places | None = None,
     guard: guards.Guard | None = None,
@@ -197,9 +197,9 @@ def train_step(
                 spike = finite & guard.spike(old_state, value, grad_norm)
                 keep &= ~spike
         observed = {"value": value, "grad_norm": grad_norm} if spike is not None else {}
-        updates, opt_state = optimizer.update(grads, old_state, state.params, **observed)
-        new = (optim.apply_updates(state.params, updates, jax.random.fold_in(jax.random.key(0), applied)), opt_state)
-        params, opt_state = jax.tree.map(lambda fresh, old: jnp.where(keep, fresh, old), new, (state.params, old_state))
+        updates, opt_state = optimizer.update(grads, old_state, state.params, keep=keep, **observed)
+        fresh = optim.apply_updates(state.params, updates, jax.random.fold_in(jax.random.key(0), applied))
+        params = optim.kept(fresh, state.params, keep)
     one = jnp.float32(1.0)
     pairs |= {
         "loss": (value, one),
