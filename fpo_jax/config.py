@@ -29,10 +29,27 @@ FORMATS = (
 )  # readers of data/records.py
 STAGES = ("sft", "reward", "align")
 
-# Knobs that may change between a checkpoint and its resumption: they do not change the mathematics of any step.
-RESUMABLE = frozenset(
+# Knobs that may change between a checkpoint and its resumption: they do not change the mathematics of any step. Those
+# of FITTING fit a run to its machine and may change the last bits of a sum.
+FITTING = frozenset(
+    {
+        "mesh.preset",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+        "train.micro_batch_per_device",
+        "model.attention",
+        "model.remat",
+        "optim.offload",
+        "kernel.implementation",
+        "kernel.fuse_loss",
+        "kernel.workspace_mib",
+    }
+)
+RESUMABLE = FITTING | frozenset(
     {
         "train.save_every",
+        "train.async_save",
         "train.keep_checkpoints",
         "train.compilation_cache",
         "train.log_every",
@@ -168,6 +185,9 @@ def default() -> Config:
     c.train.eval_batch_per_device = 4  # groups or rows per device
     c.train.eval_batches = config_dict.placeholder(int)  # of an evaluation, at most; unset = all
     c.train.save_every = 100  # updates
+    # Write checkpoints beside the updates that follow. Off, the run waits for each: a SIGKILL then costs save_every
+    # updates at most, and on, twice as many while a save is under way.
+    c.train.async_save = True
     c.train.keep_checkpoints = 2  # newest ones
     c.train.compilation_cache = ""  # folder of compiled programs that later starts read instead; "" = compile anew
     c.train.keep_best = (

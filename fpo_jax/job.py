@@ -6,6 +6,7 @@ config -> Inputs (loss, model config, data with audits) -> Plan (accumulation, s
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from fpo_jax import __version__, chat, checkpoint, data, files, flops, hf, losses, model, optim, params
 from fpo_jax import config as configuration
 from fpo_jax.data import decontamination
+
+log = logging.getLogger("fpo_jax")
 
 
 class Dataset(NamedTuple):
@@ -348,13 +351,17 @@ def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -
     path = workdir / "config.json"
     mine = json.loads(config.to_json())
     if path.exists():
-        changed = configuration.difference(json.loads(path.read_text()), mine, ignore=configuration.RESUMABLE)
+        before = json.loads(path.read_text())
+        changed = configuration.difference(before, mine, ignore=configuration.RESUMABLE)
         if changed:
             raise ValueError(
                 f"{workdir} holds a run with another configuration:\n  "
                 + "\n  ".join(changed)
                 + "\nuse another --workdir, or give the old values to go on with that run."
             )
+        for line in configuration.difference(before, mine):
+            known = line.partition(":")[0] in configuration.FITTING
+            log.info("this start has %s%s", line, "; sums may round differently" if known else "")
     elif workdir.is_dir() and (workdir / checkpoint.FOLDER).exists():
         raise ValueError(f"{workdir} holds checkpoints but no config.json; use another --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)

@@ -307,7 +307,8 @@ class _Run:
                     if saving:
                         self.best = self.best if score is None else max(score, self.best)
                         self.writers.sync()
-                        save = checkpointer.commit if asked or number == total else checkpointer.save
+                        waits = asked or number == total or not train.async_save
+                        save = checkpointer.commit if waits else checkpointer.save
                         save(number, state, self._meta(number), score=score)
                     self.split.restart()
                 asked = asked or (self.stop.agreed() if saving else None)

@@ -40,6 +40,7 @@ POINTS = {
     "judge": "eval.judging.Store.add",
 }
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree")
+FREE = ("keep_checkpoints", "async_save")  # knobs that no program is compiled for
 TRAINED = "trained.jsonl"  # in the workdir: number and group ids of every update that was begun, in any start
 
 
@@ -169,7 +170,7 @@ def _keep_executables(arguments: list[str]) -> None:
 
     inner, place = execution.Program._compile, arguments.index("--workdir")
     same = arguments[:place] + arguments[place + 2 :]
-    key = json.dumps([argument for argument in same if "keep_checkpoints" not in argument])
+    key = json.dumps([argument for argument in same if not any(name in argument for name in FREE)])
 
     def compiled(self, first, batch):
         parts = f"{key} {self.name} {batch.tokens_NT.shape} {batch.targets_NR.shape}".encode()

@@ -143,7 +143,7 @@ def test_the_guard_asks_the_host_for_nothing():
 
 
 def test_the_guard_moves_no_byte(monkeypatch):
-    """An update that is chosen costs the memory traffic of one that is not: no moment is copied before it is written."""
+    """An update that is chosen costs the memory traffic of one that is not: no moment is copied first."""
 
     def moved(guard):
         update, state = updater(devices=1, guard=guard)

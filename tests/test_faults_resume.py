@@ -48,19 +48,25 @@ def config(inputs, name, **changed):
     return tiny.config(inputs / "model", inputs / "pairs.jsonl", **(options | changed))
 
 
+def digest(tree):
+    return faults.digest([np.asarray(leaf) for leaf in jax.tree.leaves(tree)])
+
+
 class Recorder:
     """The digest of the state after every update, of any number of starts that share their compiled programs."""
 
     def __init__(self, monkeypatch):
         self.states, self.begun, self.compiled = {}, 0, {}
         self.groups = collections.defaultdict(list)
+        self.saved, self.restored = {}, []  # of what a checkpoint holds: after every update; by every start
         call, build, before = execution.Program.__call__, execution.Program._compile, profiling.Trace.before
+        restore = checkpoint.Checkpointer.restore
 
         def called(program, first, batch):
             found = call(program, first, batch)
             if program.name == "train_step":
                 number = int(found[0].step)
-                self.states[number] = faults.digest([np.asarray(leaf) for leaf in jax.tree.leaves(found[0])])
+                self.states[number], self.saved[number] = digest(found[0]), digest(found[0][:2])
                 self.groups[number] = sorted(np.ravel(batch.row_ids_B)[np.ravel(batch.row_ids_B) >= 0].tolist())
             return found
 
@@ -74,6 +80,12 @@ class Recorder:
             self.begun = number
             before(trace, number)
 
+        def restoring(checkpointer, number, abstract):
+            state = restore(checkpointer, number, abstract)
+            self.restored.append(digest(state[:2]))
+            return state
+
+        monkeypatch.setattr(checkpoint.Checkpointer, "restore", restoring)
         monkeypatch.setattr(execution.Program, "__call__", called)
         monkeypatch.setattr(execution.Program, "_compile", once)
         monkeypatch.setattr(profiling.Trace, "before", begins)
@@ -134,41 +146,36 @@ def on(inputs, name, **changed):
 def test_a_state_moves_to_another_mesh_bit_for_bit_and_its_next_loss_is_the_same(
     inputs, tmp_path, monkeypatch, saved, restored
 ):
-    recorder, found = Recorder(monkeypatch), []
-    restore = checkpoint.Checkpointer.restore
-
-    def noted(self, number, abstract):
-        state = restore(self, number, abstract)
-        found.append(faults.digest([np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state))]))
-        return state
-
-    monkeypatch.setattr(checkpoint.Checkpointer, "restore", noted)
+    recorder = Recorder(monkeypatch)
     devices, c = on(inputs, saved)
     recorder.run(c, tmp_path / "w", until=2, devices=devices, monkeypatch=monkeypatch)
+    saved_state = recorder.saved[2]
     (tmp_path / "stay").mkdir()
     for folder, mesh in (("stay", saved), ("move", restored)):
         target = tmp_path / folder / "w"
         shutil.copytree(tmp_path / "w", target)
         devices, c = on(inputs, mesh)
-        (target / "config.json").unlink()
-        monkeypatch.setattr("fpo_jax.job.claim_workdir", lambda *_: None)
         recorder.run(c, target, devices=devices)
-    assert len(found) == 2 and found[0] == found[1], "the state is bitwise the same"
+    assert recorder.restored == [saved_state] * 2, "the state is bitwise the same"
     stay, move = (metrics.read(tmp_path / folder / "w" / metrics.METRICS_FILE) for folder in ("stay", "move"))
     assert [line["step"] for line in stay] == [line["step"] for line in move] == [1, 2, 3, 4]
     np.testing.assert_allclose(move[2]["loss"], stay[2]["loss"], rtol=tolerances.FLOAT32)
 
 
 @pytest.mark.faults
-def test_a_run_on_four_two_and_one_devices_sees_every_example_once_in_the_same_batches(inputs, tmp_path, monkeypatch):
+def test_a_run_on_four_two_one_and_eight_devices_sees_every_example_once_in_the_same_batches(
+    inputs, tmp_path, monkeypatch
+):
     recorder = Recorder(monkeypatch)
-    monkeypatch.setattr("fpo_jax.job.claim_workdir", lambda _, workdir, __: workdir.mkdir(exist_ok=True))
     devices, c = on(inputs, "8 fsdp")
     recorder.run(c, tmp_path / "whole", devices=devices)
     expected, recorder.groups = dict(recorder.groups), collections.defaultdict(list)
-    for ways, until in ((4, 1), (2, 3), (1, None)):
+    left = []
+    for ways, until in ((4, 1), (2, 2), (1, 3), (8, None)):
         _, c = on(inputs, "1", mesh__fsdp=ways)
         recorder.run(c, tmp_path / "w", until=until, devices=ways, monkeypatch=monkeypatch)
+        left.append(recorder.saved[until or 4])
+    assert recorder.restored == left[:-1], "what a start restores is what the one before it left, to the bit"
     assert dict(recorder.groups) == expected and len(expected) == 4
     for epoch in (1, 3):
         assert sorted(expected[epoch] + expected[epoch + 1]) == list(range(16))

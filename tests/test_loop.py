@@ -172,6 +172,21 @@ def test_workdir_of_another_configuration_is_refused_with_the_difference(inputs,
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_what_fits_a_run_to_its_machine_may_change_and_is_told(inputs, tmp_path, caplog):
+    first, changed = (small(inputs, train__max_steps=1) for _ in range(2))
+    changed.mesh.fsdp, changed.train.save_every, changed.model.remat = 2, 7, "full"
+    read = job.prepare(first)
+    job.claim_workdir(first, tmp_path, read)
+    with caplog.at_level("INFO", logger="fpo_jax"):
+        job.claim_workdir(changed, tmp_path, read)
+    assert caplog.messages == [
+        "this start has mesh.fsdp: 1 -> 2; sums may round differently",
+        "this start has model.remat: 'none' -> 'full'; sums may round differently",
+        "this start has train.save_every: 2 -> 7",
+    ]
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 2, "the next start compares with it"
+
+
 def test_changed_data_or_model_is_refused_on_resume(inputs, tmp_path):
     tiny.write_pairs(tmp_path / "pairs.jsonl", count=24)
     tiny.write_model(tmp_path / "model", layers=1)
