@@ -64,27 +64,10 @@ def uninterrupted(inputs, tmp_path_factory):
     return resuming.outcome(workdir)
 
 
-@pytest.mark.faults  # four processes
-def test_sigkill_at_random_steps_changes_no_bit(inputs, uninterrupted, tmp_path):
-    seed = int(os.environ.get("FPO_TEST_SEED", time.time_ns() % 2**32))
-    random = np.random.default_rng(seed)
-    path, seen = tmp_path / "w" / metrics.METRICS_FILE, []
-    for _ in range(2):
-        lines = int(random.integers(8, STEPS))  # after the first checkpoint
-        process = start_until(command(inputs, tmp_path / "w"), path, lines)
-        process.kill()
-        seen.append((process.wait(), lines))
-        process.stderr.close()
-    assert "resumed from step" in finish(command(inputs, tmp_path / "w"))
-    assert uninterrupted[0] == STEPS
-    assert resuming.outcome(tmp_path / "w") == uninterrupted, f"replay with FPO_TEST_SEED={seed}; (exit, lines)={seen}"
-    assert any(code == -signal.SIGKILL for code, _ in seen), f"no run was killed in time: {seen}"
-
-
 @pytest.mark.slow  # two processes
 def test_signal_saves_exits_with_its_code_and_resumes_to_the_bit(inputs, uninterrupted, tmp_path):
     process = start_until(command(inputs, tmp_path / "w"), tmp_path / "w" / metrics.METRICS_FILE, 4)
-    process.send_signal(signal.SIGTERM)  # SIGINT and other moments: test_faults_crash.py
+    process.send_signal(signal.SIGTERM)  # SIGINT and other moments: test_faults_signals.py
     _, stderr = process.communicate()
     assert process.returncode == 75, stderr
     assert "SIGTERM: saved step" in stderr and "Traceback" not in stderr
