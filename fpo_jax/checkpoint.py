@@ -29,6 +29,7 @@ BEST = "best"  # in the place of a step's number
 _SCORE = "score"
 CHUNK_BYTES = 2**26  # of a parameter on disk, the least that is read and decompressed
 _EXPORTED = ("params", "meta")
+_REMOVED = ".removed"  # where old steps go by one rename, so that none is ever half there, and then from the disk
 ATTEMPTS = 3  # saves that fail in a row before the run ends
 
 
@@ -66,11 +67,14 @@ class Checkpointer:
                 best_fn=score,
                 cleanup_tmp_directories=True,
                 temporary_path_class=_Sealed,
+                todelete_subdir=_REMOVED,
                 # Where the folder cannot be made, orbax's writers would wait five minutes for it.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
             item_names=("params", "optimizer", "meta"),
         )
+        if hosts.first():
+            (self._folder / _REMOVED).mkdir(exist_ok=True)  # now: a full disk may not have room for it
         self._pending: int | None = None  # step that is being written
         self._failures, self._reason = 0, ""  # saves that failed since the last good one; why the last did
 
@@ -200,6 +204,8 @@ class Checkpointer:
             self._fail(step, error)
         else:
             self._failures = 0
+        if hosts.first():
+            _sweep(self._folder)
 
     def _fail(self, step: int, error: Exception) -> None:
         """Remove what a failed save left, so that the next one has its place, and tell."""
@@ -284,11 +290,17 @@ def restore_params(workdir: Path, step: int | str | None) -> tuple[shapes.PyTree
 
 
 def _recover(folder: Path) -> None:
-    """Set aside every step that is newer than the newest good one, and remove what a killed run left of a seal."""
+    """Set aside every step that is newer than the newest good one, and remove what a killed run had begun to."""
     integrity.clear(folder)
+    _sweep(folder)
     choice = integrity.newest_good(folder)
     aside = {number: integrity.set_aside(folder, number).name for number in choice.rejected}
     _tell(choice, folder, aside)
+
+
+def _sweep(folder: Path) -> None:
+    for path in (folder / _REMOVED).glob("*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _tell(choice: integrity.Choice, folder: Path, aside: Mapping[int, str] | None = None) -> None:

@@ -63,7 +63,8 @@ class Site:
         for epoch in range(2):
             ids = [one for number in range(3 * epoch + 1, 3 * epoch + 4) for one in effective[number]]
             assert sorted(ids) == list(range(PAIRS)), f"{context}: an example is lost or repeated"
-        assert not list(workdir.rglob("*.tmp")) and not list(workdir.rglob("*tmp-*")), context
+        left = [path for name in ("*.tmp", "*tmp-*", ".removed/*") for path in workdir.rglob(name)]
+        assert not left, f"{context}: {left}"
 
 
 def weights(workdir, step):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, shapes, sharding
+from fpo_jax import checkpoint, integrity, shapes, sharding
 
 
 def placed_state(value):
@@ -67,6 +67,20 @@ def test_keeps_the_newest(workdir):
         saver.save(step, placed_state(step), {})
     saver.close()
     assert sorted(path.name for path in (workdir / checkpoint.FOLDER).iterdir() if path.name.isdigit()) == ["2", "5"]
+
+
+def test_an_old_step_is_whole_or_gone_wherever_a_run_is_killed(workdir, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # killed before it removed a file
+    saver = checkpoint.Checkpointer(workdir, keep=1)
+    for step in (1, 2):
+        saver.save(step, placed_state(1.0), {})
+    saver.close()
+    folder = workdir / checkpoint.FOLDER
+    assert integrity.steps(folder) == [2] and [path.name for path in folder.glob(".removed/*")] == ["1"]
+    assert integrity.faults(folder / ".removed" / "1") == ""
+    monkeypatch.undo()
+    checkpoint.Checkpointer(workdir, keep=1).close()
+    assert integrity.steps(folder) == [2] and not list(folder.glob(".removed/*"))
 
 
 def test_restore_params_reads_parameters_alone(workdir):

@@ -36,7 +36,9 @@ def saver(workdir, **options):
 
 
 def listed(workdir):
-    return sorted(path.name for path in (workdir / checkpoint.FOLDER).iterdir())
+    """What lies in the folder of checkpoints; old steps on their way out only where they are still there."""
+    folder = workdir / checkpoint.FOLDER
+    return sorted(path.name for path in [*folder.glob("[!.]*"), *folder.glob(".*/*")])
 
 
 def assert_holds(checkpointer, step):
