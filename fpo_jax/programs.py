@@ -138,7 +138,7 @@ class Programs:
         """Return the state before the first update: weights to train, or an adapter that adds nothing yet to them."""
         trained, frozen = weights, None
         if self._adapter is not None:
-            trained, frozen = self._split(weights)
+            trained, frozen = self._trained_part(weights), self._frozen_part(weights)
         opt_state = jax.jit(self._optimizer.init, out_shardings=self.state_shardings.opt_state)(trained)
         return shapes.TrainState(trained, opt_state, self._count(0), frozen, self._count(0))
 
@@ -147,7 +147,7 @@ class Programs:
     ) -> shapes.TrainState:
         """Return a restored state with the weights below its adapter and its number of updates not applied in a row."""
         state = state._replace(skipped=self._count(skipped))
-        return state if self._adapter is None else state._replace(frozen=self._split(weights)[1])
+        return state if self._adapter is None else state._replace(frozen=self._frozen_part(weights))
 
     def whole(self, state: shapes.TrainState) -> shapes.PyTree:
         """Return all weights that a forward pass reads."""
@@ -161,20 +161,21 @@ class Programs:
     def _count(self, number: int) -> jax.Array:
         return jax.device_put(np.int32(number), self.state_shardings.step)
 
-    def _split(self, weights: shapes.PyTree) -> tuple[shapes.PyTree, shapes.PyTree]:
-        """Return what is trained, the adapter drawn anew, and what is not."""
+    def _trained_part(self, weights: shapes.PyTree) -> shapes.PyTree:
+        """Return what is trained, the adapter drawn anew."""
+        flat, places = params.flatten(weights), params.flatten(self.param_shardings)
+        new = [row for row in self._trained if row.path not in flat]
+
+        def draw(key: jax.Array) -> dict[str, jax.Array]:
+            return {row.path: params.initial(row, self._model, key) for row in new}
+
+        drawn = jax.jit(draw, out_shardings={row.path: places[row.path] for row in new})(jax.random.key(self._seed))
+        old = {row.path: flat[row.path].astype(jnp.float32) for row in self._trained if row.path in flat}
+        return params.nest(old | drawn)
+
+    def _frozen_part(self, weights: shapes.PyTree) -> shapes.PyTree:
         flat = params.flatten(weights)
-
-        def drawn(row: params.Row, place) -> jax.Array:
-            make = functools.partial(params.initial, row, self._model)
-            return jax.jit(make, out_shardings=place)(jax.random.key(self._seed))
-
-        places = params.flatten(self.param_shardings)
-        trained = {
-            row.path: flat[row.path].astype(jnp.float32) if row.path in flat else drawn(row, places[row.path])
-            for row in self._trained
-        }
-        return params.nest(trained), params.nest({row.path: flat[row.path] for row in self._frozen})
+        return params.nest({row.path: flat[row.path] for row in self._frozen})
 
     def abstract_state(self) -> shapes.TrainState:
         """Return shapes, dtypes and shardings of the state."""

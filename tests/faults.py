@@ -115,6 +115,7 @@ def _serve() -> None:
     from tests import tiny
 
     modules = {name: importlib.import_module(name) for name in ("train", "eval.generate", "eval.winrate")}
+    importlib.import_module("jaxlib.mlir.dialects.mhlo")  # the first program would
     with tempfile.TemporaryDirectory() as folder:  # transformers imports most of itself with the first tokenizer,
         tiny.write_tokenizer(Path(folder))
         (Path(folder) / "config.json").write_text('{"model_type": "llama"}')  # and torch with the first configuration

@@ -36,7 +36,7 @@ def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(site, tmp_path, asyn
     killed, number, wanted = 0, 0, faults.trials(40)
     while killed < wanted:
         random, workdir, told = faults.draws(f"kill {async_save}", number), tmp_path / str(number), []
-        for _ in range(4):
+        for _ in range(6):
             fault = killing(random, site, workdir)
             code, said = site.train(workdir, fault, async_save=async_save)
             told.append((code, fault))
