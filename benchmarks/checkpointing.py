@@ -63,18 +63,21 @@ def measure(megabytes: int, repeats: int) -> dict:
         steps = workdir / checkpoint.FOLDER
         estimates, real = {"first": space.estimate(steps, parts)}, 0
         with opened(workdir) as one:
-            for _ in range(repeats + 1):
-                for name, seal in (("save", integrity.seal), ("save bare", lambda step: None)):
+            for turn in range(repeats + 1):
+                sides = [("save", integrity.seal), ("save bare", lambda step: None)]
+                for name, seal in sides if turn % 2 else sides[::-1]:
                     number += 1
-                    timed = lambda step, seal=seal: times["digests"].append(seconds(lambda: seal(step)))  # noqa: E731
+                    digests: list[float] = []
+                    timed = lambda step, seal=seal: digests.append(seconds(lambda: seal(step)))  # noqa: B023, E731
+                    os.sync()  # what the save before it left to write would be this one's
                     with mock.patch.object(integrity, "seal", timed):
                         times[name].append(seconds(lambda: (one.save(number, values, {}), one.wait())))  # noqa: B023
-                    if name == "save bare":  # both sides estimate the next save by a sealed step
-                        integrity.seal(steps / str(number))
-                    else:
-                        estimates["next"] = space.estimate(steps, parts)
+                    if name == "save":
+                        times["digests"] += digests
                         real = sum(path.stat().st_size for path in (steps / str(number)).rglob("*") if path.is_file())
-        del times["digests"][1::2]  # those of bare saves
+                    else:  # both sides estimate the next save by a sealed step
+                        integrity.seal(steps / str(number))
+                    estimates["next"] = space.estimate(steps, parts)
         for _ in range(repeats + 1):
             for name, faults in (("restore", integrity.faults), ("restore bare", lambda step, only: "")):
 

@@ -11,9 +11,10 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import tensorstore
 import xxhash
@@ -25,8 +26,10 @@ _UNFINISHED = f".{MANIFEST}.tmp"
 DAMAGED = ".damaged"  # behind the number of a step that is set aside
 FAST = "xxh3_128"  # finds faults of disks and memory, not forgers
 ALGORITHMS = {FAST: xxhash.xxh3_128, "sha256": hashlib.sha256}
+READERS = 4  # files that are read at a time
 NAMED = 3  # files, and leaves of a file, that a message names; the rest are counted
 
+_T = TypeVar("_T")
 _ITEMS = ("meta/metadata", "params/manifest.ocdbt", "optimizer/manifest.ocdbt")  # without which nothing is a checkpoint
 
 
@@ -81,26 +84,29 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
 
 def compare(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return what is wrong with a folder's files, by name; nothing where all is well."""
-    wrong = {}
-    for name, expected in files.items():
-        path = folder / name
+
+    def fault(name: str) -> str:
+        path, expected = folder / name, files[name]
         algorithm = next(key for key in expected if key != "bytes")
         try:
             if path.stat().st_size != expected["bytes"]:
-                wrong[name] = f"has {path.stat().st_size} bytes, {expected['bytes']} were written"
-            elif digest(path, algorithm) != expected:
-                wrong[name] = "is not what was written: it does not match its digest"
+                return f"has {path.stat().st_size} bytes, {expected['bytes']} were written"
+            if digest(path, algorithm) != expected:
+                return "is not what was written: it does not match its digest"
         except FileNotFoundError:
-            wrong[name] = "is missing"
+            return "is missing"
         except OSError as error:
-            wrong[name] = f"cannot be read: {error.strerror or error}"
-    return wrong
+            return f"cannot be read: {error.strerror or error}"
+        return ""
+
+    return {name: told for name, told in zip(files, _each(fault, files), strict=True) if told}
 
 
 def seal(step: Path) -> None:
     """Write the digests of every file of a committed step."""
     names = sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
-    write(step, {"files": {name: digest(step / name, FAST) for name in names if name != MANIFEST}})
+    names = [name for name in names if name != MANIFEST]
+    write(step, {"files": dict(zip(names, _each(lambda name: digest(step / name, FAST), names), strict=True))})
 
 
 def clear(folder: Path) -> None:
@@ -179,6 +185,12 @@ def set_aside(folder: Path, number: int) -> Path:
     while target.exists():
         target, again = folder / f"{number}{DAMAGED}-{again}", again + 1
     return (folder / str(number)).rename(target)
+
+
+def _each(act: Callable[[str], _T], names: Iterable[str]) -> list[_T]:
+    """Call for every file, some at a time: digests release the interpreter's lock."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(act, names))
 
 
 def _whose(step: Path, name: str) -> str:
