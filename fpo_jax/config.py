@@ -30,7 +30,7 @@ FORMATS = (
 STAGES = ("sft", "reward", "align")
 
 # Knobs that may change between a checkpoint and its resumption: they do not change the mathematics of any step. Those
-# of FITTING fit a run to its machine and may change the last bits of a sum.
+# of FITTING fit a run to its machine and may change the last bits of a sum, a micro-batch also what lora.dropout drops.
 FITTING = frozenset(
     {
         "mesh.preset",
