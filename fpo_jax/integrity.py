@@ -104,8 +104,8 @@ def compare(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, s
 
 def seal(step: Path) -> None:
     """Write the digests of every file of a committed step."""
-    names = sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
-    names = [name for name in names if name != MANIFEST]
+    paths = [path for path in step.rglob("*") if path.is_file() and path != step / MANIFEST]
+    names = sorted(str(path.relative_to(step)) for path in paths)
     write(step, {"files": dict(zip(names, _each(lambda name: digest(step / name, FAST), names), strict=True))})
 
 

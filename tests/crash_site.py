@@ -6,10 +6,7 @@ import re
 import signal
 import time
 
-import jax
-import numpy as np
-
-from fpo_jax import checkpoint, metrics
+from fpo_jax import checkpoint, integrity, metrics
 from tests import faults, tiny
 
 STEPS, SAVE_EVERY, PAIRS = 6, 2, 12
@@ -70,12 +67,12 @@ class Site:
 def weights(workdir, step):
     """Digest of a checkpoint's weights."""
     found, _ = checkpoint.restore_params(workdir, step)
-    return faults.digest([np.asarray(leaf) for leaf in jax.tree.leaves(found)])
+    return faults.digest(found)
 
 
 def saved(workdir):
     """Steps of the committed checkpoints, ascending."""
-    return sorted(int(path.name) for path in (workdir / checkpoint.FOLDER).glob("*") if path.name.isdigit())
+    return integrity.steps(workdir / checkpoint.FOLDER)
 
 
 @contextlib.contextmanager

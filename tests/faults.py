@@ -92,10 +92,13 @@ class Zygote:
         return json.loads(self._process.stdout.readline()), log.read_text(errors="replace")
 
 
-def digest(leaves) -> str:
-    """sha256 over the bytes of arrays, with their dtypes and shapes."""
+def digest(tree) -> str:
+    """sha256 over the bytes of a tree's arrays, with their dtypes and shapes."""
+    import jax
+    import numpy as np
+
     found = hashlib.sha256()
-    for leaf in leaves:
+    for leaf in map(np.asarray, jax.tree.leaves(tree)):
         found.update(f"{leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
     return found.hexdigest()
 

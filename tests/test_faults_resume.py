@@ -48,10 +48,6 @@ def config(inputs, name, **changed):
     return tiny.config(inputs / "model", inputs / "pairs.jsonl", **(options | changed))
 
 
-def digest(tree):
-    return faults.digest([np.asarray(leaf) for leaf in jax.tree.leaves(tree)])
-
-
 class Recorder:
     """The digest of the state after every update, of any number of starts that share their compiled programs."""
 
@@ -66,7 +62,7 @@ class Recorder:
             found = call(program, first, batch)
             if program.name == "train_step":
                 number = int(found[0].step)
-                self.states[number], self.saved[number] = digest(found[0]), digest(found[0][:2])
+                self.states[number], self.saved[number] = faults.digest(found[0]), faults.digest(found[0][:2])
                 self.groups[number] = sorted(np.ravel(batch.row_ids_B)[np.ravel(batch.row_ids_B) >= 0].tolist())
             return found
 
@@ -82,7 +78,7 @@ class Recorder:
 
         def restoring(checkpointer, number, abstract):
             state = restore(checkpointer, number, abstract)
-            self.restored.append(digest(state[:2]))
+            self.restored.append(faults.digest(state[:2]))
             return state
 
         monkeypatch.setattr(checkpoint.Checkpointer, "restore", restoring)

@@ -84,6 +84,14 @@ def test_stochastic_rounding_keeps_what_is_not_finite():
     np.testing.assert_array_equal(np.asarray(optim.stochastic_round(jnp.asarray(x), jax.random.key(0)), np.float32), x)
 
 
+def test_stochastic_rounding_keeps_every_bfloat16_number():
+    """So an update that is not applied leaves moments in bfloat16 as they were."""
+    every = np.arange(2**16, dtype=np.uint32) << 16
+    every = every[~np.isnan(every.view(np.float32))]
+    rounded = optim.stochastic_round(jnp.asarray(every.view(np.float32)), jax.random.key(0))
+    np.testing.assert_array_equal(np.asarray(rounded, np.float32).view(np.uint32), every)
+
+
 def test_small_updates_are_not_lost_in_bfloat16_weights():
     weights = {"kernel": jnp.full(1000, 1.0, jnp.bfloat16)}
     updates = {"kernel": jnp.full(1000, -(2.0**-14))}  # far below half the distance to the neighbour, 2^-9
