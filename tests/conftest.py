@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, no network, and shape checks on every annotated function of the package."""
+"""Eight virtual CPU devices, no network, and shape checks on every function of the package that names some."""
 
 import atexit
 import os
@@ -21,17 +21,21 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-import tests.shapecheck  # noqa: F401 - the hook below names it
-from jaxtyping import install_import_hook
 
-install_import_hook("fpo_jax", "tests.shapecheck.checked")
+from tests import shapecheck
 
-from tests import tiny
+
+def pytest_configure(config):
+    """Check shapes, but where faults are injected into what the other tests have checked."""
+    if config.getoption("markexpr") != "faults":
+        shapecheck.install("fpo_jax")
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A tiny model and 24 pairs; modules that train something else have inputs of their own."""
+    from tests import tiny  # not before the checks are installed
+
     root = tmp_path_factory.mktemp("inputs")
     tiny.write_model(root / "model", layers=1)
     tiny.write_pairs(root / "pairs.jsonl", count=24)
