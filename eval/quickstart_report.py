@@ -220,7 +220,7 @@ def _commands(summary: dict[str, Any], workdir: Path) -> list[Block]:
         Heading("Go on"),
         Text("Another divergence on the same samples; everything up to the sampling is kept:"),
         Code(next_command(workdir, summary)),
-        Text("The alignment alone, through the trainer, with any setting of `fpo_jax/config.py` changed:"),
+        Text("The alignment alone, through the trainer, with any setting of `fpo_jax/config/knobs.py` changed:"),
         Code(" \\\n  ".join(train)),
         Text("Its checkpoint as a Hugging Face directory, in bfloat16:"),
         Code(f"python -m eval.export --workdir {aligned} --out {workdir / 'export-bfloat16'} --dtype bfloat16"),

@@ -1,6 +1,5 @@
 """Head kernels against float64 NumPy: values, gradients, memory, sharding."""
 
-import doctest
 import functools
 
 import jax
@@ -379,8 +378,3 @@ def test_dtypes_that_do_not_fit_are_refused(name):
         token_stats(jnp.ones((5, 8), jnp.float16), jnp.ones((11, 8), jnp.float16), targets_N, spec=HeadSpec())
     with pytest.raises(ValueError, match="targets are float32"):
         token_stats(jnp.ones((5, 8)), jnp.ones((11, 8)), jnp.zeros(5), spec=HeadSpec())
-
-
-@pytest.mark.parametrize("module", [blocks, chunked, reference, specs], ids=lambda module: module.__name__)
-def test_doctests(module):
-    assert doctest.testmod(module).failed == 0

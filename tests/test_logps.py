@@ -1,6 +1,5 @@
 """Response log-probs: which positions count, what masked ones may hold, and how the implementation is chosen."""
 
-import doctest
 import functools
 
 import jax
@@ -377,7 +376,3 @@ def test_explain_names_blocks_and_memory():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         response_logps(*inputs(), **options)
-
-
-def test_doctests():
-    assert doctest.testmod(logps).failed == 0

@@ -1,6 +1,5 @@
 """MT-Bench figures of real judgements, and agreement of judges against counts made by hand."""
 
-import doctest
 import itertools
 import json
 import math
@@ -88,11 +87,6 @@ def test_the_categories_are_those_of_the_real_questions():
 
 
 # scores
-
-
-def test_doctests():
-    for module in (mt_bench, intervals):
-        assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize(

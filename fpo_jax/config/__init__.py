@@ -1,0 +1,32 @@
+"""The configuration of a run.
+
+knobs    every knob with its default, unit and reason; which of them may change when a run resumes
+checks   what is wrong with their values, one sentence each
+"""
+
+from fpo_jax.config.checks import problems, raise_problems, row_slice, validate
+from fpo_jax.config.knobs import (
+    FITTING,
+    RESUMABLE,
+    Config,
+    default,
+    difference,
+    flatten,
+    loss_options,
+    value_at,
+)
+
+__all__ = [
+    "FITTING",
+    "RESUMABLE",
+    "Config",
+    "default",
+    "difference",
+    "flatten",
+    "loss_options",
+    "problems",
+    "raise_problems",
+    "row_slice",
+    "validate",
+    "value_at",
+]

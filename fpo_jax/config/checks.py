@@ -1,0 +1,233 @@
+"""What can be wrong with the values of a config, each with the nearest legal value, without touching a device."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from fpo_jax.config.knobs import DTYPES, FORMATS, STAGES, Config, default, value_at
+
+
+def validate(config: Config, *, extra: Iterable[str] = ()) -> None:
+    """Raise ValueError with every problem at once, numbered; `extra` adds problems other modules found."""
+    raise_problems([*problems(config), *extra])
+
+
+def raise_problems(found: Sequence[str]) -> None:
+    """Raise ValueError with a numbered list, or return when it is empty."""
+    if found:
+        lines = "\n".join(f"  {i}. {problem}" for i, problem in enumerate(found, 1))
+        raise ValueError(f"the configuration has {len(found)} problem{'s' * (len(found) > 1)}:\n{lines}")
+
+
+def problems(config: Config) -> list[str]:
+    """List what is wrong with the values, one sentence each: fact, limit, remedy."""
+    found: list[str] = []
+
+    def choice(path: str, allowed: Sequence[str]) -> None:
+        value = value_at(config, path)
+        if value not in allowed:
+            found.append(f"{path}={value!r} is not one of {', '.join(allowed)}.")
+
+    def number(path: str, low: float, *, exclusive: bool = False, high: float = math.inf) -> None:
+        value = value_at(config, path)
+        if value is None:
+            return
+        inside = (value > low if exclusive else value >= low) and value <= high
+        if not math.isfinite(value) or not inside:
+            bound = f"{'greater than' if exclusive else 'at least'} {low:g}"
+            bound += "" if high == math.inf else f" and at most {high:g}"
+            found.append(f"{path}={value!r} must be finite and {bound}.")
+
+    def required(path: str, what: str) -> None:
+        if not value_at(config, path):
+            found.append(f"{path} is empty; give {what}.")
+
+    choice("stage", STAGES)
+    required("model.path", "a Hugging Face directory or hub name, e.g. --config.model.path=...")
+    if not config.data.mixer:
+        required("data.train", "a file, a directory or a hub name, e.g. --config.data.train=...")
+    for name in ("train", "train_split", "train_rows") if config.data.mixer else ():
+        if config.data[name]:
+            found.append(f"data.{name}={config.data[name]!r} and data.mixer exclude each other; unset one.")
+    choice("model.param_dtype", DTYPES)
+    choice("model.compute_dtype", DTYPES)
+    choice("model.remat", ("none", "dots", "full", "offload"))
+    choice("model.attention", ("auto", "xla", "chunked", "cudnn", "splash"))
+    number("lora.rank", 0)
+    number("lora.alpha", 0.0, exclusive=True)
+    if not 0 <= config.lora.dropout < 1:
+        found.append(f"lora.dropout={config.lora.dropout} must lie in [0, 1).")
+    try:
+        re.compile(config.lora.modules)
+    except re.error as error:
+        found.append(f"lora.modules={config.lora.modules!r} is no regular expression: {error}.")
+    unchanged = {"alpha": 16.0, "dropout": 0.0, "modules": "all-linear"}
+    if config.lora.rank == 0:
+        found += [
+            f"lora.{key}={config.lora[key]!r} is not used while lora.rank is 0; set lora.rank."
+            for key, value in unchanged.items()
+            if config.lora[key] != value
+        ]
+    choice("data.format", FORMATS)
+    choice("data.rule", ("chat", "raw"))
+    choice("data.truncation", ("keep_end", "keep_start"))
+    choice("data.hh_split", ("last_turn", "first_difference"))
+    choice("data.on_empty_response", ("drop", "error"))
+    choice("data.on_long_prompt", ("truncate", "drop", "error"))
+    choice("data.on_identical", ("keep", "drop"))
+    choice("data.on_bad_row", ("error", "skip"))
+    choice("data.last_batch", ("drop", "pad"))
+    choice("data.layout", ("padded", "packed", "shared"))
+    number("data.row_length", 2)
+    for path in ("data.train_rows", "data.eval_rows"):
+        try:
+            row_slice(value_at(config, path))
+        except ValueError as error:
+            found.append(f"{path}: {error}")
+    number("data.max_length", 2)
+    number("data.group_size", 1)
+    if config.data.packing and config.stage != "sft":
+        found.append(f"data.packing=True is for stage 'sft', not {config.stage!r}; unset it.")
+    found += _layout_problems(config)
+    found += _length_problems(config)
+    choice("optim.schedule", ("cosine", "linear", "constant"))
+    choice("optim.decay_over", ("run", "epochs"))
+    number("optim.learning_rate", 0.0, exclusive=True)
+    number("optim.warmup_fraction", 0.0, high=1.0)
+    number("optim.warmup_steps", 0)
+    if config.optim.warmup_steps is not None and config.optim.warmup_fraction:
+        found.append(
+            f"optim.warmup_steps={config.optim.warmup_steps} and optim.warmup_fraction={config.optim.warmup_fraction:g}"
+            " are both set; set one (warmup_fraction=0 or warmup_steps=None)."
+        )
+    choice("optim.state_dtype", DTYPES)
+    for path in ("optim.b1", "optim.b2"):
+        number(path, 0.0, high=1.0)
+    number("optim.eps", 0.0, exclusive=True)
+    number("optim.weight_decay", 0.0)
+    number("optim.clip_norm", 0.0)
+    number("train.epochs", 0.0, exclusive=True)
+    for path in ("batch_size", "micro_batch_per_device", "eval_batch_per_device", "save_every", "keep_checkpoints"):
+        number(f"train.{path}", 1)
+    for path in ("log_every", "max_nonfinite", "max_steps", "eval_batches"):
+        number(f"train.{path}", 1)
+    number("train.skip_spikes", 0.0)
+    number("train.spike_window", 2)
+    if config.train.spike_window != default().train.spike_window and not config.train.skip_spikes:
+        found.append(
+            f"train.spike_window={config.train.spike_window} is not used while train.skip_spikes is 0; set it too."
+        )
+    number("train.eval_every", 0)
+    choice("train.on_nonfinite", ("stop", "skip"))
+    if config.train.keep_best and not (config.data.eval or config.answers.count):
+        found.append(f"train.keep_best={config.train.keep_best!r} needs an evaluation; set data.eval.")
+    if config.train.keep_best and not config.train.keep_best.startswith("eval_"):
+        found.append(f"train.keep_best={config.train.keep_best!r} must name a metric of an evaluation, e.g. eval_loss.")
+    found += _answers_problems(config)
+    number("answers.count", 0)
+    number("answers.max_new_tokens", 1)
+    number("answers.temperature", 0.0)
+    number("answers.batch_per_device", 1)
+    number("reference.batch_per_device", 1)
+    choice("kernel.implementation", ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu"))
+    choice("kernel.fuse_loss", ("auto", "on", "off"))
+    number("kernel.workspace_mib", 1)
+    number("plan.groups", 1)
+    choice("mesh.preset", ("fsdp", "zero3", "zero2", "multi_gpu", "hybrid"))
+    axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
+    if any(axis is not None and (axis == 0 or axis < -1) for axis in axes) or axes.count(-1) > 1:
+        found.append(
+            f"mesh data={axes[0]} fsdp={axes[1]} tensor={axes[2]}: each axis is a number of devices, and at most one is"
+            " -1 (all that remain)."
+        )
+    return found
+
+
+def _layout_problems(config: Config) -> list[str]:
+    """List what does not go with the layout of rows."""
+    found, layout = [], config.data.layout
+    if layout == "padded":
+        if config.data.row_length is not None:
+            found.append(
+                f"data.row_length={config.data.row_length} is not used by data.layout='padded'; set data.layout to"
+                " packed or shared, or unset it."
+            )
+        return found
+    if config.data.buckets:
+        found.append(
+            f"data.buckets={tuple(config.data.buckets)} is not used by data.layout={layout!r}, whose rows have one"
+            " length; unset it."
+        )
+    if config.data.packing:
+        found.append(f"data.packing=True and data.layout={layout!r} exclude each other; unset one.")
+    if layout == "shared" and config.data.group_size == 1:
+        found.append("data.layout='shared' needs responses that share a prompt, and data.group_size is 1; use packed.")
+    if config.kernel.fuse_loss == "on":
+        found.append(f"kernel.fuse_loss='on' reads one candidate a row, and data.layout={layout!r} puts several there.")
+    return found
+
+
+def _length_problems(config: Config) -> list[str]:
+    data, found = config.data, []
+    if data.rule == "chat":
+        if data.max_response_length is not None:
+            found.append(
+                "data.max_response_length is not used by data.rule='chat' (responses get max_length -"
+                " max_prompt_length tokens); unset it or use rule='raw'."
+            )
+        if not 0 < data.max_prompt_length < data.max_length:
+            found.append(
+                f"data.max_prompt_length={data.max_prompt_length} leaves no room for a response in"
+                f" data.max_length={data.max_length}; use at most {data.max_length - 1}."
+            )
+    elif data.rule == "raw":
+        limit = data.max_response_length
+        if limit is None or not 0 < limit < data.max_length:
+            found.append(
+                f"data.max_response_length={limit} must lie between 1 and data.max_length - 1 ="
+                f" {data.max_length - 1} for data.rule='raw'."
+            )
+    buckets = tuple(data.buckets)
+    if buckets and (list(buckets) != sorted(set(buckets)) or buckets[-1] != data.max_length or buckets[0] < 2):
+        found.append(
+            f"data.buckets={buckets} must ascend and end with data.max_length={data.max_length}, e.g."
+            f" {(data.max_length // 4, data.max_length // 2, data.max_length)}."
+        )
+    return found
+
+
+def _answers_problems(config: Config) -> list[str]:
+    """List what keeps the model from answering prompts, and settings of answers that nobody asks for."""
+    found, options = [], config.answers
+    if not options.count:
+        initial = default().answers
+        changed = [name for name in initial if options[name] != initial[name]]
+        return [f"answers.{name}={options[name]!r} is not used while answers.count is 0; set it." for name in changed]
+    if not options.prompts and not config.data.eval:
+        found.append(f"answers.count={options.count} needs prompts; set answers.prompts or data.eval.")
+    if config.stage == "reward":
+        found.append(f"answers.count={options.count}: stage 'reward' trains a model that writes no answers; use 0.")
+    if config.lora.rank:
+        found.append(
+            f"answers.count={options.count}: answers are written by whole models, and"
+            f" lora.rank={config.lora.rank} trains an adapter; use 0, and eval.generate on the export."
+        )
+    return found
+
+
+def row_slice(text: str) -> slice:
+    """Parse "first:last" (either may be empty; "" = all rows) into a slice.
+
+    >>> row_slice("0:1600")
+    slice(0, 1600, None)
+    """
+    if not text:
+        return slice(None)
+    parts = text.split(":")
+    try:
+        first, last = (int(part) if part else None for part in parts)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a row slice; write first:last, e.g. 0:1600 or 1600:") from None
+    if (first or 0) < 0 or (last is not None and last <= (first or 0)):
+        raise ValueError(f"{text!r} selects no row; write first:last with 0 <= first < last, e.g. 0:1600.")
+    return slice(first, last)
