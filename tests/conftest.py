@@ -44,7 +44,7 @@ def inputs(tmp_path_factory):
 
 # The files that take longest, first, so that no worker is left with one of them at the end.
 LONGEST = (
-    "hosts", "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
+    "faults_crash", "faults_signals", "faults_resume", "hosts", "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
     "sample", "generate", "quickstart", "imdb_pipeline", "plan", "model", "generate_parity", "trajectory", "winrate",
 )  # fmt: skip
 
