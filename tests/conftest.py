@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, no network, and shape checks on every function of the package that names some."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -26,8 +27,10 @@ from tests import shapecheck
 
 
 def pytest_configure(config):
-    """Check shapes, but where faults are injected into what the other tests have checked."""
-    if config.getoption("markexpr") != "faults":
+    """Check shapes; not where faults are injected into what the other tests have checked: there, minutes count."""
+    if config.getoption("markexpr") == "faults":
+        gc.set_threshold(100_000, 50, 100)  # tracing makes little garbage, and a sixth of its time was to look for it
+    else:
         shapecheck.install("fpo_jax")
 
 
@@ -44,7 +47,8 @@ def inputs(tmp_path_factory):
 
 # The files that take longest, first, so that no worker is left with one of them at the end.
 LONGEST = (
-    "faults_crash", "faults_signals", "faults_resume", "hosts", "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
+    "faults_crash", "faults_signals", "faults_resume",
+    "hosts", "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
     "sample", "generate", "quickstart", "imdb_pipeline", "plan", "model", "generate_parity", "trajectory", "winrate",
 )  # fmt: skip
 

@@ -42,7 +42,7 @@ class Site:
             "data.subfolder": "", "data.train_split": "", "data.eval_split": "", "data.max_length": 40,
             "data.max_response_length": 16, "model.compute_dtype": "float32", "optim.learning_rate": 3e-3,
             "train.batch_size": 4, "train.micro_batch_per_device": 2, "train.epochs": STEPS * 4 / PAIRS,
-            "train.save_every": SAVE_EVERY, "train.eval_every": 3, "train.eval_batch_per_device": 3,
+            "train.save_every": SAVE_EVERY, "train.eval_every": 3, "train.eval_batch_per_device": 6,
             "train.keep_checkpoints": keep_checkpoints, "train.async_save": async_save, "logging.tensorboard": False,
         }  # fmt: skip
         flags = [f"--config.{key}={value}" for key, value in options.items()]

@@ -8,6 +8,7 @@ draws of a failed test, `FPO_FAULT_TRIALS` scales their number.
 """
 
 import functools
+import gc
 import hashlib
 import importlib
 import json
@@ -123,6 +124,8 @@ def _serve() -> None:
         tiny.write_tokenizer(Path(folder))
         (Path(folder) / "config.json").write_text('{"model_type": "llama"}')  # and torch with the first configuration
         chat.load_tokenizer(folder)
+    gc.collect()
+    gc.freeze()  # or every fork walks, and by that copies, all that is imported
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         job = json.loads(line)

@@ -71,7 +71,7 @@ def test_answers_killed_or_stopped_anywhere_are_those_of_one_start(site, tmp_pat
     while killed < wanted:
         random, out = faults.draws("generate", number), tmp_path / f"{number}.jsonl"
         for _ in range(3):
-            how = random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+            how = random.choice([signal.SIGKILL] * 4 + [signal.SIGTERM])
             fault = stop("generate", random.randint(1, PROMPTS), how, delay=random.choice([0, random.uniform(0, 0.02)]))
             if random.random() < 0.4:
                 fault = {"folder": str(out), "count": random.randint(1, 8), "signal": how}
@@ -112,7 +112,7 @@ def test_judgements_killed_or_stopped_anywhere_ask_only_for_what_is_missing(site
             random, out = faults.draws("judge", number), tmp_path / str(number)
             store, starts, server.bodies = out / "replies.jsonl", 0, []
             for _ in range(6):
-                how = random.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+                how = random.choice([signal.SIGKILL] * 4 + [signal.SIGTERM])
                 fault = stop("judge", random.randint(1, 6), how, delay=random.choice([0, random.uniform(0, 0.02)]))
                 if random.random() < 0.3:
                     fault = {"folder": str(out), "count": random.randint(1, 6), "signal": how}

@@ -66,7 +66,7 @@ def test_a_signal_at_a_random_moment_saves_within_one_update(site, tmp_path):
         stopped += code == 75
         begun = [update for update, _ in faults.trained(workdir)]
         assert begun == list(range(1, len(begun) + 1)) and saved(workdir)[-1:] == begun[-1:], context
-        if number % 2:
+        if number % 6 == 0:  # most phases of the test above go on to the end
             site.finish(workdir, context)
     assert stopped >= moments // 2
     print(f"{stopped} of {moments} runs stopped")
