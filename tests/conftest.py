@@ -47,7 +47,7 @@ def inputs(tmp_path_factory):
 
 # The files that take longest, first, so that no worker is left with one of them at the end.
 LONGEST = (
-    "faults_crash", "faults_signals", "faults_resume",
+    "faults_crash", "faults_signals", "faults_resume", "faults_numbers", "faults_input", "faults_storage",
     "hosts", "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
     "sample", "generate", "quickstart", "imdb_pipeline", "plan", "model", "generate_parity", "trajectory", "winrate",
 )  # fmt: skip
