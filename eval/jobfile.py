@@ -45,7 +45,9 @@ class JobFile:
             raise ValueError(f"{path} exists and has no {self._job_path.name}; give another file, or delete it.")
         files.write(self._job_path, json.dumps(job, indent=2) + "\n")
         self.finished = path.exists()
-        if not self.finished:
+        if self.finished:
+            self._part.unlink(missing_ok=True)  # of a start that was killed as it finished
+        else:
             self._repair()
         self.done = {line["index"] for line in self.lines()}
         if self.finished and len(self.done) != count:

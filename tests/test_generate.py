@@ -464,3 +464,17 @@ def test_real_model_and_its_published_text(tmp_path):
     (line,) = jobfile.read(tmp_path / "o.jsonl")
     text = line["prompt"] + line["completions"][0]
     assert expected["expected_text"].strip().startswith(text.strip()[:60])
+
+
+def test_a_start_after_a_kill_at_the_very_end_takes_the_parts_away(tmp_path):
+    """The finished file is there, and the parts that it was made of are too."""
+    out, part = tmp_path / "o.jsonl", tmp_path / "o.jsonl.part"
+    with jobfile.JobFile(out, {"job": 1}, count=2) as file:
+        for index in (1, 0):
+            file.append({"index": index})
+        content = part.read_bytes()
+        file.finish()
+    part.write_bytes(content)
+    again = jobfile.JobFile(out, {"job": 1}, count=2)
+    assert again.finished and again.done == {0, 1} and not part.exists()
+    assert [line["index"] for line in jobfile.read(out)] == [0, 1]
