@@ -45,9 +45,7 @@ class JobFile:
             raise ValueError(f"{path} exists and has no {self._job_path.name}; give another file, or delete it.")
         files.write(self._job_path, json.dumps(job, indent=2) + "\n")
         self.finished = path.exists()
-        if self.finished:
-            self._part.unlink(missing_ok=True)  # of a start that was killed as it finished
-        else:
+        if not self.finished:
             self._repair()
         self.done = {line["index"] for line in self.lines()}
         if self.finished and len(self.done) != count:
@@ -55,6 +53,8 @@ class JobFile:
                 f"{path} holds {len(self.done)} of the {count} lines it had when it was finished; put it back, or"
                 " delete it to start over."
             )
+        if self.finished:
+            self._part.unlink(missing_ok=True)  # of a start that was killed as it finished
         self._file = None
 
     def __enter__(self) -> "JobFile":

@@ -475,6 +475,11 @@ def test_a_start_after_a_kill_at_the_very_end_takes_the_parts_away(tmp_path):
         content = part.read_bytes()
         file.finish()
     part.write_bytes(content)
+    out.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="holds 1 of the 2 lines"):
+        jobfile.JobFile(out, {"job": 1}, count=2)
+    assert part.exists(), "the only whole copy"
+    out.write_bytes(b"".join(sorted(content.splitlines(keepends=True))))
     again = jobfile.JobFile(out, {"job": 1}, count=2)
     assert again.finished and again.done == {0, 1} and not part.exists()
     assert [line["index"] for line in jobfile.read(out)] == [0, 1]
