@@ -40,7 +40,7 @@ def parse(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         _ = _CONFIG.value  # loads the file
     except (AttributeError, KeyError) as error:
-        _fail(2, f"unknown configuration key: {error.args[0]}; `fpo_jax/config.py` lists every key.")
+        _fail(2, f"unknown configuration key: {error.args[0]}; `fpo_jax/config/knobs.py` lists every key.")
     except (flags.Error, TypeError, ValueError, OSError) as error:
         _fail(2, error)
     if _PLAN.value and (_WORKDIR.value or _PROFILE.value):

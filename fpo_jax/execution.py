@@ -138,7 +138,9 @@ class StopRequest:
     def _request(self, number: int, _frame: object) -> None:
         self._requested = number
         if not self._begun and hosts.count() == 1:
-            raise Stopped(f"{signal.Signals(number).name}: nothing had begun; the same command starts it.")
+            raise Stopped(
+                f"{signal.Signals(number).name}: nothing was under way that could be lost; the same command goes on."
+            )
 
     def _watch(self, end: socket.socket) -> None:
         """Act on a second signal, as no handler can while the main thread compiles."""

@@ -1,5 +1,6 @@
-"""XLA flags of tests: compiling is most of their time, and programs this small gain nothing by doing it well."""
+"""How tests compile soon: it is most of their time, and programs this small gain nothing by doing it well."""
 
+import gc
 import importlib.metadata
 
 # LLVM's own passes are off; XLA's, and with them the maths, stay as they are. Emitting fusions without MLIR takes a
@@ -16,3 +17,8 @@ if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11
 def flags(*, devices: int = 1) -> str:
     """Return the value of XLA_FLAGS for so many virtual CPU devices."""
     return " ".join([f"--xla_force_host_platform_device_count={devices}", *_QUICK])
+
+
+def collect_seldom() -> None:
+    """Look for garbage less often: tracing makes little, and a sixth of its time is to look for it."""
+    gc.set_threshold(100_000, 50, 100)

@@ -1,7 +1,6 @@
 """Eight virtual CPU devices, no network, and shape checks on every function of the package that names some."""
 
 import atexit
-import gc
 import os
 import shutil
 import tempfile
@@ -29,7 +28,7 @@ from tests import shapecheck
 def pytest_configure(config):
     """Check shapes; not where faults are injected into what the other tests have checked: there, minutes count."""
     if config.getoption("markexpr") == "faults":
-        gc.set_threshold(100_000, 50, 100)  # tracing makes little garbage, and a sixth of its time was to look for it
+        compiling.collect_seldom()
     else:
         shapecheck.install("fpo_jax")
 
@@ -47,7 +46,7 @@ def inputs(tmp_path_factory):
 
 # The files that take longest, first, so that no worker is left with one of them at the end.
 LONGEST = (
-    "faults_crash", "faults_signals", "faults_resume", "faults_numbers", "faults_input", "faults_storage",
+    "faults_crash", "faults_resume", "faults_numbers", "faults_input", "faults_storage",
     "hosts", "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
     "sample", "generate", "quickstart", "imdb_pipeline", "plan", "model", "generate_parity", "trajectory", "winrate",
 )  # fmt: skip

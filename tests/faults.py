@@ -119,11 +119,13 @@ def _serve() -> None:
     from tests import tiny
 
     modules = {name: importlib.import_module(name) for name in ("train", "eval.generate", "eval.winrate")}
-    importlib.import_module("jaxlib.mlir.dialects.mhlo")  # the first program would
+    for late in ("fpo_jax.loop", "jaxlib.mlir.dialects.mhlo"):  # imported by a run, by the first program
+        importlib.import_module(late)
     with tempfile.TemporaryDirectory() as folder:  # transformers imports most of itself with the first tokenizer,
         tiny.write_tokenizer(Path(folder))
         (Path(folder) / "config.json").write_text('{"model_type": "llama"}')  # and torch with the first configuration
         chat.load_tokenizer(folder)
+    compiling.collect_seldom()
     gc.collect()
     gc.freeze()  # or every fork walks, and by that copies, all that is imported
     replies = os.fdopen(os.dup(1), "w")

@@ -24,6 +24,19 @@ def stopped(config, workdir, monkeypatch, *, after):
     whole(config, workdir)
 
 
+def compile_once(monkeypatch):
+    """Let runs of one configuration, however far each goes, share their compiled programs."""
+    compiled, build = {}, execution.Program._compile
+
+    def once(program, first, batch):
+        key = (program.name, str(jax.tree.map(lambda leaf: (leaf.shape, leaf.sharding), (first, batch))))
+        if key not in compiled:
+            compiled[key] = build(program, first, batch)
+        return compiled[key]
+
+    monkeypatch.setattr(execution.Program, "_compile", once)
+
+
 def outcome(workdir):
     """Step, weights and metrics of a run, to be compared bit by bit."""
     weights, meta = checkpoint.restore_params(workdir, None)

@@ -1,4 +1,4 @@
-"""Programs that are killed anywhere: what is left can be read, goes on, and ends as if nothing had been."""
+"""Programs killed or told to stop anywhere: what is left can be read, goes on, and ends as if nothing had been."""
 
 import json
 import re
@@ -13,8 +13,9 @@ from tests.crash_site import LAST, PROMPTS, SAVE_EVERY, saved, stop, weights
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    with crash_site.opened(tmp_path_factory.mktemp("site")) as found:
-        yield found
+    root = tmp_path_factory.mktemp("site")
+    with faults.Zygote(root / "compiled") as zygote:
+        yield crash_site.Site(root, zygote)
 
 
 def killing(random, site, workdir):
@@ -48,6 +49,8 @@ def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(site, tmp_path, asyn
             assert (steps[-1] if steps else 0) >= begun - costs, context
             for step in steps:
                 assert weights(workdir, step) == site.weights[step], f"{context}: step {step}"
+            if code == 0:
+                break
         site.finish(workdir, context)
         number += 1
     print(f"{killed} kills in {number} runs")
@@ -70,15 +73,17 @@ def test_answers_killed_or_stopped_anywhere_are_those_of_one_start(site, tmp_pat
     killed, number, wanted = 0, 0, faults.trials(40)
     while killed < wanted:
         random, out = faults.draws("generate", number), tmp_path / f"{number}.jsonl"
-        for _ in range(3):
+        for _ in range(6):
             how = random.choice([signal.SIGKILL] * 4 + [signal.SIGTERM])
-            fault = stop("generate", random.randint(1, PROMPTS), how, delay=random.choice([0, random.uniform(0, 0.02)]))
+            fault = stop("generate", random.randint(1, 4), how, delay=random.choice([0, random.uniform(0, 0.02)]))
             if random.random() < 0.4:
                 fault = {"folder": str(out), "count": random.randint(1, 8), "signal": how}
             code, said = generate(site, out, fault)
             context = f"file {number}, {fault}; {faults.replay('answers_killed')}\n{said}"
-            assert code in (0, 75, -signal.SIGKILL), context
+            assert code in (0, 75, -signal.SIGKILL) or (code == -signal.SIGTERM and out.exists()), context
             killed += code == -signal.SIGKILL
+            if out.exists():  # a signal may come when all is done
+                break
         assert generate(site, out)[0] == 0, context
         assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes(), context
         assert not out.with_name(out.name + ".part").exists(), context
@@ -118,8 +123,11 @@ def test_judgements_killed_or_stopped_anywhere_ask_only_for_what_is_missing(site
                     fault = {"folder": str(out), "count": random.randint(1, 6), "signal": how}
                 code, said = judge(out, fault)
                 context = f"folder {number}, {fault}; {faults.replay('judgements_killed')}\n{said}"
-                assert code in (0, 75, -signal.SIGKILL), context
+                done = (out / "summary.json").exists()
+                assert code in (0, 75, -signal.SIGKILL) or (code == -signal.SIGTERM and done), context
                 killed, starts = killed + (code == -signal.SIGKILL), starts + (code != 0)
+                if done:
+                    break
             code, said = judge(out)
             assert code == 0, f"{context}\n{said}"
             for name in ("summary.json", "verdicts.jsonl"):
@@ -130,3 +138,73 @@ def test_judgements_killed_or_stopped_anywhere_ask_only_for_what_is_missing(site
             assert len(server.bodies) <= 2 * PROMPTS + starts * 2 * workers, context
             number += 1
     print(f"{killed} kills, {number} folders")
+
+
+# --- told to stop
+
+# phase -> the point and its call, and the step that is saved, None for none
+STOPS = {
+    "data": (stop("data", 1), None),
+    "data, the second set": (stop("data", 2), None),
+    "weights": (stop("load", 1), None),
+    "compiling the reference pass": (stop("compile", 1), None),
+    "compiling the evaluation": (stop("compile", 2), None),
+    "compiling the update": (stop("compile", 3), 1),
+    "reference pass": (stop("reference", 1), None),
+    "reference written": (stop("reference written", 2), None),
+    "evaluation before the first update": (stop("evaluation", 1), None),
+    "first update": (stop("update", 1), 1),
+    "update": (stop("update", 4), 4),
+    "update before an evaluation": (stop("update", 3), 3),
+    "last update": (stop("update", 6), 6),
+    "evaluation": (stop("evaluation", 2), 3),
+    "last evaluation": (stop("evaluation", 3), 6),
+    "save": (stop("save", 1), 2),
+    "another save": (stop("save", 2), 4),
+}
+
+
+@pytest.mark.faults  # a minute
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("phase", STOPS)
+def test_a_signal_in_any_phase_saves_once_and_exits_with_75(site, tmp_path, phase, number):
+    fault, expected = STOPS[phase]
+    code, said = site.train(tmp_path / "w", fault | {"signal": number})
+    context = f"{phase}; {faults.replay('signal_in_any_phase')}\n{said}"
+    assert code == 75 and "Traceback" not in said, context
+    assert saved(tmp_path / "w")[-1:] == ([] if expected is None else [expected]), context
+    assert said.count("saved step") == (expected is not None), context
+    assert said.count("train.py: " + number.name) == 1, context
+    begun = [update for update, _ in faults.trained(tmp_path / "w")]
+    assert begun == list(range(1, (expected or 0) + 1)), context
+    if number == signal.SIGTERM:  # both signals have left the same by now
+        site.finish(tmp_path / "w", context)
+
+
+@pytest.mark.faults  # a minute
+def test_a_signal_at_a_random_moment_saves_within_one_update(site, tmp_path):
+    stopped, moments = 0, faults.trials(66)
+    for number in range(moments):
+        random, workdir = faults.draws("stop", number), tmp_path / str(number)
+        point = random.choice(list(LAST))
+        fault = stop(point, random.randint(1, LAST[point]), delay=random.uniform(0, 0.2))
+        code, said = site.train(workdir, fault)
+        context = f"moment {number}, {fault}; {faults.replay('random_moment')}\n{said}"
+        assert code in (0, 75) and "Traceback" not in said, context
+        stopped += code == 75
+        begun = [update for update, _ in faults.trained(workdir)]
+        assert begun == list(range(1, len(begun) + 1)) and saved(workdir)[-1:] == begun[-1:], context
+        if number % 6 == 0:  # most phases of the test above go on to the end
+            site.finish(workdir, context)
+    assert stopped >= moments // 2
+    print(f"{stopped} of {moments} runs stopped")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("point", "count"), [("compile", 3), ("update", 4), ("evaluation", 2), ("save", 2)])
+def test_a_second_signal_ends_the_run_at_once_and_says_what_is_lost(site, tmp_path, point, count):
+    code, said = site.train(tmp_path / "w", stop(point, count, times=2))
+    newest = re.search(r"SIGTERM, the second signal: ended at once. (?:The newest .* step (\d)|.*no complete)", said)
+    assert code == 128 + signal.SIGTERM and newest, said
+    assert saved(tmp_path / "w")[-1:] == ([int(newest[1])] if newest[1] else [])
+    site.finish(tmp_path / "w", said)

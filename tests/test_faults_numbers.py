@@ -1,5 +1,6 @@
 """What is not finite, and what is a spike, changes no weight on any device; the same seed gives the same bytes."""
 
+import functools
 import os
 import re
 import subprocess
@@ -38,6 +39,7 @@ def one_leaf(where):
     return lambda leaf: leaf.at[(0,) * leaf.ndim if where == "one shard" else ...].set(jnp.nan)
 
 
+@functools.cache
 def updater(*, devices, guard=None, spoil=None):
     """(update(state, batch), fresh state) of the tiny model on one device or cut over eight."""
     loss, places = losses.resolve("alphapo-pref"), None
@@ -146,7 +148,7 @@ def test_the_guard_moves_no_byte(monkeypatch):
     """An update that is chosen costs the memory traffic of one that is not: no moment is copied first."""
 
     def moved(guard):
-        update, state = updater(devices=1, guard=guard)
+        update, state = updater.__wrapped__(devices=1, guard=guard)  # traced anew
         found = jax.jit(update, donate_argnums=0).lower(state, batch_of()).compile().cost_analysis()
         return found["bytes accessed"]
 
@@ -188,13 +190,24 @@ def weights(workdir, number=None):
     return meta, faults.digest(found)
 
 
+SELDOM = {"train__max_nonfinite": 2, "train__save_every": 99}
+
+
+@pytest.fixture(scope="module")
+def sound(inputs, tmp_path_factory):
+    """Outcomes of the first three updates, and of the whole run, where every number is finite."""
+    root = tmp_path_factory.mktemp("sound")
+    for name, changed in {"three": {"train__max_steps": 3}, "whole": {}}.items():
+        resuming.whole(config(inputs, **SELDOM, **changed), root / name)
+    return weights(root / "three")[1], resuming.outcome(root / "whole")
+
+
 @pytest.mark.faults  # several runs
 @pytest.mark.parametrize(("policy", "bad", "stops"), [("stop", {4}, 4), ("skip", {4, 5}, 5)])
 def test_a_run_that_stops_has_saved_what_the_last_applied_update_left(
-    inputs, tmp_path, monkeypatch, policy, bad, stops
+    inputs, sound, tmp_path, monkeypatch, policy, bad, stops
 ):
-    changed = {"train__on_nonfinite": policy, "train__max_nonfinite": 2, "train__save_every": 99}
-    resuming.whole(config(inputs, **changed, train__max_steps=3), tmp_path / "good")
+    changed = SELDOM | {"train__on_nonfinite": policy}
     workdir = tmp_path / "w"
     with monkeypatch.context() as patch:
         spoil_updates(patch, bad, np.nan)
@@ -204,13 +217,12 @@ def test_a_run_that_stops_has_saved_what_the_last_applied_update_left(
                 resuming.whole(config(inputs, **changed), workdir)
             meta, found = weights(workdir)
             assert meta["step"] == 3 and meta["nonfinite_in_a_row"] == 0
-            assert found == weights(tmp_path / "good")[1]
+            assert found == sound[0]
             lines = metrics.read(workdir / metrics.METRICS_FILE)
             assert [line["step"] for line in lines if "nonfinite_rows" in line] == sorted(bad)
             assert all(len(line["nonfinite_rows"]) == 4 for line in lines if line["step"] in bad)
     resuming.whole(config(inputs, **changed | {"train__on_nonfinite": "skip", "train__max_nonfinite": 9}), workdir)
-    resuming.whole(config(inputs, **changed), tmp_path / "whole")
-    assert resuming.outcome(workdir) == resuming.outcome(tmp_path / "whole"), "the cause gone, it goes on"
+    assert resuming.outcome(workdir) == sound[1], "the cause gone, it goes on"
 
 
 def test_a_stored_reference_that_is_not_finite_is_refused(tmp_path):
@@ -233,6 +245,7 @@ SPIKES = {
 
 @pytest.mark.faults  # several runs
 def test_an_outlier_is_skipped_and_logged_and_the_run_resumes_to_the_bit(inputs, tmp_path, monkeypatch):
+    resuming.compile_once(monkeypatch)
     spoil_updates(monkeypatch, {3, 8}, 400.0)  # the first comes before the window is full
     resuming.whole(config(inputs, **SPIKES, train__keep_checkpoints=99), tmp_path / "whole")
     lines = metrics.read(tmp_path / "whole" / metrics.METRICS_FILE)

@@ -67,7 +67,7 @@ def uninterrupted(inputs, tmp_path_factory):
 @pytest.mark.slow  # two processes
 def test_signal_saves_exits_with_its_code_and_resumes_to_the_bit(inputs, uninterrupted, tmp_path):
     process = start_until(command(inputs, tmp_path / "w"), tmp_path / "w" / metrics.METRICS_FILE, 4)
-    process.send_signal(signal.SIGTERM)  # SIGINT and other moments: test_faults_signals.py
+    process.send_signal(signal.SIGTERM)  # SIGINT and other moments: test_faults_crash.py
     _, stderr = process.communicate()
     assert process.returncode == 75, stderr
     assert "SIGTERM: saved step" in stderr and "Traceback" not in stderr
