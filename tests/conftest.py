@@ -46,8 +46,8 @@ def inputs(tmp_path_factory):
 
 # The files that take longest, first, so that no worker is left with one of them at the end.
 LONGEST = (
-    "faults_crash", "faults_resume", "faults_numbers", "faults_input", "faults_storage",
-    "hosts", "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
+    "faults_crash", "faults_resume", "faults_numbers", "hosts", "faults_input", "faults_storage", "faults_security",
+    "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
     "sample", "generate", "quickstart", "imdb_pipeline", "plan", "model", "generate_parity", "trajectory", "winrate",
 )  # fmt: skip
 
