@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 BETA, RATE, SEED = 0.1, 1e-4, 0
+_RESETS = Path("/proc/self/clear_refs")  # "5" written there lets VmHWM start anew
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Turns:
         self._baseline = _status("VmRSS")
         self._started: float | None = None
         self._used = 0.0
+        self._peaks: list[int] = []  # of the rounds, each since the one before it
 
     def before(self, update: int, finish=lambda: None) -> None:
         """Call before every update, counted from 0; `finish` waits for those that still run."""
@@ -91,7 +93,8 @@ class Turns:
         """Call after the last update."""
         finish()
         self._report()
-        self._say({"peak_bytes": _status("VmHWM") - self._baseline})
+        peaks = self._peaks[1:] if _RESETS.exists() else self._peaks  # the peak of compiling is not that of updates
+        self._say({"peak_bytes": max(peaks) - self._baseline})
 
     def _report(self) -> None:
         if self._started is None:
@@ -100,9 +103,10 @@ class Turns:
         seconds = {"seconds": time.perf_counter() - self._started, "cpu_seconds": time.process_time() - self._used}
         self._say(seconds | {"losses": self._losses})
         self._losses = []
-        if Path("/proc/self/clear_refs").exists():  # the peak of compiling is not that of updates
-            ctypes.CDLL(None).malloc_trim(0)  # nor is what the allocator keeps of it
-            Path("/proc/self/clear_refs").write_text("5")
+        self._peaks.append(_status("VmHWM"))
+        if _RESETS.exists():
+            ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps is no round's
+            _RESETS.write_text("5")
 
     def _say(self, what: dict) -> None:
         print(json.dumps(what), file=self._out, flush=True)
