@@ -1,6 +1,7 @@
 """A run that is stopped has, after every update, the very state of the run that is not; a state moves to any mesh."""
 
 import collections
+import itertools
 import shutil
 
 import jax
@@ -15,7 +16,7 @@ STEPS, STOPS = 6, (1, 3, 4)
 STAGES = {"sft": "sft", "bradley_terry": "reward", "binary_cross_entropy": "reward"}
 EVERY = [*losses.DIVERGENCES, *objectives.OBJECTIVES]
 # What else a state depends on. The alpha-divergence takes all, every other loss the next of them but the last two: what
-# draws random numbers takes as long to compile as three other cases.
+# draws random numbers takes as long to compile as three other cases. With five times the trials every loss takes all.
 WAYS = {
     "full": {},
     "accumulated": {"train__micro_batch_per_device": 2},
@@ -27,6 +28,8 @@ WAYS = {
 }
 CASES = [("alpha", way) for way in WAYS]
 CASES += [(name, list(WAYS)[i % (len(WAYS) - 2)]) for i, name in enumerate(EVERY) if name != "alpha"]
+if faults.trials(1) >= 5:
+    CASES = list(itertools.product(EVERY, WAYS))
 
 
 @pytest.fixture(scope="module")
