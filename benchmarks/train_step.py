@@ -11,11 +11,19 @@ those of all candidates with their prompts, for every side alike. Memory is the 
 beyond the imports' own. With K = 4 the others train on two pairs a prompt, since they have no loss over a group, and
 no losses are compared.
 
+    python -m benchmarks.train_step --device gpu --layers 12 --json runs/train_step_gpu.json
+
+On a GPU (`train_step_gpu.CASES`: a Mistral shape in bfloat16) one side's process follows the other, as two do not fit
+its memory; memory is then the most that the process's allocator ever held on the device, loading and reference pass
+included, and a table has the model FLOP/s utilisation. A side that fails is left out and said to be. Losses are
+asserted to agree within 0.02.
+
 TRL and tunix: pip install trl google-tunix (with the CPU wheel of torch) into an environment that has fpo_jax.
 """
 
 import argparse
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -24,10 +32,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from benchmarks.train_step_sides import SIDES, Case, write_model
-from fpo_jax import files
+import jax
+
+from benchmarks import train_step_gpu
+from benchmarks.train_step_sides import CPU_SIDES, GPU_SIDES, SIDES, Case, write_model
+from fpo_jax import files, hf
 
 CASES = (
     Case("short", vocab=32_000, layers=4, groups=4, candidates=2, prompt=64, response=64),
@@ -35,7 +47,10 @@ CASES = (
     Case("long", vocab=32_000, layers=4, groups=2, candidates=2, prompt=448, response=64),
     Case("long, K=4", vocab=32_000, layers=4, groups=2, candidates=4, prompt=448, response=64),
 )
-NEEDS = {"trl": "trl", "tunix": "tunix"}
+NEEDS = {
+    "trl": ("trl",), "tunix": ("tunix",), "trl-bf16": ("trl",),
+    "trl-liger": ("trl", "liger_kernel"), "trl-bf16-liger": ("trl", "liger_kernel"),
+}  # fmt: skip
 LOSS_RTOL = 1e-4  # AdamW divides by the root of a second moment near 0, which enlarges rounding; measured: 1e-5
 
 
@@ -52,12 +67,13 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"} | train_step_gpu.environment(name, case),
         )
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
         self.reference = 0.0
+        self.device = ""
         while "ready" not in (found := self._read()):
             self.reference = found.get("reference_seconds", self.reference)
 
@@ -73,9 +89,15 @@ class Side:
 
     def close(self) -> int:
         """Return the peak of its memory."""
-        peak = self._read()["peak_bytes"]
+        found = self._read()
         self._process.wait()
-        return peak
+        self.device = found.get("device", "")
+        return found["peak_bytes"]
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.wait()
 
     def _read(self) -> dict:
         assert self._process.stdout
@@ -96,26 +118,48 @@ def compare(case: Case, sides: list[str], folder: Path) -> list[dict]:
             side.round()
     if case.candidates == 2:
         check_losses(running)
-    tokens = case.groups * case.candidates * (case.prompt + case.response)
-    rows = []
-    for side in running:
-        seconds = statistics.median(side.seconds[1:]) / case.updates
-        rows.append(
-            {
-                "case": case.name,
-                "side": side.name,
-                "seconds": seconds,
-                "fastest": min(side.seconds[1:]) / case.updates,
-                "slowest": max(side.seconds[1:]) / case.updates,
-                "cpu_seconds": statistics.median(side.cpu_seconds[1:]) / case.updates,
-                "with_reference": seconds + side.reference,
-                "tokens_per_s": tokens / (seconds + side.reference),
-                "peak_mib": side.close() / 2**20,
-                "first_round_s": side.seconds[0] - seconds * case.updates,
-                "losses": side.losses,
-            }
-        )
+    return [described(case, side) for side in running]
+
+
+def one_by_one(case: Case, sides: list[str], model: Path) -> list[dict]:
+    """Return a row for each side that runs, one process after the other."""
+    config, rows = hf.read_config(model), []
+    for name in sides:
+        side = None
+        try:
+            side = Side(name, case, model)
+            for _ in range(case.rounds + 1):
+                side.round()
+            row = described(case, side)
+        except RuntimeError as error:
+            print(f"{case.name}: {error}", flush=True)
+            continue
+        finally:
+            if side is not None:
+                side.kill()
+        rows.append(row | train_step_gpu.utilisation(case, config, row))
+        print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def described(case: Case, side: Side) -> dict:
+    """Return the row of a side whose rounds are over."""
+    tokens = case.groups * case.candidates * (case.prompt + case.response)
+    seconds = statistics.median(side.seconds[1:]) / case.updates
+    return {
+        "case": case.name,
+        "side": side.name,
+        "seconds": seconds,
+        "fastest": min(side.seconds[1:]) / case.updates,
+        "slowest": max(side.seconds[1:]) / case.updates,
+        "cpu_seconds": statistics.median(side.cpu_seconds[1:]) / case.updates,
+        "with_reference": seconds + side.reference,
+        "tokens_per_s": tokens / (seconds + side.reference),
+        "peak_mib": side.close() / 2**20,
+        "device": side.device,
+        "first_round_s": side.seconds[0] - seconds * case.updates,
+        "losses": side.losses,
+    }
 
 
 def check_losses(sides: list[Side]) -> None:
@@ -144,31 +188,75 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def on_gpu(options: argparse.Namespace, sides: list[str]) -> tuple[list[dict], list[str]]:
+    """Run the cases of a GPU; returns the rows, and losses that differ. The numbers are written as they come."""
+    changes = {key: getattr(options, key) for key in ("layers", "rounds", "remat", "trl_remat", "micro", "trl_micro")}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    rows, problems = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        for case in train_step_gpu.CASES:
+            if options.cases and case.name not in options.cases:
+                continue
+            case = dataclasses.replace(case, knobs=tuple(options.knobs), **changes)
+            case = train_step_gpu.tiny(case) if options.tiny else case
+            if not model.exists():  # one shape for all
+                started = time.perf_counter()
+                write_model(case, model)
+                print(f"wrote {case.layers} layers in {time.perf_counter() - started:.1f} s", flush=True)
+            found = one_by_one(case, sides, model)
+            rows += found
+            if case.candidates == 2 and found:
+                problems += train_step_gpu.check_losses(found)
+            if options.json:
+                files.write_json(options.json, {"case": dataclasses.asdict(case), "rows": rows})
+    return rows, problems
+
+
 def main() -> None:
     """Compare what the command line says, print one table, write the numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", nargs="+", default=[case.name for case in CASES])
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", help="names; all of the device's")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="all of the device's")
+    parser.add_argument("--rounds", type=int, help="5; on a GPU 3")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "gpu"))
+    gpu = parser.add_argument_group("with --device gpu")
+    gpu.add_argument("--layers", type=int, help="12")
+    gpu.add_argument("--remat", choices=("none", "dots", "full", "offload"), help="model.remat of ours; full")
+    gpu.add_argument("--trl-remat", choices=("none", "full"), help="gradient checkpointing of TRL; full")
+    gpu.add_argument("--micro", type=int, help="groups of a pass of ours; all of them")
+    gpu.add_argument("--trl-micro", type=int, help="pairs of a pass of TRL's; 4")
+    gpu.add_argument("--knobs", nargs="+", default=[], metavar="KEY=VALUE", help="of our configuration")
+    gpu.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # the same on a CPU, in seconds
     options = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # this process leaves the GPU to its sides
+    allowed = GPU_SIDES if options.device == "gpu" else CPU_SIDES
     sides = []
-    for name in options.sides:
-        if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
-            print(f"{name}: not installed, left out")
+    for name in options.sides or allowed:
+        if name not in allowed:
+            parser.error(f"--sides {name} does not run with --device {options.device}: {', '.join(allowed)} do")
+        missing = [needed for needed in NEEDS.get(name, ()) if importlib.util.find_spec(needed) is None]
+        if missing:
+            print(f"{name}: {missing[0]} is not installed, left out")
         else:
             sides.append(name)
-    rows = []
-    for case in CASES:
-        if case.name in options.cases:
+    rows, problems = [], []
+    if options.device == "gpu":
+        rows, problems = on_gpu(options, sides)
+    for case in CASES if options.device == "cpu" else ():
+        if not options.cases or case.name in options.cases:
             with tempfile.TemporaryDirectory() as folder:
-                rows += compare(dataclasses.replace(case, rounds=options.rounds), sides, Path(folder))
+                rows += compare(dataclasses.replace(case, rounds=options.rounds or 5), sides, Path(folder))
     machine = {"cpus": os.cpu_count(), "python": platform.python_version()}
-    machine |= {name: importlib.import_module("importlib.metadata").version(name) for name in ("jax", "numpy")}
+    packages = ("jax", "numpy") if options.device == "cpu" else ("jax", "numpy", "torch", "transformers", "trl")
+    machine |= {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
     print(machine)
-    print(table(rows))
+    print((table if options.device == "cpu" else train_step_gpu.table)(rows))
     if options.json:
         files.write_json(options.json, {"machine": machine, "rows": rows})
+    if problems:
+        raise SystemExit("losses differ: " + "; ".join(problems))
 
 
 if __name__ == "__main__":

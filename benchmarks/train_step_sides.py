@@ -8,120 +8,25 @@ collation, its metrics; the reference log-probs come from where the trainer take
 """
 
 import argparse
-import ctypes
-import dataclasses
+import functools
 import json
-import os
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-BETA, RATE, SEED = 0.1, 1e-4, 0
-_RESETS = Path("/proc/self/clear_refs")  # "5" written there lets VmHWM start anew
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Shapes of one comparison: `groups` prompts an update, each with `candidates` responses, the first preferred."""
-
-    name: str
-    vocab: int
-    layers: int
-    groups: int
-    candidates: int
-    prompt: int  # tokens
-    response: int
-    width: int = 256
-    ffn: int = 688
-    heads: int = 8
-    updates: int = 2  # of a round
-    rounds: int = 5
-
-    def ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of the whole run: prompts [updates, B, P] and responses [updates, B, K, R]."""
-        random = np.random.default_rng(SEED)
-        count = (self.updates * (self.rounds + 1), self.groups)  # one round to compile in
-        prompts = random.integers(3, self.vocab, (*count, self.prompt))
-        return prompts, random.integers(3, self.vocab, (*count, self.candidates, self.response))
-
-    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same as pairs for trainers of K = 2: prompts [updates, pairs, P], chosen and rejected [..., R].
-
-        K candidates are K / 2 pairs of neighbours, so that every candidate is computed once.
-        """
-        prompts, responses = self.ids()
-        halves = self.candidates // 2
-        chosen, rejected = (responses[:, :, place::2].reshape(len(prompts), -1, self.response) for place in (0, 1))
-        return np.repeat(prompts, halves, axis=1), chosen, rejected
-
-
-class Turns:
-    """When this process may work, and what it reports."""
-
-    def __init__(self, case: Case):
-        """Keep the real stdout for reports; libraries print to stderr."""
-        self._case, self._out = case, os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
-        self._losses: list[float] = []
-        self._baseline = _status("VmRSS")
-        self._started: float | None = None
-        self._used = 0.0
-        self._peaks: list[int] = []  # of the rounds, each since the one before it
-
-    def before(self, update: int, finish=lambda: None) -> None:
-        """Call before every update, counted from 0; `finish` waits for those that still run."""
-        if update % self._case.updates:
-            return
-        finish()
-        self._report()
-        if not sys.stdin.readline():
-            sys.exit("the comparison ended")
-        self._started, self._used = time.perf_counter(), time.process_time()
-
-    def losses(self, values: list[float]) -> None:
-        """Note the losses of the next updates."""
-        self._losses += values
-
-    def reference(self, seconds: float) -> None:
-        """Note the time of a reference pass over the groups of one update."""
-        self._say({"reference_seconds": seconds})
-
-    def done(self, finish=lambda: None) -> None:
-        """Call after the last update."""
-        finish()
-        self._report()
-        peaks = self._peaks[1:] if _RESETS.exists() else self._peaks  # the peak of compiling is not that of updates
-        self._say({"peak_bytes": max(peaks) - self._baseline})
-
-    def _report(self) -> None:
-        if self._started is None:
-            self._say({"ready": True})
-            return
-        seconds = {"seconds": time.perf_counter() - self._started, "cpu_seconds": time.process_time() - self._used}
-        self._say(seconds | {"losses": self._losses})
-        self._losses = []
-        self._peaks.append(_status("VmHWM"))
-        if _RESETS.exists():
-            ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps is no round's
-            _RESETS.write_text("5")
-
-    def _say(self, what: dict) -> None:
-        print(json.dumps(what), file=self._out, flush=True)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+from benchmarks.train_step_turns import BETA, Case, Turns
 
 
 def write_model(case: Case, folder: Path) -> None:
-    """Write a random Llama of the case's shape with a tokenizer that nobody asks."""
+    """Write a random Llama of the case's shape, or for a GPU a Mistral, with a tokenizer that nobody asks."""
+    from benchmarks import random_model
     from fpo_jax.model import Rope
     from tests import tiny
 
+    if case.on_gpu:
+        random_model.write(folder, random_model.mistral(case.layers, vocab=case.vocab, width=case.width))
+        return
     tiny.write_model(
         folder,
         vocab_size=case.vocab,
@@ -139,6 +44,8 @@ def write_model(case: Case, folder: Path) -> None:
 
 def ours(case: Case, model: Path, layout: str) -> None:
     """fpo_jax: the programs of a run, batches made, placed and read as its loop does."""
+    import jax
+
     import benchmarks.updates  # noqa: F401 - before the turns, as memory of imports does not count
 
     turns = Turns(case)
@@ -149,11 +56,16 @@ def ours(case: Case, model: Path, layout: str) -> None:
         run.read()
         turns.losses(run.losses)
         run.losses = []
+        run.wait()
+
+    def device() -> dict:
+        memory = jax.devices()[0].memory_stats() or {}
+        return {"device": jax.devices()[0].device_kind, "peak_bytes": memory.get("peak_bytes_in_use", 0)}
 
     for number in range(run.plan.steps):
         turns.before(number, finish)
         run.update(number)
-    turns.done(finish)
+    turns.done(finish, device if case.on_gpu else None)
 
 
 def our_run(case: Case, model: Path, layout: str):
@@ -165,18 +77,31 @@ def our_run(case: Case, model: Path, layout: str):
     config = configuration.default()
     config.update(
         {
-            "model": {"path": str(model), "compute_dtype": "float32", "remat": "none"},
+            "model": {"path": str(model), "compute_dtype": case.dtype, "remat": case.remat},
             "data": {"train": "in memory", "group_size": case.candidates, "layout": layout, "shuffle": False},
             "loss": {"name": "dpo" if case.candidates == 2 else "exo", "beta_pi": BETA},
-            "optim": {"learning_rate": RATE, "schedule": "constant", "clip_norm": 0.0},
-            "train": {"batch_size": case.groups, "micro_batch_per_device": case.groups},
+            "optim": {"learning_rate": case.rate, "schedule": "constant", "clip_norm": 0.0},
+            "train": {"batch_size": case.groups, "micro_batch_per_device": case.micro or case.groups},
         }
     )
+    set_knobs(config, case.knobs)
     config.data.max_length, config.data.max_prompt_length = case.prompt + case.response, case.prompt
     inputs = job.Inputs(job.check(config), model, hf.read_config(model), job.Dataset(_prepared(case), None, ""), None)
     if layout == "shared":
         config.data.row_length = case.prompt + case.candidates * case.response  # a row for a group, as all are alike
     return Updates(config, inputs, model)
+
+
+def set_knobs(config, knobs: Sequence[str]) -> None:
+    """Set "key=value" of a configuration; a value that is no JSON is a text."""
+    for knob in knobs:
+        key, _, value = knob.partition("=")
+        *parents, last = key.split(".")
+        node = functools.reduce(lambda node, name: node[name], parents, config)
+        try:
+            node[last] = json.loads(value)
+        except json.JSONDecodeError:
+            node[last] = value
 
 
 def _prepared(case: Case):
@@ -195,76 +120,6 @@ def _prepared(case: Case):
         sources=tuple(map(str, range(groups))),
         pad_id=0,
     )
-
-
-def trl(case: Case, model: Path, **options) -> None:
-    """TRL's DPOTrainer on pairs that are tokens already, reference log-probs computed beforehand."""
-    import datasets
-    import torch
-    import transformers
-    from trl import DPOConfig, DPOTrainer
-
-    turns = Turns(case)
-    prompts, chosen, rejected = case.pairs()
-    table = datasets.Dataset.from_dict(
-        {
-            "prompt_ids": prompts.reshape(-1, case.prompt).tolist(),
-            "chosen_ids": chosen.reshape(-1, case.response).tolist(),
-            "rejected_ids": rejected.reshape(-1, case.response).tolist(),
-        }
-    )
-
-    class Gate(transformers.TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            turns.before(state.global_step)
-
-    class Trainer(DPOTrainer):
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset
-
-        def _precompute_ref_logps(self, *arguments):
-            started = time.perf_counter()
-            found = super()._precompute_ref_logps(*arguments)
-            turns.reference((time.perf_counter() - started) / len(prompts))
-            return found
-
-        def _get_train_sampler(self, *_, **__):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        def compute_loss(self, *arguments, **named):
-            found = super().compute_loss(*arguments, **named)
-            turns.losses([float((found[0] if isinstance(found, tuple) else found).detach())])
-            return found
-
-    trainer = Trainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa"),
-        args=DPOConfig(
-            output_dir=str(model.parent / "trl"),
-            per_device_train_batch_size=prompts.shape[1],
-            max_steps=len(prompts),
-            learning_rate=RATE,
-            beta=BETA,
-            lr_scheduler_type="constant",
-            max_grad_norm=0.0,
-            weight_decay=0.0,
-            max_length=None,
-            precompute_ref_log_probs=True,
-            precompute_ref_batch_size=prompts.shape[1],
-            gradient_checkpointing=False,
-            bf16=False,
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            disable_tqdm=True,
-            logging_steps=1,
-            **options,
-        ),
-        train_dataset=table,
-        processing_class=transformers.AutoTokenizer.from_pretrained(model),
-        callbacks=[Gate()],
-    )
-    trainer.train()
-    turns.done()
 
 
 def tunix(case: Case, model: Path) -> None:
@@ -305,7 +160,7 @@ def tunix(case: Case, model: Path) -> None:
         trainer = Trainer(
             model=policy,
             ref_model=reference,
-            optimizer=optax.adamw(RATE, weight_decay=0.0),
+            optimizer=optax.adamw(case.rate, weight_decay=0.0),
             training_config=dpo_trainer.DPOTrainingConfig(
                 eval_every_n_steps=10**9, max_steps=case.updates * (case.rounds + 1), beta=BETA
             ),
@@ -333,12 +188,24 @@ def tunix(case: Case, model: Path) -> None:
     turns.done(finish)
 
 
+def torch_side(case: Case, model: Path, **options) -> None:
+    """TRL, whose imports are no other side's."""
+    from benchmarks import train_step_trl
+
+    train_step_trl.trl(case, model, **options)
+
+
 SIDES = {
-    "ours-padded": lambda case, model: ours(case, model, "padded"),
-    "ours-shared": lambda case, model: ours(case, model, "shared"),
-    "trl": trl,
+    "ours-padded": functools.partial(ours, layout="padded"),
+    "ours-shared": functools.partial(ours, layout="shared"),
+    "trl": torch_side,
+    "trl-liger": functools.partial(torch_side, liger=True),
+    "trl-bf16": functools.partial(torch_side, weights="bfloat16"),
+    "trl-bf16-liger": functools.partial(torch_side, weights="bfloat16", liger=True),
     "tunix": tunix,
 }
+GPU_SIDES = ("ours-padded", "ours-shared", "trl", "trl-liger", "trl-bf16", "trl-bf16-liger")
+CPU_SIDES = ("ours-padded", "ours-shared", "trl", "tunix")
 
 
 def main() -> None:
@@ -348,7 +215,10 @@ def main() -> None:
     parser.add_argument("--side", required=True, choices=SIDES)
     parser.add_argument("--model", type=Path, required=True)
     options = parser.parse_args()
-    SIDES[options.side](Case(**json.loads(options.case)), options.model)
+    case = Case(**json.loads(options.case))
+    if options.side not in (GPU_SIDES if case.on_gpu else CPU_SIDES):
+        parser.error(f"{options.side} runs on a {'CPU' if case.on_gpu else 'GPU'} alone")
+    SIDES[options.side](case, options.model)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ class Updates:
         self.read()
         self._pending = pairs
 
+    def wait(self) -> None:
+        """Wait for the state after the newest update."""
+        jax.block_until_ready(self._state)
+
     def operations(self, number: int) -> int:
         """Return the operations that the rows of an update need, padding included."""
         return flops.update(self._inputs.model_config, self.work(number))
