@@ -67,7 +67,9 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"} | train_step_gpu.environment(name, case),
+            env=os.environ
+            | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+            | train_step_gpu.environment(name, case.device),
         )
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []

@@ -28,9 +28,9 @@ def tiny(case: Case) -> Case:
     return dataclasses.replace(case, prompt=case.prompt // 16, response=case.response // 16, **small)
 
 
-def environment(side: str, case: Case) -> dict[str, str]:
+def environment(side: str, device: str) -> dict[str, str]:
     """Return the variables that a side's process needs."""
-    if case.device != "gpu":
+    if device != "gpu":
         return {"JAX_PLATFORMS": "cpu"}
     if side.startswith("trl"):
         return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}

@@ -1,10 +1,10 @@
 """TRL's side of `benchmarks/train_step.py`: its DPOTrainer as its own users would have it.
 
-On a GPU it has bfloat16 autocast over float32 weights, or weights in bfloat16 as the alignment handbook loads them: half
-the memory, but AdamW's moments are bfloat16 too, and an update below half a bfloat16 step of a weight is lost. PyTorch's
-scaled dot-product attention, the fused AdamW, TF32 for what is float32, no log lines. TRL 1.16 has no padding_free for
-DPO (it warns and pads) and a fused head of its own; with Liger, Liger's kernels of the layers (norms, rotary, SwiGLU)
-replace those of transformers, and its loss is not used (TRL refuses its fused heads).
+On a GPU it has bfloat16 autocast over float32 weights, or weights in bfloat16 as the alignment handbook loads them,
+which halves the memory: AdamW's moments are bfloat16 too then, and an update below half a bfloat16 step of a weight is
+lost. PyTorch's scaled dot-product attention, the fused AdamW, TF32 for what is float32, no log lines. TRL 1.16 has no
+padding_free for DPO (it warns and pads) and a fused head of its own; with Liger, Liger's kernels of the layers (norms,
+rotary, SwiGLU) replace those of transformers, and its loss is not used (TRL refuses its fused heads).
 """
 
 import statistics
