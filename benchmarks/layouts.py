@@ -79,7 +79,7 @@ def configured(of: dict, folder: Path, model: Path, *, layout: str, updates: int
 
 def padding(run: Updates, number: int) -> float:
     """Return the share of an update's positions that hold no token of a candidate."""
-    return 1 - data.row_sizes(run.plan.schedule, number).texts.sum() / run.work(number).tokens
+    return float(1 - data.row_sizes(run.plan.schedule, number).texts.sum() / run.work(number).tokens)
 
 
 def compare(name: str, folder: Path, *, updates: int) -> list[dict]:
