@@ -133,8 +133,8 @@ def one_by_one(case: Case, sides: list[str], model: Path) -> list[dict]:
             for _ in range(case.rounds + 1):
                 side.round()
             row = described(case, side)
-        except RuntimeError as error:
-            print(f"{case.name}: {error}", flush=True)
+        except (OSError, RuntimeError) as error:  # a pipe whose other end is gone
+            print(f"{case.name}, {name}: {error}", flush=True)
             continue
         finally:
             if side is not None:
