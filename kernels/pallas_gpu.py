@@ -208,8 +208,9 @@ def dlogits_block(
                 per_token = (targets_ref, lse_ref, dtarget_ref, dlse_ref)
                 targets_R, lse_R, dtarget_R, dlse_R = (_load(ref, rows_R) for ref in per_token)
                 x_RC = product(index)
-                # In parts: the registers do not hold a whole tile's dlogits and what they are made of.
-                for part in range(COLUMNS // DEPTH):
+                # In parts: the registers do not hold a whole tile's dlogits and what they are made of. An array of one
+                # part has no second one to leave out: the hardware would store it over the first.
+                for part in range(min(COLUMNS, out_ref.shape[1]) // DEPTH):
                     columns = pl.ds(column + part * DEPTH, DEPTH)
                     z_RC, slope_RC = _logits(x_RC[:, part * DEPTH : (part + 1) * DEPTH], spec)
                     columns_RC, counts_RC = _columns(columns.start, DEPTH, first, last)
