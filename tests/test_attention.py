@@ -327,7 +327,6 @@ def test_chunked_holds_no_logits():
         ("flash", {}, "'flash' is not one of xla, chunked, cudnn, splash"),
         ("xla", {"cap": 2.0}, "'xla' runs without the soft-cap 2.0"),
         ("cudnn", {"cap": 2.0}, "'cudnn' runs without the soft-cap 2.0"),
-        ("cudnn", {"segments": True}, "'cudnn' runs without .* the segments asked for"),
     ],
 )
 def test_what_an_implementation_lacks_is_refused(implementation, options, message):
@@ -338,7 +337,9 @@ def test_what_an_implementation_lacks_is_refused(implementation, options, messag
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN attention needs an NVIDIA GPU")
-@pytest.mark.parametrize("options", [{}, {"window": 5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 5}, {"segments": True}, {"segments": True, "window": 5}, {"shared": True}], ids=str
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_cudnn_matches_the_oracle(dtype, options):
     case = Case(T=22, **options)

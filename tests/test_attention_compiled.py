@@ -17,6 +17,7 @@ TPUS = ("v5e-4", "v5p-8", "v6e-4")
 GPUS = ("h100:4", "a100:4")
 ROWS = ("data", "fsdp")
 CUDNN = {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+MASKED = {"__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"}
 FUSED = {"splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals"}
 SEGMENTED = {"splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented_no_residuals"}
 
@@ -151,7 +152,29 @@ def test_cudnn(target, options):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "options"), [((1, 4, 1), {}), ((1, 2, 2), {"window": 512}), ((1, 1, 4), {"G": 2})], ids=str
+    ("sizes", "options"),
+    [
+        ((1, 1, 1), {"segments": True}),
+        ((1, 1, 1), {"shared": True, "window": 512}),
+        ((1, 1, 1), {"shared": True, "T": 8192, "N": 1}),
+        ((1, 2, 2), {"shared": True}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("target", GPUS)
+def test_cudnn_with_a_mask(target, sizes, options):
+    needs_cudnn(target)
+    implementation, compiled, dense = program(target, sizes, **options)
+    assert implementation == "cudnn"
+    assert_streams(
+        compiled, dense, names=MASKED, share=0.35
+    )  # measured at most 0.31: mask and its gradient, 4 bytes a pair
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [((1, 4, 1), {}), ((1, 2, 2), {"window": 512}), ((1, 1, 4), {"G": 2})],
+    ids=str,
 )
 @pytest.mark.parametrize("target", GPUS)
 def test_cudnn_on_a_mesh(target, sizes, options):
@@ -162,7 +185,7 @@ def test_cudnn_on_a_mesh(target, sizes, options):
     assert "all-gather" not in compiled.as_text()
 
 
-CHUNKED = [{"cap": 50.0}, {"segments": True, "window": 512}, {"C": 256}, {"C": 100}, {"dtype": "float32"}]
+CHUNKED = [{"cap": 50.0}, {"segments": True, "T": 8200, "N": 1}, {"C": 256}, {"C": 100}, {"dtype": "float32"}]
 
 
 @pytest.mark.parametrize("options", CHUNKED, ids=str)

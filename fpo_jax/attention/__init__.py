@@ -76,11 +76,11 @@ def attend(
 
 
 def _library(q_NTHC, k_NTGC, v_NTGC, segments, *, scale, window, soft_cap, implementation) -> jax.Array:
-    """Attend by JAX's own call, in XLA or cuDNN."""
-    if soft_cap is not None or (implementation == "cudnn" and segments is not None):
+    """Attend by JAX's own call, in XLA or cuDNN, which take who sees whom in a row of several texts as a mask."""
+    if soft_cap is not None:
         raise ValueError(
-            f"attention implementation {implementation!r} runs without the soft-cap {soft_cap} or the segments asked"
-            " for; take the implementation from attention.choose."
+            f"attention implementation {implementation!r} runs without the soft-cap {soft_cap} asked for; take the"
+            " implementation from attention.choose."
         )
     seen_N1TT, local = None, None if window is None else (window - 1, 0)
     if segments is not None:

@@ -15,6 +15,7 @@ from fpo_jax.attention import splash
 
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "splash")
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
+CUDNN_MAX_MASKED = 8192  # positions; a row's mask and the gradient that cuDNN gives it are 256 MiB then
 # XLA's attention writes the logits [H, T, T] of every row to memory and keeps them for the backward pass. Measured on a
 # CPU, forward and backward: blocks take 1.5 to 1.9 times as long at T = 256, as long at 384 and 512, 0.4 to 0.7 times
 # above (H100, two rows of 32 heads: 40 MiB against 56 of blocks at 256, 160 against 97 at 512, 10,241 against 343 at
@@ -145,8 +146,11 @@ def _no_cudnn(facts: _Facts) -> str:
         return f"cuDNN attention needs rows of an even length to train, not {odd[0]}"
     if facts.soft_cap is not None:
         return f"cuDNN attention has no soft-cap, and the model has one of {facts.soft_cap}"
-    if facts.segments:
-        return "cuDNN attention takes no segment ids"
+    if facts.segments and max(facts.positions) > CUDNN_MAX_MASKED:
+        return (
+            f"cuDNN attention takes rows of at most {CUDNN_MAX_MASKED} positions with several texts, not"
+            f" {max(facts.positions)}: it writes who sees whom to memory"
+        )
     return ""
 
 
