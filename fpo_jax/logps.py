@@ -116,7 +116,8 @@ def response_logps(
         implementation: "auto", or a key of IMPLEMENTATIONS. "auto" asks jax for its first device; where the program is
             compiled for another one, settle it with `choose` and pass the result.
         interpret: emulate a Pallas kernel on the CPU; slow, for tests.
-        workspace_bytes: memory for one block of logits, per device, at least 1 MiB. The dense reference has no blocks.
+        workspace_bytes: memory for one block of logits, per device, at least 1 MiB; where all of them fit on one
+            device, "chunked" keeps them for the backward pass. The dense reference has no blocks.
         placement: where rows and head live on a mesh; None for one device.
 
     Returns:
@@ -404,6 +405,9 @@ def explain(
         "forward": engine.plan_forward(tokens, rows, head_dtype, dtype, spec=spec),
         "backward": engine.plan_backward(tokens, rows, head_dtype, dtype, spec=spec),
     }
+    kept = engine.plan_kept(tokens, shapes.vocab, shapes.width, head_dtype, dtype, spec=spec)
+    if kept:
+        plans = {"forward alone": plans["forward"]}
     for name, plan in plans.items():
         if plan.workspace_bytes:
             lines.append(
@@ -412,7 +416,13 @@ def explain(
             )
         else:
             lines.append(f"{name}: one kernel, logits on the chip only")
-    return "\n".join([*lines, f"dense {accumulator.name} logits, which are never held: {dense}"])
+    if kept:
+        lines.append(
+            f"forward and backward: all logits at once, kept between them, {_mib(kept.workspace_bytes)} of workspace "
+            f"(limit {_mib(workspace_bytes)})"
+        )
+    held = "" if kept else ", which are never held"
+    return "\n".join([*lines, f"dense {accumulator.name} logits{held}: {dense}"])
 
 
 ENGINES: dict[str, blocks.Engine] = {

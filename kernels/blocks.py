@@ -6,7 +6,7 @@ nothing of other blocks or devices; this module knows nothing of how a block is 
 Forward: scan over blocks of head rows; the partial softmax of each block is merged into a running one. Backward: scan
 once more; each block's logits are recomputed, its rows of dhead are finished and written once, dhidden is a running
 float32 sum. Kept between the passes: the inputs and lse, nothing of size N*V. With a frozen head the dhead products are
-dead code.
+dead code. On one device, a plane that fits the workspace whole is computed once instead, and kept (`plan_kept`).
 
 On a mesh (`HeadSpec.placement`) everything happens inside `shard_map`: tokens stay where they are; a head that is cut
 over its width is gathered one block at a time and its gradient scattered back the same way; a head that is cut over its
@@ -62,12 +62,25 @@ class Engine:
     backward(hidden_MD, head_WD, targets_M, lse_M, dtarget_M, dlse_M, first, last, *, spec, dtypes) ->
         (dhidden_MD, dhead_WD) in `dtypes`: those of hidden and head where the block is the whole plane, else float32
     plan_forward, plan_backward(tokens, head_rows, head_dtype, dtype, *, spec) -> Blocks
+    plan_kept(tokens, head_rows, width, head_dtype, dtype, *, spec) -> Blocks, or None where no logits are kept. Where
+        there are Blocks, forward and backward take hidden . head of the whole plane as `raw_MW`.
     """
 
     forward: Callable[..., Partials]
     backward: Callable[..., tuple[jax.Array, jax.Array]]
     plan_forward: Callable[..., Blocks]
     plan_backward: Callable[..., Blocks]
+    plan_kept: Callable[..., Blocks | None] = lambda *_, **__: None
+
+    def reading(self, raw_NV: jax.Array | None) -> "Engine":
+        """Return the engine of one block that reads the kept plane; itself where nothing is kept."""
+        if raw_NV is None:
+            return self
+        forward, backward = (
+            functools.partial(self.forward, raw_MW=raw_NV),
+            functools.partial(self.backward, raw_MW=raw_NV),
+        )
+        return Engine(forward, backward, whole, whole)
 
 
 def plan_blocks(tokens: int, head_rows: int, logit_bytes: int, *, spec: specs.HeadSpec) -> Blocks:
@@ -76,8 +89,8 @@ def plan_blocks(tokens: int, head_rows: int, logit_bytes: int, *, spec: specs.He
         workspace = tokens * vocab_block * logit_bytes
 
     Blocks of the head are multiples of 128 rows, at least 128; more than 128 rows are cut in two at least, so that no
-    [N, V] array exists however small the problem. Tokens are cut only above 65,536, or where even 128 rows exceed the
-    budget.
+    [N, V] array exists however small the problem (`plan_kept` is the exception). Tokens are cut only above 65,536, or
+    where even 128 rows exceed the budget.
 
     Args:
         tokens: on one device.
@@ -104,7 +117,31 @@ def plan_blocks(tokens: int, head_rows: int, logit_bytes: int, *, spec: specs.He
     return Blocks(rows, block, token_count, _ceil_div(head_rows, block), rows * block * logit_bytes)
 
 
-def whole(tokens: int, head_rows: int) -> Blocks:
+def plan_kept(tokens: int, head_rows: int, logit_bytes: int, row_bytes: int, *, spec: specs.HeadSpec) -> Blocks | None:
+    """Plan one block whose logits stay from the forward pass to the backward pass; None where they do not.
+
+        workspace = head_rows * (tokens * logit_bytes + row_bytes)
+
+    They stay where that fits `spec.workspace_bytes`, but on a mesh and where `spec.vocab_block` asks for more blocks.
+    A forward pass without a gradient keeps nothing and goes by `plan_blocks`.
+
+    Args:
+        tokens: rows of hidden.
+        head_rows: with padding, as one block is the head as it is.
+        logit_bytes: held per logit.
+        row_bytes: held per row of the head.
+        spec: `workspace_bytes`, `vocab_block` and `placement` are read.
+
+    >>> plan_kept(512, 32000, 8, 0, spec=specs.HeadSpec())
+    Blocks(tokens=512, vocab=32000, token_count=1, vocab_count=1, workspace_bytes=131072000)
+    """
+    held = head_rows * (tokens * logit_bytes + row_bytes)
+    if spec.placement or held > spec.workspace_bytes or (spec.vocab_block or head_rows) < head_rows:
+        return None
+    return Blocks(tokens, head_rows, 1, 1, held)
+
+
+def whole(tokens: int, head_rows: int, *_, **__) -> Blocks:
     """Return the plan of one block, for kernels that cut the plane themselves and hold none of it."""
     return Blocks(tokens, head_rows, 1, 1, 0)
 
@@ -351,13 +388,17 @@ def _ceil_div(numerator, denominator):
 
 def _forward_with_residuals(hidden_ND, head_VD, targets_N, spec, engine):
     """Forward pass, and what the backward pass needs of it."""
-    stats = forward(hidden_ND, head_VD, targets_N, spec, engine)
-    return stats, (hidden_ND, head_VD, targets_N, stats.lse_N)
+    operand, raw_NV = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec), None
+    if engine.plan_kept(hidden_ND.shape[0], *head_VD.shape, head_VD.dtype, operand, spec=spec):
+        raw_NV = specs.product(hidden_ND.astype(operand), head_VD.astype(operand), 1, 1)
+    stats = forward(hidden_ND, head_VD, targets_N, spec, engine.reading(raw_NV))
+    return stats, (hidden_ND, head_VD, targets_N, stats.lse_N, raw_NV)
 
 
 def _backward_with_residuals(spec, engine, residuals, cotangents):
-    hidden_ND, head_VD, targets_N, lse_N = residuals
+    hidden_ND, head_VD, targets_N, lse_N, raw_NV = residuals
     dtarget_N, dlse_N = cotangents.target_logit_N, cotangents.lse_N
+    engine = engine.reading(raw_NV)
     grads = backward(hidden_ND, head_VD, targets_N, lse_N, dtarget_N, dlse_N, spec=spec, engine=engine)
     return (*grads, None)
 

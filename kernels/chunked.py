@@ -1,8 +1,8 @@
-"""`token_stats` by blocks of the vocabulary in plain XLA, without ever holding [N, V]: the path for every platform.
+"""`token_stats` by blocks of the vocabulary in plain XLA, without holding [N, V]: the path for every platform.
 
 In: hidden states, head, targets. Out: `TokenStats`, the same numbers as `kernels/reference.py` to float32 rounding.
 This module computes one block of logits and its gradients; `kernels/blocks.py` does the rest. 2NDV floating-point
-operations forward, 6NDV backward.
+operations forward, 6NDV backward; 4NDV on one device whose workspace the whole plane fits, which keeps the logits.
 """
 
 import jax
@@ -47,9 +47,21 @@ def plan(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec
     return blocks.plan_blocks(tokens, head_rows, logit_bytes, spec=spec)
 
 
-def forward_block(hidden_MD, head_WD, targets_M, first, last, *, spec: specs.HeadSpec) -> blocks.Partials:
-    """Return the partial softmax of one block of logits."""
-    logits_MW, _ = _logits(hidden_MD, head_WD.astype(hidden_MD.dtype), spec)
+def plan_kept(tokens: int, head_rows: int, width: int, head_dtype, dtype, *, spec: specs.HeadSpec):
+    """Keep the plane where the workspace holds all of a backward pass in one block; see `blocks.plan_kept`.
+
+    Per logit the float32 product, and first the capped logit beside it, if there is a cap, then the rounded dlogit; per
+    row of the head its copy, if it is cast to the operands' dtype, and its gradient in float32, if that is rounded.
+    """
+    accumulator, operand = specs.accumulator_dtype(dtype), jnp.dtype(dtype)
+    copied = sum(each.itemsize for each in (operand, accumulator) if each != head_dtype)
+    beside = accumulator if spec.softcap else operand
+    return blocks.plan_kept(tokens, head_rows, accumulator.itemsize + beside.itemsize, width * copied, spec=spec)
+
+
+def forward_block(hidden_MD, head_WD, targets_M, first, last, *, spec: specs.HeadSpec, raw_MW=None) -> blocks.Partials:
+    """Return the partial softmax of one block of logits, whose raw products may be given."""
+    logits_MW, _ = _logits(hidden_MD, head_WD.astype(hidden_MD.dtype), raw_MW, spec)
     counts_W = _counted(logits_MW.shape[1], first, last)
     if counts_W is not None:
         logits_MW = jnp.where(counts_W, logits_MW, blocks.MASKED_LOGIT)
@@ -64,11 +76,11 @@ def forward_block(hidden_MD, head_WD, targets_M, first, last, *, spec: specs.Hea
 
 
 def backward_block(
-    hidden_MD, head_WD, targets_M, lse_M, dtarget_M, dlse_M, first, last, *, spec: specs.HeadSpec, dtypes
+    hidden_MD, head_WD, targets_M, lse_M, dtarget_M, dlse_M, first, last, *, spec: specs.HeadSpec, dtypes, raw_MW=None
 ) -> tuple[jax.Array, jax.Array]:
     """Return the gradients through one block of logits: its share of dhidden and its rows of dhead."""
     head_WD = head_WD.astype(hidden_MD.dtype)
-    logits_MW, slope_MW = _logits(hidden_MD, head_WD, spec)
+    logits_MW, slope_MW = _logits(hidden_MD, head_WD, raw_MW, spec)
     dlogits_MW = dlse_M[:, None] * jnp.exp(logits_MW - lse_M[:, None])
     dlogits_MW += jnp.where(jnp.arange(logits_MW.shape[1]) == targets_M[:, None], dtarget_M[:, None], 0)
     dlogits_MW *= slope_MW
@@ -84,9 +96,9 @@ def products(dlogits_MW, hidden_MD, head_WD, *, dtypes) -> tuple[jax.Array, jax.
     return dhidden_MD.astype(dtypes[0]), dhead_WD.astype(dtypes[1])
 
 
-def _logits(hidden_MD, head_WD, spec: specs.HeadSpec):
+def _logits(hidden_MD, head_WD, raw_MW, spec: specs.HeadSpec):
     """Logits of one block, and their derivative with respect to the raw product, in the accumulator dtype."""
-    return specs.cap(specs.product(hidden_MD, head_WD, 1, 1), spec)
+    return specs.cap(specs.product(hidden_MD, head_WD, 1, 1) if raw_MW is None else raw_MW, spec)
 
 
 def _counted(width, first, last):
@@ -97,4 +109,4 @@ def _counted(width, first, last):
     return (columns_W >= first) & (columns_W < last)
 
 
-ENGINE = blocks.Engine(forward_block, backward_block, plan_forward=plan, plan_backward=plan)
+ENGINE = blocks.Engine(forward_block, backward_block, plan_forward=plan, plan_backward=plan, plan_kept=plan_kept)

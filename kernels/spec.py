@@ -100,6 +100,7 @@ class HeadSpec:
             float32. None: the common dtype of hidden and head. The head is cast block by block, so a float32 master
             head can be multiplied in bfloat16 without a copy, and its gradient is still float32.
         workspace_bytes: bound on what a blocked implementation keeps per block of logits, at least 1 MiB, per device.
+            On one device, `chunked` keeps the whole plane from the forward to the backward pass where it fits.
         vocab_block: rows of the head per block; the tokens are then cut to fit the budget. None: as many as fit.
         placement: where tokens and head live on a mesh; None for one device, or to leave the partitioning to XLA,
             which it can do for `chunked` alone.

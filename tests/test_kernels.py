@@ -91,6 +91,7 @@ CASES = [
     (1024, {"vocab_size": 1003, "vocab_block": 256}),
     (1257, {"logit_scale": 0.7, "softcap": 4.0, "vocab_size": 1024, "vocab_block": 300}),
     (1257, {"vocab_size": 1}),
+    (1257, {"logit_scale": 0.7, "softcap": 4.0, "vocab_size": 1003}),
 ]
 
 
@@ -214,12 +215,13 @@ def test_target_outside_the_vocabulary_is_nan(name):
     assert np.isfinite(stats.lse_N).all()
 
 
+@pytest.mark.parametrize("vocab_block", [128, None])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_float32_master_head_multiplied_in_bfloat16(name):
+def test_float32_master_head_multiplied_in_bfloat16(name, vocab_block):
     """Values are those of the rounded head; the gradient of the head is float32."""
     hidden_ND, _, targets_N, cotangents = inputs(300, dtype="bfloat16")
     _, head_VD, _, _ = inputs(300)
-    spec = HeadSpec(compute_dtype="bfloat16", vocab_block=128)
+    spec = HeadSpec(compute_dtype="bfloat16", vocab_block=vocab_block)
     results = run(IMPLEMENTATIONS[name], hidden_ND, head_VD, targets_N, cotangents, spec=spec)
     assert results[1].dtype == jnp.bfloat16 and results[2].dtype == jnp.float32
     expected = oracle(hidden_ND, head_VD.astype(jnp.bfloat16), targets_N, cotangents, spec=spec)
@@ -254,15 +256,19 @@ def test_sequence_logp_is_exact_to_a_millinat_with_bfloat16_operands(name, V, se
     assert rounded > 50 * tolerances.SEQUENCE_LOGP_NATS
 
 
-SIZES = {"V": 1257, "tokens": 101, "width": 16}  # N*V is above V*D and N*D, so a size names its array
+SIZES = {"V": 1257, "tokens": 151, "width": 16}  # N*V is above V*D and N*D, so a size names its array
+SMALL = 2**20  # bytes of a workspace that a plane of SIZES does not fit
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
 @pytest.mark.parametrize(
-    "spec", [HeadSpec(), HeadSpec(softcap=3.0, want_entropy=True, want_argmax=True)], ids=["plain", "all options"]
+    ("workspace", "backward"),
+    [(HeadSpec().workspace_bytes, False), (SMALL, False), (SMALL, True)],
+    ids=["forward", "forward, small workspace", "forward and backward, small workspace"],
 )
-def test_no_array_of_logits(spec, backward):
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "want_entropy": True, "want_argmax": True}], ids=str)
+def test_no_array_of_logits(options, workspace, backward):
     """In the traced program or in the compiled one; the dense reference is the positive control."""
+    spec = HeadSpec(**options, workspace_bytes=workspace)
     hidden_ND, head_VD, targets_N, cotangents = inputs(**SIZES)
     elements = SIZES["tokens"] * SIZES["V"]
     for token_stats, has_logits in ((chunked.token_stats, False), (reference.token_stats, True)):
@@ -275,7 +281,8 @@ def test_no_array_of_logits(spec, backward):
 
 def test_residuals_are_the_inputs_and_lse():
     hidden_ND, head_VD, targets_N, _ = inputs(**SIZES)
-    stats_of = functools.partial(chunked.token_stats, targets_N=targets_N, spec=HeadSpec(softcap=3.0))
+    spec = HeadSpec(softcap=3.0, workspace_bytes=SMALL)
+    stats_of = functools.partial(chunked.token_stats, targets_N=targets_N, spec=spec)
     _, pullback = jax.vjp(lambda hidden_ND, head_VD: stats_of(hidden_ND, head_VD)[:2], hidden_ND, head_VD)
     shapes = [x.shape for x in jax.tree.leaves(pullback)]
     matrices = [shape for shape in shapes if len(shape) == 2]
@@ -283,15 +290,16 @@ def test_residuals_are_the_inputs_and_lse():
     assert set(shapes) - set(matrices) <= {(), targets_N.shape}, shapes
 
 
-def test_frozen_head_drops_its_product():
-    """Four products with both gradients: logits twice, dhidden, dhead. A frozen head saves one, a frozen model one."""
+@pytest.mark.parametrize(("spec", "both"), [(HeadSpec(workspace_bytes=SMALL), 4), (HeadSpec(), 3)], ids=["", "kept"])
+def test_frozen_head_drops_its_product(spec, both):
+    """Four products with both gradients: logits twice, unless kept, dhidden, dhead. What is frozen saves one."""
     hidden_ND, head_VD, targets_N, cotangents = inputs(**SIZES)
-    function = functools.partial(weighted, chunked.token_stats, targets_N, cotangents, HeadSpec())
+    function = functools.partial(weighted, chunked.token_stats, targets_N, cotangents, spec)
     counts = {
         argnums: jaxpr_tools.matrix_products(jax.value_and_grad(function, argnums), hidden_ND, head_VD)
         for argnums in ((0, 1), (0,), (1,))
     }
-    assert counts == {(0, 1): 4, (0,): 3, (1,): 3}
+    assert counts == {(0, 1): both, (0,): both - 1, (1,): both - 1}
     assert jaxpr_tools.matrix_products(function, hidden_ND, head_VD) == 1
 
 

@@ -199,14 +199,16 @@ def test_bfloat16_model_with_float32_master_head():
 def test_only_scored_positions_reach_the_head_and_no_logits_exist():
     """Neither [N, T, V] nor [N, R, V], in the traced or the compiled program; the reference is the positive control."""
     rng = np.random.default_rng(0)
-    rows, tokens, scored, width, vocab = 4, 40, 20, 16, 601
+    rows, tokens, scored, width, vocab = 4, 40, 20, 16, 2003  # more than a workspace of 1 MiB could keep
     hidden_NTD = jnp.asarray(rng.normal(size=(rows, tokens, width)), jnp.float32)
     head_VD = jnp.asarray(rng.normal(size=(vocab, width)), jnp.float32)
     batch = np.tile(np.arange(scored, dtype=np.int32), (rows, 1)), np.ones((rows, scored), np.int32)
 
     def loss(hidden_NTD, head_VD, implementation):
         mask_NR = np.ones((rows, scored), bool)
-        result = logps.response_logps(hidden_NTD, head_VD, *batch, mask_NR, implementation=implementation)
+        result = logps.response_logps(
+            hidden_NTD, head_VD, *batch, mask_NR, implementation=implementation, workspace_bytes=2**20
+        )
         return jnp.sum(result.sum_N), result.mean_logit_N
 
     for implementation, has_logits in (("chunked", False), ("reference", True)):

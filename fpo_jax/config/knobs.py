@@ -213,7 +213,7 @@ def default() -> Config:
     c.kernel = ml_collections.ConfigDict()
     c.kernel.implementation = "auto"  # auto | reference | chunked | pallas_tpu | pallas_tpu_lean | pallas_gpu
     c.kernel.fuse_loss = "auto"  # auto | on | off: the loss in the kernel of the log-probs; pallas_tpu alone can
-    c.kernel.workspace_mib = 192  # logits of one vocabulary block, per device
+    c.kernel.workspace_mib = 192  # logits of one vocabulary block, per device; if all fit, one device keeps them
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.preset = "fsdp"  # fsdp | zero3 | zero2 | multi_gpu | hybrid; the axes below replace the preset's
