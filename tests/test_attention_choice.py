@@ -90,7 +90,7 @@ def test_splash_on_a_cpu_is_an_emulation_and_says_so():
 @pytest.mark.parametrize(
     ("requested", "facts", "message"),
     [
-        ("flash", {}, "'flash' is not one of auto, xla, chunked, cudnn, splash"),
+        ("flash", {}, "'flash' is not one of auto, xla, chunked, cudnn, mosaic, splash"),
         ("cudnn", {"platform": "cpu"}, r"needs an NVIDIA GPU, not cpu; set model\.attention to auto or chunked"),
         ("cudnn", {"dtype": "float32"}, "not float32; set"),
         ("cudnn", {"positions": [64, 33]}, "even length to train, not 33; set"),

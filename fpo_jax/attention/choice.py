@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from fpo_jax import sharding
-from fpo_jax.attention import splash
+from fpo_jax.attention import mosaic, splash
 
-IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "splash")
+IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "mosaic", "splash")
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
 # XLA's attention writes the logits [H, T, T] of every row to memory and keeps them for the backward pass. Measured on a
 # CPU, forward and backward: blocks take 1.5 to 1.9 times as long at T = 256, as long at 384 and 512, 0.4 to 0.7 times
 # above (H100, two rows of 32 heads: 40 MiB against 56 of blocks at 256, 160 against 97 at 512, 10,241 against 343 at
 # 4,096).
 XLA_MAX_POSITIONS = 384
-_KERNELS = {"gpu": "cudnn", "tpu": "splash"}  # what `auto` tries first
+_KERNELS = {"gpu": ("cudnn", "mosaic"), "tpu": ("splash",)}  # what `auto` tries first, in this order
 
 
 class Choice(NamedTuple):
@@ -41,6 +41,7 @@ class _Facts(NamedTuple):
     soft_cap: float | None
     segments: bool
     shared: bool
+    compute_capability: str
 
 
 def choose(
@@ -56,6 +57,7 @@ def choose(
     soft_cap: float | None,
     segments: bool,
     shared: bool = False,
+    compute_capability: str = "",
     layout: sharding.Layout,
 ) -> Choice:
     """Pick the implementation of `attend`; one choice holds for rows of every length.
@@ -72,6 +74,7 @@ def choose(
         soft_cap: bound on the magnitude of the logits; None for none.
         segments: whether rows hold several texts.
         shared: whether texts of a row follow another one, their prompt.
+        compute_capability: of an NVIDIA GPU, as `logps.Target` says it, such as "9.0"; "" for unknown or none.
         layout: where activations live on a mesh.
 
     Raises:
@@ -79,8 +82,8 @@ def choose(
 
     >>> facts = {"head_dim": 64, "heads": 8, "kv_heads": 8, "positions": [128, 256], "sliding_window": None}
     >>> facts.update(soft_cap=None, segments=False, layout=sharding.Layout())
-    >>> choose("auto", platform="gpu", dtype="float32", **facts).reason
-    'cuDNN attention needs bfloat16 or float16, not float32; rows of at most 384 positions'
+    >>> choose("auto", platform="cpu", dtype="float32", **facts).reason
+    'no flash attention kernel for a cpu; rows of at most 384 positions'
     """
     if requested not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"attention {requested!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}.")
@@ -92,6 +95,7 @@ def choose(
         soft_cap,
         segments,
         shared,
+        compute_capability,
     )
     ways = layout.ways("heads")
     if heads % ways:
@@ -103,7 +107,7 @@ def choose(
         obstacle = _OBSTACLES[requested](facts)
         if obstacle:
             raise ValueError(f"{obstacle}; set model.attention to auto or chunked.")
-    interpret = implementation == "splash" and facts.platform == "cpu"
+    interpret = implementation in ("mosaic", "splash") and facts.platform == "cpu"
     if interpret:
         reason += "; emulated on a CPU, very slow: for tests"
     if sliding_window is not None:
@@ -115,10 +119,13 @@ def choose(
 
 def _best(facts: _Facts) -> tuple[str, str]:
     """Return the fastest implementation that runs, and why it is not a faster one."""
-    kernel = _KERNELS.get(facts.platform)
-    obstacle = _OBSTACLES[kernel](facts) if kernel else f"no flash attention kernel for a {facts.platform}"
-    if kernel and not obstacle:
-        return kernel, f"flash attention for {facts.dtype}, head_dim {facts.head_dim} on a {facts.platform}"
+    obstacles = []
+    for kernel in _KERNELS.get(facts.platform, ()):
+        obstacles.append(_OBSTACLES[kernel](facts))
+        if not obstacles[-1]:
+            reason = f"flash attention for {facts.dtype}, head_dim {facts.head_dim} on a {facts.platform}"
+            return kernel, "; ".join([reason, *obstacles[:-1]])
+    obstacle = "; ".join(obstacles) or f"no flash attention kernel for a {facts.platform}"
     longest, no_xla = max(facts.positions), _no_xla(facts)
     if no_xla:
         return "chunked", obstacle if no_xla in obstacle else f"{obstacle}; {no_xla}"
@@ -150,6 +157,17 @@ def _no_cudnn(facts: _Facts) -> str:
     return ""
 
 
+def _no_mosaic(facts: _Facts) -> str:
+    if facts.platform not in ("gpu", "cpu"):
+        return f"Mosaic attention needs a Hopper GPU, or a CPU to emulate one, not {facts.platform}"
+    return mosaic.unsupported(
+        dtype=facts.dtype,
+        head_dim=facts.head_dim,
+        soft_cap=facts.soft_cap,
+        compute_capability=facts.compute_capability if facts.platform == "gpu" else "9.0",
+    )
+
+
 def _no_splash(facts: _Facts) -> str:
     if facts.shared and max(facts.positions) > splash.MAX_MASKED:
         return (
@@ -169,5 +187,6 @@ _OBSTACLES: dict[str, Callable[[_Facts], str]] = {
     "xla": _no_xla,
     "chunked": lambda _: "",
     "cudnn": _no_cudnn,
+    "mosaic": _no_mosaic,
     "splash": _no_splash,
 }

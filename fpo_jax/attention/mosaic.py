@@ -37,7 +37,7 @@ ROWS = 64  # positions of a warpgroup: the M of a WGMMA instruction
 MULTIPLIERS = 2  # warpgroups that multiply; a third one copies
 BLOCK = MULTIPLIERS * ROWS  # positions that a thread block works on
 FORWARD_KEYS, DQ_KEYS, DKV_QUERIES = 128, 64, 64  # positions of a visited block
-STAGES = 2
+FORWARD_STAGES, DQ_STAGES, DKV_STAGES = 2, 4, 4
 DEPTH = 64  # head dims are padded to a multiple: 128 bytes, the widest swizzle
 MAX_HEAD_DIM = 128  # with 256 the float32 accumulators alone fill the registers
 UNIT = 8  # positions of a row that a copy of swizzled rows moves together
@@ -56,7 +56,7 @@ class _Spec(NamedTuple):
 class _Plan(NamedTuple):
     """Who sees whom; arrays of integers."""
 
-    bounds_N3P: jax.Array
+    bounds_N4P: jax.Array
     forward: visible.Visits
     dq: visible.Visits
     dkv: visible.Visits
@@ -119,12 +119,12 @@ def attend(
         reason = f"Mosaic attention needs a scale above 0, not {scale}"
     if reason:
         raise ValueError(f"{reason}; take the implementation from attention.choose.")
-    bounds_N3P = visible.bounds(segments, rows=N, positions=T, padded=pl.cdiv(T, BLOCK) * BLOCK, window=window)
+    bounds_N4P = visible.bounds(segments, rows=N, positions=T, padded=pl.cdiv(T, BLOCK) * BLOCK, window=window)
     plan = _Plan(
-        bounds_N3P,
-        visible.visits(bounds_N3P, queries=BLOCK, keys=FORWARD_KEYS)[0],
-        visible.visits(bounds_N3P, queries=BLOCK, keys=DQ_KEYS)[0],
-        visible.visits(bounds_N3P, queries=DKV_QUERIES, keys=BLOCK)[1],
+        bounds_N4P,
+        visible.visits(bounds_N4P, queries=BLOCK, keys=FORWARD_KEYS)[0],
+        visible.visits(bounds_N4P, queries=BLOCK, keys=DQ_KEYS)[0],
+        visible.visits(bounds_N4P, queries=DKV_QUERIES, keys=BLOCK)[1],
     )
 
     def whole(x_NTHC):  # positions and head dims that a copy moves together
@@ -162,7 +162,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 def _forward(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, plan: _Plan) -> tuple[jax.Array, jax.Array]:
     """Return the attended values and the log-sum-exp [N, H, P] of every query's logits, binary."""
     N, _, H, C = q_NTHC.shape
-    P, group_size, dtype = plan.bounds_N3P.shape[-1], H // k_NTGC.shape[2], q_NTHC.dtype
+    P, group_size, dtype = plan.bounds_N4P.shape[-1], H // k_NTGC.shape[2], q_NTHC.dtype
     factor = spec.scale * LOG2_E
 
     def mosaic_attention_fwd(q_ref, k_ref, v_ref, bounds_ref, order_ref, counts_ref, out_ref, lse_ref, *scratch):
@@ -175,19 +175,19 @@ def _forward(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, plan: _Plan) -> tuple[jax.Arra
 
             @pl.loop(0, count)
             def _fill_stage(index):
-                stage = index % STAGES
+                stage = index % FORWARD_STAGES
                 keys = (row, pl.ds(order_ref[row, block, index] * FORWARD_KEYS, FORWARD_KEYS), head // group_size)
-                pl.when(index >= STAGES)(lambda: plgpu.barrier_wait(k_free.at[stage]))
+                pl.when(index >= FORWARD_STAGES)(lambda: plgpu.barrier_wait(k_free.at[stage]))
                 plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[stage], k_filled.at[stage])
-                pl.when(index >= STAGES)(lambda: plgpu.barrier_wait(v_free.at[stage]))
+                pl.when(index >= FORWARD_STAGES)(lambda: plgpu.barrier_wait(v_free.at[stage]))
                 plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[stage], v_filled.at[stage])
 
-            _drain(count, k_free, v_free)
+            _drain(count, FORWARD_STAGES, k_free, v_free)
 
         def multiply(group):
             rows_Q = pl.ds(block * BLOCK + group * ROWS, ROWS)
             q_tile = q_smem.at[pl.ds(group * ROWS, ROWS)]
-            bounds_Q = [_load(bounds_ref.at[row, part, rows_Q], axis=1) for part in range(3)]
+            bounds_Q = [_load(bounds_ref.at[row, part, rows_Q], axis=1) for part in range(4)]
 
             def take_turns():
                 plgpu.barrier_arrive(turn)
@@ -195,7 +195,7 @@ def _forward(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, plan: _Plan) -> tuple[jax.Arra
 
             def see(index, carry, masked):
                 out_QC, max_Q, sum_Q = carry
-                stage = index % STAGES
+                stage = index % FORWARD_STAGES
                 plgpu.barrier_wait(k_filled.at[stage])
 
                 def logits(sum_ref):
@@ -207,7 +207,7 @@ def _forward(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, plan: _Plan) -> tuple[jax.Arra
                 plgpu.barrier_arrive(k_free.at[stage])
                 if masked:
                     first_key = order_ref[row, block, index] * FORWARD_KEYS
-                    seen_QS = _seen(rows_Q.start, first_key, bounds_Q, (ROWS, FORWARD_KEYS), queries=0)
+                    seen_QS = _seen(bounds_Q, first_key, (ROWS, FORWARD_KEYS), queries=0)
                     logits_QS = jnp.where(seen_QS, logits_QS, _MASKED / factor)
                 new_max_Q = jnp.maximum(max_Q, jnp.max(logits_QS, axis=1) * factor)
                 keep_Q = jnp.exp2(max_Q - new_max_Q)
@@ -234,8 +234,9 @@ def _forward(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, plan: _Plan) -> tuple[jax.Arra
 
         _in_parts(copy, multiply)
 
-    ring = plgpu.SMEM((STAGES, FORWARD_KEYS, C), dtype)
-    filled, free = plgpu.Barrier(num_barriers=STAGES), plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=STAGES)
+    ring = plgpu.SMEM((FORWARD_STAGES, FORWARD_KEYS, C), dtype)
+    filled = plgpu.Barrier(num_barriers=FORWARD_STAGES)
+    free = plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=FORWARD_STAGES)
     return _launch(
         mosaic_attention_fwd,
         out_type=(_like(q_NTHC), jax.ShapeDtypeStruct((N, H, P), jnp.float32)),
@@ -247,13 +248,13 @@ def _forward(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, plan: _Plan) -> tuple[jax.Arra
         ],
         grid=(P // BLOCK, N, H),
         spec=spec,
-    )(q_NTHC, k_NTGC, v_NTGC, plan.bounds_N3P, *plan.forward)
+    )(q_NTHC, k_NTGC, v_NTGC, plan.bounds_N4P, *plan.forward)
 
 
 def _dq(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan: _Plan) -> jax.Array:
     """Return the gradient of the queries: scale * sum_j p_ij (dp_ij - mean_i) k_j."""
     N, _, H, C = q_NTHC.shape
-    P, group_size, dtype = plan.bounds_N3P.shape[-1], H // k_NTGC.shape[2], q_NTHC.dtype
+    P, group_size, dtype = plan.bounds_N4P.shape[-1], H // k_NTGC.shape[2], q_NTHC.dtype
     tile = ROWS, DQ_KEYS
 
     def mosaic_attention_dq(q_ref, k_ref, v_ref, dout_ref, lse_ref, mean_ref, *refs):
@@ -268,22 +269,22 @@ def _dq(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan:
 
             @pl.loop(0, count)
             def _fill_stage(index):
-                stage = index % STAGES
+                stage = index % DQ_STAGES
                 keys = (row, pl.ds(order_ref[row, block, index] * DQ_KEYS, DQ_KEYS), head // group_size)
-                pl.when(index >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
+                pl.when(index >= DQ_STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
                 plgpu.copy_gmem_to_smem(k_ref.at[keys], k_smem.at[stage], filled.at[stage])
                 plgpu.copy_gmem_to_smem(v_ref.at[keys], v_smem.at[stage], filled.at[stage])
 
-            _drain(count, free)
+            _drain(count, DQ_STAGES, free)
 
         def multiply(group):
             rows_Q = pl.ds(block * BLOCK + group * ROWS, ROWS)
             q_tile, dout_tile = (ref.at[pl.ds(group * ROWS, ROWS)] for ref in (q_smem, dout_smem))
-            bounds_Q = [_load(bounds_ref.at[row, part, rows_Q], axis=1) for part in range(3)]
+            bounds_Q = [_load(bounds_ref.at[row, part, rows_Q], axis=1) for part in range(4)]
             lse_Q, mean_Q = (_load(ref.at[row, head, rows_Q], axis=1) for ref in (lse_ref, mean_ref))
 
             def see(index, dq_QC, masked):
-                stage = index % STAGES
+                stage = index % DQ_STAGES
                 plgpu.barrier_wait(filled.at[stage])
 
                 def products(logits_ref, dp_ref):
@@ -295,7 +296,7 @@ def _dq(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan:
                 p_QS = jnp.exp2(logits_QS * (spec.scale * LOG2_E) - _spread(lse_Q, DQ_KEYS))
                 if masked:
                     first_key = order_ref[row, block, index] * DQ_KEYS
-                    p_QS = jnp.where(_seen(rows_Q.start, first_key, bounds_Q, tile, queries=0), p_QS, 0.0)
+                    p_QS = jnp.where(_seen(bounds_Q, first_key, tile, queries=0), p_QS, 0.0)
                 dlogits_QS = p_QS * (dp_QS - _spread(mean_Q, DQ_KEYS))
                 (dq_QC,) = _add_products((dq_QC, dlogits_QS.astype(dtype), k_smem.at[stage]), spec=spec)
                 plgpu.barrier_arrive(free.at[stage])
@@ -308,19 +309,19 @@ def _dq(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan:
 
         _in_parts(copy, multiply)
 
-    fixed, ring = plgpu.SMEM((BLOCK, C), dtype), plgpu.SMEM((STAGES, DQ_KEYS, C), dtype)
+    fixed, ring = plgpu.SMEM((BLOCK, C), dtype), plgpu.SMEM((DQ_STAGES, DQ_KEYS, C), dtype)
     return _launch(
         mosaic_attention_dq,
         out_type=_like(q_NTHC),
         scratch=[
             *(fixed, fixed, ring, ring),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=2, num_barriers=DQ_STAGES),
+            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=DQ_STAGES),
         ],
         grid=(P // BLOCK, N, H),
         spec=spec,
-    )(q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan.bounds_N3P, *plan.dq)
+    )(q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan.bounds_N4P, *plan.dq)
 
 
 def _dkv(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan: _Plan) -> tuple[jax.Array, jax.Array]:
@@ -329,12 +330,12 @@ def _dkv(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan
     dk_j = scale * sum_i p_ij (dp_ij - mean_i) q_i  and  dv_j = sum_i p_ij dout_i
     """
     N, _, H, C = q_NTHC.shape
-    G, P, dtype = k_NTGC.shape[2], plan.bounds_N3P.shape[-1], q_NTHC.dtype
-    group_size, tile = H // G, (ROWS, DKV_QUERIES)
+    G, P, dtype = k_NTGC.shape[2], plan.bounds_N4P.shape[-1], q_NTHC.dtype
+    group_size, tile, factor = H // G, (ROWS, DKV_QUERIES), spec.scale * LOG2_E
 
     def mosaic_attention_dkv(q_ref, k_ref, v_ref, dout_ref, lse_ref, mean_ref, *refs):
         bounds_ref, order_ref, counts_ref, dk_ref, dv_ref, k_smem, v_smem, *ring, loaded, filled, free = refs
-        q_smem, dout_smem, lse_smem, mean_smem = ring
+        q_smem, dout_smem, lse_smem, mean_smem, bounds_smem = ring
         block, row, kv_head = lax.axis_index("blocks"), lax.axis_index("rows"), lax.axis_index("heads")
         # The heads of a block of queries one after the other.
         whole, count = (counts_ref[row, block, part] * group_size for part in range(2))
@@ -346,15 +347,16 @@ def _dkv(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan
 
             @pl.loop(0, count)
             def _fill_stage(index):
-                stage, head = index % STAGES, kv_head * group_size + index % group_size
+                stage, head = index % DKV_STAGES, kv_head * group_size + index % group_size
                 queries = pl.ds(order_ref[row, block, index // group_size] * DKV_QUERIES, DKV_QUERIES)
-                pl.when(index >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
+                pl.when(index >= DKV_STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
                 for ref, smem in ((q_ref, q_smem), (dout_ref, dout_smem)):
                     plgpu.copy_gmem_to_smem(ref.at[row, queries, head], smem.at[stage], filled.at[stage])
+                plgpu.copy_gmem_to_smem(bounds_ref.at[row, :, queries], bounds_smem.at[stage], filled.at[stage])
                 for ref, smem in ((lse_ref, lse_smem), (mean_ref, mean_smem)):
                     plgpu.copy_gmem_to_smem(ref.at[row, head, queries], smem.at[stage], filled.at[stage])
 
-            _drain(count, free)
+            _drain(count, DKV_STAGES, free)
 
         def multiply(group):
             rows_S = pl.ds(block * BLOCK + group * ROWS, ROWS)
@@ -362,27 +364,22 @@ def _dkv(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan
 
             def seen_by(index, carry, masked):
                 dk_SC, dv_SC = carry
-                stage = index % STAGES
+                stage = index % DKV_STAGES
                 plgpu.barrier_wait(filled.at[stage])
 
-                def products(logits_ref, dp_ref):
-                    plgpu.wgmma(logits_ref, k_tile, q_smem.at[stage].T)
-                    plgpu.wgmma(dp_ref, v_tile, dout_smem.at[stage].T)
-                    return logits_ref[...], dp_ref[...]
-
-                logits_SQ, dp_SQ = pl.run_scoped(products, plgpu.ACC(tile), plgpu.ACC(tile))
-                lse_Q = _load(lse_smem.at[stage], axis=0)
-                p_SQ = jnp.exp2(logits_SQ * (spec.scale * LOG2_E) - lax.broadcast_in_dim(lse_Q, tile, (1,)))
+                (logits_SQ,) = _add_products((_zeros(DKV_QUERIES), k_tile, q_smem.at[stage].T), spec=spec)
                 if masked:
-                    first_query = order_ref[row, block, index // group_size] * DKV_QUERIES
-                    queries = pl.ds(first_query, DKV_QUERIES)
-                    bounds_Q = [_load(bounds_ref.at[row, part, queries], axis=0) for part in range(3)]
-                    p_SQ = jnp.where(_seen(first_query, rows_S.start, bounds_Q, tile, queries=1), p_SQ, 0.0)
+                    bounds_Q = [_load(bounds_smem.at[stage, part], axis=0) for part in range(4)]
+                    seen_SQ = _seen(bounds_Q, rows_S.start, tile, queries=1)
+                    logits_SQ = jnp.where(seen_SQ, logits_SQ, _MASKED / factor)
+                lse_Q = _load(lse_smem.at[stage], axis=0)
+                p_SQ = jnp.exp2(logits_SQ * factor - lax.broadcast_in_dim(lse_Q, tile, (1,)))
+                dv_term = dv_SC, p_SQ.astype(dtype), dout_smem.at[stage]
+                dp_term = _zeros(DKV_QUERIES), v_tile, dout_smem.at[stage].T
+                dv_SC, dp_SQ = _add_products(dv_term, dp_term, spec=spec)
                 mean_Q = _load(mean_smem.at[stage], axis=0)
                 dlogits_SQ = p_SQ * (dp_SQ - lax.broadcast_in_dim(mean_Q, tile, (1,)))
-                dv_term = dv_SC, p_SQ.astype(dtype), dout_smem.at[stage]
-                dk_term = dk_SC, dlogits_SQ.astype(dtype), q_smem.at[stage]
-                dv_SC, dk_SC = _add_products(dv_term, dk_term, spec=spec)
+                (dk_SC,) = _add_products((dk_SC, dlogits_SQ.astype(dtype), q_smem.at[stage]), spec=spec)
                 plgpu.barrier_arrive(free.at[stage])
                 return dk_SC, dv_SC
 
@@ -397,20 +394,21 @@ def _dkv(spec: _Spec, q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan
 
         _in_parts(copy, multiply)
 
-    fixed, ring = plgpu.SMEM((BLOCK, C), dtype), plgpu.SMEM((STAGES, DKV_QUERIES, C), dtype)
-    statistic = plgpu.SMEM((STAGES, DKV_QUERIES), jnp.float32)
+    fixed, ring = plgpu.SMEM((BLOCK, C), dtype), plgpu.SMEM((DKV_STAGES, DKV_QUERIES, C), dtype)
+    statistic = plgpu.SMEM((DKV_STAGES, DKV_QUERIES), jnp.float32)
     return _launch(
         mosaic_attention_dkv,
         out_type=(_like(k_NTGC), _like(v_NTGC)),
         scratch=[
             *(fixed, fixed, ring, ring, statistic, statistic),
+            plgpu.SMEM((DKV_STAGES, 4, DKV_QUERIES), jnp.int32),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=4, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=5, num_barriers=DKV_STAGES),
+            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=DKV_STAGES),
         ],
         grid=(P // BLOCK, N, G),
         spec=spec,
-    )(q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan.bounds_N3P, *plan.dkv)
+    )(q_NTHC, k_NTGC, v_NTGC, dout_NTHC, lse_NHP, mean_NHP, plan.bounds_N4P, *plan.dkv)
 
 
 def _launch(kernel, *, out_type, scratch, grid: tuple[int, int, int], spec: _Spec):
@@ -444,13 +442,13 @@ def _in_parts(copy, multiply) -> None:
     lax.cond(group == MULTIPLIERS, copying, multiplying)
 
 
-def _drain(count, *barriers) -> None:
+def _drain(count, stages: int, *barriers) -> None:
     """Wait until all that was copied is read."""
 
-    @pl.loop(jnp.maximum(count - STAGES, 0), count)
+    @pl.loop(jnp.maximum(count - stages, 0), count)
     def _wait(index):
         for barrier in barriers:
-            plgpu.barrier_wait(barrier.at[index % STAGES])
+            plgpu.barrier_wait(barrier.at[index % stages])
 
 
 def _store(*copies) -> None:
@@ -465,25 +463,28 @@ def _store(*copies) -> None:
 
 
 def _add_products(*terms, spec: _Spec) -> tuple:
-    """Return sum + left . right of each (sum, left, right), left in registers and right in shared memory."""
-    if spec.interpret:  # jax 0.11 emulates products of shared memory only
+    """Return sum + left . right of each (sum, left, right); right lies in shared memory, left there or in registers."""
+    if spec.interpret:  # jax 0.11 emulates no product that adds to given values
         return tuple(
-            sum_QC + jnp.dot(left_QS, right_ref[...], preferred_element_type=jnp.float32)
-            for sum_QC, left_QS, right_ref in terms
+            sum_QC + jnp.dot(left[...], right_ref[...], preferred_element_type=jnp.float32)
+            for sum_QC, left, right_ref in terms
         )
 
     def add(sum_refs):
-        for sum_ref, (_, left_QS, right_ref) in zip(sum_refs, terms, strict=True):
-            plgpu.wgmma(sum_ref, left_QS, right_ref)
+        for sum_ref, (_, left, right_ref) in zip(sum_refs, terms, strict=True):
+            plgpu.wgmma(sum_ref, left, right_ref)
 
     return pl.run_state(add)(tuple(plgpu.ACC.init(sum_QC) for sum_QC, _, _ in terms))
 
 
-def _seen(first_query, first_key, bounds_Q, tile: tuple[int, int], *, queries: int):
-    """Return whether the queries of a tile, which lie along axis `queries`, see the keys along the other."""
-    iotas = [plgpu.broadcasted_iota(jnp.int32, tile, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1)]
-    i, j = first_query + iotas[queries], first_key + iotas[1 - queries]
-    own, first, end = (lax.broadcast_in_dim(x_Q, tile, (queries,)) for x_Q in bounds_Q)
+def _seen(bounds_Q, first_key, tile: tuple[int, int], *, queries: int):
+    """Return whether the queries of a tile, which lie along axis `queries`, see the keys along the other.
+
+    Places of queries come from memory: a compiler that numbers them keeps the numbers in registers that are not there.
+    """
+    places_S = plgpu.broadcasted_iota(jnp.int32, (tile[1 - queries],), 0, layout=plgpu.Layout.WGMMA.reduce(queries))
+    j = lax.broadcast_in_dim(first_key + places_S, tile, (1 - queries,))
+    i, own, first, end = (lax.broadcast_in_dim(x_Q, tile, (queries,)) for x_Q in bounds_Q)
     return ((own <= j) & (j <= i)) | ((first <= j) & (j < end))
 
 
