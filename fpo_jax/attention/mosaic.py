@@ -73,9 +73,8 @@ def unsupported(*, dtype: jax.typing.DTypeLike, head_dim: int, soft_cap: float |
     """
     name = jnp.dtype(dtype).name
     if compute_capability != "9.0":
-        return (
-            f"Mosaic attention needs a Hopper GPU, of compute capability 9.0, not {compute_capability or 'an unknown'}"
-        )
+        found = compute_capability or "an unknown one"
+        return f"Mosaic attention needs a Hopper GPU, of compute capability 9.0, not {found}"
     if name not in ("bfloat16", "float16"):
         return f"Mosaic attention needs bfloat16 or float16, not {name}"
     if head_dim > MAX_HEAD_DIM:
