@@ -149,6 +149,9 @@ KERNELS = {
     "dot_product_attention_bwd_wrapper": (5, "NTHC"),  # the scores again, dv, dp, dq, dk
     "chunked_attention_fwd": (2, "XNQGRC"),  # of packed rows a bound: what lies outside a group is passed over
     "chunked_attention_bwd": (5, "XNQGRC"),
+    "mosaic_attention_fwd": (2, "NTHC"),  # of packed rows a bound
+    "mosaic_attention_dq": (3, "NTHC"),  # the scores again, dp, dq
+    "mosaic_attention_dkv": (4, "NTHC"),
     "splash_mha_fwd": (2, "NHTC"),
     "splash_mha_dq": (3, "NHTC"),
     "splash_mha_dkv": (4, "NHTC"),

@@ -335,6 +335,7 @@ def _scorer(
         soft_cap=model_config.attention_soft_cap,
         segments=config.data.packing or config.data.layout != "padded",
         shared=config.data.layout == "shared",
+        compute_capability=target.compute_capability,
         layout=layout,
     )
     slotted = config.data.layout != "padded"

@@ -94,7 +94,7 @@ def program(case, implementation, layout):
         sliding_window=case.window,
         soft_cap=case.cap,
         segments=case.packed,
-        choice=attention.Choice(implementation, reason="a test", interpret=implementation == "splash"),
+        choice=attention.Choice(implementation, reason="a test", interpret=implementation in ("mosaic", "splash")),
         layout=layout,
     )
 

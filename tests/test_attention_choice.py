@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from fpo_jax import attention, sharding
 
+needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11")
 FACTS = {
     "platform": "gpu",
     "dtype": "bfloat16",
@@ -34,18 +35,23 @@ def choose(requested, **facts):
         (
             {"dtype": "float32"},
             "chunked",
-            "needs bfloat16 or float16, not float32; rows of 512 positions, more than 384",
+            "cuDNN attention needs bfloat16 or float16, not float32; Mosaic .*; rows of 512 positions, more than 384",
         ),
-        ({"dtype": "float32", "positions": [384, 128]}, "xla", "not float32; rows of at most 384 positions"),
+        ({"dtype": "float32", "positions": [384, 128]}, "xla", "not float32; .*; rows of at most 384 positions"),
         ({"head_dim": 20}, "chunked", "divisible by 8 and at most 128, not 20"),
         ({"head_dim": 256}, "chunked", "not 256"),
         ({"positions": [128, 127]}, "xla", "even length to train, not 127"),
         (
             {"soft_cap": 50.0, "positions": [64]},
             "chunked",
-            "cuDNN attention has no soft-cap.* 50.0; XLA attention has no",
+            "cuDNN attention has no soft-cap.* 50.0; Mosaic .*; XLA attention has no",
         ),
-        ({"segments": True, "shared": True, "positions": [64, 8192]}, "cudnn", "flash attention"),
+        ({"segments": True, "shared": True, "positions": [64, 8192]}, "cudnn", "flash attention .* not an unknown one"),
+        (
+            {"segments": True, "compute_capability": "8.0"},
+            "cudnn",
+            "flash attention .* needs a Hopper GPU, .*, not 8.0",
+        ),
         ({"segments": True, "positions": [8194]}, "chunked", "at most 8192 positions with several texts, not 8194"),
         ({"platform": "tpu"}, "splash", "flash attention for bfloat16, head_dim 128 on a tpu"),
         ({"platform": "tpu", "head_dim": 80, "soft_cap": 50.0, "segments": True, "positions": [77]}, "splash", "flash"),
@@ -71,16 +77,52 @@ def test_auto(facts, implementation, reason):
 
 
 @pytest.mark.parametrize(
+    ("facts", "implementation", "reason"),
+    [
+        ({}, "cudnn", "flash attention for bfloat16, head_dim 128 on a gpu"),
+        ({"segments": True}, "mosaic", "flash attention for bfloat16, head_dim 128 on a gpu"),
+        (
+            {"segments": True, "shared": True, "dtype": "float16", "positions": [64]},
+            "mosaic",
+            "for float16, head_dim 128",
+        ),
+        ({"head_dim": 20}, "mosaic", "divisible by 8 and at most 128, not 20"),
+        ({"head_dim": 256}, "chunked", "Mosaic attention needs a head_dim of at most 128, not 256; rows"),
+        ({"soft_cap": 50.0}, "chunked", "Mosaic attention has no soft-cap, and the model has one of 50.0; XLA"),
+        ({"dtype": "float32"}, "chunked", "Mosaic attention needs bfloat16 or float16, not float32; rows"),
+    ],
+    ids=str,
+)
+@needs_mosaic_gpu
+def test_auto_on_a_hopper_gpu(facts, implementation, reason):
+    choice = choose("auto", compute_capability="9.0", **facts)
+    assert choice.implementation == implementation and not choice.interpret
+    assert reason in choice.reason
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax has the GPU kernels")
+def test_an_old_jax_has_no_mosaic():
+    choice = choose("auto", compute_capability="9.0", segments=True)
+    assert choice.implementation == "cudnn" and "Mosaic attention needs jax 0.11" in choice.reason
+
+
+@pytest.mark.parametrize(
     ("requested", "facts"),
     [
         ("xla", {"positions": [4096]}),
         ("chunked", {"soft_cap": 2.0}),
         ("cudnn", {}),
+        pytest.param("mosaic", {"compute_capability": "9.0", "segments": True}, marks=needs_mosaic_gpu),
         ("splash", {"platform": "tpu"}),
     ],
 )
 def test_a_request_is_granted(requested, facts):
     assert choose(requested, **facts) == attention.Choice(requested, "asked for by the configuration", False)
+
+
+@needs_mosaic_gpu
+def test_mosaic_on_a_cpu_is_an_emulation():
+    assert choose("mosaic", platform="cpu", segments=True).interpret
 
 
 def test_splash_on_a_cpu_is_an_emulation_and_says_so():
@@ -91,12 +133,14 @@ def test_splash_on_a_cpu_is_an_emulation_and_says_so():
 @pytest.mark.parametrize(
     ("requested", "facts", "message"),
     [
-        ("flash", {}, "'flash' is not one of auto, xla, chunked, cudnn, splash"),
+        ("flash", {}, "'flash' is not one of auto, xla, chunked, cudnn, mosaic, splash"),
         ("cudnn", {"platform": "cpu"}, r"needs an NVIDIA GPU, not cpu; set model\.attention to auto or chunked"),
         ("cudnn", {"dtype": "float32"}, "not float32; set"),
         ("cudnn", {"positions": [64, 33]}, "even length to train, not 33; set"),
         ("cudnn", {"soft_cap": 50.0}, "no soft-cap, and the model has one of 50.0; set"),
         ("cudnn", {"segments": True, "positions": [9000]}, "at most 8192 positions with several .* memory; set"),
+        ("mosaic", {"platform": "tpu"}, "needs a Hopper GPU, or a CPU to emulate one, not tpu; set"),
+        ("mosaic", {}, "capability 9.0, not an unknown one; set"),
         ("xla", {"soft_cap": 50.0}, "XLA attention has no soft-cap, and the model has one of 50.0; set"),
         ("splash", {}, "splash attention needs a TPU, or a CPU to emulate one, not gpu; set"),
         ("splash", {"platform": "tpu", "dtype": "float32"}, "needs bfloat16, not float32: .*; set"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import attention, model, params, shapes, sharding, topologies
+from fpo_jax import attention, logps, model, params, shapes, sharding, topologies
 
 pytestmark = pytest.mark.deviceless
 
@@ -18,8 +18,12 @@ GPUS = ("h100:4", "a100:4")
 ROWS = ("data", "fsdp")
 CUDNN = {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
 MASKED = {"__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"}
+MOSAIC = {"mosaic_attention_fwd", "mosaic_attention_dq", "mosaic_attention_dkv"}
 FUSED = {"splash_mha_fwd_residuals", "splash_mha_dkv_no_residuals"}
 SEGMENTED = {"splash_mha_fwd_segmented_residuals", "splash_mha_dkv_segmented_no_residuals"}
+
+
+needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11")
 
 
 def needs_compiler(target):
@@ -55,6 +59,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
         soft_cap=cap,
         segments=bool(segments),
         shared=bool(shared),
+        compute_capability=logps.Target.of(layout.mesh.devices.flat[0]).compute_capability,
         layout=layout,
     )
 
@@ -161,14 +166,13 @@ def test_cudnn(target, options):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("target", GPUS)
-def test_cudnn_with_a_mask(target, sizes, options):
+def test_cudnn_with_a_mask(sizes, options):
+    target = "a100:4"  # on Hopper GPUs there are better kernels
     needs_cudnn(target)
     implementation, compiled, dense = program(target, sizes, **options)
     assert implementation == "cudnn"
-    assert_streams(
-        compiled, dense, names=MASKED, share=0.35
-    )  # measured at most 0.31: mask and its gradient, 4 bytes a pair
+    # Mask and its gradient, 4 bytes a pair: measured at most 0.31.
+    assert_streams(compiled, dense, names=MASKED, share=0.35)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,39 @@ def test_cudnn_on_a_mesh(target, sizes, options):
     assert "all-gather" not in compiled.as_text()
 
 
-CHUNKED = [{"cap": 50.0}, {"segments": True, "T": 8200, "N": 1}, {"C": 256}, {"C": 100}, {"dtype": "float32"}]
+# What cuDNN does not take and these kernels do: texts in a row, and head dims that are no multiple of 8.
+PACKED = [
+    {"segments": True, "window": 512},
+    {"shared": True},
+    {"shared": True, "C": 64, "T": 2000},
+    {"shared": True, "C": 80, "window": 512},
+    {"shared": True, "T": 8192, "N": 1, "H": 32},
+    {"C": 100},
+]
+
+
+@needs_mosaic
+@pytest.mark.parametrize("options", PACKED, ids=str)
+def test_mosaic(options):
+    """Measured at most ... of the logits."""
+    needs_compiler("h100:4")
+    implementation, compiled, dense = program("h100:4", **options)
+    assert implementation == "mosaic"
+    assert_streams(compiled, dense, names=MOSAIC, share=0.35)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("sizes", "options"), [case for case in MESHES if case[1]], ids=str)
+def test_mosaic_on_a_mesh(sizes, options):
+    needs_compiler("h100:4")
+    implementation, compiled, dense = program("h100:4", sizes, **{"shared": True, **options})
+    assert implementation == "mosaic"
+    assert_streams(compiled, dense, names=MOSAIC, share=0.35)
+    shared = options.get("G", 2) % sizes[2] != 0
+    assert ("all-reduce" in compiled.as_text()) == shared
+
+
+CHUNKED = [{"cap": 50.0}, {"segments": True, "window": 512, "cap": 50.0}, {"C": 256}, {"dtype": "float32"}]
 
 
 @pytest.mark.parametrize("options", CHUNKED, ids=str)
@@ -208,10 +244,14 @@ def test_chunked_in_float32(target, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (1, 2, 2), (1, 1, 4)], ids=str)
-@pytest.mark.parametrize(("target", "names"), [("h100:4", CUDNN), ("v5e-4", FUSED)])
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [("h100:4", CUDNN), pytest.param("h100:4", MOSAIC, marks=needs_mosaic), ("v5e-4", FUSED)],
+    ids=["cudnn", "mosaic", "splash"],
+)
 def test_a_decoder_with_a_cut_stream_runs_the_kernel(target, names, sizes):
-    """Positions of the residual stream are cut over tensor, weights over fsdp and tensor."""
-    (needs_cudnn if target == "h100:4" else needs_compiler)(target)
+    """Positions of the residual stream are cut over tensor, weights over fsdp and tensor; layers are computed again."""
+    (needs_cudnn if names is CUDNN else needs_compiler)(target)
     config = model.ModelConfig(
         family="llama",
         vocab_size=512,
@@ -238,7 +278,9 @@ def test_a_decoder_with_a_cut_stream_runs_the_kernel(target, names, sizes):
         positions=[512],
         sliding_window=None,
         soft_cap=None,
-        segments=False,
+        segments=names is MOSAIC,
+        shared=names is MOSAIC,
+        compute_capability=logps.Target.of(layout.mesh.devices.flat[0]).compute_capability,
         layout=layout,
     )
 
@@ -252,6 +294,7 @@ def test_a_decoder_with_a_cut_stream_runs_the_kernel(target, names, sizes):
             remat="full",
             attention=choice,
             layout=layout,
+            segments=shapes.Segments(*[tokens_NT] * 3) if names is MOSAIC else None,
         )
         return jnp.sum(hidden_NTD.astype(jnp.float32) ** 2)
 

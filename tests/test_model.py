@@ -472,7 +472,7 @@ def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
         ({"remat": "some"}, r"remat 'some' is not one of none, dots, full, offload"),
         (
             {"attention": attention.Choice("flash", "for the test")},
-            r"'flash' is not one of xla, chunked, cudnn, splash",
+            r"'flash' is not one of xla, chunked, cudnn, mosaic, splash",
         ),
     ],
 )

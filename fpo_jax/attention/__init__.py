@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from fpo_jax import shapes, sharding
-from fpo_jax.attention import chunked, placement, splash
+from fpo_jax.attention import chunked, mosaic, placement, splash
 from fpo_jax.attention import segments as segments_
 from fpo_jax.attention.choice import IMPLEMENTATIONS, Choice, choose
 
@@ -101,5 +101,6 @@ _ENGINES: dict[str, Callable[..., jax.Array]] = {
     "xla": functools.partial(_library, implementation="xla"),
     "chunked": chunked.attend,
     "cudnn": functools.partial(_library, implementation="cudnn"),
+    "mosaic": mosaic.attend,
     "splash": splash.attend,
 }

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from fpo_jax import sharding
-from fpo_jax.attention import splash
+from fpo_jax.attention import mosaic, splash
 
-IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "splash")
+IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "mosaic", "splash")
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
 CUDNN_MAX_MASKED = 8192  # positions; a row's mask and the gradient that cuDNN gives it are 256 MiB then
 # XLA's attention writes the logits [H, T, T] of every row to memory and keeps them for the backward pass. Measured on a
@@ -21,7 +21,9 @@ CUDNN_MAX_MASKED = 8192  # positions; a row's mask and the gradient that cuDNN g
 # above (H100, two rows of 32 heads: 40 MiB against 56 of blocks at 256, 160 against 97 at 512, 10,241 against 343 at
 # 4,096).
 XLA_MAX_POSITIONS = 384
-_KERNELS = {"gpu": "cudnn", "tpu": "splash"}  # what `auto` tries first
+# What `auto` tries first, in this order; for several texts in a row the other way round, as cuDNN then reads a mask
+# from memory and computes what it hides.
+_KERNELS = {"gpu": ("cudnn", "mosaic"), "tpu": ("splash",)}
 
 
 class Choice(NamedTuple):
@@ -42,6 +44,7 @@ class _Facts(NamedTuple):
     soft_cap: float | None
     segments: bool
     shared: bool
+    compute_capability: str
 
 
 def choose(
@@ -57,6 +60,7 @@ def choose(
     soft_cap: float | None,
     segments: bool,
     shared: bool = False,
+    compute_capability: str = "",
     layout: sharding.Layout,
 ) -> Choice:
     """Pick the implementation of `attend`; one choice holds for rows of every length.
@@ -73,6 +77,7 @@ def choose(
         soft_cap: bound on the magnitude of the logits; None for none.
         segments: whether rows hold several texts.
         shared: whether texts of a row follow another one, their prompt.
+        compute_capability: of an NVIDIA GPU, as `logps.Target` says it, such as "9.0"; "" for unknown or none.
         layout: where activations live on a mesh.
 
     Raises:
@@ -80,8 +85,8 @@ def choose(
 
     >>> facts = {"head_dim": 64, "heads": 8, "kv_heads": 8, "positions": [128, 256], "sliding_window": None}
     >>> facts.update(soft_cap=None, segments=False, layout=sharding.Layout())
-    >>> choose("auto", platform="gpu", dtype="float32", **facts).reason
-    'cuDNN attention needs bfloat16 or float16, not float32; rows of at most 384 positions'
+    >>> choose("auto", platform="cpu", dtype="float32", **facts).reason
+    'no flash attention kernel for a cpu; rows of at most 384 positions'
     """
     if requested not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f"attention {requested!r} is not one of auto, {', '.join(IMPLEMENTATIONS)}.")
@@ -93,6 +98,7 @@ def choose(
         soft_cap,
         segments,
         shared,
+        compute_capability,
     )
     ways = layout.ways("heads")
     if heads % ways:
@@ -104,7 +110,7 @@ def choose(
         obstacle = _OBSTACLES[requested](facts)
         if obstacle:
             raise ValueError(f"{obstacle}; set model.attention to auto or chunked.")
-    interpret = implementation == "splash" and facts.platform == "cpu"
+    interpret = implementation in ("mosaic", "splash") and facts.platform == "cpu"
     if interpret:
         reason += "; emulated on a CPU, very slow: for tests"
     if sliding_window is not None:
@@ -116,10 +122,13 @@ def choose(
 
 def _best(facts: _Facts) -> tuple[str, str]:
     """Return the fastest implementation that runs, and why it is not a faster one."""
-    kernel = _KERNELS.get(facts.platform)
-    obstacle = _OBSTACLES[kernel](facts) if kernel else f"no flash attention kernel for a {facts.platform}"
-    if kernel and not obstacle:
-        return kernel, f"flash attention for {facts.dtype}, head_dim {facts.head_dim} on a {facts.platform}"
+    obstacles, kernels = [], _KERNELS.get(facts.platform, ())
+    for kernel in reversed(kernels) if facts.segments else kernels:
+        obstacles.append(_OBSTACLES[kernel](facts))
+        if not obstacles[-1]:
+            reason = f"flash attention for {facts.dtype}, head_dim {facts.head_dim} on a {facts.platform}"
+            return kernel, "; ".join([reason, *obstacles[:-1]])
+    obstacle = "; ".join(obstacles) or f"no flash attention kernel for a {facts.platform}"
     longest, no_xla = max(facts.positions), _no_xla(facts)
     if no_xla:
         return "chunked", obstacle if no_xla in obstacle else f"{obstacle}; {no_xla}"
@@ -154,6 +163,17 @@ def _no_cudnn(facts: _Facts) -> str:
     return ""
 
 
+def _no_mosaic(facts: _Facts) -> str:
+    if facts.platform not in ("gpu", "cpu"):
+        return f"Mosaic attention needs a Hopper GPU, or a CPU to emulate one, not {facts.platform}"
+    return mosaic.unsupported(
+        dtype=facts.dtype,
+        head_dim=facts.head_dim,
+        soft_cap=facts.soft_cap,
+        compute_capability=facts.compute_capability if facts.platform == "gpu" else "9.0",
+    )
+
+
 def _no_splash(facts: _Facts) -> str:
     if facts.shared and max(facts.positions) > splash.MAX_MASKED:
         return (
@@ -173,5 +193,6 @@ _OBSTACLES: dict[str, Callable[[_Facts], str]] = {
     "xla": _no_xla,
     "chunked": lambda _: "",
     "cudnn": _no_cudnn,
+    "mosaic": _no_mosaic,
     "splash": _no_splash,
 }

@@ -72,7 +72,7 @@ def default() -> Config:
     c.model.param_dtype = "float32"  # master weights; bfloat16 ones are rounded stochastically
     c.model.compute_dtype = "bfloat16"  # matmul operands; softmax, norms and losses are always float32
     c.model.remat = "full"  # none | dots | full | offload: what the backward pass recomputes, from nothing to all
-    c.model.attention = "auto"  # auto | xla | chunked | cudnn | splash
+    c.model.attention = "auto"  # auto | xla | chunked | cudnn | mosaic | splash
 
     c.lora = ml_collections.ConfigDict()
     c.lora.rank = 0  # r of the adapters that are trained instead of the weights; 0 = train the weights

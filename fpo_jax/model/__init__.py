@@ -207,6 +207,7 @@ def _default_attention(
         sliding_window=config.sliding_window,
         soft_cap=config.attention_soft_cap,
         segments=segments,
+        compute_capability=str(getattr(jax.devices()[0], "compute_capability", "")),
         layout=layout,
     )
 
