@@ -203,7 +203,6 @@ PACKED = [
 @needs_mosaic
 @pytest.mark.parametrize("options", PACKED, ids=str)
 def test_mosaic(options):
-    """Measured at most ... of the logits."""
     needs_compiler("h100:4")
     implementation, compiled, dense = program("h100:4", **options)
     assert implementation == "mosaic"

@@ -1,5 +1,7 @@
 """Mosaic attention, emulated: float64 oracle, who sees whom, blocks that are skipped. Its kernels need jax 0.11."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,11 +54,17 @@ def test_float16_and_head_dim_128():
 
 
 @needs_mosaic_gpu
-def test_stages_are_filled_again():
-    """More visited blocks than stages, in every kernel: 5 blocks of keys, 9 of 64 keys and 10 of queries."""
+def test_stages_are_filled_again_and_nothing_races(monkeypatch):
+    """More visited blocks than stages, in every kernel: 5 blocks of keys, 10 of 64 keys and 10 of queries."""
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races  # it has no public name
+
+    options = {"on_race": "warn"} if hasattr(mosaic.plgpu.InterpretGPUParams, "on_race") else {}  # 0.11 always warns
+    watched = functools.partial(mosaic.plgpu.InterpretGPUParams, detect_races=True, **options)
+    monkeypatch.setattr(mosaic.plgpu, "InterpretGPUParams", watched)
     case = Case(T=600, H=1, G=1, C=64, scale=0.125, lengths=(600,))
     arrays = case.inputs("bfloat16")
     assert_matches(run(case, arrays, implementation="mosaic"), case.oracle(*arrays), dtype="bfloat16")
+    assert not get_races().races_found
 
 
 def random_rows(seed, N=3, T=256):

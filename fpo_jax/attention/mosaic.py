@@ -464,10 +464,12 @@ def _store(*copies) -> None:
 def _add_products(*terms, spec: _Spec) -> tuple:
     """Return sum + left . right of each (sum, left, right); right lies in shared memory, left there or in registers."""
     if spec.interpret:  # jax 0.11 emulates no product that adds to given values
-        return tuple(
+        sums = tuple(
             sum_QC + jnp.dot(left[...], right_ref[...], preferred_element_type=jnp.float32)
             for sum_QC, left, right_ref in terms
         )
+        plgpu.commit_smem()  # its race detection wants it between these loads and the next copy; products need none
+        return sums
 
     def add(sum_refs):
         for sum_ref, (_, left, right_ref) in zip(sum_refs, terms, strict=True):
