@@ -31,11 +31,11 @@ def skip_what_is_refused(implementation, case):
         pytest.skip("JAX's own attention has no soft-cap; choose takes chunked")
 
 
-def assert_matches(results, expected, *, dtype):
+def assert_matches(results, expected, *, dtype, bounds=tolerances.ATTENTION):
     for name, got, want in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
         assert got.dtype == dtype
         scale = 1.0 if name == "out" else max(np.abs(want).max(), 1.0)
-        assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=tolerances.ATTENTION[dtype] * scale)
+        assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=bounds[dtype] * scale)
 
 
 @pytest.fixture

@@ -92,6 +92,6 @@ def test_attention_kernels_match_float64_and_give_the_same_bits_twice(sizes, dty
     case = attention_oracle.Case(**sizes, scale=sizes["C"] ** -0.5, lengths=(sizes["T"], sizes["T"] // 2, 0))
     arrays = case.inputs(dtype)
     first, second = (attention_oracle.run(case, arrays, implementation="mosaic") for _ in range(2))
-    assert_matches(first, case.oracle(*arrays), dtype=dtype)
+    assert_matches(first, case.oracle(*arrays), dtype=dtype, bounds=tolerances.ATTENTION_LONG)
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
