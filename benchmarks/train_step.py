@@ -6,17 +6,18 @@
 Every side is a process of its own with two threads of work at most, and they take turns round by round, so that what
 else happens on the machine falls on all of them. A time is the median over rounds of the seconds of one update, data
 collation and metrics included; the first round, which compiles, is told apart. `with reference` adds the share of the
-reference pass that an update of a run of one epoch has; tunix recomputes the reference in every update. Tokens are
-those of all candidates with their prompts, for every side alike. Memory is the peak of resident memory over the rounds
-beyond the imports' own. With K = 4 the others train on two pairs a prompt, since they have no loss over a group, and
-no losses are compared.
+reference pass that an update of a run of one epoch has, timed in every round (TRL's once, as it makes it once); tunix
+recomputes the reference in every update. `times ours` is the median of the rounds' ratios. Tokens are those of all
+candidates with their prompts, for every side alike. Memory is the peak of resident memory over the rounds beyond the
+imports' own. With K = 4 the others train on two pairs a prompt, since they have no loss over a group, and no losses are
+compared.
 
     python -m benchmarks.train_step --device gpu --layers 12 --json runs/train_step_gpu.json
 
 On a GPU (`train_step_gpu.CASES`: a Mistral shape in bfloat16) one side's process follows the other, as two do not fit
 its memory; memory is then the most that the process's allocator ever held on the device, loading and reference pass
-included, and a table has the model FLOP/s utilisation. A side that fails is left out and said to be. Losses are
-asserted to agree within 0.02.
+included, and a table has the model FLOP/s utilisation. A side that fails is left out and said to be. The losses of the
+first update are asserted to agree within 0.02.
 
 TRL and tunix: pip install trl google-tunix (with the CPU wheel of torch) into an environment that has fpo_jax.
 """
@@ -60,7 +61,7 @@ class Side:
     def __init__(self, name: str, case: Case, model: Path):
         """Start it; it loads the model and waits."""
         command = [sys.executable, "-m", "benchmarks.train_step_sides", "--side", name, "--model", str(model)]
-        self.name, self._log = name, tempfile.TemporaryFile("w+")
+        self.name, self._updates, self._log = name, case.updates, tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [*command, "--case", json.dumps(dataclasses.asdict(case))],
             stdin=subprocess.PIPE,
@@ -74,17 +75,18 @@ class Side:
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
-        self.reference = 0.0
+        self.references: list[float] = []  # of the rounds
+        self._reference = 0.0
         self.device = ""
-        while "ready" not in (found := self._read()):
-            self.reference = found.get("reference_seconds", self.reference)
+        assert "ready" in self._found(), name
 
     def round(self) -> None:
         """Let it do one round."""
         assert self._process.stdin
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        found = self._read()
+        found = self._found()
+        self.references.append(self._reference)
         self.seconds.append(found["seconds"])
         self.cpu_seconds.append(found["cpu_seconds"])
         self.losses += found["losses"]
@@ -100,6 +102,17 @@ class Side:
         """End it, whatever it does."""
         self._process.kill()
         self._process.wait()
+
+    def per_update(self) -> list[float]:
+        """Seconds of an update with its share of the reference pass, in every round but the one that compiles."""
+        pairs = zip(self.seconds[1:], self.references[1:], strict=True)
+        return [seconds / self._updates + reference for seconds, reference in pairs]
+
+    def _found(self) -> dict:
+        """What it says next, but for the times of its reference passes."""
+        while "reference_seconds" in (found := self._read()):
+            self._reference = found["reference_seconds"]
+        return found
 
     def _read(self) -> dict:
         assert self._process.stdout
@@ -155,8 +168,9 @@ def described(case: Case, side: Side) -> dict:
         "fastest": min(side.seconds[1:]) / case.updates,
         "slowest": max(side.seconds[1:]) / case.updates,
         "cpu_seconds": statistics.median(side.cpu_seconds[1:]) / case.updates,
-        "with_reference": seconds + side.reference,
-        "tokens_per_s": tokens / (seconds + side.reference),
+        "with_reference": statistics.median(side.per_update()),
+        "rounds": side.per_update(),
+        "tokens_per_s": tokens / statistics.median(side.per_update()),
         "peak_mib": side.close() / 2**20,
         "device": side.device,
         "first_round_s": side.seconds[0] - seconds * case.updates,
@@ -175,7 +189,7 @@ def check_losses(sides: list[Side]) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as Markdown; a ratio is that of seconds with reference to our best."""
+    """Rows as Markdown; a ratio is that of seconds with reference to our best, the median over rounds."""
     columns = "case, side, s / update (range), CPU s, with reference, tokens/s, peak MiB, compile s, times ours, memory"
     lines = [f"| {columns.replace(', ', ' | ').replace('(range)', '(least and most)')} |", "|---" * 10 + "|"]
     for row in rows:
@@ -184,10 +198,15 @@ def table(rows: list[dict]) -> str:
             f"| {row['case']} | {row['side']} | {row['seconds']:.3f} ({row['fastest']:.3f}, {row['slowest']:.3f})"
             f" | {row['cpu_seconds']:.3f} | {row['with_reference']:.3f} | {row['tokens_per_s']:,.0f}"
             f" | {row['peak_mib']:,.0f}"
-            f" | {row['first_round_s']:.1f} | {row['with_reference'] / best['with_reference']:.2f}"
+            f" | {row['first_round_s']:.1f} | {times(row, best):.2f}"
             f" | {row['peak_mib'] / best['peak_mib']:.2f} |"
         )
     return "\n".join(lines)
+
+
+def times(row: dict, best: dict) -> float:
+    """Return how often the seconds of `best` go into those of a row, round by round: what else runs then meets both."""
+    return statistics.median(one / other for one, other in zip(row["rounds"], best["rounds"], strict=True))
 
 
 def on_gpu(options: argparse.Namespace, sides: list[str]) -> tuple[list[dict], list[str]]:

@@ -50,7 +50,9 @@ def ours(case: Case, model: Path, layout: str) -> None:
 
     turns = Turns(case)
     run = our_run(case, model, layout)
-    turns.reference(run.score())
+
+    def begin(number: int) -> None:
+        turns.reference(run.score(keep=number == 0))
 
     def finish() -> None:
         run.read()
@@ -63,7 +65,7 @@ def ours(case: Case, model: Path, layout: str) -> None:
         return {"device": jax.devices()[0].device_kind, "peak_bytes": memory.get("peak_bytes_in_use", 0)}
 
     for number in range(run.plan.steps):
-        turns.before(number, finish)
+        turns.before(number, finish, functools.partial(begin, number))
         run.update(number)
     turns.done(finish, device if case.on_gpu else None)
 

@@ -76,14 +76,18 @@ class Turns:
         self._used = 0.0
         self._peaks: list[int] = []  # of the rounds, each since the one before it
 
-    def before(self, update: int, finish=lambda: None) -> None:
-        """Call before every update, counted from 0; `finish` waits for those that still run."""
+    def before(self, update: int, finish=lambda: None, begin=lambda: None) -> None:
+        """Call before every update, counted from 0; `finish` waits for those that still run.
+
+        `begin` runs at the start of a round, before its clock.
+        """
         if update % self._case.updates:
             return
         finish()
         self._report()
         if not sys.stdin.readline():
             sys.exit("the comparison ended")
+        begin()
         self._started, self._used = time.perf_counter(), time.process_time()
 
     def losses(self, values: list[float]) -> None:
@@ -91,7 +95,7 @@ class Turns:
         self._losses += values
 
     def reference(self, seconds: float) -> None:
-        """Note the time of a reference pass over the groups of one update."""
+        """Note the time of a reference pass over the groups of one update, until the next one."""
         self._say({"reference_seconds": seconds})
 
     def done(self, finish=lambda: None, device: Callable[[], dict] | None = None) -> None:

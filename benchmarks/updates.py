@@ -23,8 +23,12 @@ class Updates:
         self._pending: dict | None = None
         self.losses: list[float] = []
 
-    def score(self) -> float:
-        """Run the reference pass; returns its seconds for one batch of groups, compilation left out."""
+    def score(self, *, keep: bool = True) -> float:
+        """Run the reference pass; returns its seconds for one batch of groups, compilation left out.
+
+        Args:
+            keep: whether the weights as they are now become the reference.
+        """
         prepared = self._inputs.train.prepared
         rows = self.plan.schedule.parts
         batches = job.sequential_schedule(self._config, prepared, self._inputs.model_config, batch_size=rows)
@@ -34,7 +38,8 @@ class Updates:
                 started = time.perf_counter()
             placed = self.programs.place(data.batch_at(batches, number), stacked=False)
             scores, ids = jax.device_get(self.programs.score(weights, placed)), data.group_ids(batches, number)
-            self._references[ids[ids >= 0]] = scores[ids >= 0]
+            if keep:
+                self._references[ids[ids >= 0]] = scores[ids >= 0]
             scored += int(np.count_nonzero(ids >= 0)) if number else 0
         return (time.perf_counter() - started) / max(scored, 1) * self._config.train.batch_size
 
