@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from fpo_jax import config as configuration
-from fpo_jax import data, flops, job, programs, sharding, step
+from fpo_jax import data, flops, job, programs, shapes, sharding, step
 
 
 class Updates:
@@ -18,10 +18,13 @@ class Updates:
         grid = sharding.make_layout(**config.mesh, devices=jax.devices()[:1])
         self._config, self._inputs, self.plan = config, inputs, job.plan(config, inputs, devices=1)
         self.programs = programs.Programs(config, job.blueprint(config, inputs, self.plan), grid)
-        self._state = self.programs.fresh_state(self.programs.load(model))
+        self._state = self.programs.fresh_state(self._load(model))
         self._references = np.zeros(inputs.train.prepared.rewards_BK.shape, np.float32)
         self._pending: dict | None = None
         self.losses: list[float] = []
+
+    def _load(self, source: Path) -> shapes.PyTree:
+        return self.programs.load(source)
 
     def score(self, *, keep: bool = True) -> float:
         """Run the reference pass; returns its seconds for one batch of groups, compilation left out.

@@ -138,6 +138,7 @@ class Rewarder:
             sliding_window=self.config.sliding_window,
             soft_cap=self.config.attention_soft_cap,
             segments=False,
+            compute_capability=logps.Target.of(layout.mesh.devices.flat[0]).compute_capability,
             layout=layout,
         )
         scorer = RewardScorer(self.config, compute_dtype, "none", choice, layout)
