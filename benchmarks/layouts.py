@@ -175,7 +175,7 @@ def on_gpu(options: argparse.Namespace) -> list[dict]:
                     try:
                         task = process.submit(alone, name, of, options.data, model, layout, options.updates)
                         found.append(task.result())
-                    except Exception as error:  # the others are worth the money
+                    except Exception as error:  # the other layouts may run
                         print(f"{name} {layout}: {error}", flush=True)
                         continue
                 print(found[-1], flush=True)

@@ -1,22 +1,21 @@
-"""Random models too large for `tests/tiny.py`: bfloat16 weights, drawn and written by a thread for each CPU.
+"""Random models too large for `tests/tiny.py`: bfloat16 weights, drawn by a thread for each CPU.
 
 python -m benchmarks.random_model --layers 12 --folder runs/mistral_12      3 billion parameters, 6 GB
 """
 
 import argparse
 import json
-import math
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 from fpo_jax import hf, model, params
 from tests import tiny
-
-_BLOCK = 2**23  # values drawn and written at a time
 
 
 def mistral(layers: int, *, vocab: int = 32_000, width: int = 4096) -> model.ModelConfig:
@@ -31,40 +30,25 @@ def mistral(layers: int, *, vocab: int = 32_000, width: int = 4096) -> model.Mod
 def write(folder: Path, config: model.ModelConfig, *, seed: int = 0) -> None:
     """Write a Hugging Face directory: matrices of normal numbers, norms of ones, the byte tokenizer of the tests.
 
-    Other numbers than `params.init` draws, since every block of values has a generator of its own.
+    Other numbers than `params.init` draws, since every tensor has a generator of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(model.to_hf_config(config)))
-    header: dict = {"__metadata__": {"format": "pt"}}
-    blocks, end = [], 0  # (offset of the bytes, values, whether they are drawn)
-    for row in params.rows(config):
-        size = math.prod(row.hf_shape)
-        for name in row.hf_names():
-            header[name] = {"dtype": "BF16", "shape": row.hf_shape, "data_offsets": [end, end + 2 * size]}
-            for start in range(0, size, _BLOCK):
-                blocks.append((end + 2 * start, min(_BLOCK, size - start), row.init == "normal"))
-            end += 2 * size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    with (folder / hf.SINGLE).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(start + end)
-        file.flush()
+    rows = [(name, row) for row in params.rows(config) for name in row.hf_names()]
 
-        def fill(number: int) -> None:
-            offset, count, drawn = blocks[number]
-            values = np.ones(count, np.float32)
-            if drawn:
-                np.random.default_rng([seed, number]).standard_normal(out=values, dtype=np.float32)
-                values *= np.float32(config.initializer_range)
-            bits = values.view(np.uint32)
-            bits += np.uint32(0x8000)  # to the nearest bfloat16, the upper half of a float32
-            os.pwrite(file.fileno(), (bits >> np.uint32(16)).astype(np.uint16).data, start + offset)
+    def draw(number: int) -> np.ndarray:
+        _, row = rows[number]
+        if row.init != "normal":
+            return np.ones(row.hf_shape, ml_dtypes.bfloat16)
+        values = np.random.default_rng([seed, number]).standard_normal(row.hf_shape, np.float32)
+        values *= np.float32(config.initializer_range)
+        return values.astype(ml_dtypes.bfloat16)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(fill, range(len(blocks))))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(draw, range(len(rows)))
+    names = (name for name, _ in rows)
+    safetensors.numpy.save_file(dict(zip(names, drawn, strict=True)), folder / hf.SINGLE, metadata={"format": "pt"})
 
 
 def main() -> None:

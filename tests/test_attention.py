@@ -324,7 +324,7 @@ def test_chunked_holds_no_logits():
 @pytest.mark.parametrize(
     ("implementation", "options", "message"),
     [
-        ("flash", {}, "'flash' is not one of xla, chunked, cudnn, splash"),
+        ("flash", {}, "'flash' is not one of xla, chunked, cudnn, mosaic, splash"),
         ("xla", {"cap": 2.0}, "'xla' runs without the soft-cap 2.0"),
         ("cudnn", {"cap": 2.0}, "'cudnn' runs without the soft-cap 2.0"),
     ],

@@ -58,10 +58,9 @@ def test_stages_are_filled_again_and_nothing_races(monkeypatch):
     """More visited blocks than stages, in every kernel: 5 blocks of keys, 10 of 64 keys and 10 of queries."""
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races  # it has no public name
 
-    options = (
-        {"on_race": "warn"} if hasattr(mosaic.tiles.plgpu.InterpretGPUParams, "on_race") else {}
-    )  # 0.11 always warns
-    watched = functools.partial(mosaic.tiles.plgpu.InterpretGPUParams, detect_races=True, **options)
+    emulation = mosaic.tiles.plgpu.InterpretGPUParams
+    options = {"on_race": "warn"} if hasattr(emulation, "on_race") else {}  # jax 0.11 always warns
+    watched = functools.partial(emulation, detect_races=True, **options)
     monkeypatch.setattr(mosaic.tiles.plgpu, "InterpretGPUParams", watched)
     case = Case(T=600, H=1, G=1, C=64, scale=0.125, lengths=(600,))
     arrays = case.inputs("bfloat16")
