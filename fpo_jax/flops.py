@@ -147,8 +147,8 @@ KERNELS = {
     "dhead": (2, "head"),
     "dot_product_attention_fwd_wrapper": (2, "NTHC"),
     "dot_product_attention_bwd_wrapper": (5, "NTHC"),  # the scores again, dv, dp, dq, dk
-    "chunked_attention_fwd": (2, "XNQGRC"),  # of packed rows a bound: what lies outside a group is passed over
-    "chunked_attention_bwd": (5, "XNQGRC"),
+    "chunked_attention_fwd": (2, "XNGRQC"),  # of packed rows a bound: what lies outside a group is passed over
+    "chunked_attention_bwd": (5, "XNGRQC"),
     "mosaic_attention_fwd": (2, "NTHC"),  # of packed rows a bound
     "mosaic_attention_dq": (3, "NTHC"),  # the scores again, dp, dq
     "mosaic_attention_dkv": (4, "NTHC"),

@@ -86,7 +86,9 @@ def attend(
         padded = jnp.pad(x, ((0, 0), (0, blocks * size - T)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(N, blocks, size, *x.shape[2:]), 1, 0)
 
-    q_XNQGRC = split(q_NTHC.reshape(N, T, G, H // G, -1))
+    # Heads before positions: no product has to move an axis, or XLA keeps whole rows of q and of its gradient twice.
+    q_XNGRQC = jnp.einsum("XNQGRC->XNGRQC", split(q_NTHC.reshape(N, T, G, H // G, -1)))
+    k_XNGSC, v_XNGSC = (jnp.einsum("XNSGC->XNGSC", split(x)) for x in (k_NTGC, v_NTGC))
     packed = None
     if segments is not None:
         first_NT, last_NT = (split(reach) for reach in segments_.reach(segments))
@@ -95,8 +97,8 @@ def attend(
             jnp.min(first_NT, axis=(1, 2)) // size,
             jnp.max(last_NT, axis=(1, 2)) // size,
         )
-    out_XNQGRC: jax.Array = _attend(spec, q_XNQGRC, split(k_NTGC), split(v_NTGC), packed)
-    return jnp.moveaxis(out_XNQGRC, 0, 1).reshape(N, blocks * size, H, -1)[:, :T]
+    out_XNGRQC: jax.Array = _attend(spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed)
+    return jnp.einsum("XNGRQC->NXQGRC", out_XNGRQC).reshape(N, blocks * size, H, -1)[:, :T]
 
 
 def _block(rows_and_heads: int) -> int:
@@ -112,26 +114,26 @@ def _cut(T: int, block: int) -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed) -> jax.Array:
-    return chunked_attention_fwd(spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed)[0]
+def _attend(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed) -> jax.Array:
+    return chunked_attention_fwd(spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed)[0]
 
 
 # The two passes are programs with names, by which `flops` knows them: how often their loops run is not in the jaxpr.
 @functools.partial(jax.jit, static_argnums=0)
-def chunked_attention_fwd(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed):
+def chunked_attention_fwd(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed):
     """Return the attended values and the log-sum-exp of every query's logits."""
-    X, N, Q, G, R, C = q_XNQGRC.shape
-    dtype = q_XNQGRC.dtype
+    X, N, G, R, Q, C = q_XNGRQC.shape
+    dtype = q_XNGRQC.dtype
 
     def attend_block(_, i):
         def see(j, carry):
             out_NGRQC, max_NGRQ, sum_NGRQ = carry
-            logits_NGRQS, seen_NQS = _logits(spec, q_XNQGRC, k_XNSGC, packed, i, j)[:2]
+            logits_NGRQS, seen_NQS = _logits(spec, q_XNGRQC, k_XNGSC, packed, i, j)[:2]
             logits_NGRQS = jnp.where(seen_NQS, logits_NGRQS, _MASKED)
             new_NGRQ = jnp.maximum(max_NGRQ, jnp.max(logits_NGRQS, axis=-1))
             weights_NGRQS = jnp.where(seen_NQS, jnp.exp(logits_NGRQS - new_NGRQ[..., None]), 0)
             keep_NGRQ = jnp.exp(max_NGRQ - new_NGRQ)
-            seen_NGRQC = _product("NGRQS,NSGC->NGRQC", weights_NGRQS.astype(dtype), v_XNSGC[j])
+            seen_NGRQC = _product("NGRQS,NGSC->NGRQC", weights_NGRQS.astype(dtype), v_XNGSC[j])
             return (
                 out_NGRQC * keep_NGRQ[..., None] + seen_NGRQC,
                 new_NGRQ,
@@ -141,54 +143,51 @@ def chunked_attention_fwd(spec: _Spec, q_XNQGRC, k_XNSGC, v_XNSGC, packed):
         zeros_NGRQ = jnp.zeros((N, G, R, Q), jnp.float32)
         start = (jnp.zeros((N, G, R, Q, C), jnp.float32), zeros_NGRQ + _MASKED, zeros_NGRQ)
         out_NGRQC, max_NGRQ, sum_NGRQ = jax.lax.fori_loop(*spec.keys_of(i, packed), see, start)
-        out_NQGRC = jnp.einsum("NGRQC->NQGRC", out_NGRQC / sum_NGRQ[..., None]).astype(dtype)
-        return None, (out_NQGRC, max_NGRQ + jnp.log(sum_NGRQ))
+        return None, ((out_NGRQC / sum_NGRQ[..., None]).astype(dtype), max_NGRQ + jnp.log(sum_NGRQ))
 
-    _, (out_XNQGRC, lse_XNGRQ) = jax.lax.scan(attend_block, None, jnp.arange(X))
-    return out_XNQGRC, (q_XNQGRC, k_XNSGC, v_XNSGC, packed, out_XNQGRC, lse_XNGRQ)
+    _, (out_XNGRQC, lse_XNGRQ) = jax.lax.scan(attend_block, None, jnp.arange(X))
+    return out_XNGRQC, (q_XNGRQC, k_XNGSC, v_XNGSC, packed, out_XNGRQC, lse_XNGRQ)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def chunked_attention_bwd(spec: _Spec, residuals, grad_XNQGRC):
+def chunked_attention_bwd(spec: _Spec, residuals, grad_XNGRQC):
     """Visit the blocks of keys one by one; the gradient of the queries accumulates in float32."""
-    q_XNQGRC, k_XNSGC, v_XNSGC, packed, out_XNQGRC, lse_XNGRQ = residuals
-    X, dtype = q_XNQGRC.shape[0], q_XNQGRC.dtype
+    q_XNGRQC, k_XNGSC, v_XNGSC, packed, out_XNGRQC, lse_XNGRQ = residuals
+    X, dtype = q_XNGRQC.shape[0], q_XNGRQC.dtype
     # sum_j p_ij dp_ij, of every query
-    mean_XNGRQ = jnp.einsum(
-        "XNQGRC,XNQGRC->XNGRQ", grad_XNQGRC.astype(jnp.float32), out_XNQGRC.astype(jnp.float32), precision="highest"
-    )
+    mean_XNGRQ = jnp.sum(grad_XNGRQC.astype(jnp.float32) * out_XNGRQC.astype(jnp.float32), axis=-1)
 
-    def key_block(dq_XNQGRC, j):
+    def key_block(dq_XNGRQC, j):
         def seen_by(i, carry):
-            dq_XNQGRC, dk_NSGC, dv_NSGC = carry
-            logits_NGRQS, seen_NQS, slope_NGRQS = _logits(spec, q_XNQGRC, k_XNSGC, packed, i, j)
+            dq_XNGRQC, dk_NGSC, dv_NGSC = carry
+            logits_NGRQS, seen_NQS, slope_NGRQS = _logits(spec, q_XNGRQC, k_XNGSC, packed, i, j)
             p_NGRQS = jnp.where(seen_NQS, jnp.exp(logits_NGRQS - lse_XNGRQ[i][..., None]), 0)
-            dp_NGRQS = _product("NQGRC,NSGC->NGRQS", grad_XNQGRC[i], v_XNSGC[j])
+            dp_NGRQS = _product("NGRQC,NGSC->NGRQS", grad_XNGRQC[i], v_XNGSC[j])
             dlogits_NGRQS = (p_NGRQS * (dp_NGRQS - mean_XNGRQ[i][..., None]) * slope_NGRQS).astype(dtype)
-            dq_NQGRC = _product("NGRQS,NSGC->NQGRC", dlogits_NGRQS, k_XNSGC[j])
+            dq_NGRQC = _product("NGRQS,NGSC->NGRQC", dlogits_NGRQS, k_XNGSC[j])
             return (
-                dq_XNQGRC.at[i].add(dq_NQGRC),
-                dk_NSGC + _product("NGRQS,NQGRC->NSGC", dlogits_NGRQS, q_XNQGRC[i]),
-                dv_NSGC + _product("NGRQS,NQGRC->NSGC", p_NGRQS.astype(dtype), grad_XNQGRC[i]),
+                dq_XNGRQC.at[i].add(dq_NGRQC),
+                dk_NGSC + _product("NGRQS,NGRQC->NGSC", dlogits_NGRQS, q_XNGRQC[i]),
+                dv_NGSC + _product("NGRQS,NGRQC->NGSC", p_NGRQS.astype(dtype), grad_XNGRQC[i]),
             )
 
-        zeros_NSGC = jnp.zeros(k_XNSGC.shape[1:], jnp.float32)
-        dq_XNQGRC, dk_NSGC, dv_NSGC = jax.lax.fori_loop(
-            *spec.queries_of(j, X, packed), seen_by, (dq_XNQGRC, zeros_NSGC, zeros_NSGC)
+        zeros_NGSC = jnp.zeros(k_XNGSC.shape[1:], jnp.float32)
+        dq_XNGRQC, dk_NGSC, dv_NGSC = jax.lax.fori_loop(
+            *spec.queries_of(j, X, packed), seen_by, (dq_XNGRQC, zeros_NGSC, zeros_NGSC)
         )
-        return dq_XNQGRC, (dk_NSGC.astype(dtype), dv_NSGC.astype(dtype))
+        return dq_XNGRQC, (dk_NGSC.astype(dtype), dv_NGSC.astype(dtype))
 
-    start = jnp.zeros(q_XNQGRC.shape, jnp.float32)
-    dq_XNQGRC, (dk_XNSGC, dv_XNSGC) = jax.lax.scan(key_block, start, jnp.arange(X))
-    return dq_XNQGRC.astype(dtype), dk_XNSGC, dv_XNSGC, None
+    start = jnp.zeros(q_XNGRQC.shape, jnp.float32)
+    dq_XNGRQC, (dk_XNGSC, dv_XNGSC) = jax.lax.scan(key_block, start, jnp.arange(X))
+    return dq_XNGRQC.astype(dtype), dk_XNGSC, dv_XNGSC, None
 
 
 _attend.defvjp(chunked_attention_fwd, chunked_attention_bwd)
 
 
-def _logits(spec: _Spec, q_XNQGRC, k_XNSGC, packed: _Packed | None, i, j):
+def _logits(spec: _Spec, q_XNGRQC, k_XNGSC, packed: _Packed | None, i, j):
     """Return logits [N, G, R, Q, S] of query block i and key block j, what is seen, and dlogits / d(q . k)."""
-    logits_NGRQS = spec.scale * _product("NQGRC,NSGC->NGRQS", q_XNQGRC[i], k_XNSGC[j])
+    logits_NGRQS = spec.scale * _product("NGRQC,NGSC->NGRQS", q_XNGRQC[i], k_XNGSC[j])
     slope_NGRQS = spec.scale
     if spec.soft_cap is not None:
         tanh_NGRQS = jnp.tanh(logits_NGRQS / spec.soft_cap)
