@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eval import generate, jobfile
+from eval import generate, generate_options, jobfile
 from eval import options as command_line
 from fpo_jax import config as configuration
 from fpo_jax import files
@@ -61,7 +61,7 @@ RECIPES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(generate.Answering):
+class Options(generate_options.Answering):
     """Which benchmark, with which model, and how."""
 
     benchmark: str
@@ -224,7 +224,7 @@ def _answers(
     folder = options.out / "parts"
     path = folder / f"{part}.prompts.jsonl"
     files.write_lines(path, ({"prompt": prompt} for prompt in prompts))
-    settings = {field.name: getattr(options, field.name) for field in dataclasses.fields(generate.Answering)}
+    settings = {field.name: getattr(options, field.name) for field in dataclasses.fields(generate_options.Answering)}
     settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "rule": "chat"}
     if recipe := RECIPES.get(options.recipe):
         settings |= {} if options.server else {"chat_template": recipe.chat_template}

@@ -12,27 +12,28 @@ import logging
 import math
 import resource
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
 import tqdm
 
 from fpo_jax import (
     answering,
     checkpoint,
     data,
+    evaluation,
     execution,
     hf,
     hosts,
     job,
     locking,
+    measures,
     metrics,
     params,
     profiling,
     programs,
+    reference,
     scoring,
     shapes,
     sharding,
@@ -43,9 +44,6 @@ from fpo_jax import config as configuration
 from fpo_jax.hosts import witness
 
 log = logging.getLogger("fpo_jax")
-
-SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")
-LESS_IS_BETTER = ("eval_loss", "eval_sft_loss", "eval_perplexity", "eval_f_divergence", "eval_group_kl")
 
 
 class NonFinite(hosts.Everywhere):
@@ -115,15 +113,7 @@ class _Run:
     ):
         self.config, self.workdir, self.inputs, self.plan = config, workdir, inputs, plan
         self.programs, self.stop, self.fingerprints, self.trace = compiled, stop, fingerprints, trace
-        self.answers = answers
-        self._evaluation = None  # the batches of an evaluation
-        if inputs.evaluation is not None:
-            self._evaluation = job.sequential_schedule(
-                config,
-                inputs.evaluation.prepared,
-                inputs.model_config,
-                batch_size=config.train.eval_batch_per_device * compiled.layout.row_ways,
-            )
+        self.evaluation = evaluation.Evaluation(config, inputs, compiled, stop, answers)
         self.positions = compiled.positions(plan.schedule.parts, accumulation=plan.accumulation)
         self.writers: metrics.Writers | metrics.Silent = metrics.Silent()
         self.nonfinite_in_a_row = 0  # updates that were not applied, spikes too
@@ -227,8 +217,8 @@ class _Run:
                 if due:
                     saved = "nothing had been updated" if last is None else f"step {last} is saved"
                     check = functools.partial(self.stop.check, f"{saved}; the same command goes on.")
-                    found = self._evaluate(last or 0, self.programs.whole(state), references[1], check)
-                    self._check_best(found)
+                    found = self._evaluate(last or 0, state, references, check)
+                    self.evaluation.check_best(found)
                 self._updates(state, references, checkpointer)
                 self.writers.write(self.plan.steps, self.meter.overall(), timing=True)
         log.info("since the start: %s", profiling.shown(self.meter.overall()))
@@ -251,10 +241,14 @@ class _Run:
 
     def _lacks_evaluation(self, number: int) -> bool:
         """Whether a signal came in the evaluation after an update that is saved."""
-        if not self._evaluates(number) or (self.inputs.evaluation is None and self.answers is None):
+        if not self._evaluates(number) or not self.evaluation:
             return False
         lacks = hosts.first() and not metrics.has_evaluation(self.workdir / metrics.METRICS_FILE, number)
         return any(hosts.share("lacks" if lacks else ""))
+
+    def _evaluate(self, number: int, state: shapes.TrainState, references, check: Callable[[], None] | None = None):
+        weights = self.programs.whole(state)
+        return self.evaluation(number, weights, references[1], writers=self.writers, check=check)
 
     def _evaluates(self, number: int) -> bool:
         every = self.config.train.eval_every
@@ -276,7 +270,7 @@ class _Run:
                 self.trace.before(number)
                 with self.split.part("data"):
                     batch = data.batch_at(self.plan.schedule, number - 1, self.positions)
-                    batch = _with_reference(batch, references[0])
+                    batch = reference.attach(batch, references[0])
                     stacked = step.stack_micro_batches(batch, accumulation=self.plan.accumulation)
                     placed = self.programs.place(stacked, stacked=True)
                 compilations = self.programs.train.compilations
@@ -300,7 +294,7 @@ class _Run:
                     score = None
                     if evaluating:
                         try:
-                            score = self._score(self._evaluate(number, self.programs.whole(state), references[1]))
+                            score = self.evaluation.score(self._evaluate(number, state, references))
                         except execution.Stopped as stopped:
                             asked, whole = str(stopped), False
                         saving = saving or not whole or (score is not None and score > self.best)
@@ -317,7 +311,7 @@ class _Run:
                     raise execution.Stopped(f"{asked}: saved step {number} of {total}; the same command goes on.")
             checkpointer.wait()
 
-    def _record(self, number: int, pairs: step.Pairs, bar: tqdm.tqdm) -> None:
+    def _record(self, number: int, pairs: measures.Pairs, bar: tqdm.tqdm) -> None:
         """Wait for an update, write its numbers, and stop the run where it must not go on.
 
         Raises:
@@ -354,9 +348,9 @@ class _Run:
             log.warning(fact)
         elif number % self.config.train.log_every == 0:
             if bar.disable:
-                log.info("step %d/%d  %s  %.2f s", number, self.plan.steps, _shown(numbers), timing["seconds"])
+                log.info("step %d/%d  %s  %.2f s", number, self.plan.steps, metrics.shown(numbers), timing["seconds"])
             else:
-                bar.set_postfix_str(_shown(numbers))
+                bar.set_postfix_str(metrics.shown(numbers))
 
     @contextlib.contextmanager
     def _keeping_what_is_good(
@@ -374,70 +368,6 @@ class _Run:
                 checkpointer.save(good, newest(), self._meta(good))
                 checkpointer.wait()
             raise
-
-    def _evaluate(
-        self,
-        number: int,
-        weights: shapes.PyTree,
-        references: np.ndarray | None,
-        check: Callable[[], None] | None = None,
-    ) -> dict[str, float]:
-        """Write and return the metrics of the evaluation data and of the answers to prompts.
-
-        Raises:
-            execution.Stopped: a signal has arrived; nothing is written.
-        """
-        check = check or self._check_stop
-        found = self._evaluate_data(number, weights, references, check)
-        if self.answers is not None:
-            numbers, table = self.answers(number, weights, check)
-            found |= numbers
-            self.writers.table(number, answering.FOLDER, *table)
-        if found:
-            self.writers.write(number, found)
-        return found
-
-    def _check_stop(self) -> None:
-        """Break an evaluation off; not where its score says whether the checkpoint is the best."""
-        if not self.config.train.keep_best and (name := self.stop.agreed()):
-            raise execution.Stopped(name)
-
-    def _evaluate_data(
-        self, number: int, weights: shapes.PyTree, references: np.ndarray | None, check: Callable[[], None]
-    ) -> dict[str, float]:
-        if self.inputs.evaluation is None:
-            return {}
-        started, total = time.perf_counter(), None
-        batches = self._evaluation
-        assert batches is not None
-        positions = self.programs.positions(batches.batch_size)
-        most = self.config.train.eval_batches or batches.steps_per_epoch
-        for index in range(min(most, batches.steps_per_epoch)):
-            check()
-            batch = _with_reference(data.batch_at(batches, index, positions), references)
-            pairs = self.programs.evaluate(weights, self.programs.place(batch, stacked=False))
-            total = metrics.add(total, jax.device_get(pairs))
-        assert total is not None
-        numbers = metrics.means(total)
-        if self.inputs.loss.sft_weight:
-            numbers["loss"] += self.inputs.loss.sft_weight * numbers["sft_loss"]
-        if self.config.stage == "sft":
-            numbers["perplexity"] = math.exp(numbers["sft_loss"])
-        log.info("evaluation at step %d  %s  %.1f s", number, _shown(numbers), time.perf_counter() - started)
-        return {f"eval_{name}": value for name, value in numbers.items()}
-
-    def _check_best(self, found: dict[str, float]) -> None:
-        """Refuse a metric that evaluations do not have, at the first of them."""
-        name = self.config.train.keep_best
-        if name and name not in found:
-            raise ValueError(f"train.keep_best={name!r} is no metric of this run; choose from {', '.join(found)}.")
-
-    def _score(self, found: dict[str, float]) -> float | None:
-        """Return what tells the best checkpoint, higher is better; None where the run keeps none."""
-        name = self.config.train.keep_best
-        if not name:
-            return None
-        return -found[name] if name in LESS_IS_BETTER else found[name]
 
     def _meta(self, number: int) -> dict:
         return {
@@ -468,16 +398,3 @@ class _Run:
             temporary.mkdir()
             hf.copy_companions(self.inputs.source, temporary)
             temporary.rename(target)
-
-
-def _with_reference(batch: shapes.Batch, references: np.ndarray | None) -> shapes.Batch:
-    """Fill in the reference log-probs of the batch's groups; padding groups keep zeros."""
-    if references is None:
-        return batch
-    real_B = batch.row_ids_B >= 0
-    logps_BK = np.where(real_B[:, None], references[np.where(real_B, batch.row_ids_B, 0)], np.float32(0))
-    return batch._replace(reference_logps_BK=logps_BK)
-
-
-def _shown(numbers: dict[str, float]) -> str:
-    return "  ".join(f"{name} {numbers[name]:.4g}" for name in SHOWN if name in numbers)

@@ -18,6 +18,7 @@ from fpo_jax import files
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
+SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")
 
 
 def means(pairs: Mapping[str, tuple]) -> dict[str, float]:
@@ -36,6 +37,15 @@ def add(first: Mapping[str, tuple] | None, second: Mapping[str, tuple]) -> dict[
     if first is None:
         return host
     return {name: (first[name][0] + pair[0], first[name][1] + pair[1]) for name, pair in host.items()}
+
+
+def shown(numbers: Mapping[str, float]) -> str:
+    """The few that a reader watches, as one line of text.
+
+    >>> shown({"loss": 0.25, "sft_loss": 2.0, "grad_norm": 12.0})
+    'loss 0.25  grad_norm 12'
+    """
+    return "  ".join(f"{name} {numbers[name]:.4g}" for name in SHOWN if name in numbers)
 
 
 class Silent:

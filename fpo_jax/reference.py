@@ -15,6 +15,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from fpo_jax import shapes
+
 
 def fingerprint(parts: Mapping[str, object]) -> str:
     """Return a sha256 over the named parts; equal parts in any order give the same text."""
@@ -49,6 +51,20 @@ def compute(
             f" {bad[:5].tolist()}); check that the model's weights are finite and that its dtype fits."
         )
     return result
+
+
+def attach(batch: shapes.Batch, logps: np.ndarray | None) -> shapes.Batch:
+    """Fill the log-probs of a batch's groups in; padding groups keep zeros.
+
+    Args:
+        batch: on the host.
+        logps: of all groups of the data [groups, K]; None = the loss needs none, and the batch stays as it is.
+    """
+    if logps is None:
+        return batch
+    real_B = batch.row_ids_B >= 0
+    logps_BK = np.where(real_B[:, None], logps[np.where(real_B, batch.row_ids_B, 0)], np.float32(0))
+    return batch._replace(reference_logps_BK=logps_BK)
 
 
 def save(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:

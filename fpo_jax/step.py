@@ -18,10 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fpo_jax import attention, guards, logps, losses, model, optim, rewarding, shapes, sharding
+from fpo_jax import attention, guards, logps, losses, measures, model, optim, rewarding, shapes, sharding
 from fpo_jax import params as trees
-
-Pairs = dict[str, tuple[jax.Array, jax.Array]]  # metric name -> (sum, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +119,7 @@ def train_step(
     rate: Callable,
     places: Places | None = None,
     guard: guards.Guard | None = None,
-) -> tuple[shapes.TrainState, Pairs]:
+) -> tuple[shapes.TrainState, measures.Pairs]:
     """Apply one update of the A micro-batches in `batch` (every leaf has a leading A).
 
     objective = sum_b w_b L_b / sum_b w_b + sft_weight * sum_b NLL_b / sum_b tokens_b  (second sum: chosen responses)
@@ -215,7 +213,7 @@ def train_step(
     return shapes.TrainState(params, opt_state, state.step + 1, state.frozen, skipped), pairs
 
 
-def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: AnyScorer, loss: losses.Loss) -> Pairs:
+def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: AnyScorer, loss: losses.Loss) -> measures.Pairs:
     """Return the metrics of one batch of B groups as (sum, count), `loss` (without the SFT term) among them.
 
     For a loss with a batch statistic (KTO) that statistic is the evaluation batch's own.
@@ -227,7 +225,7 @@ def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: AnyScorer, 
         count = jnp.maximum(jnp.sum(batch.weight_B), 1.0) * candidates.logps_BK.shape[1]
         candidates = candidates._replace(batch_kl=ratio / count)
     losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
-    pairs = _pairs(batch, response, candidates, losses_B, loss)
+    pairs = measures.pairs(batch, response, candidates, losses_B, loss)
     groups = jnp.sum(batch.weight_B * loss.counted(batch.rewards_BK))
     count = pairs["sft_loss"][1] if loss.over_tokens else groups
     return pairs | {"loss": (jnp.sum(batch.weight_B * losses_B), count)}
@@ -277,7 +275,7 @@ def _objective(params, batch: shapes.Batch, *, totals, batch_kl, scorer: AnyScor
         losses_B = jnp.where(batch.weight_B > 0, losses_B, 0.0)
         groups, tokens = totals
         value = jnp.sum(batch.weight_B * losses_B) / (tokens if loss.over_tokens else groups)
-        pairs = _pairs(batch, response, candidates, losses_B, loss)
+        pairs = measures.pairs(batch, response, candidates, losses_B, loss)
         if loss.sft_weight:
             value += loss.sft_weight * pairs["sft_loss"][0] / tokens
     return value, jax.lax.stop_gradient(pairs)
@@ -334,83 +332,6 @@ def _batch_kl(params, batch: shapes.Batch, *, scorer: AnyScorer, weight) -> jax.
 
     total, _ = jax.lax.scan(add, jnp.float32(0.0), batch)
     return total / (weight * batch.rewards_BK.shape[-1])
-
-
-def _pairs(batch, response, candidates: losses.Candidates, losses_B, loss: losses.Loss) -> Pairs:
-    """Metrics of B groups under TRL's names; rejected is the candidate of lowest reward."""
-    if loss.of_scores:
-        return _score_pairs(batch, candidates, loss)
-    weight_B = batch.weight_B
-    logps_BK, lengths_BK, rewards_BK = candidates.logps_BK, candidates.lengths_BK, candidates.rewards_BK
-    best_BK = loss.chosen(candidates)
-    worst_BK = jax.nn.one_hot(jnp.argmin(rewards_BK, axis=-1), rewards_BK.shape[-1])
-
-    def pair(values_B, weights_B):
-        return jnp.sum(jnp.where(weights_B > 0, weights_B * values_B, 0.0)), jnp.sum(weights_B)
-
-    def pick(values_BK, which_BK):
-        return jnp.sum(jnp.where(which_BK > 0, which_BK * values_BK, 0.0), axis=-1)
-
-    # A padding group scores no token, so that its NLL and its length are exactly 0.
-    nll, tokens = -jnp.sum(weight_B * pick(logps_BK, best_BK)), jnp.sum(weight_B * pick(lengths_BK, best_BK))
-    responses_B = jnp.ones_like(weight_B)
-    if batch.segments is not None and batch.slots_NR is None:  # K = 1, a row is a group of texts
-        responses_B = 1.0 + jnp.max(batch.segments.ids_NT, axis=1)
-    pairs = {"sft_loss": (nll, tokens), "lengths/chosen": (tokens, jnp.sum(weight_B * responses_B))}
-    if rewards_BK.shape[-1] == 1:
-        return pairs
-    # Groups without a preference (all rewards equal) say nothing about chosen against rejected.
-    decided_B = weight_B * (jnp.max(rewards_BK, axis=-1) > jnp.min(rewards_BK, axis=-1))
-    implied_BK = loss.implied_rewards(candidates)
-    margins_B = pick(implied_BK, best_BK) - pick(implied_BK, worst_BK)
-    shown_BK = logps_BK / jnp.maximum(lengths_BK, 1.0) if loss.length_normalized else logps_BK
-    pairs |= {
-        "rewards/chosen": pair(pick(implied_BK, best_BK), decided_B),
-        "rewards/rejected": pair(pick(implied_BK, worst_BK), decided_B),
-        "rewards/margins": pair(margins_B, decided_B),
-        "rewards/accuracies": pair((margins_B > 0) + 0.5 * (margins_B == 0), decided_B),
-        "logps/chosen": pair(pick(shown_BK, best_BK), decided_B),
-        "logps/rejected": pair(pick(shown_BK, worst_BK), decided_B),
-        "lengths/rejected": pair(pick(lengths_BK, worst_BK), decided_B),
-    }
-    if response.mean_logit_N is not None:
-        mean_logits_BK = response.mean_logit_N.reshape(logps_BK.shape)
-        pairs["logits/chosen"] = pair(pick(mean_logits_BK, best_BK), decided_B)
-        pairs["logits/rejected"] = pair(pick(mean_logits_BK, worst_BK), decided_B)
-    if loss.needs_reference:
-        pairs["reference_kl"] = pair(jnp.mean(logps_BK - candidates.reference_logps_BK, axis=-1), weight_B)
-    log_q_BK = loss.log_target(candidates)
-    if log_q_BK is not None:
-        pairs["f_divergence"] = pair(losses_B, weight_B)
-        if loss.options.get("epsilon") != 0:  # with hard labels KL(p‖q) is infinite
-            log_p_BK = losses.log_softmax(loss.scores(candidates))
-            group_kl_B = losses.f_divergence(log_p_BK, losses.log_softmax(log_q_BK), name="kl_policy_target")
-            pairs["group_kl"] = pair(group_kl_B, weight_B)
-    return pairs
-
-
-def _score_pairs(batch: shapes.Batch, candidates: losses.Candidates, loss: losses.Loss) -> Pairs:
-    """Metrics of a reward model: scores of the best and the worst, or right signs where there is one candidate."""
-    weight_B, rewards_BK, scores_BK = batch.weight_B, candidates.rewards_BK, candidates.logps_BK
-    best_BK = loss.chosen(candidates)
-    worst_BK = jax.nn.one_hot(jnp.argmin(rewards_BK, axis=-1), rewards_BK.shape[-1])
-    decided_B = weight_B
-    if rewards_BK.shape[-1] == 1:
-        margins_B = jnp.where(rewards_BK[:, 0] > 0.5, scores_BK[:, 0], -scores_BK[:, 0])
-    else:
-        decided_B *= jnp.max(rewards_BK, axis=-1) > jnp.min(rewards_BK, axis=-1)
-        margins_B = jnp.sum((best_BK - worst_BK) * scores_BK, axis=-1)
-
-    def pair(values_B):
-        return jnp.sum(jnp.where(decided_B > 0, decided_B * values_B, 0.0)), jnp.sum(decided_B)
-
-    return {
-        "rewards/chosen": pair(jnp.sum(best_BK * scores_BK, axis=-1)),
-        "rewards/rejected": pair(jnp.sum(worst_BK * scores_BK, axis=-1)),
-        "rewards/margins": pair(margins_B),
-        "rewards/accuracies": pair((margins_B > 0) + 0.5 * (margins_B == 0)),
-        "lengths/chosen": pair(jnp.sum(best_BK * candidates.lengths_BK, axis=-1)),
-    }
 
 
 def _wide(x: jax.Array) -> jax.Array:

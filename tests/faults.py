@@ -34,7 +34,7 @@ POINTS = {
     "reference": "fpo_jax.reference.compute",
     "reference written": "fpo_jax.reference.save",
     "update": "fpo_jax.step.stack_micro_batches",
-    "evaluation": "fpo_jax.loop._Run._evaluate_data",
+    "evaluation": "fpo_jax.evaluation.Evaluation._of_data",
     "answers": "fpo_jax.sample.sample",
     "save": "fpo_jax.checkpoint.Checkpointer.save",
     "generate": "eval.jobfile.JobFile.append",

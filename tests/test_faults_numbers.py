@@ -169,7 +169,7 @@ def config(inputs, **changed):
 
 def spoil_updates(monkeypatch, numbers, value):
     """Add a value to a reference log-prob of the updates of these numbers, from 1."""
-    batch_at, filled, current = data.batch_at, loop._with_reference, [0]
+    batch_at, filled, current = data.batch_at, reference.attach, [0]
 
     def numbered(schedule, number, positions):
         current[0] = number + 1
@@ -182,7 +182,7 @@ def spoil_updates(monkeypatch, numbers, value):
         return batch
 
     monkeypatch.setattr(data, "batch_at", numbered)
-    monkeypatch.setattr(loop, "_with_reference", with_reference)
+    monkeypatch.setattr(reference, "attach", with_reference)
 
 
 def weights(workdir, number=None):

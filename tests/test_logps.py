@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fpo_jax import logps
+from fpo_jax.kernels import reference
 from fpo_jax.kernels.spec import Placement
 from tests import jaxpr_tools, tolerances
 
@@ -169,7 +170,7 @@ def test_kernels_get_zeros_and_legal_targets_where_not_scored(monkeypatch):
 
     def spy(hidden_ND, head_VD, targets_N, *, spec):
         seen.append((np.asarray(hidden_ND), np.asarray(targets_N)))
-        return logps.reference.token_stats(hidden_ND, head_VD, targets_N, spec=spec)
+        return reference.token_stats(hidden_ND, head_VD, targets_N, spec=spec)
 
     monkeypatch.setitem(logps.IMPLEMENTATIONS, "reference", spy)
     targets_NR = np.where(SCORED_NR, TARGETS_NR, -100)

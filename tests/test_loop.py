@@ -394,7 +394,7 @@ def test_recipe_trains_a_small_model(name, inputs, wide, tmp_path):
 
 def test_every_knob_is_read():
     """A knob that the loop never reads would be silently ignored."""
-    files = ("job", "programs", "scoring", "answering", "loop")
+    files = ("job", "programs", "scoring", "answering", "evaluation", "loop")
     tree = ast.parse("\n".join((REPO / "fpo_jax" / f"{name}.py").read_text() for name in files))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}

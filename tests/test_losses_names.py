@@ -229,7 +229,7 @@ def test_every_option_changes_the_loss_or_is_an_error(loss):
         # Hard labels have nothing to normalise (an error of its own): compare two soft ones.
         extra = {"epsilon": 0.3} if key == "normalize" else {}
         changed = losses.resolve(loss.name, **{**settings_of, **extra, key: value})
-        if key in ("temperature", "sft_weight"):  # applied by logps.py and step.py
+        if key in ("temperature", "sft_weight"):  # applied by logps and step
             assert getattr(changed, key) == value != getattr(loss, key)
             continue
         before = losses.resolve(loss.name, **settings_of, **extra).loss(tied) if extra else base

@@ -1,6 +1,6 @@
 """Decoders as functions of a plain nested dict of arrays: tokens in, hidden states out, never logits.
 
-    tokens_NT, valid_NT, params ──► hidden_states ──► hidden_NTD ──(logps.py, with head)──► log-probs
+    tokens_NT, valid_NT, params ──► hidden_states ──► hidden_NTD ──(logps, with head)──► log-probs
 
 The modules under this package are Flax nnx; the hot path sees only `jax.jit` over plain pytrees, because
 `hidden_states` merges module and parameters inside the trace. params.py says what the dict holds.

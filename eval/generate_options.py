@@ -1,0 +1,103 @@
+"""What eval.generate is asked: who answers which prompts, and how. Options and their check; nothing is done here."""
+
+import dataclasses
+from pathlib import Path
+
+from fpo_jax import checkpoint, model
+
+DEDUP = ("none", "consecutive", "all")
+# what means nothing to each place that answers may come from
+_LOCAL = ("tokenizer", "chat_template", "eos_token", "max_length", "batch_size", "compute_dtype", "tensor", "keep_ids")
+_IDLE = {"model": ("concurrency",), "workdir": ("revision", "concurrency"), "server": ("revision", *_LOCAL)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answering:
+    """Who answers, and how, whatever is asked. Paths and names as on the command line."""
+
+    model: str = ""  # directory or hub name; or workdir, or server
+    revision: str = ""
+    workdir: str = ""  # of a training run
+    step: str = ""  # of that run: a number, best, or "" = the newest
+    server: str = ""  # URL up to /v1
+    server_model: str = ""
+    api_key_env: str = ""
+    concurrency: int = 16
+    tokenizer: str = ""  # "" = the model's
+    chat_template: str = ""
+    eos_token: str = ""
+    max_length: int = 0  # prompt and response; 0 = the model's window
+    seed: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()  # besides the tokenizer's EOS and the model's
+    stop_strings: tuple[str, ...] = ()  # a response ends before the first of them
+    batch_size: int = 64  # rows of a pass, per copy of the weights
+    tensor: int = 1  # devices that share one copy of the weights
+    compute_dtype: str = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(Answering):
+    """What to answer, with what, and how."""
+
+    out: Path
+    data: str
+    format: str = "prompts"
+    split: str = ""
+    rows: str = ""
+    subfolder: str = ""
+    data_revision: str = ""
+    hh_split: str = "last_turn"
+    rule: str = "raw"
+    num_prompts: int = 0  # after deduplication; 0 = all
+    dedup: str = "none"
+    num_return: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    min_new_tokens: int = 0
+    keep_ids: int = 0  # 1 = write the token ids too, `prompt_ids` and `ids`, as eval.kl needs them
+
+
+def check(options: Options) -> None:
+    """Refuse options that contradict each other or do not apply.
+
+    Raises:
+        ValueError: all of them.
+    """
+    problems = []
+    given = [name for name in ("model", "workdir", "server") if getattr(options, name)]
+    if len(given) != 1:
+        problems.append(f"give one of --model, --workdir and --server, not {' and '.join(given) or 'none'}")
+    if options.step and not options.workdir:
+        problems.append("--step belongs to --workdir")
+    if options.server and not options.server_model:
+        problems.append("--server needs --server-model, the model's name there")
+    if not options.server and (options.server_model or options.api_key_env):
+        problems.append("--server-model and --api-key-env belong to --server")
+    for kind in given if len(given) == 1 else ():
+        wrong = [name for name in _IDLE[kind] if getattr(options, name) != getattr(Options, name)]
+        if wrong:
+            said = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+            problems.append(f"with --{kind}, {said} would change nothing; leave out what does not apply")
+    if options.step not in ("", checkpoint.BEST) and not options.step.isdecimal():
+        problems.append(f"--step={options.step!r} must be a number or {checkpoint.BEST}")
+    if not 0 <= options.seed < 2**32:
+        problems.append(f"--seed={options.seed} must lie in [0, 2**32)")
+    if options.rule not in ("raw", "chat"):
+        problems.append(f"--rule={options.rule!r} is not one of raw, chat")
+    if options.chat_template and options.rule != "chat":
+        problems.append("--chat-template belongs to --rule=chat")
+    if options.dedup not in DEDUP:
+        problems.append(f"--dedup={options.dedup!r} is not one of {', '.join(DEDUP)}")
+    for name, least in (("num_prompts", 0), ("num_return", 1), ("batch_size", 1), ("concurrency", 1), ("tensor", 1)):
+        if getattr(options, name) < least:
+            problems.append(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least {least}")
+    if options.keep_ids not in (0, 1):
+        problems.append(f"--keep-ids={options.keep_ids} must be 0 or 1")
+    if options.compute_dtype not in model.COMPUTE_DTYPES:
+        problems.append(f"--compute-dtype={options.compute_dtype!r} is not one of {', '.join(model.COMPUTE_DTYPES)}")
+    if "" in options.stop_strings:
+        problems.append("a stop string is empty")
+    if problems:
+        raise ValueError("; ".join(problems) + ".")
