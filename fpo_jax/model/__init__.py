@@ -3,7 +3,7 @@
     tokens_NT, valid_NT, params ──► hidden_states ──► hidden_NTD ──(logps, with head)──► log-probs
 
 The modules under this package are Flax nnx; the hot path sees only `jax.jit` over plain pytrees, because
-`hidden_states` merges module and parameters inside the trace. params.py says what the dict holds.
+`hidden_states` merges module and parameters inside the trace. `params` says what the dict holds.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def hidden_states(
     mean nothing.
 
     Args:
-        params: nested dict of arrays with the rows of params.py, any float dtype; cast to compute_dtype at use.
+        params: nested dict of arrays with the rows of params, any float dtype; cast to compute_dtype at use.
         tokens_NT: token ids; ids outside the vocabulary at valid positions give NaN.
         valid_NT: True = a real token; no True after a False.
         config: the architecture; static.

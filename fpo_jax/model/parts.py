@@ -1,6 +1,6 @@
 """What the decoder families share: parameter declarations, norms, activations, and the context of one forward pass.
 
-Modules here declare parameters by shape only. Values come from one place, the rows of params.py (initialised or read
+Modules here declare parameters by shape only. Values come from one place, the rows of params (initialised or read
 from safetensors), and enter by `nnx.merge`.
 """
 

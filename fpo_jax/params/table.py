@@ -1,27 +1,16 @@
 """ONE ROW PER PARAMETER: path, shape, logical axes, Hugging Face name, layout on disk, initialisation, weight decay.
 
-Abstract shapes, initial values, shardings, decay masks, counts, and both directions of the Hugging Face translation
-are read off these rows; nothing else in the project names a parameter. A parameter tree is a nested dict of arrays,
-layers stacked on a leading L axis. How bytes reach the disk is hf.py's business.
-
-Layouts are spelled in the letters of shapes.py, a digit being a literal size. `letters` is our array, stacked:
-"LDHC" = [L, D, H, C]. `hf_letters` is one layer's tensor on disk, parentheses joining axes: "(HC)D" = [H*C, D].
+Nothing else in the project names a parameter of a model. Layouts are spelled in the letters of shapes.py, a digit being
+a literal size. `letters` is our array, stacked: "LDHC" = [L, D, H, C]. `hf_letters` is one layer's tensor on disk,
+parentheses joining axes: "(HC)D" = [H*C, D].
 """
 
 import dataclasses
 import functools
 import math
-import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from fpo_jax import shapes
-from fpo_jax.model import Adapter, ModelConfig
+from fpo_jax.model import ModelConfig
 
 AXES = {
     "L": "layers",
@@ -32,7 +21,7 @@ AXES = {
     "F": "mlp",
     "V": "vocab",
 }  # P, learned positions, is whole on every device
-_Array = TypeVar("_Array", np.ndarray, jax.Array)
+_NO_PARENTHESES = str.maketrans("", "", "()")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +48,7 @@ class Row:
     def hf_shape(self) -> tuple[int, ...]:
         """Shape of the tensor on disk (of one layer where stacked)."""
         sizes = dict(zip(self.letters, self.shape, strict=True))
-        return tuple(math.prod(sizes[letter] for letter in group) for group in _groups(self.hf_letters))
+        return tuple(math.prod(sizes[letter] for letter in group) for group in groups(self.hf_letters))
 
     @property
     def disk_letters(self) -> str:
@@ -108,71 +97,6 @@ def _rows(config: ModelConfig) -> tuple[Row, ...]:
     )
 
 
-def abstract(config: ModelConfig, dtype: jax.typing.DTypeLike) -> shapes.PyTree:
-    """Return the parameter tree as jax.ShapeDtypeStruct."""
-    return nest({row.path: jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype)) for row in rows(config)})
-
-
-def init(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike) -> shapes.PyTree:
-    """Draw fresh parameters: normal(0, initializer_range) matrices, norms of one, biases of zero.
-
-    Every parameter's key is folded from its path, so that adding a row changes no other. Jit it with out_shardings
-    to create a large model in place.
-
-    Args:
-        config: the architecture.
-        key: typed key from jax.random.key.
-        dtype: of the result; values are drawn in float32.
-    """
-    return nest({row.path: initial(row, config, key).astype(dtype) for row in rows(config)})
-
-
-def initial(row: Row, config: ModelConfig, key: jax.Array) -> jax.Array:
-    """Draw one parameter as `init` does, in float32."""
-    own_key = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
-    if row.init == "normal":
-        return config.initializer_range * jax.random.normal(own_key, row.shape, jnp.float32)
-    if row.init == "uniform":
-        bound = row.hf_shape[-1] ** -0.5
-        return jax.random.uniform(own_key, row.shape, jnp.float32, -bound, bound)
-    return {"ones": jnp.ones, "zeros": jnp.zeros}[row.init](row.shape, jnp.float32)
-
-
-def logical_axes(config: ModelConfig) -> shapes.PyTree:
-    """Return, per parameter, a tuple with one logical axis name or None per dimension."""
-    return nest({row.path: row.axes for row in rows(config)})
-
-
-def decay_mask(config: ModelConfig) -> shapes.PyTree:
-    """Return, per parameter, whether weight decay applies."""
-    return nest({row.path: row.decay for row in rows(config)})
-
-
-def count(config: ModelConfig) -> int:
-    """Return the number of parameters; a tied head counts once."""
-    return sum(row.size for row in rows(config))
-
-
-def from_hf(row: Row, tensor: _Array) -> _Array:
-    """Rearrange one tensor of the disk (one layer's where stacked) into our layout; a view of a NumPy array.
-
-    >>> row = Row("out", "HCD", "o_proj.weight", "D(HC)", "normal", True, shape=(2, 3, 5))
-    >>> from_hf(row, np.zeros((5, 6))).shape
-    (2, 3, 5)
-    """
-    ours = row.letters.removeprefix("L")
-    return tensor.reshape(row.disk_shape).transpose([row.disk_letters.index(letter) for letter in ours])
-
-
-def to_hf(row: Row, array: np.ndarray) -> np.ndarray:
-    """Rearrange our array (one layer's where stacked) into the layout of the disk; the inverse of from_hf."""
-    disk = np.empty(row.disk_shape, array.dtype)
-    ours = from_hf(row, disk)
-    for start in range(0, len(ours), _SLAB):
-        ours[start : start + _SLAB] = array[start : start + _SLAB]
-    return disk.reshape(row.hf_shape)
-
-
 def ignored_hf_names(config: ModelConfig) -> frozenset[str]:
     """Return tensor names that published files hold and that carry no weights: rotary tables and causal masks."""
     return frozenset(
@@ -185,118 +109,17 @@ def hf_head_name(config: ModelConfig) -> str:
     return "embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight"
 
 
-def adapter(config: ModelConfig, *, rank: int, alpha: float, dropout: float, modules: str) -> Adapter:
-    """Describe an adapter of the layers' matrices.
-
-    Args:
-        config: the architecture.
-        rank: r >= 1.
-        alpha: the additions are scaled by alpha / r.
-        dropout: share of the inputs of A that is dropped in training, in [0, 1).
-        modules: regular expression over the names that Hugging Face gives the matrices ("q_proj|v_proj", found anywhere
-            in "model.layers.0.self_attn.q_proj"); "all-linear" = all of them.
-
-    Raises:
-        ValueError: no matrix of that name; lists those there are.
-    """
-    matrices = [row for row in rows(config) if row.stacked and row.decay]
-    chosen = [row for row in matrices if modules == "all-linear" or re.search(modules, row.hf_name)]
-    if not chosen:
-        names = sorted({row.hf_name.removesuffix(".weight").rpartition(".")[2] for row in matrices})
-        raise ValueError(f"lora.modules={modules!r} is in no name of this model's matrices: {', '.join(names)}.")
-    targets = []
-    for row in chosen:
-        sizes = dict(zip(row.letters, row.shape, strict=True))
-        inside, outside = _inputs_and_outputs(row, config)
-        a, b = (tuple(sizes[letter] for letter in letters) for letters in (inside, outside))
-        targets.append((row.path.removeprefix("layers/"), (*a, rank), (rank, *b)))
-    return Adapter(rank, alpha, dropout, tuple(targets))
-
-
-def adapter_rows(config: ModelConfig, of: Adapter) -> tuple[Row, ...]:
-    """Return the rows of an adapter: A [L, inputs, r] and B [L, r, outputs] of each matrix, under PEFT's names."""
-    by_path, found = {row.path: row for row in rows(config)}, []
-    for path, a_shape, b_shape in of.targets:
-        row = by_path[f"layers/{path}"]
-        inside, outside = _inputs_and_outputs(row, config)
-        name = f"base_model.model.{row.hf_name.removesuffix('.weight')}"
-        axes = dict(zip(row.letters, row.axes, strict=True)) | {"r": None}
-        for part, letters, shape, disk, init in (
-            ("a", f"L{inside}r", a_shape, f"r({inside})", "uniform"),
-            ("b", f"Lr{outside}", b_shape, f"({outside})r", "zeros"),
-        ):
-            found.append(
-                Row(
-                    f"{row.path}_lora_{part}",
-                    letters,
-                    f"{name}.lora_{part.upper()}.weight",
-                    disk,
-                    init,
-                    decay=True,
-                    shape=(config.layers, *shape),
-                    axes=tuple(axes[letter] for letter in letters),
-                )
-            )
-    return tuple(found)
-
-
-def trained_rows(config: ModelConfig, of: Adapter | None) -> tuple[Row, ...]:
-    """Return the rows that training changes: all of them, or the adapter's and a reward model's head."""
-    if of is None:
-        return rows(config)
-    return (*adapter_rows(config, of), *(row for row in rows(config) if row.path == "score"))
-
-
-def frozen_rows(config: ModelConfig, of: Adapter | None) -> tuple[Row, ...]:
-    """Return the rows that training only reads: none, or those below an adapter."""
-    return () if of is None else tuple(row for row in rows(config) if row.path != "score")
-
-
-def union(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one nested dict of the leaves of all; trees whose leaves have different paths."""
-    return nest({path: leaf for tree in trees for path, leaf in flatten(tree).items()})
-
-
 def full_hf_name(name: str, config: ModelConfig) -> str:
     """Return a tensor's name with the prefix that the files of the first GPT-2 models leave out."""
     bare = config.family == "gpt2" and name.split(".")[0] in ("wte", "wpe", "h", "ln_f")
     return f"transformer.{name}" if bare else name
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn {"layers/mlp/up": x} into {"layers": {"mlp": {"up": x}}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a nested dict into {path: leaf}; the inverse of nest."""
-    return dict(_walk(tree, ""))
-
-
-def check(params: shapes.PyTree, config: ModelConfig) -> None:
-    """Verify that a tree has exactly the rows' paths and shapes.
-
-    Raises:
-        ValueError: every missing, unexpected or misshapen parameter.
-    """
-    found = flatten(params)
-    expected = {row.path: row.shape for row in rows(config)}
-    problems = [f"{path} is missing" for path in expected if path not in found]
-    problems += [f"{path} is unexpected" for path in found if path not in expected]
-    problems += [
-        f"{path} has shape {tuple(leaf.shape)}, expected {expected[path]}"
-        for path, leaf in found.items()
-        if path in expected and tuple(leaf.shape) != expected[path]
-    ]
-    if problems:
-        raise ValueError(f"these are not the parameters of this {config.family} model: " + "; ".join(problems) + ".")
+def groups(letters: str) -> Iterator[str]:
+    """Split "(HC)D" into "HC" and "D"."""
+    while letters:
+        group, letters = letters[1:].split(")", 1) if letters[0] == "(" else (letters[0], letters[1:])
+        yield group
 
 
 def _matrix(path: str, letters: str, hf_name: str, hf_letters: str) -> Row:
@@ -438,32 +261,9 @@ _BUFFERS = {
         "gpt_neox.layers.{layer}.attention.masked_bias",
     ),
 }
-_SLAB = 64  # rows that are turned at a time; a wide matrix turned at once misses every cache: three times slower
-_NO_PARENTHESES = str.maketrans("", "", "()")
 
 
 def _logical_axes(row: Row) -> tuple[str | None, ...]:
     """Name the axes; a vector over D stays whole, since cutting a few KiB saves nothing and costs a collective."""
     vector = len(row.letters.removeprefix("L")) == 1
     return tuple(None if vector and letter == "D" else AXES.get(letter) for letter in row.letters)
-
-
-def _inputs_and_outputs(row: Row, config: ModelConfig) -> tuple[str, str]:
-    """Return the letters of a matrix's input and output axes; GPT-2's lie on disk the other way round."""
-    outside, inside = _groups(row.hf_letters)
-    return (outside, inside) if config.family == "gpt2" else (inside, outside)
-
-
-def _groups(letters: str) -> Iterator[str]:
-    """Split "(HC)D" into "HC" and "D"."""
-    while letters:
-        group, letters = letters[1:].split(")", 1) if letters[0] == "(" else (letters[0], letters[1:])
-        yield group
-
-
-def _walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, node in tree.items():
-        if isinstance(node, Mapping):
-            yield from _walk(node, f"{prefix}{name}/")
-        else:
-            yield prefix + name, node
