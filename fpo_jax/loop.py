@@ -163,15 +163,20 @@ class _Run:
         )
 
     def _rows(self) -> str:
-        """What rows that hold groups save, in words."""
-        rows = self.plan.schedule.rows
-        if rows is None:
-            return ""
-        sizes = [data.row_sizes(self.plan.schedule, number) for number in range(min(self.plan.steps, 64))]
+        """What rows that hold groups save, or would, in words."""
+        schedule, layout, numbers = self.plan.schedule, self.config.data.layout, range(min(self.plan.steps, 64))
+        rows, sizes = schedule.rows, [data.row_sizes(schedule, number) for number in numbers]
         held, taken = (sum(size.texts.sum() for size in sizes), sum(size.rows * size.length for size in sizes))
+        if rows is None:
+            told = f"; layout {layout}: {1 - held / taken:.1%} padding"
+            if not self.config.data.packing:
+                other = "shared" if schedule.prepared.group_size > 1 else "packed"
+                share = sum(data.tokens_once(schedule, number) for number in numbers) / taken
+                told += f"; data.layout={other} would hold the same in {share:.0%} of the positions and its own padding"
+            return told
         whole = sum(size.candidates for size in sizes)
         return (
-            f"; layout {self.config.data.layout}: up to {rows.count} rows of up to {rows.packing.places} groups,"
+            f"; layout {layout}: up to {rows.count} rows of up to {rows.packing.places} groups,"
             f" {held / whole:.0%} of the candidates' tokens are computed, {1 - held / taken:.1%} padding"
         )
 

@@ -13,15 +13,15 @@ def whole(config, workdir):
     loop.run(config, workdir, devices=jax.devices()[:1])
 
 
-def stopped(config, workdir, monkeypatch, *, after):
-    """Run, stop as by a signal during update `after`, and run again to the end."""
+def stopped(config, workdir, monkeypatch, *, after, then=None):
+    """Run, stop as by a signal during update `after`, and run again to the end, as configured `then` or as before."""
     begun = [0]
     with monkeypatch.context() as patch:
         patch.setattr(profiling.Trace, "before", lambda self, number: begun.append(number))
         patch.setattr(execution.StopRequest, "agreed", lambda self: "SIGTERM" if begun[-1] >= after else None)
         with pytest.raises(execution.Stopped, match=f"saved step {after} of "):
             whole(config, workdir)
-    whole(config, workdir)
+    whole(then or config, workdir)
 
 
 def compile_once(monkeypatch):

@@ -141,6 +141,7 @@ def test_groups_of_an_update_are_those_of_the_padded_layout_on_any_number_of_pro
         filled = whole.valid_NT.any(axis=1).sum()
         assert sizes.texts.sum() == whole.valid_NT.sum() and sizes.responses == whole.scored_NR.sum()
         assert sizes.rows == -(-filled // 4) * 4 and sizes.candidates == data.row_sizes(plain, number).texts.sum()
+        assert data.tokens_once(plain, number) == sizes.texts.sum() < sizes.candidates
 
 
 def test_a_pass_holds_every_group_once_and_pads_little():
@@ -279,11 +280,17 @@ def assert_same_run(one, other):
             assert_allclose(mine[key], value, rtol=tolerances.SHARED_RUN, atol=tolerances.SHARED_RUN, err_msg=key)
 
 
-@pytest.mark.slow  # four runs
+@pytest.mark.slow  # five runs
 def test_a_run_is_that_of_the_padded_layout_on_one_device_and_on_eight_and_resumes_to_the_bit(
-    root, tmp_path, monkeypatch
+    root, tmp_path, monkeypatch, caplog
 ):
-    loop.run(run_config(root), tmp_path / "padded", devices=jax.devices()[:1])
+    with caplog.at_level("INFO", logger="fpo_jax"):
+        loop.run(run_config(root), tmp_path / "padded", devices=jax.devices()[:1])
+    (told,) = (line for line in caplog.messages if line.startswith("plan: "))
+    inputs = job.prepare(run_config(root, data__layout="shared"))
+    found = layouts.sizes(inputs.train.prepared, shared=True)
+    share = found.tokens_B.sum() / inputs.train.prepared.lengths_N.size / run_config(root).data.max_length
+    assert f"data.layout=shared would hold the same in {share:.0%} of the positions" in told, (told, share)
     shared = run_config(root, data__layout="shared", train__save_every=2, train__micro_batch_per_device=2)
     loop.run(shared, tmp_path / "shared", devices=jax.devices()[:1])
     mesh = run_config(root, data__layout="shared", mesh__data=4, mesh__fsdp=2)
@@ -293,6 +300,8 @@ def test_a_run_is_that_of_the_padded_layout_on_one_device_and_on_eight_and_resum
     assert_same_run(numbers_of(tmp_path / "mesh"), padded)
     resuming.stopped(shared, tmp_path / "stopped", monkeypatch, after=2)
     assert resuming.outcome(tmp_path / "shared") == resuming.outcome(tmp_path / "stopped")
+    resuming.stopped(run_config(root), tmp_path / "changed", monkeypatch, after=2, then=shared)
+    assert_same_run(numbers_of(tmp_path / "changed"), padded)
 
 
 @pytest.mark.slow  # two runs

@@ -26,9 +26,13 @@ FORMATS = (
 STAGES = ("sft", "reward", "align")
 
 # Knobs that may change between a checkpoint and its resumption: they do not change the mathematics of any step. Those
-# of FITTING fit a run to its machine and may change the last bits of a sum, a micro-batch also what lora.dropout drops.
+# of FITTING fit a run to its machine and may change the last bits of a sum, layout and micro-batch also what
+# lora.dropout drops.
 FITTING = frozenset(
     {
+        "data.layout",
+        "data.row_length",
+        "data.buckets",
         "mesh.preset",
         "mesh.data",
         "mesh.fsdp",

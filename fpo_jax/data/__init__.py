@@ -27,6 +27,7 @@ from fpo_jax.data.batches import (
     sequence,
     sequential_batches,
     steps_per_epoch,
+    tokens_once,
 )
 from fpo_jax.data.layouts import scored_positions
 from fpo_jax.data.mixing import Part, mixture, parse
@@ -60,5 +61,6 @@ __all__ = [
     "sequence",
     "sequential_batches",
     "steps_per_epoch",
+    "tokens_once",
     "without_eos",
 ]

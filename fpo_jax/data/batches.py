@@ -276,6 +276,15 @@ def row_sizes(plan: Schedule, step: int) -> RowSizes:
     )
 
 
+def tokens_once(plan: Schedule, step: int) -> int:
+    """Count the tokens of a step's groups with every prompt once: what they would take in `shared` rows."""
+    ids, prepared = group_ids(plan, step), plan.prepared
+    groups = ids[ids >= 0]
+    shape_BK = prepared.rewards_BK.shape
+    prompts_B = prepared.prompt_lengths_N.reshape(shape_BK).min(axis=1)[groups]
+    return int(prepared.lengths_N.reshape(shape_BK)[groups].sum() - (prepared.group_size - 1) * prompts_B.sum())
+
+
 def batch_shapes(plan: Schedule, *, steps: int, start: int = 0) -> list[tuple[int, int]]:
     """Distinct (T, R) of the steps start ... start+steps-1, ascending: one compilation each."""
     if plan.rows is not None:
