@@ -251,7 +251,9 @@ class _Run:
         lacks = hosts.first() and not metrics.has_evaluation(self.workdir / metrics.METRICS_FILE, number)
         return any(hosts.share("lacks" if lacks else ""))
 
-    def _evaluate(self, number: int, state: shapes.TrainState, references, check: Callable[[], None] | None = None):
+    def _evaluate(
+        self, number: int, state: shapes.TrainState, references, check: Callable[[], None] | None = None
+    ) -> dict[str, float]:
         weights = self.programs.whole(state)
         return self.evaluation(number, weights, references[1], writers=self.writers, check=check)
 
