@@ -225,7 +225,7 @@ hosts.finish()
 
 def drive(tmp_path, body, *, processes=2, timeout=120, absent=(), devices=1):
     """Run a few lines in several processes."""
-    code = DRIVER.replace("BODY", body.replace("\n", "\n    ")).replace("TIMEOUT", str(timeout))
+    code = DRIVER.replace("TIMEOUT", str(timeout)).replace("BODY", body.replace("\n", "\n    "))
     port = free_port()
     commands = [
         [sys.executable, "-c", code, str(port), str(processes), str(i), str(tmp_path)] for i in range(processes)
