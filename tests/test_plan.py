@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fpo_jax import flops, job, model, params, plan, topologies
-from fpo_jax.plan import compiled, remedies, roofline, sizes
+from fpo_jax.plan import compiled, remedies, report, roofline, sizes
 from fpo_jax.plan.collectives import Collective
 from tests import tiny
 from tests.paths import REPO
@@ -55,6 +55,26 @@ def test_rows_of_shared_prompts_are_planned_with_the_attention_that_they_get(fol
     if data == "pairs.jsonl":  # several groups a row, so that eight rows hold an update, and all 24 groups
         assert "update: 8 groups x 2 in 8 rows of T=512" in report.text and "; 4,096 tokens" in report.text
         assert report.outcome.sizes.scoring_batches == 1
+
+
+def test_micro_batches_without_groups_cost_nothing(folder):
+    """A micro-batch is four rows: four of the twelve updates fill one, the others two."""
+    shared = {"data__layout": "shared", "data__row_length": 64, "data__eval": "", "train__epochs": 4.0}
+    shared |= {"mesh__data": 1, "mesh__fsdp": 2, "train__micro_batch_per_device": 2}
+    one, two = (
+        compiled.compile_all(
+            tiny.config(folder / "model", folder / "pairs.jsonl", **shared, train__max_steps=steps), jax.devices()[:2]
+        )
+        for steps in (1, 12)
+    )
+    assert (one.accumulation, two.accumulation, two.sizes.filled) == (1, 2, 20 / 24)
+    assert two.operations == round(one.operations * 20 / 12)
+    traffic = [roofline.memory_traffic(outcome) - 2 * outcome.state - outcome.gradients for outcome in (one, two)]
+    assert traffic[1] == round(traffic[0] * 20 / 12)
+    sent = [roofline.estimate(outcome._replace(collectives=two.collectives), HELD).links for outcome in (one, two)]
+    assert sent[1] == sent[0] * two.sizes.filled > 0
+    told = report.text("here", two, capacity=None, limit=None, remedy=None, remedied=None, tried=())
+    assert "in 2 micro-batches; 512 tokens in the largest, 83% of them in the mean" in told
 
 
 def test_state_and_batch_are_what_the_shapes_say(planned):

@@ -52,7 +52,7 @@ class Outcome(NamedTuple):
     gradients: int  # bytes of the float32 sums on each device, part of the update's temporaries
     programs: list[Program]
     collectives: list[Collective]  # of an update
-    operations: int  # of an update over all devices, recomputation included
+    operations: int  # of a mean update over all devices, recomputation included
     scoring_operations: int  # of one batch of the reference pass; 0 without
 
     @property
@@ -101,7 +101,7 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         counted = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.sliding_window)
         row, text = _compile(name, traced, first, batch, beside, start)
         found.append(row)
-        operations = counted if name == UPDATE else operations
+        operations = round(counted * sizes.filled) if name == UPDATE else operations
         scoring_operations = counted if name == REFERENCE else scoring_operations
         if name == UPDATE and row.compiled:
             links = collectives(text, mesh=made.mesh)

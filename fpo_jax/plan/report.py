@@ -36,13 +36,14 @@ def _run(target: str, outcome: Outcome) -> str:
     rows = _rows(outcome)
     count = params.count(sizes.blueprint.model_config)
     shape = sizes.update
+    filled = "" if sizes.filled == 1 else f" in the largest, {sizes.filled:.0%} of them in the mean"
     lines = [
         f"plan for {target}: {mesh.size} x {mesh.devices.flat[0].device_kind}; mesh {axes}",
         f"model: {config.model.path}, {count:,} parameters in {config.model.param_dtype}, computed in"
         f" {config.model.compute_dtype}; remat {config.model.remat}",
         f"update: {config.train.batch_size} groups x {config.data.group_size} "
         f"{'=' if config.data.layout == 'padded' else 'in'} {rows} rows of T={shape.length} (R="
-        f"{shape.scored} scored) in {outcome.accumulation} micro-batches; {rows * shape.length:,} tokens",
+        f"{shape.scored} scored) in {outcome.accumulation} micro-batches; {rows * shape.length:,} tokens{filled}",
         f"shapes: {sizes.origin}",
         *[line.split("\n")[0] for line in outcome.choices],
     ]
@@ -148,7 +149,7 @@ def _model_operations(outcome: Outcome) -> dict[str, int]:
     """What the mathematics of an update needs, on padded and, where they are known, on valid tokens."""
     sizes = outcome.sizes
     model_config, loss = sizes.blueprint.model_config, sizes.blueprint.loss
-    rows = _rows(outcome)
+    rows = round(_rows(outcome) * sizes.filled)
     lengths, scored = [sizes.update.length] * rows, [sizes.update.scored] * rows
     done = {"padded": flops.work(lengths, scored, sliding_window=model_config.sliding_window)}
     if sizes.valid is not None:

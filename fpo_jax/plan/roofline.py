@@ -43,11 +43,12 @@ class Estimate(NamedTuple):
 
 
 def estimate(outcome: Outcome, capacity: topologies.Capacity) -> Estimate:
-    """Return the seconds that an update takes at least in each resource."""
+    """Return the seconds that a mean update takes at least in each resource."""
     assert outcome.layout.mesh is not None
     mesh = outcome.layout.mesh
     hosts = np.array([device.process_index for device in mesh.devices.flat]).reshape(mesh.devices.shape)
-    links = sum(row.sent / _rate(row, mesh.axis_names, hosts, capacity) for row in outcome.collectives)
+    sent = sum(row.sent / _rate(row, mesh.axis_names, hosts, capacity) for row in outcome.collectives)
+    links = sent * outcome.sizes.filled
     return Estimate(
         outcome.operations / mesh.size / capacity.flops, memory_traffic(outcome) / capacity.bandwidth, links
     )
@@ -61,7 +62,8 @@ def memory_traffic(outcome: Outcome) -> int:
     weights = matrices * jax.numpy.dtype(config.model.compute_dtype).itemsize // outcome.layout.mesh.shape["tensor"]
     passes = 3 if config.model.remat == "none" else 4  # forward, again, and two products per weight backward
     per_micro_batch = passes * weights + 2 * outcome.gradients
-    return outcome.accumulation * per_micro_batch + 2 * outcome.state + outcome.gradients
+    micro_batches = outcome.accumulation * outcome.sizes.filled
+    return round(micro_batches * per_micro_batch) + 2 * outcome.state + outcome.gradients
 
 
 def _rate(row: Collective, axis_names: Sequence[str], hosts: np.ndarray, capacity: topologies.Capacity) -> float:

@@ -32,7 +32,8 @@ class Sizes(NamedTuple):
 
     blueprint: job.Blueprint
     update: Shape
-    accumulation: int  # micro-batches of an update
+    accumulation: int  # micro-batches of the largest update
+    filled: float  # mean share of them that hold groups; the others are passed over
     evaluation: Shape | None  # None without evaluation
     scoring: Shape | None  # of the reference pass; None without
     scoring_batches: int | None  # of that pass; None without, or unknown
@@ -76,7 +77,10 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         scoring, batches = one_pass(inputs.train, config.reference.batch_per_device)
     rows = inputs.train.prepared
     texts, contexts = rows.text_lengths(np.arange(len(rows.lengths_N))), 0
+    filled = 1.0
     if plan.schedule.rows is not None:
+        used = [data.row_sizes(plan.schedule, number).rows for number in range(plan.steps)]
+        filled = float(np.mean(used)) / plan.schedule.parts
         found, everything = plan.schedule.rows.packing.sizes, np.arange(rows.groups)
         texts, contexts = layouts.texts(found, everything, texts, group_size=rows.group_size)
     total = flops.work(texts, rows.scored_N, contexts=contexts, sliding_window=model_config.sliding_window)
@@ -84,6 +88,7 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         job.blueprint(config, inputs, plan),
         _largest(plan.schedule, plan.steps),
         plan.accumulation,
+        filled,
         evaluation,
         scoring,
         batches,
@@ -158,6 +163,7 @@ def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str, 
         job.Blueprint(loss, model_config, lengths, shape.scored, warmup, horizon, job.adapter(config, model_config)),
         shape,
         accumulation,
+        1.0,
         shape if config.data.eval else None,
         shape if loss.needs_reference else None,
         batches,
