@@ -168,6 +168,14 @@ def test_what_fits_a_run_to_its_machine_may_change_and_is_told(inputs, tmp_path,
         "this start has train.save_every: 2 -> 7",
     ]
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 2, "the next start compares with it"
+    changed.data.layout = "shared"
+    job.claim_workdir(changed, tmp_path, read)
+    changed.data.layout = "packed"
+    for one in (first, changed):
+        one.train.eval_batches = 2  # of rows that hold other groups in another layout
+    job.claim_workdir(first, tmp_path / "other", read)
+    with pytest.raises(ValueError, match=r"another configuration:\n  data.layout: 'padded' -> 'packed'\n"):
+        job.claim_workdir(changed, tmp_path / "other", read)
 
 
 def test_changed_data_or_model_is_refused_on_resume(inputs, tmp_path):

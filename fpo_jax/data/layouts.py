@@ -20,6 +20,7 @@ from fpo_jax.data.prepared import Prepared
 from fpo_jax.shapes import Batch, Segments
 
 LENGTH_UNIT = 128  # rows are a multiple of it: whole tiles of every attention kernel
+_TOGETHER = 256  # groups whose prompts are compared at a time: what that takes stays in the caches
 _SCORED_UNIT = 8  # R is rounded up to it: the row count of one TPU tile
 _LENGTHS = 8  # row lengths that are tried
 _SLACKS = (1.0, 1.1, 1.2, 1.35, 1.6, 2.0)  # scored positions of a row over their mean share; 1: all groups alike
@@ -56,18 +57,20 @@ def sizes(prepared: Prepared, *, shared: bool) -> Sizes:
     scored_B = prepared.scored_N.reshape(B, K).sum(axis=1)
     shared_B = np.zeros(B, np.int64)
     if shared:
-        shared_B = _common(prepared, prompts_BK.min(axis=1).astype(np.int64))
+        limits_B, starts_BK = prompts_BK.min(axis=1).astype(np.int64), prepared.starts_N.reshape(B, K)
+        for start in range(0, B, _TOGETHER):
+            part = slice(start, start + _TOGETHER)
+            shared_B[part] = _common(prepared.tokens_S, starts_BK[part], limits_B[part])
     tokens_B = lengths_BK.sum(axis=1, dtype=np.int64) - (K - 1) * shared_B
     return Sizes(shared_B, tokens_B, scored_B)
 
 
-def _common(prepared: Prepared, limits_B: np.ndarray) -> np.ndarray:
+def _common(tokens_S: np.ndarray, starts_BK: np.ndarray, limits_B: np.ndarray) -> np.ndarray:
     """Return how many tokens the candidates of each group begin with alike, at most `limits_B`, at least 1 each."""
-    starts_BK = prepared.starts_N.reshape(prepared.rewards_BK.shape)
     begins_B = np.concatenate([[0], np.cumsum(limits_B[:-1])])
     within_P = np.arange(limits_B.sum()) - np.repeat(begins_B, limits_B)
     places_PK = np.repeat(starts_BK, limits_B, axis=0) + within_P[:, None]
-    tokens_PK = prepared.tokens_S[places_PK]
+    tokens_PK = tokens_S[places_PK]
     equal_P = (tokens_PK == tokens_PK[:, :1]).all(axis=1)
     ends_P = np.where(equal_P, np.repeat(limits_B, limits_B), within_P)  # the first that differs ends it
     return np.minimum.reduceat(ends_P, begins_B)
