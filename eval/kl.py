@@ -164,7 +164,7 @@ def _logprobs(source: Path, prepared: data.Prepared, settings: dict[str, Any], p
     per_device = min(per_device, -(-prepared.groups // layout.row_ways))
     config.train.micro_batch_per_device = per_device
     batch_size = per_device * layout.row_ways
-    schedule = job.sequential_schedule(config, prepared, described, batch_size=batch_size)
+    schedule = job.sequential_schedule(config, prepared, described, batch_size=batch_size, longest=longest)
     loss = losses.resolve("dpo", beta_pi=1.0, temperature=settings["temperature"])
     scored = int(max(schedule.scored))
     blueprint = job.Blueprint(loss, described, schedule.buckets, scored, warmup=0, horizon=1)

@@ -40,6 +40,7 @@ class Evaluation:
                 inputs.evaluation.prepared,
                 inputs.model_config,
                 batch_size=config.train.eval_batch_per_device * compiled.layout.row_ways,
+                longest=compiled.longest,
             )
 
     def __bool__(self) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import __version__, chat, checkpoint, data, files, flops, hf, losses, model, optim, params
+from fpo_jax import __version__, attention, chat, checkpoint, data, files, flops, hf, losses, model, optim, params
 from fpo_jax import config as configuration
 from fpo_jax.data import decontamination
 
@@ -259,11 +259,11 @@ def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:
     return Plan(schedule, data.batch_shapes(schedule, steps=steps), micro_batches, steps, warmup, horizon)
 
 
-def _rows(config: configuration.Config, model_config: model.ModelConfig) -> dict:
-    """How groups are packed: their rows take at most what one group takes with a row for each candidate."""
+def _rows(config: configuration.Config, model_config: model.ModelConfig, *, longest: int | None = None) -> dict:
+    """How groups are packed: rows of at most `longest`, else of what one group may take in a row for each candidate."""
     return {
         "layout": config.data.layout,
-        "longest": config.data.group_size * config.data.max_length,
+        "longest": longest or min(config.data.group_size * config.data.max_length, attention.MAX_MASKED),
         "length": config.data.row_length,
         "head_cost": flops.head_cost(model_config),
     }
@@ -313,11 +313,19 @@ def adapter(config: configuration.Config, model_config: model.ModelConfig) -> mo
 
 
 def sequential_schedule(
-    config: configuration.Config, prepared: data.Prepared, model_config: model.ModelConfig, *, batch_size: int
+    config: configuration.Config,
+    prepared: data.Prepared,
+    model_config: model.ModelConfig,
+    *,
+    batch_size: int,
+    longest: int,
 ) -> data.Schedule:
-    """Return the schedule of every group once, the last of its batches of so many groups or rows filled up."""
+    """Return the schedule of every group once, the last of its batches of so many groups or rows filled up.
+
+    Rows that hold groups are at most `longest`, unless a group is: those of training, for which attention was chosen.
+    """
     if config.data.layout != "padded":
-        return data.sequence(prepared, **_rows(config, model_config), rows=batch_size)
+        return data.sequence(prepared, **_rows(config, model_config, longest=longest), rows=batch_size)
     return data.schedule(
         prepared, batch_size=batch_size, seed=0, shuffle=False, last_batch="pad", buckets=buckets(config)
     )

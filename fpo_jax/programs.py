@@ -69,6 +69,7 @@ class Programs:
             state_dtype=config.optim.state_dtype,
         )
         self._optimizer = guard.watching(optimizer)
+        self.longest = blueprint.lengths[-1]  # T of training
         self.scorer, self.choices = _scorer(config, blueprint, layout)
         self.param_shardings = self._placed(self._trained)
         whole = self.param_shardings

@@ -76,7 +76,9 @@ class ReferencePass:
         }
         path = self._folder / f"{name}-{reference.fingerprint(parts)[:16]}.safetensors"
         batch_size = config.reference.batch_per_device * self._programs.layout.row_ways
-        batches = job.sequential_schedule(config, prepared, self._inputs.model_config, batch_size=batch_size)
+        batches = job.sequential_schedule(
+            config, prepared, self._inputs.model_config, batch_size=batch_size, longest=self._programs.longest
+        )
         positions = self._programs.positions(batch_size)
 
         def scored(numbers: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -304,6 +304,25 @@ def test_a_run_is_that_of_the_padded_layout_on_one_device_and_on_eight_and_resum
     assert_same_run(numbers_of(tmp_path / "changed"), padded)
 
 
+def test_passes_have_no_longer_rows_than_training_for_which_attention_is_chosen(root, tmp_path, monkeypatch):
+    tiny.write_model(tmp_path / "model", layers=1, max_positions=2048)
+    config = run_config(root, data__layout="shared", data__max_length=2048, train__max_steps=1)
+    config.model.path = str(tmp_path / "model")
+    lengths, pack = [], data.sequence
+    monkeypatch.setattr(data, "sequence", lambda *_, **of: lengths.append((made := pack(*_, **of)).buckets[-1]) or made)
+    loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    trained = job.plan(config, job.prepare(config), devices=1).schedule.buckets[-1]
+    assert len(lengths) == 3 and max(lengths) <= trained < 384  # evaluation, and the reference of both sets
+
+
+def test_rows_are_no_longer_than_kernels_take(root):
+    """Where no group is: five candidates of up to 2,048 tokens could take 10,240."""
+    config = run_config(root, data__layout="shared", data__max_length=2048, data__group_size=5)
+    described = job.read_model(run_config(root), root / "model")
+    assert job._rows(config, described)["longest"] == attention.MAX_MASKED == 8192
+    assert job._rows(config, described, longest=256)["longest"] == 256
+
+
 @pytest.mark.slow  # two runs
 def test_a_reward_model_trains_on_shared_prompts(root, tmp_path):
     changed = {"stage": "reward", "loss__name": "bradley_terry", "loss__alpha": None, "loss__beta_pi": None}

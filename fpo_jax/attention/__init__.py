@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from fpo_jax import shapes, sharding
 from fpo_jax.attention import chunked, mosaic, placement, splash
 from fpo_jax.attention import segments as segments_
-from fpo_jax.attention.choice import IMPLEMENTATIONS, Choice, choose
+from fpo_jax.attention.choice import IMPLEMENTATIONS, MAX_MASKED, Choice, choose
 
-__all__ = ["IMPLEMENTATIONS", "Choice", "attend", "choose"]
+__all__ = ["IMPLEMENTATIONS", "MAX_MASKED", "Choice", "attend", "choose"]
 
 
 def attend(

@@ -16,6 +16,7 @@ from fpo_jax.attention import mosaic, splash
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "mosaic", "splash")
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
 CUDNN_MAX_MASKED = 8192  # positions; a row's mask and the gradient that cuDNN gives it are 256 MiB then
+MAX_MASKED = min(CUDNN_MAX_MASKED, splash.MAX_MASKED)  # rows of several texts that every kernel takes
 # XLA's attention writes the logits [H, T, T] of every row to memory and keeps them for the backward pass. Measured on a
 # CPU, forward and backward: blocks take 1.5 to 1.9 times as long at T = 256, as long at 384 and 512, 0.4 to 0.7 times
 # above (H100, two rows of 32 heads: 40 MiB against 56 of blocks at 256, 160 against 97 at 512, 10,241 against 343 at

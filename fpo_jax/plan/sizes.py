@@ -67,7 +67,8 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
     batch = config.train.batch_size
 
     def one_pass(dataset: job.Dataset, per_device: int) -> tuple[Shape, int]:
-        schedule = job.sequential_schedule(config, dataset.prepared, model_config, batch_size=per_device * ways)
+        rows = {"batch_size": per_device * ways, "longest": plan.schedule.buckets[-1]}
+        schedule = job.sequential_schedule(config, dataset.prepared, model_config, **rows)
         return _largest(schedule, schedule.steps_per_epoch), schedule.steps_per_epoch
 
     evaluation, scoring, batches = None, None, None
