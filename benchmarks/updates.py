@@ -35,7 +35,12 @@ class Updates:
         prepared = self._inputs.train.prepared
         rows = self.plan.schedule.parts
         batches = job.sequential_schedule(
-            self._config, prepared, self._inputs.model_config, batch_size=rows, longest=self.programs.longest
+            self._config,
+            prepared,
+            self._inputs.model_config,
+            batch_size=rows,
+            longest=self.plan.schedule.buckets[-1],
+            sizes=self.plan.schedule.sizes,
         )
         started, scored, weights = 0.0, 0, self.programs.whole(self._state)
         for number in range(batches.steps_per_epoch):

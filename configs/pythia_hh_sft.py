@@ -17,7 +17,7 @@ def get_config():
     c.loss.beta_pi = c.loss.temperature = None
     c.optim.learning_rate = 1e-5
     c.train.eval_every = 0  # perplexity at the start and at the end
-    c.train.eval_batches = 100
+    c.train.eval_groups = 3_200  # 100 batches of 4 GPUs x 8
     c.train.save_every = 100
     c.train.keep_checkpoints = 1
     return c

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from fpo_jax import answering, data, execution, job, metrics, programs, reference, shapes
+from fpo_jax import answering, data, execution, losses, metrics, programs, reference, shapes
 from fpo_jax import config as configuration
 
 log = logging.getLogger("fpo_jax")
@@ -25,23 +25,15 @@ class Evaluation:
     def __init__(
         self,
         config: configuration.Config,
-        inputs: job.Inputs,
+        loss: losses.Loss,
+        batches: data.Schedule | None,
         compiled: programs.Programs,
         stop: execution.StopRequest,
         answers: answering.Answers | None,
     ):
         """Take the parts of the run; nothing is computed yet."""
-        self._config, self._inputs, self._programs, self._stop = config, inputs, compiled, stop
-        self._answers = answers
-        self._batches = None
-        if inputs.evaluation is not None:
-            self._batches = job.sequential_schedule(
-                config,
-                inputs.evaluation.prepared,
-                inputs.model_config,
-                batch_size=config.train.eval_batch_per_device * compiled.layout.row_ways,
-                longest=compiled.longest,
-            )
+        self._config, self._loss, self._programs, self._stop = config, loss, compiled, stop
+        self._batches, self._answers = batches, answers
 
     def __bool__(self) -> bool:
         return self._batches is not None or self._answers is not None
@@ -104,18 +96,25 @@ class Evaluation:
     ) -> dict[str, float]:
         if self._batches is None:
             return {}
-        started, total, batches = time.perf_counter(), None, self._batches
-        positions = self._programs.positions(batches.batch_size)
-        most = self._config.train.eval_batches or batches.steps_per_epoch
-        for index in range(min(most, batches.steps_per_epoch)):
-            check()
-            batch = reference.attach(data.batch_at(batches, index, positions), references)
-            pairs = self._programs.evaluate(weights, self._programs.place(batch, stacked=False))
-            total = metrics.add(total, jax.device_get(pairs))
-        assert total is not None
-        numbers = metrics.means(total)
-        if self._inputs.loss.sft_weight:
-            numbers["loss"] += self._inputs.loss.sft_weight * numbers["sft_loss"]
+        started, batches = time.perf_counter(), self._batches
+        positions = self._programs.positions(batches.parts)
+
+        def means(batch_kl: float) -> dict[str, float]:
+            total = None
+            for index in range(batches.steps_per_epoch):
+                check()
+                batch = reference.attach(data.batch_at(batches, index, positions), references)
+                placed = self._programs.place(batch, stacked=False)
+                pairs = self._programs.evaluate((weights, np.float32(batch_kl)), placed)
+                total = metrics.add(total, jax.device_get(pairs))
+            assert total is not None
+            return metrics.means(total)
+
+        numbers = means(0.0)
+        if self._loss.needs_batch_kl:  # known at the end of a pass alone
+            numbers = means(numbers["reference_kl"])
+        if self._loss.sft_weight:
+            numbers["loss"] += self._loss.sft_weight * numbers["sft_loss"]
         if self._config.stage == "sft":
             numbers["perplexity"] = math.exp(numbers["sft_loss"])
         log.info("evaluation at step %d  %s  %.1f s", number, metrics.shown(numbers), time.perf_counter() - started)

@@ -19,6 +19,7 @@ import jax
 import tqdm
 
 from fpo_jax import (
+    announcement,
     answering,
     checkpoint,
     data,
@@ -30,7 +31,6 @@ from fpo_jax import (
     locking,
     measures,
     metrics,
-    params,
     profiling,
     programs,
     reference,
@@ -92,7 +92,7 @@ def run(
         hosts.check_shared(workdir)
         stop.connect(compiled.mesh)
         one = _Run(config, workdir, inputs, plan, compiled, stop, fingerprints, trace, answers)
-        one.announce()
+        announcement.announce(config, inputs, plan, compiled)
         one.train()
 
 
@@ -113,7 +113,7 @@ class _Run:
     ):
         self.config, self.workdir, self.inputs, self.plan = config, workdir, inputs, plan
         self.programs, self.stop, self.fingerprints, self.trace = compiled, stop, fingerprints, trace
-        self.evaluation = evaluation.Evaluation(config, inputs, compiled, stop, answers)
+        self.evaluation = evaluation.Evaluation(config, inputs.loss, plan.evaluation, compiled, stop, answers)
         self.positions = compiled.positions(plan.schedule.parts, accumulation=plan.accumulation)
         self.writers: metrics.Writers | metrics.Silent = metrics.Silent()
         self.nonfinite_in_a_row = 0  # updates that were not applied, spikes too
@@ -128,56 +128,6 @@ class _Run:
             peak=None if holds is None or wide else holds.flops,
             extra_forward=inputs.loss.needs_batch_kl,
             adapted=compiled.adapted,
-        )
-
-    def announce(self) -> None:
-        """Say everything about the run before anything expensive: what a reader needs to trust or to stop it."""
-        config, plan, mesh = self.config, self.plan, self.programs.mesh
-        changed = configuration.difference(configuration.default().to_dict(), config.to_dict())
-        log.info("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
-        shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        kind = mesh.devices.flat[0].device_kind
-        processes = "" if hosts.count() == 1 else f" of {hosts.count()} processes"
-        log.info("mesh: %s over %d %s devices%s", shape, mesh.size, kind, processes)
-        count, state = params.count(self.inputs.model_config), execution.mib(self.programs.state_bytes())
-        log.info("model: %s, %s parameters, %s of state per device", self.inputs.source, f"{count:,}", state)
-        for choice in self.programs.choices:
-            log.info(choice)
-        for name, dataset in (("train", self.inputs.train), ("eval", self.inputs.evaluation)):
-            if dataset is not None:
-                log.info("%s: %s", name, dataset.audit.text())
-        log.info("one row as the model gets it, scored tokens between ⟦ and ⟧:\n%s", self.inputs.train.sample)
-        log.info(
-            "plan: %d updates of %d groups (%d an epoch) in %d micro-batches each; warm-up %d, decay over %d; %d"
-            " compilation%s of the update: %s%s",
-            plan.steps,
-            config.train.batch_size,
-            plan.schedule.steps_per_epoch,
-            plan.accumulation,
-            plan.warmup,
-            plan.horizon,
-            len(self.plan.shapes),
-            "s" * (len(self.plan.shapes) > 1),
-            ", ".join(f"T={length} R={scored}" for length, scored in self.plan.shapes),
-            self._rows(),
-        )
-
-    def _rows(self) -> str:
-        """What rows that hold groups save, or would, in words."""
-        schedule, layout, numbers = self.plan.schedule, self.config.data.layout, range(min(self.plan.steps, 64))
-        rows, sizes = schedule.rows, [data.row_sizes(schedule, number) for number in numbers]
-        held, taken = (sum(size.texts.sum() for size in sizes), sum(size.rows * size.length for size in sizes))
-        if rows is None:
-            told = f"; layout {layout}: {1 - held / taken:.1%} padding"
-            if not self.config.data.packing:
-                other = "shared" if schedule.prepared.group_size > 1 else "packed"
-                share = sum(data.tokens_once(schedule, number) for number in numbers) / taken
-                told += f"; data.layout={other} would hold the same in {share:.0%} of the positions and its own padding"
-            return told
-        whole = sum(size.candidates for size in sizes)
-        return (
-            f"; layout {layout}: up to {rows.count} rows of up to {rows.packing.places} groups,"
-            f" {held / whole:.0%} of the candidates' tokens are computed, {1 - held / taken:.1%} padding"
         )
 
     def train(self) -> None:
@@ -203,9 +153,9 @@ class _Run:
             if hosts.first():
                 self._copy_source()
             reference_pass = scoring.ReferencePass(
-                self.config, self.workdir, self.inputs, self.programs, self.stop, self.meter
+                self.config, self.workdir, self.inputs, self.plan, self.programs, self.stop, self.meter
             )
-            references = reference_pass(weights, fingerprint=self.fingerprints["model"])
+            references = reference_pass(weights, fingerprints=self.fingerprints)
             if last is None:
                 state = self.programs.fresh_state(weights)
             else:
@@ -387,7 +337,8 @@ class _Run:
 
     def _check_same(self, meta: dict) -> None:
         """Refuse to go on with other content; what the checkpoint counted goes on."""
-        changed = [name for name, now in self.fingerprints.items() if meta["fingerprints"].get(name) != now]
+        before = meta["fingerprints"]
+        changed = [name for name, now in self.fingerprints.items() if before.get(name, now) != now]
         if changed:
             raise ValueError(
                 f"{', '.join(changed)} changed since step {meta['step']} of {self.workdir}: the content is not what the"

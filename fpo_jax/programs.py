@@ -3,10 +3,10 @@
 Built once from a configuration before any weight is read; nothing here decides when a program runs.
 """
 
-import dataclasses
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ from fpo_jax import config as configuration
 
 
 class Programs:
-    """`train(state, batch)`, `evaluate(params, batch)`, `score(params, batch)`, each compiled once per batch shape."""
+    """`train(state, batch)`, `evaluate((params, batch_kl), batch)`, `score(params, batch)`: compiled per batch shape.
+
+    Attention and head of each are chosen for its own rows, those of `score` for the reference's model.
+    """
 
     def __init__(self, config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout):
         """Settle implementations and shardings.
@@ -69,8 +72,18 @@ class Programs:
             state_dtype=config.optim.state_dtype,
         )
         self._optimizer = guard.watching(optimizer)
-        self.longest = blueprint.lengths[-1]  # T of training
         self.scorer, self.choices = _scorer(config, blueprint, layout)
+        with _about("evaluations"):
+            evaluated = blueprint._replace(lengths=blueprint.evaluation_lengths or blueprint.lengths)
+            evaluator = self._scorer_of("evaluations", config, evaluated, layout)
+        self._reference = blueprint.reference or self._model
+        with _about("reference pass" if blueprint.reference is None else "reference.path"):
+            # Without a model of its own it is the one below the adapter.
+            below = blueprint._replace(
+                model_config=self._reference, adapter=None, lengths=blueprint.reference_lengths or blueprint.lengths
+            )
+            referee = self._scorer_of("reference pass", config, below, layout)
+            referee_places = self._model_shardings(self._reference)
         self.param_shardings = self._placed(self._trained)
         whole = self.param_shardings
         if self._adapter is not None:
@@ -88,11 +101,19 @@ class Programs:
         self.train = execution.Program(
             "train_step", step.jit_train_step(update, mesh=mesh, state_shardings=self.state_shardings)
         )
-        evaluate = functools.partial(step.eval_step, scorer=self.scorer, loss=blueprint.loss)
-        self.evaluate = execution.Program("eval_step", step.jit_eval_step(evaluate, mesh=mesh, param_shardings=whole))
-        # The reference is the model below the adapter.
-        reference = dataclasses.replace(self.scorer, adapter=None)
-        self.score = _score_program(reference, mesh, _param_shardings(self._model, self._dtype, mesh))
+        evaluate = functools.partial(step.eval_step, scorer=evaluator, loss=blueprint.loss)
+        first = (whole, sharding.replicated(mesh))
+        self.evaluate = execution.Program("eval_step", step.jit_eval_step(evaluate, mesh=mesh, first=first))
+        score = functools.partial(step.score_step, scorer=referee)
+        self.score = execution.Program("reference pass", step.jit_eval_step(score, mesh=mesh, first=referee_places))
+
+    def _scorer_of(
+        self, name: str, config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout
+    ) -> step.AnyScorer:
+        """Settle the scorer of a pass; what differs from that of updates joins the choices."""
+        scorer, choices = _scorer(config, blueprint, layout)
+        self.choices += [f"{name}: {choice}" for choice in choices if choice not in self.choices]
+        return scorer
 
     def positions(self, parts: int, *, accumulation: int = 1) -> np.ndarray:
         """Return which parts of a batch this process builds, in the order in which `place` takes them."""
@@ -119,21 +140,13 @@ class Programs:
 
     def load(self, source: Path) -> shapes.PyTree:
         """Read the run's model from a Hugging Face directory onto the mesh."""
-        places = _param_shardings(self._model, self._dtype, self.mesh)
-        key = jax.random.key(self._seed)
+        places, key = self._model_shardings(self._model), jax.random.key(self._seed)
         return hf.load_params(source, self._model, dtype=self._dtype, shardings=places, key=key)
 
-    def load_other(self, source: Path) -> tuple[shapes.PyTree, execution.Program]:
-        """Read another model (a reference of its own) and make the program that scores with it."""
-        config = hf.read_config(source)
-        shardings = _param_shardings(config, self._dtype, self.mesh)
-        weights = hf.load_params(source, config, dtype=self._dtype, shardings=shardings)
-        return weights, self.score_with(config)
-
-    def score_with(self, config: model.ModelConfig) -> execution.Program:
-        """Make the program that scores with a model of another description."""
-        scorer = dataclasses.replace(self.scorer, config=config, adapter=None)
-        return _score_program(scorer, self.mesh, _param_shardings(config, self._dtype, self.mesh))
+    def load_reference(self, source: Path) -> shapes.PyTree:
+        """Read the model of a reference of its own onto the mesh."""
+        places = self._model_shardings(self._reference)
+        return hf.load_params(source, self._reference, dtype=self._dtype, shardings=places)
 
     def fresh_state(self, weights: shapes.PyTree) -> shapes.TrainState:
         """Return the state before the first update: weights to train, or an adapter that adds nothing yet to them."""
@@ -189,13 +202,18 @@ class Programs:
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, self.state_shardings
         )
 
-    def abstract_weights(self, config: model.ModelConfig) -> shapes.PyTree:
-        """Return shapes, dtypes and shardings of a model's parameters."""
+    def abstract_reference(self) -> shapes.PyTree:
+        """Return shapes, dtypes and shardings of the reference's parameters."""
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            params.abstract(config, self._dtype),
-            _param_shardings(config, self._dtype, self.mesh),
+            params.abstract(self._reference, self._dtype),
+            self._model_shardings(self._reference),
         )
+
+    def abstract_evaluated(self) -> tuple[shapes.PyTree, jax.ShapeDtypeStruct]:
+        """Return shapes, dtypes and shardings of what `evaluate` takes before the batch."""
+        alone = sharding.replicated(self.mesh)
+        return self.whole(self.abstract_state()), jax.ShapeDtypeStruct((), jnp.float32, sharding=alone)
 
     def abstract_batch(
         self, parts: int, *, group_size: int, length: int, scored: int, places: int = 1, accumulation: int | None = None
@@ -251,6 +269,10 @@ class Programs:
         frozen = None if self._adapter is None else self._placed(self._frozen)
         return shapes.TrainState(self.param_shardings, moments, alone, frozen, alone)
 
+    def _model_shardings(self, config: model.ModelConfig) -> shapes.PyTree:
+        abstract = params.abstract(config, self._dtype)
+        return sharding.param_shardings(params.logical_axes(config), abstract, mesh=self.mesh)
+
     def _abstract(self, rows: Sequence[params.Row]) -> shapes.PyTree:
         """Return shapes and dtypes; what is trained beside frozen weights is float32, whatever they are."""
         dtype = jnp.dtype(jnp.float32) if self._adapter is not None and rows is self._trained else self._dtype
@@ -285,6 +307,15 @@ class Programs:
         return {**weights, "layers": jax.tree.map(gathered, weights["layers"], whole["layers"], is_matrix["layers"])}
 
 
+@contextlib.contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Say what an obstacle is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def _guard(config: configuration.Config) -> guards.Guard:
     train = config.train
     weight = train.max_nonfinite if train.on_nonfinite == "stop" else 1
@@ -306,15 +337,6 @@ def bytes_on_device(tree: shapes.PyTree) -> int:
     """Return the bytes of placed arrays, abstract ones too, in one device's own memory."""
     leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != sharding.HOST]
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def _param_shardings(config: model.ModelConfig, dtype: np.dtype, mesh: Mesh) -> shapes.PyTree:
-    return sharding.param_shardings(params.logical_axes(config), params.abstract(config, dtype), mesh=mesh)
-
-
-def _score_program(scorer: step.AnyScorer, mesh: Mesh, param_shardings: shapes.PyTree) -> execution.Program:
-    score = functools.partial(step.score_step, scorer=scorer)
-    return execution.Program("reference pass", step.jit_eval_step(score, mesh=mesh, param_shardings=param_shardings))
 
 
 def _scorer(

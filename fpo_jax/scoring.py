@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 
 from fpo_jax import config as configuration
-from fpo_jax import data, execution, hf, hosts, job, profiling, programs, reference, shapes
+from fpo_jax import data, execution, hosts, job, profiling, programs, reference, shapes
 
 log = logging.getLogger("fpo_jax")
 
@@ -30,43 +30,42 @@ class ReferencePass:
         config: configuration.Config,
         workdir: Path,
         inputs: job.Inputs,
+        plan: job.Plan,
         compiled: programs.Programs,
         stop: execution.StopRequest,
         meter: profiling.Meter,
     ):
         """Take the parts of the run; nothing is read or computed yet."""
         self._config, self._inputs, self._programs, self._stop = config, inputs, compiled, stop
-        self._meter = meter
+        self._passes, self._meter = plan.references, meter
         self._folder = Path(config.reference.cache_dir or workdir / "reference")
 
-    def __call__(self, weights: shapes.PyTree, *, fingerprint: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def __call__(
+        self, weights: shapes.PyTree, *, fingerprints: dict[str, str]
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return the log-probs of the train and eval groups [groups, K]; None where the run needs none.
 
         Args:
             weights: of the run's starting model; another one is read where the configuration names it.
-            fingerprint: of those weights' files.
+            fingerprints: of the files of both, from `job.fingerprints`.
 
         Raises:
             ValueError: a file is damaged or belongs to another model; a log-prob is not finite.
             execution.Stopped: a signal asked to stop.
         """
-        if not self._inputs.loss.needs_reference:
+        if not any(self._passes):
             return None, None
-        program = self._programs.score
-        if self._config.reference.path:
-            source = hf.local_dir(self._config.reference.path)
-            weights, program = self._programs.load_other(source)
-            fingerprint = hf.weights_fingerprint(source)
-        train, evaluation = self._inputs.train, self._inputs.evaluation
+        fingerprint, other = fingerprints["model"], self._inputs.reference
+        if other is not None:
+            weights, fingerprint = self._programs.load_reference(other.source), fingerprints["reference"]
+        train, evaluation = self._passes
         return (
-            self._of("train", train.prepared, weights, program, fingerprint),
-            None if evaluation is None else self._of("eval", evaluation.prepared, weights, program, fingerprint),
+            None if train is None else self._of("train", train, weights, fingerprint),
+            None if evaluation is None else self._of("eval", evaluation, weights, fingerprint),
         )
 
-    def _of(
-        self, name: str, prepared: data.Prepared, weights: shapes.PyTree, program: execution.Program, fingerprint: str
-    ) -> np.ndarray:
-        config = self._config
+    def _of(self, name: str, batches: data.Schedule, weights: shapes.PyTree, fingerprint: str) -> np.ndarray:
+        config, prepared, program = self._config, batches.prepared, self._programs.score
         parts = {
             "weights": fingerprint,
             "data": prepared.fingerprint(),
@@ -75,11 +74,7 @@ class ReferencePass:
             "compute_dtype": config.model.compute_dtype,
         }
         path = self._folder / f"{name}-{reference.fingerprint(parts)[:16]}.safetensors"
-        batch_size = config.reference.batch_per_device * self._programs.layout.row_ways
-        batches = job.sequential_schedule(
-            config, prepared, self._inputs.model_config, batch_size=batch_size, longest=self._programs.longest
-        )
-        positions = self._programs.positions(batch_size)
+        positions = self._programs.positions(batches.parts)
 
         def scored(numbers: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for number in numbers:

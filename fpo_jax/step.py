@@ -213,17 +213,23 @@ def train_step(
     return shapes.TrainState(params, opt_state, state.step + 1, state.frozen, skipped), pairs
 
 
-def eval_step(params: shapes.PyTree, batch: shapes.Batch, *, scorer: AnyScorer, loss: losses.Loss) -> measures.Pairs:
+def eval_step(
+    evaluated: tuple[shapes.PyTree, shapes.Array], batch: shapes.Batch, *, scorer: AnyScorer, loss: losses.Loss
+) -> measures.Pairs:
     """Return the metrics of one batch of B groups as (sum, count), `loss` (without the SFT term) among them.
 
-    For a loss with a batch statistic (KTO) that statistic is the evaluation batch's own.
+    Args:
+        evaluated: the weights, and the mean of logp - reference logp over the whole evaluation (its `reference_kl`),
+            which a loss with a batch statistic (KTO) reads.
+        batch: the groups.
+        scorer: how a batch becomes log-probs.
+        loss: what is minimised.
     """
+    params, batch_kl = evaluated
     response = scorer(params, batch)
-    candidates = _candidates(batch, response, None)
-    if loss.needs_batch_kl:
-        ratio = jnp.sum(batch.weight_B[:, None] * (candidates.logps_BK - candidates.reference_logps_BK))
-        count = jnp.maximum(jnp.sum(batch.weight_B), 1.0) * candidates.logps_BK.shape[1]
-        candidates = candidates._replace(batch_kl=ratio / count)
+    candidates = _candidates(batch, response, batch_kl)
+    ratio = jnp.sum(batch.weight_B[:, None] * (candidates.logps_BK - candidates.reference_logps_BK))
+    candidates = candidates._replace(batch_kl=ratio / (jnp.maximum(jnp.sum(batch.weight_B), 1.0) * candidates.logps_BK.shape[1]))
     losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
     pairs = measures.pairs(batch, response, candidates, losses_B, loss)
     groups = jnp.sum(batch.weight_B * loss.counted(batch.rewards_BK))
@@ -246,11 +252,11 @@ def jit_train_step(step: Callable, *, mesh: Mesh, state_shardings: shapes.TrainS
     )
 
 
-def jit_eval_step(step: Callable, *, mesh: Mesh, param_shardings: shapes.PyTree) -> jax.stages.Wrapped:
-    """Jit `step(params, batch)` over the mesh; the result is replicated."""
+def jit_eval_step(step: Callable, *, mesh: Mesh, first: shapes.PyTree) -> jax.stages.Wrapped:
+    """Jit `step(first, batch)` over the mesh, `first` with these shardings; the result is replicated."""
     return jax.jit(
         step,
-        in_shardings=(param_shardings, sharding.batch_sharding(mesh, stacked=False)),
+        in_shardings=(first, sharding.batch_sharding(mesh, stacked=False)),
         out_shardings=sharding.replicated(mesh),
     )
 

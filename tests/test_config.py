@@ -149,7 +149,7 @@ def test_recipes_of_the_stages_before_to_the_digit(name):
     assert (*found, c.train.batch_size, c.data.group_size) == SPEC_2_5[name]
     assert (c.optim.schedule, c.optim.weight_decay, c.optim.clip_norm, c.train.epochs) == ("cosine", 0.0, 1.0, 1.0)
     if name.startswith("pythia"):
-        assert (c.optim.b2, c.optim.warmup_fraction, c.seed, c.train.eval_batches) == (0.95, 0.0, 1234, 100)
+        assert (c.optim.b2, c.optim.warmup_fraction, c.seed, c.train.eval_groups) == (0.95, 0.0, 1234, 3200)
     assert (c.train.keep_best == "eval_rewards/accuracies") == (c.stage == "reward")
 
 

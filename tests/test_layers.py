@@ -46,6 +46,7 @@ LAYERS = [
     "evaluation",
     "topologies",
     "plan",
+    "announcement",
     "loop",
 ]
 FORBIDDEN = {"torch", "tensorflow", "eval", "kernels"}  # `kernels` and `eval` only by their own paths

@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from fpo_jax import attention, data, flops, job, loop, losses, metrics, model, optim, params, shapes, step
 from fpo_jax.data import layouts
+from fpo_jax.job import planning
 from tests import batches, resuming, tiny, tolerances
 
 FAMILIES = {
@@ -319,8 +320,8 @@ def test_rows_are_no_longer_than_kernels_take(root):
     """Where no group is: five candidates of up to 2,048 tokens could take 10,240."""
     config = run_config(root, data__layout="shared", data__max_length=2048, data__group_size=5)
     described = job.read_model(run_config(root), root / "model")
-    assert job._rows(config, described)["longest"] == attention.MAX_MASKED == 8192
-    assert job._rows(config, described, longest=256)["longest"] == 256
+    assert planning._rows(config, described)["longest"] == attention.MAX_MASKED == 8192
+    assert planning._rows(config, described, longest=256)["longest"] == 256
 
 
 @pytest.mark.slow  # two runs

@@ -140,7 +140,7 @@ def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
     assert np.abs(gradient(first)["score"]).max() > tolerances.DIFFERENT
     jax.tree.map(lambda a, b: assert_allclose(a, b, **tolerances.SAME_UPDATE), gradient(whole), gradient(first))
     evaluate = jax.jit(functools.partial(step.eval_step, scorer=scorer, loss=inputs.loss))
-    with_tie, without = (metrics.means(jax.device_get(evaluate(weights, batch))) for batch in (whole, first))
+    with_tie, without = (metrics.means(jax.device_get(evaluate((weights, 0.0), batch))) for batch in (whole, first))
     assert with_tie.keys() == without.keys()
     for name, value in without.items():
         assert_allclose(with_tie[name], value, err_msg=name, **tolerances.SAME_UPDATE)
@@ -168,7 +168,8 @@ def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
         ),
         ({"train__keep_best": "loss"}, "train.keep_best='loss' must name a metric of an evaluation"),
         ({"train__keep_best": "eval_loss", "data__eval": ""}, "needs an evaluation; set data.eval"),
-        ({"train__eval_batches": 0}, "train.eval_batches=0 must be finite and at least 1"),
+        ({"train__eval_groups": 0}, "train.eval_groups=0 must be finite and at least 1"),
+        ({"train__eval_groups": 9, "data__eval": ""}, "train.eval_groups=9 is not used without data.eval"),
     ],
 )
 def test_what_does_not_fit_the_stage_is_refused(base, changed, message):
@@ -300,7 +301,7 @@ def test_fine_tuning_takes_the_chosen_response_alone(base):
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_tokens(base, tmp_path):
-    c = sft_config(base, train__max_steps=4, train__eval_batches=2, optim__learning_rate=1e-2)
+    c = sft_config(base, train__max_steps=4, train__eval_groups=16, optim__learning_rate=1e-2)
     loop.run(c, tmp_path / "w")
     first, last = (line for line in metrics.read(tmp_path / "w" / metrics.METRICS_FILE) if "eval_loss" in line)
     assert_allclose(first["eval_perplexity"], np.exp(first["eval_sft_loss"]), rtol=1e-6)

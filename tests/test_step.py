@@ -142,7 +142,7 @@ def evaluated(loss, batch, logps_BK, lengths_BK):
             )
 
     scorer = Given(**vars(batches.scorer(CONFIG)))
-    pairs = jax.jit(functools.partial(step.eval_step, scorer=scorer, loss=loss))({}, batch)
+    pairs = jax.jit(functools.partial(step.eval_step, scorer=scorer, loss=loss))(({}, 0.0), batch)
     return {name: float(total) / float(count) for name, (total, count) in pairs.items() if float(count)}
 
 

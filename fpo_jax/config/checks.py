@@ -109,7 +109,7 @@ def problems(config: Config) -> list[str]:
     number("train.epochs", 0.0, exclusive=True)
     for path in ("batch_size", "micro_batch_per_device", "eval_batch_per_device", "save_every", "keep_checkpoints"):
         number(f"train.{path}", 1)
-    for path in ("log_every", "max_nonfinite", "max_steps", "eval_batches"):
+    for path in ("log_every", "max_nonfinite", "max_steps", "eval_groups"):
         number(f"train.{path}", 1)
     number("train.skip_spikes", 0.0)
     number("train.spike_window", 2)
@@ -119,6 +119,8 @@ def problems(config: Config) -> list[str]:
         )
     number("train.eval_every", 0)
     choice("train.on_nonfinite", ("stop", "skip"))
+    if config.train.eval_groups is not None and not config.data.eval:
+        found.append(f"train.eval_groups={config.train.eval_groups} is not used without data.eval; set that too.")
     if config.train.keep_best and not (config.data.eval or config.answers.count):
         found.append(f"train.keep_best={config.train.keep_best!r} needs an evaluation; set data.eval.")
     if config.train.keep_best and not config.train.keep_best.startswith("eval_"):

@@ -60,6 +60,11 @@ class Schedule(NamedTuple):
         """What a batch can be cut into: groups, or rows that hold groups."""
         return self.batch_size if self.rows is None else self.rows.count
 
+    @property
+    def sizes(self) -> layouts.Sizes | None:
+        """What the groups of the set take of a row that they share; None where they share none."""
+        return None if self.rows is None else self.rows.packing.sizes
+
 
 def steps_per_epoch(groups: int, *, batch_size: int, last_batch: str) -> int:
     """Batches of one pass over so many groups."""
@@ -164,9 +169,25 @@ def packed(
 
 
 def sequence(
-    prepared: Prepared, *, layout: str, rows: int, longest: int, head_cost: float, length: int | None = None
+    prepared: Prepared,
+    *,
+    layout: str,
+    rows: int,
+    longest: int,
+    head_cost: float,
+    length: int | None = None,
+    sizes: layouts.Sizes | None = None,
 ) -> Schedule:
     """Pack a whole set for one pass over it, for evaluations and reference passes: batches of `rows` rows.
+
+    Args:
+        prepared: the rows.
+        layout: as for `packed`.
+        rows: of a batch.
+        longest: as for `packed`.
+        head_cost: as for `packed`.
+        length: as for `packed`.
+        sizes: of the set's groups in that layout, where they are known (`Schedule.sizes`).
 
     Raises:
         ValueError: a group longer than `length`.
@@ -174,7 +195,8 @@ def sequence(
     chunks = [
         range(start, min(start + _CHUNK, prepared.groups)) for start in range(0, prepared.groups, _CHUNK)
     ]  # of neighbours, for the time that packing takes
-    shape = _row_shape(prepared, chunks, layout=layout, multiple=1, longest=longest, head_cost=head_cost, length=length)
+    options = {"multiple": 1, "longest": longest, "head_cost": head_cost, "length": length}
+    shape = _row_shape(prepared, chunks, sizes, layout=layout, **options)
     dealt = [row for chunk in chunks for row in layouts.deal(chunk, shape)]
     empty = np.zeros(0, np.int32)
     plain = Schedule(prepared, (), (), empty, empty, rows, 0, False, "pad")
@@ -182,11 +204,14 @@ def sequence(
     return _with_rows(plain, shape._replace(multiple=rows), batches, one_pass=True)
 
 
-def _row_shape(prepared: Prepared, batches: Sequence[Sequence[int]], *, layout: str, **options) -> layouts.Packing:
+def _row_shape(
+    prepared: Prepared, batches: Sequence[Sequence[int]], sizes: layouts.Sizes | None = None, *, layout: str, **options
+) -> layouts.Packing:
     """Choose the shape of rows on some of the batches; `options` are those of `layouts.packing`."""
     shared = layout == "shared"
     samples = batches[:: -(-len(batches) // _SAMPLES)]
-    return layouts.packing(layouts.sizes(prepared, shared=shared), samples, shared=shared, **options)
+    found = layouts.sizes(prepared, shared=shared) if sizes is None else sizes
+    return layouts.packing(found, samples, shared=shared, **options)
 
 
 def _with_rows(

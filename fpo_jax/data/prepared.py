@@ -68,6 +68,20 @@ class Prepared(NamedTuple):
         start = self.starts_N[index]
         return self.tokens_S[start : start + self.lengths_N[index]], int(self.prompt_lengths_N[index])
 
+    def first(self, groups: int) -> "Prepared":
+        """Return the first so many groups of unpacked rows, or all where there are fewer."""
+        assert self.scored_S is None
+        groups = min(groups, self.groups)
+        rows = groups * self.group_size
+        return self._replace(
+            tokens_S=self.tokens_S[: int(self.starts_N[rows - 1] + self.lengths_N[rows - 1])],
+            starts_N=self.starts_N[:rows],
+            lengths_N=self.lengths_N[:rows],
+            prompt_lengths_N=self.prompt_lengths_N[:rows],
+            rewards_BK=self.rewards_BK[:groups],
+            sources=self.sources[:groups],
+        )
+
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of the rows and rewards: everything that log-probabilities and losses depend on.
 

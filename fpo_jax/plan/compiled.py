@@ -94,8 +94,8 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
     operations = scoring_operations = 0
     for name, program, first, batch, beside in _runs(config, sizes, made, state, accumulation, moments):
         model_config = sizes.blueprint.model_config
-        if name == REFERENCE and sizes.reference is not None:
-            model_config = sizes.reference
+        if name == REFERENCE:
+            model_config = sizes.blueprint.reference or model_config
         start = time.perf_counter()
         traced = _trace(program, first, batch)
         counted = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.sliding_window)
@@ -149,17 +149,15 @@ def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulat
         yield (
             EVALUATION,
             made.evaluate,
-            made.whole(state),
+            made.abstract_evaluated(),
             batch(sizes.evaluation, train.eval_batch_per_device),
             moments,
         )
     if sizes.scoring is not None:
         # It runs before there is an optimiser, or an adapter.
-        program, weights, beside = made.score, made.abstract_weights(sizes.blueprint.model_config), 0
-        if sizes.reference is not None:
-            program, weights = made.score_with(sizes.reference), made.abstract_weights(sizes.reference)
-            beside = programs.bytes_on_device(state.params)
-        yield REFERENCE, program, weights, batch(sizes.scoring, config.reference.batch_per_device), beside
+        beside = 0 if sizes.blueprint.reference is None else programs.bytes_on_device(state.params)
+        scored = batch(sizes.scoring, config.reference.batch_per_device)
+        yield REFERENCE, made.score, made.abstract_reference(), scored, beside
 
 
 def _trace(program: execution.Program, first, batch) -> jax.stages.Traced:

@@ -13,7 +13,7 @@ import huggingface_hub.errors
 import numpy as np
 
 from fpo_jax import config as configuration
-from fpo_jax import data, flops, hf, job, model
+from fpo_jax import data, flops, job, model
 from fpo_jax.data import layouts
 
 log = logging.getLogger("fpo_jax")
@@ -37,7 +37,6 @@ class Sizes(NamedTuple):
     evaluation: Shape | None  # None without evaluation
     scoring: Shape | None  # of the reference pass; None without
     scoring_batches: int | None  # of that pass; None without, or unknown
-    reference: model.ModelConfig | None  # of a reference that is another model
     groups: int | None  # of the training data; None = unknown
     steps: int | None  # updates of the run
     valid: flops.Work | None  # mean of an update's real rows; None = unknown
@@ -59,23 +58,13 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
     model_config = job.read_model(config, source)
     reference = None
     if loss.needs_reference and config.reference.path:
-        reference = hf.read_config(description(config.reference.path))
-    inputs, why = _inputs(config, loss, source, model_config)
+        other = description(config.reference.path)
+        reference = job.Reference(other, job.read_reference(config, other))
+    inputs, why = _inputs(config, loss, source, model_config, reference)
     if inputs is None:
         return _bounds(config, loss, model_config, reference, why, ways=ways)
-    plan = job.plan(config, inputs, devices=ways)
-    batch = config.train.batch_size
-
-    def one_pass(dataset: job.Dataset, per_device: int) -> tuple[Shape, int]:
-        rows = {"batch_size": per_device * ways, "longest": plan.schedule.buckets[-1]}
-        schedule = job.sequential_schedule(config, dataset.prepared, model_config, **rows)
-        return _largest(schedule, schedule.steps_per_epoch), schedule.steps_per_epoch
-
-    evaluation, scoring, batches = None, None, None
-    if inputs.evaluation is not None:
-        evaluation, _ = one_pass(inputs.evaluation, config.train.eval_batch_per_device)
-    if loss.needs_reference:
-        scoring, batches = one_pass(inputs.train, config.reference.batch_per_device)
+    plan, batch = job.plan(config, inputs, devices=ways), config.train.batch_size
+    scoring = plan.references[0]
     rows = inputs.train.prepared
     texts, contexts = rows.text_lengths(np.arange(len(rows.lengths_N))), 0
     filled = 1.0
@@ -90,10 +79,9 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         _largest(plan.schedule, plan.steps),
         plan.accumulation,
         filled,
-        evaluation,
-        scoring,
-        batches,
-        reference,
+        None if plan.evaluation is None else _largest(plan.evaluation, plan.evaluation.steps_per_epoch),
+        None if scoring is None else _largest(scoring, scoring.steps_per_epoch),
+        None if scoring is None else scoring.steps_per_epoch,
         rows.groups,
         plan.steps,
         flops.Work(*(round(number * batch / rows.groups) for number in total)),
@@ -126,7 +114,7 @@ def description(name_or_path: str, *, revision: str | None = None) -> Path:
         ) from error
 
 
-def _inputs(config, loss, source: Path, model_config) -> tuple[job.Inputs | None, str]:
+def _inputs(config, loss, source: Path, model_config, reference) -> tuple[job.Inputs | None, str]:
     """Read the data where they are files of this machine; else None and why."""
     sources = [data.parse(entry).source for entry in config.data.mixer] or [config.data.train]
     if absent := [source for source in sources if not Path(source).exists()]:
@@ -135,7 +123,9 @@ def _inputs(config, loss, source: Path, model_config) -> tuple[job.Inputs | None
         datasets = job.read_data(config, source, model_config)
     except ValueError as error:
         return None, f"the data could not be read ({str(error).rstrip('.')})"
-    return job.Inputs(loss, source, model_config, *datasets), ""
+    inputs = job.Inputs(loss, source, model_config, *datasets, reference)
+    job.check_reference_ids(inputs)
+    return inputs, ""
 
 
 def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str, *, ways: int) -> Sizes:
@@ -161,14 +151,22 @@ def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str, 
         batches = -(-groups // (config.reference.batch_per_device * ways))
     counted = "plan.groups is unset" if groups is None else f"{groups:,} groups by plan.groups"
     return Sizes(
-        job.Blueprint(loss, model_config, lengths, shape.scored, warmup, horizon, job.adapter(config, model_config)),
+        job.Blueprint(
+            loss,
+            model_config,
+            lengths,
+            shape.scored,
+            warmup,
+            horizon,
+            job.adapter(config, model_config),
+            reference=None if reference is None else reference.model_config,
+        ),
         shape,
         accumulation,
         1.0,
         shape if config.data.eval else None,
         shape if loss.needs_reference else None,
         batches,
-        reference,
         groups,
         steps,
         None,

@@ -1,0 +1,51 @@
+"""What a run is before it touches a device: checked configuration, model description, tokenised data, sizes.
+
+config -> Inputs (loss, model config, data with audits) -> Plan (batches, steps, passes) -> a workdir that is its own
+                 Inputs, Plan -> Blueprint: what the programs are compiled for, which needs neither data nor weights
+
+inputs      what is read
+planning    order, sizes, passes
+workdir     what makes it the same run
+"""
+
+from fpo_jax.job.inputs import (
+    Dataset,
+    Inputs,
+    Reference,
+    adapter,
+    buckets,
+    check,
+    check_reference_ids,
+    prepare,
+    read_data,
+    read_model,
+    read_reference,
+    read_tokenizer,
+)
+from fpo_jax.job.planning import Blueprint, Plan, accumulation, blueprint, durations, plan, sequential_schedule
+from fpo_jax.job.workdir import claim_workdir, fingerprints, identity
+
+__all__ = [
+    "Blueprint",
+    "Dataset",
+    "Inputs",
+    "Plan",
+    "Reference",
+    "accumulation",
+    "adapter",
+    "blueprint",
+    "buckets",
+    "check",
+    "check_reference_ids",
+    "claim_workdir",
+    "durations",
+    "fingerprints",
+    "identity",
+    "plan",
+    "prepare",
+    "read_data",
+    "read_model",
+    "read_reference",
+    "read_tokenizer",
+    "sequential_schedule",
+]

@@ -1,0 +1,60 @@
+"""What makes a run the same run: its identity, and the workdir that is its own."""
+
+import json
+import logging
+from pathlib import Path
+
+import jax
+
+from fpo_jax import __version__, checkpoint, files, hf
+from fpo_jax import config as configuration
+from fpo_jax.job.inputs import Inputs
+
+log = logging.getLogger("fpo_jax")
+
+
+def fingerprints(inputs: Inputs) -> dict[str, str]:
+    """Return what must be the same for a checkpoint to be resumed."""
+    found = {
+        "model": hf.weights_fingerprint(inputs.source),
+        "train data": inputs.train.prepared.fingerprint(),
+        "eval data": "" if inputs.evaluation is None else inputs.evaluation.prepared.fingerprint(),
+    }
+    if inputs.reference is not None:
+        found["reference"] = hf.weights_fingerprint(inputs.reference.source)
+    return found
+
+
+def identity(config: configuration.Config) -> dict[str, object]:
+    """Return what else every process of a run must have alike: the versions and every knob."""
+    return {"fpo_jax": __version__, "jax": jax.__version__} | configuration.flatten(config.to_dict())
+
+
+def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -> None:
+    """Write the run's identity into the workdir, or check that it is the same run's.
+
+    Raises:
+        ValueError: the workdir belongs to another configuration; lists what differs.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(config.to_json())
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = configuration.difference(before, mine, ignore=configuration.RESUMABLE)
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with another configuration:\n  "
+                + "\n  ".join(changed)
+                + "\nuse another --workdir, or give the old values to go on with that run."
+            )
+        for line in configuration.difference(before, mine):
+            known = line.partition(":")[0] in configuration.FITTING
+            log.info("this start has %s%s", line, "; sums may round differently" if known else "")
+    elif workdir.is_dir() and (workdir / checkpoint.FOLDER).exists():
+        raise ValueError(f"{workdir} holds checkpoints but no config.json; use another --workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write(path, json.dumps(mine, indent=2) + "\n")
+    audits = {"train": inputs.train.audit.as_dict()}
+    if inputs.evaluation is not None:
+        audits["eval"] = inputs.evaluation.audit.as_dict()
+    files.write(workdir / "audit.json", json.dumps(audits, indent=2) + "\n")

@@ -1,0 +1,230 @@
+"""Passes over whole sets, of evaluations and of the reference: their own rows, their own attention, their own model."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from fpo_jax import announcement, attention, data, hf, job, loop, metrics, model, programs, reference, shapes, sharding
+from tests import batches, tiny, tolerances
+
+ONE = {"mesh__data": 1, "mesh__fsdp": 1, "train__max_steps": 1, "train__eval_every": 0}
+GEMMA2 = {"sliding_window": 6, "attention_soft_cap": 20.0, "final_soft_cap": 15.0, "query_scale": 0.3, "layers": 2}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    path = tmp_path_factory.mktemp("passes")
+    tiny.write_model(path / "model", layers=1, max_positions=1024)
+    tiny.write_pairs(path / "pairs.jsonl", count=32)
+    long = {"prompt": "ab " * 150, "chosen": " f!", "rejected": " gh."}
+    tiny.write_model(path / "worse", layers=1, seed=3, initializer_range=0.6)  # than the model, so that KTO's z > 0
+    (path / "long.jsonl").write_text((path / "pairs.jsonl").read_text() + json.dumps(long) + "\n")
+    return path
+
+
+def run_config(root, **changed):
+    return tiny.config(root / "model", root / "pairs.jsonl", **(ONE | changed))
+
+
+def built(config, *, devices=1):
+    """Inputs, plan and programs of a run."""
+    inputs, layout = job.prepare(config), sharding.make_layout(**config.mesh, devices=jax.devices()[:devices])
+    plan = job.plan(config, inputs, devices=layout.row_ways)
+    return inputs, plan, programs.Programs(config, job.blueprint(config, inputs, plan), layout)
+
+
+def evaluated(workdir):
+    """Numbers of the evaluations of a run."""
+    return [line for line in metrics.read(workdir / metrics.METRICS_FILE) if "eval_loss" in line]
+
+
+# --- rows and attention
+
+
+def test_a_pass_with_longer_rows_has_an_attention_of_its_own(root):
+    short = {"data__layout": "shared", "data__max_length": 512}
+    _, _, usual = built(run_config(root, **short))
+    assert [line.split()[1] for line in usual.choices if "attention" in line] == ["xla"]
+    _, plan, made = built(run_config(root, **short, data__eval=str(root / "long.jsonl")))
+    assert plan.schedule.buckets[-1] <= 384 < plan.evaluation.buckets[-1] == plan.references[1].buckets[-1]
+    attends = {line.partition("attention: ")[0]: line for line in made.choices if "attention" in line}
+    assert attends.keys() == {"", "evaluations: ", "reference pass: "}
+    assert " xla " in attends[""] and all(" chunked " in attends[of] for of in attends if of), attends
+    assert "rows of 512 positions, more than 384" in attends["evaluations: "]
+    for kept, whole in ((usual, True), (made, False)):
+        for program, first in (
+            (kept.evaluate, kept.abstract_evaluated()),
+            (kept.score, kept.abstract_reference()),
+        ):
+            batch = kept.abstract_batch(2, group_size=2, length=512, scored=64, places=2)
+            logits = "512x512xf32" in program.jitted.lower(first, batch).as_text()
+            assert logits == whole, program.name  # all logits of a row at once, or blocks of them
+
+
+def test_both_passes_over_a_set_measure_its_groups_once(root, monkeypatch):
+    measured, measure = [], data.layouts.sizes
+    monkeypatch.setattr(data.layouts, "sizes", lambda *of, **how: measured.append(of) or measure(*of, **how))
+    inputs = job.prepare(run_config(root, data__layout="shared", reference__batch_per_device=3))
+    plan = job.plan(run_config(root, data__layout="shared", reference__batch_per_device=3), inputs, devices=1)
+    assert len(measured) == 2  # train and eval
+    assert plan.references[0].parts == plan.references[1].parts == 3 and plan.evaluation.parts == 1
+
+
+def test_rows_too_short_for_the_evaluation_data_are_told_before_the_workdir_is_taken(root, tmp_path):
+    changed = {"data__layout": "shared", "data__row_length": 128, "data__max_length": 512}
+    config = run_config(root, **changed, data__eval=str(root / "long.jsonl"))
+    with pytest.raises(ValueError, match=r"^data.eval: data.row_length=128 is shorter than the longest group of 4\d\d"):
+        loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    assert not (tmp_path / "w").exists()
+
+
+def test_rows_without_a_group_are_told_with_what_leaves_fewer(root):
+    told = {}
+    for per_device in (1, 2, 16):
+        config = run_config(root, data__layout="shared", train__micro_batch_per_device=per_device)
+        config.data.row_length, config.train.max_steps = 128, 4
+        inputs = job.prepare(config)
+        plan = job.plan(config, inputs, devices=2)
+        told[per_device] = announcement.rows_in_words(config, plan, devices=2)
+        used = np.mean([len(rows) for rows in plan.schedule.rows.groups])
+        if per_device == 16:
+            empty = (
+                f"; {1 - used / 32:.0%} of the rows hold no group, as they come in blocks of 16 on each of 2 devices: "
+            )
+            assert empty in told[16], told
+    (better,) = re.findall(r"micro_batch_per_device=(\d+) would leave about (\d+)%", told[16])
+    smaller = told.get(int(better[0]), "")
+    assert int(better[0]) < 16 and int(better[1]) < 40, told
+    assert "hold no group" not in smaller or f"{better[1]}% of the rows" in smaller, told
+
+
+# --- evaluations
+
+
+def kto(root):
+    return {"loss__name": "kto", "loss__alpha": None, "loss__beta_pi": 0.1, "reference__path": str(root / "worse")}
+
+
+@pytest.mark.slow  # three runs
+def test_an_evaluation_is_that_of_its_first_groups_whatever_batches_they_come_in(root, tmp_path):
+    """KTO's loss reads a mean over the whole evaluation, which no batch knows."""
+    changed = kto(root) | {"train__eval_groups": 21}
+    runs = {
+        "padded": {"train__eval_batch_per_device": 2},
+        "shared": {"data__layout": "shared", "train__eval_batch_per_device": 3},
+        "mesh": {"mesh__data": 2, "mesh__fsdp": 2, "train__eval_batch_per_device": 3},
+    }
+    found = {}
+    for name, of in runs.items():
+        loop.run(
+            run_config(root, **(changed | of)), tmp_path / name, devices=jax.devices()[: 4 if name == "mesh" else 1]
+        )
+        found[name] = evaluated(tmp_path / name)[-1]
+    padded = found.pop("padded")
+    assert padded["eval_reference_kl"] > tolerances.DIFFERENT
+    for numbers in found.values():
+        assert numbers.keys() == padded.keys()
+        for key, value in padded.items():
+            assert_allclose(numbers[key], value, rtol=tolerances.SHARED_RUN, atol=tolerances.SHARED_RUN, err_msg=key)
+    prepared = job.prepare(run_config(root)).evaluation.prepared
+    some = job.prepare(run_config(root, **changed)).evaluation.prepared
+    assert some.groups == 21 and prepared.groups > 21
+    for number in range(21 * 2):
+        assert_array_equal(some.row(number)[0], prepared.row(number)[0])
+
+
+@pytest.mark.slow  # one run
+def test_the_loss_of_an_evaluation_by_kto_is_its_equation(root, tmp_path):
+    """λ_w (1 - σ(βΔ_w - z)) + λ_l (1 - σ(z - βΔ_l)), z = β max(0, mean Δ of the evaluation): arXiv 2402.01306."""
+    config = run_config(root, **kto(root))
+    inputs, plan, made = built(config)
+    policy, other = made.load(root / "model"), made.load_reference(root / "worse")
+    ratios = []
+    for number in range(plan.evaluation.steps_per_epoch):
+        batch = made.place(data.batch_at(plan.evaluation, number), stacked=False)
+        ratios.append(np.float64(made.score(policy, batch)) - np.float64(made.score(other, batch)))
+    ratios_BK, best_BK = np.concatenate(ratios), np.asarray(inputs.evaluation.prepared.rewards_BK) > 0
+    beta, rate = config.loss.beta_pi, lambda x: 1 / (1 + np.exp(-x))
+    z = max(0.0, beta * ratios_BK.mean())
+    win, lose = beta * ratios_BK[best_BK], beta * ratios_BK[~best_BK]
+    expected = np.mean((1 - rate(win - z)) + (1 - rate(z - lose)))
+    loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    first = evaluated(tmp_path / "w")[0]
+    assert z > tolerances.DIFFERENT
+    assert_allclose(first["eval_loss"], expected, rtol=tolerances.SHARED_RUN)
+
+
+# --- a reference of its own
+
+
+def as_reference(folder, **changed):
+    """A reference that no policy's check has seen."""
+    tiny.write_model(folder, **({"layers": 1, "seed": 3} | changed))
+    return {"reference__path": str(folder), "loss__name": "dpo", "loss__alpha": None}
+
+
+REFUSED = {
+    "window": ({"max_positions": 32}, {}, r"data.max_length=40 exceeds the model's window of 32 tokens \(.*other\)"),
+    "vocabulary": ({"vocab_size": 40}, {}, r"reference.path: the data hold token \d+, and .*other has 40 embeddings"),
+    "rope": (
+        {"rope": model.Rope(type="dynamic", factor=2.0)},
+        {"data__layout": "shared"},
+        "the rotary frequencies of .*other depend on a row's length",
+    ),
+    "reward model": ({"reward_head": True}, {}, "reference.path: .*other is a reward model; give a language model"),
+    "heads": ({"heads": 3, "kv_heads": 3}, {"mesh__tensor": 2}, "reference.path: 3 attention heads are not divisible"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_reference_that_cannot_score_the_rows_is_refused_before_anything_starts(root, tmp_path, case):
+    described, changed, message = REFUSED[case]
+    config = run_config(root, **(as_reference(tmp_path / "other", **described) | changed))
+    with pytest.raises(ValueError, match=message):
+        loop.run(config, tmp_path / "w", devices=jax.devices()[: config.mesh.tensor or 1])
+    assert not (tmp_path / "w").exists()
+
+
+def test_damaged_weights_of_a_reference_are_told_before_anything_starts(root, tmp_path):
+    config = run_config(root, **as_reference(tmp_path / "other"))
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="other"):
+        loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+def test_a_reference_of_another_family_scores_with_its_own_attention_and_head(root, tmp_path, layout):
+    config = run_config(root, **as_reference(tmp_path / "other", family="gemma2", **GEMMA2), data__layout=layout)
+    inputs, plan, made = built(config)
+    attends = {line.partition("attention: ")[0]: line for line in made.choices if "attention" in line}
+    assert " xla " in attends[""] and " chunked " in attends["reference pass: "], made.choices
+    weights = made.load_reference(tmp_path / "other")
+    scored = (
+        (data.group_ids(plan.references[0], number), made.score(weights, data.batch_at(plan.references[0], number)))
+        for number in range(plan.references[0].steps_per_epoch)
+    )
+    found = reference.compute(((ids, np.asarray(logps)) for ids, logps in scored), groups=inputs.train.prepared.groups)
+    in_blocks = attention.Choice("chunked", "for the test")
+    alone = batches.scorer(hf.read_config(tmp_path / "other"), attention=in_blocks)
+    for group in (0, 7):
+        schedule = data.schedule(inputs.train.prepared, batch_size=1, buckets=(40,), seed=0, shuffle=False)
+        expected = alone(weights, shapes.Batch(*data.batch_at(schedule, group))).sum_N
+        assert_allclose(found[group], expected, rtol=tolerances.SHARED_RUN)
+
+
+@pytest.mark.slow  # two starts of a run
+def test_another_content_of_the_reference_is_refused_on_resumption(root, tmp_path):
+    config = run_config(root, **as_reference(tmp_path / "other"), train__max_steps=2)
+    loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    shutil.rmtree(tmp_path / "other")
+    as_reference(tmp_path / "other")
+    loop.run(config, tmp_path / "w", devices=jax.devices()[:1])  # the same content
+    tiny.write_model(tmp_path / "other", layers=1, seed=4)
+    with pytest.raises(ValueError, match=r"^reference changed since step 2 of"):
+        loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
