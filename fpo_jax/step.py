@@ -228,8 +228,6 @@ def eval_step(
     params, batch_kl = evaluated
     response = scorer(params, batch)
     candidates = _candidates(batch, response, batch_kl)
-    ratio = jnp.sum(batch.weight_B[:, None] * (candidates.logps_BK - candidates.reference_logps_BK))
-    candidates = candidates._replace(batch_kl=ratio / (jnp.maximum(jnp.sum(batch.weight_B), 1.0) * candidates.logps_BK.shape[1]))
     losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
     pairs = measures.pairs(batch, response, candidates, losses_B, loss)
     groups = jnp.sum(batch.weight_B * loss.counted(batch.rewards_BK))

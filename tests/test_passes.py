@@ -111,7 +111,7 @@ def kto(root):
 
 
 @pytest.mark.slow  # three runs
-def test_an_evaluation_is_that_of_its_first_groups_whatever_batches_they_come_in(root, tmp_path):
+def test_an_evaluation_is_that_of_its_groups_whatever_batches_they_come_in(root, tmp_path):
     """KTO's loss reads a mean over the whole evaluation, which no batch knows."""
     changed = kto(root) | {"train__eval_groups": 21}
     runs = {
@@ -131,11 +131,20 @@ def test_an_evaluation_is_that_of_its_first_groups_whatever_batches_they_come_in
         assert numbers.keys() == padded.keys()
         for key, value in padded.items():
             assert_allclose(numbers[key], value, rtol=tolerances.SHARED_RUN, atol=tolerances.SHARED_RUN, err_msg=key)
-    prepared = job.prepare(run_config(root)).evaluation.prepared
-    some = job.prepare(run_config(root, **changed)).evaluation.prepared
-    assert some.groups == 21 and prepared.groups > 21
-    for number in range(21 * 2):
-        assert_array_equal(some.row(number)[0], prepared.row(number)[0])
+
+
+def test_groups_of_an_evaluation_are_spread_over_its_data(root):
+    whole = job.prepare(run_config(root)).evaluation.prepared
+    some = job.prepare(run_config(root, train__eval_groups=7)).evaluation.prepared
+    expected = [number * whole.groups // 7 for number in range(7)]
+    assert expected[:3] == [0, 4, 9] and expected[-1] > whole.groups - 6
+    assert list(some.sources) == [whole.sources[group] for group in expected]
+    assert_array_equal(some.rewards_BK, whole.rewards_BK[expected])
+    for number, group in enumerate(expected):
+        for k in range(2):
+            assert_array_equal(some.row(2 * number + k)[0], whole.row(2 * group + k)[0])
+            assert some.row(2 * number + k)[1] == whole.row(2 * group + k)[1]
+    assert job.prepare(run_config(root, train__eval_groups=99)).evaluation.prepared.fingerprint() == whole.fingerprint()
 
 
 @pytest.mark.slow  # one run

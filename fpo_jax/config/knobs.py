@@ -183,7 +183,7 @@ def default() -> Config:
     c.train.max_steps = config_dict.placeholder(int)  # updates; stops the run earlier
     c.train.eval_every = 400  # updates; 0 = only at the start and the end
     c.train.eval_batch_per_device = 4  # groups or rows per device
-    c.train.eval_groups = config_dict.placeholder(int)  # of the evaluation data, the first; unset = all
+    c.train.eval_groups = config_dict.placeholder(int)  # of the evaluation data, at equal distances; unset = all
     c.train.save_every = 100  # updates
     # Write checkpoints beside the updates that follow. Off, the run waits for each: a SIGKILL then costs save_every
     # updates at most, and on, twice as many while a save is under way.

@@ -68,18 +68,21 @@ class Prepared(NamedTuple):
         start = self.starts_N[index]
         return self.tokens_S[start : start + self.lengths_N[index]], int(self.prompt_lengths_N[index])
 
-    def first(self, groups: int) -> "Prepared":
-        """Return the first so many groups of unpacked rows, or all where there are fewer."""
+    def spread(self, count: int) -> "Prepared":
+        """Return so many groups of unpacked rows at equal distances, for sorted sets too; at most all."""
         assert self.scored_S is None
-        groups = min(groups, self.groups)
-        rows = groups * self.group_size
+        if count >= self.groups:
+            return self
+        groups_B, K = np.arange(count) * self.groups // count, self.group_size
+        rows_N = (groups_B[:, None] * K + np.arange(K)).reshape(-1)
+        lengths_N = self.lengths_N[rows_N]
         return self._replace(
-            tokens_S=self.tokens_S[: int(self.starts_N[rows - 1] + self.lengths_N[rows - 1])],
-            starts_N=self.starts_N[:rows],
-            lengths_N=self.lengths_N[:rows],
-            prompt_lengths_N=self.prompt_lengths_N[:rows],
-            rewards_BK=self.rewards_BK[:groups],
-            sources=self.sources[:groups],
+            tokens_S=np.concatenate([self.row(row)[0] for row in rows_N.tolist()]),
+            starts_N=np.cumsum(lengths_N, dtype=np.int64) - lengths_N,
+            lengths_N=lengths_N,
+            prompt_lengths_N=self.prompt_lengths_N[rows_N],
+            rewards_BK=self.rewards_BK[groups_B],
+            sources=tuple(self.sources[group] for group in groups_B),
         )
 
     def fingerprint(self) -> str:

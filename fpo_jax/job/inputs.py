@@ -238,8 +238,8 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
     )
     sample = data.masked_sample(prepared, tokenizer)
     if name == "eval" and config.train.eval_groups and config.train.eval_groups < prepared.groups:
-        log.info("evaluations take the first %d of %d groups", config.train.eval_groups, prepared.groups)
-        prepared = prepared.first(config.train.eval_groups)
+        log.info("evaluations take %d of %d groups, at equal distances", config.train.eval_groups, prepared.groups)
+        prepared = prepared.spread(config.train.eval_groups)
     if options.packing:
         prepared = data.pack(prepared, length=options.max_length)
         audit = audit.with_packed(prepared.groups, length=options.max_length)
