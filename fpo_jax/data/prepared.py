@@ -69,10 +69,8 @@ class Prepared(NamedTuple):
         return self.tokens_S[start : start + self.lengths_N[index]], int(self.prompt_lengths_N[index])
 
     def spread(self, count: int) -> "Prepared":
-        """Return so many groups of unpacked rows at equal distances, for sorted sets too; at most all."""
-        assert self.scored_S is None
-        if count >= self.groups:
-            return self
+        """Return so many of the groups at equal distances, which represent a sorted set too; rows are not packed."""
+        assert self.scored_S is None and count <= self.groups
         groups_B, K = np.arange(count) * self.groups // count, self.group_size
         rows_N = (groups_B[:, None] * K + np.arange(K)).reshape(-1)
         lengths_N = self.lengths_N[rows_N]
