@@ -119,8 +119,6 @@ def problems(config: Config) -> list[str]:
         )
     number("train.eval_every", 0)
     choice("train.on_nonfinite", ("stop", "skip"))
-    if config.train.eval_groups is not None and not config.data.eval:
-        found.append(f"train.eval_groups={config.train.eval_groups} is not used without data.eval; set that too.")
     if config.train.keep_best and not (config.data.eval or config.answers.count):
         found.append(f"train.keep_best={config.train.keep_best!r} needs an evaluation; set data.eval.")
     if config.train.keep_best and not config.train.keep_best.startswith("eval_"):
