@@ -81,11 +81,10 @@ def _empty_rows(per_device: int, used: list[int], packing: layouts.Packing, devi
     share = empty(per_device)
     if share <= _EMPTY:
         return ""
-    told = (
-        f"; {share:.0%} of the rows hold no group, as they come in blocks of {per_device} on each of {devices} devices"
-    )
+    devices_told = f" ({per_device} on each of {devices} devices)" if devices > 1 else ""
+    told = f"; {share:.0%} of the rows hold no group, as they come in blocks of {per_device * devices}{devices_told}"
     smaller = range(per_device - 1, 0, -1)
     better = next((one for one in smaller if empty(one) <= _EMPTY), min(smaller, key=empty, default=per_device))
     if empty(better) < share:
         return f"{told}: train.micro_batch_per_device={better} would leave about {empty(better):.0%}"
-    return f"{told}: a larger train.batch_size fills them"
+    return f"{told}: a smaller data.row_length makes more rows, mesh.tensor and fewer devices make smaller blocks"

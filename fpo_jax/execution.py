@@ -49,7 +49,7 @@ class Program:
         Raises:
             ValueError: the program needs more memory than a device has.
         """
-        key = (batch.tokens_NT.shape, batch.targets_NR.shape)
+        key = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if key not in self._compiled:
             start = time.perf_counter()
             compiled = self._compile(first, batch)
@@ -61,8 +61,8 @@ class Program:
             log.info(
                 "compiled %s for rows of %d tokens (%d scored) in %.1f s%s",
                 self.name,
-                key[0][-1],
-                key[1][-1],
+                batch.tokens_NT.shape[-1],
+                batch.targets_NR.shape[-1],
                 seconds,
                 size,
             )

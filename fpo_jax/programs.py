@@ -3,10 +3,10 @@
 Built once from a configuration before any weight is read; nothing here decides when a program runs.
 """
 
-import contextlib
+import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from fpo_jax import config as configuration
 class Programs:
     """`train(state, batch)`, `evaluate((params, batch_kl), batch)`, `score(params, batch)`: compiled per batch shape.
 
-    Attention and head of each are chosen for its own rows, those of `score` for the reference's model.
+    Each has the attention of its own rows; `score` is the model below the adapter, or a reference of its own.
     """
 
     def __init__(self, config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout):
@@ -73,21 +73,15 @@ class Programs:
         )
         self._optimizer = guard.watching(optimizer)
         self.scorer, self.choices = _scorer(config, blueprint, layout)
-        with _about("evaluations"):
-            evaluated = blueprint._replace(lengths=blueprint.evaluation_lengths or blueprint.lengths)
-            evaluator = self._scorer_of("evaluations", config, evaluated, layout)
-        self._reference = blueprint.reference or self._model
-        with _about("reference pass" if blueprint.reference is None else "reference.path"):
-            # Without a model of its own it is the one below the adapter.
-            below = blueprint._replace(
-                model_config=self._reference, adapter=None, lengths=blueprint.reference_lengths or blueprint.lengths
-            )
-            referee = self._scorer_of("reference pass", config, below, layout)
-            referee_places = self._model_shardings(self._reference)
+        evaluation_scorer, reference_scorer, told = _pass_scorers(config, blueprint, layout, self.scorer)
+        self.choices += told
         self.param_shardings = self._placed(self._trained)
         whole = self.param_shardings
         if self._adapter is not None:
             whole = params.union(self.param_shardings, self._placed(self._frozen))
+        self._reference = blueprint.reference or self._model
+        with configuration.about("reference.path"):  # any other model is placed by now
+            reference_shardings = self._model_shardings(self._reference)
         self.state_shardings = self._state_shardings(offload=config.optim.offload)
         update = functools.partial(
             step.train_step,
@@ -101,19 +95,15 @@ class Programs:
         self.train = execution.Program(
             "train_step", step.jit_train_step(update, mesh=mesh, state_shardings=self.state_shardings)
         )
-        evaluate = functools.partial(step.eval_step, scorer=evaluator, loss=blueprint.loss)
-        first = (whole, sharding.replicated(mesh))
-        self.evaluate = execution.Program("eval_step", step.jit_eval_step(evaluate, mesh=mesh, first=first))
-        score = functools.partial(step.score_step, scorer=referee)
-        self.score = execution.Program("reference pass", step.jit_eval_step(score, mesh=mesh, first=referee_places))
-
-    def _scorer_of(
-        self, name: str, config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout
-    ) -> step.AnyScorer:
-        """Settle the scorer of a pass; what differs from that of updates joins the choices."""
-        scorer, choices = _scorer(config, blueprint, layout)
-        self.choices += [f"{name}: {choice}" for choice in choices if choice not in self.choices]
-        return scorer
+        evaluate = functools.partial(step.eval_step, scorer=evaluation_scorer, loss=blueprint.loss)
+        evaluated = (whole, sharding.replicated(mesh))
+        self.evaluate = execution.Program(
+            "eval_step", step.jit_eval_step(evaluate, mesh=mesh, first_shardings=evaluated)
+        )
+        score = functools.partial(step.score_step, scorer=reference_scorer)
+        self.score = execution.Program(
+            "reference pass", step.jit_eval_step(score, mesh=mesh, first_shardings=reference_shardings)
+        )
 
     def positions(self, parts: int, *, accumulation: int = 1) -> np.ndarray:
         """Return which parts of a batch this process builds, in the order in which `place` takes them."""
@@ -307,15 +297,6 @@ class Programs:
         return {**weights, "layers": jax.tree.map(gathered, weights["layers"], whole["layers"], is_matrix["layers"])}
 
 
-@contextlib.contextmanager
-def _about(name: str) -> Iterator[None]:
-    """Say what an obstacle is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
 def _guard(config: configuration.Config) -> guards.Guard:
     train = config.train
     weight = train.max_nonfinite if train.on_nonfinite == "stop" else 1
@@ -342,41 +323,9 @@ def bytes_on_device(tree: shapes.PyTree) -> int:
 def _scorer(
     config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout
 ) -> tuple[step.AnyScorer, list[str]]:
-    """Settle which attention and which head implementation run, once; returns the choices and their reasons as text."""
-    assert layout.mesh is not None
-    device, dtype, model_config = layout.mesh.devices.flat[0], config.model.compute_dtype, blueprint.model_config
-    target = logps.Target.of(device)
-    attends = attention.choose(
-        config.model.attention,
-        platform=target.platform,
-        dtype=dtype,
-        head_dim=model_config.head_dim,
-        heads=model_config.heads,
-        kv_heads=model_config.kv_heads,
-        positions=blueprint.lengths,
-        sliding_window=model_config.sliding_window,
-        soft_cap=model_config.attention_soft_cap,
-        segments=config.data.packing or config.data.layout != "padded",
-        shared=config.data.layout == "shared",
-        compute_capability=target.compute_capability,
-        layout=layout,
-    )
-    slotted = config.data.layout != "padded"
-    rows = config.train.micro_batch_per_device * layout.row_ways * (1 if slotted else config.data.group_size)
-    head = {
-        "target": target,
-        "shapes": logps.HeadShapes(
-            tokens=rows * blueprint.scored,
-            width=model_config.width,
-            vocab=model_config.vocab_size,
-        ),
-        "dtype": dtype,
-        "head_dtype": config.model.param_dtype,
-        "requested": config.kernel.implementation,
-        "fuse_loss": config.kernel.fuse_loss,
-        "placement": layout.head,
-        "slotted": slotted,
-    }
+    """Settle what scores the batches of updates; returns the choices and their reasons as text."""
+    model_config, dtype = blueprint.model_config, config.model.compute_dtype
+    attends = _attention(config, model_config, blueprint.lengths, layout)
     gathered = f"weights: {sharding.GATHER[layout.gather]}"
     attended = f"attention: {attends.implementation} ({attends.reason})"
     if model_config.reward_head:
@@ -384,9 +333,9 @@ def _scorer(
             model_config, dtype, config.model.remat, attends, layout, adapter=blueprint.adapter
         )
         return scorer, [gathered, attended, "head: one score at the last token of a row, float32"]
-    workspace = config.kernel.workspace_mib * 2**20
-    explained = logps.explain(**head, workspace_bytes=workspace)
-    choice = logps.choose(**head)
+    head, workspace = _head(config, blueprint, model_config, layout), config.kernel.workspace_mib * 2**20
+    explained = logps.explain(**head, fuse_loss=config.kernel.fuse_loss, workspace_bytes=workspace)
+    choice = logps.choose(**head, fuse_loss=config.kernel.fuse_loss)
     scorer = step.Scorer(
         config=model_config,
         compute_dtype=dtype,
@@ -400,8 +349,76 @@ def _scorer(
         layout=layout,
         adapter=blueprint.adapter,
     )
-    return scorer, [
-        gathered,
-        attended,
-        explained,
-    ]
+    return scorer, [gathered, attended, explained]
+
+
+def _pass_scorers(
+    config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout, scorer: step.AnyScorer
+) -> tuple[step.AnyScorer, step.AnyScorer, list[str]]:
+    """Settle what scores the batches of evaluations and of the reference pass; tells what differs from updates."""
+    told = []
+
+    def attention_of(name: str, model_config: model.ModelConfig, lengths: tuple[int, ...]) -> attention.Choice:
+        choice = _attention(config, model_config, lengths or blueprint.lengths, layout)
+        if choice != scorer.attention:
+            told.append(f"{name}: attention: {choice.implementation} ({choice.reason})")
+        return choice
+
+    with configuration.about("evaluations"):
+        attends = attention_of("evaluations", blueprint.model_config, blueprint.evaluation_lengths)
+    evaluation_scorer = dataclasses.replace(scorer, attention=attends)
+    other = blueprint.reference
+    described = other or blueprint.model_config
+    with configuration.about("reference pass" if other is None else "reference.path"):
+        attends = attention_of("reference pass", described, blueprint.reference_lengths)
+        reference_scorer = dataclasses.replace(scorer, config=described, attention=attends, adapter=None)
+        if isinstance(reference_scorer, step.Scorer) and other is not None:
+            head = logps.choose(**_head(config, blueprint, other, layout), fuse_loss="off")
+            if head.implementation != reference_scorer.implementation:
+                told.append(f"reference pass: log-probs: {head.implementation} ({head.reason})")
+            reference_scorer = dataclasses.replace(
+                reference_scorer, implementation=head.implementation, interpret=head.interpret
+            )
+    return evaluation_scorer, reference_scorer, told
+
+
+def _attention(
+    config: configuration.Config, model_config: model.ModelConfig, lengths: tuple[int, ...], layout: sharding.Layout
+) -> attention.Choice:
+    assert layout.mesh is not None
+    target = logps.Target.of(layout.mesh.devices.flat[0])
+    return attention.choose(
+        config.model.attention,
+        platform=target.platform,
+        dtype=config.model.compute_dtype,
+        head_dim=model_config.head_dim,
+        heads=model_config.heads,
+        kv_heads=model_config.kv_heads,
+        positions=lengths,
+        sliding_window=model_config.sliding_window,
+        soft_cap=model_config.attention_soft_cap,
+        segments=config.data.packing or config.data.layout != "padded",
+        shared=config.data.layout == "shared",
+        compute_capability=target.compute_capability,
+        layout=layout,
+    )
+
+
+def _head(
+    config: configuration.Config, blueprint: job.Blueprint, model_config: model.ModelConfig, layout: sharding.Layout
+) -> dict[str, Any]:
+    """Facts for the choice of the head, at the sizes of an update."""
+    assert layout.mesh is not None
+    slotted = config.data.layout != "padded"
+    rows = config.train.micro_batch_per_device * layout.row_ways * (1 if slotted else config.data.group_size)
+    return {
+        "target": logps.Target.of(layout.mesh.devices.flat[0]),
+        "shapes": logps.HeadShapes(
+            tokens=rows * blueprint.scored, width=model_config.width, vocab=model_config.vocab_size
+        ),
+        "dtype": config.model.compute_dtype,
+        "head_dtype": config.model.param_dtype,
+        "requested": config.kernel.implementation,
+        "placement": layout.head,
+        "slotted": slotted,
+    }

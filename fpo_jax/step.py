@@ -250,11 +250,11 @@ def jit_train_step(step: Callable, *, mesh: Mesh, state_shardings: shapes.TrainS
     )
 
 
-def jit_eval_step(step: Callable, *, mesh: Mesh, first: shapes.PyTree) -> jax.stages.Wrapped:
-    """Jit `step(first, batch)` over the mesh, `first` with these shardings; the result is replicated."""
+def jit_eval_step(step: Callable, *, mesh: Mesh, first_shardings: shapes.PyTree) -> jax.stages.Wrapped:
+    """Jit `step(first, batch)` over the mesh; the result is replicated."""
     return jax.jit(
         step,
-        in_shardings=(first, sharding.batch_sharding(mesh, stacked=False)),
+        in_shardings=(first_shardings, sharding.batch_sharding(mesh, stacked=False)),
         out_shardings=sharding.replicated(mesh),
     )
 

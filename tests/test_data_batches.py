@@ -214,7 +214,8 @@ class TestBatch:
 
     def test_sequential_covers_everything_once_in_order(self):
         prepared = random_set(groups=10)
-        got = list(data.sequential_batches(prepared, batch_size=4, buckets=(16, 40)))
+        schedule = plan(prepared, batch_size=4, buckets=(16, 40), shuffle=False, last_batch="pad")
+        got = [data.batch_at(schedule, number) for number in range(schedule.steps_per_epoch)]
         assert np.concatenate([batch.row_ids_B for batch in got]).tolist() == [*range(10), -1, -1]
         assert sum(batch.weight_B.sum() for batch in got) == 10
 

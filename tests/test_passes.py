@@ -10,6 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fpo_jax import announcement, attention, data, hf, job, loop, metrics, model, programs, reference, shapes, sharding
+from fpo_jax.plan import compiled
 from tests import batches, tiny, tolerances
 
 ONE = {"mesh__data": 1, "mesh__fsdp": 1, "train__max_steps": 1, "train__eval_every": 0}
@@ -75,12 +76,47 @@ def test_both_passes_over_a_set_measure_its_groups_once(root, monkeypatch):
     assert plan.references[0].parts == plan.references[1].parts == 3 and plan.evaluation.parts == 1
 
 
+def test_sets_whose_rows_have_room_for_other_numbers_of_groups_share_no_program(root, tmp_path):
+    """The shapes of tokens and scored positions alone do not tell the batches of two sets apart."""
+    config = run_config(root, data__layout="packed", data__row_length=256, data__eval=str(tmp_path / "other.jsonl"))
+    for seed in range(1, 30):
+        tiny.write_pairs(tmp_path / "other.jsonl", count=20, seed=seed)
+        inputs = job.prepare(config)
+        passes = job.plan(config, inputs, devices=1).references
+        shape, other = ((one.buckets, one.scored, one.rows.packing.places) for one in passes)
+        if shape[:2] == other[:2] and shape[2] != other[2]:
+            break
+    else:
+        pytest.fail("no such set among 29")
+    loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    config.data.layout, config.data.row_length = "padded", None
+    loop.run(config, tmp_path / "padded", devices=jax.devices()[:1])
+    kept = [next((tmp_path / name / "reference").glob("eval-*.safetensors")) for name in ("w", "padded")]
+    assert_allclose(*map(reference.load, kept), rtol=tolerances.SHARED_RUN)
+
+
 def test_rows_too_short_for_the_evaluation_data_are_told_before_the_workdir_is_taken(root, tmp_path):
     changed = {"data__layout": "shared", "data__row_length": 128, "data__max_length": 512}
     config = run_config(root, **changed, data__eval=str(root / "long.jsonl"))
     with pytest.raises(ValueError, match=r"^data.eval: data.row_length=128 is shorter than the longest group of 4\d\d"):
         loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
     assert not (tmp_path / "w").exists()
+
+
+def test_a_plan_has_the_reference_pass_over_longer_evaluation_data_too(root):
+    config = run_config(root, data__layout="shared", data__max_length=512)
+    names = [program.name for program in compiled.compile_all(config, jax.devices()[:1]).programs]
+    assert names == [compiled.UPDATE, compiled.EVALUATION, compiled.REFERENCE]
+    config.data.eval = str(root / "long.jsonl")
+    programs_ = {program.name: program for program in compiled.compile_all(config, jax.devices()[:1]).programs}
+    assert programs_[compiled.REFERENCE_EVAL].temporaries > 2 * programs_[compiled.REFERENCE].temporaries
+
+
+def test_a_mesh_that_does_not_divide_the_policy_is_no_fault_of_a_reference(root):
+    config = run_config(root, mesh__tensor=2, stage="sft", loss__name="sft", data__group_size=1)
+    config.loss.alpha = config.loss.beta_pi = None
+    with pytest.raises(ValueError, match="^the mesh does not divide"):
+        built(config, devices=2)
 
 
 def test_rows_without_a_group_are_told_with_what_leaves_fewer(root):
@@ -93,10 +129,9 @@ def test_rows_without_a_group_are_told_with_what_leaves_fewer(root):
         told[per_device] = announcement.rows_in_words(config, plan, devices=2)
         used = np.mean([len(rows) for rows in plan.schedule.rows.groups])
         if per_device == 16:
-            empty = (
-                f"; {1 - used / 32:.0%} of the rows hold no group, as they come in blocks of 16 on each of 2 devices: "
-            )
-            assert empty in told[16], told
+            empty = f"; {1 - used / 32:.0%} of the rows hold no group, as they come in blocks of 32 (16 on each"
+            assert f"{empty} of 2 devices): " in told[16], told
+    assert "a smaller data.row_length makes more rows" in told[1], told
     (better,) = re.findall(r"micro_batch_per_device=(\d+) would leave about (\d+)%", told[16])
     smaller = told.get(int(better[0]), "")
     assert int(better[0]) < 16 and int(better[1]) < 40, told
@@ -145,6 +180,16 @@ def test_groups_of_an_evaluation_are_spread_over_its_data(root):
             assert_array_equal(some.row(2 * number + k)[0], whole.row(2 * group + k)[0])
             assert some.row(2 * number + k)[1] == whole.row(2 * group + k)[1]
     assert job.prepare(run_config(root, train__eval_groups=99)).evaluation.prepared.fingerprint() == whole.fingerprint()
+
+
+def test_the_audit_is_that_of_the_groups_of_an_evaluation(root):
+    changed = {"stage": "sft", "loss__name": "sft", "loss__alpha": None, "loss__beta_pi": None, "data__group_size": 1}
+    found = job.prepare(run_config(root, **changed, data__packing=True, train__eval_groups=7)).evaluation
+    assert (found.audit.groups, found.audit.left_out) == (7, 25)
+    assert "32 rows read, 7 groups of 1 kept of 32, at equal distances," in found.audit.text()
+    positions = found.prepared.groups * 40
+    assert found.audit.packed.padding == 1 - found.prepared.lengths_N.sum() / positions
+    assert found.audit.tokens == found.prepared.lengths_N.sum()
 
 
 @pytest.mark.slow  # one run
@@ -202,7 +247,10 @@ def test_a_reference_that_cannot_score_the_rows_is_refused_before_anything_start
 def test_damaged_weights_of_a_reference_are_told_before_anything_starts(root, tmp_path):
     config = run_config(root, **as_reference(tmp_path / "other"))
     (tmp_path / "other" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="other"):
+    with pytest.raises(ValueError, match="^reference.path: .*other"):
+        loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    shutil.rmtree(tmp_path / "other")
+    with pytest.raises(ValueError, match="^reference.path: .*other is not a directory"):
         loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
     assert not (tmp_path / "w").exists()
 

@@ -4,6 +4,8 @@
 A knob whose default is None or "" is unset; setting a loss option that the chosen loss does not use is an error.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -235,6 +237,15 @@ def default() -> Config:
     c.logging.wandb_project = ""  # "" = no W&B
     c.lock()
     return c
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Put the name of what an error is about in front of it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def loss_options(config: Config) -> dict[str, object]:

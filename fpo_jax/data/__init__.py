@@ -25,7 +25,6 @@ from fpo_jax.data.batches import (
     row_sizes,
     schedule,
     sequence,
-    sequential_batches,
     steps_per_epoch,
     tokens_once,
 )
@@ -59,7 +58,6 @@ __all__ = [
     "schedule",
     "scored_positions",
     "sequence",
-    "sequential_batches",
     "steps_per_epoch",
     "tokens_once",
     "without_eos",

@@ -71,6 +71,7 @@ class Audit(NamedTuple):
     lengths: dict[str, Lengths]  # prompt, response, row
     buckets: tuple[Bucket, ...]
     packed: Packed | None = None
+    left_out: int = 0  # sound groups that `prepare` was told not to keep
 
     def with_packed(self, rows: int, *, length: int) -> "Audit":
         """Return the audit of the same texts packed into so many rows."""
@@ -92,7 +93,7 @@ class Audit(NamedTuple):
         """Compact table for a terminal."""
         lines = [
             f"data audit, rule {self.rule}: {self.rows_read:,} rows read, {self.groups:,} groups of {self.group_size} "
-            f"kept, {self.tokens:,} tokens, {self.scored_tokens:,} scored"
+            f"kept{self._left_out()}, {self.tokens:,} tokens, {self.scored_tokens:,} scored"
         ]
         lines += [_reason("dropped", name, sources) for name, sources in self.dropped.items()]
         lines += [_reason("noted", name, sources) for name, sources in self.noted.items()]
@@ -124,6 +125,9 @@ class Audit(NamedTuple):
             lines.append(f"  {'packed':<16}{rows:>9,}  rows of {length}, {padding:.1%} padding instead of {before:.1%}")
         return "\n".join(lines)
 
+    def _left_out(self) -> str:
+        return f" of {self.groups + self.left_out:,}, at equal distances" if self.left_out else ""
+
 
 def audit(
     prepared: "Prepared",
@@ -136,6 +140,7 @@ def audit(
     dropped: Mapping[str, Sequence[str]],
     noted: Mapping[str, Sequence[str]],
     buckets: Sequence[int],
+    left_out: int = 0,
 ) -> Audit:
     """Count everything worth knowing about prepared rows.
 
@@ -149,6 +154,7 @@ def audit(
         dropped: reason -> sources.
         noted: reason -> sources of rows that are odd, dropped or not.
         buckets: row lengths for the padding share.
+        left_out: sound groups that were not kept.
     """
     shape_BK = prepared.rewards_BK.shape
     prompt_cut_N, response_cut_N, merged_N = facts_N4[:, 1], facts_N4[:, 2], facts_N4[:, 3]
@@ -182,6 +188,7 @@ def audit(
             "row": _lengths(prepared.lengths_N),
         },
         buckets=_buckets(prepared.lengths_N.reshape(shape_BK), buckets),
+        left_out=left_out,
     )
 
 

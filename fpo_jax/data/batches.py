@@ -9,7 +9,7 @@ each T has one R, the most scored tokens any row of that bucket can have. So the
 the first step. Groups that share rows (`layouts`) have one T, one R and one number of rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -315,24 +315,6 @@ def batch_shapes(plan: Schedule, *, steps: int, start: int = 0) -> list[tuple[in
     if plan.rows is not None:
         return [(plan.rows.packing.length, plan.rows.packing.scored)]
     return sorted({_shape(plan, group_ids(plan, step)) for step in range(start, start + steps)})
-
-
-def sequential_batches(
-    prepared: Prepared,
-    *,
-    batch_size: int,
-    buckets: Sequence[int],
-) -> Iterator[Batch]:
-    """Yield every group once in the order of the data, the last batch filled up with groups of weight 0."""
-    plan = schedule(
-        prepared,
-        batch_size=batch_size,
-        buckets=buckets,
-        seed=0,
-        shuffle=False,
-        last_batch="pad",
-    )
-    return (batch_at(plan, step) for step in range(plan.steps_per_epoch))
 
 
 def _bucket_shapes(

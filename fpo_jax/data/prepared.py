@@ -68,21 +68,6 @@ class Prepared(NamedTuple):
         start = self.starts_N[index]
         return self.tokens_S[start : start + self.lengths_N[index]], int(self.prompt_lengths_N[index])
 
-    def spread(self, count: int) -> "Prepared":
-        """Return so many of the groups at equal distances, which represent a sorted set too; rows are not packed."""
-        assert self.scored_S is None and count <= self.groups
-        groups_B, K = np.arange(count) * self.groups // count, self.group_size
-        rows_N = (groups_B[:, None] * K + np.arange(K)).reshape(-1)
-        lengths_N = self.lengths_N[rows_N]
-        return self._replace(
-            tokens_S=np.concatenate([self.row(row)[0] for row in rows_N.tolist()]),
-            starts_N=np.cumsum(lengths_N, dtype=np.int64) - lengths_N,
-            lengths_N=lengths_N,
-            prompt_lengths_N=self.prompt_lengths_N[rows_N],
-            rewards_BK=self.rewards_BK[groups_B],
-            sources=tuple(self.sources[group] for group in groups_B),
-        )
-
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of the rows and rewards: everything that log-probabilities and losses depend on.
 
@@ -127,6 +112,7 @@ def prepare(
     buckets: Sequence[int] | None = None,
     vocab_size: int | None = None,
     score_eos: bool = True,
+    most: int | None = None,
 ) -> tuple[Prepared, Audit]:
     """Tokenise records into groups of `group_size` rows, and audit them.
 
@@ -147,6 +133,7 @@ def prepare(
         buckets: row lengths T that batches will be padded to, for the audit's padding share; None = `max_length`.
         vocab_size: rows of the model's embedding; a token id outside it is an error. None = not checked.
         score_eos: keep the EOS that closes a response. A reward model scores the token before it.
+        most: groups to keep, at equal distances, so that they represent a sorted set too; None = all.
 
     Returns:
         (prepared, audit).
@@ -194,6 +181,11 @@ def prepare(
     if not kept:
         why = ", ".join(f"{reason} {len(places)}" for reason, places in dropped.items()) or "there were none"
         raise ValueError(f"no group is left of {rows_read} rows read: {why}")
+    sound_groups = len(kept)
+    if most is not None and most < sound_groups:
+        taken = [number * sound_groups // most for number in range(most)]
+        rows = [group * group_size + k for group in taken for k in range(group_size)]
+        kept, ids, facts = [kept[group] for group in taken], [ids[row] for row in rows], [facts[row] for row in rows]
     prepared = _store(kept, ids, facts, _pad_id(encoder, vocab_size))
     _check_vocabulary(prepared, vocab_size)
     report = audits.audit(
@@ -206,6 +198,7 @@ def prepare(
         dropped=dropped,
         noted=noted,
         buckets=buckets or (max_length,),
+        left_out=sound_groups - len(kept),
     )
     return prepared, report
 

@@ -1,7 +1,6 @@
 """What a run reads: checked configuration, model description, tokenised data. Touches no device, writes nothing."""
 
 import dataclasses
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +9,6 @@ from transformers import PreTrainedTokenizerFast
 from fpo_jax import chat, data, hf, losses, model, params
 from fpo_jax import config as configuration
 from fpo_jax.data import decontamination
-
-log = logging.getLogger("fpo_jax")
 
 
 class Dataset(NamedTuple):
@@ -49,9 +46,10 @@ def prepare(config: configuration.Config) -> Inputs:
     hf.check_weights(source, model_config)
     reference = None
     if loss.needs_reference and config.reference.path:
-        other = hf.local_dir(config.reference.path)
-        reference = Reference(other, read_reference(config, other))
-        hf.check_weights(*reference)
+        with configuration.about("reference.path"):
+            other = hf.local_dir(config.reference.path)
+            reference = Reference(other, read_reference(config, other))
+            hf.check_weights(*reference)
     inputs = Inputs(loss, source, model_config, *read_data(config, source, model_config), reference)
     check_reference_ids(inputs)
     return inputs
@@ -133,7 +131,7 @@ def read_reference(config: configuration.Config, source: Path) -> model.ModelCon
     """Read the description of a reference of its own, and check that it can score the rows."""
     model_config = hf.read_config(source)
     if model_config.reward_head:
-        raise ValueError(f"reference.path: {source} is a reward model; give a language model.")
+        raise ValueError(f"{source} is a reward model; give a language model.")
     _check_rows(config, source, model_config)
     return model_config
 
@@ -234,12 +232,10 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
         buckets=buckets(config),
         vocab_size=vocab_size,
         score_eos=config.stage != "reward",
+        most=config.train.eval_groups if name == "eval" else None,
         **chat_only,
     )
     sample = data.masked_sample(prepared, tokenizer)
-    if name == "eval" and config.train.eval_groups and config.train.eval_groups < prepared.groups:
-        log.info("evaluations take %d of %d groups, at equal distances", config.train.eval_groups, prepared.groups)
-        prepared = prepared.spread(config.train.eval_groups)
     if options.packing:
         prepared = data.pack(prepared, length=options.max_length)
         audit = audit.with_packed(prepared.groups, length=options.max_length)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from fpo_jax import attention, data, flops, losses, model, optim
 from fpo_jax import config as configuration
 from fpo_jax.data import layouts
-from fpo_jax.job.inputs import Inputs, adapter, buckets
+from fpo_jax.job.inputs import Dataset, Inputs, adapter, buckets
 
 
 class Plan(NamedTuple):
@@ -70,23 +70,21 @@ def _passes(
     config: configuration.Config, inputs: Inputs, schedule: data.Schedule, devices: int
 ) -> tuple[data.Schedule | None, tuple[data.Schedule | None, data.Schedule | None]]:
     """Return the passes of an evaluation and of the reference, whose rows are no longer than training's can be."""
-    longest, scored = schedule.buckets[-1], config.reference.batch_per_device * devices
 
-    def one_pass(prepared: data.Prepared, rows: int, sizes=None) -> data.Schedule:
-        return sequential_schedule(config, prepared, inputs.model_config, batch_size=rows, longest=longest, sizes=sizes)
+    def one_pass(dataset: Dataset, per_device: int, sizes: layouts.Sizes | None = None) -> data.Schedule:
+        options = {"batch_size": per_device * devices, "longest": schedule.buckets[-1], "sizes": sizes}
+        return sequential_schedule(config, dataset.prepared, inputs.model_config, **options)
 
-    references: list[data.Schedule | None] = [None, None]
+    evaluation = reference_train = reference_eval = None
+    per_device = config.reference.batch_per_device
     if inputs.loss.needs_reference:
-        references[0] = one_pass(inputs.train.prepared, scored, schedule.sizes)
-    if inputs.evaluation is None:
-        return None, (references[0], None)
-    try:
-        evaluation = one_pass(inputs.evaluation.prepared, config.train.eval_batch_per_device * devices)
-    except ValueError as error:
-        raise ValueError(f"data.eval: {error}") from None
-    if inputs.loss.needs_reference:
-        references[1] = one_pass(inputs.evaluation.prepared, scored, evaluation.sizes)
-    return evaluation, (references[0], references[1])
+        reference_train = one_pass(inputs.train, per_device, schedule.sizes)
+    if inputs.evaluation is not None:
+        with configuration.about("data.eval"):
+            evaluation = one_pass(inputs.evaluation, config.train.eval_batch_per_device)
+        if inputs.loss.needs_reference:
+            reference_eval = one_pass(inputs.evaluation, per_device, evaluation.sizes)
+    return evaluation, (reference_train, reference_eval)
 
 
 def _rows(config: configuration.Config, model_config: model.ModelConfig, *, longest: int | None = None) -> dict:

@@ -16,6 +16,7 @@ from fpo_jax.plan import sizes as sizes_
 from fpo_jax.plan.collectives import Collective, collectives
 
 UPDATE, EVALUATION, REFERENCE = "update", "evaluation", "reference pass"
+REFERENCE_EVAL = "reference pass, eval"  # where its batches are larger than those of the training data
 
 # The compiler of a TPU refuses a program that is too large and says what it needs.
 _TOO_LARGE = re.compile(r"memory required for HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM")
@@ -94,7 +95,7 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
     operations = scoring_operations = 0
     for name, program, first, batch, beside in _runs(config, sizes, made, state, accumulation, moments):
         model_config = sizes.blueprint.model_config
-        if name == REFERENCE:
+        if name in (REFERENCE, REFERENCE_EVAL):
             model_config = sizes.blueprint.reference or model_config
         start = time.perf_counter()
         traced = _trace(program, first, batch)
@@ -153,11 +154,12 @@ def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulat
             batch(sizes.evaluation, train.eval_batch_per_device),
             moments,
         )
-    if sizes.scoring is not None:
-        # It runs before there is an optimiser, or an adapter.
-        beside = 0 if sizes.blueprint.reference is None else programs.bytes_on_device(state.params)
-        scored = batch(sizes.scoring, config.reference.batch_per_device)
-        yield REFERENCE, made.score, made.abstract_reference(), scored, beside
+    # The reference runs before there is an optimiser, or an adapter.
+    beside = 0 if sizes.blueprint.reference is None else programs.bytes_on_device(state.params)
+    for name, shape in ((REFERENCE, sizes.scoring), (REFERENCE_EVAL, sizes.scoring_eval)):
+        if shape is not None:
+            scored = batch(shape, config.reference.batch_per_device)
+            yield name, made.score, made.abstract_reference(), scored, beside
 
 
 def _trace(program: execution.Program, first, batch) -> jax.stages.Traced:

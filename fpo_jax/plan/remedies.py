@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from fpo_jax import config as configuration
 from fpo_jax import topologies
-from fpo_jax.plan.compiled import EVALUATION, REFERENCE, UPDATE
+from fpo_jax.plan.compiled import EVALUATION, REFERENCE, REFERENCE_EVAL, UPDATE
 
 _BATCHES = {
     UPDATE: "train.micro_batch_per_device",
     EVALUATION: "train.eval_batch_per_device",
     REFERENCE: "reference.batch_per_device",
+    REFERENCE_EVAL: "reference.batch_per_device",
 }
 _MEMORY = (("model.remat", "full"), ("optim.state_dtype", "bfloat16"), ("optim.offload", True))  # of the update
 _DOUBLINGS = 3  # up to eight times the devices

@@ -35,8 +35,9 @@ class Sizes(NamedTuple):
     accumulation: int  # micro-batches of the largest update
     filled: float  # mean share of them that hold groups; the others are passed over
     evaluation: Shape | None  # None without evaluation
-    scoring: Shape | None  # of the reference pass; None without
-    scoring_batches: int | None  # of that pass; None without, or unknown
+    scoring: Shape | None  # of the reference pass over the training data; None without
+    scoring_eval: Shape | None  # and over the evaluation data, where its rows are larger
+    scoring_batches: int | None  # of the pass over the training data; None without, or unknown
     groups: int | None  # of the training data; None = unknown
     steps: int | None  # updates of the run
     valid: flops.Work | None  # mean of an update's real rows; None = unknown
@@ -58,13 +59,18 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
     model_config = job.read_model(config, source)
     reference = None
     if loss.needs_reference and config.reference.path:
-        other = description(config.reference.path)
-        reference = job.Reference(other, job.read_reference(config, other))
+        with configuration.about("reference.path"):
+            other = description(config.reference.path)
+            reference = job.Reference(other, job.read_reference(config, other))
     inputs, why = _inputs(config, loss, source, model_config, reference)
     if inputs is None:
         return _bounds(config, loss, model_config, reference, why, ways=ways)
     plan, batch = job.plan(config, inputs, devices=ways), config.train.batch_size
-    scoring = plan.references[0]
+    evaluation, scoring, scoring_eval = (
+        None if one is None else _largest(one, one.steps_per_epoch) for one in (plan.evaluation, *plan.references)
+    )
+    if scoring and scoring_eval and scoring_eval.length <= scoring.length and scoring_eval.scored <= scoring.scored:
+        scoring_eval = None
     rows = inputs.train.prepared
     texts, contexts = rows.text_lengths(np.arange(len(rows.lengths_N))), 0
     filled = 1.0
@@ -79,9 +85,10 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         _largest(plan.schedule, plan.steps),
         plan.accumulation,
         filled,
-        None if plan.evaluation is None else _largest(plan.evaluation, plan.evaluation.steps_per_epoch),
-        None if scoring is None else _largest(scoring, scoring.steps_per_epoch),
-        None if scoring is None else scoring.steps_per_epoch,
+        evaluation,
+        scoring,
+        scoring_eval,
+        None if plan.references[0] is None else plan.references[0].steps_per_epoch,
         rows.groups,
         plan.steps,
         flops.Work(*(round(number * batch / rows.groups) for number in total)),
@@ -166,6 +173,7 @@ def _bounds(config, loss, model_config: model.ModelConfig, reference, why: str, 
         1.0,
         shape if config.data.eval else None,
         shape if loss.needs_reference else None,
+        None,
         batches,
         groups,
         steps,
