@@ -3,7 +3,6 @@
 Built once from a configuration before any weight is read; nothing here decides when a program runs.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -16,22 +15,20 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from fpo_jax import config as configuration
 from fpo_jax import (
-    attention,
     execution,
     guards,
     hf,
     job,
-    logps,
     model,
     optim,
     params,
-    rewarding,
+    scorers,
     shapes,
     sharding,
     step,
 )
-from fpo_jax import config as configuration
 
 
 class Programs:
@@ -72,8 +69,8 @@ class Programs:
             state_dtype=config.optim.state_dtype,
         )
         self._optimizer = guard.watching(optimizer)
-        self.scorer, self.choices = _scorer(config, blueprint, layout)
-        evaluation_scorer, reference_scorer, told = _pass_scorers(config, blueprint, layout, self.scorer)
+        self.scorer, self.choices = scorers.of_updates(config, blueprint, layout)
+        evaluation_scorer, reference_scorer, told = scorers.of_passes(config, blueprint, layout, self.scorer)
         self.choices += told
         self.param_shardings = self._placed(self._trained)
         whole = self.param_shardings
@@ -81,7 +78,7 @@ class Programs:
             whole = params.union(self.param_shardings, self._placed(self._frozen))
         self._reference = blueprint.reference or self._model
         with configuration.about("reference.path"):  # any other model is placed by now
-            reference_shardings = self._model_shardings(self._reference)
+            self._reference_shardings = self._model_shardings(self._reference)
         self.state_shardings = self._state_shardings(offload=config.optim.offload)
         update = functools.partial(
             step.train_step,
@@ -102,7 +99,7 @@ class Programs:
         )
         score = functools.partial(step.score_step, scorer=reference_scorer)
         self.score = execution.Program(
-            "reference pass", step.jit_eval_step(score, mesh=mesh, first_shardings=reference_shardings)
+            "reference pass", step.jit_eval_step(score, mesh=mesh, first_shardings=self._reference_shardings)
         )
 
     def positions(self, parts: int, *, accumulation: int = 1) -> np.ndarray:
@@ -135,8 +132,7 @@ class Programs:
 
     def load_reference(self, source: Path) -> shapes.PyTree:
         """Read the model of a reference of its own onto the mesh."""
-        places = self._model_shardings(self._reference)
-        return hf.load_params(source, self._reference, dtype=self._dtype, shardings=places)
+        return hf.load_params(source, self._reference, dtype=self._dtype, shardings=self._reference_shardings)
 
     def fresh_state(self, weights: shapes.PyTree) -> shapes.TrainState:
         """Return the state before the first update: weights to train, or an adapter that adds nothing yet to them."""
@@ -188,17 +184,11 @@ class Programs:
         frozen = None if self._adapter is None else self._abstract(self._frozen)
         count = jax.ShapeDtypeStruct((), jnp.int32)
         state = shapes.TrainState(weights, opt_state, count, frozen, count)
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, self.state_shardings
-        )
+        return _placed_shapes(state, self.state_shardings)
 
     def abstract_reference(self) -> shapes.PyTree:
         """Return shapes, dtypes and shardings of the reference's parameters."""
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            params.abstract(self._reference, self._dtype),
-            self._model_shardings(self._reference),
-        )
+        return _placed_shapes(params.abstract(self._reference, self._dtype), self._reference_shardings)
 
     def abstract_evaluated(self) -> tuple[shapes.PyTree, jax.ShapeDtypeStruct]:
         """Return shapes, dtypes and shardings of what `evaluate` takes before the batch."""
@@ -320,105 +310,6 @@ def bytes_on_device(tree: shapes.PyTree) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _scorer(
-    config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout
-) -> tuple[step.AnyScorer, list[str]]:
-    """Settle what scores the batches of updates; returns the choices and their reasons as text."""
-    model_config, dtype = blueprint.model_config, config.model.compute_dtype
-    attends = _attention(config, model_config, blueprint.lengths, layout)
-    gathered = f"weights: {sharding.GATHER[layout.gather]}"
-    attended = f"attention: {attends.implementation} ({attends.reason})"
-    if model_config.reward_head:
-        scorer = rewarding.RewardScorer(
-            model_config, dtype, config.model.remat, attends, layout, adapter=blueprint.adapter
-        )
-        return scorer, [gathered, attended, "head: one score at the last token of a row, float32"]
-    head, workspace = _head(config, blueprint, model_config, layout), config.kernel.workspace_mib * 2**20
-    explained = logps.explain(**head, fuse_loss=config.kernel.fuse_loss, workspace_bytes=workspace)
-    choice = logps.choose(**head, fuse_loss=config.kernel.fuse_loss)
-    scorer = step.Scorer(
-        config=model_config,
-        compute_dtype=dtype,
-        remat=config.model.remat,
-        attention=attends,
-        implementation=choice.implementation,
-        fuse_loss=choice.fuse_loss,
-        interpret=choice.interpret,
-        workspace_bytes=workspace,
-        temperature=blueprint.loss.temperature,
-        layout=layout,
-        adapter=blueprint.adapter,
-    )
-    return scorer, [gathered, attended, explained]
-
-
-def _pass_scorers(
-    config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout, scorer: step.AnyScorer
-) -> tuple[step.AnyScorer, step.AnyScorer, list[str]]:
-    """Settle what scores the batches of evaluations and of the reference pass; tells what differs from updates."""
-    told = []
-
-    def attention_of(name: str, model_config: model.ModelConfig, lengths: tuple[int, ...]) -> attention.Choice:
-        choice = _attention(config, model_config, lengths or blueprint.lengths, layout)
-        if choice != scorer.attention:
-            told.append(f"{name}: attention: {choice.implementation} ({choice.reason})")
-        return choice
-
-    with configuration.about("evaluations"):
-        attends = attention_of("evaluations", blueprint.model_config, blueprint.evaluation_lengths)
-    evaluation_scorer = dataclasses.replace(scorer, attention=attends)
-    other = blueprint.reference
-    described = other or blueprint.model_config
-    with configuration.about("reference pass" if other is None else "reference.path"):
-        attends = attention_of("reference pass", described, blueprint.reference_lengths)
-        reference_scorer = dataclasses.replace(scorer, config=described, attention=attends, adapter=None)
-        if isinstance(reference_scorer, step.Scorer) and other is not None:
-            head = logps.choose(**_head(config, blueprint, other, layout), fuse_loss="off")
-            if head.implementation != reference_scorer.implementation:
-                told.append(f"reference pass: log-probs: {head.implementation} ({head.reason})")
-            reference_scorer = dataclasses.replace(
-                reference_scorer, implementation=head.implementation, interpret=head.interpret
-            )
-    return evaluation_scorer, reference_scorer, told
-
-
-def _attention(
-    config: configuration.Config, model_config: model.ModelConfig, lengths: tuple[int, ...], layout: sharding.Layout
-) -> attention.Choice:
-    assert layout.mesh is not None
-    target = logps.Target.of(layout.mesh.devices.flat[0])
-    return attention.choose(
-        config.model.attention,
-        platform=target.platform,
-        dtype=config.model.compute_dtype,
-        head_dim=model_config.head_dim,
-        heads=model_config.heads,
-        kv_heads=model_config.kv_heads,
-        positions=lengths,
-        sliding_window=model_config.sliding_window,
-        soft_cap=model_config.attention_soft_cap,
-        segments=config.data.packing or config.data.layout != "padded",
-        shared=config.data.layout == "shared",
-        compute_capability=target.compute_capability,
-        layout=layout,
-    )
-
-
-def _head(
-    config: configuration.Config, blueprint: job.Blueprint, model_config: model.ModelConfig, layout: sharding.Layout
-) -> dict[str, Any]:
-    """Facts for the choice of the head, at the sizes of an update."""
-    assert layout.mesh is not None
-    slotted = config.data.layout != "padded"
-    rows = config.train.micro_batch_per_device * layout.row_ways * (1 if slotted else config.data.group_size)
-    return {
-        "target": logps.Target.of(layout.mesh.devices.flat[0]),
-        "shapes": logps.HeadShapes(
-            tokens=rows * blueprint.scored, width=model_config.width, vocab=model_config.vocab_size
-        ),
-        "dtype": config.model.compute_dtype,
-        "head_dtype": config.model.param_dtype,
-        "requested": config.kernel.implementation,
-        "placement": layout.head,
-        "slotted": slotted,
-    }
+def _placed_shapes(tree: shapes.PyTree, places: shapes.PyTree) -> shapes.PyTree:
+    """Return shapes and dtypes with where they live."""
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places)

@@ -40,6 +40,7 @@ LAYERS = [
     "execution",
     "profiling",
     "job",
+    "scorers",
     "programs",
     "scoring",
     "answering",

@@ -396,7 +396,7 @@ def test_recipe_trains_a_small_model(name, inputs, wide, tmp_path):
 
 def test_every_knob_is_read():
     """A knob that the loop never reads would be silently ignored."""
-    files = ("job/inputs", "job/planning", "programs", "scoring", "answering", "evaluation", "loop")
+    files = ("job/inputs", "job/planning", "scorers", "programs", "scoring", "answering", "evaluation", "loop")
     tree = ast.parse("\n".join((REPO / "fpo_jax" / f"{name}.py").read_text() for name in files))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}

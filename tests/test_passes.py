@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import announcement, attention, data, hf, job, loop, metrics, model, programs, reference, shapes, sharding
+from fpo_jax import announcement, attention, data, hf, job, loop, metrics, model, reference, shapes
 from fpo_jax.plan import compiled
 from tests import batches, tiny, tolerances
 
@@ -32,13 +32,6 @@ def run_config(root, **changed):
     return tiny.config(root / "model", root / "pairs.jsonl", **(ONE | changed))
 
 
-def built(config, *, devices=1):
-    """Inputs, plan and programs of a run."""
-    inputs, layout = job.prepare(config), sharding.make_layout(**config.mesh, devices=jax.devices()[:devices])
-    plan = job.plan(config, inputs, devices=layout.row_ways)
-    return inputs, plan, programs.Programs(config, job.blueprint(config, inputs, plan), layout)
-
-
 def evaluated(workdir):
     """Numbers of the evaluations of a run."""
     return [line for line in metrics.read(workdir / metrics.METRICS_FILE) if "eval_loss" in line]
@@ -49,9 +42,9 @@ def evaluated(workdir):
 
 def test_a_pass_with_longer_rows_has_an_attention_of_its_own(root):
     short = {"data__layout": "shared", "data__max_length": 512}
-    _, _, usual = built(run_config(root, **short))
+    _, _, usual = tiny.built(run_config(root, **short))
     assert [line.split()[1] for line in usual.choices if "attention" in line] == ["xla"]
-    _, plan, made = built(run_config(root, **short, data__eval=str(root / "long.jsonl")))
+    _, plan, made = tiny.built(run_config(root, **short, data__eval=str(root / "long.jsonl")))
     assert plan.schedule.buckets[-1] <= 384 < plan.evaluation.buckets[-1] == plan.references[1].buckets[-1]
     attends = {line.partition("attention: ")[0]: line for line in made.choices if "attention" in line}
     assert attends.keys() == {"", "evaluations: ", "reference pass: "}
@@ -116,7 +109,7 @@ def test_a_mesh_that_does_not_divide_the_policy_is_no_fault_of_a_reference(root)
     config = run_config(root, mesh__tensor=2, stage="sft", loss__name="sft", data__group_size=1)
     config.loss.alpha = config.loss.beta_pi = None
     with pytest.raises(ValueError, match="^the mesh does not divide"):
-        built(config, devices=2)
+        tiny.built(config, devices=2)
 
 
 def test_rows_without_a_group_are_told_with_what_leaves_fewer(root):
@@ -196,7 +189,7 @@ def test_the_audit_is_that_of_the_groups_of_an_evaluation(root):
 def test_the_loss_of_an_evaluation_by_kto_is_its_equation(root, tmp_path):
     """λ_w (1 - σ(βΔ_w - z)) + λ_l (1 - σ(z - βΔ_l)), z = β max(0, mean Δ of the evaluation): arXiv 2402.01306."""
     config = run_config(root, **kto(root))
-    inputs, plan, made = built(config)
+    inputs, plan, made = tiny.built(config)
     policy, other = made.load(root / "model"), made.load_reference(root / "worse")
     ratios = []
     for number in range(plan.evaluation.steps_per_epoch):
@@ -258,7 +251,7 @@ def test_damaged_weights_of_a_reference_are_told_before_anything_starts(root, tm
 @pytest.mark.parametrize("layout", ["padded", "shared"])
 def test_a_reference_of_another_family_scores_with_its_own_attention_and_head(root, tmp_path, layout):
     config = run_config(root, **as_reference(tmp_path / "other", family="gemma2", **GEMMA2), data__layout=layout)
-    inputs, plan, made = built(config)
+    inputs, plan, made = tiny.built(config)
     attends = {line.partition("attention: ")[0]: line for line in made.choices if "attention" in line}
     assert " xla " in attends[""] and " chunked " in attends["reference pass: "], made.choices
     weights = made.load_reference(tmp_path / "other")

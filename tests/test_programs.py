@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import data, job, programs, sharding, step
+from fpo_jax import data, sharding, step
 from tests import tiny
 
 
@@ -18,11 +18,9 @@ def inputs(tmp_path_factory):
 
 def built(inputs, **changed):
     options = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2, "data__eval": ""} | changed
-    c = tiny.config(inputs / "model", inputs / "pairs.jsonl", **options)
-    found = job.prepare(c)
-    layout = sharding.make_layout(**c.mesh, devices=jax.devices())
-    plan = job.plan(c, found, devices=layout.row_ways)
-    return programs.Programs(c, job.blueprint(c, found, plan), layout), plan.schedule
+    config = tiny.config(inputs / "model", inputs / "pairs.jsonl", **options)
+    _, plan, compiled = tiny.built(config, devices=len(jax.devices()))
+    return compiled, plan.schedule
 
 
 def test_moments_live_where_their_parameters_do(inputs):

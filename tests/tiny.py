@@ -10,7 +10,7 @@ import tokenizers
 import transformers
 
 from fpo_jax import config as configuration
-from fpo_jax import model, params
+from fpo_jax import job, model, params, programs, sharding
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -88,3 +88,10 @@ def config(model_dir: Path, data: Path, **changed):
             node = node[parent]
         node[last] = value
     return c
+
+
+def built(config, *, devices: int = 1) -> tuple[job.Inputs, job.Plan, programs.Programs]:
+    """Return what a run of the configuration reads, plans and compiles."""
+    inputs, layout = job.prepare(config), sharding.make_layout(**config.mesh, devices=jax.devices()[:devices])
+    plan = job.plan(config, inputs, devices=layout.row_ways)
+    return inputs, plan, programs.Programs(config, job.blueprint(config, inputs, plan), layout)
