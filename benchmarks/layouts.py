@@ -95,7 +95,10 @@ def compare(name: str, folder: Path, *, updates: int) -> list[dict]:
         for layout in LAYOUTS:
             config = configured(of, folder, model, layout=layout, updates=updates)
             inputs = inputs or job.Inputs(
-                job.check(config), model, hf.read_config(model), *job.read_data(config, model, hf.read_config(model))
+                job.check(config),
+                model,
+                hf.read_config(model),
+                *job.read_data(config, job.read_encoder(config, model), hf.read_config(model)),
             )
             runs[layout] = Updates(config, inputs, model)
     assert inputs is not None
@@ -142,7 +145,7 @@ def alone(name: str, of: dict, folder: Path, model: Path, layout: str, updates: 
     """Return the row of one layout, measured in a process of its own."""
     config = configured(of, folder, model, layout=layout, updates=updates)
     described_model = hf.read_config(model)
-    datasets = job.read_data(config, model, described_model)
+    datasets = job.read_data(config, job.read_encoder(config, model), described_model)
     run = Updates(config, job.Inputs(job.check(config), model, described_model, *datasets), model)
     seconds = [timed(run, number) for number in range(updates)]
     device = jax.devices()[0]
@@ -205,7 +208,7 @@ def paddings(name: str, folder: Path) -> list[dict]:
         for groups, micro, devices in BLOCKS:
             config = configured(of | {"groups": groups}, folder, model, layout="shared", updates=10**6)
             config.train.micro_batch_per_device = micro
-            datasets = datasets or job.read_data(config, model, small)
+            datasets = datasets or job.read_data(config, job.read_encoder(config, model), small)
             inputs = job.Inputs(job.check(config), model, plans.MODELS[of["model"]], *datasets)
             plan = job.plan(config, inputs, devices=devices)
             sizes = [data.row_sizes(plan.schedule, number) for number in range(plan.steps)]

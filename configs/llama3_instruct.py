@@ -15,6 +15,7 @@ def get_config(loss: str = "alphapo"):
     c.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
     c.data.train = c.data.eval = "princeton-nlp/llama3-ultrafeedback"
     c.data.train_split, c.data.eval_split = "train", "test"
+    c.data.append_eos = "where_missing"  # EOS is <|eot_id|>, which the template writes: the original appends none
     c.plan.groups = 59_876
     c.loss.beta = 2.6
     c.loss.gamma_beta_ratio = 0.55

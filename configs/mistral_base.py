@@ -24,6 +24,12 @@ def get_config(loss: str = "alphapo"):
     c.data.rule = "chat"
     c.data.max_length = 1024
     c.data.max_prompt_length = 512
+    # How SimPO's trainer of 2024 renders a conversation (spec 3.2, 3.3), which is not how transformers does.
+    c.data.auto_insert_empty_system = True  # an empty system turn first, where the template has such turns
+    c.data.prepend_bos = True  # BOS where the tokenizer opens texts with it, though the template does not write it
+    c.data.assistant_header = "completion"  # the assistant's header is trained and counts in a response's length
+    c.data.append_eos = "unless_last"  # behind </s> and a newline, a second </s>, all of them scored
+    c.data.truncate_together = True  # all responses of a pair are cut when the longer one overflows
     c.data.last_batch = "drop"
     c.loss.name = loss
     if loss.startswith("alpha"):

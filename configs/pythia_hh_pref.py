@@ -23,6 +23,7 @@ def get_config(loss: str = "alphapo-pref"):
     c.data.rule = "raw"
     c.data.max_length = 512
     c.data.max_response_length = 200
+    c.data.cut_prompts_together = False  # each response's row cuts the prompt for itself (spec 2.4)
     c.data.on_identical = "drop"
     c.data.last_batch = "pad"
     c.loss.name = loss

@@ -15,6 +15,7 @@ def get_config(loss: str = "sigmoid"):
     c = llama3_instruct.get_config(loss)
     c.model.path = "google/gemma-2-9b-it"
     c.tokenizer.chat_template = "gemma2"
+    c.data.append_eos = "unless_last"  # <eos> behind <end_of_turn> and a newline, all of them scored
     c.data.train = c.data.eval = "princeton-nlp/gemma2-ultrafeedback-armorm"
     c.plan.groups = None
     c.loss.beta = 10.0

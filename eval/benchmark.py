@@ -42,7 +42,7 @@ MT_BENCH_TEMPERATURES = {
 
 
 class Recipe(NamedTuple):
-    """How the models of a recipe answer (spec 3.6)."""
+    """How the models of a recipe answer (spec 3.6): its template, rendered as its training rendered it in 2024."""
 
     chat_template: str
     stop_ids: tuple[int, ...]
@@ -227,7 +227,8 @@ def _answers(
     settings = {field.name: getattr(options, field.name) for field in dataclasses.fields(generate_options.Answering)}
     settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "rule": "chat"}
     if recipe := RECIPES.get(options.recipe):
-        settings |= {} if options.server else {"chat_template": recipe.chat_template}
+        rendering = {"chat_template": recipe.chat_template, "auto_insert_empty_system": True, "prepend_bos": True}
+        settings |= {} if options.server else rendering
         settings["stop_ids"] = recipe.stop_ids
     job = generate.Options(out=folder / f"{part}.jsonl", data=str(path), **settings)
     summary = generate.run(job)

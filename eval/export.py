@@ -2,8 +2,9 @@
 
     python -m eval.export --workdir runs/hh --out runs/hh/export [--step 400] [--dtype bfloat16]
 
-Config, generation config, tokenizer and chat template come from the model the run started from. Weights go from the
-checkpoint to the directory one layer's tensor at a time, so that a model larger than the host's memory can be exported.
+Config, generation config, tokenizer, chat template and the record of the prompt format are those of the training; an
+export that transformers would render otherwise is refused. Weights go from the checkpoint to the directory one layer's
+tensor at a time, so that a model larger than the host's memory can be exported.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import chat, checkpoint, hf, model, params
+from fpo_jax import chat, checkpoint, hf, job, model, params
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,7 +51,8 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
     tree, meta = checkpoint.restore_params(workdir, step)
     config = model.from_hf_config(meta["hf_config"])
     if meta["config"].get("stage") == "reward":
-        config = dataclasses.replace(config, reward_head=True, pad_id=_pad_id(meta, config))
+        pad_id = job.reward_pad_id(chat.resolve(Path(meta["model_dir"])), config)
+        config = dataclasses.replace(config, reward_head=True, pad_id=pad_id)
     dtype = dtype or _source_dtype(meta["hf_config"])
     settings = meta["config"].get("lora", {"rank": 0})
     if lora == "adapter" and not settings["rank"]:
@@ -58,21 +60,20 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
     if settings["rank"]:
         adapter = params.adapter(config, **settings)
         if lora == "adapter":
-            hf.write_peft(tree, config, adapter, out_dir=out, base_name=meta["config"]["model"]["path"])
+            of_base = meta["config"]["model"]
+            hf.write_peft(
+                tree,
+                config,
+                adapter,
+                out_dir=out,
+                base_name=of_base["path"],
+                revision=of_base["revision"] or None,
+                source_dir=Path(meta["model_dir"]),
+            )
             return f"{out}: adapter of rank {adapter.rank} over {len(adapter.targets)} matrices, step {meta['step']}"
         tree = hf.merged(tree, _base(meta), config, adapter)
     hf.export(tree, config, out_dir=out, source_dir=Path(meta["model_dir"]), dtype=dtype)
     return f"{out}: {config.family}, step {meta['step']}, {params.count(config):,} parameters in {dtype}"
-
-
-def _pad_id(meta: dict[str, Any], config: model.ModelConfig) -> int:
-    """Return the id that users of a reward model will pad with: its tokenizer's, where that has one."""
-    directory = Path(meta["model_dir"])
-    if any(directory.glob("tokenizer*")):
-        tokenizer = chat.load_tokenizer(directory, eos_token=meta["config"]["tokenizer"]["eos_token"] or None)
-        if isinstance(tokenizer.pad_token_id, int) and tokenizer.pad_token_id < config.vocab_size:
-            return tokenizer.pad_token_id
-    return model.filler_id(config)
 
 
 def _base(meta: dict[str, Any]) -> Path:

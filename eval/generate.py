@@ -26,7 +26,7 @@ import jax
 import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from eval import jobfile
+from eval import generate_options, jobfile
 from eval import options as command_line
 from eval import server as servers
 from eval.generate_options import Options, check
@@ -85,14 +85,14 @@ def run(options: Options) -> Summary:
 
 def _with_model(options: Options) -> Summary:
     source, config, load, fingerprint = _model(options)
-    tokenizer = chat.load_tokenizer(
-        options.tokenizer or source,
-        chat_template=options.chat_template or None,
-        eos_token=options.eos_token or None,
-    )
+    told = generate_options.told(options, rule=options.rule)
+    encoder = chat.resolve(source, told, end_ids=hf.end_ids(source))
+    log.info("prompt format: %s", encoder.format.text)
+    for warning in chat.warnings(encoder):
+        log.warning(warning)
+    tokenizer = encoder.tokenizer
     prompts = _prompts(options, tokenizer)
-    encoder = chat.encoder(tokenizer)
-    decoding = _decoding(options, (encoder.eos_id, *config.eos_ids))
+    decoding = _decoding(options, encoder.format.end_ids)
     window = options.max_length or config.max_positions
     if window > config.max_positions:
         raise ValueError(f"--max-length={window} exceeds the model's window of {config.max_positions} tokens.")
@@ -102,8 +102,8 @@ def _with_model(options: Options) -> Summary:
     if outside := [token for token in decoding.stop_ids if not 0 <= token < config.vocab_size]:
         raise ValueError(f"stop ids {outside} lie outside the model's vocabulary of {config.vocab_size} tokens.")
     layout, places = _placed(config, tensor=options.tensor)
-    _tokenize(prompts, encoder, options.rule, room)
-    job = _job(options, prompts) | {"model": fingerprint(), "tokenizer": _digest(chat.identity(tokenizer))}
+    _tokenize(prompts, encoder, room)
+    job = _job(options, prompts) | {"model": fingerprint(), "prompt_format": encoder.format.as_dict()}
     job |= {"stop_ids": list(decoding.stop_ids)}
     with jobfile.JobFile(options.out, job, count=len(prompts)) as file, execution.StopRequest() as stop:
         left = _left(file, prompts)
@@ -164,12 +164,15 @@ def _with_server(options: Options, prompts: list[_Prompt], decoding: sample.Deco
     ended = threading.Event()
     url, key = servers.checked_url(options.server), servers.Secret(options.api_key_env)
     server = servers.Server(url, options.server_model, key, ended)
-    job = _job(options, prompts) | {"model": f"{options.server} {options.server_model}"}
+    asked_as = {"rule": options.rule, "chat_template_kwargs": chat.parse_kwargs(options.chat_template_kwargs)}
+    job = _job(options, prompts) | asked_as | {"model": f"{options.server} {options.server_model}"}
     asked: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
     asked |= {"top_p": decoding.top_p, "n": options.num_return}
     extra = {"top_k": decoding.top_k, "min_tokens": decoding.min_new_tokens, "stop": list(options.stop_strings)}
     extra["stop_token_ids"] = list(options.stop_ids)
     asked |= {key: value for key, value in extra.items() if value}
+    if options.chat_template_kwargs:
+        asked["chat_template_kwargs"] = chat.parse_kwargs(options.chat_template_kwargs)
 
     def answer(prompt: _Prompt) -> dict[str, Any] | str:
         text = prompt.text
@@ -269,9 +272,15 @@ def _refuse_reward(config: model.ModelConfig, source: Path) -> None:
         raise ValueError(f"{source} is a reward model, which writes no answers.")
 
 
-def _tokenize(prompts: list[_Prompt], encoder: chat.Encoder, rule: str, room: int) -> None:
+def _tokenize(prompts: list[_Prompt], encoder: chat.Encoder, room: int) -> None:
     """Give every prompt its ids; one too long loses its beginning, but for a BOS that the tokenizer itself adds."""
-    ids = chat.generation_prompts(encoder, [prompt.text for prompt in prompts], rule=rule)
+    try:
+        ids = chat.generation_prompts(encoder, [prompt.text for prompt in prompts])
+    except ValueError:
+        for prompt in prompts:  # to name the one that is at fault
+            with configuration.about(prompt.source):
+                chat.generation_prompts(encoder, [prompt.text])
+        raise
     for prompt, whole in zip(prompts, ids, strict=True):
         if not whole:
             raise ValueError(f"{prompt.source}: the prompt is empty; a model needs at least one token.")
@@ -282,7 +291,7 @@ def _tokenize(prompts: list[_Prompt], encoder: chat.Encoder, rule: str, room: in
 def _job(options: Options, prompts: list[_Prompt]) -> dict[str, Any]:
     """Return everything that the answers depend on, but for the model."""
     digest = _digest([prompt.text for prompt in prompts])
-    kept = ("rule", "chat_template", "max_length", "num_return", "seed", "max_new_tokens", "temperature", "top_k")
+    kept = ("max_length", "num_return", "seed", "max_new_tokens", "temperature", "top_k")
     kept += ("top_p", "min_new_tokens", "stop_ids", "stop_strings", "compute_dtype", "keep_ids")
     return {"prompts": f"{len(prompts)} {digest}", **{name: getattr(options, name) for name in kept}}
 

@@ -3,11 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from fpo_jax import checkpoint, model
+from fpo_jax import chat, checkpoint, model
 
 DEDUP = ("none", "consecutive", "all")
 # what means nothing to each place that answers may come from
-_LOCAL = ("tokenizer", "chat_template", "eos_token", "max_length", "batch_size", "compute_dtype", "tensor", "keep_ids")
+_LOCAL = ("tokenizer", "chat_template", "eos_token", "auto_insert_empty_system", "prepend_bos", "max_length")
+_LOCAL += ("batch_size", "compute_dtype", "tensor", "keep_ids")
 _IDLE = {"model": ("concurrency",), "workdir": ("revision", "concurrency"), "server": ("revision", *_LOCAL)}
 
 
@@ -23,9 +24,12 @@ class Answering:
     server_model: str = ""
     api_key_env: str = ""
     concurrency: int = 16
-    tokenizer: str = ""  # "" = the model's
+    tokenizer: str = ""  # "" = the model's, as for all of the prompt format
     chat_template: str = ""
+    chat_template_kwargs: str = ""  # JSON: {"enable_thinking": false}
     eos_token: str = ""
+    auto_insert_empty_system: bool = False
+    prepend_bos: bool = False
     max_length: int = 0  # prompt and response; 0 = the model's window
     seed: int = 0
     top_p: float = 1.0
@@ -48,7 +52,7 @@ class Options(Answering):
     subfolder: str = ""
     data_revision: str = ""
     hh_split: str = "last_turn"
-    rule: str = "raw"
+    rule: str = ""  # raw, chat, or "" = as the model was trained; chat where it has a template
     num_prompts: int = 0  # after deduplication; 0 = all
     dedup: str = "none"
     num_return: int = 1
@@ -57,6 +61,19 @@ class Options(Answering):
     top_k: int = 0
     min_new_tokens: int = 0
     keep_ids: int = 0  # 1 = write the token ids too, `prompt_ids` and `ids`, as eval.kl needs them
+
+
+def told(options: Answering, *, rule: str) -> chat.Told:
+    """Return what was said of the prompt format."""
+    return chat.Told(
+        rule=rule,
+        tokenizer=options.tokenizer,
+        chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
+        eos_token=options.eos_token,
+        auto_insert_empty_system=options.auto_insert_empty_system,
+        prepend_bos=options.prepend_bos,
+    )
 
 
 def check(options: Options) -> None:
@@ -84,10 +101,12 @@ def check(options: Options) -> None:
         problems.append(f"--step={options.step!r} must be a number or {checkpoint.BEST}")
     if not 0 <= options.seed < 2**32:
         problems.append(f"--seed={options.seed} must lie in [0, 2**32)")
-    if options.rule not in ("raw", "chat"):
+    if options.rule not in ("", "raw", "chat"):
         problems.append(f"--rule={options.rule!r} is not one of raw, chat")
-    if options.chat_template and options.rule != "chat":
-        problems.append("--chat-template belongs to --rule=chat")
+    if options.server and not options.rule:
+        problems.append("--server needs --rule: chat asks for answers to conversations, raw for continuations of texts")
+    if options.server and options.rule == "raw" and options.chat_template_kwargs:
+        problems.append("--chat-template-kwargs belongs to --rule=chat")
     if options.dedup not in DEDUP:
         problems.append(f"--dedup={options.dedup!r} is not one of {', '.join(DEDUP)}")
     for name, least in (("num_prompts", 0), ("num_return", 1), ("batch_size", 1), ("concurrency", 1), ("tensor", 1)):

@@ -1,9 +1,10 @@
 """Score responses with a reward model: `python -m eval.label --model RM --data answers.jsonl --out labelled.jsonl`.
 
 Lines with `prompt` and `completions` in, the same with `rewards` out, which is what the trainer reads as format `json`;
-with --pairing best_worst, `prompt`, `chosen` and `rejected` out. A score is the reward model's at the last token of
-prompt + response, on rows built as its training built them. Lines are written as they are scored: the same command goes
-on where it was, and does nothing when all is done. Exit codes are those of eval.generate.
+with --pairing best_worst, `prompt`, `chosen` and `rejected` out. A score is the reward model's where it was trained to
+have one, on rows built as the record that its export carries says; without a record, as transformers reads them. Lines
+are written as they are scored: the same command goes on where it was, and does nothing when all is done. Exit codes are
+those of eval.generate.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import tqdm
 from eval import jobfile
 from eval import options as command_line
 from fpo_jax import chat, execution, files, hf, model, rewarding
+from fpo_jax import config as configuration
 
 log = logging.getLogger("fpo_jax")
 
@@ -36,11 +38,16 @@ class Options:
     data: Path  # JSON Lines with prompt and completions
     out: Path
     revision: str = ""
-    tokenizer: str = ""  # "" = the model's
-    rule: str = "raw"
+    tokenizer: str = ""  # "" = the model's, as for all of the prompt format
+    rule: str = ""  # raw, chat, or "" = as the model was trained; chat where it has a template
     chat_template: str = ""
+    chat_template_kwargs: str = ""  # JSON: {"enable_thinking": false}
     eos_token: str = ""
-    max_length: int = 0  # tokens of prompt and response, 0 = the model's window; a longer prompt loses its beginning
+    thoughts: str = (
+        ""  # refuse, keep or drop the thought parts of completions; "" = as the model was trained, or refuse
+    )
+    # Tokens of prompt and response, 0 = as the model was trained, else its window; a longer prompt loses its beginning.
+    max_length: int = 0
     pairing: str = ""  # best_worst: one pair of each line
     batch_size: int = 64  # rows of a pass, per device
     compute_dtype: str = "bfloat16"
@@ -78,15 +85,19 @@ def run(options: Options) -> Summary:
     lines = _lines(options.data)
     source = hf.local_dir(options.model, revision=options.revision or None)
     config = hf.read_config(source)
-    window = options.max_length or config.max_positions
-    tokenizer = chat.load_tokenizer(
-        options.tokenizer or source, chat_template=options.chat_template or None, eos_token=options.eos_token or None
-    )
-    kept = ("rule", "max_length", "pairing", "compute_dtype")
+    names = ("rule", "tokenizer", "chat_template", "chat_template_kwargs", "eos_token", "thoughts")
+    told = chat.Told(**{name: getattr(options, name) for name in names})
+    encoder = chat.resolve(source, told, end_ids=hf.end_ids(source))
+    log.info("prompt format: %s", encoder.format.text)
+    for warning in chat.warnings(encoder):
+        log.warning(warning)
+    window = options.max_length or encoder.format.limits.get("max_length") or config.max_positions
+    kept = ("pairing", "compute_dtype")
     job = {
         "data": _digest(lines),
         "model": hf.weights_fingerprint(source),
-        "tokenizer": _digest(chat.identity(tokenizer)),
+        "prompt_format": encoder.format.as_dict(),
+        "max_length": window,
     }
     job |= {name: getattr(options, name) for name in kept}
     scored = options.out.with_name(f"{options.out.name}.scored") if options.pairing else options.out
@@ -95,7 +106,7 @@ def run(options: Options) -> Summary:
             log.info(file.repaired)
         left = [] if file.finished else [line for line in lines if line["index"] not in file.done]
         if left:
-            _score(options, source, chat.encoder(tokenizer), window, left, len(lines), file, stop)
+            _score(options, source, encoder, window, left, len(lines), file, stop)
         if not file.finished:
             file.finish()
     found = jobfile.read(scored)
@@ -134,7 +145,14 @@ def _score(options: Options, source: Path, encoder, window: int, left, total: in
         for start in range(0, len(left), CHUNK):
             chunk = left[start : start + CHUNK]
             prompts, responses = [line["prompt"] for line in chunk], [line["completions"] for line in chunk]
-            groups = rewarding.rows(encoder, prompts, responses, rule=options.rule, window=window)
+            try:
+                groups = rewarding.rows(encoder, prompts, responses, pad_id=rewarder.config.pad_id, window=window)
+            except ValueError:
+                for line in chunk:  # to name the one that is at fault
+                    with configuration.about(f"{options.data}:{line['index'] + 1}"):
+                        one = [line["prompt"]], [line["completions"]]
+                        rewarding.rows(encoder, *one, pad_id=rewarder.config.pad_id, window=window)
+                raise
             scores = iter(rewarder([row.ids for group in groups for row in group]).tolist())
             for line, group in zip(chunk, groups, strict=True):
                 cut = sum(row.prompt_cut > 0 or row.response_cut > 0 for row in group)
@@ -149,10 +167,10 @@ def _check(options: Options) -> None:
     problems = []
     if options.pairing not in PAIRINGS:
         problems.append(f"--pairing={options.pairing!r} is not one of best_worst or nothing")
-    if options.rule not in ("raw", "chat"):
+    if options.rule not in ("", "raw", "chat"):
         problems.append(f"--rule={options.rule!r} is not one of raw, chat")
-    if options.chat_template and options.rule != "chat":
-        problems.append("--chat-template belongs to --rule=chat")
+    if options.thoughts not in ("", *chat.prompt_format.THOUGHTS):
+        problems.append(f"--thoughts={options.thoughts!r} is not one of {', '.join(chat.prompt_format.THOUGHTS)}")
     if options.max_length and options.max_length < 2:
         problems.append(f"--max-length={options.max_length} must be at least 2, or 0 for the model's window")
     if options.batch_size < 1:

@@ -233,8 +233,11 @@ class Pipeline:
                 hh_split=c.data.hh_split,
                 rule=c.data.rule,
                 chat_template=c.tokenizer.chat_template,
+                chat_template_kwargs=c.tokenizer.chat_template_kwargs,
                 tokenizer=c.tokenizer.path,
                 eos_token=c.tokenizer.eos_token,
+                auto_insert_empty_system=c.data.auto_insert_empty_system,
+                prepend_bos=c.data.prepend_bos,
                 max_length=c.data.max_length,
                 seed=seed,
                 compute_dtype=c.align.model.compute_dtype,
@@ -251,10 +254,7 @@ class Pipeline:
             model=str(judge),
             data=answers,
             out=out,
-            rule=c.data.rule,
-            chat_template=c.tokenizer.chat_template,
-            tokenizer=c.tokenizer.path,
-            eos_token=c.tokenizer.eos_token,
+            thoughts="" if "reward" in c else c.data.thoughts,  # else the record of the stage says
             max_length=c.data.max_length,
             pairing=pairing,
             compute_dtype=c.align.model.compute_dtype,
@@ -262,10 +262,9 @@ class Pipeline:
         return label.run(options).text
 
     def _row_settings(self) -> dict[str, Any]:
-        """Return what rows for the reward model depend on besides model and texts."""
+        """Return what rows for the reward model, which is read in its own way, depend on besides model and texts."""
         c = self.config
-        rows = {key: c.data[key] for key in ("rule", "max_length")}
-        return {**rows, **c.tokenizer.to_dict(), "compute_dtype": c.align.model.compute_dtype}
+        return {key: c.data[key] for key in ("max_length", "thoughts")} | {"compute_dtype": c.align.model.compute_dtype}
 
     def _stage(
         self, name: str, title: str, work: Callable[[Path], str], *, inputs: dict[str, Any], outputs: Sequence[str]

@@ -39,8 +39,8 @@ ANSWERS = "answers"  # the format of a file of eval.generate
 _BYTES_PER_TOKEN = 4  # of English text, for an estimate without a tokenizer
 _KINDS = {
     "server": ("server_model", "api_key_env", "concurrency", "timeout", "price_in", "price_out", "store", "dry_run"),
-    "judge_model": ("rule", "chat_template", "batch_size", "compute_dtype"),
-    "reward_model": ("rule", "chat_template", "batch_size", "compute_dtype"),
+    "judge_model": ("rule", "chat_template", "chat_template_kwargs", "batch_size", "compute_dtype"),
+    "reward_model": ("rule", "chat_template", "chat_template_kwargs", "thoughts", "batch_size", "compute_dtype"),
 }
 
 
@@ -69,8 +69,10 @@ class Options:
     judge_model: str = ""
     reward_model: str = ""
     tokenizer: str = ""  # of the judge; for a server: to count tokens with
-    rule: str = "chat"
+    rule: str = ""  # of the judge: raw, chat, or "" = as it was trained; chat where it has a template
     chat_template: str = ""
+    chat_template_kwargs: str = ""  # JSON
+    thoughts: str = ""  # refuse, keep or drop the thought parts of answers; "" = as it was trained, or refuse
     batch_size: int = 16
     compute_dtype: str = "bfloat16"
     seed: int = 0  # of the intervals
@@ -134,7 +136,7 @@ def _check(options: Options) -> str:
             problems.append(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least 1")
     if options.num_prompts < 0:
         problems.append(f"--num-prompts={options.num_prompts} must be at least 0; 0 is all")
-    if options.rule not in ("raw", "chat"):
+    if options.rule not in ("", "raw", "chat"):
         problems.append(f"--rule={options.rule!r} is not one of raw, chat")
     if problems:
         raise ValueError("; ".join(problems) + ".")
@@ -276,6 +278,7 @@ def _ask_model(options: Options, questions: list[judging.Question]) -> dict[str,
         tokenizer=options.tokenizer,
         rule=options.rule,
         chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
         max_new_tokens=options.max_tokens,
         temperature=0.0,
         batch_size=options.batch_size,
@@ -298,6 +301,8 @@ def _by_rewards(options: Options, pairs: list[judging.Pair]) -> tuple[list[judgi
         tokenizer=options.tokenizer,
         rule=options.rule,
         chat_template=options.chat_template,
+        chat_template_kwargs=options.chat_template_kwargs,
+        thoughts=options.thoughts,
         batch_size=options.batch_size,
         compute_dtype=options.compute_dtype,
     )

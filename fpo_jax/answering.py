@@ -12,6 +12,7 @@ the devices for as long as it scores, so that training has all of their memory a
 """
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fpo_jax import chat, data, files, hf, hosts, job, rewarding, sample, shapes, sharding
 from fpo_jax import config as configuration
+
+log = logging.getLogger("fpo_jax")
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 
@@ -45,12 +48,14 @@ class Answers:
         """
         options = config.answers
         self._options, self._folder, self._layout = options, workdir / FOLDER, layout
-        self._config, self._rule = inputs.model_config, config.data.rule
+        self._config = inputs.model_config
         self._seed, self._dtype = config.seed, config.model.compute_dtype
-        self._tokenizer = job.read_tokenizer(config, inputs.source)
-        encoder = chat.encoder(self._tokenizer)
-        ends = dict.fromkeys((encoder.eos_id, *self._config.eos_ids))
-        self._decoding = sample.Decoding(options.max_new_tokens, temperature=options.temperature, stop_ids=tuple(ends))
+        encoder = inputs.encoder
+        assert encoder is not None
+        self._tokenizer = encoder.tokenizer
+        self._decoding = sample.Decoding(
+            options.max_new_tokens, temperature=options.temperature, stop_ids=encoder.format.end_ids
+        )
         window = config.data.max_length
         room = window - options.max_new_tokens
         if room < 1:
@@ -59,8 +64,7 @@ class Answers:
                 f" data.max_length={window} tokens; lower it."
             )
         self._prompts = _prompts(config, self._tokenizer)
-        options_of_rule = {"auto_insert_empty_system": config.data.auto_insert_empty_system}
-        ids = chat.generation_prompts(encoder, self._prompts, rule=self._rule, **options_of_rule)
+        ids = chat.generation_prompts(encoder, self._prompts)
         self._ids = [chat.keep_end(encoder, whole, room=room) for whole in ids]
         self._window = window
         self._judge = None
@@ -71,8 +75,9 @@ class Answers:
                 raise ValueError(
                     f"answers.reward_model={options.reward_model!r} is a language model; give a reward model."
                 )
-            self._judge_window = judge_config.max_positions
-            self._judge_encoder = chat.encoder(chat.load_tokenizer(self._judge))
+            self._judge_window, self._judge_pad_id = judge_config.max_positions, judge_config.pad_id
+            self._judge_encoder = chat.resolve(self._judge)
+            log.info("answers.reward_model reads: %s", self._judge_encoder.format.text)
 
     def __call__(
         self, number: int, weights: shapes.PyTree, check: Callable[[], None] = lambda: None
@@ -119,7 +124,11 @@ class Answers:
     def _rewards(self, texts: list[str]) -> list[float]:
         assert self._judge is not None
         groups = rewarding.rows(
-            self._judge_encoder, self._prompts, [[text] for text in texts], rule=self._rule, window=self._judge_window
+            self._judge_encoder,
+            self._prompts,
+            [[text] for text in texts],
+            pad_id=self._judge_pad_id,
+            window=self._judge_window,
         )
         rows = [row.ids for group in groups for row in group]
         rewarder = rewarding.Rewarder(

@@ -348,11 +348,17 @@ class _Run:
         self.best = -math.inf if meta["best"] is None else meta["best"]
 
     def _copy_source(self) -> None:
-        """Keep config and tokenizer files in the workdir, so that export needs nothing else."""
+        """Keep what an export carries beside the weights, as this run trains, so that it needs nothing else."""
         target = self.workdir / checkpoint.SOURCE_FOLDER
         if not target.exists():
             temporary = target.with_suffix(".tmp")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            hf.copy_companions(self.inputs.source, temporary)
+            hf.companions.write(
+                self.inputs.source,
+                self.inputs.encoder,
+                out_dir=temporary,
+                example=self.inputs.train.audit.example,
+                tokenizer=self.config.tokenizer.path,
+            )
             temporary.rename(target)

@@ -3,8 +3,8 @@
     batch ──RewardScorer──► scores as `ResponseLogps`, so that step.py trains a reward model as it trains a policy
     token rows ──Rewarder──► float32 scores of a model in a directory, batched over a mesh
 
-Rows end with the last content token: the EOS that closes a response in training is cut off (`data.prepare`,
-score_eos=False), which changes no score, because no token sees what follows it.
+Rows end with the token at which the score stands (`data.reward_row`): plain text at its last token, a conversation
+where `transformers` reads it, at the last token of the template's text that is not the pad token.
 """
 
 import dataclasses
@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fpo_jax import attention, chat, data, hf, logps, losses, model, params, shapes, sharding
+
+_UNCUT = 2**30  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,29 +183,45 @@ def rows(
     prompts: Sequence[Any],
     responses: Sequence[Sequence[Any]],
     *,
-    rule: str,
+    pad_id: int | None,
     window: int,
 ) -> list[list[chat.Row]]:
     """Build the rows of responses to prompts as a reward model's training builds them.
 
     Args:
-        encoder: of the reward model's tokenizer.
+        encoder: of the reward model, with its prompt format.
         prompts: texts, or conversations for rule `chat`.
         responses: of each prompt.
-        rule: `raw` or `chat`.
+        pad_id: `pad_token_id` of the reward model's config; None = it has none.
         window: tokens of a row; a longer prompt loses its beginning.
+
+    Raises:
+        chat.Refused: a conversation that the template does not render.
     """
-    longest = window + 1  # the EOS is cut off below
-    if rule == "raw":
+    if encoder.format.rule == "raw":
+        longest = window + 1  # the EOS is cut off below
         most = max(1, window - 1)
-        groups = chat.raw_rows(encoder, prompts, responses, max_length=longest, max_response_length=most)
-    else:
-        half = max(1, window // 2)
-        groups = chat.chat_rows(
-            encoder, prompts, responses, max_length=longest, max_prompt_length=half, truncate_together=False
+        groups = chat.raw_rows(
+            encoder, prompts, responses, max_length=longest, max_response_length=most, cut_prompts_together=False
         )
-    stripped = [[data.without_eos(row, encoder.eos_id) for row in group] for group in groups]
-    return [[row._replace(ids=row.ids[:window]) for row in group] for group in stripped]
+    else:
+        groups = chat.chat_rows(
+            encoder, prompts, responses, max_length=_UNCUT + 1, max_prompt_length=_UNCUT, ends=False
+        )
+    return [[_fit(data.reward_row(row, encoder, pad_id), window) for row in group] for group in groups]
+
+
+def _fit(row: chat.Row, window: int) -> chat.Row:
+    """Cut a row to the window: its response's end, where it fills the window alone, and its prompt's beginning."""
+    prompt, response = row.ids[: row.prompt_length], row.ids[row.prompt_length :]
+    kept = response[: max(window - 1, 1)]
+    head = prompt[max(0, len(prompt) - (window - len(kept))) :]
+    return row._replace(
+        ids=head + kept,
+        prompt_length=len(head),
+        prompt_cut=row.prompt_cut + len(prompt) - len(head),
+        response_cut=row.response_cut + len(response) - len(kept),
+    )
 
 
 def _buckets(longest: int) -> tuple[int, ...]:

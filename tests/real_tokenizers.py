@@ -1,5 +1,6 @@
 """The real tokenizers of the shared data, each loaded once: reading a SentencePiece file takes seconds."""
 
+import dataclasses
 from functools import lru_cache
 
 from fpo_jax import chat
@@ -20,11 +21,19 @@ def path(name: str):
     return shared_data(*_PATHS[name])
 
 
-def encoder(name: str, template: str | None = None) -> chat.Encoder:
+# how the trainer of the original's chat recipes renders (spec 3.2, 3.3)
+ORIGINAL = chat.PromptFormat(
+    auto_insert_empty_system=True, prepend_bos=True, assistant_header="completion", append_eos="unless_last"
+)
+
+
+def encoder(name: str, template: str | None = None, prompt_format: chat.PromptFormat | None = None) -> chat.Encoder:
     """Return the encoder with a named chat template, or with the tokenizer's own; good until the next call."""
     loaded, own = _load(name)
-    loaded.tokenizer.chat_template = chat.CHAT_TEMPLATES[template] if template else own
-    return loaded
+    text = loaded.tokenizer.chat_template = chat.CHAT_TEMPLATES[template] if template else own
+    settled = prompt_format or chat.PromptFormat(rule="chat" if text else "raw")
+    open_fields = {name: getattr(loaded.format, name) for name in ("eos_token", "end_ids", "tokenizer")}
+    return loaded._replace(format=dataclasses.replace(settled, chat_template=text or "", **open_fields))
 
 
 @lru_cache

@@ -72,6 +72,7 @@ def test_the_answers_of_the_start_are_the_samplers(trained, base, tmp_path):  # 
     prompts = [line["prompt"] for line in jobfile.read(base / "held_out.jsonl")][:6]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     given = {"max_new_tokens": 5, "temperature": 0.8, "seed": 42, "max_length": 40, "compute_dtype": "float32"}
+    given["rule"] = "raw"
     options = generate.Options(
         out=tmp_path / "a.jsonl", data=str(tmp_path / "p.jsonl"), model=str(base / "model"), batch_size=1, **given
     )

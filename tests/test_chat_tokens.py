@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (literal rows)
-"""Every named template with every real tokenizer, token for token, and where each model family ends a row."""
+"""The original's rendering: every named template with every real tokenizer, token for token, and where rows end."""
 
 import pytest
 
@@ -127,7 +127,7 @@ def test_every_pair_is_drawn():
 
 @pytest.mark.parametrize("title, prompt, response", BLOCKS, ids=[title for title, _, _ in BLOCKS])
 def test_tokens_of_a_conversation(title, prompt, response):
-    encoder = real_tokenizers.encoder(*title.split())
+    encoder = real_tokenizers.encoder(*title.split(), real_tokenizers.ORIGINAL)
     assert tokens_of(encoder) == (prompt, response)
     bos = encoder.tokenizer.bos_token
     # phi-3 names a BOS and does not open texts with it: there the template alone can write it
@@ -164,5 +164,8 @@ def test_marks_that_are_tokens(vocabulary, template, eos, prompt, response, adds
     tokenizer = toy_tokenizers.byte_bpe(template=chat.CHAT_TEMPLATES[template], adds_bos=adds_bos, **vocabulary)
     tokenizer.eos_token = eos
     marks = {*vocabulary["specials"], vocabulary.get("bos"), "Ċ"}
-    got = [" ".join(t for t in part.split() if t in marks) for part in tokens_of(chat.encoder(tokenizer))]
+    got = [
+        " ".join(t for t in part.split() if t in marks)
+        for part in tokens_of(chat.encoder(tokenizer, real_tokenizers.ORIGINAL))
+    ]
     assert got == [prompt, response]

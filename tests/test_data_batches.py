@@ -278,11 +278,9 @@ class TestShapes:
 
 
 def test_real_rows_end_to_end():
-    tokenizer = real_tokenizers.encoder("stories").tokenizer
+    encoder = real_tokenizers.encoder("stories")
     records = data.read(shared_data("hh_rlhf", "harmless-base.1800.jsonl.gz"), format="hh", stop=64)
-    prepared, audit = data.prepare(
-        records, tokenizer, rule="raw", max_length=256, max_response_length=96, vocab_size=512
-    )
+    prepared, audit = data.prepare(records, encoder, max_length=256, max_response_length=96, vocab_size=512)
     assert audit.double_bos == 0 and audit.no_bos == 0 and audit.groups == 64
     schedule = data.schedule(prepared, batch_size=16, buckets=(64, 128, 256), seed=1)
     scored = sum(int(data.batch_at(schedule, step).scored_NR.sum()) for step in range(4))
@@ -290,6 +288,6 @@ def test_real_rows_end_to_end():
     for step in range(4):
         batch = data.batch_at(schedule, step)
         first = batch.tokens_NT[:, 0]
-        assert (first == tokenizer.bos_token_id).all() and (batch.tokens_NT[:, 1:] != tokenizer.bos_token_id).all()
+        assert (first == encoder.bos_id).all() and (batch.tokens_NT[:, 1:] != encoder.bos_id).all()
         ends = batch.tokens_NT[np.arange(32), batch.valid_NT.sum(axis=1) - 1]
-        assert set(ends[batch.scored_NR.sum(axis=1) < 96]) == {tokenizer.eos_token_id}
+        assert set(ends[batch.scored_NR.sum(axis=1) < 96]) == {encoder.eos_id}

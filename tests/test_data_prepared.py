@@ -10,7 +10,8 @@ from fpo_jax.data import Record, Records
 from tests import real_tokenizers, toy_tokenizers
 from tests.paths import shared_data
 
-RAW = dict(rule="raw", max_length=40, max_response_length=12)
+RAW = dict(max_length=40, max_response_length=12)
+CHAT = dict(max_length=40, max_prompt_length=20)
 HEAD = "\n\nHuman: Hi\n\nAssistant:"
 
 
@@ -23,8 +24,12 @@ def pair(chosen=" Yes", rejected=" No", prompt=HEAD, source="f:1"):
     return Record(prompt, [chosen, rejected], [1.0, 0.0], source)
 
 
+def raw(tokenizer):
+    return chat.encoder(tokenizer, chat.PromptFormat(rule="raw"))
+
+
 def prepare(records, tokenizer, **options):
-    return data.prepare(records, tokenizer, **(RAW | options))
+    return data.prepare(records, raw(tokenizer), **(RAW | options))
 
 
 class TestRows:
@@ -81,16 +86,23 @@ class TestRows:
 
     def test_chat_rule_needs_a_template(self, toy):
         with pytest.raises(ValueError, match=r"^the tokenizer .* has no chat template"):
-            data.prepare([pair()], toy, rule="chat", max_length=40, max_prompt_length=20)
+            data.prepare([pair()], chat.encoder(toy, chat.PromptFormat()), **CHAT)
 
     def test_error_inside_a_chunk_names_its_record(self):
         tokenizer = toy_tokenizers.byte_bpe(bos="<s>", template=chat.CHAT_TEMPLATES["gemma2"])
         good = pair(source="f:1")
         bad = pair(prompt=[{"role": "system", "content": "s"}], source="f:2")
+        encoder = chat.encoder(tokenizer)
+        with pytest.raises(ValueError, match=r"^f:2: the chat template leaves out the text of a turn of role 'system'"):
+            data.prepare([good, bad, good], encoder, **CHAT)
+        refused = pair(prompt=[{"role": "tool", "content": "t"}], source="f:3")
         with pytest.raises(
-            ValueError, match=r"^f:2: the chat template refuses a conversation of the turns system: Gemma"
+            ValueError, match=r"^f:3: the chat template refuses a conversation of the turns tool: Gemma"
         ):
-            data.prepare([good, bad, good], tokenizer, rule="chat", max_length=40, max_prompt_length=20)
+            data.prepare([good, refused], encoder, **CHAT)
+        prepared, audit = data.prepare([good, bad, refused, good], encoder, on_bad_row="skip", **CHAT)
+        assert prepared.sources == ("f:1", "f:1")
+        assert audit.dropped == {"text_lost": ("f:2",), "template_refuses": ("f:3",)}
 
 
 class TestPolicies:
@@ -154,7 +166,7 @@ class TestPolicies:
     @pytest.mark.parametrize(
         "options, message",
         [
-            (dict(rule="text"), r"rule='text' is not one of raw, chat"),
+            (dict(on_bad_row="drop"), r"on_bad_row='drop' is not one of error, skip"),
             (dict(on_empty_response="skip"), r"on_empty_response='skip' is not one of drop, error"),
             (dict(on_long_prompt="cut"), r"on_long_prompt='cut' is not one of truncate, drop, error"),
             (dict(on_identical="error"), r"on_identical='error' is not one of drop, keep"),
@@ -163,10 +175,7 @@ class TestPolicies:
                 dict(max_response_length=None),
                 r"rule='raw' needs max_response_length, a number of tokens below max_length=40",
             ),
-            (dict(rule="chat"), r"rule='chat' needs max_prompt_length"),
             (dict(max_response_length=40), r"max_response_length=40 with max_length=40 leaves no room"),
-            (dict(truncate_together=False), r"truncate_together and .* apply to rule='chat' only"),
-            (dict(auto_insert_empty_system=False), r"auto_insert_empty_system apply to rule='chat' only"),
         ],
     )
     def test_options(self, toy, options, message):
@@ -205,8 +214,8 @@ class TestAudit:
     def test_gpt_neox_on_the_hh_rows(self):
         tokenizer = real_tokenizers.encoder("neox").tokenizer
         records = data.read(shared_data("hh_rlhf", "harmless-base.1800.jsonl.gz"), format="hh")
-        limits = dict(rule="raw", max_length=512, max_response_length=200)
-        prepared, audit = data.prepare(records, tokenizer, buckets=(128, 256, 512), **limits)
+        limits = dict(max_length=512, max_response_length=200, cut_prompts_together=False)
+        prepared, audit = data.prepare(records, raw(tokenizer), buckets=(128, 256, 512), **limits)
         found = {name: len(places) for name, places in (audit.dropped | audit.noted).items()}
         assert found == {"prompts_differ": 2, "empty_response": 4, "odd_turns": 5}
         counts = audit._asdict()
@@ -217,7 +226,7 @@ class TestAudit:
         assert [bucket[:2] for bucket in audit.buckets] == [(128, 733), (256, 664), (512, 397)]
         assert audit.lengths["row"].most == 512 and audit.lengths["response"].most == 200
         assert sum(audit.lengths["prompt"].counts) == 3588
-        once, twice = (data.prepare(records.rows[:90], tokenizer, **limits)[0].fingerprint() for _ in range(2))
+        once, twice = (data.prepare(records.rows[:90], raw(tokenizer), **limits)[0].fingerprint() for _ in range(2))
         assert once == twice != prepared.fingerprint()
         assert (prepared.tokens_S[prepared.starts_N + prepared.lengths_N - 1] == 0).sum() == 3588 - 48
 
@@ -230,9 +239,9 @@ class TestAudit:
         ],
     )
     def test_chat_pairs(self, name, template, prompts, responses, no_bos, scored):
-        tokenizer = real_tokenizers.encoder(name, template).tokenizer
+        encoder = real_tokenizers.encoder(name, template, real_tokenizers.ORIGINAL)
         records = data.read(shared_data("pref_chat", "ultrafeedback_shaped.jsonl.gz"), format="chat_pairs")
-        prepared, audit = data.prepare(records, tokenizer, rule="chat", max_length=1024, max_prompt_length=512)
+        prepared, audit = data.prepare(records, encoder, max_length=1024, max_prompt_length=512, truncate_together=True)
         assert (audit.groups, audit.prompts_cut, audit.responses_cut) == (300, prompts, responses)
         assert (audit.double_bos, audit.no_bos, audit.missing_eos_unexplained, audit.merged) == (0, no_bos, 0, 0)
         assert audit.scored_tokens == scored and prepared.lengths_N.max() == 1024
@@ -263,16 +272,18 @@ class TestAudit:
         assert json.loads(json.dumps(audit.as_dict()))["dropped"] == {"prompts_differ": ["d/f:4"]}
 
     def test_repeated_bos_is_counted(self):
-        template = "{% for m in messages %}{{ bos_token + m.content + eos_token }}{% endfor %}"  # as Llama-2's does
-        tokenizer = toy_tokenizers.byte_bpe(bos="<s>", template=template)
-        _, audit = data.prepare([pair()], tokenizer, rule="chat", max_length=40, max_prompt_length=20)
-        assert audit.double_bos == 2
+        """One that opens every turn is no fault (Llama-2's template; ChatML, where <|im_start|> is BOS)."""
+        for opens, count in (("bos_token", 0), ("'a' + bos_token + bos_token", 2)):
+            template = f"{{% for m in messages %}}{{{{ {opens} + m.content + eos_token }}}}{{% endfor %}}"
+            tokenizer = toy_tokenizers.byte_bpe(bos="<s>", template=template)
+            _, audit = data.prepare([pair()], chat.encoder(tokenizer), **CHAT)
+            assert audit.double_bos == count
 
     def test_text_is_compact(self, toy):
         records = [pair(), *(pair("", source=f"some/long/path/file.jsonl.gz:{n}") for n in range(2, 9))]
         text = prepare(records, toy)[1].text()
         assert "empty_response: file.jsonl.gz:2, 3, 4, 5, ..." in text
-        assert max(map(len, text.splitlines())) < 120 and len(text.splitlines()) == 15
+        assert max(map(len, text.splitlines())) < 120 and len(text.splitlines()) == 18
 
 
 class TestFingerprint:
@@ -306,11 +317,9 @@ class TestMaskedSample:
         assert data.masked_sample(prepared, tokenizer, group=1) == "<s>Why?⟦ Sure </s></s>⟧"
 
     def test_sentencepiece_keeps_the_space_of_the_response(self):
-        tokenizer = real_tokenizers.encoder("mistral1", "mistral").tokenizer
-        prepared, _ = data.prepare(
-            [pair("Yes", "No", "Hi")], tokenizer, rule="chat", max_length=40, max_prompt_length=20
-        )
-        assert data.masked_sample(prepared, tokenizer) == "<s> [INST] Hi [/INST]⟦ Yes </s>⟧"
+        encoder = real_tokenizers.encoder("mistral1", "mistral", real_tokenizers.ORIGINAL)
+        prepared, _ = data.prepare([pair("Yes", "No", "Hi")], encoder, **CHAT)
+        assert data.masked_sample(prepared, encoder.tokenizer) == "<s> [INST] Hi [/INST]⟦ Yes </s>⟧"
 
     def test_boundary_inside_a_character(self, toy):
         prepared, _ = prepare([pair()], toy)

@@ -170,13 +170,13 @@ def test_a_template_renders_as_transformers_renders_it():
         "{% macro f(m) -%} {{ m.role | upper }} {%- endmacro %}{{ f(messages[0]) }}{{ messages[::-1][0].content }}",
         "{{ strftime_now is defined }}{{ messages | map(attribute='role') | join(',') }}{{ 'a\\n\\u00e9' | length }}",
     ):
-        [own] = rendering.render(text, [turns], variables=tokenizer.special_tokens_map)
+        [own] = rendering.render(text, [rendering.Conversation(turns)], variables=tokenizer.special_tokens_map)
         assert own == tokenizer.apply_chat_template(turns, chat_template=text, tokenize=False)
 
 
 def test_a_template_s_process_holds_nothing_of_ours(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", KEY)
-    rendering.render("x", [[]], variables={})
+    rendering.render("x", [rendering.Conversation([])], variables={})
     process = rendering._process
     environment = Path(f"/proc/{process.pid}/environ").read_bytes()
     assert KEY.encode() not in environment and environment.count(b"=") == 2
@@ -185,8 +185,8 @@ def test_a_template_s_process_holds_nothing_of_ours(monkeypatch):
         assert re.search(rf"{name} +{most} ", limits), limits
     process.kill()
     with pytest.raises(ValueError, match=r"ends the process that renders it \(exit code -9\)"):
-        rendering.render("x", [[]], variables={})
-    assert rendering.render("x", [[]], variables={}) == ["x"]  # a new one
+        rendering.render("x", [rendering.Conversation([])], variables={})
+    assert rendering.render("x", [rendering.Conversation([])], variables={}) == ["x"]  # a new one
 
 
 BANNED = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch", "yaml"}

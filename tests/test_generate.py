@@ -34,6 +34,7 @@ def options(folder, out, **changed):
         "data": str(folder / "prompts.jsonl"),
         "max_new_tokens": 6,
         "num_return": 2,
+        "rule": "raw",
     }
     given |= {"batch_size": 1, "compute_dtype": "float32", "max_length": 40}
     return generate.Options(out=out, **(given | changed))
@@ -56,7 +57,7 @@ def test_lines_hold_prompts_and_what_the_sampler_drew(folder, answered):
     config = hf.read_config(folder / "model")
     drawn = sample.sample(
         hf.load_params(folder / "model", config, dtype="float32"),
-        chat.generation_prompts(chat.encoder(tokenizer), PROMPTS, rule="raw"),
+        chat.generation_prompts(chat.encoder(tokenizer, chat.PromptFormat(rule="raw")), PROMPTS),
         config=config, decoding=sample.Decoding(6, stop_ids=(2,)), seed=0, num_return=2, batch_size=4,
     )  # fmt: skip
     for line, responses in zip(lines, drawn, strict=True):
@@ -155,7 +156,7 @@ def test_a_checkpoint_answers_as_its_export(base, tmp_path):  # noqa: F811
         ({"step": "3"}, "--step belongs to --workdir"),
         ({"server": "http://x", "model": ""}, "--server needs --server-model"),
         ({"api_key_env": "KEY"}, "belong to --server"),
-        ({"rule": "raw", "chat_template": "chatml"}, "--chat-template belongs to --rule=chat"),
+        ({"rule": "raw", "chat_template": "chatml"}, "--chat-template would change nothing under rule raw"),
         ({"rule": "both"}, "--rule='both' is not one of raw, chat"),
         ({"dedup": "some"}, "--dedup='some' is not one of none, consecutive, all"),
         ({"num_return": 0}, "--num-return=0 must be at least 1"),
@@ -278,13 +279,15 @@ def test_generation_prompts_are_what_training_makes_of_prompt_and_answer():
         ("mistral3", "llama3", "What is it?", "It is a test."),
         ("mistral3", "gemma2", "What is it?", "It is a test."),
     ):
-        encoder = real_tokenizers.encoder(name, template)
-        (begin,) = chat.generation_prompts(encoder, [prompt], rule="chat")
-        ((row,),) = chat.chat_rows(encoder, [prompt], [[answer]], max_length=200, max_prompt_length=100)
-        assert row.ids[: len(begin)] == begin, (name, template)
-        rest = encoder.tokenizer.decode(row.ids[len(begin) :], skip_special_tokens=False)
-        assert rest.lstrip().startswith(answer), (name, template, rest)
-        assert len(begin) > row.prompt_length or template == "mistral"
+        for settled in (None, real_tokenizers.ORIGINAL):
+            encoder = real_tokenizers.encoder(name, template, settled)
+            (begin,) = chat.generation_prompts(encoder, [prompt])
+            ((row,),) = chat.chat_rows(encoder, [prompt], [[answer]], max_length=200, max_prompt_length=100)
+            assert row.ids[: len(begin)] == begin, (name, template)
+            rest = encoder.tokenizer.decode(row.ids[len(begin) :], skip_special_tokens=False)
+            assert rest.lstrip().startswith(answer), (name, template, rest)
+            header = settled is not None and template != "mistral"
+            assert len(begin) > row.prompt_length if header else len(begin) == row.prompt_length
 
 
 # --- the server
@@ -393,11 +396,11 @@ def test_a_label_is_the_score_that_training_gives_the_same_row(judge, base, tmp_
     """The rows of labelling and of training are the same tokens."""
     c = reward_config(judge, base / "held_out.jsonl", train__batch_size=8)
     prepared = loop.job.prepare(c).train.prepared
-    tokenizer = chat.encoder(chat.load_tokenizer(judge))
+    encoder = chat.encoder(chat.load_tokenizer(judge), chat.PromptFormat(rule="raw"))
     pairs = jobfile.read(base / "held_out.jsonl")[:8]
     lines = [{"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]]} for pair in pairs]
     prompts, completions = [line["prompt"] for line in lines], [line["completions"] for line in lines]
-    groups = rewarding.rows(tokenizer, prompts, completions, rule="raw", window=40)
+    groups = rewarding.rows(encoder, prompts, completions, pad_id=0, window=40)
     rows = [row.ids for group in groups for row in group]
     assert rows == [prepared.row(index)[0].tolist() for index in range(16)]
 

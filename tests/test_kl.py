@@ -30,7 +30,13 @@ def folder(tmp_path_factory):
 
 def options(root, out, **changed):
     given = {"model": str(root / "policy"), "data": str(root / "prompts.jsonl"), "max_new_tokens": NEW}
-    given |= {"num_return": SAMPLES, "temperature": TEMPERATURE, "compute_dtype": "float32", "max_length": 24}
+    given |= {
+        "num_return": SAMPLES,
+        "temperature": TEMPERATURE,
+        "compute_dtype": "float32",
+        "max_length": 24,
+        "rule": "raw",
+    }
     return generate.Options(out=out, batch_size=50, keep_ids=1, **(given | changed))
 
 
@@ -48,11 +54,11 @@ def finished(folder):
 def exact(folder):
     """log p [V] of the first token and [V, V] of the second after it, of each model and prompt, in float64."""
     found = {}
-    encoder = chat.encoder(chat.load_tokenizer(folder / "policy"))
+    encoder = chat.encoder(chat.load_tokenizer(folder / "policy"), chat.PromptFormat(rule="raw"))
     for name in ("policy", "reference"):
         config = hf.read_config(folder / name)
         params = hf.load_params(folder / name, config, dtype="float32")
-        for text, ids in zip(PROMPTS, chat.generation_prompts(encoder, PROMPTS, rule="raw"), strict=True):
+        for text, ids in zip(PROMPTS, chat.generation_prompts(encoder, PROMPTS), strict=True):
             tokens_NT = np.array([[*ids, token] for token in range(config.vocab_size)], np.int32)
             hidden_NTD = model.hidden_states(
                 params, jnp.asarray(tokens_NT), jnp.ones(tokens_NT.shape, bool), config=config, compute_dtype="float32"

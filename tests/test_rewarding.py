@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +64,10 @@ def run(base, tmp_path_factory):
     ids=["EOS present", "EOS cut off", "EOS just fits"],
 )
 def test_the_score_stands_at_the_last_content_token(base, response, limit, last):
-    tokenizer = chat.load_tokenizer(base / "model")
+    encoder = chat.encoder(chat.load_tokenizer(base / "model"), chat.PromptFormat(rule="raw"))
+    tokenizer = encoder.tokenizer
     record = data.Record("q?", [response, " zz"], [1.0, 0.0], "here")
-    prepared, _ = data.prepare(
-        [record], tokenizer, rule="raw", max_length=32, max_response_length=limit, score_eos=False
-    )
+    prepared, _ = data.prepare([record], encoder, max_length=32, max_response_length=limit, reward_pad_id=0)
     ids, prompt_length = prepared.row(0)
     assert tokenizer.decode(ids[prompt_length:])[-1] == last
     schedule = data.schedule(prepared, batch_size=1, buckets=(32,), seed=0)
@@ -76,11 +76,14 @@ def test_the_score_stands_at_the_last_content_token(base, response, limit, last)
     assert batch.tokens_NT[0, position] == ids[-1] and position == len(ids) - 1
 
 
-def test_a_row_without_eos_stays_and_a_second_eos_is_content(base):
-    row = chat.Row([5, 6, 2, 2], 1)
-    assert data.without_eos(row, 2).ids == [5, 6, 2]
-    assert data.without_eos(row._replace(ids=[5, 6]), 2).ids == [5, 6]
-    assert data.without_eos(row._replace(ids=[2], prompt_length=1), 2).ids == [2]
+def test_plain_text_loses_one_eos_and_a_conversation_its_pads(base):
+    tokenizer, row = chat.load_tokenizer(base / "model"), chat.Row([5, 6, 2, 2], 1)
+    raw, own = (chat.encoder(tokenizer, chat.PromptFormat(rule=rule)) for rule in ("raw", "chat"))
+    assert data.reward_row(row, raw, 0).ids == [5, 6, 2]  # a second EOS is content
+    assert data.reward_row(row._replace(ids=[5, 6]), raw, 0).ids == [5, 6]
+    assert data.reward_row(row._replace(ids=[2], prompt_length=1), raw, 0).ids == [2]
+    assert data.reward_row(row, own, 0).ids == data.reward_row(row, own, None).ids == [5, 6, 2, 2]
+    assert data.reward_row(row, own, 2).ids == [5, 6]  # pad is EOS: transformers reads the token before
 
 
 # --- losses
@@ -262,8 +265,10 @@ def test_the_exported_pad_token_is_the_tokenizers(run, base):
     """transformers scores the last token that is no pad token, and users pad with the tokenizer's."""
     _, meta = checkpoint.restore_params(run, None)
     config = dataclasses.replace(hf.read_config(base / "model"), pad_id=None)
-    assert export._pad_id(meta, config) == 0
-    assert export._pad_id(meta | {"model_dir": str(run)}, config) == 2  # no tokenizer: EOS
+    encoder = chat.resolve(Path(meta["model_dir"]))
+    assert job.reward_pad_id(encoder, config) == 0
+    encoder.tokenizer.pad_token = None
+    assert job.reward_pad_id(encoder, config) == 2  # EOS
 
 
 def test_a_classifier_of_two_labels_is_refused(base):

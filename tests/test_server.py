@@ -139,6 +139,7 @@ def options(tmp_path, server, **changed):
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{number}?"}) + "\n" for number in range(8)))
     given = {"out": tmp_path / "o.jsonl", "data": str(data), "server": server.url, "server_model": "m"}
+    given["rule"] = "raw"
     return generate.Options(**(given | {"concurrency": 2} | changed))
 
 

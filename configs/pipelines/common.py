@@ -13,6 +13,7 @@ import ml_collections
 
 SOURCE = ("format", "train", "train_split", "train_rows", "eval", "eval_split", "eval_rows", "subfolder", "revision")
 ROWS = ("hh_split", "rule", "max_length", "max_prompt_length", "max_response_length")
+ROWS += ("assistant_header", "append_eos", "auto_insert_empty_system", "prepend_bos", "thoughts")
 
 
 def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, reward_model: str = "") -> Any:

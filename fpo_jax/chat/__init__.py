@@ -1,39 +1,48 @@
 """Conversation or plain text -> token ids and the length of the prompt. No JAX, no torch.
 
-templates   chat templates by name
-rendering   a template and conversations -> texts, in a process of its own with bounded time and memory
-tokenizer   load a tokenizer; encode so that text in the data can never become a control token
-rules       the two ways of building rows (`raw`, `chat`) and their truncation
+prompt_format  how a prompt and its completions become ids: the record that runs and exports carry
+resolving      what a user says and what a directory records -> one encoder; what of a template will surprise
+templates      chat templates by name
+rendering      a template and conversations -> texts, in a process of its own with bounded time and memory
+tokenizer      load a tokenizer; encode so that text in the data can never become a control token
+texts          the texts of a prompt and of its completions; what a template may not lose
+rules          the two ways of building rows (`raw`, `chat`)
+cutting        rows cut to a window
 """
 
-from fpo_jax.chat.rules import (
-    Row,
-    chat_rows,
-    chat_texts,
-    continuation,
-    fit_chat,
-    fit_raw,
-    generation_prompts,
-    keep_end,
-    raw_rows,
-)
+from fpo_jax.chat import prompt_format
+from fpo_jax.chat.cutting import Row, fit_chat, fit_raw
+from fpo_jax.chat.prompt_format import PromptFormat, parse_kwargs
+from fpo_jax.chat.resolving import Told, example_faults, resolve, transformers_ids, warnings
+from fpo_jax.chat.rules import chat_rows, continuation, generation_prompts, keep_end, raw_rows
 from fpo_jax.chat.templates import CHAT_TEMPLATES
-from fpo_jax.chat.tokenizer import Encoder, encode, encoder, identity, load_tokenizer
+from fpo_jax.chat.texts import Refused, chat_texts, knows_system
+from fpo_jax.chat.tokenizer import Encoder, encode, encoder, fingerprint, load_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATES",
     "Encoder",
+    "PromptFormat",
+    "Refused",
     "Row",
+    "Told",
     "chat_rows",
     "chat_texts",
     "continuation",
     "encode",
     "encoder",
+    "example_faults",
+    "fingerprint",
     "fit_chat",
     "fit_raw",
     "generation_prompts",
-    "identity",
     "keep_end",
+    "knows_system",
     "load_tokenizer",
+    "parse_kwargs",
+    "prompt_format",
     "raw_rows",
+    "resolve",
+    "transformers_ids",
+    "warnings",
 ]

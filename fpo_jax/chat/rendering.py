@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from fpo_jax.chat import template_worker
 
@@ -23,6 +24,13 @@ _process: subprocess.Popen[bytes] | None = None
 _owner = 0  # the process that started it: a fork must not talk into its parent's pipes
 
 
+class Conversation(NamedTuple):
+    """What a template is asked to render."""
+
+    messages: Sequence[Mapping[str, str]]
+    add_generation_prompt: bool = False  # what stands before an answer comes last, for the answer to follow
+
+
 class Refused(ValueError):
     """A conversation, the one of this index, that a sound template cannot or will not render."""
 
@@ -31,21 +39,20 @@ class Refused(ValueError):
         self.index = index
 
 
-def render(
-    template: str, conversations: Sequence[Sequence[Mapping[str, str]]], *, variables: Mapping[str, str]
-) -> list[str]:
+def render(template: str, conversations: Sequence[Conversation], *, variables: Mapping[str, Any]) -> list[str]:
     """Return the text of each conversation.
 
     Args:
         template: Jinja.
-        conversations: their messages.
-        variables: what else the template may name (`bos_token`, ...).
+        conversations: what is rendered.
+        variables: what else the template may name (`bos_token`, `enable_thinking`, ...).
 
     Raises:
         Refused: the template refuses a conversation.
         ValueError: the template is broken, or takes more time, memory or text than any conversation needs.
     """
-    question = {"template": template, "conversations": conversations, "variables": dict(variables), "seconds": SECONDS}
+    asked = [conversation._asdict() for conversation in conversations]
+    question = {"template": template, "conversations": asked, "variables": dict(variables), "seconds": SECONDS}
     line = json.dumps(question, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
     with _lock:
         found = _ask(line)

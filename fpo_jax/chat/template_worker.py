@@ -11,6 +11,8 @@ It imports Jinja alone, so that it starts in a tenth of a second. One line of JS
 
     {"template", "variables", "conversations", "seconds"}  ->  {"texts"}, or also {"kind", "fact"} of
                                                                the first that failed: refused, broken, limit
+
+A conversation is {"messages", "add_generation_prompt"}.
 """
 
 import codecs
@@ -92,17 +94,15 @@ def compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def rendered(source: str, variables: dict[str, str], messages: list[dict[str, str]]) -> str:
+def rendered(source: str, variables: dict[str, Any], conversation: dict[str, Any]) -> str:
     """Render one conversation.
 
     Raises:
         MemoryError: too much text.
     """
-    room = SPARE_TEXT + 4 * sum(len(text) for message in messages for text in message.values())
+    room = SPARE_TEXT + 4 * sum(len(text) for message in conversation["messages"] for text in message.values())
     chunks = []
-    stream = compiled(source).generate(
-        messages=messages, tools=None, documents=None, add_generation_prompt=False, **variables
-    )
+    stream = compiled(source).generate({"tools": None, "documents": None, **variables, **conversation})
     for chunk in stream:
         room -= len(chunk)
         if room < 0:
@@ -115,9 +115,9 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Render the conversations of a question, each within its time."""
     texts = []
     try:
-        for messages in question["conversations"]:
+        for conversation in question["conversations"]:
             signal.setitimer(signal.ITIMER_PROF, question["seconds"])
-            texts.append(rendered(question["template"], question["variables"], messages))
+            texts.append(rendered(question["template"], question["variables"], conversation))
     except MemoryError:
         kind, fact = "limit", "needs too much memory or writes far more than the conversation holds"
     except RecursionError:

@@ -1,8 +1,9 @@
 """Chat templates by name, as Jinja text; a recipe names one, a model path never chooses one.
 
 They render what the models of the four alpha-PO recipes, ChatML models and Gemma-2 were trained on, turn by turn: no
-text depends on a later turn. The word "system" in a template makes the `chat` rule insert an empty system turn (see
-`rules.chat_texts`), so only templates whose models saw such a turn contain it.
+text depends on a later turn. The word "system" in a template makes a prompt format with `auto_insert_empty_system` put
+an empty system turn first (see `texts.knows_system`): templates that fold a system text into a user turn show nothing
+of an empty one.
 """
 
 # header, blank line, trimmed content, <|eot_id|>; BOS once, at the start of the conversation
@@ -45,15 +46,18 @@ _CHATML = (
     r"{{ '<|im_start|>assistant\n' if add_generation_prompt else '' }}"
 )
 
-# the assistant is called model; there is no third role
+# the assistant is called model; a system text opens the first user turn; there is no third role
 _GEMMA2 = (
     r"{{ bos_token }}"
+    r"{% set ns = namespace(system='') %}"
     r"{% for turn in messages %}"
-    r"{% if turn.role not in ['user', 'assistant'] %}"
-    r"{{ raise_exception('Gemma-2 has no role ' + turn.role) }}"
-    r"{% endif %}"
+    r"{% if turn.role == 'system' and loop.first %}{% set ns.system = (turn.content | trim) + '\n\n' %}"
+    r"{% elif turn.role in ['user', 'assistant'] %}"
     r"{{ '<start_of_turn>' + ('model' if turn.role == 'assistant' else turn.role) + '\n' }}"
-    r"{{ (turn.content | trim) + '<end_of_turn>\n' }}"
+    r"{{ ((ns.system + turn.content) | trim) + '<end_of_turn>\n' }}"
+    r"{% set ns.system = '' %}"
+    r"{% else %}{{ raise_exception('Gemma-2 has no role ' + turn.role + ' here') }}"
+    r"{% endif %}"
     r"{% endfor %}"
     r"{{ '<start_of_turn>model\n' if add_generation_prompt else '' }}"
 )

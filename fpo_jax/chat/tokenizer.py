@@ -9,6 +9,8 @@ but the spelling `</s>` no longer matches anything.
     data text  --protect-->  template  --alias-->  aliases for what the template wrote  --reveal + encode-->  ids
 """
 
+import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 from transformers import PreTrainedTokenizerFast
 
 from fpo_jax.chat import rendering, templates
+from fpo_jax.chat.prompt_format import PromptFormat
 
 # noncharacters: no text may carry them (Unicode 16, section 23.7), so they delimit what must not be forged
 _OPEN, _CLOSE, _HIDE = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -38,9 +41,15 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.
 LARGEST_FILE = 2**27  # bytes; the largest published tokenizer.json have a quarter of it
 _TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 
+# what a tokenizer is told apart by, besides its vocabulary: spaces, capitals, digits, accents, scripts, line ends
+_PROBE = (
+    "Ab cd  ef\n\n\tGhi, 12345.67e-8 don't 'll naïve ÀÉ\u0301 ﬁ ½ 中文 日本 العربية"
+    " हिन्दी 🙂👩\u200d💻 \u200b<b>(x_y)</b> $#@!"
+)
+
 
 class Encoder(NamedTuple):
-    """A tokenizer whose control tokens no text can spell, and the ids that rows are built with."""
+    """A tokenizer whose control tokens no text can spell, the ids that rows are built with, and the prompt format."""
 
     tokenizer: PreTrainedTokenizerFast  # renders templates and decodes
     backend: tokenizers.Tokenizer  # encodes; control tokens renamed, adds nothing by itself
@@ -50,6 +59,14 @@ class Encoder(NamedTuple):
     eos_id: int
     bos_id: int | None
     adds_bos: bool  # whether the tokenizer itself opens a text with BOS
+    format: PromptFormat  # with nothing left open: template, EOS, every end token
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Control tokens that end a completion: no text of the data can write one."""
+        return frozenset(self.format.end_ids) & frozenset(
+            self.backend.token_to_id(one) for one in self.aliases.values()
+        )
 
     def __repr__(self) -> str:
         """Name the tokenizer; its vocabulary would fill the screen."""
@@ -94,13 +111,21 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise ValueError(_no_eos(name_or_path))
     if chat_template is not None:
-        tokenizer.chat_template = _template_text(chat_template)
+        tokenizer.chat_template = template_text(chat_template)
         _check_syntax(tokenizer)
     return tokenizer
 
 
-def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
+def encoder(
+    tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None = None, *, end_ids: Sequence[int] = ()
+) -> Encoder:
     """Build the encoder of a tokenizer (half a second; build it once).
+
+    Args:
+        tokenizer: from `load_tokenizer`, with the chat template and the EOS that the prompt format speaks of.
+        prompt_format: how prompts and completions become ids; None = as transformers does it. What it leaves open
+            (template, EOS, digest of the tokenizer) is filled in.
+        end_ids: tokens that end a completion besides EOS, as generation_config.json and config.json list them.
 
     Raises:
         ValueError: the tokenizer has no EOS token, or special tokens that it would not load again as they are.
@@ -129,6 +154,14 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
     if moved := [spelling for spelling, token_id in ids.items() if backend.token_to_id(aliases[spelling]) != token_id]:
         raise ValueError(f"the tokenizer's ids of {', '.join(moved)} are not reproducible; save it anew and load that")
     opening = tokenizer("a", add_special_tokens=True)["input_ids"]
+    settled = prompt_format or PromptFormat(rule="chat" if tokenizer.chat_template else "raw")
+    settled = dataclasses.replace(
+        settled,
+        chat_template=str(tokenizer.get_chat_template()) if settled.rule == "chat" and tokenizer.chat_template else "",
+        eos_token=str(tokenizer.eos_token),
+        end_ids=tuple(dict.fromkeys((eos_id, *settled.end_ids, *end_ids))),
+        tokenizer=fingerprint(tokenizer),
+    )
     return Encoder(
         tokenizer=tokenizer,
         backend=backend,
@@ -138,6 +171,7 @@ def encoder(tokenizer: PreTrainedTokenizerFast) -> Encoder:
         eos_id=eos_id,
         bos_id=bos_id if isinstance(bos_id, int) else None,
         adds_bos=isinstance(bos_id, int) and opening[:1] == [bos_id],
+        format=settled,
     )
 
 
@@ -146,9 +180,10 @@ def encode(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in encoder.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def identity(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return what a tokenizer makes of texts, conversations and ids, wherever it was read from."""
-    return [tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), str(tokenizer.eos_token)]
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the sha256 (hex) of what a tokenizer makes of texts and ids, wherever and however it is stored."""
+    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), ids]).encode()).hexdigest()
 
 
 def refuse_reserved(text: str) -> str:
@@ -279,7 +314,12 @@ def _rename(model: dict, aliases: dict[str, str]) -> None:
         ]
 
 
-def _template_text(chat_template: str) -> str:
+def template_text(chat_template: str) -> str:
+    """Return the Jinja text of a template that is given by name, by file or as it is.
+
+    Raises:
+        ValueError: a name that is none of these.
+    """
     if chat_template in templates.CHAT_TEMPLATES:
         return templates.CHAT_TEMPLATES[chat_template]
     text = chat_template
@@ -295,9 +335,9 @@ def _template_text(chat_template: str) -> str:
 
 
 def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
-    conversation = [{"role": "user", "content": "x"}]
+    asked = rendering.Conversation([{"role": "user", "content": "x"}])
     try:
-        rendering.render(str(tokenizer.chat_template), [conversation], variables=tokenizer.special_tokens_map)
+        rendering.render(str(tokenizer.chat_template), [asked], variables=tokenizer.special_tokens_map)
     except rendering.Refused:
         pass  # sound Jinja that refuses this conversation; the real ones will tell
 

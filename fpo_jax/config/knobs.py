@@ -89,8 +89,8 @@ def default() -> Config:
     c.tokenizer = ml_collections.ConfigDict()
     c.tokenizer.path = ""  # "" = model.path
     c.tokenizer.chat_template = ""  # named key, Jinja file or Jinja text; "" = tokenizer's
-
-    c.tokenizer.eos_token = ""  # spelling, where the tokenizer's files name none
+    c.tokenizer.chat_template_kwargs = ""  # JSON object of template variables: {"enable_thinking": false}
+    c.tokenizer.eos_token = ""  # spelling; "" = the tokenizer's
 
     c.data = ml_collections.ConfigDict()
     c.data.format = "json"  # one of FORMATS
@@ -110,8 +110,15 @@ def default() -> Config:
     c.data.max_prompt_length = 1800  # tokens kept of a prompt when the row is too long (rule chat)
     c.data.max_response_length = config_dict.placeholder(int)  # tokens of a response incl. EOS (rule raw)
     c.data.truncation = "keep_end"  # keep_end | keep_start of an over-long prompt
-    c.data.truncate_together = True  # the original cuts every response of a group when the longest overflows
-    c.data.auto_insert_empty_system = True  # the original adds an empty system turn where the template has one
+    c.data.truncate_together = False  # rule chat: cut every response of a group when the longest overflows (original)
+    c.data.cut_prompts_together = True  # rule raw: one prompt for all candidates of a group; the original cuts each
+    # How a conversation is rendered (rule chat); a run keeps it with its tokenizer, and its export carries it. The
+    # defaults are the way of transformers and vLLM, what the recipes of the original set is marked.
+    c.data.assistant_header = "prompt"  # prompt: what add_generation_prompt writes | completion: trained (original)
+    c.data.append_eos = "where_missing"  # where the template writes no end token | unless_last (original)
+    c.data.auto_insert_empty_system = False  # put an empty system turn first where the template has one (original)
+    c.data.prepend_bos = False  # BOS first where the tokenizer opens texts with it and the template does not (original)
+    c.data.thoughts = "refuse"  # refuse | keep (trained and scored) | drop the <think> parts of completions
     c.data.hh_split = "last_turn"  # last_turn | first_difference (the original's construction)
     c.data.group_size = 2  # K: candidates per group; records with more are cut in consecutive groups; 1: the best one
     c.data.on_empty_response = "drop"  # drop | error

@@ -31,7 +31,7 @@ from fpo_jax.data.batches import (
 from fpo_jax.data.layouts import scored_positions
 from fpo_jax.data.mixing import Part, mixture, parse
 from fpo_jax.data.packing import pack
-from fpo_jax.data.prepared import Prepared, best_only, masked_sample, prepare, without_eos
+from fpo_jax.data.prepared import Prepared, best_only, masked_sample, prepare, reward_row
 from fpo_jax.data.records import Record, Records, read
 
 __all__ = [
@@ -54,11 +54,11 @@ __all__ = [
     "parse",
     "prepare",
     "read",
+    "reward_row",
     "row_sizes",
     "schedule",
     "scored_positions",
     "sequence",
     "steps_per_epoch",
     "tokens_once",
-    "without_eos",
 ]

@@ -60,18 +60,25 @@ class Audit(NamedTuple):
     dropped: dict[str, tuple[str, ...]]  # reason -> where; rows by the reader, groups by `prepare`
     noted: dict[str, tuple[str, ...]]  # odd, dropped or not
     prompts_cut: int  # groups
-    responses_cut: int  # rows, which lost their EOS
-    missing_eos: int  # rows that do not end in EOS
+    prompt_tokens_cut: int  # of one row of each group, the most
+    prompts_differ: int  # groups whose rows were cut to different prompts
+    responses_cut: int  # rows, which lost their end token
+    response_tokens_cut: int  # of all rows
+    missing_eos: int  # rows that do not end in an end token
     missing_eos_unexplained: int  # of those, rows that were not cut
     merged: int  # rows in which a token straddles prompt and response
-    double_bos: int  # rows with more than one BOS
+    double_eos: int  # rows whose scored part holds more than one end token
+    double_bos: int  # rows with two BOS tokens in a row
     no_bos: int  # rows without, where the tokenizer opens texts with BOS: their prompts lost it
     ties: int  # groups whose highest reward is shared
     pad: str  # which id fills, and why
+    prompt_format: str  # how prompts and completions became ids
+    warnings: tuple[str, ...]  # what of the chat template will not do what it looks like
     lengths: dict[str, Lengths]  # prompt, response, row
     buckets: tuple[Bucket, ...]
     packed: Packed | None = None
     left_out: int = 0  # sound groups that `prepare` was told not to keep
+    example: dict[str, Any] | None = None  # a conversation and its ids, by which an export is checked
 
     def with_packed(self, rows: int, *, length: int) -> "Audit":
         """Return the audit of the same texts packed into so many rows."""
@@ -81,7 +88,9 @@ class Audit(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, ready for `json.dumps`."""
-        return self._asdict() | {
+        fields = self._asdict()
+        del fields["example"]
+        return fields | {
             "dropped": {reason: list(sources) for reason, sources in self.dropped.items()},
             "noted": {reason: list(sources) for reason, sources in self.noted.items()},
             "lengths": {name: lengths._asdict() for name, lengths in self.lengths.items()},
@@ -95,12 +104,20 @@ class Audit(NamedTuple):
             f"data audit, rule {self.rule}: {self.rows_read:,} rows read, {self.groups:,} groups of {self.group_size} "
             f"kept{self._left_out()}, {self.tokens:,} tokens, {self.scored_tokens:,} scored"
         ]
+        lines.append(f"  prompt format: {self.prompt_format}")
+        lines += [f"  warning: {warning}" for warning in self.warnings]
         lines += [_reason("dropped", name, sources) for name, sources in self.dropped.items()]
         lines += [_reason("noted", name, sources) for name, sources in self.noted.items()]
         for name, count, unit in (
-            ("prompts cut", self.prompts_cut, f"of {self.groups:,} groups"),
-            ("responses cut", self.responses_cut, f"of {self.groups * self.group_size:,} rows"),
+            ("prompts cut", self.prompts_cut, f"of {self.groups:,} groups{_lost(self.prompt_tokens_cut)}"),
+            ("prompts differ", self.prompts_differ, "groups, their candidates follow differently cut prompts"),
+            (
+                "responses cut",
+                self.responses_cut,
+                f"of {self.groups * self.group_size:,} rows{_lost(self.response_tokens_cut)}",
+            ),
             ("missing EOS", self.missing_eos, f"rows, {self.missing_eos_unexplained} of them not cut"),
+            ("double EOS", self.double_eos, "rows, every end token is scored"),
             ("boundary merges", self.merged, "rows, the token across the boundary is scored"),
             ("double BOS", self.double_bos, "rows"),
             ("lost BOS", self.no_bos, "rows, with the start of their prompts"),
@@ -134,36 +151,37 @@ def audit(
     facts_N4: np.ndarray,
     encoder: chat.Encoder,
     *,
-    rule: str,
     rows_read: int,
     groups_formed: int,
     dropped: Mapping[str, Sequence[str]],
     noted: Mapping[str, Sequence[str]],
     buckets: Sequence[int],
     left_out: int = 0,
+    example: dict[str, Any] | None = None,
 ) -> Audit:
     """Count everything worth knowing about prepared rows.
 
     Args:
         prepared: the rows.
         facts_N4: int, per row: prompt length, prompt tokens cut, response tokens cut, merged.
-        encoder: of the tokenizer they were made with.
-        rule: `raw` or `chat`.
+        encoder: that they were made with.
         rows_read: rows the reader saw.
         groups_formed: groups before any was dropped by `prepare`.
         dropped: reason -> sources.
         noted: reason -> sources of rows that are odd, dropped or not.
         buckets: row lengths for the padding share.
         left_out: sound groups that were not kept.
+        example: a conversation of the rows, with its ids.
     """
     shape_BK = prepared.rewards_BK.shape
     prompt_cut_N, response_cut_N, merged_N = facts_N4[:, 1], facts_N4[:, 2], facts_N4[:, 3]
     ends_N = prepared.starts_N + prepared.lengths_N
-    no_eos_N = prepared.tokens_S[ends_N - 1] != encoder.eos_id
-    bos_N = _bos_counts(prepared, encoder)
+    is_end_S = np.isin(prepared.tokens_S, encoder.format.end_ids)
+    no_eos_N = ~is_end_S[ends_N - 1]
+    bos_N, double_bos_N = _bos_counts(prepared, encoder)
     scored_N = prepared.lengths_N - prepared.prompt_lengths_N
     return Audit(
-        rule=rule,
+        rule=encoder.format.rule,
         rows_read=rows_read,
         groups_formed=groups_formed,
         groups=prepared.groups,
@@ -174,14 +192,20 @@ def audit(
         dropped={reason: tuple(sources) for reason, sources in dropped.items()},
         noted={reason: tuple(sources) for reason, sources in noted.items()},
         prompts_cut=int((prompt_cut_N.reshape(shape_BK) > 0).any(axis=1).sum()),
+        prompt_tokens_cut=int(prompt_cut_N.reshape(shape_BK).max(axis=1).sum()),
+        prompts_differ=int((prompt_cut_N.reshape(shape_BK) != prompt_cut_N.reshape(shape_BK)[:, :1]).any(axis=1).sum()),
         responses_cut=int((response_cut_N > 0).sum()),
+        response_tokens_cut=int(response_cut_N.sum()),
         missing_eos=int(no_eos_N.sum()),
         missing_eos_unexplained=int((no_eos_N & (response_cut_N == 0)).sum()),
         merged=int(merged_N.sum()),
-        double_bos=int((bos_N > 1).sum()),
+        double_eos=int((_scored_ends(prepared, is_end_S) > 1).sum()),
+        double_bos=int(double_bos_N.sum()),
         no_bos=int((bos_N == 0).sum()) if encoder.adds_bos else 0,
         ties=int(((prepared.rewards_BK == prepared.rewards_BK.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum()),
         pad=_pad_note(prepared.pad_id, encoder),
+        prompt_format=encoder.format.text,
+        warnings=tuple(chat.warnings(encoder)),
         lengths={
             "prompt": _lengths(prepared.prompt_lengths_N),
             "response": _lengths(scored_N),
@@ -189,14 +213,29 @@ def audit(
         },
         buckets=_buckets(prepared.lengths_N.reshape(shape_BK), buckets),
         left_out=left_out,
+        example=example,
     )
 
 
-def _bos_counts(prepared: "Prepared", encoder: chat.Encoder) -> np.ndarray:
-    """BOS tokens per row; ones where BOS is also EOS and cannot be told from it."""
+def _scored_ends(prepared: "Prepared", is_end_S: np.ndarray) -> np.ndarray:
+    """End tokens in the scored part of each row."""
+    ends_so_far = np.concatenate([[0], np.cumsum(is_end_S)])
+    begins_N = prepared.starts_N + prepared.prompt_lengths_N
+    return ends_so_far[prepared.starts_N + prepared.lengths_N] - ends_so_far[begins_N]
+
+
+def _bos_counts(prepared: "Prepared", encoder: chat.Encoder) -> tuple[np.ndarray, np.ndarray]:
+    """BOS tokens per row, and whether two follow each other: <|im_start|> as BOS opens every turn.
+
+    One and none where BOS is also EOS and cannot be told from it.
+    """
     if encoder.bos_id is None or encoder.bos_id == encoder.eos_id:
-        return np.ones_like(prepared.lengths_N)
-    return np.add.reduceat((prepared.tokens_S == encoder.bos_id).astype(np.int32), prepared.starts_N)
+        return np.ones_like(prepared.lengths_N), np.zeros_like(prepared.lengths_N)
+    is_bos_S = prepared.tokens_S == encoder.bos_id
+    again_S = is_bos_S & np.concatenate([[False], is_bos_S[:-1]])
+    again_S[prepared.starts_N] = False
+    counts = [np.add.reduceat(flags.astype(np.int32), prepared.starts_N) for flags in (is_bos_S, again_S)]
+    return counts[0], counts[1] > 0
 
 
 def _pad_note(pad_id: int, encoder: chat.Encoder) -> str:
@@ -224,6 +263,10 @@ def _buckets(lengths_BK: np.ndarray, buckets: Sequence[int]) -> tuple[Bucket, ..
         inside = lengths_BK[which_B == index]
         found.append(Bucket(bound, len(inside), 1 - int(inside.sum()) / (inside.size * bound) if inside.size else 0.0))
     return tuple(found)
+
+
+def _lost(tokens: int) -> str:
+    return f", {tokens:,} tokens lost" if tokens else ""
 
 
 def _reason(kind: str, name: str, sources: Sequence[str]) -> str:

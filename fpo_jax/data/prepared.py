@@ -15,13 +15,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from fpo_jax import chat
-from fpo_jax.chat import rules
+from fpo_jax.chat import cutting, texts
 from fpo_jax.data import audit as audits
 from fpo_jax.data import sources
 from fpo_jax.data.audit import Audit
 from fpo_jax.data.records import Message, Record, Records
 
-RULES = ("raw", "chat")
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _CHUNK = 256  # groups tokenised at once: enough to keep the Rust threads busy, little to hold in memory
 
@@ -96,43 +95,44 @@ class _Group(NamedTuple):
 
 def prepare(
     records: Records | Sequence[Record],
-    tokenizer: PreTrainedTokenizerFast,
+    encoder: chat.Encoder,
     *,
-    rule: str,
     max_length: int,
     max_prompt_length: int | None = None,
     max_response_length: int | None = None,
     group_size: int = 2,
     truncation_mode: str = "keep_end",
-    truncate_together: bool = True,
-    auto_insert_empty_system: bool = True,
+    truncate_together: bool = False,
+    cut_prompts_together: bool = True,
+    on_bad_row: str = "error",
     on_empty_response: str = "drop",
     on_long_prompt: str = "truncate",
     on_identical: str = "drop",
     buckets: Sequence[int] | None = None,
     vocab_size: int | None = None,
-    score_eos: bool = True,
+    reward_pad_id: int | None = None,
     most: int | None = None,
 ) -> tuple[Prepared, Audit]:
     """Tokenise records into groups of `group_size` rows, and audit them.
 
     Args:
         records: from `records.read`, or any sequence of records.
-        tokenizer: from `chat.load_tokenizer`.
-        rule: `raw` (plain text, spec of f-PO's Pythia recipes) or `chat` (template, Llama and Mistral recipes).
+        encoder: of the tokenizer, with the prompt format: rule `raw` (plain text, f-PO's Pythia recipes) or `chat`.
         max_length: tokens of a row.
         max_prompt_length: tokens that a cut prompt keeps; `chat` needs it.
         max_response_length: tokens of a response, EOS included; `raw` needs it.
         group_size: K; a record with c candidates makes c/K groups of consecutive ones.
         truncation_mode: which end of a cut prompt is kept, `keep_end` or `keep_start`.
         truncate_together: see `chat.chat_rows`; for `chat` only.
-        auto_insert_empty_system: see `chat.chat_rows`; for `chat` only.
+        cut_prompts_together: see `chat.raw_rows`; for `raw` only.
+        on_bad_row: `error` or `skip`, for a group that the chat template refuses or loses text of.
         on_empty_response: `drop` or `error`, for a group with a response of white space only or of no scored token.
         on_long_prompt: `truncate`, `drop` or `error`, for a group whose prompt does not fit.
         on_identical: `drop` or `keep`, for a group whose responses are all the same, before or after cutting.
         buckets: row lengths T that batches will be padded to, for the audit's padding share; None = `max_length`.
         vocab_size: rows of the model's embedding; a token id outside it is an error. None = not checked.
-        score_eos: keep the EOS that closes a response. A reward model scores the token before it.
+        reward_pad_id: of a reward model, whose score stands at the last token that is not this one; its rows are the
+            whole text without an EOS of ours. None = a language model.
         most: groups to keep, at equal distances, so that they represent a sorted set too; None = all.
 
     Returns:
@@ -148,15 +148,14 @@ def prepare(
         "max_response_length": max_response_length,
         "truncation_mode": truncation_mode,
     }
-    if rule == "chat":
-        options |= {"truncate_together": truncate_together, "auto_insert_empty_system": auto_insert_empty_system}
-    elif not (truncate_together and auto_insert_empty_system):
-        raise ValueError("truncate_together and auto_insert_empty_system apply to rule='chat' only; leave them out")
-    policies = _Policies(on_empty_response, on_long_prompt, on_identical)
+    rule = encoder.format.rule
+    policies = _Policies(on_bad_row, on_empty_response, on_long_prompt, on_identical)
     _check_options(rule, options, group_size, policies)
-    encoder = chat.encoder(tokenizer)
     if rule == "chat":
-        rules.require_template(encoder)
+        texts.require_template(encoder)
+        options |= {"truncate_together": truncate_together, "ends": reward_pad_id is None}
+    else:
+        options |= {"cut_prompts_together": cut_prompts_together}
     if not isinstance(records, Records):
         records = Records(records)
 
@@ -167,16 +166,21 @@ def prepare(
     kept: list[_Group] = []
     ids: list[np.ndarray] = []
     facts: list[tuple[int, int, int, bool]] = []
+    example = None
     for start in range(0, len(sound), _CHUNK):
         chunk = sound[start : start + _CHUNK]
-        for group, rows in zip(chunk, _build(rule, encoder, chunk, options), strict=True):
-            if not score_eos:
-                rows = [without_eos(row, encoder.eos_id) for row in rows]
+        for group, rows in zip(chunk, _build(encoder, chunk, options, policies), strict=True):
+            if isinstance(rows, texts.Refused):
+                dropped.setdefault(rows.reason, []).append(group.source)
+                continue
+            if reward_pad_id is not None:
+                rows = [reward_row(row, encoder, reward_pad_id) for row in rows]
             if _filed(_row_fault(group, rows, policies, max_length), group, dropped, noted, policies):
                 continue
             kept.append(group)
             ids.extend(np.asarray(row.ids, np.int32) for row in rows)
             facts.extend((row.prompt_length, row.prompt_cut, row.response_cut, row.merged) for row in rows)
+            example = example or _example(group, rows[0], encoder)
     rows_read = len(records.rows) + sum(map(len, records.dropped.values()))
     if not kept:
         why = ", ".join(f"{reason} {len(places)}" for reason, places in dropped.items()) or "there were none"
@@ -192,7 +196,7 @@ def prepare(
         prepared,
         np.asarray(facts, np.int64),
         encoder,
-        rule=rule,
+        example=example,
         rows_read=rows_read,
         groups_formed=len(formed),
         dropped=dropped,
@@ -203,10 +207,23 @@ def prepare(
     return prepared, report
 
 
-def without_eos(row: chat.Row, eos_id: int) -> chat.Row:
-    """Return a row without the EOS that closes its response, where it has one."""
-    closed = len(row.ids) > row.prompt_length and row.ids[-1] == eos_id
-    return row._replace(ids=row.ids[:-1]) if closed else row
+def reward_row(row: chat.Row, encoder: chat.Encoder, pad_id: int | None) -> chat.Row:
+    """Return a row up to the token at which a reward model's score stands.
+
+    Under rule `raw` that is the last token of the text, before the EOS that closes a response in training. Under rule
+    `chat` it is, as in `transformers`, the last token of the template's whole text that is not the pad token.
+
+    Args:
+        row: of `chat.raw_rows`, or of `chat.chat_rows` with `ends=False`.
+        encoder: of the reward model.
+        pad_id: `pad_token_id` of the reward model's config; None = it has none.
+    """
+    ids = row.ids
+    if encoder.format.rule == "raw":
+        closed = len(ids) > row.prompt_length and ids[-1] == encoder.eos_id
+        return row._replace(ids=ids[:-1]) if closed else row
+    last = next((place for place in range(len(ids), row.prompt_length, -1) if ids[place - 1] != pad_id), len(ids))
+    return row._replace(ids=ids[:last])
 
 
 def best_only(records: Records) -> Records:
@@ -234,13 +251,14 @@ def masked_sample(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, group:
 
 
 class _Policies(NamedTuple):
+    on_bad_row: str
     on_empty_response: str
     on_long_prompt: str
     on_identical: str
 
 
 def _check_options(rule: str, options: dict[str, Any], group_size: int, policies: _Policies) -> None:
-    sources.check_choice("rule", rule, RULES)
+    sources.check_choice("on_bad_row", policies.on_bad_row, ["error", "skip"])
     sources.check_choice("on_empty_response", policies.on_empty_response, ["drop", "error"])
     sources.check_choice("on_long_prompt", policies.on_long_prompt, ["truncate", "drop", "error"])
     sources.check_choice("on_identical", policies.on_identical, ["drop", "keep"])
@@ -249,7 +267,7 @@ def _check_options(rule: str, options: dict[str, Any], group_size: int, policies
         raise ValueError(f"rule={rule!r} needs {needed}, a number of tokens below max_length={options['max_length']}")
     if group_size < 1:
         raise ValueError(f"group_size={group_size} is no number of candidates; use at least 1")
-    rules.check_lengths(
+    cutting.check_lengths(
         max_length=options["max_length"],
         max_prompt_length=options["max_prompt_length"],
         max_response_length=options["max_response_length"],
@@ -300,7 +318,7 @@ def _row_fault(group: _Group, rows: Sequence[chat.Row], policies: _Policies, max
     """Name why a tokenised group cannot be used as it is, or return an empty text."""
     if any(row.prompt_length == 0 for row in rows):
         return "empty_prompt"
-    if any(len(row.ids) == row.prompt_length for row in rows):
+    if any(len(row.ids) <= row.prompt_length + row.header for row in rows):
         if policies.on_empty_response == "error":
             raise ValueError(
                 f"{group.source}: a response has no token to score; remove the row, or on_empty_response='drop'"
@@ -329,15 +347,39 @@ def _filed(
     return not keep
 
 
-def _build(rule: str, encoder: chat.Encoder, groups: Sequence[_Group], options: dict[str, Any]) -> list[list[chat.Row]]:
-    """Tokenise groups; an error names the group it is about."""
-    make: Callable[..., list[list[chat.Row]]] = {"raw": chat.raw_rows, "chat": chat.chat_rows}[rule]
+def _build(
+    encoder: chat.Encoder, groups: Sequence[_Group], options: dict[str, Any], policies: _Policies
+) -> Sequence[list[chat.Row] | texts.Refused]:
+    """Tokenise groups; an error names the group it is about, and stands in its place where it shall be skipped."""
+    make: Callable[..., list[list[chat.Row]]] = {"raw": chat.raw_rows, "chat": chat.chat_rows}[encoder.format.rule]
     try:
         return make(encoder, [group.prompt for group in groups], [group.responses for group in groups], **options)
     except ValueError as error:
-        if len(groups) == 1:
-            raise ValueError(f"{groups[0].source}: {error}") from error
-        return [rows for group in groups for rows in _build(rule, encoder, [group], options)]
+        if len(groups) > 1:
+            return [rows for group in groups for rows in _build(encoder, [group], options, policies)]
+        if isinstance(error, texts.Refused) and policies.on_bad_row == "skip":
+            return [error]
+        raise ValueError(f"{groups[0].source}: {error}") from error
+
+
+def _example(group: _Group, row: chat.Row, encoder: chat.Encoder) -> dict[str, Any] | None:
+    """Return a conversation of the training and its ids, by which an export is checked; None if this one is no measure.
+
+    A row that was cut, in which a token straddles the boundary, or whose text spells a control token or a thought has
+    other ids elsewhere for a reason.
+    """
+    prompt, response = group.prompt, group.responses[0]
+    spoken = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    spelt = [*spoken, *_texts(group)]
+    odd = any(map(encoder.pattern.search, spelt)) or any(map(texts.holds_thought, spelt))
+    if odd or row.prompt_cut or row.response_cut or row.merged:
+        return None
+    ids = {"prompt_ids": row.ids[: row.prompt_length], "ids": list(row.ids)}
+    if encoder.format.rule == "raw":
+        return {"prompt": prompt, "completion": response, **ids}
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    answer = {"role": "assistant", "content": response} if isinstance(response, str) else response
+    return {"messages": [*messages, answer], **ids}
 
 
 def _store(

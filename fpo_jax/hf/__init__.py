@@ -4,6 +4,7 @@
 
 directory    files and companions of a model directory, hub downloads, fingerprint
 reading      safetensors -> sharded parameters, one layer at a time; the check of names, shapes and dtypes
+companions   what stands beside the weights, as the training had it, and its check against transformers
 adapters     an adapter with its base as one model, or as PEFT's directory
 writing      parameters -> safetensors, one tensor at a time
 manifest     digests of what was written, and their check: `python -m fpo_jax.hf DIRECTORY`
@@ -13,7 +14,9 @@ pickle are never involved. Every problem of a directory is reported at once, bef
 is never whole on the host, in either direction.
 """
 
+from fpo_jax.hf import companions
 from fpo_jax.hf.adapters import merged, write_peft
+from fpo_jax.hf.companions import end_ids
 from fpo_jax.hf.directory import (
     COMPANIONS,
     INDEX,
@@ -33,7 +36,9 @@ __all__ = [
     "SINGLE",
     "check_vocabulary",
     "check_weights",
+    "companions",
     "copy_companions",
+    "end_ids",
     "export",
     "load_params",
     "local_dir",

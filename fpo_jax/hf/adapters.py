@@ -13,8 +13,8 @@ import numpy as np
 import safetensors.numpy
 
 from fpo_jax import model, params, shapes
+from fpo_jax.hf import companions, manifest, reading
 from fpo_jax.hf import directory as directories
-from fpo_jax.hf import manifest, reading
 
 
 class _Stored:
@@ -62,9 +62,16 @@ def merged(
 
 
 def write_peft(
-    adapter_params: shapes.PyTree, config: model.ModelConfig, adapter: model.Adapter, *, out_dir: Path, base_name: str
+    adapter_params: shapes.PyTree,
+    config: model.ModelConfig,
+    adapter: model.Adapter,
+    *,
+    out_dir: Path,
+    base_name: str,
+    revision: str | None,
+    source_dir: Path,
 ) -> None:
-    """Write an adapter as PEFT does; the directory appears whole or not at all.
+    """Write an adapter as PEFT does, with its tokenizer; the directory appears whole or not at all.
 
     Args:
         adapter_params: as for merged.
@@ -72,9 +79,12 @@ def write_peft(
         adapter: of the training.
         out_dir: absent or empty.
         base_name: directory or hub name of the base, for adapter_config.json.
+        revision: of the base on the hub, for the same.
+        source_dir: tokenizer, chat template and prompt format of the training are copied from here.
 
     Raises:
-        ValueError: out_dir is in use, or a value is not finite.
+        ValueError: out_dir is in use, a value is not finite, or transformers would not render a conversation as
+            source_dir records it.
     """
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not an empty directory; choose another or remove it.")
@@ -91,6 +101,7 @@ def write_peft(
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.reward_head else "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        "revision": revision,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.dropout,
@@ -104,6 +115,8 @@ def write_peft(
     partial = out_dir.with_name(f".{out_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    directories.copy_companions(source_dir, partial, leave_out=("config.json", "generation_config.json"))
+    companions.check(partial)
     (partial / "adapter_config.json").write_text(directories.dumps(content))
     safetensors.numpy.save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
     manifest.write(partial)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import huggingface_hub
 import huggingface_hub.errors
 
 from fpo_jax import model
+from fpo_jax.chat import prompt_format
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # what besides the weights makes a model directory complete
@@ -30,6 +32,7 @@ COMPANIONS = (
     "merges.txt",
     "chat_template*",
     "additional_chat_templates",
+    prompt_format.FILE,
 )
 _DOWNLOADS = [SINGLE, "model-*.safetensors", INDEX, *COMPANIONS, "additional_chat_templates/*"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -104,9 +107,10 @@ def read_config(directory: Path) -> model.ModelConfig:
     return model.from_hf_config(read_json(directory / "config.json"))
 
 
-def copy_companions(source_dir: Path, target_dir: Path) -> None:
-    """Copy config, generation config, tokenizer files and chat templates into an existing directory."""
-    for path in sorted({path for pattern in COMPANIONS for path in source_dir.glob(pattern)}):
+def copy_companions(source_dir: Path, target_dir: Path, *, leave_out: Sequence[str] = ()) -> None:
+    """Copy config, generation config, tokenizer files, chat templates and prompt format into an existing directory."""
+    left_out = {path for pattern in leave_out for path in source_dir.glob(pattern)}
+    for path in sorted({path for pattern in COMPANIONS for path in source_dir.glob(pattern)} - left_out):
         if path.is_dir():
             shutil.copytree(path, target_dir / path.name)
         else:

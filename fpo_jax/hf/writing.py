@@ -18,8 +18,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fpo_jax import model, params, shapes
+from fpo_jax.hf import companions, manifest
 from fpo_jax.hf import directory as directories
-from fpo_jax.hf import manifest
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _BLOCK_VALUES = 2**26  # of a parameter without layers
@@ -61,8 +61,8 @@ def export(
         max_shard_bytes: a larger model is written in several files with an index.
 
     Raises:
-        ValueError: out_dir is in use or its disk too small, the tree or source_dir is of another model, or a weight is
-            not finite in dtype.
+        ValueError: out_dir is in use or its disk too small, the tree or source_dir is of another model, a weight is not
+            finite in dtype, or transformers would not render a conversation as source_dir records it.
         OSError: the disk failed on the way; nothing is left behind.
     """
     dtype = np.dtype(dtype)
@@ -100,6 +100,7 @@ def _write(
     partial.mkdir()
     try:
         directories.copy_companions(source_dir, partial)
+        companions.check(partial)
         (partial / "config.json").write_text(directories.dumps(_exported_config(source_dir, config, dtype)))
         manifest.write(partial, _write_weights(flat, config, partial, dtype, limit))
         partial.rename(out_dir)

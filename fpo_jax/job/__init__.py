@@ -18,9 +18,10 @@ from fpo_jax.job.inputs import (
     check_reference_ids,
     prepare,
     read_data,
+    read_encoder,
     read_model,
     read_reference,
-    read_tokenizer,
+    reward_pad_id,
 )
 from fpo_jax.job.planning import Blueprint, Plan, accumulation, blueprint, durations, plan, sequential_schedule
 from fpo_jax.job.workdir import claim_workdir, fingerprints, identity
@@ -44,8 +45,9 @@ __all__ = [
     "plan",
     "prepare",
     "read_data",
+    "read_encoder",
     "read_model",
     "read_reference",
-    "read_tokenizer",
+    "reward_pad_id",
     "sequential_schedule",
 ]

@@ -1,14 +1,15 @@
 """What a run reads: checked configuration, model description, tokenised data. Touches no device, writes nothing."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import NamedTuple
-
-from transformers import PreTrainedTokenizerFast
 
 from fpo_jax import chat, data, hf, losses, model, params
 from fpo_jax import config as configuration
 from fpo_jax.data import decontamination
+
+log = logging.getLogger("fpo_jax")
 
 
 class Dataset(NamedTuple):
@@ -35,6 +36,7 @@ class Inputs(NamedTuple):
     train: Dataset
     evaluation: Dataset | None
     reference: Reference | None = None  # None = the model of `source`, or none needed
+    encoder: chat.Encoder | None = None  # tokenizer and prompt format; None where rows were made without
 
 
 def prepare(config: configuration.Config) -> Inputs:
@@ -50,7 +52,8 @@ def prepare(config: configuration.Config) -> Inputs:
             other = hf.local_dir(config.reference.path)
             reference = Reference(other, read_reference(config, other))
             hf.check_weights(*reference)
-    inputs = Inputs(loss, source, model_config, *read_data(config, source, model_config), reference)
+    encoder = read_encoder(config, source)
+    inputs = Inputs(loss, source, model_config, *read_data(config, encoder, model_config), reference, encoder)
     check_reference_ids(inputs)
     return inputs
 
@@ -163,29 +166,57 @@ def _check_rows(config: configuration.Config, source: Path, model_config: model.
         )
 
 
-def read_tokenizer(config: configuration.Config, source: Path) -> PreTrainedTokenizerFast:
-    """Read the tokenizer of a run: the model's, unless the configuration names another."""
-    return chat.load_tokenizer(
+LIMITS = ("max_length", "max_prompt_length", "max_response_length", "truncation")
+
+
+def read_encoder(config: configuration.Config, source: Path) -> chat.Encoder:
+    """Read the tokenizer of a run, the model's unless the configuration names another, and settle its prompt format."""
+    tokenizer = chat.load_tokenizer(
         config.tokenizer.path or source,
         chat_template=config.tokenizer.chat_template or None,
         eos_token=config.tokenizer.eos_token or None,
     )
+    options = config.data
+    settled = chat.PromptFormat(
+        rule=options.rule,
+        chat_template_kwargs=chat.parse_kwargs(config.tokenizer.chat_template_kwargs),
+        auto_insert_empty_system=options.auto_insert_empty_system,
+        prepend_bos=options.prepend_bos,
+        assistant_header=options.assistant_header,
+        append_eos=options.append_eos,
+        thoughts=options.thoughts,
+        limits={name: options[name] for name in LIMITS},
+    )
+    encoder = chat.encoder(tokenizer, settled, end_ids=hf.end_ids(source))
+    recorded = chat.prompt_format.read(source)
+    if recorded is not None and recorded[0].text != encoder.format.text:
+        log.warning("model.path was trained as %s; this run goes on as %s", recorded[0].text, encoder.format.text)
+    return encoder
 
 
 def read_data(
-    config: configuration.Config, source: Path, model_config: model.ModelConfig
+    config: configuration.Config, encoder: chat.Encoder, model_config: model.ModelConfig
 ) -> tuple[Dataset, Dataset | None]:
-    """Read the tokenizer and with it the training and the evaluation data."""
-    tokenizer = read_tokenizer(config, source)
-    hf.check_vocabulary(len(tokenizer), model_config)
-    train = _dataset(config, "train", tokenizer, model_config.vocab_size)
-    evaluation = _dataset(config, "eval", tokenizer, model_config.vocab_size) if config.data.eval else None
+    """Read the training and the evaluation data with the run's tokenizer and prompt format."""
+    hf.check_vocabulary(len(encoder.tokenizer), model_config)
+    train = _dataset(config, "train", encoder, model_config)
+    evaluation = _dataset(config, "eval", encoder, model_config) if config.data.eval else None
     return train, evaluation
 
 
-def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int) -> Dataset:
+def reward_pad_id(encoder: chat.Encoder, model_config: model.ModelConfig) -> int:
+    """Return the pad token of a reward model that is trained here: its tokenizer's, where the model knows that one."""
+    pad_id = encoder.tokenizer.pad_token_id
+    if isinstance(pad_id, int) and pad_id < model_config.vocab_size:
+        return pad_id
+    return model.filler_id(model_config)
+
+
+def _dataset(
+    config: configuration.Config, name: str, encoder: chat.Encoder, model_config: model.ModelConfig
+) -> Dataset:
     """Read and tokenise the train or eval data."""
-    options = config.data
+    options, tokenizer = config.data, encoder.tokenizer
     rows = configuration.row_slice(options[f"{name}_rows"])
 
     def read(part: data.Part) -> data.Records:
@@ -211,29 +242,25 @@ def _dataset(config: configuration.Config, name: str, tokenizer, vocab_size: int
         records = decontamination.clean(records, texts)
     if options.group_size == 1:
         records = data.best_only(records)
-    chat_only = {}
+    of_rule = {"cut_prompts_together": options.cut_prompts_together}
     if options.rule == "chat":
-        chat_only = {
-            "max_prompt_length": options.max_prompt_length,
-            "truncate_together": options.truncate_together,
-            "auto_insert_empty_system": options.auto_insert_empty_system,
-        }
+        of_rule = {"max_prompt_length": options.max_prompt_length, "truncate_together": options.truncate_together}
     prepared, audit = data.prepare(
         records,
-        tokenizer,
-        rule=options.rule,
+        encoder,
         max_length=options.max_length,
         max_response_length=options.max_response_length,
         group_size=options.group_size,
         truncation_mode=options.truncation,
+        on_bad_row=options.on_bad_row,
         on_empty_response=options.on_empty_response,
         on_long_prompt=options.on_long_prompt,
         on_identical=options.on_identical,
         buckets=buckets(config),
-        vocab_size=vocab_size,
-        score_eos=config.stage != "reward",
+        vocab_size=model_config.vocab_size,
+        reward_pad_id=reward_pad_id(encoder, model_config) if config.stage == "reward" else None,
         most=config.train.eval_groups if name == "eval" else None,
-        **chat_only,
+        **of_rule,
     )
     sample = data.masked_sample(prepared, tokenizer)
     if options.packing:

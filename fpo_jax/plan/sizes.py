@@ -127,7 +127,7 @@ def _inputs(config, loss, source: Path, model_config, reference) -> tuple[job.In
     if absent := [source for source in sources if not Path(source).exists()]:
         return None, f"{absent[0]} is not a file here"
     try:
-        datasets = job.read_data(config, source, model_config)
+        datasets = job.read_data(config, job.read_encoder(config, source), model_config)
     except ValueError as error:
         return None, f"the data could not be read ({str(error).rstrip('.')})"
     inputs = job.Inputs(loss, source, model_config, *datasets, reference)

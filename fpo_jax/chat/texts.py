@@ -1,0 +1,227 @@
+"""Conversations -> the texts of prompt, assistant header and whole, by the chat template; and what must not get lost.
+
+A prompt is what the template writes with `add_generation_prompt=True`, so that what follows is what a model is sampled
+from; the recipes of the original leave the assistant's header to the completion instead. A conversation whose text is
+not in what comes out, and one whose answer does not begin where the model is asked to begin, is refused and never
+trained on in silence.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from fpo_jax.chat import rendering
+from fpo_jax.chat import tokenizer as tokens
+from fpo_jax.chat.tokenizer import Encoder
+
+Message = dict[str, str]
+
+# what opens and closes a thought in the texts of reasoning models
+_THOUGHTS = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+)
+_MARKS = tuple(mark for pair in _THOUGHTS for mark in pair)
+# A closing mark alone ends a thought as well: where the generation prompt opens it, the answer only closes it.
+_THOUGHT = re.compile(
+    "|".join(
+        rf"\A\s*(?:{re.escape(opens)})?(?:(?!{re.escape(opens)}).)*?{re.escape(closes)}\s*"
+        for opens, closes in _THOUGHTS
+    ),
+    re.DOTALL,
+)
+
+
+class Refused(ValueError):
+    """A conversation that cannot be rendered as it is; `reason` is what the audit files it under."""
+
+    def __init__(self, fact: str, reason: str):
+        super().__init__(fact)
+        self.reason = reason
+
+
+class Texts(NamedTuple):
+    """The texts of one group. Control tokens that the template wrote are aliases (see `tokenizer.alias`)."""
+
+    prompt: str
+    header: str  # of the assistant, where it belongs to the completion; else ""
+    wholes: list[str]  # prompt and completion of each response; every one begins with the prompt
+
+
+def chat_texts(encoder: Encoder, prompt: str | list[Message], responses: Sequence[str | Message]) -> Texts:
+    """Render the prompt and each whole conversation as the encoder's prompt format says.
+
+    Args:
+        encoder: of a tokenizer with a chat template.
+        prompt: a conversation; a plain text is one user turn.
+        responses: the assistant turns that may follow; a plain text is the content of one.
+
+    Raises:
+        Refused: the template refuses the conversation, leaves out a message's text, changes the prompt when a response
+            follows, or a completion holds a thought that nobody said what to do with.
+        ValueError: no chat template.
+    """
+    settled = encoder.format
+    require_template(encoder)
+    messages = _opened(encoder, prompt)
+    turns = [{"role": "assistant", "content": turn} if isinstance(turn, str) else dict(turn) for turn in responses]
+    turns = [_settled_thought(turn, settled.thoughts) for turn in turns]
+    asked = [
+        rendering.Conversation(messages, add_generation_prompt=True),
+        *([rendering.Conversation(messages)] if settled.assistant_header == "completion" else []),
+        *(rendering.Conversation([*messages, turn]) for turn in turns),
+    ]
+    texts = _render(encoder, asked)
+    opened, wholes = texts[0], texts[-len(turns) :] if turns else []
+    if settled.assistant_header == "completion":
+        plain = texts[1]
+        if not all(whole.startswith(plain) for whole in wholes):  # Phi-3 ends any text with EOS
+            plain = plain.removesuffix(encoder.aliases[str(encoder.tokenizer.eos_token)])
+        header = opened[len(plain) :] if opened.startswith(plain) else ""
+        found = Texts(plain, header, wholes)
+    else:
+        found = Texts(opened, "", wholes)
+    for whole, turn in zip(wholes, turns, strict=True):
+        if not whole.startswith(found.prompt):
+            raise Refused(_no_beginning(found.prompt, whole), "no_beginning")
+        if turn["content"].strip() not in whole[len(found.prompt) :]:
+            raise Refused(_left_out(turn, [*messages, turn]), "text_lost")
+    return found if settled.thoughts == "keep" else _without_written_thoughts(encoder, found, turns)
+
+
+def generation_texts(encoder: Encoder, prompts: Sequence[str | list[Message]]) -> list[str]:
+    """Render what a model is sampled from: each prompt with what the template writes for an answer to follow.
+
+    Raises:
+        Refused: as for chat_texts.
+        ValueError: no chat template.
+    """
+    require_template(encoder)
+    asked = [rendering.Conversation(_opened(encoder, prompt), add_generation_prompt=True) for prompt in prompts]
+    return _render(encoder, asked)
+
+
+def require_template(encoder: Encoder) -> None:
+    """Refuse a tokenizer without a chat template: conversations are never just concatenated.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not encoder.format.chat_template:
+        raise ValueError(
+            f"the tokenizer {encoder.tokenizer.name_or_path!r} has no chat template, so conversations have no text; "
+            "pass chat_template= (a name, a file or Jinja text), or use rule='raw' with plain-text records"
+        )
+
+
+def knows_system(template: str) -> bool:
+    """Whether a template has system turns, as the original's code decides it."""
+    return "system" in template or "<|im_start|>" in template
+
+
+def _opened(encoder: Encoder, prompt: str | list[Message]) -> list[Message]:
+    """Return the messages of a prompt, after the empty system turn that the prompt format may ask for."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    inserts = encoder.format.auto_insert_empty_system and knows_system(encoder.format.chat_template)
+    if inserts and (not messages or messages[0]["role"] != "system"):
+        messages.insert(0, {"role": "system", "content": ""})
+    return messages
+
+
+def _settled_thought(turn: Message, thoughts: str) -> Message:
+    """Return an assistant turn with its thought kept or taken out."""
+    content = turn["content"]
+    if thoughts == "keep" or not holds_thought(content):
+        return turn
+    if thoughts == "drop":
+        return {**turn, "content": _without_thought(content)}
+    raise Refused(
+        f"a completion holds a thought ({content.strip()[:40]!r}...); set data.thoughts (--thoughts) to keep (it is"
+        " trained and scored as the rest) or drop (it is taken out)",
+        "thought",
+    )
+
+
+def holds_thought(text: str) -> bool:
+    """Whether a text has a mark that opens or closes a thought."""
+    return any(mark in text for mark in _MARKS)
+
+
+def _without_thought(content: str) -> str:
+    return _THOUGHT.sub("", content, count=1) if holds_thought(content) else content
+
+
+def _without_written_thoughts(encoder: Encoder, found: Texts, turns: list[Message]) -> Texts:
+    """Put the empty thought that a template writes before an answer into the prompt, or refuse it."""
+    begin = len(found.prompt) + len(found.header)
+    leads = []
+    for whole, turn in zip(found.wholes, turns, strict=True):
+        lead = whole[begin : whole.find(turn["content"].strip(), begin)] if turn["content"].strip() else ""
+        leads.append(lead if holds_thought(lead) else "")
+    if not any(leads):
+        return found
+    if encoder.format.thoughts == "refuse":
+        raise Refused(
+            f"the chat template writes a thought of its own into a completion ({leads[0].strip()!r}); set"
+            " tokenizer.chat_template_kwargs='{\"enable_thinking\": false}' where the template knows that, or"
+            " data.thoughts to drop (it is not trained) or keep (it is trained)",
+            "thought",
+        )
+    if len(set(leads)) > 1:
+        raise Refused("the chat template writes different thoughts into the completions of one prompt", "thought")
+    return Texts(found.prompt + found.header + leads[0], "", found.wholes)
+
+
+def _render(encoder: Encoder, conversations: Sequence[rendering.Conversation]) -> list[str]:
+    shielded = [
+        conversation._replace(
+            messages=[
+                {key: tokens.protect(encoder, text) for key, text in message.items()}
+                for message in conversation.messages
+            ]
+        )
+        for conversation in conversations
+    ]
+    variables = {**encoder.tokenizer.special_tokens_map, **encoder.format.chat_template_kwargs}
+    try:
+        texts = rendering.render(encoder.format.chat_template, shielded, variables=variables)
+    except rendering.Refused as error:
+        roles = ", ".join(message["role"] for message in conversations[error.index].messages)
+        told = f"the chat template refuses a conversation of the turns {roles}: {error}"
+        if encoder.format.auto_insert_empty_system:
+            told += " (an empty system turn is put first, as data.auto_insert_empty_system says)"
+        raise Refused(told, "template_refuses") from error
+    for conversation, original, text in zip(shielded, conversations, texts, strict=True):
+        for number in _lost(conversation.messages, text):
+            raise Refused(_left_out(original.messages[number], original.messages), "text_lost")
+    return [tokens.alias(encoder, text) for text in texts]
+
+
+def _lost(messages: Sequence[Mapping[str, str]], text: str) -> Iterator[int]:
+    """Yield the numbers of the messages whose text, trimmed, is not in a rendered one; earlier thoughts may go."""
+    for number, message in enumerate(messages):
+        content = message["content"].strip()
+        if message["role"] == "assistant" and number + 1 < len(messages):
+            content = _without_thought(content).strip()
+        if content not in text:
+            yield number
+
+
+def _left_out(message: Mapping[str, str], messages: Sequence[Mapping[str, str]]) -> str:
+    return (
+        f"the chat template leaves out the text of a turn of role {message['role']!r}"
+        f" ({message['content'].strip()[:40]!r}) in a conversation of the turns"
+        f" {', '.join(turn['role'] for turn in messages)}; pass another chat_template, or take the turn out"
+    )
+
+
+def _no_beginning(prompt: str, whole: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
+    return (
+        "the chat template changes the text of the prompt when a response follows, so the response has no beginning;"
+        " pass another chat_template, or chat_template_kwargs that it knows.\n"
+        f"asked for an answer: ...{prompt[max(at - 60, 0) : at + 40]!r}\n"
+        f"with the response:   ...{whole[max(at - 60, 0) : at + 40]!r}"
+    )

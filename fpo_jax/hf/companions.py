@@ -1,0 +1,137 @@
+"""What stands beside the weights of a model: config, generation config, tokenizer, chat template, prompt format.
+
+A run keeps them as it was trained, so that its export, and whoever samples from it, does what the training did:
+
+    start model's files + the run's encoder ──write──► directory ──check──► ids of a training conversation, as
+                                                                            transformers makes them from the directory
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fpo_jax import chat
+from fpo_jax.chat import prompt_format
+from fpo_jax.hf import directory as directories
+
+# of a tokenizer, besides the chat templates, which are written anew
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
+_TEMPLATES = ("chat_template*", "additional_chat_templates")
+_EMPTY_SYSTEM = (
+    "{% if not messages or messages[0]['role'] != 'system' %}"
+    "{% set messages = [{'role': 'system', 'content': ''}] + messages %}{% endif %}"
+)
+
+
+def end_ids(directory: Path) -> tuple[int, ...]:
+    """Return every token that ends a text for a model: those of generation_config.json, then those of config.json.
+
+    Raises:
+        ValueError: a file is broken, or lists what is no token id.
+    """
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        listed = directories.read_json(path).get("eos_token_id") if path.is_file() else None
+        for token in listed if isinstance(listed, list) else [] if listed is None else [listed]:
+            if type(token) is not int or token < 0:
+                raise ValueError(f"{path}: eos_token_id={listed!r} must be a token id, a list of them or null.")
+            found.append(token)
+    return tuple(dict.fromkeys(found))
+
+
+def write(
+    source_dir: Path, encoder: chat.Encoder, *, out_dir: Path, example: Mapping[str, Any] | None, tokenizer: str = ""
+) -> None:
+    """Write everything but the weights into an existing directory, as the training had it, and check it.
+
+    Args:
+        source_dir: model that the training started from.
+        encoder: of the training.
+        out_dir: gets the files.
+        example: a conversation of the training, with its ids; None = there is none that could be compared.
+        tokenizer: path or hub name that the tokenizer was read from; "" = source_dir.
+
+    Raises:
+        ValueError: transformers would make other ids of the conversation than the training had.
+    """
+    directories.copy_companions(source_dir, out_dir, leave_out=(*_TOKENIZER, *_TEMPLATES))
+    write_tokenizer(encoder, Path(tokenizer or source_dir).expanduser(), out_dir=out_dir, example=example)
+    _write_ids(encoder, out_dir)
+    check(out_dir)
+
+
+def write_tokenizer(encoder: chat.Encoder, source: Path, *, out_dir: Path, example: Mapping[str, Any] | None) -> None:
+    """Write tokenizer, chat template and prompt format into an existing directory.
+
+    Files of a directory with a tokenizer.json stay as they are, but for the chat template and EOS; of anything else
+    (a SentencePiece model, a lone tokenizer.json, a hub name) a tokenizer.json is made, with the merges used here.
+    """
+    if source.is_dir() and (source / "tokenizer.json").is_file():
+        for path in sorted({path for pattern in _TOKENIZER for path in source.glob(pattern)}):
+            shutil.copyfile(path, out_dir / path.name)
+    else:
+        encoder.tokenizer.save_pretrained(out_dir)
+    if encoder.format.rule == "chat":
+        _write_template(encoder, out_dir, example)
+    elif source.is_dir():
+        for path in sorted({path for pattern in _TEMPLATES for path in source.glob(pattern)}):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, out_dir / path.name)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = out_dir / name
+        if path.is_file() and _spelling(found := directories.read_json(path)) != encoder.format.eos_token:
+            path.write_text(directories.dumps(found | {"eos_token": encoder.format.eos_token}))
+    prompt_format.write(out_dir, encoder.format, example=example)
+
+
+def check(directory: Path) -> None:
+    """Check that transformers, given a directory, makes of a training conversation the ids that were trained on.
+
+    Raises:
+        ValueError: it does not; says where they differ.
+    """
+    recorded = prompt_format.read(directory)
+    if recorded is None or recorded[1] is None:
+        return
+    settled, example = recorded
+    tokenizer = chat.load_tokenizer(directory)
+    faults = chat.example_faults(chat.encoder(tokenizer, settled), example)
+    if faults:
+        raise ValueError(
+            f"transformers would not render {directory} as it was trained: {'; '.join(faults)}. Give the model's own"
+            " tokenizer and chat template."
+        )
+
+
+def _write_template(encoder: chat.Encoder, out_dir: Path, example: Mapping[str, Any] | None) -> None:
+    """Write the template by which transformers renders what the training rendered."""
+    settled, prefix = encoder.format, ""
+    if settled.auto_insert_empty_system and chat.knows_system(settled.chat_template):
+        prefix = _EMPTY_SYSTEM
+    if settled.prepend_bos and encoder.adds_bos and example is not None:
+        opened = chat.transformers_ids(encoder, example["messages"], add_generation_prompt=False)
+        prefix = ("{{ bos_token }}" if opened[:1] != [encoder.bos_id] else "") + prefix
+    text = prefix + settled.chat_template
+    (out_dir / "chat_template.jinja").write_text(text, encoding="utf-8")
+    path = out_dir / "tokenizer_config.json"  # where releases of transformers before the file of its own look
+    found = directories.read_json(path) if path.is_file() else {}
+    path.write_text(directories.dumps(found | {"chat_template": text}), encoding="utf-8")
+
+
+def _write_ids(encoder: chat.Encoder, out_dir: Path) -> None:
+    """Let config.json and generation_config.json name every end token, EOS first, where they do not."""
+    wanted = list(encoder.format.end_ids)
+    for name in ("config.json", "generation_config.json"):
+        path = out_dir / name
+        found = directories.read_json(path) if path.is_file() else {}
+        listed = found.get("eos_token_id")
+        listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if set(listed) != set(wanted):
+            path.write_text(directories.dumps(found | {"eos_token_id": wanted[0] if len(wanted) == 1 else wanted}))
+
+
+def _spelling(found: dict[str, Any]) -> str | None:
+    eos = found.get("eos_token")
+    return eos.get("content") if isinstance(eos, dict) else eos
