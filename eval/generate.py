@@ -5,6 +5,9 @@ OpenAI-compatible server serves; the file that comes out is the same: one line p
 and, for each completion, how it ended and how many tokens it has. A prompt that leaves no room for the answer loses its
 beginning, as token ids, and is counted. The same command goes on where it was and does nothing when all is done.
 
+A server is sent every sampling field, neutral ones too: vLLM fills what a request does not say from the model's
+generation_config.json. --server-api openai sends what OpenAI knows.
+
 Exit codes: 0 finished; 1 prompts are left that the server did not answer; 2 the input cannot be used; 75 stopped by a
 signal with everything saved.
 """
@@ -164,15 +167,21 @@ def _with_server(options: Options, prompts: list[_Prompt], decoding: sample.Deco
     ended = threading.Event()
     url, key = servers.checked_url(options.server), servers.Secret(options.api_key_env)
     server = servers.Server(url, options.server_model, key, ended)
-    asked_as = {"rule": options.rule, "chat_template_kwargs": chat.parse_kwargs(options.chat_template_kwargs)}
-    job = _job(options, prompts) | asked_as | {"model": f"{options.server} {options.server_model}"}
-    asked: dict[str, Any] = {"max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
-    asked |= {"top_p": decoding.top_p, "n": options.num_return}
-    extra = {"top_k": decoding.top_k, "min_tokens": decoding.min_new_tokens, "stop": list(options.stop_strings)}
-    extra["stop_token_ids"] = list(options.stop_ids)
-    asked |= {key: value for key, value in extra.items() if value}
-    if options.chat_template_kwargs:
-        asked["chat_template_kwargs"] = chat.parse_kwargs(options.chat_template_kwargs)
+    kwargs = chat.parse_kwargs(options.chat_template_kwargs)
+    asked = servers.sampling_fields(
+        options.server_api,
+        max_tokens=decoding.max_new_tokens,
+        temperature=decoding.temperature,
+        n=options.num_return,
+        top_p=decoding.top_p,
+        top_k=decoding.top_k,
+        min_tokens=decoding.min_new_tokens,
+        stop=options.stop_strings,
+        stop_token_ids=decoding.stop_ids,
+    ) | ({"chat_template_kwargs": kwargs} if kwargs else {})
+    job = _job(options, prompts) | {"rule": options.rule, "model": f"{options.server} {options.server_model}"}
+    job |= {"server_api": options.server_api, "sent": asked}
+    log.info("%s (server_api=%s) is sent %s", url, options.server_api, json.dumps(asked))
 
     def answer(prompt: _Prompt) -> dict[str, Any] | str:
         text = prompt.text

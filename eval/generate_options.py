@@ -3,13 +3,21 @@
 import dataclasses
 from pathlib import Path
 
+from eval import server as servers
 from fpo_jax import chat, checkpoint, model
 
 DEDUP = ("none", "consecutive", "all")
 # what means nothing to each place that answers may come from
 _LOCAL = ("tokenizer", "chat_template", "eos_token", "auto_insert_empty_system", "prepend_bos", "max_length")
 _LOCAL += ("batch_size", "compute_dtype", "tensor", "keep_ids")
-_IDLE = {"model": ("concurrency",), "workdir": ("revision", "concurrency"), "server": ("revision", *_LOCAL)}
+_IDLE = {
+    "model": ("concurrency", "server_api"),
+    "workdir": ("revision", "concurrency", "server_api"),
+    "server": ("revision", *_LOCAL),
+}
+# that an API does not carry, and the most that OpenAI takes
+_NOT_CARRIED = {"vllm": (), "openai": ("top_k", "min_new_tokens", "stop_ids", "chat_template_kwargs")}
+_OPENAI_TEMPERATURE, _OPENAI_STOPS = 2.0, 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +30,7 @@ class Answering:
     step: str = ""  # of that run: a number, best, or "" = the newest
     server: str = ""  # URL up to /v1
     server_model: str = ""
+    server_api: str = "vllm"  # which sampling fields are sent: vllm (all), or openai (those that OpenAI knows)
     api_key_env: str = ""
     concurrency: int = 16
     tokenizer: str = ""  # "" = the model's, as for all of the prompt format
@@ -92,6 +101,7 @@ def check(options: Options) -> None:
         problems.append("--server needs --server-model, the model's name there")
     if not options.server and (options.server_model or options.api_key_env):
         problems.append("--server-model and --api-key-env belong to --server")
+    problems += _problems_of_api(options) if options.server else []
     for kind in given if len(given) == 1 else ():
         wrong = [name for name in _IDLE[kind] if getattr(options, name) != getattr(Options, name)]
         if wrong:
@@ -120,3 +130,20 @@ def check(options: Options) -> None:
         problems.append("a stop string is empty")
     if problems:
         raise ValueError("; ".join(problems) + ".")
+
+
+def _problems_of_api(options: Options) -> list[str]:
+    api = options.server_api
+    if api not in servers.APIS:
+        return [f"--server-api={api!r} is not one of {', '.join(servers.APIS)}"]
+    problems = []
+    if lost := [name for name in _NOT_CARRIED[api] if getattr(options, name) != getattr(Options, name)]:
+        said, them = ", ".join(f"--{name.replace('_', '-')}" for name in lost), "it" if len(lost) == 1 else "them"
+        problems.append(
+            f"--server-api={api} cannot carry {said}; leave {them} out, or ask a vLLM with --server-api=vllm"
+        )
+    if api == "openai" and options.temperature > _OPENAI_TEMPERATURE:
+        problems.append(f"--temperature={options.temperature} is above {_OPENAI_TEMPERATURE:g}, the highest of OpenAI")
+    if api == "openai" and len(options.stop_strings) > _OPENAI_STOPS:
+        problems.append(f"--stop-strings has {len(options.stop_strings)} stop strings, OpenAI takes {_OPENAI_STOPS}")
+    return problems

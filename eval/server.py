@@ -9,12 +9,13 @@ import json
 import os
 import queue
 import random
+import re
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes that may pass
@@ -25,6 +26,13 @@ _POLL_S = 0.1
 HIDDEN = "***"
 SHORTEST_KEY = 16  # characters
 LONGEST_ANSWER = 2**16  # bytes that are read of a refusal
+APIS = ("vllm", "openai")
+# Fields that OpenAI refuses, with the values that change nothing. vLLM takes what a request does not say from the
+# model's generation_config.json, so neutral values are said too.
+_NEUTRAL_OF_VLLM = {
+    "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0, "stop": [], "stop_token_ids": []
+}  # fmt: skip
+_NOT_KNOWN = "(?:unrecognized|unknown|unexpected|unsupported|not supported|not permitted|extra|no such)"
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -130,14 +138,14 @@ class Server(NamedTuple):
             except urllib.error.HTTPError as error:
                 with error:
                     # hidden before it is cut: a cut through the key would show the first part of it
-                    said = self.key.hidden(error.read(LONGEST_ANSWER).decode(errors="replace"))[:300]
-                cause = f"status {error.code}: {said}"
+                    said = self.key.hidden(error.read(LONGEST_ANSWER).decode(errors="replace"))
+                cause = f"status {error.code}: {said[:300]}"
                 if error.code in REFUSED:
                     raise ValueError(
                         f"{self.url} answers with {cause}; check --server, --server-model and the key."
                     ) from None
                 if error.code not in RETRIED:
-                    raise Failed(cause) from None
+                    raise Failed(cause + self._remedy(error.code, said, body)) from None
                 wait = max(wait, _retry_after(error.headers.get("Retry-After")))
             except (OSError, http.client.HTTPException, ValueError) as error:
                 cause = f"{type(error).__name__}: {error}"  # time-outs, broken connections, what is no HTTP or no JSON
@@ -160,9 +168,65 @@ class Server(NamedTuple):
             raise Failed(f"the answer has {len(texts)} texts, {options.get('n', 1)} were asked for")
         return texts
 
+    def _remedy(self, code: int, said: str, body: dict[str, Any]) -> str:
+        """Return what to try after a refusal of a request that has fields of vLLM alone.
+
+        Raises:
+            ValueError: the server says that it does not know one of them, which stands in every request.
+        """
+        fields = [name for name in body if name in _NEUTRAL_OF_VLLM and name != "stop"]
+        if code not in (400, 422) or not fields:
+            return ""
+        if unknown := [name for name in fields if _says_unknown(said, name)]:
+            raise ValueError(
+                f"{self.url} answers with status {code}: {said[:300]}; it does not know {', '.join(unknown)};"
+                " --server-api=openai leaves out what OpenAI does not know."
+            )
+        return "; where it is a field that the server does not know, give --server-api=openai"
+
     def _wait(self, seconds: float) -> bool:
         """Wait before the next attempt; return whether there shall be none."""
         return self.ended.wait(seconds)
+
+
+def sampling_fields(
+    api: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    n: int = 1,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_tokens: int = 0,
+    stop: Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Return all that a request says about sampling, but for the seed; what is neutral is said too.
+
+    Args:
+        api: one of APIS, which names the fields.
+        max_tokens: of a response.
+        temperature: 0 = greedy.
+        n: responses.
+        top_p: 1 = off.
+        top_k: 0 = off; OpenAI has none.
+        min_tokens: before a stop token; OpenAI has none.
+        stop: texts that end a response.
+        stop_token_ids: tokens that end a response, besides those of the server; OpenAI has none.
+
+    Raises:
+        ValueError: no such API.
+    """
+    if api not in APIS:
+        raise ValueError(f"--server-api={api!r} is not one of {', '.join(APIS)}.")
+    fields: dict[str, Any] = {"max_tokens": max_tokens, "temperature": float(temperature), "top_p": top_p, "n": n}
+    fields |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    given = {"top_k": top_k or None, "min_tokens": min_tokens, "stop_token_ids": list(stop_token_ids)}
+    given = {name: value for name, value in (given | {"stop": list(stop)}).items() if value}
+    if api == "openai":
+        assert given.keys() <= {"stop"}, given
+        return fields | given  # without an empty list of stop strings, which OpenAI refuses
+    return fields | _NEUTRAL_OF_VLLM | given
 
 
 def each(
@@ -228,6 +292,13 @@ def checked_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ValueError(f"--server={url!r} is no URL; write e.g. http://localhost:8000/v1.")
     return url
+
+
+def _says_unknown(said: str, name: str) -> bool:
+    """Whether a refusal calls a field unknown, in the sentence or the object that names it."""
+    found = rf"\b{name}\b"
+    pattern = rf"{_NOT_KNOWN}[^{{}}]{{0,80}}{found}|{found}[^{{}}]{{0,40}}{_NOT_KNOWN}"
+    return re.search(pattern, said, re.IGNORECASE) is not None
 
 
 def _list(value: Any) -> list[Any]:

@@ -3,7 +3,9 @@
 Files of `eval.generate` (or the chosen responses of a data set) in; D/summary.json, D/verdicts.jsonl and a table out.
 The judge is what an OpenAI-compatible server serves, a causal model here, or a reward model, whose higher score wins:
 
-    --server URL --server-model NAME    asked in both orders; orders that disagree are a tie
+    --server URL --server-model NAME    asked in both orders; orders that disagree are a tie. --server-api vllm where a
+                                        vLLM serves it: greedy replies, too, change with the repetition penalty that it
+                                        takes from generation_config.json where a request does not say one
     --judge-model DIR                   the same questions, answered greedily by the sampler
     --reward-model DIR                  no order; equal scores are a tie
 
@@ -38,10 +40,13 @@ log = logging.getLogger("fpo_jax")
 ANSWERS = "answers"  # the format of a file of eval.generate
 _BYTES_PER_TOKEN = 4  # of English text, for an estimate without a tokenizer
 _KINDS = {
-    "server": ("server_model", "api_key_env", "concurrency", "timeout", "price_in", "price_out", "store", "dry_run"),
+    "server": (
+        "server_model", "server_api", "api_key_env", "concurrency", "timeout", "price_in", "price_out", "store",
+        "dry_run",
+    ),
     "judge_model": ("rule", "chat_template", "chat_template_kwargs", "batch_size", "compute_dtype"),
     "reward_model": ("rule", "chat_template", "chat_template_kwargs", "thoughts", "batch_size", "compute_dtype"),
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Options:
     template: str = ""  # helpful, harmless, tldr, or a file
     server: str = ""
     server_model: str = ""
+    server_api: str = "openai"  # which sampling fields are sent; vllm for a judge that a vLLM serves: neutral ones too
     api_key_env: str = ""
     concurrency: int = 16
     timeout: float = 120.0  # seconds of silence within one request
@@ -92,6 +98,8 @@ def run(options: Options) -> dict[str, Any]:
     else:
         form = judging.template(options.template)
         judge = {"model": options.server_model or options.judge_model, "max_tokens": options.max_tokens}
+        if kind == "server" and options.server_api != "openai":  # whose replies, paid for, keep the keys they have
+            judge |= {"server_api": options.server_api}
         asked = {pair.index: _questions(pair, form, judge) for pair in pairs if not judging.same(pair)}
         if options.dry_run:
             return _dry_run(options, asked)
@@ -103,6 +111,8 @@ def run(options: Options) -> dict[str, Any]:
 
         decisions = [judging.decide(pair, (reply(pair, False), reply(pair, True))) for pair in pairs]
         judge |= {"template": options.template, "temperature": 0}
+        if kind == "server":
+            judge |= {"server_api": options.server_api, "sent": _sampling_fields(options)}
     summary = _summary(options, pairs, decisions, judge)
     _write(options.out, pairs, decisions, summary)
     return summary
@@ -142,6 +152,7 @@ def _check(options: Options) -> str:
         raise ValueError("; ".join(problems) + ".")
     if kind == "server":
         servers.checked_url(options.server)
+        _sampling_fields(options)
     return kind
 
 
@@ -232,14 +243,19 @@ def _store(options: Options) -> Path:
     return Path(options.store) if options.store else options.out / "replies.jsonl"
 
 
+def _sampling_fields(options: Options) -> dict[str, Any]:
+    return servers.sampling_fields(options.server_api, max_tokens=options.max_tokens, temperature=0.0)
+
+
 def _ask_server(options: Options, questions: list[judging.Question]) -> dict[str, str]:
     """Ask for the replies that the store does not have; return all there are."""
     ended = threading.Event()
     key = servers.Secret(options.api_key_env)
     server = servers.Server(options.server, options.server_model, key, ended, timeout_s=options.timeout)
+    asked = _sampling_fields(options)
+    log.info("%s (server_api=%s) is sent %s", options.server, options.server_api, json.dumps(asked))
 
     def ask(question: judging.Question) -> tuple[judging.Question, str | None]:
-        asked = {"max_tokens": options.max_tokens, "temperature": 0, "n": 1}
         try:
             [(reply, _)] = server.responses([{"role": "user", "content": question.text}], asked)
         except servers.Failed as error:

@@ -68,6 +68,19 @@ def test_two_turns_at_the_temperature_of_the_category(tmp_path):
     assert len({line["answer_id"] for line in found}) == 3
 
 
+def test_every_turn_carries_all_sampling_fields(tmp_path):
+    neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
+    neutral |= {"frequency_penalty": 0.0, "min_tokens": 0, "stop": [], "stop_token_ids": [], "n": 1, "max_tokens": 5}
+    server = AnswerServer(lambda number, body: None, said)
+    with server.served():
+        with_server(tmp_path, "mt_bench", server)
+        assert len(server.bodies) == 6 and all(body.items() >= neutral.items() for body in server.bodies)
+        with_server(tmp_path / "o", "mt_bench", server, server_api="openai")
+    assert all("top_k" not in body and body["presence_penalty"] == 0 for body in server.bodies[6:])
+    with pytest.raises(ValueError, match="--server-api=openai cannot carry --stop-ids; leave it out, or ask a vLLM"):
+        with_server(tmp_path, "mt_bench", server, server_api="openai", recipe="llama3_base", max_new_tokens=0)
+
+
 def test_arena_hard_of_both_forms(tmp_path):
     server = AnswerServer(lambda number, body: None, said)
     with server.served():

@@ -169,6 +169,7 @@ def test_a_checkpoint_answers_as_its_export(base, tmp_path):  # noqa: F811
         ({"seed": -1}, r"--seed=-1 must lie in \[0, 2\*\*32\)"),
         ({"step": "new", "workdir": "w", "model": ""}, "--step='new' must be a number or best"),
         ({"concurrency": 3}, "with --model, --concurrency would change nothing"),
+        ({"server_api": "openai"}, "with --model, --server-api would change nothing"),
         ({"workdir": "w", "model": "", "revision": "main"}, "with --workdir, --revision would change nothing"),
         ({"stop_ids": (1, 999)}, r"stop ids \[999\] lie outside the model's vocabulary of 259 tokens"),
         ({"tensor": 3}, "8 devices are not divisible by 3"),

@@ -186,6 +186,86 @@ def test_a_signal_does_not_wait_for_a_server_that_hangs(tmp_path, monkeypatch):
         free.set()
 
 
+# the fields that both APIs know; what is absent from a request, OpenAI takes as 0 and vLLM from the model's files
+COMMON = {"model": "m", "max_tokens": 256, "temperature": 1.0, "top_p": 1.0, "n": 1}
+COMMON |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0, "stop": [], "stop_token_ids": []}
+
+
+def sent(tmp_path, **changed):
+    """Return the request of the first prompt, without it, and the job's record."""
+    server = AnswerServer(lambda number, body: None, str.upper)
+    with server.served():
+        generate.run(options(tmp_path, server, concurrency=1, rule="raw", **changed))
+    body, record = server.bodies[0], json.loads((tmp_path / "o.jsonl.job.json").read_text())
+    assert body.pop("prompt") == "0?" and body.pop("seed") == record["seed"] == changed.get("seed", 0)
+    return body, record
+
+
+def test_a_server_is_sent_neutral_fields_too(tmp_path):
+    """vLLM fills what is absent from generation_config.json: Qwen2.5 would have top_k 20, repetition_penalty 1.05."""
+    body, record = sent(tmp_path)
+    assert body == COMMON | NEUTRAL
+    assert {"model": "m", **record["sent"]} == body and record["server_api"] == "vllm"
+
+
+def test_a_server_is_sent_what_was_asked_for(tmp_path):
+    asked = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_new_tokens": 2, "max_new_tokens": 8, "num_return": 3}
+    body, _ = sent(tmp_path, seed=4, stop_strings=("a", "b"), stop_ids=(7, 9), **asked)
+    expected = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_tokens": 2, "max_tokens": 8, "n": 3}
+    assert body == COMMON | NEUTRAL | expected | {"stop": ["a", "b"], "stop_token_ids": [7, 9]}
+
+
+def test_openai_is_sent_what_it_knows(tmp_path):
+    body, record = sent(tmp_path, server_api="openai")
+    assert body == COMMON and record["server_api"] == "openai", "an empty list of stop strings is refused there"
+    (tmp_path / "two").mkdir()
+    body, _ = sent(tmp_path / "two", server_api="openai", stop_strings=("a",), top_p=0.5)
+    assert body == COMMON | {"stop": ["a"], "top_p": 0.5}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Unrecognized request argument supplied: top_k",
+        "Unrecognized request arguments supplied: min_p, top_k",
+        json.dumps({"error": {"message": "Unknown parameter: 'top_k'.", "param": "top_k"}}),
+        json.dumps({"detail": [{"type": "extra_forbidden", "loc": ["body", "top_k"], "msg": "Extra inputs"}]}),
+        "property 'top_k' is unsupported",
+    ],
+)
+@pytest.mark.parametrize("code", [400, 422])
+def test_a_server_that_does_not_know_a_field_ends_the_job_with_the_option_that_helps(tmp_path, code, said):
+    def refuse(handler):
+        handler.send_response(code)
+        handler.end_headers()
+        handler.wfile.write(said.encode())
+
+    server = AnswerServer(lambda number, body: refuse if "top_k" in body else None, str)
+    with server.served():
+        with pytest.raises(ValueError, match=r"does not know top_k.*; --server-api=openai leaves out what OpenAI does"):
+            generate.run(options(tmp_path, server))
+        assert len(server.bodies) <= 2, "one request of each worker at most"
+        (tmp_path / "two").mkdir()
+        assert generate.run(options(tmp_path / "two", server, server_api="openai")).failed == 0
+
+
+def test_a_request_refused_for_another_reason_fails_alone(tmp_path, caplog):
+    def too_long(handler):
+        handler.send_response(400)
+        handler.end_headers()
+        handler.wfile.write(b"the maximum context length is 8 tokens")
+
+    server = AnswerServer(lambda number, body: too_long if body["prompt"] == "3?" else None, str)
+    with server.served():
+        assert generate.run(options(tmp_path, server)).failed == 1
+        assert "8 tokens; where it is a field that the server does not know, give --server-api=openai" in caplog.text
+        caplog.clear()
+        (tmp_path / "two").mkdir()
+        assert generate.run(options(tmp_path / "two", server, server_api="openai")).failed == 1
+    assert "status 400: the maximum" in caplog.text and "--server-api" not in caplog.text
+
+
 @pytest.mark.parametrize("code", [401, 403, 404])
 def test_a_server_that_knows_no_such_key_or_model_ends_the_job(tmp_path, code):
     server = AnswerServer(lambda number, body: code, str)
@@ -214,6 +294,12 @@ def test_the_summary_counts_what_this_start_did(tmp_path, monkeypatch):
         ({"eos_token": "</s>"}, "with --server, --eos-token would change nothing"),
         ({"revision": "main"}, "with --server, --revision would change nothing"),
         ({"tokenizer": "t", "max_length": 9}, "with --server, --tokenizer, --max-length would change nothing"),
+        ({"server_api": "tgi"}, "--server-api='tgi' is not one of vllm, openai"),
+        ({"server_api": "openai", "top_k": 3}, "--server-api=openai cannot carry --top-k; leave it out, or ask a vLLM"),
+        ({"server_api": "openai", "min_new_tokens": 3}, "cannot carry --min-new-tokens; leave it out"),
+        ({"server_api": "openai", "top_k": 3, "stop_ids": (1,)}, "cannot carry --top-k, --stop-ids; leave them out"),
+        ({"server_api": "openai", "temperature": 2.5}, "--temperature=2.5 is above 2, the highest of"),
+        ({"server_api": "openai", "stop_strings": tuple("abcde")}, "has 5 stop strings, OpenAI takes 4"),
     ],
 )
 def test_options_that_a_server_would_not_see_are_refused(tmp_path, changed, message):

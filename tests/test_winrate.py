@@ -160,6 +160,24 @@ def test_a_judge_that_sees_the_answers(tmp_path):
     assert len(other.bodies) == 10, "another judge is another question"
 
 
+def test_a_judge_is_sent_neutral_fields_too(tmp_path):
+    """A repetition penalty of the judge's generation_config.json changes greedy replies as well."""
+    both = {"max_tokens": 300, "temperature": 0.0, "top_p": 1.0, "n": 1}
+    both |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+    alone = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "min_tokens": 0, "stop": [], "stop_token_ids": []}
+    for api, expected in (("openai", both), ("vllm", both | alone)):
+        (tmp_path / api).mkdir()
+        files(tmp_path / api, list("abcdef"), list("ghijkl"))
+        changed = {} if api == "openai" else {"server_api": api}
+        summary, server = judged(tmp_path / api, longer, **changed)
+        for body in server.bodies:
+            assert {key: value for key, value in body.items() if key not in ("model", "messages")} == expected
+        assert summary["judge"]["server_api"] == api and summary["judge"]["sent"] == expected
+    replies = [(tmp_path / api / "o" / "replies.jsonl").read_text() for api in ("openai", "vllm")]
+    keys = [{json.loads(line)["key"] for line in text.splitlines()} for text in replies]
+    assert not keys[0] & keys[1], "a reply of one is not one of the other"
+
+
 @pytest.mark.parametrize("reply", ["Verdict: A", "Verdict: B"])
 def test_a_judge_that_sees_the_place_alone_gives_one_half_and_ties_only(tmp_path, reply):
     files(tmp_path, list("abcdef"), list("ghijkl"))
@@ -334,6 +352,8 @@ def test_prompts_that_come_again_are_matched_in_their_order_and_drawn_together(t
         ({"server": "http://h/v1", "reward_model": "r"}, "not --server and --reward-model"),
         ({"server": "http://h/v1", "server_model": ""}, "--server needs --server-model"),
         ({"server": "http://h/v1", "template": ""}, "give --template"),
+        ({"server": "http://h/v1", "server_api": "x"}, "--server-api='x' is not one of vllm, openai"),
+        ({"judge_model": "r", "server_model": "", "server_api": "vllm"}, "--server-api means nothing with --judge"),
         ({"reward_model": "r", "server_model": ""}, "--template means nothing with --reward-model"),
         ({"judge_model": "r"}, "--server-model means nothing with --judge-model"),
         ({"server": "http://h/v1", "price_in": 1.0}, "are for --dry-run"),
