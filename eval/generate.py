@@ -12,6 +12,7 @@ Exit codes: 0 finished; 1 prompts are left that the server did not answer; 2 the
 signal with everything saved.
 """
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -96,6 +97,7 @@ def _with_model(options: Options) -> Summary:
     tokenizer = encoder.tokenizer
     prompts = _prompts(options, tokenizer)
     decoding = _decoding(options, encoder.format.end_ids)
+    _refuse_special(options.stop_strings, tokenizer, decoding.stop_ids)
     window = options.max_length or config.max_positions
     if window > config.max_positions:
         raise ValueError(f"--max-length={window} exceeds the model's window of {config.max_positions} tokens.")
@@ -116,8 +118,7 @@ def _with_model(options: Options) -> Summary:
 
         def done(found: dict[int, list[list[int]]]) -> None:
             for place, responses in found.items():
-                line = _line(left[place], responses, tokenizer, decoding, options.stop_strings)
-                file.append(line | ({"prompt_ids": left[place].ids, "ids": responses} if options.keep_ids else {}))
+                file.append(_line(left[place], responses, tokenizer, decoding, options))
             bar.update(len(found))
             if (asked := stop.agreed()) and len(file.done) < len(prompts):
                 raise execution.Stopped(f"{asked}: {len(file.done)} of {len(prompts)} prompts are answered and saved.")
@@ -322,17 +323,57 @@ def _head(prompt: _Prompt) -> dict[str, Any]:
     return {"index": prompt.index, "source": prompt.source, "prompt": prompt.text}
 
 
-def _line(prompt: _Prompt, responses: list[list[int]], tokenizer, decoding: sample.Decoding, stops) -> dict[str, Any]:
-    """Return the line of one prompt; a text is what the response's tokens add to the prompt's."""
-    texts, ends = [], []
-    for ids in responses:
-        stopped = ids[-1] in decoding.stop_ids
-        text = chat.continuation(tokenizer, prompt.ids, ids[:-1] if stopped else ids)
-        places = [place for stop in stops if (place := text.find(stop)) >= 0]
-        texts.append(text[: min(places)] if places else text)
-        ends.append("stop" if stopped or places else "length")
-    line = {**_head(prompt), "completions": texts, "finish": ends, "tokens": [len(ids) for ids in responses]}
-    return line | ({"prompt_cut": prompt.cut} if prompt.cut else {})
+def _refuse_special(stops: Sequence[str], tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int]) -> None:
+    """Refuse a stop string that would stop nothing: a special token's spelling, unless its id is a stop id."""
+    for stop in stops:
+        token = tokenizer.get_vocab().get(stop)
+        if token is not None and token not in stop_ids and tokenizer.decode([token], skip_special_tokens=True) == "":
+            raise ValueError(
+                f"the stop string {stop!r} is a special token, which no text holds; give its id, --stop-ids {token}."
+            )
+
+
+def _line(
+    prompt: _Prompt,
+    responses: list[list[int]],
+    tokenizer: PreTrainedTokenizerFast,
+    decoding: sample.Decoding,
+    options: Options,
+) -> dict[str, Any]:
+    """Return the line of one prompt."""
+    ended = [_ended(tokenizer, prompt.ids, ids, decoding.stop_ids, options.stop_strings) for ids in responses]
+    ids, texts, finish = (list(part) for part in zip(*ended, strict=True))
+    line = {**_head(prompt), "completions": texts, "finish": finish, "tokens": [len(one) for one in ids]}
+    line |= {"prompt_cut": prompt.cut} if prompt.cut else {}
+    return line | ({"prompt_ids": prompt.ids, "ids": ids} if options.keep_ids else {})
+
+
+def _ended(
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: list[int],
+    ids: list[int],
+    stop_ids: Sequence[int],
+    stops: Sequence[str],
+) -> tuple[list[int], str, str]:
+    """End a response at a stop string, as if the sampler had looked for it after every token.
+
+    The token that completes it was drawn and stays among the ids; the text ends before the stop string.
+
+    Returns:
+        (ids, text, finish); a text is what the ids, but for a stop token, add to the prompt's.
+    """
+    stopped = ids[-1] in stop_ids
+    written = ids[:-1] if stopped else ids
+
+    def place(count: int) -> int:
+        """Where the first stop string begins in the text of the first tokens; -1 = none."""
+        text = chat.continuation(tokenizer, prompt, written[:count])
+        return min((found for stop in stops if (found := text.find(stop)) >= 0), default=-1)
+
+    if stops and place(len(written)) >= 0:
+        count = bisect.bisect_left(range(len(written)), True, key=lambda count: place(count) >= 0)
+        return written[:count], chat.continuation(tokenizer, prompt, written[:count])[: place(count)], "stop"
+    return ids, chat.continuation(tokenizer, prompt, written), "stop" if stopped else "length"
 
 
 def _bar(left: list[_Prompt]) -> tqdm.tqdm:

@@ -43,7 +43,7 @@ class Answering:
     seed: int = 0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()  # besides the tokenizer's EOS and the model's
-    stop_strings: tuple[str, ...] = ()  # a response ends before the first of them
+    stop_strings: tuple[str, ...] = ()  # a text ends before the one complete first, its ids with the token that did so
     batch_size: int = 64  # rows of a pass, per copy of the weights
     tensor: int = 1  # devices that share one copy of the weights
     compute_dtype: str = "bfloat16"

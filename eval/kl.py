@@ -6,12 +6,13 @@ The divergence of whole responses, estimated on the policy's own samples, those 
                            ~= mean over prompts of the mean over their samples of the bracket
     log policy(y|x) = sum_t log softmax(logits_t / T)[y_t], likewise for the reference
 
-with the EOS that ends a response among the y_t, and T the sampling temperature for both models, so that it is the
-divergence of the distribution that was sampled: responses up to an EOS or the longest length. The estimate is unbiased;
-one sample may be below 0. The ids are scored that were drawn, never a text encoded again, with weights in the dtype
-that they were drawn with. Everything about the sampling comes from the record beside the file, and samples of another
-model, or not of the whole distribution (top-k, top-p, greedy), are refused. For a policy that is its reference it is
-exactly 0.
+with the token that ends a response (a stop id, or the one that completes a stop string) among the y_t, and T the
+sampling temperature for both models, so that it is the divergence of the distribution that was sampled: responses up to
+such an end or the longest length. The estimate is unbiased; one sample may be below 0. The ids are scored that were
+drawn, never a text encoded again, with weights in the dtype that they were drawn with. Everything about the sampling
+comes from the record beside the file, and samples of another model, or not of the whole distribution (top-k, top-p,
+greedy), are refused, as is a reference whose tokenizer makes other texts of the ids. For a policy that is its reference
+it is exactly 0.
 
 One line per prompt comes out, with its `completions`, their `logprobs`, `reference_logprobs`. Exit codes: 0 done; 2 the
 input cannot be used.

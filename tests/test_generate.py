@@ -125,6 +125,62 @@ def test_stop_strings_end_a_response_before_them(folder, tmp_path, answered):
     )
 
 
+def test_ids_tokens_and_finish_end_with_the_token_that_completes_a_stop_string(folder, tmp_path):
+    """What follows a stop string was never drawn for the reader of the text: eval.kl would score it."""
+    given = {"keep_ids": 1, "max_new_tokens": 12, "num_return": 3}
+    generate.run(options(folder, tmp_path / "a.jsonl", **given))
+    free = jobfile.read(tmp_path / "a.jsonl")
+    tokenizer = chat.load_tokenizer(folder / "model")
+    stop = next(text[2:4] for line in free for text in line["completions"] if text[2:4].isascii() and len(text) > 5)
+    summary = generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=("never", stop), **given))
+    ended = 0
+    for line, before in zip(jobfile.read(tmp_path / "s.jsonl"), free, strict=True):
+        for place, whole in enumerate(before["ids"]):
+            ends = [
+                n for n in range(1, len(whole) + 1) if stop in tokenizer.decode(whole[:n], skip_special_tokens=True)
+            ]
+            kept = whole[: ends[0]] if ends else whole
+            assert line["ids"][place] == kept and line["tokens"][place] == len(kept)
+            text = tokenizer.decode(kept, skip_special_tokens=True)
+            assert line["completions"][place] == (text.removesuffix(stop) if ends else text)
+            assert line["finish"][place] == ("stop" if ends else before["finish"][place])
+            ended += bool(ends) and len(kept) < len(whole)
+    assert ended and summary.tokens == sum(sum(line["tokens"]) for line in jobfile.read(tmp_path / "s.jsonl"))
+
+
+def test_a_stop_string_across_the_borders_of_tokens():
+    """The token that completes it was drawn and stays; what that token writes behind the stop string is not text."""
+    from tests import real_tokenizers
+
+    tokenizer = real_tokenizers.encoder("neox").tokenizer
+    prompt = tokenizer("Human: hi\n\nAssistant:")["input_ids"]
+
+    def ended(text, *stops, stop_ids=(0,), tail=()):
+        ids = [*tokenizer(text)["input_ids"], *tail]
+        found = generate._ended(tokenizer, prompt, ids, stop_ids, stops)
+        assert found[0] == ids[: len(found[0])]
+        return tokenizer.decode(found[0]), *found[1:]
+
+    text = " It is so.\n\nHuman: and then?\n\nHuman: no"
+    assert ended(text, "\n\nHuman:") == (" It is so.\n\nHuman:", " It is so.", "stop")
+    assert ended(text, "so.\n\nHum") == (" It is so.\n\nHuman", " It is ", "stop"), "the last token goes further"
+    assert ended(text, "then", "is so") == (" It is so", " It ", "stop"), "the one that is complete first"
+    assert ended(text, "Assistant") == (text, text, "length")
+    assert ended(text, "Assistant", tail=[0]) == (text + "<|endoftext|>", text, "stop")
+    assert ended(text, "no", tail=[0]) == (text, text.removesuffix("no"), "stop"), "complete before the stop id"
+    assert ended("a😀b😀c", "😀") == ("a😀", "a", "stop"), "tokens of less than a character are no text yet"
+    assert ended("a😀b😁c", "😁") == ("a😀b😁", "a😀b", "stop")
+    assert ended("\ufffd \ufffd b", "b") == ("\ufffd \ufffd b", "\ufffd \ufffd ", "stop")
+
+
+def test_a_stop_string_that_is_a_special_token_is_refused(folder, tmp_path):
+    """No text holds a special token, so such a string would never stop anything."""
+    with pytest.raises(ValueError, match=r"'<s>' is a special token, which no text holds; give its id, --stop-ids 1\."):
+        generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=("a", "<s>")))
+    assert not list(tmp_path.iterdir())
+    generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=("</s>",)))  # ends a response as a stop id
+
+
 def test_another_stop_id_ends_a_response(folder, tmp_path, answered):
     config, first = hf.read_config(folder / "model"), jobfile.read(answered[0])[0]
     others = tuple(set(range(config.vocab_size)) - {2})

@@ -74,14 +74,14 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-def enumerated(exact, text):
-    """Mean and variance of log p - log q over all responses: EOS, or any two tokens of which the first is not EOS."""
+def enumerated(exact, text, ends=(EOS,)):
+    """Mean and variance of log p - log q over all responses: an end, or any two tokens of which the first is none."""
     (p1_V, p2_VV), (q1_V, q2_VV) = exact["policy", text], exact["reference", text]
-    goes_on_V = np.arange(len(p1_V)) != EOS
+    goes_on_V = ~np.isin(np.arange(len(p1_V)), ends)
     weight_VV = np.exp(p1_V[:, None] + p2_VV)[goes_on_V]
     ratio_VV = (p1_V - q1_V)[goes_on_V, None] + (p2_VV - q2_VV)[goes_on_V]
-    weights = np.concatenate([weight_VV.ravel(), np.exp(p1_V[[EOS]])])
-    ratios = np.concatenate([ratio_VV.ravel(), (p1_V - q1_V)[[EOS]]])
+    weights = np.concatenate([weight_VV.ravel(), np.exp(p1_V[~goes_on_V])])
+    ratios = np.concatenate([ratio_VV.ravel(), (p1_V - q1_V)[~goes_on_V]])
     assert_allclose(weights.sum(), 1.0, rtol=1e-12)
     mean = (weights * ratios).sum()
     return mean, (weights * (ratios - mean) ** 2).sum()
@@ -106,6 +106,29 @@ def test_the_estimate_is_the_exact_divergence_within_its_standard_error(finished
     assert np.mean(means) > 20 * error, "a wrong sign or temperature would be seen"
     assert abs(found.mean - np.mean(means)) < 4 * error
     assert found.samples == SAMPLES * len(PROMPTS) and found.low < found.mean < found.high
+
+
+def test_what_follows_a_stop_string_is_not_scored(folder, exact, tmp_path):
+    """The divergence is that of responses which end with the stop string's token, EOS or the longest length."""
+    tokenizer = chat.load_tokenizer(folder / "policy")
+    firsts = [ids[0] for line in jobfile.read(folder / "answers.jsonl") for ids in line["ids"] if ids[0] != EOS]
+    stop_id = max((token for token in set(firsts) if tokenizer.decode([token]).isascii()), key=firsts.count)
+    stops = (tokenizer.decode([stop_id]),)
+    generate.run(options(folder, tmp_path / "a.jsonl", stop_strings=stops))
+    found = measured(folder, tmp_path / "kl.jsonl", data=tmp_path / "a.jsonl")
+    drawn = jobfile.read(tmp_path / "a.jsonl")
+    assert sum([stop_id] == ids for line in drawn for ids in line["ids"]) > 20
+    for line, source in zip(jobfile.read(tmp_path / "kl.jsonl"), drawn, strict=True):
+        first_V, second_VV = exact["policy", line["prompt"]]
+        ended = [ids[0] in (EOS, stop_id) for ids in source["ids"]]
+        expected = [
+            first_V[ids[0]] + (0.0 if short else second_VV[ids[0], ids[1]])
+            for ids, short in zip(source["ids"], ended, strict=True)
+        ]
+        assert_allclose(line["logprobs"], expected, rtol=0, atol=tolerances.SAME_MATHS)
+    means, variances = zip(*(enumerated(exact, text, (EOS, stop_id)) for text in PROMPTS), strict=True)
+    error = np.sqrt(np.sum(variances) / SAMPLES) / len(PROMPTS)
+    assert abs(found.mean - np.mean(means)) < 4 * error
 
 
 def test_it_is_exactly_zero_where_the_policy_is_the_reference(folder, tmp_path):
