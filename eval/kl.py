@@ -32,8 +32,8 @@ import numpy as np
 
 from eval import intervals, jobfile
 from eval import options as command_line
+from fpo_jax import chat, data, files, hf, job, losses, programs, reference, sharding
 from fpo_jax import config as configuration
-from fpo_jax import data, files, hf, job, losses, programs, reference, sharding
 
 log = logging.getLogger("fpo_jax")
 
@@ -78,6 +78,7 @@ def run(options: Options) -> Summary:
         raise ValueError(f"--batch-size={options.batch_size} must be at least 1.")
     policy, base = hf.local_dir(options.policy), hf.local_dir(options.reference)
     settings = _settings(options.data, policy)
+    _check_tokenizers(policy, base)
     lines = jobfile.read(options.data)
     prepared = _prepared(options.data, lines, hf.read_config(policy).vocab_size)
     found = [_logprobs(source, prepared, settings, options.batch_size) for source in (policy, base)]
@@ -120,6 +121,30 @@ def _settings(path: Path, policy: Path) -> dict[str, Any]:
             " draw the samples with a temperature alone."
         )
     return settings
+
+
+def _check_tokenizers(policy: Path, base: Path) -> None:
+    """Refuse a reference to which the policy's ids are other texts; special tokens, which are no text, may differ."""
+    ours, theirs = (_pieces(source) for source in (policy, base))
+    if ours is None or theirs is None:
+        bare = policy if ours is None else base
+        log.info("%s holds no tokenizer: whether its ids are the policy's texts is not checked", bare)
+        return
+    if others := [token for token in sorted(ours.keys() & theirs.keys()) if ours[token] != theirs[token]]:
+        raise ValueError(
+            f"{base} is no reference of {policy}: {len(others)} ids stand for other texts, e.g. {others[0]} for"
+            f" {theirs[others[0]]!r}, not {ours[others[0]]!r}; give a reference that shares the policy's tokenizer."
+        )
+
+
+def _pieces(source: Path) -> dict[int, str] | None:
+    """Return what a directory's tokenizer writes for each id that is no special token; None = it holds no tokenizer."""
+    if not any(any(source.glob(name)) for name in ("tokenizer.*", "vocab.*", "spiece.model")):
+        return None
+    tokenizer = chat.load_tokenizer(source)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special.update(tokenizer.all_special_ids)
+    return {token: piece for piece, token in tokenizer.get_vocab().items() if token not in special}
 
 
 def _prepared(path: Path, lines: Sequence[dict[str, Any]], vocab_size: int) -> data.Prepared:

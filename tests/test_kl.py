@@ -156,6 +156,52 @@ def test_samples_of_which_the_estimate_would_be_of_something_else(folder, tmp_pa
     assert not (tmp_path / "kl.jsonl").exists()
 
 
+def another_tokenizer(folder, copy, change):
+    """Copy the reference and change the vocabulary of its tokenizer."""
+    shutil.copytree(folder / "reference", copy)
+    content = json.loads((copy / "tokenizer.json").read_text())
+    change(content)
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+
+
+def test_a_reference_of_another_tokenizer_is_refused(folder, tmp_path):
+    """The ids of the policy's texts would be other texts to it, and the number would mean nothing."""
+
+    def swap(content):
+        vocab = content["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+
+    another_tokenizer(folder, tmp_path / "other", swap)
+    first = chat.load_tokenizer(folder / "policy").get_vocab()["a"]
+    message = rf"other is no reference of .*policy: 2 ids stand for other texts, e.g. {first} for 'b', not 'a'; give a"
+    with pytest.raises(ValueError, match=message):
+        measured(folder, tmp_path / "kl.jsonl", reference=str(tmp_path / "other"))
+    assert not (tmp_path / "kl.jsonl").exists()
+
+
+def test_tokenizers_of_the_same_texts_differ_in_what_is_no_text(folder, finished, tmp_path, caplog):
+    """Renamed or missing special tokens, another template, no tokenizer at all: the ids' texts are the same."""
+
+    def rename(content):
+        content["model"]["vocab"]["<start>"] = content["model"]["vocab"].pop("<s>")
+        content["added_tokens"] = [
+            token | {"content": "<start>"} if token["content"] == "<s>" else token for token in content["added_tokens"]
+        ]
+
+    another_tokenizer(folder, tmp_path / "renamed", rename)
+    settings = json.loads((tmp_path / "renamed" / "tokenizer_config.json").read_text())
+    (tmp_path / "renamed" / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<start>"}))
+    assert measured(folder, tmp_path / "kl.jsonl", reference=str(tmp_path / "renamed")).mean == finished[0].mean
+    shutil.copytree(folder / "reference", tmp_path / "bare")
+    for path in (tmp_path / "bare").glob("token*"):
+        path.unlink()
+    with caplog.at_level("INFO", "fpo_jax"):
+        assert measured(folder, tmp_path / "kl.jsonl", reference=str(tmp_path / "bare")).mean == finished[0].mean
+    assert (
+        f"{tmp_path / 'bare'} holds no tokenizer: whether its ids are the policy's texts is not checked" in caplog.text
+    )
+
+
 def test_other_input_that_cannot_be_used(folder, tmp_path, capsys):
     shutil.copy(folder / "answers.jsonl", tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match="a.jsonl.job.json is missing"):
