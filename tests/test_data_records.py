@@ -202,6 +202,27 @@ class TestChatPairs:
 
 
 class TestJson:
+    @pytest.mark.parametrize(
+        "other",
+        [
+            {"rewards": [0.9, 0.4]},  # as eval.label --pairing best_worst writes it
+            {"rewards": 0.5},
+            {"rewards": "good"},
+            {"completions": ["x", "y", "z"]},
+            {"completions": ["x", "y"], "rewards": [1.0, 2.0]},
+            {"completions": None, "rewards": None},  # of a table whose other rows are groups
+        ],
+    )
+    def test_a_row_with_chosen_and_rejected_is_a_pair_whatever_else_it_has(self, tmp_path, other):
+        [row] = read_text(tmp_path, lines(PAIR | other)).rows
+        assert (row.responses, row.rewards) == (["c", "r"], [1.0, 0.0])
+
+    def test_a_row_without_a_pair_is_a_group_whatever_else_it_has(self, tmp_path):
+        group = rewarded(["a", "b"], [1, 2])
+        for other in ({"chosen": None, "rejected": None}, {"chosen": "a"}):
+            [row] = read_text(tmp_path, lines(group | other)).rows
+            assert (row.responses, row.rewards) == (["a", "b"], [1.0, 2.0])
+
     def test_pairs_and_rewards(self, tmp_path):
         rewarded = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [1, -0.5, 2e3]}
         first, second = read_text(tmp_path, lines(PAIR, rewarded)).rows
@@ -559,7 +580,7 @@ def test_what_a_format_makes_of_a_row(tmp_path, format, row, expected):
         ("tldr_sft", {**POST, "summary": None}, "missing or null: summary"),
         ("messages", {"messages": [bot("a")]}, "messages must be a prompt and an assistant turn after it"),
         ("messages", {"messages": []}, "messages must be a list of messages, not an empty list"),
-        ("demonstrations", {"prompt": "p"}, "missing or null: chosen"),
+        ("demonstrations", {"prompt": "p"}, "missing or null: completion"),
         ("demonstrations", {"prompt": "p", "completion": user("c")}, "must be an assistant turn"),
         ("chat_groups", {**ANSWERS, "all_rm_scores": [1]}, "lists of one length"),
         ("chat_groups", {**ANSWERS, "all_rm_scores": [1, None]}, "reward 1 must be a number"),

@@ -6,7 +6,8 @@ their rewards and the file and line it came from, beside a list of what was drop
     hh          columns chosen, rejected: whole transcripts ("\n\nHuman: ...\n\nAssistant: ...")
     chat_pairs  columns chosen, rejected (and prompt, unused): message lists; the last turn is the response
     chat_groups columns prompt, all_generated_responses, all_rm_scores: the answers of princeton-nlp's sets, rewarded
-    json        columns prompt, chosen, rejected, or prompt, completions, rewards: texts or messages
+    json        columns prompt, chosen, rejected (a pair), or prompt, completions, rewards (a group): texts or messages;
+                a row that has chosen and rejected is a pair, whatever else it has
     tldr        columns info, summaries, choice: comparisons of summarize-from-feedback
     tldr_sft    columns subreddit, title, post, summary: a demonstration
     imdb        columns text, label: a review, cut into prompt and response, rewarded with 1 if it is positive, or 0
@@ -102,7 +103,7 @@ def read(
         raise ValueError(f"start={start}, stop={stop} selects no rows; need 0 <= start < stop")
     if format == "imdb" and tokenizer is None:
         raise ValueError("format='imdb' cuts reviews by a model's tokens, and none is at hand; give a file of prompts")
-    parse = _PARSERS[format]
+    parse, column_sets = _PARSERS[format]
     found_rows = sources.rows(str(source), split=split, data_dir=data_dir, revision=revision)
     rows: list[Record] = []
     dropped: dict[str, list[str]] = {}
@@ -114,7 +115,7 @@ def read(
     ):
         count += 1
         try:
-            found = parse(_columns(row), hh_split)
+            found = parse(_used(_columns(row), column_sets), hh_split)
         except BadRow as problem:
             problems.append(f"{where}: {problem}")
             dropped.setdefault("bad_row", []).append(where)
@@ -147,7 +148,6 @@ class _Parsed(NamedTuple):
 
 
 def _parse_hh(row: dict[str, Any], hh_split: str) -> _Parsed | transcripts.Dropped:
-    _want(row, "chosen", "rejected")
     chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
     try:
         pair = transcripts.SPLITS[hh_split](chosen, rejected)
@@ -160,7 +160,6 @@ def _parse_hh(row: dict[str, Any], hh_split: str) -> _Parsed | transcripts.Dropp
 
 
 def _parse_chat_pairs(row: dict[str, Any], _: str) -> _Parsed | transcripts.Dropped:
-    _want(row, "chosen", "rejected")
     chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
@@ -172,15 +171,13 @@ def _parse_chat_pairs(row: dict[str, Any], _: str) -> _Parsed | transcripts.Drop
 
 
 def _parse_json(row: dict[str, Any], _: str) -> _Parsed:
-    if "completions" in row or "rewards" in row:
-        _want(row, "prompt", "completions", "rewards")
+    if "completions" in row:
         responses, rewards = row["completions"], row["rewards"]
         if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
             raise BadRow("completions and rewards must be lists of one length")
         if len(responses) < 2:
             raise BadRow(f"{len(responses)} completions; a group needs at least 2")
     else:
-        _want(row, "prompt", "chosen", "rejected")
         responses, rewards = [row["chosen"], row["rejected"]], [1.0, 0.0]
     prompt = row["prompt"]
     prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
@@ -191,7 +188,6 @@ def _parse_json(row: dict[str, Any], _: str) -> _Parsed:
 
 
 def _parse_chat_groups(row: dict[str, Any], _: str) -> _Parsed:
-    _want(row, "prompt", "all_generated_responses", "all_rm_scores")
     return _parse_json(
         {"prompt": row["prompt"], "completions": row["all_generated_responses"], "rewards": row["all_rm_scores"]}, _
     )
@@ -205,7 +201,6 @@ def _tldr_prompt(post: dict[str, Any], name: str) -> str:
 
 def _parse_tldr(row: dict[str, Any], _: str) -> _Parsed | transcripts.Dropped:
     """Summaries follow the prompt after one space, stripped."""
-    _want(row, "info", "summaries", "choice")
     summaries, choice = row["summaries"], row["choice"]
     if not isinstance(row["info"], dict):
         raise BadRow(f"info must be an object, not {_kind(row['info'])}")
@@ -221,14 +216,12 @@ def _parse_tldr(row: dict[str, Any], _: str) -> _Parsed | transcripts.Dropped:
 
 def _parse_tldr_sft(row: dict[str, Any], _: str) -> _Parsed:
     """The summary follows after one space, as in the comparisons; the original adds none."""
-    _want(row, "summary")
     note = "leading_space" if _text(row["summary"], "summary").startswith(" ") else ""
     return _Parsed(_tldr_prompt(row, ""), [" " + row["summary"].strip()], [1.0], note)
 
 
 def _parse_imdb(row: dict[str, Any], _: str) -> _Parsed | transcripts.Dropped:
     """The whole review is the response until `_cut_reviews` cuts it."""
-    _want(row, "text", "label")
     text, label = reviews.clean(_text(row["text"], "text")), row["label"]
     if type(label) is int and label == reviews.UNLABELLED:
         return transcripts.Dropped("unlabelled")
@@ -253,7 +246,6 @@ def _cut_reviews(
 
 
 def _parse_messages(row: dict[str, Any], _: str) -> _Parsed:
-    _want(row, "messages")
     turns = _messages(row["messages"], "messages")
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers or answers[0] == 0:
@@ -265,29 +257,32 @@ def _parse_messages(row: dict[str, Any], _: str) -> _Parsed:
 
 def _parse_demonstrations(row: dict[str, Any], _: str) -> _Parsed:
     name = "completion" if "completion" in row else "chosen"
-    _want(row, "prompt", name)
     prompt = row["prompt"]
     prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
     return _Parsed(prompt, [_response(row[name], prompt, 0)], [1.0])
 
 
 def _parse_prompts(row: dict[str, Any], _: str) -> _Parsed:
-    _want(row, "prompt")
     prompt = row["prompt"]
     return _Parsed(_text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt"), [], [])
 
 
-_PARSERS: dict[str, Callable[[dict[str, Any], str], _Parsed | transcripts.Dropped]] = {
-    "hh": _parse_hh,
-    "chat_pairs": _parse_chat_pairs,
-    "chat_groups": _parse_chat_groups,
-    "json": _parse_json,
-    "tldr": _parse_tldr,
-    "tldr_sft": _parse_tldr_sft,
-    "imdb": _parse_imdb,
-    "messages": _parse_messages,
-    "demonstrations": _parse_demonstrations,
-    "prompts": _parse_prompts,
+class _Parser(NamedTuple):
+    parse: Callable[[dict[str, Any], str], _Parsed | transcripts.Dropped]  # is given these columns and no other
+    columns: Sequence[tuple[str, ...]]  # sets of columns; the first of which a row has all says what it is
+
+
+_PARSERS: dict[str, _Parser] = {
+    "hh": _Parser(_parse_hh, [("chosen", "rejected")]),
+    "chat_pairs": _Parser(_parse_chat_pairs, [("chosen", "rejected")]),
+    "chat_groups": _Parser(_parse_chat_groups, [("prompt", "all_generated_responses", "all_rm_scores")]),
+    "json": _Parser(_parse_json, [("prompt", "chosen", "rejected"), ("prompt", "completions", "rewards")]),
+    "tldr": _Parser(_parse_tldr, [("info", "summaries", "choice")]),
+    "tldr_sft": _Parser(_parse_tldr_sft, [("subreddit", "title", "post", "summary")]),
+    "imdb": _Parser(_parse_imdb, [("text", "label")]),
+    "messages": _Parser(_parse_messages, [("messages",)]),
+    "demonstrations": _Parser(_parse_demonstrations, [("prompt", "completion"), ("prompt", "chosen")]),
+    "prompts": _Parser(_parse_prompts, [("prompt",)]),
 }
 FORMATS = tuple(name for name in _PARSERS if name != "prompts")  # that one can train on
 
@@ -296,6 +291,13 @@ def _columns(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise BadRow(f"a row must be a JSON object, not {_kind(row)}")
     return row
+
+
+def _used(row: dict[str, Any], column_sets: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    """Return the columns of a row that make it what it is; of several sets, the first of which it lacks fewest."""
+    names = min(column_sets, key=lambda names: sum(row.get(name) is None for name in names))
+    _want(row, *names)
+    return {name: row[name] for name in names}
 
 
 def _want(row: dict[str, Any], *names: str) -> None:
