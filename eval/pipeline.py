@@ -30,6 +30,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of confi
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.")
 
 REWARD_METRIC = "eval_rewards/accuracies"
+_EACH = ("completions", "finish", "tokens", "ids")  # of a line of answers: one entry for each of them
 
 
 class Pipeline:
@@ -290,7 +291,8 @@ def merge(parts: Sequence[Path], out: Path) -> str:
         texts = [text for line in lines for text in line["completions"]]
         alike += len(set(texts)) == 1
         if len(set(texts)) > 1:
-            kept.append({**lines[0], "completions": texts, "finish": [end for line in lines for end in line["finish"]]})
+            each = {key: [one for line in lines for one in line[key]] for key in _EACH if key in lines[0]}
+            kept.append({**lines[0], **each})
     files.write_lines(out, kept)
     return f"{len(kept)} prompts of {len(parts)} seeds, {alike} dropped whose answers are all the same"
 
