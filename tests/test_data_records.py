@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fpo_jax import data
-from fpo_jax.data import sources, transcripts
+from fpo_jax.data import records, sources, transcripts
 from tests.paths import shared_data
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -152,7 +152,8 @@ class TestChatPairs:
 
     def test_real_file(self):
         records = data.read(shared_data("pref_chat", "ultrafeedback_shaped.jsonl.gz"), format="chat_pairs")
-        assert len(records.rows) == 300 and not records.dropped and not records.noted
+        assert len(records.rows) == 300 and not records.dropped
+        assert {reason: len(places) for reason, places in records.noted.items()} == {"column_not_used:prompt": 300}
         assert {len(row.prompt) for row in records.rows} == {1, 2, 3, 5, 7, 9, 13}
         assert sum(row.prompt[0]["role"] == "system" for row in records.rows) == 80
         assert all(row.responses[0]["role"] == row.responses[1]["role"] == "assistant" for row in records.rows)
@@ -602,3 +603,82 @@ def test_the_summary_s_own_leading_space_is_noted_and_news_without_a_post_are_dr
     news = {"info": {"article": "a"}, "summaries": TWO, "choice": 0}
     (tmp_path / "n.jsonl").write_text(json.dumps(news) + "\n")
     assert list(data.read(tmp_path / "n.jsonl", format="tldr").dropped) == ["no_post"]
+
+
+# --- columns that a format does not read
+
+
+LEFT = {"system": "Answer in French.", "tools": [{"name": "add"}], "chat_template_kwargs": {"enable_thinking": False}}
+LEFT |= {"margin": 0.5, "images": ["a.png"], "prompt_id": "x"}
+ROWS = {  # format -> a row, and the columns beside those that it reads
+    "hh": {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+    "chat_pairs": {"chosen": [USER, ASSISTANT], "rejected": [USER, bot("b")]},
+    "chat_groups": ANSWERS | {"all_rm_scores": [1, 0]},
+    "json": PAIR,
+    "tldr": {"info": POST, "summaries": TWO, "choice": 0},
+    "tldr_sft": {**POST, "summary": "s"},
+    "messages": {"messages": [USER, ASSISTANT, USER, ASSISTANT]},
+    "demonstrations": {"prompt": "p", "completion": "c"},
+    "prompts": {"prompt": "p"},
+}
+
+
+def test_every_format_has_such_a_row():
+    assert {*ROWS, "imdb"} == set(records._PARSERS)  # imdb is tried in test_reviews
+
+
+@pytest.mark.parametrize("format", sorted(ROWS))
+def test_columns_that_a_format_does_not_read_are_named_with_their_rows(tmp_path, format, caplog):
+    rows = [ROWS[format], ROWS[format] | LEFT, ROWS[format] | dict.fromkeys(LEFT, None), ROWS[format] | {"tools": []}]
+    found = read_text(tmp_path, lines(*rows), format=format)
+    used = {"system"} if format in ("chat_pairs", "messages") else set()
+    assert {reason: numbers(places) for reason, places in found.noted.items()} == {
+        f"column_not_used:{name}": [1] for name in LEFT if name not in used
+    }
+    (warning,) = caplog.messages
+    assert all(f"{name} (1 rows)" in warning for name in sorted({"tools", "margin", "images"} - used))
+    assert ("system (1 rows)" in warning) == (not used) and "prompt_id" not in warning
+
+
+def test_columns_of_the_other_kind_of_row_are_named_too(tmp_path, caplog):
+    found = read_text(tmp_path, lines(PAIR | {"completions": ["x"], "rewards": [1.0], "score": float(1)}))
+    assert list(found.noted) == ["column_not_used:completions", "column_not_used:rewards", "column_not_used:score"]
+    assert not caplog.messages, "none of them changes what the model is asked"
+
+
+SYSTEM = {"role": "system", "content": "Answer in French."}
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        ("json", {"prompt": [USER], "chosen": "c", "rejected": "r"}),
+        ("json", {"prompt": [USER], "completions": ["c", "r"], "rewards": [1, 0]}),
+        ("chat_pairs", ROWS["chat_pairs"]),
+        ("chat_groups", {**ROWS["chat_groups"], "prompt": [USER]}),
+        ("messages", ROWS["messages"]),
+        ("demonstrations", {"prompt": [USER], "completion": [USER, ASSISTANT]}),
+        ("prompts", {"prompt": [USER]}),
+    ],
+)
+def test_a_system_column_is_the_first_turn_of_a_prompt_of_messages(tmp_path, format, row, caplog):
+    plain = read_text(tmp_path, lines(row), format=format)
+    found = read_text(tmp_path, lines(row | {"system": SYSTEM["content"]}), format=format)
+    assert [one.prompt for one in found.rows] == [[SYSTEM, *one.prompt] for one in plain.rows]
+    assert [one.responses for one in found.rows] == [one.responses for one in plain.rows]
+    assert not found.noted and not caplog.messages
+
+
+def test_a_system_column_beside_a_system_turn_is_named_unless_it_says_the_same(tmp_path, caplog):
+    row = {"prompt": [SYSTEM, USER], "chosen": "c", "rejected": "r"}
+    both = read_text(tmp_path, lines(row | {"system": SYSTEM["content"]}, row | {"system": "Answer in Greek."}))
+    assert [one.prompt for one in both.rows] == [[SYSTEM, USER]] * 2
+    assert {reason: numbers(places) for reason, places in both.noted.items()} == {"column_not_used:system": [1]}
+    assert "system (1 rows)" in caplog.text
+
+
+def test_a_system_column_that_is_no_text_is_named(tmp_path, caplog):
+    row = {"prompt": [USER], "chosen": "c", "rejected": "r"}
+    found = read_text(tmp_path, lines(row | {"system": ["Answer in French."]}, row | {"system": "  "}))
+    assert [one.prompt for one in found.rows] == [[USER]] * 2 and "system (1 rows)" in caplog.text
+    assert {reason: numbers(places) for reason, places in found.noted.items()} == {"column_not_used:system": [0]}

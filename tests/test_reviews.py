@@ -96,3 +96,10 @@ def test_rows_that_are_no_reviews(tmp_path, bytewise, row, message):
 def test_reviews_need_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="format='imdb' cuts reviews by a model's tokens, and none is at hand"):
         read(tmp_path, None, {"text": "t", "label": 1})
+
+
+def test_columns_beside_text_and_label_are_named(tmp_path, bytewise):
+    row = {"text": "a review of more than ten tokens", "label": 1}
+    assert read(tmp_path, bytewise, row, row | {"stars": 9}).noted == {
+        "column_not_used:stars": [f"{tmp_path}/r.jsonl:2"]
+    }

@@ -19,6 +19,9 @@ their rewards and the file and line it came from, beside a list of what was drop
 Demonstrations have one response and are for fine-tuning (data.group_size=1); every other format serves it too, with the
 best response of each record.
 
+A text in a column `system` is read by every format whose prompt is messages: it becomes their first turn, unless they
+have a system turn. All other columns are noted as "column_not_used:NAME", with their rows.
+
 A file is JSON Lines or one JSON list, gzipped or not. Readers judge form only; what is empty, identical or too long is
 the business of `prepare`.
 """
@@ -32,7 +35,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax.data import reviews, sources, transcripts
+from fpo_jax.data import columns, reviews, sources, transcripts
 from fpo_jax.data.sources import BadRow
 
 Message = dict[str, str]
@@ -115,7 +118,8 @@ def read(
     ):
         count += 1
         try:
-            found = parse(_used(_columns(row), column_sets), hh_split)
+            used = columns.used(_columns(row), column_sets)
+            found = _with_system(parse(used, hh_split), row.get("system"))
         except BadRow as problem:
             problems.append(f"{where}: {problem}")
             dropped.setdefault("bad_row", []).append(where)
@@ -126,12 +130,17 @@ def read(
             noted.setdefault(found.note, []).append(where)
         if isinstance(found, transcripts.Dropped):
             dropped.setdefault(found.reason, []).append(where)
-        elif found.more:
+            continue
+        told = ["system"] if _says(found.prompt, row.get("system")) else []
+        for name in columns.unused(row, *used, *told):
+            noted.setdefault(columns.NOT_USED + name, []).append(where)
+        if found.more:
             parts = [found, *found.more]
             rows += [Record(*part[:3], f"{where}#{number}") for number, part in enumerate(parts)]
         else:
             rows.append(Record(found.prompt, found.responses, found.rewards, where))
     _check_problems(problems, count, on_bad_row)
+    columns.warn(str(source), format, noted)
     if count == 0:
         raise ValueError(f"{source}: no rows" + (f" from row {start} on" if start else ""))
     if format == "imdb" and tokenizer is not None:
@@ -145,6 +154,22 @@ class _Parsed(NamedTuple):
     rewards: Sequence[float]
     note: str = ""
     more: Sequence["_Parsed"] = ()  # other records of the same row
+
+
+def _with_system(found: _Parsed | transcripts.Dropped, system: Any) -> _Parsed | transcripts.Dropped:
+    """Open prompts of messages without a system turn with the text of the row's column `system`."""
+    if isinstance(found, transcripts.Dropped) or not isinstance(system, str) or not system.strip():
+        return found
+    if isinstance(found.prompt, str) or any(turn["role"] == "system" for turn in found.prompt):
+        return found
+    first = {"role": "system", "content": _text(system, "system")}
+    opened, *more = (part._replace(prompt=[first, *part.prompt]) for part in (found, *found.more))
+    return opened._replace(more=more)
+
+
+def _says(prompt: str | list[Message], system: Any) -> bool:
+    """Return whether a prompt has the system turn."""
+    return isinstance(prompt, list) and {"role": "system", "content": system} in prompt
 
 
 def _parse_hh(row: dict[str, Any], hh_split: str) -> _Parsed | transcripts.Dropped:
@@ -194,7 +219,7 @@ def _parse_chat_groups(row: dict[str, Any], _: str) -> _Parsed:
 
 
 def _tldr_prompt(post: dict[str, Any], name: str) -> str:
-    _want(post, "subreddit", "title", "post")
+    columns.require(post, "subreddit", "title", "post")
     subreddit, title, text = (_text(post[key], f"{name}{key}") for key in ("subreddit", "title", "post"))
     return f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {text}\nTL;DR:"
 
@@ -291,23 +316,6 @@ def _columns(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise BadRow(f"a row must be a JSON object, not {_kind(row)}")
     return row
-
-
-def _used(row: dict[str, Any], column_sets: Sequence[tuple[str, ...]]) -> dict[str, Any]:
-    """Return the columns of a row that make it what it is; of several sets, the first of which it lacks fewest."""
-    names = min(column_sets, key=lambda names: sum(row.get(name) is None for name in names))
-    _want(row, *names)
-    return {name: row[name] for name in names}
-
-
-def _want(row: dict[str, Any], *names: str) -> None:
-    if missing := [name for name in names if row.get(name) is None]:
-        raise BadRow(
-            f"missing or null: {', '.join(missing)}; wanted {', '.join(names)}; found {', '.join(row) or 'none'}"
-        )
-    for name in names:
-        if isinstance(row[name], BadRow):
-            raise row[name]
 
 
 def _text(value: Any, name: str) -> str:
