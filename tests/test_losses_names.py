@@ -84,6 +84,9 @@ def test_unknown_names(name, message):
         ("exo-rw", {"log_clamp": -10.0}, r"log_clamp=-10.0 contradicts 'exo-rw', which fixes log_clamp=-inf"),
         ("dpo-pref", {"epsilon": 1e-3}, r"epsilon=0.001 contradicts 'dpo-pref'.*use the name 'kl_target_policy'"),
         ("alphapo", {"score": "log_ratio"}, r"score='log_ratio' contradicts 'alphapo', which fixes score='mean_logp'"),
+        ("dpo", {"score": "mean_logp"}, r"score='mean_logp' contradicts 'dpo', which fixes score='log_ratio'"),
+        ("dpo", {"target": "rewards"}, r"target='rewards' contradicts 'dpo'.*use the name 'kl_target_policy'"),
+        ("cdpo", {"score": "mean_logp"}, r"score='mean_logp' contradicts 'cdpo', which fixes score='log_ratio'"),
         ("alphapo-pref", {"beta_r": 0.5}, r"'beta_r' is not used by 'alphapo-pref' with target='preference'"),
         ("alphapo-rw", {"log_clamp": 0.5}, r"log_clamp=0.5 is outside \[-inf, 0\]"),
         ("dpo", {"label_smoothing": 0.1}, r"label smoothing ls is epsilon=ls with normalize=True"),
@@ -234,3 +237,63 @@ def test_every_option_changes_the_loss_or_is_an_error(loss):
             continue
         before = losses.resolve(loss.name, **settings_of, **extra).loss(tied) if extra else base
         assert np.abs(before - changed.loss(tied)).max() > tolerances.DIFFERENT, key
+
+
+# --- a recipe's options with another loss
+
+FREE = {"alpha": 0.99, "beta": 2.5, "gamma_beta_ratio": 0.3, "tie_policy": "second"}  # of alphapo
+REWARDED = {"alpha": 0.1, "beta_pi": 0.35, "beta_r": 0.1, "temperature": 0.8, "tie_policy": "second"}  # of alphapo-rw
+_SIMPO = {"beta": 2.5, "gamma_beta_ratio": 0.3, "tie_policy": "second"}
+
+
+@pytest.mark.parametrize(
+    ("to", "expected"),
+    [
+        ("alphapo", FREE),
+        ("sigmoid", _SIMPO),
+        ("simpo", _SIMPO),
+        ("hinge", _SIMPO),
+        ("alphapo_length", _SIMPO),
+        ("exo", {"score": "mean_logp", **_SIMPO}),
+        ("jensen_shannon", {"score": "mean_logp", **_SIMPO}),
+        ("alpha", {"score": "mean_logp", **FREE}),
+        *((name, {}) for name in ("dpo", "cdpo", "dpo-pref", "exo-pref", "ipo", "kto", "cpo", "r_dpo", "orpo", "rrhf")),
+        *((name, {}) for name in ("slic", "sft", "bradley_terry", "f_dpo_alpha", "f_dpo_reverse_kl")),
+    ],
+)
+def test_a_reference_free_recipe_gives_another_loss_what_means_the_same(to, expected):
+    assert losses.carried_over(FREE, of="alphapo", to=to) == expected
+
+
+@pytest.mark.parametrize(
+    ("to", "expected"),
+    [
+        ("exo-rw", {"beta_pi": 0.35, "beta_r": 0.1, "temperature": 0.8}),
+        ("jeffreys", {"target": "rewards", "beta_pi": 0.35, "beta_r": 0.1, "temperature": 0.8}),
+        ("dpo", {"beta_pi": 0.35, "temperature": 0.8, "tie_policy": "second"}),
+        ("alphapo-pref", {"alpha": 0.1, "beta_pi": 0.35, "temperature": 0.8, "tie_policy": "second"}),
+        *((name, {}) for name in ("sigmoid", "hinge", "ipo", "kto", "r_dpo", "cpo", "sft", "f_dpo_forward_kl")),
+    ],
+)
+def test_a_recipe_with_a_reference_gives_another_loss_what_means_the_same(to, expected):
+    given = {key: value for key, value in REWARDED.items() if key != "tie_policy" or "tie_policy" in expected}
+    of = "alphapo-rw" if "tie_policy" not in expected else "alphapo-pref"
+    given = given if of == "alphapo-rw" else {key: value for key, value in given.items() if key != "beta_r"}
+    assert losses.carried_over(given, of=of, to=to) == expected
+
+
+def test_what_a_name_fixes_or_defaults_otherwise_is_its_own():
+    assert losses.carried_over({"epsilon": 1e-3}, of="alphapo-pref", to="exo-pref") == {"epsilon": 1e-3}
+    assert losses.carried_over({"epsilon": 1e-3}, of="alphapo-pref", to="dpo") == {}, "hard labels are what DPO is"
+    assert losses.carried_over({"log_clamp": -20.0}, of="alphapo-rw", to="exo-rw") == {}
+    assert losses.carried_over({"weight": 0.3}, of="jensen_shannon", to="jspo-pref") == {}
+    assert losses.carried_over({"beta": 3.0}, of="hinge", to="exo") == {"score": "mean_logp", "beta": 3.0}
+    with pytest.raises(ValueError, match="unknown loss 'alphapo-wr'; nearest: alphapo-rw"):
+        losses.carried_over(FREE, of="alphapo", to="alphapo-wr")
+
+
+@pytest.mark.parametrize("of", [name for name in losses.PRESETS])
+def test_every_loss_takes_what_any_other_gives_it(of):
+    own = {key: value for key, value in losses.resolve(of).options.items() if key not in losses.PRESETS[of].fixed}
+    for to in losses.PRESETS:
+        losses.resolve(to, **losses.carried_over(own, of=of, to=to))

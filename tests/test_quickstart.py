@@ -192,7 +192,7 @@ def test_the_tokenizer_gives_the_rows_the_trainer_builds():
     assert (row.prompt_length, row.merged) == (len(ids), False)
 
 
-@pytest.mark.parametrize("name", [*losses.DIVERGENCES, "exo-rw", "dpo"])
+@pytest.mark.parametrize("name", [*losses.DIVERGENCES, "exo-rw", "dpo-rw"])
 def test_every_divergence_can_be_asked_for(name):
     c = recipe.get_config(name)
     assert configuration.problems(c) == []

@@ -9,7 +9,7 @@ Nothing here touches tokens, models or batches; the step averages over groups an
 
 from fpo_jax.losses.divergences import DIVERGENCES, Divergence, f_divergence
 from fpo_jax.losses.loss import Loss
-from fpo_jax.losses.names import PRESETS, Preset, names_of, resolve
+from fpo_jax.losses.names import PRESETS, Preset, carried_over, names_of, resolve
 from fpo_jax.losses.numerics import log_softmax
 from fpo_jax.losses.objectives import OBJECTIVES, Objective
 from fpo_jax.losses.options import OPTIONS, Option, options_of
@@ -32,6 +32,7 @@ __all__ = [
     "Preset",
     "Score",
     "Target",
+    "carried_over",
     "chosen_shares",
     "f_divergence",
     "log_ratio_scores",

@@ -41,7 +41,6 @@ class Divergence:
     log_space: Callable[..., jax.Array]  # (log p, log q) -> q f(p/q) per candidate, accurate and finite
     slope_at_infinity: Callable[..., float]  # lim f(u)/u: what a label of exactly 0 costs per unit of p
     limits: str  # identities with other rows
-    aliases: tuple[str, ...] = ()
     parameters: Mapping[str, float] = dataclasses.field(default_factory=dict)  # name -> default
     epsilon: float = AUTHORS_EPSILON  # default label of a rejected candidate
     log_clamp: float = AUTHORS_LOG_CLAMP  # default floor of log q from rewards
@@ -107,7 +106,6 @@ def _entropy(log_q):
 _ROWS = (
     Divergence(
         name="kl_policy_target",
-        aliases=("exo",),
         equation="KL(p‖q) = Σ p (log p - log q)",
         f=lambda u: u * jnp.log(u),
         f_prime=lambda u: 1 + jnp.log(u),
@@ -118,7 +116,6 @@ _ROWS = (
     ),
     Divergence(
         name="kl_target_policy",
-        aliases=("dpo",),
         equation="KL(q‖p) = Σ q (log q - log p); the training loss is -Σ q log p, entropy of q added, as in DPO",
         f=lambda u: -jnp.log(u),
         f_prime=lambda u: -1 / u,

@@ -59,6 +59,13 @@ class Loss:
         return self.name in OBJECTIVES and OBJECTIVES[self.name].of_scores
 
     @property
+    def family(self) -> str:
+        """Whose options mean the same as this loss's: the losses of one score, or the loss alone."""
+        if self.name in DIVERGENCES:
+            return self.options["score"]
+        return OBJECTIVES[self.name].family or self.name
+
+    @property
     def minimum_candidates(self) -> int:
         """Smallest K it is defined for: 1 where the chosen candidate is all it reads (`sft`), else 2."""
         return 1 if self.name in OBJECTIVES and OBJECTIVES[self.name].pair is None else 2

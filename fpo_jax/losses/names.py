@@ -1,7 +1,9 @@
 """From a loss's name and options to a `Loss`; every name of the original code, and nothing else, resolves.
 
 The original dispatches on substrings ("js" anywhere in the name; no suffix trains on raw rewards). Here each of its
-names is one row of PRESETS: a canonical row of the tables, options that the name fixes, and defaults of its own.
+names is one row of PRESETS: a canonical row of the tables, options that the name fixes, and defaults of its own. A name
+that means one thing everywhere fixes what it means; `exo` alone is free, as the original has it with a reference and
+without.
 """
 
 import dataclasses
@@ -44,12 +46,13 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "shpo-pref": Preset("squared_hellinger", _PAIRS),
         "shpo-rw": Preset("squared_hellinger", _REWARDS),
         # The authors' SimPO-side trainer; its `hinge` is a row of OBJECTIVES, its `exo` is exo with score="mean_logp".
+        "exo": Preset("kl_policy_target"),
         "sigmoid": Preset("kl_target_policy", _PAIRS_WITHOUT_REFERENCE),
         "alphapo": Preset("alpha", _PAIRS_WITHOUT_REFERENCE),
         # Other people's names.
         "simpo": Preset("kl_target_policy", _PAIRS_WITHOUT_REFERENCE),
-        "cdpo": Preset("kl_target_policy", {"target": "preference", "normalize": True}, {"epsilon": 0.1}),
-        **{alias: Preset(row.name) for row in DIVERGENCES.values() for alias in row.aliases},
+        "dpo": Preset("kl_target_policy", _PAIRS),
+        "cdpo": Preset("kl_target_policy", {**_PAIRS, "normalize": True}, {"epsilon": 0.1}),
         **{name: Preset(name) for name in (*DIVERGENCES, *OBJECTIVES)},
     }
 )
@@ -74,9 +77,7 @@ def resolve(name: str, **options: object) -> Loss:
     Traceback (most recent call last):
     ValueError: unknown loss 'alphapo-wr'; nearest: alphapo-rw, alphapo, alphapo-pref; ...
     """
-    if name not in PRESETS:
-        raise ValueError(f"unknown loss {name!r}; {_nearest(name, PRESETS)}known: {', '.join(sorted(PRESETS))}")
-    preset = PRESETS[name]
+    preset = _preset(name)
     given = {key: value for key, value in options.items() if value is not None}
     parsed, problems = _parse(given)
     settings = {**preset.defaults, **parsed, **preset.fixed}
@@ -98,6 +99,46 @@ def resolve(name: str, **options: object) -> Loss:
     return Loss(preset.name, MappingProxyType(filled))
 
 
+def carried_over(options: Mapping[str, object], *, of: str, to: str) -> dict[str, Value]:
+    """Return those options of one loss that mean the same for another, which has its own defaults for the rest.
+
+    Options mean the same within a family, the losses of one score: a β of CPO's log-probs is not SimPO's, nor KTO's
+    DPO's. There a loss keeps what its name fixes and what it has a default of its own for, as DPO has its hard labels.
+
+    Args:
+        options: given to `of`; None counts as not given.
+        of: the name of the loss that has them.
+        to: the name of the other one. Where it leaves target or score free, it gets those of `of`.
+
+    Raises:
+        ValueError: an unknown name, or options that `of` does not take.
+
+    >>> carried_over({"alpha": 0.99, "beta": 2.5}, of="alphapo", to="exo")
+    {'score': 'mean_logp', 'beta': 2.5}
+    >>> carried_over({"alpha": 0.99, "beta": 2.5}, of="alphapo", to="dpo")
+    {}
+    """
+    own, preset = resolve(of, **options), _preset(to)
+    given = {key: own.options[key] for key, value in options.items() if value is not None}
+    if to == of:
+        return given
+    choices: dict[str, Value] = {}
+    if preset.name in DIVERGENCES:
+        choices = {"target": own.options.get("target", "preference"), "score": own.family}
+        choices = {key: value for key, value in choices.items() if value in OPTIONS[key].choices}
+        choices = {key: value for key, value in choices.items() if key not in preset.fixed}
+    alone, other = resolve(to), resolve(to, **choices)
+    if other.family != own.family:
+        return {}
+    defaults = resolve(of, **{key: given[key] for key in ("target", "score") if key in given}).options
+    taken = {key: value for key, value in choices.items() if value != alone.options[key]}
+    return taken | {
+        key: value
+        for key, value in given.items()
+        if key not in ("target", "score", *preset.fixed) and other.options.get(key) == defaults[key]
+    }
+
+
 def names_of(canonical: str) -> tuple[str, ...]:
     """Return the other names that resolve to a canonical row.
 
@@ -105,6 +146,12 @@ def names_of(canonical: str) -> tuple[str, ...]:
     ('exo-pref', 'exo-rw', 'exo')
     """
     return tuple(name for name, preset in PRESETS.items() if preset.name == canonical and name != canonical)
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"unknown loss {name!r}; {_nearest(name, PRESETS)}known: {', '.join(sorted(PRESETS))}")
+    return PRESETS[name]
 
 
 def _parse(given: Mapping[str, object]) -> tuple[dict[str, Value], list[str]]:

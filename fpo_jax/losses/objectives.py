@@ -40,6 +40,7 @@ class Objective:
     needs_batch_kl: bool = False
     length_normalized: bool = False  # scores are per token
     over_tokens: bool = False  # the update's loss is the sum over its groups by their chosen tokens, not by groups
+    family: str = ""  # the row of SCORES whose β and γ are its own too; "" = it shares no option with another loss
     of_scores: bool = False  # trains a reward model: `logps_BK` holds its scores, which know neither tokens nor nats
 
 
@@ -266,6 +267,7 @@ _ROWS = (
         reward=SCORES["mean_logp"].reward,
         pair=lambda win, lose, o: hinge_link(win - lose, delta=1.0),
         length_normalized=True,
+        family="mean_logp",
     ),
     Objective(
         name="rrhf",
@@ -331,6 +333,7 @@ _ROWS = (
         reward=_power_reward,
         pair=_log_sigmoid,
         length_normalized=True,
+        family="mean_logp",
     ),
     _f_dpo("reverse_kl", "log u + 1 (this is DPO)", lambda log_u, o: log_u),
     _f_dpo("forward_kl", "-1/u", lambda log_u, o: -numerics.saturating_exp(-log_u)),
