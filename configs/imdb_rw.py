@@ -9,11 +9,12 @@ Expect    nothing published for this recipe
 """
 
 from configs import pythia_hh_rw
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "alphapo-rw"):
     """Return the locked configuration; `configs/imdb_rw.py:exo-rw` is the same recipe with another loss."""
-    c = pythia_hh_rw.get_config(loss)
+    c = pythia_hh_rw.get_config()
     c.model.path = "openai-community/gpt2-large"  # the recipe starts from its SFT checkpoint: override
     c.data.train = "data/imdb_rw/train.json"
     c.data.eval = "data/imdb_rw/test.json"
@@ -24,4 +25,5 @@ def get_config(loss: str = "alphapo-rw"):
     c.train.max_steps = 200
     c.train.eval_every = c.train.save_every = 20
     c.plan.groups = 25_000
+    recipes.use_loss(c, loss)
     return c

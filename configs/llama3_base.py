@@ -7,11 +7,12 @@ Expect    SimPO with learning rate 7e-7 instead of 6e-7, to within 0.7 % of the 
 """
 
 from configs import mistral_base
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "alphapo"):
     """Return the locked configuration; `configs/llama3_base.py:sigmoid` is the same recipe with SimPO's loss."""
-    c = mistral_base.get_config(loss)
+    c = mistral_base.get_config()
     c.model.path = "princeton-nlp/Llama-3-Base-8B-SFT"
     c.tokenizer.chat_template = "llama3"
     c.data.max_length = 2048
@@ -19,4 +20,5 @@ def get_config(loss: str = "alphapo"):
     c.loss.beta = 2.0
     c.loss.gamma_beta_ratio = 0.5
     c.optim.learning_rate = 7e-7
+    recipes.use_loss(c, loss)
     return c

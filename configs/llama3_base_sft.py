@@ -19,8 +19,6 @@ def get_config():
     c.data.train = c.data.eval = "HuggingFaceH4/ultrachat_200k"
     c.data.train_split, c.data.eval_split = "train_sft", "test_sft"
     c.data.group_size = 1
-    c.loss.score = ""
-    c.loss.beta = c.loss.gamma_beta_ratio = None
     c.optim.learning_rate = 2e-5
     c.train.micro_batch_per_device = 8
     c.train.eval_batch_per_device = 8

@@ -7,11 +7,12 @@ Expect    SimPO with beta 2.6 instead of 2.5, to within 0.7 % of the loss for ma
 """
 
 from configs import llama3_base
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "alphapo"):
     """Return the locked configuration; `configs/llama3_instruct.py:sigmoid` is the same recipe with SimPO's loss."""
-    c = llama3_base.get_config(loss)
+    c = llama3_base.get_config()
     c.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
     c.data.train = c.data.eval = "princeton-nlp/llama3-ultrafeedback"
     c.data.train_split, c.data.eval_split = "train", "test"
@@ -20,4 +21,5 @@ def get_config(loss: str = "alphapo"):
     c.loss.beta = 2.6
     c.loss.gamma_beta_ratio = 0.55
     c.optim.learning_rate = 1e-6
+    recipes.use_loss(c, loss)
     return c

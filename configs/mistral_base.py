@@ -7,7 +7,7 @@ Expect    the loss differs from SimPO's by less than 0.7 % for margins in [-3, 3
           (`configs/mistral_base.py:sigmoid`) at the same beta, gamma and rate, and with three seeds
 """
 
-from fpo_jax import config
+from fpo_jax import config, recipes
 
 
 def get_config(loss: str = "alphapo"):
@@ -31,11 +31,8 @@ def get_config(loss: str = "alphapo"):
     c.data.append_eos = "unless_last"  # behind </s> and a newline, a second </s>, all of them scored
     c.data.truncate_together = True  # all responses of a pair are cut when the longer one overflows
     c.data.last_batch = "drop"
-    c.loss.name = loss
-    if loss.startswith("alpha"):
-        c.loss.alpha = 0.99
-    if loss not in ("hinge", "sigmoid"):
-        c.loss.score = "mean_logp"  # reference-free
+    c.loss.name = "alphapo"
+    c.loss.alpha = 0.99
     c.loss.beta = 2.0
     c.loss.gamma_beta_ratio = 0.8
     c.optim.learning_rate = 3e-7
@@ -46,4 +43,5 @@ def get_config(loss: str = "alphapo"):
     c.train.eval_batch_per_device = 4
     c.train.eval_every = 400
     c.plan.groups = 61_135
+    recipes.use_loss(c, loss)
     return c

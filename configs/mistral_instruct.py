@@ -7,11 +7,12 @@ Expect    alpha = 0.925 down-weights badly mis-ranked pairs against SimPO (gradi
 """
 
 from configs import mistral_base
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "alphapo"):
     """Return the locked configuration; `configs/mistral_instruct.py:sigmoid` is the same recipe with SimPO's loss."""
-    c = mistral_base.get_config(loss)
+    c = mistral_base.get_config()
     c.model.path = "mistralai/Mistral-7B-Instruct-v0.2"
     c.tokenizer.chat_template = "mistral"
     c.data.train = c.data.eval = "princeton-nlp/mistral-instruct-ultrafeedback"
@@ -19,9 +20,9 @@ def get_config(loss: str = "alphapo"):
     c.plan.groups = 59_700  # about
     c.data.max_length = 2048
     c.data.max_prompt_length = 1800
-    if loss.startswith("alpha"):
-        c.loss.alpha = 0.925
+    c.loss.alpha = 0.925
     c.loss.beta = 2.5
     c.loss.gamma_beta_ratio = 0.12
     c.optim.learning_rate = 6e-7
+    recipes.use_loss(c, loss)
     return c

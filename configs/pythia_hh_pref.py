@@ -7,7 +7,7 @@ Original  4 GPUs x 8 prompts x 4 accumulated; fp16, here bfloat16; the authors r
 Expect    nothing published for this recipe; NOTES.md has our runs on small models
 """
 
-from fpo_jax import config
+from fpo_jax import config, recipes
 
 
 def get_config(loss: str = "alphapo-pref"):
@@ -26,9 +26,8 @@ def get_config(loss: str = "alphapo-pref"):
     c.data.cut_prompts_together = False  # each response's row cuts the prompt for itself (spec 2.4)
     c.data.on_identical = "drop"
     c.data.last_batch = "pad"
-    c.loss.name = loss
-    if loss.startswith("alpha"):
-        c.loss.alpha = 0.1
+    c.loss.name = "alphapo-pref"
+    c.loss.alpha = 0.1
     c.loss.beta_pi = 0.5
     c.loss.temperature = 0.8  # logits of policy and reference are divided by it, as in the original
     c.optim.learning_rate = 1e-6
@@ -42,4 +41,5 @@ def get_config(loss: str = "alphapo-pref"):
     c.train.save_every = 34
     c.train.keep_checkpoints = 10
     c.plan.groups = 43_835
+    recipes.use_loss(c, loss)
     return c

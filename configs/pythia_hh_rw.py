@@ -8,11 +8,12 @@ Expect    nothing published for this recipe; NOTES.md has our runs on small mode
 """
 
 from configs import pythia_hh_pref
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "alphapo-rw"):
     """Return the locked configuration; `configs/pythia_hh_rw.py:exo-rw` is the same recipe with another loss."""
-    c = pythia_hh_pref.get_config(loss)
+    c = pythia_hh_pref.get_config("alphapo-rw")
     c.data.format = "json"
     c.data.hh_split, c.data.subfolder = "last_turn", ""
     c.data.train_split = c.data.eval_split = ""
@@ -21,4 +22,5 @@ def get_config(loss: str = "alphapo-rw"):
     c.data.group_size = 4
     c.loss.beta_pi = 0.35
     c.loss.beta_r = 0.1
+    recipes.use_loss(c, loss)
     return c

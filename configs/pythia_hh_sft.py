@@ -14,7 +14,6 @@ def get_config():
     c = pythia_hh_pref.get_config("sft")
     c.stage = "sft"
     c.data.group_size = 1
-    c.loss.beta_pi = c.loss.temperature = None
     c.optim.learning_rate = 1e-5
     c.train.eval_every = 0  # perplexity at the start and at the end
     c.train.eval_groups = 3_200  # 100 batches of 4 GPUs x 8

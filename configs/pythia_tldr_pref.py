@@ -8,11 +8,12 @@ Expect    nothing published for this recipe; NOTES.md has our runs on small mode
 """
 
 from configs import pythia_hh_pref
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "alphapo-pref"):
     """Return the locked configuration; `configs/pythia_tldr_pref.py:exo-pref` is the same recipe with another loss."""
-    c = pythia_hh_pref.get_config(loss)
+    c = pythia_hh_pref.get_config()
     c.data.format = "json"
     c.data.hh_split, c.data.subfolder = "last_turn", ""
     c.data.train_split = c.data.eval_split = ""
@@ -20,11 +21,11 @@ def get_config(loss: str = "alphapo-pref"):
     c.data.eval = "data/tldr/test.json"
     c.data.max_length = 650
     c.data.max_response_length = 75
-    if loss.startswith("alpha"):
-        c.loss.alpha = 0.025
+    c.loss.alpha = 0.025
     c.loss.beta_pi = 0.3
     c.train.max_steps = 350
     c.train.eval_every = 72  # the original's checkpoint interval: 290 micro-steps
     c.train.save_every = 72
     c.plan.groups = 92_858
+    recipes.use_loss(c, loss)
     return c

@@ -8,14 +8,16 @@ Expect    nothing published for this recipe; NOTES.md has our runs on small mode
 """
 
 from configs import pythia_tldr_pref
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "alphapo-rw"):
     """Return the locked configuration; `configs/pythia_tldr_rw.py:exo-rw` is the same recipe with another loss."""
-    c = pythia_tldr_pref.get_config(loss)
+    c = pythia_tldr_pref.get_config("alphapo-rw")
     c.data.train = "data/tldr_rw/train.json"
     c.data.eval = "data/tldr_rw/test.json"
     c.data.group_size = 4
     c.loss.beta_pi = 0.5
     c.loss.beta_r = 0.1
+    recipes.use_loss(c, loss)
     return c

@@ -8,11 +8,12 @@ Expect    the SimPO paper reports AlpacaEval 2 LC 72.4, WR 65.9, Arena-Hard 59.1
 """
 
 from configs import llama3_instruct
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "sigmoid"):
-    """Return the locked configuration; another reference-free loss may take SimPO's place."""
-    c = llama3_instruct.get_config(loss)
+    """Return the locked configuration; another loss may take SimPO's place."""
+    c = llama3_instruct.get_config()
     c.model.path = "google/gemma-2-9b-it"
     c.tokenizer.chat_template = "gemma2"
     c.data.append_eos = "unless_last"  # <eos> behind <end_of_turn> and a newline, all of them scored
@@ -21,4 +22,5 @@ def get_config(loss: str = "sigmoid"):
     c.loss.beta = 10.0
     c.loss.gamma_beta_ratio = 0.5
     c.optim.learning_rate = 8e-7
+    recipes.use_loss(c, loss)
     return c

@@ -7,10 +7,12 @@ Expect    the SimPO paper reports AlpacaEval 2 LC 22.0, WR 20.3, Arena-Hard 23.4
 """
 
 from configs import llama3_base
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "sigmoid"):
-    """Return the locked configuration; another reference-free loss may take SimPO's place."""
-    c = llama3_base.get_config(loss)
+    """Return the locked configuration; another loss may take SimPO's place."""
+    c = llama3_base.get_config()
     c.optim.learning_rate = 6e-7
+    recipes.use_loss(c, loss)
     return c

@@ -7,10 +7,12 @@ Expect    the SimPO paper reports AlpacaEval 2 LC 44.7, WR 40.5, Arena-Hard 33.8
 """
 
 from configs import llama3_instruct
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "sigmoid"):
-    """Return the locked configuration; another reference-free loss may take SimPO's place."""
-    c = llama3_instruct.get_config(loss)
+    """Return the locked configuration; another loss may take SimPO's place."""
+    c = llama3_instruct.get_config()
     c.loss.beta = 2.5
+    recipes.use_loss(c, loss)
     return c

@@ -7,13 +7,15 @@ Expect    the SimPO paper reports AlpacaEval 2 LC 53.7, WR 47.5, Arena-Hard 36.5
 """
 
 from configs import llama3_instruct
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "sigmoid"):
-    """Return the locked configuration; another reference-free loss may take SimPO's place."""
-    c = llama3_instruct.get_config(loss)
+    """Return the locked configuration; another loss may take SimPO's place."""
+    c = llama3_instruct.get_config()
     c.data.train = c.data.eval = "princeton-nlp/llama3-ultrafeedback-armorm"
     c.plan.groups = None
     c.loss.beta = 10.0
     c.loss.gamma_beta_ratio = 0.3
+    recipes.use_loss(c, loss)
     return c

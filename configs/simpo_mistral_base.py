@@ -10,6 +10,6 @@ from configs import mistral_base
 
 
 def get_config(loss: str = "sigmoid"):
-    """Return the locked configuration; another reference-free loss may take SimPO's place."""
+    """Return the locked configuration; another loss may take SimPO's place."""
     c = mistral_base.get_config(loss)
     return c

@@ -7,11 +7,13 @@ Expect    the SimPO paper reports AlpacaEval 2 LC 32.1, WR 34.8, Arena-Hard 21.0
 """
 
 from configs import mistral_instruct
+from fpo_jax import recipes
 
 
 def get_config(loss: str = "sigmoid"):
-    """Return the locked configuration; another reference-free loss may take SimPO's place."""
-    c = mistral_instruct.get_config(loss)
+    """Return the locked configuration; another loss may take SimPO's place."""
+    c = mistral_instruct.get_config()
     c.loss.gamma_beta_ratio = 0.1
     c.optim.learning_rate = 5e-7
+    recipes.use_loss(c, loss)
     return c

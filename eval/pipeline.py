@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from eval import export, generate, jobfile, kl, label, pipeline_report
 from eval.stages import StageError, Stages
 from fpo_jax import config as configuration
-from fpo_jax import execution, files, job, loop, losses
+from fpo_jax import execution, files, job, loop, recipes
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/pipelines/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.")
@@ -104,7 +104,7 @@ class Pipeline:
         for loss in c.losses:
             try:
                 config = self._alignment(loss, 0, model="model", sources=dict(c.data.items()))
-            except ValueError as error:  # a name that does not exist
+            except ValueError as error:  # a name that does not exist, or options that the recipe's loss does not take
                 found.append(f"losses: {error}")
             else:
                 found += [f"align with {loss}: {problem}" for problem in _found(config)]
@@ -125,14 +125,10 @@ class Pipeline:
         return _whole(c[name], model=model, data=sources, tokenizer=c.tokenizer)
 
     def _alignment(self, loss: str, seed: int, *, model: str, sources: dict[str, Any]) -> Any:
-        """Return the configuration of one alignment; options that only the recipe's own loss has are left out."""
+        """Return the configuration of one alignment; another loss than the recipe's has its options where they mean the same."""
         config = _whole(self.config.align, model=model, data=sources, tokenizer=self.config.tokenizer)
         config.seed = seed
-        if loss != config.loss.name:
-            config.loss.name = loss
-            taken = losses.resolve(loss).options
-            for option in set(configuration.loss_options(config)) - set(taken):
-                config.loss[option] = "" if isinstance(config.loss[option], str) else None
+        recipes.use_loss(config, loss)
         return config
 
     def _trained(self, name: str, model: str, *, export_step: int | str | None) -> Path:

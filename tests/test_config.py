@@ -226,7 +226,9 @@ def test_command_line_errors_are_one_sentence(option, message, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-REFERENCE_FREE = ["sigmoid", "hinge", "alphapo", "exo", "jensen_shannon"]
+REFERENCE_FREE = ["sigmoid", "hinge", "alphapo", "exo", "jensen_shannon", "alphapo_length", "alpha", "simpo"]
+OTHERS = ["dpo", "ipo", "kto", "cpo", "r_dpo", "orpo", "rrhf", "slic", "f_dpo_alpha", "exo-pref", "cdpo"]
+SETTINGS = [*SPEC_3_1, *SPEC_3_1_SIMPO, *SPEC_2_8, "imdb_rw"]
 FAMILY = ["alphapo", "exo", "dpo", "jspo", "jeffpo", "shpo"]
 
 
@@ -238,6 +240,31 @@ def test_recipe_takes_every_loss_of_its_family(name):
         c = importlib.import_module(f"configs.{name}").get_config(loss)
         resolved = losses.resolve(c.loss.name, **config.loss_options(c))
         assert resolved.needs_reference == (name in SPEC_2_8), loss
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_recipe_with_any_loss_has_that_losses_own_options(name):
+    """A reference where the loss has one, and never the β of another family."""
+    losses = importlib.import_module("fpo_jax.losses")
+    recipe = importlib.import_module(f"configs.{name}")
+    own = losses.resolve(recipe.get_config().loss.name)
+    for loss in losses.PRESETS:
+        c = recipe.get_config(loss)
+        resolved, alone = losses.resolve(c.loss.name, **config.loss_options(c)), losses.resolve(loss)
+        if loss in OTHERS and not (name in (*SPEC_2_8, "imdb_rw") and alone.family == own.family):
+            assert resolved == alone, loss
+        assert resolved.needs_reference == alone.needs_reference or loss in (*losses.DIVERGENCES, "exo"), loss
+        if resolved.family == own.family and "beta" in resolved.options:
+            assert resolved.options["beta"] == recipe.get_config().loss.beta, loss
+
+
+def test_dpo_in_a_reference_free_recipe_is_dpo():
+    losses = importlib.import_module("fpo_jax.losses")
+    c = importlib.import_module("configs.mistral_base").get_config("dpo")
+    assert (c.loss.score, c.loss.beta, c.loss.gamma_beta_ratio, c.loss.alpha) == ("", None, None, None)
+    resolved = losses.resolve(c.loss.name, **config.loss_options(c))
+    assert (resolved.name, resolved.needs_reference) == ("kl_target_policy", True)
+    assert (resolved.options["score"], resolved.options["epsilon"]) == ("log_ratio", 0.0)
 
 
 def test_recipes_are_lab_notes():

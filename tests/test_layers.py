@@ -27,6 +27,7 @@ LAYERS = [
     "hf",
     "logps",
     "losses",
+    "recipes",
     "rewarding",
     "optim",
     "guards",

@@ -189,6 +189,15 @@ def test_another_loss_leaves_out_what_it_does_not_take(folder, tmp_path):
     assert (found.loss.name, found.loss.alpha, found.loss.beta_pi, found.seed) == ("exo-rw", None, 0.35, 7)
 
 
+def test_another_loss_has_its_own_options_where_they_mean_something_else(folder, tmp_path):
+    names = ("alphapo-rw", "dpo", "kto", "cpo", "sigmoid")
+    made = pipeline.Pipeline(small(folder, losses=names), tmp_path / "w")
+    found = {name: made._alignment(name, 7, model="m", sources=dict(made.config.data.items())).loss for name in names}
+    assert (found["alphapo-rw"].beta_pi, found["dpo"].beta_pi, found["dpo"].temperature) == (0.35, 0.35, 0.8)
+    for name in ("kto", "cpo", "sigmoid"):
+        assert (found[name].beta_pi, found[name].beta_r, found[name].temperature) == (None, None, None), name
+
+
 def test_answers_of_several_seeds_are_one_line(tmp_path):
     for seed, texts in ((1, ["a", "b"]), (2, ["c", "b"])):
         rows = [

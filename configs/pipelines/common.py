@@ -29,7 +29,9 @@ def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, rewa
     c: Any = ml_collections.ConfigDict()
     c.base = base  # Hugging Face directory or hub name
     c.reward_model = reward_model  # "" = the one that stage `reward` trains
-    c.losses = (align.loss.name,)  # one alignment each; options that a loss does not take are left out
+    c.losses = (
+        align.loss.name,
+    )  # one alignment each; another loss than the recipe's has the options that mean the same
     c.seeds = (align.seed,)  # one alignment each: order of the data, and of nothing else
     c.pairing = (
         ""  # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
