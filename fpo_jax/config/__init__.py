@@ -2,6 +2,7 @@
 
 knobs    every knob with its default, unit and reason; which of them may change when a run resumes
 checks   what is wrong with their values, one sentence each
+effects  which of them change nothing beside the others
 """
 
 from fpo_jax.config.checks import problems, raise_problems, row_slice, validate

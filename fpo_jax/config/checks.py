@@ -4,7 +4,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from fpo_jax.config.knobs import DTYPES, FORMATS, STAGES, Config, default, value_at
+from fpo_jax.config.effects import idle_problems
+from fpo_jax.config.knobs import DTYPES, FORMATS, STAGES, Config, value_at
 
 
 def validate(config: Config, *, extra: Iterable[str] = ()) -> None:
@@ -61,13 +62,6 @@ def problems(config: Config) -> list[str]:
         re.compile(config.lora.modules)
     except re.error as error:
         found.append(f"lora.modules={config.lora.modules!r} is no regular expression: {error}.")
-    unchanged = {"alpha": 16.0, "dropout": 0.0, "modules": "all-linear"}
-    if config.lora.rank == 0:
-        found += [
-            f"lora.{key}={config.lora[key]!r} is not used while lora.rank is 0; set lora.rank."
-            for key, value in unchanged.items()
-            if config.lora[key] != value
-        ]
     choice("data.format", FORMATS)
     choice("data.rule", ("chat", "raw"))
     choice("data.truncation", ("keep_end", "keep_start"))
@@ -117,10 +111,6 @@ def problems(config: Config) -> list[str]:
         number(f"train.{path}", 1)
     number("train.skip_spikes", 0.0)
     number("train.spike_window", 2)
-    if config.train.spike_window != default().train.spike_window and not config.train.skip_spikes:
-        found.append(
-            f"train.spike_window={config.train.spike_window} is not used while train.skip_spikes is 0; set it too."
-        )
     number("train.eval_every", 0)
     choice("train.on_nonfinite", ("stop", "skip"))
     if config.train.keep_best and not (config.data.eval or config.answers.count):
@@ -144,24 +134,14 @@ def problems(config: Config) -> list[str]:
             f"mesh data={axes[0]} fsdp={axes[1]} tensor={axes[2]}: each axis is a number of devices, and at most one is"
             " -1 (all that remain)."
         )
-    return found
+    return found + idle_problems(config)
 
 
 def _layout_problems(config: Config) -> list[str]:
     """List what does not go with the layout of rows."""
     found, layout = [], config.data.layout
     if layout == "padded":
-        if config.data.row_length is not None:
-            found.append(
-                f"data.row_length={config.data.row_length} is not used by data.layout='padded'; set data.layout to"
-                " packed or shared, or unset it."
-            )
         return found
-    if config.data.buckets:
-        found.append(
-            f"data.buckets={tuple(config.data.buckets)} is not used by data.layout={layout!r}, whose rows have one"
-            " length; unset it."
-        )
     if config.data.packing:
         found.append(f"data.packing=True and data.layout={layout!r} exclude each other; unset one.")
     if layout == "shared" and config.data.group_size == 1:
@@ -190,11 +170,6 @@ def _rendering_problems(config: Config) -> list[str]:
 def _length_problems(config: Config) -> list[str]:
     data, found = config.data, []
     if data.rule == "chat":
-        if data.max_response_length is not None:
-            found.append(
-                "data.max_response_length is not used by data.rule='chat' (responses get max_length -"
-                " max_prompt_length tokens); unset it or use rule='raw'."
-            )
         if not 0 < data.max_prompt_length < data.max_length:
             found.append(
                 f"data.max_prompt_length={data.max_prompt_length} leaves no room for a response in"
@@ -217,12 +192,10 @@ def _length_problems(config: Config) -> list[str]:
 
 
 def _answers_problems(config: Config) -> list[str]:
-    """List what keeps the model from answering prompts, and settings of answers that nobody asks for."""
+    """List what keeps the model from answering prompts."""
     found, options = [], config.answers
     if not options.count:
-        initial = default().answers
-        changed = [name for name in initial if options[name] != initial[name]]
-        return [f"answers.{name}={options[name]!r} is not used while answers.count is 0; set it." for name in changed]
+        return found
     if not options.prompts and not config.data.eval:
         found.append(f"answers.count={options.count} needs prompts; set answers.prompts or data.eval.")
     if config.stage == "reward":

@@ -104,7 +104,7 @@ def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str
             f"data.group_size={config.data.group_size}: loss {config.loss.name!r} in stage {config.stage!r} trains on"
             " one response of each prompt and would ignore the others; use 1."
         )
-    unused = {f"reference.{key}": f"loss {config.loss.name!r}" for key in ("path", "cache_dir")}
+    unused = {f"reference.{key}": f"loss {config.loss.name!r}" for key in ("path", "batch_per_device", "cache_dir")}
     unused = {} if loss.needs_reference else unused
     if config.stage == "sft":
         unused["loss.tie_policy"] = "stage 'sft'"

@@ -1,11 +1,15 @@
 """The order and the sizes of a run: batches, steps, passes, and what its programs are compiled for."""
 
+import logging
+import math
 from typing import NamedTuple
 
 from fpo_jax import attention, data, flops, losses, model, optim
 from fpo_jax import config as configuration
 from fpo_jax.data import layouts
 from fpo_jax.job.inputs import Dataset, Inputs, adapter, buckets
+
+log = logging.getLogger("fpo_jax")
 
 
 class Plan(NamedTuple):
@@ -63,6 +67,8 @@ def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:
         schedule = data.packed(prepared, **order, **_rows(config, inputs.model_config), multiple=multiple, steps=steps)
         micro_batches = schedule.parts // multiple
     shapes = data.batch_shapes(schedule, steps=steps)
+    if inputs.evaluation is None and not config.answers.count:
+        log.info("no evaluation: neither data.eval nor answers.count is set.")
     return Plan(schedule, shapes, micro_batches, steps, warmup, horizon, *_passes(config, inputs, schedule, devices))
 
 
@@ -115,13 +121,47 @@ def accumulation(config: configuration.Config, *, ways: int) -> int:
 
 
 def durations(config: configuration.Config, *, steps_per_epoch: int) -> tuple[int, int, int]:
-    """Return the updates of the run, of the warm-up, and of the learning rate's horizon."""
-    train = config.train
+    """Return the steps of the run, of the warm-up, and of the learning rate's decay.
+
+    Raises:
+        ValueError: more steps than the epochs have, a warm-up that does not end or a window that is not full within
+            the run.
+    """
+    train, optimizer = config.train, config.optim
     whole = max(1, round(train.epochs * steps_per_epoch))
-    steps = whole if train.max_steps is None else min(whole, train.max_steps)
-    horizon = whole if config.optim.decay_over == "epochs" else steps
-    warmup = optim.warmup_steps(fraction=config.optim.warmup_fraction, steps=config.optim.warmup_steps, horizon=horizon)
+    steps = whole if train.max_steps is None else train.max_steps
+    if steps > whole:
+        raise ValueError(
+            f"train.max_steps={steps} exceeds the {whole} steps of train.epochs={train.epochs:g} ({steps_per_epoch} an"
+            f" epoch); use at most {whole}, or train.epochs={math.ceil(100 * steps / steps_per_epoch) / 100:g}."
+        )
+    horizon = whole if optimizer.decay_over == "epochs" else steps
+    warmup = optim.warmup_steps(fraction=optimizer.warmup_fraction, steps=optimizer.warmup_steps, horizon=horizon)
+    _check_warmup(config, warmup, horizon, steps=steps)
+    if train.skip_spikes and train.spike_window >= steps:
+        shorter = f"use a window of at most {steps - 1}, or skip_spikes=0" if steps > 2 else "use skip_spikes=0"
+        raise ValueError(
+            f"train.skip_spikes={train.skip_spikes:g} skips nothing in a run of {steps} steps: before"
+            f" train.spike_window={train.spike_window} steps no deviation is known; {shorter}."
+        )
     return steps, warmup, horizon
+
+
+def _check_warmup(config: configuration.Config, warmup: int, horizon: int, *, steps: int) -> None:
+    """Refuse a warm-up after which no step is left: step i, counted from 0, has the rate at i."""
+    if warmup == 0 or warmup < steps:
+        return
+    given, fraction = config.optim.warmup_steps, config.optim.warmup_fraction
+    if steps == 1 and given is None and fraction * horizon < 1:  # a trial of one step, and a share that is rounded up
+        log.warning("optim.warmup_fraction=%g: the learning rate of the only step is 0.", fraction)
+        return
+    name, value, most = "steps", given, f"{steps - 1}"
+    if given is None:
+        name, value, most = "fraction", fraction, f"{math.floor(1000 * (steps - 1) / horizon) / 1000:g}"
+    raise ValueError(
+        f"optim.warmup_{name}={value:g} is a warm-up of {warmup} steps in a run of {steps}, whose learning rate never"
+        f" reaches its peak; use at most {most}."
+    )
 
 
 def blueprint(config: configuration.Config, inputs: Inputs, plan: Plan) -> Blueprint:

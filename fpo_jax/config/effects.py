@@ -1,0 +1,107 @@
+"""Config fields that would change nothing beside the others: one table, each entry with what makes it so and a remedy.
+
+Only a value that differs from its default is refused, and none that a recipe sets to say what its family of runs has in
+common. What depends on the loss, on the data or on the steps of the run is checked in `job`, where these are known.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fpo_jax.config.knobs import Config, default, value_at
+
+
+class Idle(NamedTuple):
+    """Fields without effect, where that is, and the reason with its remedy; it completes "FIELD=VALUE is not used"."""
+
+    fields: tuple[str, ...]
+    where: Callable[[Config], bool]
+    why: str
+
+
+IDLE = (
+    Idle(
+        ("lora.alpha", "lora.dropout", "lora.modules"),
+        lambda c: c.lora.rank == 0,
+        "while lora.rank is 0; set lora.rank",
+    ),
+    Idle(("train.spike_window",), lambda c: not c.train.skip_spikes, "while train.skip_spikes is 0; set it too"),
+    Idle(
+        ("train.max_nonfinite",),
+        lambda c: c.train.on_nonfinite == "stop" and not c.train.skip_spikes,
+        "while train.on_nonfinite='stop' ends the run at the first such step; set train.on_nonfinite='skip' or"
+        " train.skip_spikes, or unset it",
+    ),
+    Idle(
+        tuple(f"answers.{name}" for name in default().answers if name != "count"),
+        lambda c: not c.answers.count,
+        "while answers.count is 0; set it",
+    ),
+    Idle(
+        ("data.eval_split", "data.eval_rows", "train.eval_groups"),
+        lambda c: not c.data.eval,
+        "without data.eval; set that, or unset this",
+    ),
+    Idle(
+        ("data.row_length",),
+        lambda c: c.data.layout == "padded",
+        "by data.layout='padded'; set data.layout to packed or shared, or unset it",
+    ),
+    Idle(
+        ("data.buckets",),
+        lambda c: c.data.layout in ("packed", "shared"),
+        "by data.layout={data.layout!r}, whose rows have one length; unset it",
+    ),
+    Idle(
+        ("data.max_response_length",),
+        lambda c: c.data.rule == "chat",
+        "by data.rule='chat' (responses get max_length - max_prompt_length tokens); unset it or use rule='raw'",
+    ),
+    Idle(
+        ("data.max_prompt_length",),
+        lambda c: c.data.rule == "raw",
+        "by data.rule='raw' (prompts get what the response leaves of max_length); unset it or use rule='chat'",
+    ),
+    Idle(
+        ("tokenizer.chat_template", "data.truncate_together", "data.auto_insert_empty_system"),
+        lambda c: c.data.rule == "raw",
+        "by data.rule='raw', which renders no conversation; unset it or use rule='chat'",
+    ),
+    Idle(
+        ("data.truncate_together",),
+        lambda c: c.data.rule == "chat" and c.data.group_size == 1,
+        "by data.group_size=1, which leaves no other completion to cut; unset it",
+    ),
+    Idle(
+        ("data.truncation",),
+        lambda c: c.data.on_long_prompt in ("drop", "error"),
+        "by data.on_long_prompt={data.on_long_prompt!r}, which keeps no prompt that would be cut; unset it or use"
+        " on_long_prompt='truncate'",
+    ),
+    Idle(
+        ("data.hh_split",),
+        lambda c: c.data.format != "hh",
+        "by data.format={data.format!r}, only by 'hh'; unset it (last_turn)",
+    ),
+    Idle(
+        ("optim.decay_over",),
+        lambda c: c.optim.schedule == "constant" and not c.optim.warmup_fraction,
+        "by optim.schedule='constant' without a warmup_fraction; unset it (run)",
+    ),
+    Idle(
+        ("kernel.workspace_mib",),
+        lambda c: c.kernel.implementation == "reference",
+        "by kernel.implementation='reference', which holds all logits at once; unset it",
+    ),
+)
+
+
+def idle_problems(config: Config) -> list[str]:
+    """List the fields that are set to something else than their default and have no effect beside the others."""
+    initial = default()
+    return [
+        f"{path}={value_at(config, path)!r} is not used {entry.why.format_map(config)}."
+        for entry in IDLE
+        if entry.where(config)
+        for path in entry.fields
+        if value_at(config, path) != value_at(initial, path)
+    ]
