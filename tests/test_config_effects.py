@@ -36,6 +36,7 @@ FIELDS = {
     "lora.modules": ("q_proj", {}, NO_LORA),
     "tokenizer.path": ALWAYS,
     "tokenizer.chat_template": ("zephyr", RAW, CONVERSATIONS),
+    "tokenizer.chat_template_kwargs": ('{"a": 1}', RAW, CONVERSATIONS),
     "tokenizer.eos_token": ALWAYS,
     "data.format": ALWAYS,
     "data.train": ("b", {"data.mixer": ("a=1",)}, "exclude each other"),
@@ -54,8 +55,13 @@ FIELDS = {
     "data.max_prompt_length": (9, RAW, "is not used by data.rule='raw' (prompts get what"),
     "data.max_response_length": (9, {}, "is not used by data.rule='chat' (responses get"),
     "data.truncation": ("keep_start", {"data.on_long_prompt": "drop"}, "is not used by data.on_long_prompt='drop'"),
-    "data.truncate_together": (False, RAW, CONVERSATIONS),
-    "data.auto_insert_empty_system": (False, RAW, CONVERSATIONS),
+    "data.truncate_together": (True, RAW, CONVERSATIONS),
+    "data.cut_prompts_together": (False, {}, "is not used by data.rule='chat'"),
+    "data.assistant_header": ("completion", RAW, CONVERSATIONS),
+    "data.append_eos": ("unless_last", RAW, CONVERSATIONS),
+    "data.auto_insert_empty_system": (True, RAW, CONVERSATIONS),
+    "data.prepend_bos": (True, RAW, CONVERSATIONS),
+    "data.thoughts": ("drop", RAW, CONVERSATIONS),
     "data.hh_split": ("first_difference", {}, "is not used by data.format='json', only by 'hh'"),
     "data.group_size": ALWAYS,
     "data.on_empty_response": EVEN_SO + "rows may or may not be empty",
@@ -125,7 +131,6 @@ FIELDS = {
 }  # fmt: skip
 REFUSED = {path: entry for path, entry in FIELDS.items() if not isinstance(entry, str)}
 ALSO = [  # other fields under which the same fields change nothing
-    ("data.truncate_together", False, {"data.group_size": 1, "stage": "sft", "loss.name": "sft"}, "data.group_size=1"),
     ("data.truncation", "keep_start", {"data.on_long_prompt": "error"}, "by data.on_long_prompt='error'"),
     ("kernel.workspace_mib", 9, REWARD, "is not used by stage 'reward'"),
     (

@@ -14,7 +14,6 @@ import transformers
 
 from eval import benchmark, export, generate, kl, label, winrate
 from fpo_jax import answering, chat, checkpoint, data, hf, job, loop, rewarding, sample
-from fpo_jax import config as configuration
 from tests import tiny
 
 CHATML = (
@@ -51,7 +50,7 @@ FORMATS = {
     "eos set apart": (CLOSED, {"tokenizer__eos_token": "<|other_end|>"}, False),
     "thinking": (THINKING, {"tokenizer__chat_template_kwargs": OFF}, True),
     "refuses system": (REFUSES_SYSTEM, {}, True),
-    "raw": (None, {"data__rule": "raw", "data__max_response_length": 60, "data__max_prompt_length": 100}, True),
+    "raw": (None, {"data__rule": "raw", "data__max_response_length": 60, "data__max_prompt_length": 1800}, True),
 }
 CHAT_ROWS = [
     {"prompt": [{"role": "user", "content": q}], "chosen": a, "rejected": b}
@@ -529,25 +528,3 @@ def test_answers_are_cut_to_the_room_that_is_left_and_a_header_is_no_answer(tmp_
         [("x" * 40, answers, [1.0, 0.0])], chat.encoder(tokenizer, original), **(short | {"max_length": 17 + header})
     )
     assert tokenizer.decode(rows.row(0)[0]).endswith("<|im_start|>assistant\ny")
-
-
-# --- the configuration
-
-
-def test_settings_of_another_rule_are_refused():
-    c = configuration.default()
-    c.model.path, c.data.train = "m", "d"
-    c.data.rule, c.data.max_response_length = "raw", 100
-    for name, value in (
-        ("data.append_eos", "unless_last"),
-        ("data.auto_insert_empty_system", True),
-        ("tokenizer.chat_template", "zephyr"),
-        ("data.truncate_together", True),
-    ):
-        section, key = name.split(".")
-        before = c[section][key]
-        c[section][key] = value
-        assert [one for one in configuration.problems(c) if name in one and "not used by data.rule='raw'" in one]
-        c[section][key] = before
-    c.data.rule, c.data.max_response_length, c.data.cut_prompts_together = "chat", None, False
-    assert [one for one in configuration.problems(c) if "data.cut_prompts_together=False is not used" in one]

@@ -6,6 +6,8 @@ not in what comes out, and one whose answer does not begin where the model is as
 trained on in silence.
 """
 
+import functools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -193,9 +195,13 @@ def _render(encoder: Encoder, conversations: Sequence[rendering.Conversation]) -
         if encoder.format.auto_insert_empty_system:
             told += " (an empty system turn is put first, as data.auto_insert_empty_system says)"
         raise Refused(told, "template_refuses") from error
+    settings = encoder.format.chat_template, json.dumps(variables, sort_keys=True)
     for conversation, original, text in zip(shielded, conversations, texts, strict=True):
-        for number in _lost(conversation.messages, text):
-            raise Refused(_left_out(original.messages[number], original.messages), "text_lost")
+        roles = tuple(message["role"] for message in original.messages)
+        passed_over = _passed_over(*settings, roles, original.add_generation_prompt)
+        for number in [*_lost(conversation.messages, text), *passed_over]:
+            if original.messages[number]["content"].strip():
+                raise Refused(_left_out(original.messages[number], original.messages), "text_lost")
     return [tokens.alias(encoder, text) for text in texts]
 
 
@@ -207,6 +213,22 @@ def _lost(messages: Sequence[Mapping[str, str]], text: str) -> Iterator[int]:
             content = _without_thought(content).strip()
         if content not in text:
             yield number
+
+
+@functools.lru_cache(maxsize=4096)
+def _passed_over(template: str, variables: str, roles: tuple[str, ...], add_generation_prompt: bool) -> tuple[int, ...]:
+    """Return the numbers of the turns that a template shows nothing of, whatever they say.
+
+    A short text may stand in what the template itself writes, so turns of these roles are rendered with words of ours.
+    """
+    words = [f"fpoturn{number}fpo" for number in range(len(roles))]
+    messages = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    try:
+        asked = [rendering.Conversation(messages, add_generation_prompt)]
+        [text] = rendering.render(template, asked, variables=json.loads(variables))
+    except rendering.Refused:  # what it refuses of these words it may take of others
+        return ()
+    return tuple(number for number, word in enumerate(words) if word not in text)
 
 
 def _left_out(message: Mapping[str, str], messages: Sequence[Mapping[str, str]]) -> str:

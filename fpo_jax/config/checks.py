@@ -73,7 +73,6 @@ def problems(config: Config) -> list[str]:
     choice("data.assistant_header", ("prompt", "completion"))
     choice("data.append_eos", ("where_missing", "unless_last"))
     choice("data.thoughts", ("refuse", "keep", "drop"))
-    found += _rendering_problems(config)
     choice("data.last_batch", ("drop", "pad"))
     choice("data.layout", ("padded", "packed", "shared"))
     number("data.row_length", 2)
@@ -149,22 +148,6 @@ def _layout_problems(config: Config) -> list[str]:
     if config.kernel.fuse_loss == "on":
         found.append(f"kernel.fuse_loss='on' reads one candidate a row, and data.layout={layout!r} puts several there.")
     return found
-
-
-def _rendering_problems(config: Config) -> list[str]:
-    """List settings of how conversations are rendered that do not apply to the rule."""
-    chat_only = ("assistant_header", "append_eos", "auto_insert_empty_system", "prepend_bos", "thoughts")
-    of_rule = {
-        "raw": [f"data.{name}" for name in (*chat_only, "truncate_together")]
-        + ["tokenizer.chat_template", "tokenizer.chat_template_kwargs"],
-        "chat": ["data.cut_prompts_together"],
-    }
-    initial, rule = default(), config.data.rule
-    return [
-        f"{path}={value_at(config, path)!r} is not used by data.rule={rule!r}; unset it."
-        for path in of_rule.get(rule, ())
-        if value_at(config, path) != value_at(initial, path)
-    ]
 
 
 def _length_problems(config: Config) -> list[str]:

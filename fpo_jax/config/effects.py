@@ -62,14 +62,23 @@ IDLE = (
         "by data.rule='raw' (prompts get what the response leaves of max_length); unset it or use rule='chat'",
     ),
     Idle(
-        ("tokenizer.chat_template", "data.truncate_together", "data.auto_insert_empty_system"),
+        (
+            "tokenizer.chat_template",
+            "tokenizer.chat_template_kwargs",
+            "data.truncate_together",
+            "data.assistant_header",
+            "data.append_eos",
+            "data.auto_insert_empty_system",
+            "data.prepend_bos",
+            "data.thoughts",
+        ),
         lambda c: c.data.rule == "raw",
         "by data.rule='raw', which renders no conversation; unset it or use rule='chat'",
     ),
     Idle(
-        ("data.truncate_together",),
-        lambda c: c.data.rule == "chat" and c.data.group_size == 1,
-        "by data.group_size=1, which leaves no other completion to cut; unset it",
+        ("data.cut_prompts_together",),
+        lambda c: c.data.rule == "chat",
+        "by data.rule='chat', which cuts the prompts of a group alike; unset it or use rule='raw'",
     ),
     Idle(
         ("data.truncation",),
