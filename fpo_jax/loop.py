@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import resource
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from fpo_jax import (
     data,
     evaluation,
     execution,
-    hf,
     hosts,
     job,
     locking,
@@ -88,6 +86,7 @@ def run(
                 answers = answering.Answers(config, workdir, inputs, layout=compiled.layout)
             if hosts.first():
                 held.enter_context(locking.hold(workdir))
+                job.keep_source(config, workdir, inputs)
                 job.claim_workdir(config, workdir, inputs)
         hosts.check_shared(workdir)
         stop.connect(compiled.mesh)
@@ -150,8 +149,6 @@ class _Run:
             with hosts.together():
                 checkpointer.check_space(self.programs.abstract_state())
             weights = self.programs.load(self.inputs.source)
-            if hosts.first():
-                self._copy_source()
             reference_pass = scoring.ReferencePass(
                 self.config, self.workdir, self.inputs, self.plan, self.programs, self.stop, self.meter
             )
@@ -346,19 +343,3 @@ class _Run:
             )
         self.nonfinite_in_a_row = meta["nonfinite_in_a_row"]
         self.best = -math.inf if meta["best"] is None else meta["best"]
-
-    def _copy_source(self) -> None:
-        """Keep what an export carries beside the weights, as this run trains, so that it needs nothing else."""
-        target = self.workdir / checkpoint.SOURCE_FOLDER
-        if not target.exists():
-            temporary = target.with_suffix(".tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            hf.companions.write(
-                self.inputs.source,
-                self.inputs.encoder,
-                out_dir=temporary,
-                example=self.inputs.train.audit.example,
-                tokenizer=self.config.tokenizer.path,
-            )
-            temporary.rename(target)

@@ -528,3 +528,44 @@ def test_answers_are_cut_to_the_room_that_is_left_and_a_header_is_no_answer(tmp_
         [("x" * 40, answers, [1.0, 0.0])], chat.encoder(tokenizer, original), **(short | {"max_length": 17 + header})
     )
     assert tokenizer.decode(rows.row(0)[0]).endswith("<|im_start|>assistant\ny")
+
+
+# --- an export checks itself
+
+
+def test_a_run_whose_export_would_be_asked_otherwise_does_not_start(tmp_path, monkeypatch):
+    """The tokenizer on disk encodes otherwise than the one of the training: told before anything is trained."""
+    model = write_model(tmp_path / "m", CHATML)
+    c = run_config(model, write_rows(tmp_path / "rows.jsonl", CHAT_ROWS))
+    write = hf.companions.prompt_format.write
+
+    def other(directory, settled, **options):
+        write(directory, settled, **options)
+        path = directory / "tokenizer.json"
+        path.write_text(path.read_text().replace('"add_prefix_space":false', '"add_prefix_space":true'))
+        found = json.loads(path.read_text())
+        found["pre_tokenizer"]["add_prefix_space"] = True
+        path.write_text(json.dumps(found))
+
+    monkeypatch.setattr(hf.companions.prompt_format, "write", other)
+    with pytest.raises(
+        ValueError, match="transformers would not render .* as it was trained: the conversation: trained"
+    ):
+        loop.run(c, tmp_path / "w", devices=_one_device())
+    assert not (tmp_path / "w" / "config.json").exists() and not (tmp_path / "w" / checkpoint.SOURCE_FOLDER).exists()
+    monkeypatch.undo()
+    loop.run(c, tmp_path / "w", devices=_one_device())  # the same workdir is free
+
+
+def test_an_adapter_carries_the_tokenizer_too(tmp_path):
+    model = write_model(tmp_path / "m", DEFAULT_SYSTEM)
+    changed = {"lora__rank": 2, "tokenizer__chat_template": "zephyr", "data__auto_insert_empty_system": True}
+    c = run_config(model, write_rows(tmp_path / "rows.jsonl", CHAT_ROWS), **changed)
+    loop.run(c, tmp_path / "w", devices=_one_device())
+    export.export(tmp_path / "w", tmp_path / "a", step=None, dtype=None, lora="adapter")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    text = theirs.apply_chat_template(CHAT_ROWS[0]["prompt"], tokenize=False, add_generation_prompt=True)
+    assert text == "<|system|>\n<|im_end|>\n<|user|>\n1+1?<|im_end|>\n<|assistant|>\n"
+    assert chat.prompt_format.read(tmp_path / "a")[0].auto_insert_empty_system
+    found = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert found["base_model_name_or_path"] == str(model) and found["revision"] is None

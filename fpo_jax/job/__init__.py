@@ -24,7 +24,7 @@ from fpo_jax.job.inputs import (
     reward_pad_id,
 )
 from fpo_jax.job.planning import Blueprint, Plan, accumulation, blueprint, durations, plan, sequential_schedule
-from fpo_jax.job.workdir import claim_workdir, fingerprints, identity
+from fpo_jax.job.workdir import claim_workdir, fingerprints, identity, keep_source
 
 __all__ = [
     "Blueprint",
@@ -42,6 +42,7 @@ __all__ = [
     "durations",
     "fingerprints",
     "identity",
+    "keep_source",
     "plan",
     "prepare",
     "read_data",

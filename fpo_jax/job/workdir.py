@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import jax
@@ -28,6 +29,30 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
 def identity(config: configuration.Config) -> dict[str, object]:
     """Return what else every process of a run must have alike: the versions and every knob."""
     return {"fpo_jax": __version__, "jax": jax.__version__} | configuration.flatten(config.to_dict())
+
+
+def keep_source(config: configuration.Config, workdir: Path, inputs: Inputs) -> None:
+    """Keep what an export carries beside the weights, as this run trains, so that it needs nothing else.
+
+    Raises:
+        ValueError: transformers, given these files, would not render a conversation as it is trained here.
+    """
+    target = workdir / checkpoint.SOURCE_FOLDER
+    if target.exists() and (workdir / "config.json").exists():
+        return
+    temporary = target.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if inputs.encoder is None:
+            hf.copy_companions(inputs.source, temporary)
+        else:
+            example, tokenizer = inputs.train.audit.example, config.tokenizer.path
+            hf.companions.write(inputs.source, inputs.encoder, out_dir=temporary, example=example, tokenizer=tokenizer)
+        shutil.rmtree(target, ignore_errors=True)  # of a start that was killed before the workdir became its own
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -> None:
