@@ -119,3 +119,11 @@ BOOTSTRAP = 0.08  # half-width of 4,000 samples' interval, relative to the norma
 SHARED_LOGPS = 1e-6
 SHARED_GRADIENT = 2e-6
 SHARED_RUN = 2e-5  # metrics of four updates, relative to 1 + |number|
+
+# SmolLM2-135M-Instruct in float32 against torch.
+REAL_LOGITS = 1e-4  # the bound of the issue
+REAL_LOGPS = 1e-4  # the bound of the issue
+REAL_LOSS = 1e-5
+REAL_GRADIENT = 1e-4
+REAL_CHANGE = 2e-2
+REAL_SCORE = 1e-4
