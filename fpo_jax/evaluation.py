@@ -11,12 +11,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from fpo_jax import answering, data, execution, losses, metrics, programs, reference, shapes
+from fpo_jax import answering, data, execution, job, losses, metrics, programs, reference, shapes
 from fpo_jax import config as configuration
 
 log = logging.getLogger("fpo_jax")
-
-LESS_IS_BETTER = ("eval_loss", "eval_sft_loss", "eval_perplexity", "eval_f_divergence", "eval_group_kl")
 
 
 class Evaluation:
@@ -71,7 +69,7 @@ class Evaluation:
         return found
 
     def check_best(self, found: dict[str, float]) -> None:
-        """Refuse a metric that evaluations do not have, at the first of them.
+        """Refuse a metric that the first evaluation does not have, as no pair of its data has a preference.
 
         Raises:
             ValueError: the names there are.
@@ -85,7 +83,7 @@ class Evaluation:
         name = self._config.train.keep_best
         if not name:
             return None
-        return -found[name] if name in LESS_IS_BETTER else found[name]
+        return job.DIRECTIONS[name] * found[name]
 
     def _check_stop(self) -> None:
         if not self._config.train.keep_best and (name := self._stop.agreed()):

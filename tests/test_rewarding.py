@@ -179,10 +179,10 @@ def test_what_does_not_fit_the_stage_is_refused(base, changed, message):
         job.check(reward_config(base / "model", base / "train.jsonl", **changed))
 
 
-def test_a_metric_that_no_evaluation_has_is_refused_at_the_first(base, tmp_path):
-    c = reward_config(base / "model", base / "train.jsonl", train__keep_best="eval_accuracy")
+def test_a_metric_that_no_evaluation_has_is_refused_before_anything_is_read(base):
+    c = reward_config(base / "absent", base / "train.jsonl", train__keep_best="eval_accuracy")
     with pytest.raises(ValueError, match=r"'eval_accuracy' is no metric of this run; choose from .*eval_loss"):
-        loop.run(c, tmp_path / "w")
+        job.prepare(c)
 
 
 # --- the run
@@ -207,6 +207,7 @@ def test_the_best_checkpoint_stays_beside_the_newest(run):
 @pytest.mark.slow  # two runs and a resumption
 def test_a_stopped_run_goes_on_to_the_bit_and_remembers_its_best(base, tmp_path, monkeypatch):
     """The best score stands before the stop: what came after must not take its place."""
+    monkeypatch.setitem(job.DIRECTIONS, "eval_rewards/rejected", 1.0)  # falls; nobody could ask for it otherwise
     c = reward_config(
         base / "model",
         base / "train.jsonl",
@@ -216,7 +217,7 @@ def test_a_stopped_run_goes_on_to_the_bit_and_remembers_its_best(base, tmp_path,
         train__eval_every=2,
         train__save_every=3,
         train__keep_checkpoints=1,
-        train__keep_best="eval_rewards/rejected",  # falls
+        train__keep_best="eval_rewards/rejected",
     )
     resuming.whole(c, tmp_path / "whole")
     resuming.stopped(c, tmp_path / "stopped", monkeypatch, after=5)

@@ -199,9 +199,7 @@ def default() -> Config:
     c.train.async_save = True
     c.train.keep_checkpoints = 2  # newest ones
     c.train.compilation_cache = ""  # folder of compiled programs that later starts read instead; "" = compile anew
-    c.train.keep_best = (
-        ""  # metric of an evaluation whose best checkpoint stays too: eval_loss (least) or another (most)
-    )
+    c.train.keep_best = ""  # metric of an evaluation whose best checkpoint stays too; job/best.py says which way is up
     c.train.log_every = 5  # updates between lines on the terminal; metrics.jsonl has every update
     c.train.on_nonfinite = "stop"  # stop | skip an update whose loss or gradient is not finite
     c.train.max_nonfinite = 10  # skipped updates in a row, spikes too, before the run stops anyway

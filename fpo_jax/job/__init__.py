@@ -4,10 +4,12 @@ config -> Inputs (loss, model config, data with audits) -> Plan (batches, steps,
                  Inputs, Plan -> Blueprint: what the programs are compiled for, which needs neither data nor weights
 
 inputs      what is read
+best        which metric may tell the best checkpoint
 planning    order, sizes, passes
 workdir     what makes it the same run
 """
 
+from fpo_jax.job.best import DIRECTIONS
 from fpo_jax.job.inputs import (
     Dataset,
     Inputs,
@@ -27,6 +29,7 @@ from fpo_jax.job.planning import Blueprint, Plan, accumulation, blueprint, durat
 from fpo_jax.job.workdir import claim_workdir, fingerprints, identity, keep_source
 
 __all__ = [
+    "DIRECTIONS",
     "Blueprint",
     "Dataset",
     "Inputs",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from fpo_jax import chat, data, hf, losses, model, params
 from fpo_jax import config as configuration
 from fpo_jax.data import decontamination
+from fpo_jax.job import best
 
 log = logging.getLogger("fpo_jax")
 
@@ -78,7 +79,7 @@ def check(config: configuration.Config) -> losses.Loss:
 
 def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str]:
     """List what does not fit the stage, and entries of a mixture that are none."""
-    found = []
+    found = best.problems(config, loss)
     for entry in config.data.mixer:
         try:
             data.parse(entry)
