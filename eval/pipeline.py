@@ -125,7 +125,7 @@ class Pipeline:
         return _whole(c[name], model=model, data=sources, tokenizer=c.tokenizer)
 
     def _alignment(self, loss: str, seed: int, *, model: str, sources: dict[str, Any]) -> Any:
-        """Return the configuration of one alignment; another loss takes the recipe's options that mean the same."""
+        """Return the configuration of one alignment; a loss that is not the recipe's has its own options."""
         config = _whole(self.config.align, model=model, data=sources, tokenizer=self.config.tokenizer)
         config.seed = seed
         recipes.use_loss(config, loss)

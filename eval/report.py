@@ -18,7 +18,7 @@ from typing import Any
 from eval import jobfile, page, pipeline_report, rates, report_plots
 from eval import options as command_line
 from eval.page import Block, Heading, Plot, Table, Text, Texts
-from fpo_jax import __version__, answering, files, metrics
+from fpo_jax import __version__, answering, files, job, losses, metrics
 from fpo_jax import config as configuration
 
 DISTANCE = "log-ratio to the reference, nats per response of the data (reference_kl)"
@@ -102,6 +102,7 @@ def _of_run(options: Options, summaries: list[dict[str, Any]], out: Path) -> tup
     if not lines:
         raise ValueError(f"{workdir / metrics.METRICS_FILE} has no line yet; report when the run has made an update.")
     out.mkdir(parents=True, exist_ok=True)
+    loss = _loss(config["loss"]["name"], config.pop(job.RESOLVED_LOSS, None))
     evaluations = _evaluations(lines)
     updates = max(line["step"] for line in lines)
     settings, costs = _settings(config), _costs_of_run(workdir)
@@ -115,10 +116,15 @@ def _of_run(options: Options, summaries: list[dict[str, Any]], out: Path) -> tup
         blocks += [Heading("Curves"), Plot("curves.png", "Training batches (faint: single updates) and evaluations")]
     blocks += _tradeoff_of_run(evaluations, out)
     blocks += _answers_of_run(workdir, options.samples)
-    blocks += [Heading("Configuration"), Text("What differs from the default; everything else is as there."), settings]
+    blocks += [
+        *loss,
+        Heading("Configuration"),
+        Text("What differs from the default; everything else is as there."),
+        settings,
+    ]
     parts = {name: part for name, part in _json(workdir / "audit.json").items() if part}
     blocks += [Heading("Audit of the data"), audit(parts), Heading("Time and speed"), costs]
-    card = [Heading(workdir.name, 1), about, *result, *_rates(summaries), Heading("Training"), settings, costs]
+    card = [Heading(workdir.name, 1), about, *result, *_rates(summaries), *loss, Heading("Training"), settings, costs]
     return blocks, _front_matter(config) + page.markdown(card)
 
 
@@ -204,6 +210,18 @@ def _settings(config: dict[str, Any]) -> Table:
         if default.get(key) != value
     ]
     return Table(["setting", "default", "here"], rows, right=False)
+
+
+def _loss(name: str, resolved: dict[str, Any] | None) -> list[Block]:
+    """Say which loss a name stood for: its equation, whether it has a reference, and every option."""
+    if resolved is None:
+        return [Heading("Loss"), Text(f"`{name}`; this run did not record its options.")]
+    reference = "a reference" if resolved["reference"] else "no reference"
+    told = f"`{name}` is `{resolved['name']}`, with {reference}: `{resolved['equation']}`."
+    if name in losses.IN_TRL:
+        told += f" Not what TRL calls `{name}`: there {losses.IN_TRL[name]}."
+    rows = [[f"`{key}`", _shown(value)] for key, value in resolved["options"].items()]
+    return [Heading("Loss"), Text(told), Table(["option", "value"], rows, right=False)]
 
 
 def _shown(value: Any) -> str:

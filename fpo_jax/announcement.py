@@ -3,7 +3,7 @@
 import logging
 
 from fpo_jax import config as configuration
-from fpo_jax import data, execution, hosts, job, params, programs
+from fpo_jax import data, execution, hosts, job, losses, params, programs
 from fpo_jax.data import layouts
 
 log = logging.getLogger("fpo_jax")
@@ -13,10 +13,11 @@ _EMPTY = 0.1  # share of rows without a group from which on a remedy is named
 
 
 def announce(config: configuration.Config, inputs: job.Inputs, plan: job.Plan, compiled: programs.Programs) -> None:
-    """Log configuration, mesh, model, choices, data, one row and the plan."""
+    """Log configuration, loss, mesh, model, choices, data, one row and the plan."""
     mesh = compiled.mesh
     changed = configuration.difference(configuration.default().to_dict(), config.to_dict())
     log.info("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
+    log.info("loss: %s", losses.in_words(config.loss.name, inputs.loss))
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     processes = "" if hosts.count() == 1 else f" of {hosts.count()} processes"
     log.info("mesh: %s over %d %s devices%s", shape, mesh.size, mesh.devices.flat[0].device_kind, processes)

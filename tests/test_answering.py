@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eval import export, generate, jobfile, report
-from fpo_jax import answering, checkpoint, job, metrics
+from fpo_jax import answering, checkpoint, job, losses, metrics
 from tests import resuming, tiny
 from tests.test_rewarding import base, run  # noqa: F401  fixtures
 
@@ -177,6 +177,21 @@ def test_the_page_needs_no_other_file_and_no_model_s_text_is_markup(trained, tmp
     assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; | **bold** `code`\nnext" in text
     assert "src=" in text and all(part.startswith('"data:image/png;base64,') for part in text.split("src=")[1:])
     assert "&lt;script&gt;alert(1)&lt;/script&gt; \\| \\*\\*bold" in (page.parent / "report.md").read_text()
+
+
+def test_the_model_card_shows_the_loss_with_every_option(trained, reported, tmp_path):
+    resolved = json.loads((trained / "config.json").read_text())["resolved_loss"]
+    for name in ("model_card.md", "report.md"):
+        text = (reported / name).read_text()
+        assert f"is `{resolved['name']}`, with a reference" in text and "## Loss" in text
+        for key, value in resolved["options"].items():
+            assert f"| `{key}` | `{value}` |" in text, (name, key)
+        assert "(absent)" not in text
+    (block, *_) = report._loss("sigmoid", None)[1:]
+    assert "did not record" in block.text
+    simpo = losses.described(losses.resolve("sigmoid"))
+    assert "with no reference" in report._loss("sigmoid", simpo)[1].text
+    assert "Not what TRL calls `sigmoid`: there DPO" in report._loss("sigmoid", simpo)[1].text
 
 
 def test_the_model_card_names_no_path_of_this_machine(reported, base):  # noqa: F811

@@ -172,6 +172,31 @@ def test_what_fits_a_run_to_its_machine_may_change_and_is_told(inputs, tmp_path,
     job.claim_workdir(changed, tmp_path, read)
 
 
+def test_the_workdir_records_the_loss_with_every_option(inputs, tmp_path, caplog):
+    c = small(inputs, loss__name="sigmoid", loss__alpha=None, loss__beta_pi=None)
+    read = job.prepare(c)
+    job.claim_workdir(c, tmp_path, read)
+    written = json.loads((tmp_path / "config.json").read_text())
+    loss = written.pop("resolved_loss")
+    assert written == json.loads(c.to_json())
+    assert (loss["name"], loss["reference"]) == ("kl_target_policy", False)
+    assert loss["options"] == dict(read.loss.options) and loss["options"]["gamma_beta_ratio"] == 0.25
+    assert "ℓ = logp/|y|" in loss["equation"]
+    job.claim_workdir(c, tmp_path, read)
+    other = {**written, "resolved_loss": {**loss, "equation": "in other words"}}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    job.claim_workdir(c, tmp_path, read)
+    other["resolved_loss"]["options"] = {**loss["options"], "gamma_beta_ratio": 0.5}  # of a version with that default
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"configuration:\n  resolved_loss.options.gamma_beta_ratio: 0.5 -> 0.25\nuse"):
+        job.claim_workdir(c, tmp_path, read)
+    (tmp_path / "config.json").write_text(json.dumps(written))  # of a version that recorded none
+    with caplog.at_level("INFO", logger="fpo_jax"):
+        job.claim_workdir(c, tmp_path, read)
+    assert "does not say which loss ran" in caplog.text
+    assert "resolved_loss" in json.loads((tmp_path / "config.json").read_text())
+
+
 def test_changed_data_or_model_is_refused_on_resume(inputs, tmp_path):
     tiny.write_pairs(tmp_path / "pairs.jsonl", count=24)
     tiny.write_model(tmp_path / "model", layers=1)

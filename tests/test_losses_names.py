@@ -1,6 +1,7 @@
 """Names and options of `fpo_jax.losses`: what resolves, what each loss reads, and every error."""
 
 import functools
+import json
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from fpo_jax import losses
+from fpo_jax.losses import __main__ as losses_program
 from tests import tolerances
 from tests.losses_cases import LOSSES, B, K, each_loss, groups
 
@@ -150,8 +152,62 @@ def test_the_printed_table_names_everything():
     shown = subprocess.run([sys.executable, "-m", "fpo_jax.losses"], capture_output=True, text=True, check=True).stdout
     for name in (*losses.PRESETS, *losses.OPTIONS):
         assert name in shown, name
+    for name, meaning in losses.IN_TRL.items():
+        assert name in losses.PRESETS and meaning in shown, name
     for row in (*losses.DIVERGENCES.values(), *losses.OBJECTIVES.values()):
         assert row.equation in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            ["sigmoid", "beta=0.1"],
+            ["sigmoid is kl_target_policy, with no reference", "beta=0.1, gamma_beta_ratio=0.25"],
+        ),
+        (["sigmoid"], ["s = β (ℓ - [chosen] γ/β)", "not what TRL calls sigmoid: there DPO, with a reference"]),
+        (
+            ["dpo"],
+            ["dpo is kl_target_policy, with a reference", "s = β_π Δ", "epsilon=0, normalize=False", "beta_pi=0.5"],
+        ),
+        (["hinge"], ["not what TRL calls hinge: there SLiC's hinge", "with a reference and sums"]),
+        (["ipo"], ["(Δ_w - Δ_l - 1/(2τ))²", "not what TRL calls ipo: there means over tokens", "tau=0.1"]),
+        (["exo-rw"], ["log_clamp=-inf", "q = max(softmax(r/β_r), exp(log_clamp))"]),
+        (["cdpo", "normalize=true"], ["epsilon=0.1, normalize=True"]),
+    ],
+    ids=str,
+)
+def test_one_loss_is_printed_with_all_it_is(words, expected, capsys):
+    assert losses_program.main(words) == 0
+    shown = capsys.readouterr().out
+    for text in expected:
+        assert text in shown
+    assert all(f"{key}=" in shown for key in losses.resolve(words[0]).options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sigmoi"], "unknown loss 'sigmoi'; nearest: sigmoid"),
+        (["hinge", "1.0"], "1.0 is no option; write key=value"),
+        (["hinge", "beta=much"], "beta='much' is not a number"),
+        (["dpo", "normalize=perhaps"], "normalize='perhaps' is not a bool"),
+        (["dpo", "score=mean_logp"], "contradicts 'dpo'"),
+    ],
+)
+def test_a_loss_that_cannot_be_printed(words, message, capsys):
+    assert losses_program.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", losses.PRESETS)
+def test_a_loss_describes_itself_in_json(name):
+    loss = losses.resolve(name)
+    record = json.loads(json.dumps(losses.described(loss), allow_nan=False))
+    assert (record["name"], record["reference"]) == (loss.name, loss.needs_reference)
+    assert {key: type(loss.options[key])(value) for key, value in record["options"].items()} == dict(loss.options)
+    row = losses.DIVERGENCES.get(loss.name) or losses.OBJECTIVES[loss.name]
+    assert record["equation"].startswith(row.equation)
 
 
 def test_a_loss_is_a_static_argument():
@@ -242,7 +298,7 @@ def test_every_option_changes_the_loss_or_is_an_error(loss):
 # --- a recipe's options with another loss
 
 FREE = {"alpha": 0.99, "beta": 2.5, "gamma_beta_ratio": 0.3, "tie_policy": "second"}  # of alphapo
-REWARDED = {"alpha": 0.1, "beta_pi": 0.35, "beta_r": 0.1, "temperature": 0.8, "tie_policy": "second"}  # of alphapo-rw
+REWARDED = {"alpha": 0.1, "beta_pi": 0.35, "beta_r": 0.1, "temperature": 0.8}  # of alphapo-rw
 _SIMPO = {"beta": 2.5, "gamma_beta_ratio": 0.3, "tie_policy": "second"}
 
 
@@ -270,16 +326,13 @@ def test_a_reference_free_recipe_gives_another_loss_what_means_the_same(to, expe
     [
         ("exo-rw", {"beta_pi": 0.35, "beta_r": 0.1, "temperature": 0.8}),
         ("jeffreys", {"target": "rewards", "beta_pi": 0.35, "beta_r": 0.1, "temperature": 0.8}),
-        ("dpo", {"beta_pi": 0.35, "temperature": 0.8, "tie_policy": "second"}),
-        ("alphapo-pref", {"alpha": 0.1, "beta_pi": 0.35, "temperature": 0.8, "tie_policy": "second"}),
+        ("dpo", {"beta_pi": 0.35, "temperature": 0.8}),
+        ("alphapo-pref", {"alpha": 0.1, "beta_pi": 0.35, "temperature": 0.8}),
         *((name, {}) for name in ("sigmoid", "hinge", "ipo", "kto", "r_dpo", "cpo", "sft", "f_dpo_forward_kl")),
     ],
 )
 def test_a_recipe_with_a_reference_gives_another_loss_what_means_the_same(to, expected):
-    given = {key: value for key, value in REWARDED.items() if key != "tie_policy" or "tie_policy" in expected}
-    of = "alphapo-rw" if "tie_policy" not in expected else "alphapo-pref"
-    given = given if of == "alphapo-rw" else {key: value for key, value in given.items() if key != "beta_r"}
-    assert losses.carried_over(given, of=of, to=to) == expected
+    assert losses.carried_over(REWARDED, of="alphapo-rw", to=to) == expected
 
 
 def test_what_a_name_fixes_or_defaults_otherwise_is_its_own():

@@ -347,6 +347,7 @@ def test_the_training_command_of_the_report_gives_the_configuration_that_was_use
     monkeypatch.setattr(sys, "argv", words[1:])  # where config_flags looks for --config.key=value
     values(words[1:])
     used = json.loads((workdir / "align-alpha" / "config.json").read_text())
+    assert used.pop("resolved_loss")["name"] == "alpha"
     assert configuration.difference(json.loads(values.config.to_json()), used) == []
 
 

@@ -26,10 +26,11 @@ from fpo_jax.job.inputs import (
     reward_pad_id,
 )
 from fpo_jax.job.planning import Blueprint, Plan, accumulation, blueprint, durations, plan, sequential_schedule
-from fpo_jax.job.workdir import claim_workdir, fingerprints, identity, keep_source
+from fpo_jax.job.workdir import RESOLVED_LOSS, claim_workdir, fingerprints, identity, keep_source
 
 __all__ = [
     "DIRECTIONS",
+    "RESOLVED_LOSS",
     "Blueprint",
     "Dataset",
     "Inputs",

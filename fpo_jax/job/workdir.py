@@ -7,9 +7,11 @@ from pathlib import Path
 
 import jax
 
-from fpo_jax import __version__, checkpoint, files, hf
+from fpo_jax import __version__, checkpoint, files, hf, losses
 from fpo_jax import config as configuration
 from fpo_jax.job.inputs import Inputs
+
+RESOLVED_LOSS = "resolved_loss"  # key of config.json beside the configuration: the loss with all its options
 
 log = logging.getLogger("fpo_jax")
 
@@ -59,13 +61,19 @@ def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -
     """Write the run's identity into the workdir, or check that it is the same run's.
 
     Raises:
-        ValueError: the workdir belongs to another configuration; lists what differs.
+        ValueError: the workdir belongs to another configuration, or its loss had other defaults; lists what differs.
     """
     path = workdir / "config.json"
-    mine = json.loads(config.to_json())
+    mine, loss = json.loads(config.to_json()), losses.described(inputs.loss)
     if path.exists():
         before = json.loads(path.read_text())
+        loss_before = before.pop(RESOLVED_LOSS, None)
         changed = configuration.difference(before, mine, ignore=configuration.RESUMABLE)
+        if loss_before is None:
+            log.info("%s does not say which loss ran with which defaults; they are now those named below", path)
+        elif not changed:  # the same settings, of which another version may make another loss
+            was, now = ({key: one[key] for key in ("name", "options")} for one in (loss_before, loss))
+            changed = configuration.difference({RESOLVED_LOSS: was}, {RESOLVED_LOSS: now})
         if changed:
             raise ValueError(
                 f"{workdir} holds a run with another configuration:\n  "
@@ -78,7 +86,7 @@ def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -
     elif workdir.is_dir() and (workdir / checkpoint.FOLDER).exists():
         raise ValueError(f"{workdir} holds checkpoints but no config.json; use another --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
-    files.write(path, json.dumps(mine, indent=2) + "\n")
+    files.write(path, json.dumps(mine | {RESOLVED_LOSS: loss}, indent=2) + "\n")
     audits = {"train": inputs.train.audit.as_dict()}
     if inputs.evaluation is not None:
         audits["eval"] = inputs.evaluation.audit.as_dict()

@@ -3,10 +3,12 @@
     Candidates [B, K] -> scores -> p = softmax ┐
                       -> rewards -> target q   ┴-> D_f(p‖q) [B]
 
-Read `divergences.py` first: it is the paper's table. `python -m fpo_jax.losses` prints every row, name and option.
+Read `divergences.py` first: it is the paper's table. `python -m fpo_jax.losses` prints every row, name and option;
+`python -m fpo_jax.losses NAME key=value ...` what one name stands for.
 Nothing here touches tokens, models or batches; the step averages over groups and adds the SFT term.
 """
 
+from fpo_jax.losses.described import IN_TRL, described, in_words
 from fpo_jax.losses.divergences import DIVERGENCES, Divergence, f_divergence
 from fpo_jax.losses.loss import Loss
 from fpo_jax.losses.names import PRESETS, Preset, carried_over, names_of, resolve
@@ -18,6 +20,7 @@ from fpo_jax.losses.targets import TARGETS, TIE_POLICIES, Target, chosen_shares,
 
 __all__ = [
     "DIVERGENCES",
+    "IN_TRL",
     "OBJECTIVES",
     "OPTIONS",
     "PRESETS",
@@ -34,7 +37,9 @@ __all__ = [
     "Target",
     "carried_over",
     "chosen_shares",
+    "described",
     "f_divergence",
+    "in_words",
     "log_ratio_scores",
     "log_softmax",
     "mean_logp_scores",

@@ -116,7 +116,7 @@ _ROWS = (
     ),
     Divergence(
         name="kl_target_policy",
-        equation="KL(q‖p) = Σ q (log q - log p); the training loss is -Σ q log p, entropy of q added, as in DPO",
+        equation="KL(q‖p) = Σ q (log q - log p); the training loss is -Σ q log p, entropy of q added",
         f=lambda u: -jnp.log(u),
         f_prime=lambda u: -1 / u,
         log_space=lambda log_p, log_q: jnp.exp(log_q) * (log_q - log_p),

@@ -20,6 +20,8 @@ from fpo_jax.losses import numerics
 from fpo_jax.losses.scores import SCORES, Candidates, Options, mean_logps
 from fpo_jax.shapes import Array
 
+LETTERS = "w chosen, l other; logp sum, ℓ mean per token, Δ = logp - logp_ref"  # of the equations
+
 # A mean log-prob above this counts as this in the odds p/(1-p): p = 1 has no finite odds. Gradient <= 1e6.
 HIGHEST_MEAN_LOGP = -1e-6
 

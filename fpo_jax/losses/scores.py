@@ -91,6 +91,7 @@ def mean_logp_scores(
 class Score:
     """A way to score candidates for p = softmax(s); `Objective` rows have the same fields."""
 
+    equation: str
     options: tuple[str, ...]  # those it reads
     score: Callable[[Candidates, Array, Options], Array]  # (candidates, chosen_BK, options) -> [B, K]
     reward: Callable[[Candidates, Options], Array]  # implied rewards, for metrics
@@ -101,6 +102,7 @@ class Score:
 SCORES: Mapping[str, Score] = MappingProxyType(
     {
         "log_ratio": Score(
+            equation="s = β_π Δ, Δ = Σ_t (log π - log π_ref)",
             options=("beta_pi",),
             score=lambda c, chosen_BK, o: log_ratio_scores(c.logps_BK, c.reference_logps_BK, beta_pi=o["beta_pi"]),
             reward=lambda c, o: log_ratio_scores(c.logps_BK, c.reference_logps_BK, beta_pi=o["beta_pi"]),
@@ -108,6 +110,7 @@ SCORES: Mapping[str, Score] = MappingProxyType(
             length_normalized=False,
         ),
         "mean_logp": Score(
+            equation="s = β (ℓ - [chosen] γ/β), ℓ = logp/|y| the mean per token",
             options=("beta", "gamma_beta_ratio", "tie_policy"),
             score=lambda c, chosen_BK, o: mean_logp_scores(
                 c.logps_BK, c.lengths_BK, chosen_BK, beta=o["beta"], gamma_beta_ratio=o["gamma_beta_ratio"]

@@ -108,13 +108,18 @@ def reward_target(
 class Target(NamedTuple):
     """A way to make log q from rewards."""
 
+    equation: str
     options: tuple[str, ...]  # those it reads
     log_q: Callable[..., jax.Array]  # (rewards_BK, **options) -> [B, K]
 
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
-        "preference": Target(("epsilon", "normalize", "tie_policy"), preference_target),
-        "rewards": Target(("beta_r", "log_clamp"), reward_target),
+        "preference": Target(
+            "q = 1 of the chosen, ε of each other (normalize: 1-ε, ε)",
+            ("epsilon", "normalize", "tie_policy"),
+            preference_target,
+        ),
+        "rewards": Target("q = max(softmax(r/β_r), exp(log_clamp))", ("beta_r", "log_clamp"), reward_target),
     }
 )

@@ -1,0 +1,47 @@
+"""The first lines of a run: the loss with everything filled in, and what it makes of ties."""
+
+import pytest
+
+from fpo_jax import announcement
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("announcement")
+    tiny.write_model(root / "model", layers=1)
+    tiny.write_pairs(root / "pairs.jsonl", count=8)
+    return root
+
+
+def lines(caplog, folder, name, data="pairs.jsonl", **changed):
+    """What a run says of a loss, before anything is compiled."""
+    options = {"loss__alpha": None, "loss__beta_pi": None, "loss__name": name, "data__eval": ""}
+    config = tiny.config(folder / "model", folder / data, **options | changed)
+    inputs, plan, programs = tiny.built(config)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="fpo_jax"):
+        announcement.announce(config, inputs, plan, programs)
+    return caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "expected"),
+    [
+        (
+            "sigmoid",
+            {"loss__beta": 0.1},
+            [
+                "loss: sigmoid is kl_target_policy, with no reference",
+                "beta=0.1, gamma_beta_ratio=0.25",
+                "not what TRL calls sigmoid: there DPO, with a reference",
+            ],
+        ),
+        ("dpo", {}, ["loss: dpo is kl_target_policy, with a reference", "epsilon=0, normalize=False", "beta_pi=0.5"]),
+        ("ipo", {}, ["loss: ipo is ipo, with a reference", "(Δ_w - Δ_l - 1/(2τ))²", "tau=0.1", "not what TRL calls"]),
+    ],
+)
+def test_the_loss_is_said_with_all_its_options(caplog, folder, name, changed, expected):
+    said = lines(caplog, folder, name, mesh__data=1, mesh__fsdp=1, **changed)
+    for text in expected:
+        assert text in said
