@@ -21,15 +21,14 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from eval import export, generate, jobfile, kl, label, pipeline_report
+from eval import export, generate, jobfile, kl, label, pipeline_inputs, pipeline_report
 from eval.stages import StageError, Stages
+from fpo_jax import checkpoint, execution, files, job, loop, recipes
 from fpo_jax import config as configuration
-from fpo_jax import execution, files, job, loop, recipes
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/pipelines/.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.")
 
-REWARD_METRIC = "eval_rewards/accuracies"
 _EACH = ("completions", "finish", "tokens", "ids")  # of a line of answers: one entry for each of them
 
 
@@ -51,10 +50,17 @@ class Pipeline:
         self.stages = Stages(workdir, total=total, program="pipeline")
 
     def run(self) -> dict[str, Any]:
-        """Run the stages in order."""
+        """Run the stages in order.
+
+        Raises:
+            ValueError: a model or data that one of them could not use, before the first of them.
+        """
         c = self.config
-        start = self._trained("sft", c.base, export_step=None) if "sft" in c else _place(c.base)
-        judge = self._trained("reward", c.base, export_step="best") if "reward" in c else _place(c.reward_model)
+        stages = {name: self._section(name, model=c.base) for name in ("sft", "reward") if name in c}
+        stages["align"] = self._alignment(c.losses[0], c.seeds[0], model=c.base, sources=dict(c.data.items()))
+        pipeline_inputs.check(c, stages)
+        start = self._trained("sft", c.base) if "sft" in c else _place(c.base)
+        judge = self._trained("reward", c.base) if "reward" in c else _place(c.reward_model)
         sources = dict(c.data.items())
         if "sample" in c:
             sources |= self._labelled(start, judge)
@@ -64,7 +70,7 @@ class Pipeline:
             for seed in c.seeds:
                 name = f"{loss}-seed{seed}"
                 config = self._alignment(loss, seed, model=str(start), sources=sources)
-                aligned = self._train(f"align-{name}", f"Align: {name}", config, export_step=None)
+                aligned = self._train(f"align-{name}", f"Align: {name}", config)
                 answers = self._answered(name, aligned)
                 scores[name] = self._scored(name, answers, judge)
                 if c.measure_kl:
@@ -108,13 +114,7 @@ class Pipeline:
                 found.append(f"losses: {error}")
             else:
                 found += [f"align with {loss}: {problem}" for problem in _found(config)]
-        if "sample" in c and not c.pairing:
-            drawn, size = c.sample.num_return * len(c.sample.seeds), c.align.data.group_size
-            if drawn % size:
-                found.append(
-                    f"sample.num_return={c.sample.num_return} and {len(c.sample.seeds)} seeds give {drawn} responses,"
-                    f" which align.data.group_size={size} does not divide."
-                )
+        found += pipeline_inputs.problems(c)
         return found
 
     def _section(self, name: str, *, model: str) -> Any:
@@ -131,12 +131,13 @@ class Pipeline:
         recipes.use_loss(config, loss)
         return config
 
-    def _trained(self, name: str, model: str, *, export_step: int | str | None) -> Path:
+    def _trained(self, name: str, model: str) -> Path:
         titles = {"sft": "Fine-tune on demonstrations", "reward": "Train the reward model"}
-        return self._train(name, titles[name], self._section(name, model=model), export_step=export_step)
+        return self._train(name, titles[name], self._section(name, model=model))
 
-    def _train(self, name: str, title: str, config: Any, *, export_step: int | str | None) -> Path:
-        """Run one training and export its model; return the exported directory."""
+    def _train(self, name: str, title: str, config: Any) -> Path:
+        """Run one training and export its model, the best where it keeps that; return the exported directory."""
+        export_step = checkpoint.BEST if config.train.keep_best else None
         inputs: dict[str, Any] = {**configuration.flatten(json.loads(config.to_json())), "exported": export_step}
         for key in ("model.path", "data.train", "data.eval"):
             inputs[key] = _place(inputs[key])
@@ -170,7 +171,7 @@ class Pipeline:
 
     def _answered(self, name: str, model: Path | str) -> Path:
         """Answer the test prompts; return the file."""
-        split = "eval" if self.config.data.eval else "train"
+        split = pipeline_inputs.answered(self.config)
         section = self.config.generate
         if self.config.measure_kl:
             section = ml_collections.ConfigDict({**section, "keep_ids": 1})

@@ -48,6 +48,7 @@ def inputs(tmp_path_factory):
 LONGEST = (
     "faults_crash", "faults_resume", "faults_numbers", "hosts", "faults_input", "faults_storage", "faults_security",
     "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
+    "pipeline_recipes",
     "sample", "generate", "quickstart", "imdb_pipeline", "plan", "model", "generate_parity", "trajectory", "winrate",
 )  # fmt: skip
 

@@ -151,7 +151,7 @@ def test_what_the_pipeline_fills_in_cannot_be_set_in_a_section():
         ({"losses": ()}, "losses=\\(\\) must hold at least one entry"),
         ({"seeds": (1, 1)}, r"seeds=\(1, 1\) must hold at least one entry and none twice"),
         ({"losses": ("alphapo-rv",)}, "losses: unknown loss 'alphapo-rv'"),
-        ({"sample__num_return": 3}, "give 3 responses, which align.data.group_size=4 does not divide"),
+        ({"sample__num_return": 3}, "give 3 completions, which align.data.group_size=4 does not divide"),
         ({"measure_kl": True, "generate__top_p": 0.9}, "measure_kl needs answers of one seed.* top_p=0.9"),
         ({"measure_kl": True, "generate__seeds": (1, 2)}, r"measure_kl .* seeds=\(1, 2\)"),
         ({"measure_kl": True, "generate__temperature": 0.0}, "measure_kl .* temperature=0.0"),
@@ -159,12 +159,93 @@ def test_what_the_pipeline_fills_in_cannot_be_set_in_a_section():
         ({"reward_model": "x"}, "exclude each other"),
         ({"sft__optim__learning_rate": -1.0}, "sft: .*optim.learning_rate=-1.0"),
         ({"sft__loss__name": "dpo"}, "sft: .*does not belong to stage 'sft'"),
+        ({"sample__num_return": 1, "align__data__group_size": 1}, "1 completions, and there is nothing to compare"),
+        ({"pairing": "best_worst"}, "pairing='best_worst' makes pairs, and align.data.group_size=4 needs more"),
+        ({"sample__max_new_tokens": 40}, "sample: max_new_tokens=40 leaves no room for a prompt in data.max_length=40"),
+        ({"generate__max_new_tokens": 41}, "generate: max_new_tokens=41 leaves no room"),
+        ({"sample__temperature": -1.0}, "sample: temperature=-1.0 must be finite and at least 0"),
+        ({"generate__top_p": 2.0}, "generate: top_p=2.0 must lie in"),
+        ({"generate__dedup": "some"}, "generate: --dedup='some' is not one of"),
+        ({"sample__seeds": (1, 1)}, r"sample: seeds=\(1, 1\) must hold at least one entry and none twice"),
+        ({"generate__num_prompts": 1}, "generate.num_prompts=1: the report's intervals need at least 2 prompts"),
+        ({"tokenizer__chat_template": "zephyr"}, "tokenizer.chat_template='zephyr' belongs to data.rule=chat"),
     ],
 )
 def test_problems_of_all_stages_are_listed_before_any_starts(folder, tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         pipeline.Pipeline(small(folder, **changed), tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def without_training(folder, tmp_path, monkeypatch, **changed):
+    """Run until the first stage, which must not be reached."""
+    monkeypatch.setattr(pipeline.loop, "run", lambda *_: pytest.fail("trained"))
+    pipeline.Pipeline(small(folder, **changed), tmp_path / "w").run()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"data__train": "absent.jsonl"}, "sft: no file or directory 'absent.jsonl'"),
+        ({"data__eval_rows": "99:"}, "sft: .*eval.jsonl: no rows from row 99 on"),
+        ({"judgements__format": "hh", "judgements__train": "{}/train.jsonl"}, "(?s)reward: .*is no HH transcript"),
+        ({"judgements__format": "json", "judgements__train": "{}/threes.jsonl"}, "reward: .*threes.jsonl:1 has 3 comp"),
+        ({"judgements__format": "json", "judgements__train": "{}/chats.jsonl"}, "reward: .*messages, and rule='raw'"),
+        ({"demonstrations__format": "json", "demonstrations__train": "{}/train.jsonl",
+          "judgements__format": "json", "judgements__train": "{}/train.jsonl", "data__train": "{}/broken.jsonl"},
+         "align: .*broken.jsonl:2: missing or null: chosen"),
+        ({"base": "{}/judge"}, "sft: .*judge is a reward model"),
+    ],
+)  # fmt: skip
+def test_what_a_later_stage_could_not_read_is_refused_before_the_first(folder, tmp_path, monkeypatch, changed, message):
+    if not (folder / "judge").exists():
+        tiny.write_model(folder / "judge", layers=1, reward_head=True)
+        tiny.write_pairs(folder / "threes.jsonl", count=4, candidates=3)
+        turns = [{"role": "user", "content": "u"}]
+        chat = {"prompt": turns, "chosen": "a", "rejected": "b"}
+        (folder / "chats.jsonl").write_text(json.dumps(chat) + "\n")
+        (folder / "broken.jsonl").write_text(json.dumps(chat | {"prompt": "p"}) + '\n{"prompt": "q"}\n')
+    changed = {key: value.format(folder) if isinstance(value, str) else value for key, value in changed.items()}
+    if "judgements__format" in changed:
+        changed["judgements__eval"] = str(folder / "eval.jsonl") if changed["judgements__format"] == "json" else ""
+        changed |= {} if changed["judgements__eval"] else {"reward__train__keep_best": ""}
+    with pytest.raises(ValueError, match=message):
+        without_training(folder, tmp_path, monkeypatch, **changed)
+
+
+def test_a_language_model_is_no_judge(folder, tmp_path, monkeypatch):
+    c = small(folder)
+    with c.unlocked():
+        del c["reward"]
+    c.reward_model = str(folder / "model")
+    monkeypatch.setattr(pipeline.loop, "run", lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="reward_model: .*model is a language model; give a sequence classifier"):
+        pipeline.Pipeline(c, tmp_path / "w").run()
+    tiny.write_model(tmp_path / "short", layers=1, reward_head=True, max_positions=32)
+    c.reward_model = str(tmp_path / "short")
+    with pytest.raises(ValueError, match="reward_model: data.max_length=40 exceeds the window of 32 tokens"):
+        pipeline.Pipeline(c, tmp_path / "w").run()
+
+
+def test_the_best_step_is_exported_where_it_is_kept_and_the_newest_elsewhere(folder, tmp_path, monkeypatch):
+    """A stage without keep_best failed at its export, after its training."""
+    asked = []
+    monkeypatch.setattr(pipeline.loop, "run", lambda *_: None)
+    monkeypatch.setattr(pipeline.pipeline_report, "training", lambda _: "")
+
+    def export(run, out, *, step, dtype):
+        asked.append(step)
+        out.mkdir(parents=True)
+        run.mkdir()
+        (run / "metrics.jsonl").write_text("")
+
+    monkeypatch.setattr(pipeline.export, "export", export)
+    for number, (kept, expected) in enumerate((("", None), ("eval_rewards/accuracies", "best"))):
+        made = pipeline.Pipeline(small(folder, reward__train__keep_best=kept), tmp_path / str(number))
+        made._trained("reward", str(folder / "model"))
+        made = pipeline.Pipeline(small(folder, sft__train__keep_best="eval_loss" * bool(kept)), tmp_path / f"s{number}")
+        made._trained("sft", str(folder / "model"))
+        assert asked[-2:] == [expected, expected]
 
 
 def test_sft_and_the_reward_model_have_data_of_their_own_where_they_are_given_some(folder, tmp_path):
