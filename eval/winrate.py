@@ -9,9 +9,10 @@ The judge is what an OpenAI-compatible server serves, a causal model here, or a 
     --judge-model DIR                   the same questions, answered greedily by the sampler
     --reward-model DIR                  no order; equal scores are a tie
 
-Answers of one text are a tie that nobody is asked about. A reply without a verdict is a failure, counted and reported,
-never a loss; rates are of the comparisons that have a verdict. Replies are kept in --store under a digest of everything
-they depend on, so the same command asks only for what is missing, and another comparison never reuses what it must not.
+A prompt without an answer on the other side is left out and counted; more than half of them are an error. Answers of
+one text are a tie that nobody is asked about. A reply without a verdict is a failure, counted and reported, never a
+loss; rates are of the comparisons that have a verdict. Replies are kept in --store under a digest of everything they
+depend on, so the same command asks only for what is missing, and another comparison never reuses what it must not.
 --dry-run counts tokens and dollars and asks nothing. Keys come from the environment alone.
 
 Exit codes: 0 all compared; 1 comparisons are left without a verdict; 2 the input cannot be used; 75 stopped by a
@@ -34,6 +35,8 @@ from eval import generate, jobfile, judging, label, rates
 from eval import options as command_line
 from eval import server as servers
 from fpo_jax import chat, data, execution, files
+from fpo_jax import config as configuration
+from fpo_jax.data import records, transcripts
 
 log = logging.getLogger("fpo_jax")
 
@@ -58,6 +61,10 @@ class Options:
     out: Path
     baseline_format: str = ANSWERS  # or a format of the trainer's data
     baseline_split: str = ""
+    baseline_rows: str = ""  # first:last
+    baseline_subfolder: str = ""  # of a hub data set
+    baseline_revision: str = ""  # its commit
+    baseline_hh_split: str = "last_turn"  # or first_difference, as the prompts of the HH recipes are cut
     answers: int = 1  # of each prompt; the original compares the first of four
     num_prompts: int = 0  # 0 = all
     template: str = ""  # helpful, harmless, tldr, or a file
@@ -92,7 +99,7 @@ def run(options: Options) -> dict[str, Any]:
         execution.Stopped: a signal; the replies so far are kept.
     """
     kind = _check(options)
-    pairs = _pairs(options)
+    pairs, unmatched = _pairs(options)
     if kind == "reward_model":
         decisions, judge = _by_rewards(options, pairs)
     else:
@@ -102,7 +109,7 @@ def run(options: Options) -> dict[str, Any]:
             judge |= {"server_api": options.server_api}
         asked = {pair.index: _questions(pair, form, judge) for pair in pairs if not judging.same(pair)}
         if options.dry_run:
-            return _dry_run(options, asked)
+            return _dry_run(options, asked) | {"unmatched": unmatched}
         ask = _ask_server if kind == "server" else _ask_model
         replies = ask(options, _distinct(asked))
 
@@ -113,7 +120,7 @@ def run(options: Options) -> dict[str, Any]:
         judge |= {"template": options.template, "temperature": 0}
         if kind == "server":
             judge |= {"server_api": options.server_api, "sent": _sampling_fields(options)}
-    summary = _summary(options, pairs, decisions, judge)
+    summary = _summary(options, pairs, decisions, judge) | {"unmatched": unmatched}
     _write(options.out, pairs, decisions, summary)
     return summary
 
@@ -137,8 +144,7 @@ def _check(options: Options) -> str:
         problems.append("--server needs --server-model, the model's name there")
     if kind == "server" and options.tokenizer and not options.dry_run:
         problems.append("--tokenizer with --server counts tokens for --dry-run; leave it out")
-    if options.baseline_format == ANSWERS and options.baseline_split:
-        problems.append("--baseline-split belongs to a data set; give its --baseline-format")
+    problems += _baseline_problems(options)
     if (options.price_in or options.price_out) and not options.dry_run:
         problems.append("--price-in and --price-out are for --dry-run")
     for name in ("answers", "concurrency", "max_tokens", "batch_size"):
@@ -156,20 +162,59 @@ def _check(options: Options) -> str:
     return kind
 
 
-def _pairs(options: Options) -> list[judging.Pair]:
-    """Match the answers of both by prompt; a prompt that comes again is matched in its order."""
-    candidates = _answers(options.candidate)
+def _baseline_problems(options: Options) -> list[str]:
+    """List what is wrong with the baseline, and options that its format has no use for."""
+    formats = (ANSWERS, *records.FORMATS)
+    if options.baseline_format not in formats:
+        return [f"--baseline-format={options.baseline_format!r} is not one of {', '.join(formats)}"]
     if options.baseline_format == ANSWERS:
-        found = [(line["prompt"], line["completions"]) for line in _answers(Path(options.baseline))]
-    else:
-        records = data.read(options.baseline, format=options.baseline_format, split=options.baseline_split or None)
-        best = data.best_only(records)
-        found = [(record.prompt, [_text(response) for response in record.responses]) for record in best.rows]
+        names = ("baseline_split", "baseline_rows", "baseline_subfolder", "baseline_revision", "baseline_hh_split")
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(Options, name)]
+        return [f"{name} belongs to a data set; give its --baseline-format" for name in given]
+    problems, splits = [], tuple(transcripts.SPLITS)
+    if options.baseline_hh_split not in splits:
+        problems.append(f"--baseline-hh-split={options.baseline_hh_split!r} is not one of {', '.join(splits)}")
+    elif options.baseline_format != "hh" and options.baseline_hh_split != Options.baseline_hh_split:
+        problems.append("--baseline-hh-split belongs to --baseline-format=hh")
+    try:
+        configuration.row_slice(options.baseline_rows)
+    except ValueError as error:
+        problems.append(f"--baseline-rows: {error}")
+    return problems
+
+
+def _baseline(options: Options) -> list[tuple[Any, list[str]]]:
+    """Return each prompt of the baseline with its answers, of a data set the best one."""
+    if options.baseline_format == ANSWERS:
+        return [(line["prompt"], line["completions"]) for line in _answers(Path(options.baseline))]
+    rows = configuration.row_slice(options.baseline_rows)
+    found = data.read(
+        options.baseline,
+        format=options.baseline_format,
+        split=options.baseline_split or None,
+        hh_split=options.baseline_hh_split,
+        start=rows.start or 0,
+        stop=rows.stop,
+        data_dir=options.baseline_subfolder or None,
+        revision=options.baseline_revision or None,
+    )
+    best = data.best_only(found)
+    return [(record.prompt, [_text(response) for response in record.responses]) for record in best.rows]
+
+
+def _pairs(options: Options) -> tuple[list[judging.Pair], int]:
+    """Match the answers of both by prompt; a prompt that comes again is matched in its order.
+
+    Returns:
+        the pairs, and how many prompts of the candidate have no answer of the baseline.
+    """
+    candidates = _answers(options.candidate)
     waiting: dict[str, list[list[str]]] = {}
-    for prompt, texts in found:
+    for prompt, texts in _baseline(options):
         waiting.setdefault(json.dumps(prompt), []).append(texts)
     pairs, missing = [], []
-    for number, line in enumerate(candidates[: options.num_prompts or None], 1):
+    compared = candidates[: options.num_prompts or None]
+    for number, line in enumerate(compared, 1):
         others = waiting.get(json.dumps(line["prompt"]))
         if not others:
             missing.append(f"{options.candidate}:{number}")
@@ -184,12 +229,12 @@ def _pairs(options: Options) -> list[judging.Pair]:
             pairs.append(
                 judging.Pair(len(pairs), line["prompt"], line["completions"][place], texts[place % len(texts)])
             )
-    if missing:
+    if 2 * len(missing) > len(compared):
         raise ValueError(
-            f"{len(missing)} prompts have no answer in {options.baseline}, the first at {', '.join(missing[:3])};"
-            " compare answers to the same prompts."
+            f"{len(missing)} of {len(compared)} prompts have no answer in {options.baseline}, the first at"
+            f" {', '.join(missing[:3])}; compare answers to the same prompts."
         )
-    return pairs
+    return pairs, len(missing)
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
@@ -382,6 +427,8 @@ def table(summary: dict[str, Any]) -> str:
     lines.append(f"of the ties: same text {summary['same_text']}, turned with the order {summary['position']}")
     characters, steering = summary["mean_characters"], summary["steering"]
     lines.append(f"mean characters {characters['candidate']:.0f} against {characters['baseline']:.0f}")
+    if summary["unmatched"]:
+        lines.append(f"left out: {summary['unmatched']} prompts, which have no answer in {summary['baseline']}")
     if any(steering.values()):
         lines.append(f"answers that speak to the judge: {steering['candidate']} and {steering['baseline']}; read them")
     return "\n".join(lines)

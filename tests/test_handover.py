@@ -127,16 +127,16 @@ def test_completions_are_compared(folder, tmp_path, name):
     path = folder / f"{name}.jsonl"
     first = {json.dumps(line["prompt"]): line["completions"][0] for line in reversed(lines(path))}
     given = {"out": tmp_path, "reward_model": "m"}
-    pairs = winrate._pairs(winrate.Options(candidate=path, baseline=str(folder / "generate1.jsonl"), **given))
+    pairs, _ = winrate._pairs(winrate.Options(candidate=path, baseline=str(folder / "generate1.jsonl"), **given))
     assert {json.dumps(pair.prompt): pair.candidate for pair in reversed(pairs)} == first
-    pairs = winrate._pairs(winrate.Options(candidate=folder / "generate1.jsonl", baseline=str(path), **given))
+    pairs, _ = winrate._pairs(winrate.Options(candidate=folder / "generate1.jsonl", baseline=str(path), **given))
     assert {json.dumps(pair.prompt): pair.baseline for pair in pairs} == first
     for pairs_file in ("best_worst", "prompts"):
         chosen = {json.dumps(line["prompt"]): line["chosen"] for line in lines(folder / f"{pairs_file}.jsonl")}
         options = winrate.Options(
             candidate=path, baseline=str(folder / f"{pairs_file}.jsonl"), baseline_format="json", **given
         )
-        assert {json.dumps(pair.prompt): pair.baseline for pair in winrate._pairs(options)} == chosen
+        assert {json.dumps(pair.prompt): pair.baseline for pair in winrate._pairs(options)[0]} == chosen
 
 
 @pytest.mark.parametrize("name", sorted(set(EVERY) - set(GROUPS) - {"best_worst", "prompts"}))

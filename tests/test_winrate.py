@@ -15,6 +15,7 @@ import pytest
 
 from eval import judging, label, rates, winrate
 from eval import server as servers
+from fpo_jax import data
 from tests import tiny
 from tests.answer_server import AnswerServer
 from tests.paths import REPO
@@ -339,7 +340,7 @@ def test_the_chosen_responses_of_a_data_set_are_a_baseline(tmp_path):
 def test_prompts_that_come_again_are_matched_in_their_order_and_drawn_together(tmp_path):
     prompts = ["p", "p", "q"]
     files(tmp_path, [["a1", "a2"], ["a3", "a4"], ["a5", "a6"]], [["b1", "b2"], ["b3", "b4"], ["b5", "b6"]], prompts)
-    pairs = winrate._pairs(options(tmp_path, answers=2))
+    pairs, _ = winrate._pairs(options(tmp_path, answers=2))
     assert [(pair.candidate, pair.baseline) for pair in pairs] == [
         ("a1", "b1"), ("a2", "b2"), ("a3", "b3"), ("a4", "b4"), ("a5", "b5"), ("a6", "b6")
     ]  # fmt: skip
@@ -360,6 +361,16 @@ def test_prompts_that_come_again_are_matched_in_their_order_and_drawn_together(t
         ({"server": "http://h/v1", "tokenizer": "t"}, "--tokenizer with --server counts tokens for --dry-run"),
         ({"server": "http://h/v1", "answers": 2}, "a.jsonl:1 has 1 answers; --answers=2 needs more"),
         ({"server": "http://h/v1", "baseline_split": "x"}, "--baseline-split belongs to a data set"),
+        ({"server": "http://h/v1", "baseline_subfolder": "x"}, "--baseline-subfolder belongs to a data set"),
+        ({"server": "http://h/v1", "baseline_rows": "0:2"}, "--baseline-rows belongs to a data set"),
+        ({"server": "http://h/v1", "baseline_revision": "x"}, "--baseline-revision belongs to a data set"),
+        ({"server": "http://h/v1", "baseline_hh_split": "first_difference"}, "--baseline-hh-split belongs to a data"),
+        ({"server": "http://h/v1", "baseline_format": "json", "baseline_hh_split": "first_difference"},
+         "--baseline-hh-split belongs to --baseline-format=hh"),
+        ({"server": "http://h/v1", "baseline_format": "hh", "baseline_hh_split": "x"},
+         "--baseline-hh-split='x' is not one of last_turn, first_difference"),
+        ({"server": "http://h/v1", "baseline_format": "hh", "baseline_rows": "2"}, "--baseline-rows: '2' is not a row"),
+        ({"server": "http://h/v1", "baseline_format": "x"}, "--baseline-format='x' is not one of answers, hh"),
     ],
 )  # fmt: skip
 def test_refusals(tmp_path, changed, message):
@@ -369,11 +380,62 @@ def test_refusals(tmp_path, changed, message):
         winrate.run(options(tmp_path, **changed))
 
 
+def test_prompts_without_an_answer_on_the_other_side_are_left_out_and_counted(tmp_path):
+    write(tmp_path / "a.jsonl", [f"{i} longer answer" for i in range(6)])
+    write(tmp_path / "b.jsonl", list("xyz"), PROMPTS[3:])
+    summary, server = judged(tmp_path, longer)
+    assert (summary["unmatched"], summary["prompts"], summary["comparisons"], summary["wins"]) == (3, 3, 3, 3)
+    asked = {parts(body["messages"][0]["content"])[0][1] for body in server.bodies}
+    assert asked == {f"Human: question {i}?" for i in (3, 4, 5)}
+    assert json.loads((tmp_path / "o" / "summary.json").read_text())["unmatched"] == 3
+    assert "left out: 3 prompts, which have no answer in " in winrate.table(summary)
+    write(tmp_path / "b.jsonl", list("uvwxyz"))
+    summary, _ = judged(tmp_path, longer, out=tmp_path / "p")
+    assert summary["unmatched"] == 0 and "left out" not in winrate.table(summary)
+
+
 def test_answers_to_other_prompts_are_refused(tmp_path):
+    """More than half of them: the wrong file, not a few rows that one side dropped."""
     write(tmp_path / "a.jsonl", list("abcdef"))
-    write(tmp_path / "b.jsonl", list("abcd"))
-    with pytest.raises(ValueError, match=r"2 prompts have no answer in .*b.jsonl, the first at .*a.jsonl:5"):
+    write(tmp_path / "b.jsonl", list("ab"))
+    with pytest.raises(ValueError, match=r"4 of 6 prompts have no answer in .*b.jsonl, the first at .*a.jsonl:3"):
         winrate.run(options(tmp_path, server="http://h/v1"))
+
+
+def test_a_baseline_of_hh_is_read_as_the_prompts_were(tmp_path):
+    """The recipe's own prompts: split where the transcripts part, of some rows."""
+    same = "\n\nHuman: q{0}?\n\nAssistant: It is {0}.\n\nHuman: Sure?\n\nAssistant:"
+    rows = [{"chosen": same.format(i) + " Yes.", "rejected": same.format(i) + " You bet."} for i in range(4)]
+    rows[2] = {"chosen": "\n\nHuman: q?\n\nAssistant: Red.", "rejected": "\n\nHuman: q?\n\nAssistant: Really, no."}
+    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = {"format": "hh", "hh_split": "first_difference", "start": 1, "stop": 3}
+    prompts = [record.prompt for record in data.read(tmp_path / "hh.jsonl", **read).rows]
+    write(tmp_path / "a.jsonl", ["a", "b"], prompts)
+    given = {"baseline": str(tmp_path / "hh.jsonl"), "baseline_format": "hh", "baseline_rows": "1:3"}
+    found, unmatched = winrate._pairs(options(tmp_path, **given, baseline_hh_split="first_difference"))
+    assert [pair.prompt for pair in found] == prompts and unmatched == 0
+    expected = [record.responses[0] for record in data.read(tmp_path / "hh.jsonl", **read).rows]
+    assert [pair.baseline for pair in found] == expected
+    with pytest.raises(ValueError, match="1 of 1 prompts have no answer"):
+        write(tmp_path / "a.jsonl", ["b"], prompts[1:])
+        winrate._pairs(options(tmp_path, **given | {"baseline_rows": "0:2"}, baseline_hh_split="first_difference"))
+
+
+def test_a_baseline_on_the_hub_is_read_with_its_folder_and_commit(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(name, **how):
+        asked.append((name, how))
+        return datasets.Dataset.from_list([{"prompt": p, "chosen": " x", "rejected": " y"} for p in PROMPTS])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    write(tmp_path / "a.jsonl", list("abcdef"))
+    given = {"baseline": "owner/name", "baseline_format": "json", "baseline_split": "test"}
+    given |= {"baseline_subfolder": "helpful-base", "baseline_revision": "abc"}
+    assert len(winrate._pairs(options(tmp_path, **given))[0]) == 6
+    assert asked == [("owner/name", {"split": "test", "data_dir": "helpful-base", "revision": "abc"})]
 
 
 # --- judges here
