@@ -91,11 +91,11 @@ def _with_model(options: Options) -> Summary:
     source, config, load, fingerprint = _model(options)
     told = generate_options.told(options, rule=options.rule)
     encoder = chat.resolve(source, told, end_ids=hf.end_ids(source))
+    tokenizer = encoder.tokenizer
+    prompts = _prompts(options, tokenizer)
     log.info("prompt format: %s", encoder.format.text)
     for warning in chat.warnings(encoder):
         log.warning(warning)
-    tokenizer = encoder.tokenizer
-    prompts = _prompts(options, tokenizer)
     decoding = _decoding(options, encoder.format.end_ids)
     _refuse_special(options.stop_strings, tokenizer, decoding.stop_ids)
     window = options.max_length or config.max_positions

@@ -276,7 +276,7 @@ def test_another_tokenizer_is_another_job(folder, answered, tmp_path):
     vocab = content["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"belongs to another job:\n  tokenizer: .\w{64}. -> .\w{64}.\n"):
+    with pytest.raises(ValueError, match=r"belongs to another job:\n  prompt_format.tokenizer: .\w{64}. -> "):
         generate.run(same)
 
 
@@ -463,9 +463,15 @@ def test_a_label_is_the_score_that_training_gives_the_same_row(judge, base, tmp_
 
 
 def test_labels_of_another_tokenizer_are_another_job(judge, completions, tmp_path):
-    labelled(judge, completions, tmp_path / "l.jsonl")
-    with pytest.raises(ValueError, match=r"belongs to another job:\n  tokenizer: "):
+    with pytest.raises(
+        ValueError, match=r"was trained with another prompt format .* --eos-token=<s> where it was </s>"
+    ):
         labelled(judge, completions, tmp_path / "l.jsonl", eos_token="<s>")
+    strange = shutil.copytree(judge, tmp_path / "strange")
+    (strange / chat.prompt_format.FILE).unlink()
+    labelled(strange, completions, tmp_path / "l.jsonl", rule="raw")
+    with pytest.raises(ValueError, match=r"belongs to another job:\n  prompt_format.end_ids: "):
+        labelled(strange, completions, tmp_path / "l.jsonl", rule="raw", eos_token="<s>")
 
 
 def test_pairs_of_best_and_worst_leave_ties_out(judge, completions, tmp_path):
