@@ -4,6 +4,7 @@ config -> Inputs (loss, model config, data with audits) -> Plan (batches, steps,
                  Inputs, Plan -> Blueprint: what the programs are compiled for, which needs neither data nor weights
 
 inputs      what is read
+labels      rewards that no reward model can be trained on
 best        which metric may tell the best checkpoint
 planning    order, sizes, passes
 workdir     what makes it the same run

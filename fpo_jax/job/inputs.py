@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fpo_jax import chat, data, hf, losses, model, params
 from fpo_jax import config as configuration
 from fpo_jax.data import decontamination
-from fpo_jax.job import best
+from fpo_jax.job import best, labels
 
 log = logging.getLogger("fpo_jax")
 
@@ -56,6 +56,7 @@ def prepare(config: configuration.Config) -> Inputs:
     encoder = read_encoder(config, source)
     inputs = Inputs(loss, source, model_config, *read_data(config, encoder, model_config), reference, encoder)
     check_reference_ids(inputs)
+    labels.check(loss, inputs.train.prepared, None if inputs.evaluation is None else inputs.evaluation.prepared)
     return inputs
 
 
