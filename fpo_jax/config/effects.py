@@ -37,7 +37,7 @@ IDLE = (
         "while answers.count is 0; set it",
     ),
     Idle(
-        ("data.eval_split", "data.eval_rows", "train.eval_groups"),
+        ("data.eval_split", "data.eval_rows"),
         lambda c: not c.data.eval,
         "without data.eval; set that, or unset this",
     ),
