@@ -16,6 +16,7 @@ def get_config(loss: str = "alphapo-rw"):
     """Return the locked configuration; `configs/imdb_rw.py:exo-rw` is the same recipe with another loss."""
     c = pythia_hh_rw.get_config()
     c.model.path = "openai-community/gpt2-large"  # the recipe starts from its SFT checkpoint: override
+    c.model.dropout = "off"  # its config names 0.1, which the original's runs have
     c.data.train = "data/imdb_rw/train.json"
     c.data.eval = "data/imdb_rw/test.json"
     c.data.max_response_length = 500

@@ -14,6 +14,7 @@ def get_config():
     """Return the locked configuration."""
     c = pythia_hh_sft.get_config()
     c.model.path = "openai-community/gpt2-large"
+    c.model.dropout = "off"  # its config names 0.1, which the original's runs have
     c.data.format = "imdb"
     c.data.hh_split, c.data.subfolder = "last_turn", ""
     c.data.train = c.data.eval = "stanfordnlp/imdb"

@@ -18,11 +18,12 @@ def of_updates(
     attends = _attention(config, model_config, blueprint.lengths, layout)
     gathered = f"weights: {sharding.GATHER[layout.gather]}"
     attended = f"attention: {attends.implementation} ({attends.reason})"
+    choices = [gathered, attended, *_left_out(model_config)]
     if model_config.reward_head:
         scorer = rewarding.RewardScorer(
             model_config, dtype, config.model.remat, attends, layout, adapter=blueprint.adapter
         )
-        return scorer, [gathered, attended, "head: one score at the last token of a row, float32"]
+        return scorer, [*choices, "head: one score at the last token of a row, float32"]
     head, workspace = _head(config, blueprint, model_config, layout), config.kernel.workspace_mib * 2**20
     explained = logps.explain(**head, fuse_loss=config.kernel.fuse_loss, workspace_bytes=workspace)
     choice = logps.choose(**head, fuse_loss=config.kernel.fuse_loss)
@@ -39,7 +40,13 @@ def of_updates(
         layout=layout,
         adapter=blueprint.adapter,
     )
-    return scorer, [gathered, attended, explained]
+    return scorer, [*choices, explained]
+
+
+def _left_out(model_config: model.ModelConfig) -> list[str]:
+    """Say which drop-out of config.json is not done; `job.read_model` has refused it where nobody asked for that."""
+    named = ", ".join(f"{key}={share:g}" for key, share in model_config.dropout)
+    return [f"drop-out: none, by model.dropout=off; config.json names {named}"] if named else []
 
 
 def of_passes(

@@ -46,6 +46,7 @@ def test_unknown_key_and_wrong_type_are_errors():
     ("path", "value", "message"),
     [
         ("model.param_dtype", "float16", "model.param_dtype='float16' is not one of float32, bfloat16"),
+        ("model.dropout", "on", "model.dropout='on' is not one of refuse, off"),
         ("data.rule", "chatty", "data.rule='chatty' is not one of chat, raw"),
         ("data.train_rows", "9:3", "selects no row"),
         ("data.train_rows", "a:b", "is not a row slice"),
@@ -199,6 +200,7 @@ def test_imdb_recipes_to_the_digit(name):
     assert (*found, c.data.group_size) == SPEC_2_12[name]
     assert (c.data.rule, c.data.max_length, c.data.max_response_length, c.seed) == ("raw", 512, 500, 1234)
     assert c.data.format == ("json" if c.stage == "align" else "imdb")
+    assert c.model.dropout == "off"  # GPT-2's config.json names drop-out of 0.1, which is not built
     if c.stage == "align":
         assert (c.loss.beta_r, c.loss.beta_pi, c.loss.temperature) == (0.1, 0.1, 0.8)
 

@@ -205,7 +205,7 @@ def test_an_absent_original_context_is_the_whole_context():
         ({"hidden_act": "relu2"}, r"activation 'relu2' is none of silu, swish, gelu"),
         ({"attention_bias": True}, r"attention_bias=True is not supported \(supported: None, False\)"),
         ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
-        ({"attention_dropout": 0.1}, r"attention_dropout=0\.1 is not supported \(supported: None, 0\)"),
+        ({"attention_dropout": 1.5}, r"attention_dropout=1\.5 must be a share in \[0, 1\)"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not supported"),
         ({"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\] is not supported"),
         ({"is_causal": False}, r"is_causal=False is not supported"),
@@ -257,7 +257,7 @@ def test_refusals(change, message):
     ("change", "message"),
     [
         ({"attention_bias": False}, r"attention_bias=False is not supported \(supported: None, True\)"),
-        ({"hidden_dropout": 0.1}, r"hidden_dropout=0\.1 is not supported"),
+        ({"hidden_dropout": "0.1"}, r"hidden_dropout='0\.1' must be a share in \[0, 1\)"),
         ({"rotary_pct": 0.0}, r"rotated share of the head dimension is 0\.0"),
         ({"rotary_pct": 0.03}, r"= 2 dimensions|dynamic rope needs more than 2 rotated"),
     ],

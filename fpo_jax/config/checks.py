@@ -54,6 +54,7 @@ def problems(config: Config) -> list[str]:
     choice("model.compute_dtype", DTYPES)
     choice("model.remat", ("none", "dots", "full", "offload"))
     choice("model.attention", ("auto", "xla", "chunked", "cudnn", "mosaic", "splash"))
+    choice("model.dropout", ("refuse", "off"))
     number("lora.rank", 0)
     number("lora.alpha", 0.0, exclusive=True)
     if not 0 <= config.lora.dropout < 1:

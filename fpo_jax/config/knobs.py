@@ -50,6 +50,7 @@ FITTING = frozenset(
 )
 RESUMABLE = FITTING | frozenset(
     {
+        "model.dropout",  # nothing is dropped either way
         "train.save_every",
         "train.async_save",
         "train.keep_checkpoints",
@@ -78,6 +79,9 @@ def default() -> Config:
     c.model.param_dtype = "float32"  # master weights; bfloat16 ones are rounded stochastically
     c.model.compute_dtype = "bfloat16"  # matmul operands; softmax, norms and losses are always float32
     c.model.remat = "full"  # none | dots | full | offload: what the backward pass recomputes, from nothing to all
+    # refuse | off: drop-out that config.json names (GPT-2's embd_pdrop, ...) is not built; refuse the model, or train
+    # it without. Sampling, scores and references never drop.
+    c.model.dropout = "refuse"
     c.model.attention = "auto"  # auto | xla | chunked | cudnn | mosaic | splash
 
     c.lora = ml_collections.ConfigDict()

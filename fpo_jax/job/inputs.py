@@ -128,6 +128,12 @@ def read_model(config: configuration.Config, source: Path) -> model.ModelConfig:
         model_config = dataclasses.replace(model_config, reward_head=True)
     elif model_config.reward_head:
         raise ValueError(f"{source} is a reward model, and stage {config.stage!r} needs a language model.")
+    if model_config.dropout and config.model.dropout == "refuse":
+        named = ", ".join(f"{key}={share:g}" for key, share in model_config.dropout)
+        raise ValueError(
+            f"config.json of {source} names drop-out ({named}), and nothing is dropped in training here; set"
+            " model.dropout=off to train without it."
+        )
     _check_rows(config, source, model_config)
     return model_config
 

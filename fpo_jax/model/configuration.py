@@ -1,7 +1,8 @@
 """The frozen description of a decoder, and its translation from and to a Hugging Face config.json.
 
 Everything a config can say that would change the numbers is either honoured or refused by name; keys without effect
-on the forward pass (use_cache, architectures, ...) are passed over.
+on the forward pass (use_cache, architectures, ...) are passed over. Drop-out, which changes training alone, is kept by
+name, and refusing it is the business of who trains.
 """
 
 import dataclasses
@@ -40,6 +41,7 @@ class ModelConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    dropout: tuple[tuple[str, float], ...] = ()  # (key of config.json, share) of what training drops there, never here
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -166,8 +168,6 @@ FAMILIES = tuple(_ARCHITECTURES)
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "mlp_bias": (None, False),
-    "attention_dropout": (None, 0),
-    "hidden_dropout": (None, 0),
     "is_causal": (None, True),
     "add_cross_attention": (None, False),
     "is_encoder_decoder": (None, False),
@@ -179,11 +179,16 @@ _NEUTRAL_OF: dict[str, dict[str, tuple[Any, ...]]] = {
 _NEUTRAL_OF["qwen2"] |= {"use_sliding_window": (None, False)}
 _NEUTRAL_OF["qwen3"] |= {"use_sliding_window": (None, False)}
 _NEUTRAL_OF["gemma2"] |= {"use_bidirectional_attention": (None, False)}
-# The drop-out that GPT-2's configs name is that of its pre-training; nothing here drops.
 _NEUTRAL_OF["gpt2"] = {
     "scale_attn_weights": (None, True),
     "scale_attn_by_inverse_layer_idx": (None, False),
     "reorder_and_upcast_attn": (None, False),
+}
+# Shares that transformers drops in training, and what an absent key means there. What it gives other classes only is
+# passed over: classifier_dropout (token classification), summary_first_dropout (GPT2DoubleHeads).
+_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+_DROPOUT_OF = dict.fromkeys(FAMILIES, _DROPOUT) | {
+    "gpt2": _DROPOUT | {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
 }
 
 
@@ -198,6 +203,13 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}.")
     _check_kinds(config)
     problems = _refusals(config, family)
+    dropout = {key: config.get(key, absent) for key, absent in _DROPOUT_OF[family].items()}
+    dropout = {key: share for key, share in dropout.items() if share is not None}
+    problems += [
+        f"{key}={share!r} must be a share in [0, 1)"
+        for key, share in dropout.items()
+        if type(share) not in (int, float) or not 0 <= share < 1
+    ]
     values: dict[str, Any] = {}
     for field, key in _KEYS[family].items():
         if key in config or key in _DEFAULTS[family]:
@@ -227,6 +239,7 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
         problems.append(f"eos_token_id={eos!r} must be int, a list of int or null")
     if problems:
         raise ValueError(f"config.json of a {family} model: " + "; ".join(problems) + ".")
+    values["dropout"] = tuple((key, share) for key, share in dropout.items() if share)
     return ModelConfig(family=family, **values)
 
 
@@ -240,6 +253,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     keys["eos_token_id"] = None if not eos_ids else eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
     if config.query_scale is not None:
         keys["query_pre_attn_scalar"] = config.query_scale**-2
+    keys |= {key: 0.0 for key, absent in _DROPOUT_OF[config.family].items() if absent} | dict(config.dropout)
     if config.learned_positions:
         return {"model_type": config.family, **keys, **head_keys(config)}
     theta_key = "rotary_emb_base" if config.family == "gpt_neox" else "rope_theta"
