@@ -1,6 +1,7 @@
 """Records that repeat a benchmark are dropped and counted, in whatever layout, in the prompt or in a response."""
 
 import json
+import unicodedata
 
 import pytest
 
@@ -40,6 +41,42 @@ def test_what_is_dropped():
     )
     assert [row.source for row in found.rows] == ["f:1", "f:5", "f:7", "f:8"]
     assert found.dropped == {"contaminated": ["f:2", "f:3", "f:4", "f:6"]}
+
+
+CHINESE = "从山坡上滚下来的石头有多少块落进了河里，请写出计算的步骤。"  # 27 characters
+JAPANESE = "この文章の中で最も古い町の名前を答えてください。"  # 23, with dakuten
+THAI = "จงอธิบายว่าทำไมท้องฟ้าจึงเป็นสีฟ้าในเวลากลางวัน"
+
+
+@pytest.mark.parametrize(
+    ("text", "copy", "other"),
+    [
+        (CHINESE, f"问题：{CHINESE.replace('，', ' ').removesuffix('。')}\n谢谢", CHINESE.replace("河", "湖")),
+        (JAPANESE, unicodedata.normalize("NFD", f"「{JAPANESE}」"), JAPANESE.replace("古い", "新しい")),
+        (THAI, f"{THAI} ครับ", THAI.replace("ฟ้า", "ดำ")),
+        ("Écrivez à la fenêtre ce que vous avez déjà vu", "ECRIVEZ A LA FENETRE CE QUE VOUS AVEZ DEJA VU!", SHORT),
+    ],
+    ids=["Chinese", "Japanese, decomposed", "Thai", "accents"],
+)
+def test_scripts_without_word_spaces_and_other_ways_to_write_the_same(text, copy, other):
+    found = decontamination.clean(records((copy, ["x", "y"]), (other, ["x", "y"])), [text, PROBLEM])
+    assert found.dropped == {"contaminated": ["f:1"]}
+
+
+def test_a_benchmark_is_compared_or_refused_and_what_is_too_short_is_counted(tmp_path, caplog):
+    """What is not compared of one benchmark does not hide behind the texts of another."""
+    caplog.set_level("INFO", "fpo_jax")
+    tiny.write_model(tmp_path / "model", layers=1)
+    path = write(tmp_path / "d.jsonl", [{"prompt": t, "chosen": " a", "rejected": " b"} for t in ("Hi", CHINESE)])
+    long, short = (write(tmp_path / f"{n}.jsonl", [{"q": t}]) for n, t in (("long", PROBLEM), ("short", "天空的颜色")))
+    mixed = write(tmp_path / "mixed.jsonl", [{"q": CHINESE}, {"q": "天空的颜色"}, {"q": "a b c"}])
+    c = tiny.config(tmp_path / "model", path, data__decontaminate=(f"{long}=q", f"{short}=q"))
+    with pytest.raises(ValueError, match=r"no text of '.*short.jsonl=q' has 8 words, or 16 characters of a script"):
+        job.prepare(c)
+    c = tiny.config(tmp_path / "model", path, data__decontaminate=(f"{mixed}=q",), data__max_length=64)
+    c.data.train_rows = "0:2"
+    assert job.prepare(c).train.audit.dropped["contaminated"] == (f"{path}:2",)
+    assert "2 of 3 texts of" in caplog.text and "are not compared" in caplog.text
 
 
 def test_texts_too_short_to_compare_with():

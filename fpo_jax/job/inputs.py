@@ -246,7 +246,7 @@ def _dataset(
     else:
         records = read(data.Part(options[name], options[f"{name}_split"], 1.0))
     if name == "train" and options.decontaminate:
-        texts = [text for entry in options.decontaminate for text in decontamination.texts(entry)]
+        texts = [text for entry in options.decontaminate for text in decontamination.comparable(entry)]
         records = decontamination.clean(records, texts)
     if options.group_size == 1:
         records = data.best_only(records)
