@@ -2,7 +2,8 @@
 
 Command   python train.py --config configs/mistral_base.py --workdir runs/mistral_base
 Data      HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs -> 477 updates of 128, 48 of them warm-up
-Original  4 GPUs x 2 pairs x 16 accumulated; gamma = beta * gamma_beta_ratio = 1.6
+Original  4 GPUs x 2 pairs x 16 accumulated; gamma = beta * gamma_beta_ratio = 1.6; of equal rewards the
+          second is trained on as the chosen (tie_policy=second)
 Expect    the loss differs from SimPO's by less than 0.7 % for margins in [-3, 3]: compare with a SimPO run
           (`configs/mistral_base.py:sigmoid`) at the same beta, gamma and rate, and with three seeds
 """
@@ -33,6 +34,7 @@ def get_config(loss: str = "alphapo"):
     c.data.last_batch = "drop"
     c.loss.name = "alphapo"
     c.loss.alpha = 0.99
+    c.loss.tie_policy = "second"
     c.loss.beta = 2.0
     c.loss.gamma_beta_ratio = 0.8
     c.optim.learning_rate = 3e-7

@@ -3,7 +3,7 @@
 Command   python train.py --config configs/pythia_hh_pref.py --workdir runs/hh_pref --config.model.path=<SFT directory>
 Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 342 updates of 128 and one of the 59 that remain
 Original  4 GPUs x 8 prompts x 4 accumulated; fp16, here bfloat16; the authors run the whole epoch (their cap of 1,400
-          micro-steps is never reached)
+          micro-steps is never reached); of equal rewards the second is trained on as the chosen (tie_policy=second)
 Expect    nothing published for this recipe; NOTES.md has our runs on small models
 """
 
@@ -28,6 +28,7 @@ def get_config(loss: str = "alphapo-pref"):
     c.data.last_batch = "pad"
     c.loss.name = "alphapo-pref"
     c.loss.alpha = 0.1
+    c.loss.tie_policy = "second"
     c.loss.beta_pi = 0.5
     c.loss.temperature = 0.8  # logits of policy and reference are divided by it, as in the original
     c.optim.learning_rate = 1e-6

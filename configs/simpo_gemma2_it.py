@@ -3,7 +3,8 @@
 Command   python train.py --config configs/simpo_gemma2_it.py --workdir runs/simpo_gemma2_it
 Data      princeton-nlp/gemma2-ultrafeedback-armorm (`train`, `test`)
 Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 5; eager attention because of the
-          soft-cap, which here every implementation of attention either has or is not chosen
+          soft-cap, which here every implementation of attention either has or is not chosen;
+          tie_policy=second as in mistral_base
 Expect    the SimPO paper reports AlpacaEval 2 LC 72.4, WR 65.9, Arena-Hard 59.1, GSM8K 88.0
 """
 

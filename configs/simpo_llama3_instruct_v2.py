@@ -2,7 +2,7 @@
 
 Command   python train.py --config configs/simpo_llama3_instruct_v2.py --workdir runs/simpo_llama3_instruct_v2
 Data      princeton-nlp/llama3-ultrafeedback-armorm (`train`, `test`)
-Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 3.0
+Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 3.0; tie_policy=second as in mistral_base
 Expect    the SimPO paper reports AlpacaEval 2 LC 53.7, WR 47.5, Arena-Hard 36.5; users measured 48 and 44
 """
 

@@ -28,6 +28,8 @@ def announce(config: configuration.Config, inputs: job.Inputs, plan: job.Plan, c
     for name, dataset in (("train", inputs.train), ("eval", inputs.evaluation)):
         if dataset is not None:
             log.info("%s: %s", name, dataset.audit.text())
+    if inputs.train.audit.ties:
+        log.info(ties_in_words(inputs.loss, inputs.train.audit))
     log.info("one row as the model gets it, scored tokens between ⟦ and ⟧:\n%s", inputs.train.sample)
     log.info(
         "plan: %d updates of %d groups (%d an epoch) in %d micro-batches each; warm-up %d, decay over %d; %d"
@@ -43,6 +45,22 @@ def announce(config: configuration.Config, inputs: job.Inputs, plan: job.Plan, c
         ", ".join(f"T={length} R={scored}" for length, scored in plan.shapes),
         rows_in_words(config, plan, devices=compiled.layout.row_ways),
     )
+
+
+def ties_in_words(loss: losses.Loss, audit: data.Audit) -> str:
+    """Say how many groups have no single best candidate, and what the loss makes of them."""
+    winners = {
+        "uniform": "the best of a group share the label",
+        "first": "the first of the best is trained on as the chosen",
+        "second": "the last of the best is trained on as the chosen",
+    }
+    policy = loss.options.get("tie_policy")
+    made = "" if policy is None else f"tie_policy={policy}: {winners[str(policy)]}"
+    if loss.options.get("target") == "rewards":
+        made = "equal rewards are equal targets" + (f"; for the margin γ {made}" if made else "")
+    elif loss.of_scores:
+        made = "pairs of equal rewards are left out"
+    return f"reward ties: {audit.ties:,} of {audit.groups:,} groups share their highest reward; {made}"
 
 
 def rows_in_words(config: configuration.Config, plan: job.Plan, *, devices: int) -> str:

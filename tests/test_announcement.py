@@ -1,5 +1,7 @@
 """The first lines of a run: the loss with everything filled in, and what it makes of ties."""
 
+import json
+
 import pytest
 
 from fpo_jax import announcement
@@ -11,6 +13,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("announcement")
     tiny.write_model(root / "model", layers=1)
     tiny.write_pairs(root / "pairs.jsonl", count=8)
+    rows = [{"prompt": f"{i}: a?", "completions": [" ab", " cde"], "rewards": [1, int(i % 4 == 0)]} for i in range(8)]
+    (root / "ties.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return root
 
 
@@ -45,3 +49,26 @@ def test_the_loss_is_said_with_all_its_options(caplog, folder, name, changed, ex
     said = lines(caplog, folder, name, mesh__data=1, mesh__fsdp=1, **changed)
     for text in expected:
         assert text in said
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "expected"),
+    [
+        ("dpo", {}, "tie_policy=uniform: the best of a group share the label"),
+        ("dpo", {"loss__tie_policy": "second"}, "tie_policy=second: the last of the best is trained on as the chosen"),
+        ("ipo", {"loss__tie_policy": "first"}, "tie_policy=first: the first of the best is trained on as the chosen"),
+        ("exo-rw", {}, "equal rewards are equal targets"),
+        (
+            "jeffreys",
+            {"loss__target": "rewards", "loss__score": "mean_logp"},
+            "equal rewards are equal targets; for the margin γ tie_policy=uniform: the best of a group share the label",
+        ),
+        ("bradley_terry", {"stage": "reward"}, "pairs of equal rewards are left out"),
+    ],
+)
+def test_ties_are_said_with_what_the_loss_makes_of_them(caplog, folder, name, changed, expected):
+    one = {"mesh__data": 1, "mesh__fsdp": 1, **changed}
+    assert f"reward ties: 2 of 8 groups share their highest reward; {expected}\n" in lines(
+        caplog, folder, name, data="ties.jsonl", **one
+    )
+    assert "reward ties:" not in lines(caplog, folder, name, **one)

@@ -260,6 +260,17 @@ def test_a_recipe_with_any_loss_has_that_losses_own_options(name):
             assert resolved.options["beta"] == recipe.get_config().loss.beta, loss
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_of_the_original_keep_its_ties_and_say_so(name):
+    losses = importlib.import_module("fpo_jax.losses")
+    recipe = importlib.import_module(f"configs.{name}")
+    c = recipe.get_config()
+    takes = "tie_policy" in losses.resolve(c.loss.name, **config.loss_options(c)).options
+    kept = takes and c.stage == "align" and name != "quickstart"
+    assert c.loss.tie_policy == ("second" if kept else "")
+    assert ("tie_policy=second" in recipe.__doc__) == kept
+
+
 def test_dpo_in_a_reference_free_recipe_is_dpo():
     losses = importlib.import_module("fpo_jax.losses")
     c = importlib.import_module("configs.mistral_base").get_config("dpo")

@@ -207,7 +207,8 @@ def test_reward_target_is_clamped_and_not_renormalised():
 
 def test_losses_show_who_was_chosen():
     tied = groups(rewards_BK=[[1.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
-    assert_array_equal(losses.resolve("ipo").chosen(tied), [[0, 1, 0], [0, 1, 0]])
+    assert_array_equal(losses.resolve("ipo").chosen(tied), [[0.5, 0.5, 0], [0, 1, 0]])
+    assert_array_equal(losses.resolve("ipo", tie_policy="second").chosen(tied), [[0, 1, 0], [0, 1, 0]])
     assert_array_equal(losses.resolve("ipo", tie_policy="first").chosen(tied), [[1, 0, 0], [0, 1, 0]])
     assert_array_equal(losses.resolve("exo-rw").chosen(tied), [[0.5, 0.5, 0], [0, 1, 0]])
 

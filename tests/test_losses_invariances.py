@@ -17,6 +17,7 @@ from tests.losses_cases import (
     K,
     divergence_and_slope,
     each_divergence,
+    each_loss,
     groups,
     in_float64,
     value_and_grad,
@@ -206,3 +207,23 @@ def test_every_loss_under_jit_grad_and_vmap(compiled, key):
     assert np.any(expected_grads != 0)
     assert_allclose(values, expected_values, rtol=tolerances.LOSS_FLOAT32)
     assert_allclose(grads, expected_grads, rtol=0, atol=tolerances.LOSS_FLOAT32 * np.abs(expected_grads).max())
+
+
+@each_loss
+def test_equal_rewards_push_towards_neither(loss):
+    """By default a loss of a tied pair is even in the two, so that there is no gradient between equal ones."""
+    tied = groups(np.float64, rewards_BK=np.ones((B, K)))
+    pair = losses.Candidates(*(x_BK[:, :2] for x_BK in tied[:-1]), tied.batch_kl)
+    swapped = losses.Candidates(*(x_BK[:, ::-1] for x_BK in pair[:-1]), tied.batch_kl)
+    assert_allclose(
+        in_float64(loss.loss, pair), in_float64(loss.loss, swapped), rtol=tolerances.EXACT64, atol=tolerances.EXACT64
+    )
+    alike = losses.Candidates(*(np.repeat(x_BK[:, :1], 2, axis=1) for x_BK in pair[:-1]), tied.batch_kl)
+    _, slopes_BK = in_float64(value_and_grad, loss, alike)
+    assert_allclose(slopes_BK[:, 0], slopes_BK[:, 1], rtol=tolerances.EXACT64, atol=tolerances.EXACT64)
+
+
+def test_a_tied_pair_costs_dpo_log_2():
+    pair = groups(np.float64, rewards_BK=np.ones((B, K)))
+    pair = losses.Candidates(*(np.repeat(x_BK[:, :1], 2, axis=1) for x_BK in pair[:-1]), pair.batch_kl)
+    assert_allclose(in_float64(losses.resolve("dpo").loss, pair), np.log(2), rtol=tolerances.EXACT64)

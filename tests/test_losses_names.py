@@ -81,7 +81,7 @@ def test_unknown_names(name, message):
         ("exo", {"epsilon": 0.5}, r"epsilon=0.5 is outside \[0, 0.5\)"),
         ("exo", {"epsilon": -1e-3}, r"epsilon=-0.001 is outside"),
         ("exo", {"normalize": 1}, r"normalize=1 is not a bool; give True or False"),
-        ("exo", {"tie_policy": "last"}, r"tie_policy='last' is not one of: second, first, uniform"),
+        ("exo", {"tie_policy": "last"}, r"tie_policy='last' is not one of: uniform, first, second"),
         ("exo", {"target": "reward"}, r"target='reward' is not one of: preference, rewards"),
         ("exo-rw", {"log_clamp": -10.0}, r"log_clamp=-10.0 contradicts 'exo-rw', which fixes log_clamp=-inf"),
         ("dpo-pref", {"epsilon": 1e-3}, r"epsilon=0.001 contradicts 'dpo-pref'.*use the name 'kl_target_policy'"),
@@ -285,8 +285,9 @@ def test_every_option_changes_the_loss_or_is_an_error(loss):
                 losses.resolve(loss.name, **settings_of, **{key: value})
             continue
         assert loss.options[key] != value
-        # Hard labels have nothing to normalise (an error of its own): compare two soft ones.
-        extra = {"epsilon": 0.3} if key == "normalize" else {}
+        # Hard labels have nothing to normalise (an error of its own): compare two soft ones, with one chosen: between
+        # two labels of ½ and of 0.35 total variation does not change where p lies between them.
+        extra = {"epsilon": 0.3, "tie_policy": "second"} if key == "normalize" else {}
         changed = losses.resolve(loss.name, **{**settings_of, **extra, key: value})
         if key in ("temperature", "sft_weight"):  # applied by logps and step
             assert getattr(changed, key) == value != getattr(loss, key)

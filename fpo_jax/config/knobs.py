@@ -151,7 +151,7 @@ def default() -> Config:
         float
     )  # label of a rejected candidate; the authors' code has exp(-10), their paper 1e-3
     c.loss.normalize = config_dict.placeholder(bool)  # labels (1-epsilon, epsilon) instead of (1, epsilon)
-    c.loss.tie_policy = ""  # second (the authors' code) | first | uniform: who is chosen among equal rewards
+    c.loss.tie_policy = ""  # uniform | first | second (the authors' code): who is chosen among equal rewards
     c.loss.beta_pi = config_dict.placeholder(float)  # scale of the log-ratio score
     c.loss.beta_r = config_dict.placeholder(float)  # temperature of the reward target; unit of a reward
     c.loss.log_clamp = config_dict.placeholder(float)  # floor of log q in nats; -inf = none

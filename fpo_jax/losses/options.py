@@ -63,7 +63,7 @@ _ROWS = (
     Option("weight", float, "(0, 1)", 0.5, "weight of p in Jensen-Shannon's mixture"),
     Option("epsilon", float, "[0, 0.5)", divergences.AUTHORS_EPSILON, "label of a rejected candidate; 0 = hard labels"),
     Option("normalize", bool, "", False, "labels (1-ε, ε) that sum to 1 instead of (1, ε)"),
-    Option("tie_policy", str, " | ".join(targets.TIE_POLICIES), "second", "which of equal best rewards is chosen"),
+    Option("tie_policy", str, " | ".join(targets.TIE_POLICIES), "uniform", "which of equal best rewards is chosen"),
     Option("beta_r", float, "(0, inf)", 0.5, "temperature of the rewards in q; unit of a reward"),
     Option("log_clamp", float, "[-inf, 0]", divergences.AUTHORS_LOG_CLAMP, "floor of log q, nats; -inf = none"),
     Option("beta_pi", float, "(0, inf)", 0.5, "scale of a log-ratio to the reference; DPO's β"),

@@ -19,9 +19,9 @@ from fpo_jax.shapes import Array
 
 TIE_POLICIES = MappingProxyType(
     {
-        "second": numerics.last_of,  # the authors': of two equal rewards the second item wins; here the last of K
+        "uniform": lambda best_BK: best_BK,  # the best share the label: nobody said that one of them is better
         "first": numerics.first_of,
-        "uniform": lambda best_BK: best_BK,  # the best share the label
+        "second": numerics.last_of,  # the authors': of two equal rewards the second item wins; here the last of K
     }
 )
 
@@ -31,7 +31,8 @@ def chosen_shares(rewards_BK: Float[Array, "B K"], *, tie_policy: str) -> Float[
 
     Args:
         rewards_BK: any unit; only their order and their ties count.
-        tie_policy: "second" (the last of the best wins, as in the authors' code), "first", or "uniform".
+        tie_policy: "uniform" (the best share the label), "first", or "second" (the last of the best wins, as in the
+            authors' code).
 
     Returns:
         [B, K], rows sum to 1.
@@ -52,7 +53,7 @@ def preference_target(
     *,
     epsilon: float = AUTHORS_EPSILON,
     normalize: bool = False,
-    tie_policy: str = "second",
+    tie_policy: str = "uniform",
 ) -> Float[jax.Array, "B K"]:
     """Return log q for a preference: 1 for the chosen candidate and ε for each other one.
 
