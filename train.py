@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/; override with --config.key=value.")
+from fpo_jax.config import overrides
+
+_CONFIG = overrides.define("A file of configs/; override with --config.key=value, or =None where a field is unset.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for checkpoints, metrics and logs; resumes what it holds.")
 _PLAN = flags.DEFINE_string("plan", "", "Compile for h100:4, h100:2x8, v5e-16, v5p-8, ..., here; train nothing.")
 _MODE = flags.DEFINE_string(
@@ -37,11 +38,8 @@ flags.mark_flags_as_required(["config"])
 def parse(argv: list[str]) -> list[str]:
     """Parse the flags; a key that does not exist or a value of another type ends the program with one sentence."""
     try:
-        rest = flags.FLAGS(argv)
-        _ = _CONFIG.value  # loads the file
-    except (AttributeError, KeyError) as error:
-        _fail(2, f"unknown configuration key: {error.args[0]}; `fpo_jax/config/knobs.py` lists every key.")
-    except (flags.Error, TypeError, ValueError, OSError) as error:
+        rest = overrides.parse(argv, keys="`fpo_jax/config/knobs.py`")
+    except ValueError as error:
         _fail(2, error)
     if _PLAN.value and (_WORKDIR.value or _PROFILE.value):
         _fail(2, "--plan trains nothing and takes neither --workdir nor --profile; leave them out.")

@@ -7,6 +7,8 @@ Original  as pythia_hh_reward with rows of 650 and summaries of 75 tokens
 Expect    nothing published for this recipe
 """
 
+import copy
+
 from configs import pythia_hh_reward, pythia_tldr_pref
 
 
@@ -14,7 +16,7 @@ def get_config():
     """Return the locked configuration."""
     c = pythia_hh_reward.get_config()
     source, group_size = pythia_tldr_pref.get_config().data, c.data.group_size
-    c.data = source.copy_and_resolve_references()
+    c.data = copy.deepcopy(source)
     c.data.group_size = group_size
     c.plan.groups = 92_858
     return c

@@ -19,14 +19,14 @@ from typing import Any
 
 import ml_collections
 from absl import app, flags
-from ml_collections import config_flags
 
 from eval import export, generate, jobfile, kl, label, pipeline_inputs, pipeline_report
 from eval.stages import StageError, Stages
 from fpo_jax import checkpoint, execution, files, job, loop, recipes
 from fpo_jax import config as configuration
+from fpo_jax.config import overrides
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/pipelines/.")
+_CONFIG = overrides.define("A file of configs/pipelines/; override with --config.key=value, or =None where unset.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.")
 
 _EACH = ("completions", "finish", "tokens", "ids")  # of a line of answers: one entry for each of them
@@ -324,6 +324,18 @@ def _files(splits: Sequence[str]) -> list[str]:
     return [f"{split}.jsonl" for split in splits]
 
 
+def parse(argv: list[str]) -> list[str]:
+    """Parse the flags; a key that does not exist or a value of another type ends the program with one sentence."""
+    try:
+        rest = overrides.parse(argv, keys="the recipe's file in configs/pipelines/, with configs/pipelines/common.py,")
+        if rest[1:]:
+            raise ValueError(f"unexpected arguments {rest[1:]}; settings are given as --config.key=value.")
+    except ValueError as error:
+        print(f"pipeline: {error}", file=sys.stderr)
+        sys.exit(2)
+    return rest
+
+
 def main(_argv: list[str]) -> None:
     """Run, and turn each outcome into an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
@@ -340,4 +352,4 @@ def main(_argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config"])
-    app.run(main)
+    app.run(main, flags_parser=parse)

@@ -7,6 +7,8 @@ itself: where the data lie and how rows are cut (section `data`; where SFT or th
 eval.pipeline` runs it.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -37,8 +39,8 @@ def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, rewa
         ""  # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
     )
     c.measure_kl = False  # KL(aligned || start) of every alignment, on its answers; they must be drawn untruncated
-    c.tokenizer = align.tokenizer.copy_and_resolve_references()
-    c.data = ml_collections.ConfigDict({key: align.data[key] for key in (*SOURCE, *ROWS)})
+    c.tokenizer = copy.deepcopy(align.tokenizer)
+    c.data = _only(align.data, (*SOURCE, *ROWS))
     c.demonstrations = ml_collections.ConfigDict(dict.fromkeys(SOURCE, ""))  # of SFT; all "" = as `data`
     c.judgements = ml_collections.ConfigDict(dict.fromkeys(SOURCE, ""))  # of the reward model; all "" = as `data`
     for name, section in (("sft", sft), ("reward", reward), ("align", align)):
@@ -77,9 +79,18 @@ def replace_align(c: Any, align: Any) -> None:
     c.losses, c.seeds = (align.loss.name,), (align.seed,)
 
 
+def _only(section: Any, keys: Sequence[str]) -> Any:
+    """Return a section with these keys alone, placeholders kept."""
+    c = copy.deepcopy(section)
+    with c.unlocked():
+        for key in set(c) - set(keys):
+            del c[key]
+    return c
+
+
 def _trimmed(section: Any, *, seed: bool) -> Any:
     """Take out what the pipeline fills in, so that setting it is an error and not ignored."""
-    trimmed = section.copy_and_resolve_references()
+    trimmed = copy.deepcopy(section)  # with the placeholders of unset fields, which know their types
     with trimmed.unlocked():
         for key in (*SOURCE, *ROWS):
             del trimmed.data[key]
