@@ -4,7 +4,9 @@ Command   python train.py --config configs/pythia_hh_reward.py --workdir runs/hh
           python -m eval.export --workdir runs/hh_reward --out hh_reward --step best
 Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 343 updates of 128 pairs
 Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); starts from the base model, not from SFT; the score
-          stands at the last content token; saved only when the evaluation accuracy improves (100 batches)
+          stands at the last content token; evaluated before and after the epoch (100 batches) and saved only when the
+          accuracy improves. Here it is evaluated every 100 updates, the best of which is kept (train.keep_best);
+          343 updates instead of 342 and float32 master weights, as pythia_hh_pref says
 Expect    nothing published for this recipe
 """
 

@@ -2,7 +2,8 @@
 
 Command   python train.py --config configs/pythia_hh_sft.py --workdir runs/hh_sft
 Data      Anthropic/hh-rlhf, helpful-base, chosen side: 43,835 dialogues -> 343 updates of 128
-Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); a row without padding was masked whole (a bug)
+Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); a row without padding was masked whole (a bug);
+          342 updates, here 343 (last_batch=pad) and float32 master weights, as pythia_hh_pref says
 Expect    nothing published but the models that follow
 """
 

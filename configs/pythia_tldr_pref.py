@@ -4,7 +4,7 @@ Command   python train.py --config configs/pythia_tldr_pref.py --workdir runs/tl
           --config.model.path=<SFT directory> --config.data.train=<tldr/train.json> --config.data.eval=<tldr/test.json>
 Data      prompt / chosen / rejected: 92,858 comparisons -> 726 updates an epoch, of which 350 are run
 Original  1,400 micro-steps = 350 updates, 48 % of the epoch, while the cosine spans all of it (rate still 0.53 of
-          peak); tie_policy=second as in pythia_hh_pref
+          peak); tie_policy=second, last_batch=pad and float32 master weights as in pythia_hh_pref
 Expect    nothing published for this recipe; NOTES.md has our runs on small models
 """
 

@@ -3,7 +3,8 @@
 Command   python train.py --config configs/pythia_tldr_reward.py --workdir runs/tldr_reward
           python -m eval.export --workdir runs/tldr_reward --out tldr_reward --step best
 Data      summarize_from_feedback comparisons: 92,858 pairs -> 726 updates of 128 pairs
-Original  as pythia_hh_reward with rows of 650 and summaries of 75 tokens
+Original  as pythia_hh_reward with rows of 650 and summaries of 75 tokens; here too it is evaluated every 100
+          updates, the best of which is kept, with last_batch=pad and float32 master weights
 Expect    nothing published for this recipe
 """
 

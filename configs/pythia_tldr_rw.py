@@ -3,7 +3,8 @@
 Command   python train.py --config configs/pythia_tldr_rw.py --workdir runs/tldr_rw --config.model.path=<SFT directory>
           --config.data.train=<tldr_rw/train.json> --config.data.eval=<tldr_rw/test.json>
 Data      prompt / completions / rewards: the SFT model's samples at temperature 0.8, labelled by the reward model
-Original  as pythia_tldr_pref, with beta_r * beta_pi = 0.05 and the target's log clamped at -10
+Original  as pythia_tldr_pref, with beta_r * beta_pi = 0.05 and the target's log clamped at -10;
+          last_batch=pad and float32 master weights as in pythia_hh_pref
 Expect    nothing published for this recipe; NOTES.md has our runs on small models
 """
 

@@ -3,7 +3,8 @@
 Command   python train.py --config configs/pythia_tldr_sft.py --workdir runs/tldr_sft
 Data      UCL-DARK/openai-tldr-filtered: 116,722 posts with a summary -> 912 updates of 128
 Original  as pythia_hh_sft with rows of 650 and summaries of 75 tokens; the summary follows the prompt without a space,
-          while the preference data have one: here both have it
+          while the preference data have one: here both have it;
+          last_batch=pad and float32 master weights as in pythia_hh_sft
 Expect    nothing published but the models that follow
 """
 

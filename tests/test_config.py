@@ -271,6 +271,24 @@ def test_recipes_of_the_original_keep_its_ties_and_say_so(name):
     assert ("tie_policy=second" in recipe.__doc__) == kept
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["pythia_hh_pref", "pythia_hh_sft", "pythia_hh_reward"], ["342", "343", "last_batch=pad", "float32 master"]),
+        (["pythia_hh_pref"], ["first_difference", "26 of 2,312"]),
+        (["pythia_hh_reward", "pythia_tldr_reward"], ["every 100", "kept"]),
+        (["imdb_sft", "imdb_reward", "imdb_rw", "pipelines.imdb"], ["dropout of 0.1 is", "not applied here"]),
+        (["pipelines.on_policy_ultrafeedback"], ["4,096", "1,024", "max_new_tokens"]),
+        (["mistral_base"], ["the master weights stay float32"]),
+    ],
+)
+def test_recipes_say_where_they_differ_from_the_original(names, words):
+    for name in names:
+        said = " ".join(importlib.import_module(f"configs.{name}").__doc__.split("Original")[1].split())
+        for word in words:
+            assert word in said, (name, word)
+
+
 def test_dpo_in_a_reference_free_recipe_is_dpo():
     losses = importlib.import_module("fpo_jax.losses")
     c = importlib.import_module("configs.mistral_base").get_config("dpo")

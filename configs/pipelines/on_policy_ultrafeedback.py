@@ -6,7 +6,8 @@ Stages    one sample of every unique prompt, sorted, with each of five seeds at 
           whose five answers are all the same dropped; rewards; best against worst; alignment; answers to test prompts
 Original  SimPO's recipe: vLLM, then ArmoRM-Llama3-8B (custom code, which is never run here: give a reward model with a
           plain head, such as one of this project); ties may make one answer both chosen and rejected, and no test split
-          is made; here such groups are dropped and counted
+          is made; here such groups are dropped and counted. Its answers have up to 4,096 tokens, here
+          1,024 (sample.max_new_tokens, generate.max_new_tokens)
 Expect    SimPO's sets made this way: AlpacaEval 2 LC 53.7 for Llama-3-8B-Instruct
 """
 
