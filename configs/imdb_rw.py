@@ -4,8 +4,8 @@ Command   python train.py --config configs/imdb_rw.py --workdir runs/imdb_rw --c
           --config.data.train=<imdb_rw/train.json> --config.data.eval=<imdb_rw/test.json>
 Data      prompt / completions / rewards: the SFT model's samples at temperature 0.8 with their log-odds of "positive";
           25,000 prompts -> 391 updates of 64
-Original  EXO's code: 2 GPUs x 8 x 4 accumulated; a cap of 800 micro-steps, 200 updates; the alpha is ours. GPT-2's dropout
-          of 0.1 is on there and is not applied here; float32 master weights
+Original  EXO's code: 2 GPUs x 8 x 4 accumulated; a cap of 800 micro-steps, 200 updates; the alpha is ours. GPT-2's
+          dropout of 0.1 is on there and is not applied here; float32 master weights
 Expect    nothing published for this recipe
 """
 

@@ -3,8 +3,8 @@
 Command   python train.py --config configs/imdb_sft.py --workdir runs/imdb_sft
 Data      stanfordnlp/imdb: 25,000 reviews, 5 epochs of 195 updates of 128 and one of the 40 that remain
 Original  2 GPUs x 16 x 4 accumulated, fp16 (here bfloat16); rows of 512 and responses of 500 tokens; EXO's code, of
-          which f-PO keeps the readers. GPT-2's dropout of 0.1 is on there and is not applied here; float32 master weights
-          and a last update that is filled up (last_batch=pad) as in pythia_hh_sft
+          which f-PO keeps the readers. GPT-2's dropout of 0.1 is on there and is not applied here; float32 master
+          weights and a last update that is filled up (last_batch=pad) as in pythia_hh_sft
 Expect    nothing published but the models that follow
 """
 

@@ -4,9 +4,9 @@ Command   python train.py --config configs/pythia_hh_pref.py --workdir runs/hh_p
 Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 342 updates of 128 and one of the 59 that remain
 Original  4 GPUs x 8 prompts x 4 accumulated; fp16, here bfloat16; the authors run the whole epoch (their cap of 1,400
           micro-steps is never reached); of equal rewards the second is trained on as the chosen (tie_policy=second).
-          Here master weights are float32; there are 343 updates, the last of the 59 pairs that remain (last_batch=pad),
-          and the original's last two micro-steps complete none: 342. `first_difference` splits 26 of 2,312 HH pairs
-          elsewhere than the original's code
+          Here float32 master weights, and 343 updates, the last of the 59 pairs that remain (last_batch=pad); the
+          original's last two micro-steps complete none: 342. `first_difference` splits 26 of 2,312 HH pairs elsewhere
+          than the original's code
 Expect    nothing published for this recipe; NOTES.md has our runs on small models
 """
 

@@ -6,7 +6,7 @@ Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 343 updates of 128 pa
 Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); starts from the base model, not from SFT; the score
           stands at the last content token; evaluated before and after the epoch (100 batches) and saved only when the
           accuracy improves. Here it is evaluated every 100 updates, the best of which is kept (train.keep_best);
-          343 updates instead of 342 and float32 master weights, as pythia_hh_pref says
+          343 updates instead of 342 (last_batch=pad) and float32 master weights, as pythia_hh_pref says
 Expect    nothing published for this recipe
 """
 

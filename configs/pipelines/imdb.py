@@ -5,8 +5,8 @@ Stages    SFT on reviews; a sentiment classifier on their labels, the oracle; K 
           temperature 0.8 with their log-odds; alignment to them; 4 answers to 512 test prompts;
           reward against KL(policy || SFT)
 Original  EXO's code, GPT-2 large; it has this track with rewards, with pairs of the oracle's (here
-          --config.pairing=best_worst --config.losses="('exo-pref',)") and with a reward model trained on the pairs; GPT-2's dropout of 0.1 is on
-          there and is not applied here
+          --config.pairing=best_worst --config.losses="('exo-pref',)") and with a reward model trained on the pairs;
+          GPT-2's dropout of 0.1 is on there and is not applied here
 Sources   one set for all; `judgements` may name another for the oracle, so that the original's files serve too:
           imdb_class/{train,test}.json in format imdb beside imdb_prefix10/{train,test}.json in format demonstrations
 Expect    nothing published for this recipe
