@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fpo_jax import files
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
+WANDB_FILE = "wandb_id.txt"
 SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")
 
 
@@ -85,7 +87,12 @@ class Writers:
                     " it."
                 ) from None
             self._wandb = wandb.init(
-                project=wandb_project, dir=str(workdir), config=config, id=workdir.name, resume="allow"
+                project=wandb_project,
+                dir=str(workdir),
+                config=config,
+                id=_wandb_id(workdir),
+                name="/".join(workdir.absolute().parts[-2:]),
+                resume="allow",
             )
 
     def write(
@@ -151,6 +158,14 @@ def read(path: Path) -> list[dict]:
 def has_evaluation(path: Path, step: int) -> bool:
     """Return whether the file holds the evaluation after an update."""
     return path.exists() and any(line["step"] == step and any(map(_of_evaluation, line)) for line in read(path))
+
+
+def _wandb_id(workdir: Path) -> str:
+    """Return the id of the run in a workdir, made once: folder names come again, in sweeps and in pipelines."""
+    path = workdir / WANDB_FILE
+    if not path.exists():
+        files.write(path, secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
 
 
 def _of_evaluation(name: str) -> bool:

@@ -1,4 +1,6 @@
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -59,3 +61,41 @@ def test_a_number_that_is_not_finite_is_null_and_rows_are_named(tmp_path):
     log.close()
     line = json.loads((tmp_path / metrics.METRICS_FILE).read_text())
     assert line == {"step": 1, "loss": None, "grad_norm": None, "fine": 1.0, "nonfinite_rows": [4, 2]}
+
+
+class TestWandb:
+    @pytest.fixture
+    def begun(self, monkeypatch):
+        """What W&B is asked for, by a module in its place."""
+        asked = []
+        run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+        module = types.ModuleType("wandb")
+        module.init = lambda **options: asked.append(options) or run
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        return asked
+
+    def begin(self, workdir, **options):
+        workdir.mkdir(parents=True, exist_ok=True)
+        writers(workdir, wandb_project="p", **options).close()
+
+    def test_runs_in_folders_of_one_name_have_ids_of_their_own(self, tmp_path, begun):
+        """Two sweeps, or two stages of a pipeline: one id would make them one run, whose older steps are ignored."""
+        for folder in ("sweep_a/run", "sweep_b/run", "sft-0123456789/run"):
+            self.begin(tmp_path / folder)
+        assert len({options["id"] for options in begun}) == 3
+        assert [options["name"] for options in begun] == ["sweep_a/run", "sweep_b/run", "sft-0123456789/run"]
+        assert {(options["project"], options["resume"]) for options in begun} == {("p", "allow")}
+
+    def test_a_resumed_run_keeps_its_id_and_a_new_one_in_its_place_has_another(self, tmp_path, begun):
+        self.begin(tmp_path / "w")
+        self.begin(tmp_path / "w", resume_step=3)
+        (tmp_path / "w").rename(tmp_path / "moved")
+        self.begin(tmp_path / "moved", resume_step=3)
+        self.begin(tmp_path / "w")
+        first, again, moved, anew = (options["id"] for options in begun)
+        assert first == again == moved != anew
+        assert first.isalnum() and (tmp_path / "moved" / metrics.WANDB_FILE).read_text() == first + "\n"
+
+    def test_without_a_project_there_is_no_id(self, tmp_path, begun):
+        writers(tmp_path).close()
+        assert not begun and not (tmp_path / metrics.WANDB_FILE).exists()
