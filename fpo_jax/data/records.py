@@ -22,8 +22,8 @@ best response of each record.
 A text in a column `system` is read by every format whose prompt is messages: it becomes their first turn, unless they
 have a system turn. All other columns are noted as "column_not_used:NAME", with their rows.
 
-A file is JSON Lines or one JSON list, gzipped or not. Readers judge form only; what is empty, identical or too long is
-the business of `prepare`.
+A file is JSON Lines, one JSON list, CSV or TSV (gzipped or not), Parquet or Arrow. Readers judge form only; what is
+empty, identical or too long is the business of `prepare`.
 """
 
 import itertools
@@ -77,10 +77,12 @@ def read(
     """Read preference records.
 
     Args:
-        source: a file; a directory (its files `*.json`, `*.jsonl`, gzipped or not, in the order of their names, or
-            what `datasets.save_to_disk` wrote); or a hub name `owner/name`. A path that does not exist is an error.
+        source: a file; a directory (its files of one kind in the order of their names; where it has none, those in
+            folders below it, as in a copy of a hub data set; or what `datasets.save_to_disk` wrote); or a hub name
+            `owner/name`. A path that does not exist is an error.
         format: one of those above.
-        split: of a hub name or saved data set; in a directory, the files named `split.*` or `split-*`.
+        split: of a hub name or saved data set; in a directory, the files named `split.*` or `split-*`, or in a folder
+            named `split`.
         hh_split: `last_turn` or `first_difference` (see `transcripts`); for format `hh` only.
         on_bad_row: `error` stops, naming the first ten; `skip` drops and counts them, up to one in a thousand
             (a single one always).

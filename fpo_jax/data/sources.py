@@ -2,25 +2,35 @@
 
 What flows in: a source as the user wrote it. What flows out: (place, row) pairs, the place being "file:line" or
 "name[index]". A row that cannot be parsed comes out as the `BadRow` that says why; a source that cannot be read on is a
-ValueError. A line ends at LF, never at U+2028, and what a file holds is told by its first characters.
+ValueError. A line ends at LF, never at U+2028, and what a file holds is told by its first characters, then by its name.
+
+The cells of a CSV file are texts, and an empty one is null.
 """
 
 import codecs
 import collections
+import csv
 import gzip
 import itertools
 import json
+import logging
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-_ROW_FILES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-_DATA_SUFFIX = re.compile(r"\.(jsonl?|gz|csv|tsv|txt|parquet|arrow|zip|zst|bz2|xz)$")
+from fpo_jax.data import tables
+
+_DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|gz|csv|tsv|txt|parquet|pq|arrow|feather|zip|zst|bz2|xz|xlsx?|tar|tgz)$")
+_ABOUT = ("dataset_info.json", "dataset_infos.json")  # of a copy of a hub data set, about its rows
 _ENTRY = re.compile(r"(?P<source>.+?)(@(?P<split>[^@=/]+))?=(?P<value>[^=]+)")
+log = logging.getLogger("fpo_jax")
+
 LONGEST_LINE = 2**26  # bytes of one row
 LARGEST_LIST = 2**30  # bytes of a JSON list, which is held as a whole; both count what a gzip stream unpacks to
+_DELIMITERS = {"csv": ",", "tsv": "\t"}
+_NAMED = 8  # files in a message
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -59,13 +69,38 @@ def rows(source: str, *, split: str | None, data_dir: str | None, revision: str 
 
 
 def _directory_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
-    names = sorted(entry.name for entry in path.iterdir() if entry.is_file() and entry.name.endswith(_ROW_FILES))
-    chosen = [name for name in names if not split or re.match(rf"{re.escape(split)}[.-]", name)]
-    if not chosen:
-        what = f"{split}.* or {split}-* among its {_ROW_FILES}" if split else f"{_ROW_FILES}"
-        raise ValueError(f"the directory {str(path)!r} has no file {what}; it has {', '.join(names) or 'none'}")
-    for name in chosen:
-        yield from _file_rows(path / name)
+    """Yield the rows of a folder's files in the order of their names; of folders below it if it has none itself."""
+    found: list[Path] = []
+    for below in (path.iterdir(), path.rglob("*")):
+        found = [file for file in sorted(below) if _holds_rows(file, path)]
+        chosen = [file for file in found if not split or _is_of_split(file.relative_to(path), split)]
+        if chosen:
+            break
+    else:
+        there = [file.relative_to(path).as_posix() for file in found or sorted(path.rglob("*")) if file.is_file()]
+        what = f"{split}.* or {split}-*, nor one below a folder {split}," if split else "with rows"
+        told = ", ".join(there[:_NAMED]) + (f" and {len(there) - _NAMED} more" if len(there) > _NAMED else "")
+        raise ValueError(f"the directory {str(path)!r} has no file {what} of {tables.READ}; it has {told or 'none'}")
+    kinds = {file.relative_to(path).as_posix(): tables.named(file) for file in chosen}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{name} ({kind})" for name, kind in itertools.islice(kinds.items(), _NAMED))
+        raise ValueError(
+            f"the directory {str(path)!r} mixes kinds of files, {told}; name one of them, or take the others away"
+        )
+    if len(chosen) > 1 and not split:
+        log.info("%s: no split is named, and all of its %d files are read: %s", path, len(chosen), ", ".join(kinds))
+    for file in chosen:
+        yield from _file_rows(file)
+
+
+def _holds_rows(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.is_file() and not hidden and tables.named(file) is not None and file.name not in _ABOUT
+
+
+def _is_of_split(name: Path, split: str) -> bool:
+    """Whether a file below the directory is of the split: by its own name, or that of a folder it is in."""
+    return bool(re.match(rf"{re.escape(split)}[.-]", name.name)) or split in name.parts[:-1]
 
 
 def _saved_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
@@ -96,6 +131,50 @@ def _hub_rows(name: str, split: str | None, data_dir: str | None, revision: str 
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    kind = tables.kind(path)
+    if kind == "json":
+        return _json_rows(path)
+    return _csv_rows(path, delimiter=_DELIMITERS[kind]) if kind in _DELIMITERS else tables.rows(path, kind)
+
+
+def _csv_rows(path: Path, *, delimiter: str) -> Iterator[tuple[str, Any]]:
+    """Yield (place, row) of a table with a header."""
+    csv.field_size_limit(LONGEST_LINE)
+    reader = csv.reader(_decoded(path), delimiter=delimiter, strict=True)
+    header: list[str] = []
+    begins = 1
+    try:
+        for cells in reader:
+            place, begins = f"{path}:{begins}", reader.line_num + 1
+            if not header and cells:
+                header = cells
+                if len(set(header)) < len(header) or not all(header):
+                    raise ValueError(f"{place}: the header needs one name for each column, none twice; it is {header}")
+            elif cells and len(cells) != len(header):
+                yield place, BadRow(f"{len(cells)} cells under a header of {len(header)} columns")
+            elif cells:
+                yield place, {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}:{begins}: broken CSV ({error}); write the table again, with its quotes doubled"
+        ) from error
+
+
+def _decoded(path: Path) -> Iterator[str]:
+    for number, line in _lines(path):
+        _check_length(path, number, line)
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); save the table as UTF-8") from error
+
+
+def _check_length(path: Path, number: int, line: bytes) -> None:
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"{path}:{number}: the line is longer than {LONGEST_LINE:,} bytes, which no row can be")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) of a JSON list or of JSON Lines, whichever the first character says."""
     lines = _lines(path)
     first = next(((number, line) for number, line in lines if line.strip()), None)
@@ -109,8 +188,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}[{index}]", row) for index, row in enumerate(whole))
         return
     for number, line in itertools.chain([first], lines):
-        if len(line) > LONGEST_LINE:
-            raise ValueError(f"{path}:{number}: the line is longer than {LONGEST_LINE:,} bytes, which no row can be")
+        _check_length(path, number, line)
         if line.strip():
             yield f"{path}:{number}", _loads(line.rstrip(b"\r\n"))
 
