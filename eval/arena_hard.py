@@ -5,8 +5,9 @@ two games, the first with the baseline as assistant A, the second with the model
 a battle, a strong one (A>>B) three, and a tie is half a win. Every battle is against the one baseline of its category,
 so that the Bradley-Terry win probability of a model is the mean over its battles, whatever the other models did.
 
-Two bootstrap intervals of 95 %: over battles, as the published leaderboards draw them, and over questions, which is the
-honest one: the three battles of a strong verdict, and the two games of a question, are not independent.
+Two bootstrap intervals, of 95 % for v0.1 and of 90 % (5th to 95th percentile) for v2.0, as their harnesses have them:
+over battles, as the published leaderboards draw them, and over questions, which is the honest one: the three battles of
+a strong verdict, and the two games of a question, are not independent.
 
 Nothing is judged here and no key is needed. A table goes to stdout, all numbers to --json. Questions that the judge
 left without a verdict are left out and counted; where more than 1 % are missing the score is withheld.
@@ -30,7 +31,7 @@ OLD = "arena-hard-v0.1"
 BASELINES = {OLD: "gpt-4-0314", "hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
 SIZES = {OLD: 500, "hard_prompt": 500, "creative_writing": 250}  # questions of each category
 STRONG = 3  # battles of a strong verdict
-PERCENTILES = (2.5, 97.5)
+PERCENTILES = {OLD: (2.5, 97.5), "hard_prompt": (5.0, 95.0), "creative_writing": (5.0, 95.0)}  # of each harness
 # verdict -> (is A better: 1, 0 or 1/2 = tie; battles)
 VERDICTS = {"A>>B": (1.0, STRONG), "A>B": (1.0, 1), "A=B": (0.5, 1), "B>A": (0.0, 1), "B>>A": (0.0, STRONG)}
 # v2.0 also takes these; v0.1 leaves them out
@@ -85,7 +86,9 @@ def run(options: Options) -> dict[str, Any]:
     baselines = _baselines(groups)
     found: dict[str, Any] = {}
     for (category, model), rows in sorted(groups.items()):
-        entry = found.setdefault(category, {"baseline": baselines[category], "models": {}})
+        low, high = PERCENTILES[category]
+        head = {"baseline": baselines[category], "interval_percent": high - low, "models": {}}
+        entry = found.setdefault(category, head)
         entry["models"][model] = _scored(rows, category, options)
     return {"benchmark": "Arena-Hard", "judge": judges[0] if judges else "", "categories": found}
 
@@ -137,12 +140,15 @@ def question(row: judgements.Row) -> Question | None:
     )
 
 
-def score(questions: Sequence[Question], *, rounds: int, generator: np.random.Generator) -> dict[str, Any]:
+def score(
+    questions: Sequence[Question], *, rounds: int, percentiles: tuple[float, float], generator: np.random.Generator
+) -> dict[str, Any]:
     """Return the win probability against the baseline in percent, its two intervals, and counts.
 
     Args:
         questions: of one model, at least one.
         rounds: bootstrap samples of each interval.
+        percentiles: of the samples, where the intervals end.
         generator: draws them.
     """
     battles = collections.Counter()
@@ -157,7 +163,7 @@ def score(questions: Sequence[Question], *, rounds: int, generator: np.random.Ge
     battles_Q = np.array([one.battles for one in questions])
     drawn_RQ = generator.integers(len(questions), size=(rounds, len(questions)))
     by_question_R = points_Q[drawn_RQ].sum(1) / battles_Q[drawn_RQ].sum(1)
-    bounds = [*np.percentile(by_battle_R, PERCENTILES), *np.percentile(by_question_R, PERCENTILES)]
+    bounds = [*np.percentile(by_battle_R, percentiles), *np.percentile(by_question_R, percentiles)]
     return {
         "score": 100 * float(points_Q.sum() / total),
         **{name: 100 * float(bound) for name, bound in zip(_INTERVALS, bounds, strict=True)},
@@ -180,7 +186,8 @@ def _scored(rows: Sequence[judgements.Row], category: str, options: Options) -> 
         )
     if not judged:
         raise ValueError(f"{model} has no verdict on any of {len(rows)} questions of {category}; judge them first.")
-    found = score(judged, rounds=options.rounds, generator=np.random.default_rng(options.seed))
+    generator = np.random.default_rng(options.seed)
+    found = score(judged, rounds=options.rounds, percentiles=PERCENTILES[category], generator=generator)
     coverage = len(judged) / size
     withheld = coverage < options.min_coverage
     if withheld:
@@ -198,7 +205,8 @@ def table(report: dict[str, Any]) -> str:
             numbers = ["-"] * 3 if one["withheld"] else _numbers(one)
             judged = f"{one['n_questions']}/{SIZES[category]}"
             rows.append([name, *numbers, judged, str(one["n_battles"]), f"{one['contradicted']:.0%}"])
-        head = [f"{category} vs {entry['baseline']}", "score", "95 % (battles)", "95 % (questions)"]
+        percent = f"{entry['interval_percent']:.0f} %"
+        head = [f"{category} vs {entry['baseline']}", "score", f"{percent} (battles)", f"{percent} (questions)"]
         parts.append(judgements.table([*head, "judged", "battles", "contradicted"], rows))
     return "\n\n".join(parts)
 

@@ -35,6 +35,24 @@ def scored(path, rows, **more):
     return arena_hard.run(arena_hard.Options(judgements=(written(path, rows),), **more))
 
 
+def test_intervals_are_of_90_percent_in_v2_and_of_95_in_v01_as_in_their_harnesses(tmp_path):
+    games = [("B>A", "A>B") if i % 3 else ("A>B", "B>A") for i in range(60)]  # the baseline is A first
+    found = {}
+    for row_of, category, percent in ((old_row, arena_hard.OLD, 95), (new_row, "hard_prompt", 90)):
+        report = scored(tmp_path / f"{percent}.jsonl", [row_of(i, *pair) for i, pair in enumerate(games)], rounds=1000)
+        assert report["categories"][category]["interval_percent"] == percent
+        assert f"{percent} % (battles)" in arena_hard.table(report) and f"{185 - percent} %" not in arena_hard.table(
+            report
+        )
+        found[percent] = ours(report, category)
+    # 120 battles, 80 of them won, drawn as the harness draws them
+    won_R = np.random.default_rng(0).multinomial(120, [1 / 3, 0, 2 / 3], 1000)[:, 2]
+    for percent, bounds in ((95, (2.5, 97.5)), (90, (5, 95))):
+        assert [found[percent]["low"], found[percent]["high"]] == pytest.approx(np.percentile(won_R / 1.2, bounds))
+    assert found[95]["low_questions"] < found[90]["low_questions"]
+    assert found[90]["high_questions"] < found[95]["high_questions"]
+
+
 def ours(report, category=arena_hard.OLD):
     return report["categories"][category]["models"]["ours"]
 
@@ -228,7 +246,7 @@ def test_published_intervals_are_those_of_resampled_battles():
                 arena_hard.Question(2 * battle * right, 2 * battle, ((right, battle),) * 2, False)
                 for right in [1.0] * won + [0.0] * (500 - won)
             ]
-            found = arena_hard.score(questions, rounds=500, generator=np.random.default_rng(0))
+            found = arena_hard.score(questions, rounds=500, generator=np.random.default_rng(0), percentiles=(2.5, 97.5))
             widths.append(found["high"] - found["low"])
         ratios.append([(float(row["rating_q975"]) - float(row["rating_q025"])) / width for width in widths])
     weak, strong = np.array(ratios).T

@@ -28,6 +28,13 @@ def test_the_first_part_of_each_source_in_one_fixed_order(tmp_path):
     assert found != sorted(found) and found == [record.prompt for record in data.mixture(parts, read).rows]
 
 
+@pytest.mark.parametrize(("fraction", "kept"), [("0.29", 29), ("0.57", 57), ("0.58", 58), ("0.295", 29), ("0.999", 99)])
+def test_a_fraction_is_the_decimal_that_was_written(tmp_path, fraction, kept):
+    """0.29 * 100 is 28.999999999999996 in binary floating point."""
+    part = data.parse(f"{source(tmp_path / 'a.jsonl', 'a', 100)}={fraction}")
+    assert len(data.mixture([part], read).rows) == kept
+
+
 def test_a_run_trains_on_its_mixture_and_evaluates_on_all_of_its_test_set(tmp_path):
     tiny.write_model(tmp_path / "model", layers=1)
     a, b = (source(tmp_path / f"{name}.jsonl", name, 8) for name in "ab")

@@ -1,9 +1,11 @@
 """Several sources as one: the first part of each, one after the other, in one shuffled order.
 
-An entry of a mixture is "source=fraction" or "source@split=fraction". A fraction keeps the first int(fraction * rows)
-rows of its source, as alignment-handbook's mixer does; the order is fixed by a seed of its own, not by the run's.
+An entry of a mixture is "source=fraction" or "source@split=fraction". A fraction keeps the first floor(fraction * rows)
+rows of its source, of the decimal that was written: 0.29 of 100 rows are 29. The original, alignment-handbook's mixer,
+takes int() of the product in binary floating point, so 28. The order is fixed by a seed of its own, not the run's.
 """
 
+import fractions
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -53,7 +55,7 @@ def mixture(parts: Sequence[Part], read: Callable[[Part], Records]) -> Records:
     rows, dropped, noted = [], {}, {}
     for part in parts:
         found = read(part)
-        kept = int(part.fraction * len(found.rows))
+        kept = int(fractions.Fraction(repr(part.fraction)) * len(found.rows))  # repr is the shortest decimal
         if kept == 0:
             raise ValueError(
                 f"{part.source}: a fraction of {part.fraction:g} keeps none of {len(found.rows)} rows; raise it or"
