@@ -10,7 +10,7 @@ from typing import Any
 from eval import generate, generate_options
 from fpo_jax import chat, data, hf, job, sample
 from fpo_jax import config as configuration
-from fpo_jax.chat import rules
+from fpo_jax.chat import texts
 
 
 def problems(c: Any) -> list[str]:
@@ -75,13 +75,15 @@ def check(c: Any, stages: Mapping[str, Any]) -> None:
         with configuration.about(name):
             source = hf.local_dir(config.model.path, revision=config.model.revision or None)
             job.read_model(config, source)
-            tokenizer = job.read_tokenizer(config, source)
+            encoder = job.read_encoder(config, source)
             if config.data.rule == "chat":
-                rules.require_template(chat.encoder(tokenizer))
+                texts.require_template(encoder)
             for split in ("train", "eval"):
                 if config.data[split]:
                     drawn = name == "align" and ("sample" in c or split == answered(c))
-                    _check_records(config, split, tokenizer, drawn=drawn, trained=name != "align" or "sample" not in c)
+                    _check_records(
+                        config, split, encoder.tokenizer, drawn=drawn, trained=name != "align" or "sample" not in c
+                    )
 
 
 def answered(c: Any) -> str:
@@ -99,13 +101,11 @@ def _check_judge(c: Any) -> None:
             f"data.max_length={c.data.max_length} exceeds the window of {judge.max_positions} tokens of {source}; lower"
             " it, or give another reward model."
         )
-    tokenizer = chat.load_tokenizer(
-        c.tokenizer.path or source,
-        chat_template=c.tokenizer.chat_template or None,
-        eos_token=c.tokenizer.eos_token or None,
-    )
-    if c.data.rule == "chat":
-        rules.require_template(chat.encoder(tokenizer))
+    judge_format = chat.resolve(source).format
+    if judge_format.rule == "raw" and c.data.rule == "chat":
+        raise ValueError(
+            f"{source} has no chat template, and reads conversations; give a reward model of conversations."
+        )
 
 
 def _check_records(config: Any, split: str, tokenizer: Any, *, drawn: bool, trained: bool) -> None:
@@ -131,6 +131,6 @@ def _check_records(config: Any, split: str, tokenizer: Any, *, drawn: bool, trai
                 f"{record.source} has {len(record.responses)} completions, which group_size={size} does not divide;"
                 " give data of another kind, or another group_size."
             )
-        texts = [record.prompt, *record.responses] if trained else [record.prompt]
-        if options.rule == "raw" and not all(isinstance(text, str) for text in texts):
+        said = [record.prompt, *record.responses] if trained else [record.prompt]
+        if options.rule == "raw" and not all(isinstance(text, str) for text in said):
             raise ValueError(f"{record.source} holds messages, and rule='raw' takes plain text; set data.rule=chat.")
