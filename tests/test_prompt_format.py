@@ -569,3 +569,16 @@ def test_an_adapter_carries_the_tokenizer_too(tmp_path):
     assert chat.prompt_format.read(tmp_path / "a")[0].auto_insert_empty_system
     found = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert found["base_model_name_or_path"] == str(model) and found["revision"] is None
+
+
+def test_a_run_from_an_export_says_where_it_asks_otherwise(tmp_path, caplog):
+    """The export of a run with an empty system turn has it in its template, and needs the field no more."""
+    model = write_model(tmp_path / "m", DEFAULT_SYSTEM)
+    data_file = write_rows(tmp_path / "rows.jsonl", CHAT_ROWS)
+    loop.run(run_config(model, data_file, data__auto_insert_empty_system=True), tmp_path / "w", devices=_one_device())
+    export.export(tmp_path / "w", tmp_path / "e", step=None, dtype=None)
+    caplog.clear()
+    job.prepare(run_config(tmp_path / "e", data_file))
+    assert "another prompt format" not in caplog.text
+    job.prepare(run_config(tmp_path / "e", data_file, tokenizer__chat_template="chatml"))
+    assert "model.path was trained with another prompt format: chat template of" in caplog.text

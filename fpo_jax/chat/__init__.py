@@ -13,7 +13,7 @@ cutting        rows cut to a window
 from fpo_jax.chat import prompt_format
 from fpo_jax.chat.cutting import Row, fit_chat, fit_raw
 from fpo_jax.chat.prompt_format import PromptFormat, parse_kwargs
-from fpo_jax.chat.resolving import Told, example_faults, resolve, transformers_ids, warnings
+from fpo_jax.chat.resolving import Told, example_faults, render_alike, resolve, transformers_ids, warnings
 from fpo_jax.chat.rules import chat_rows, continuation, generation_prompts, keep_end, raw_rows
 from fpo_jax.chat.templates import CHAT_TEMPLATES
 from fpo_jax.chat.texts import Refused, chat_texts, knows_system
@@ -42,6 +42,7 @@ __all__ = [
     "parse_kwargs",
     "prompt_format",
     "raw_rows",
+    "render_alike",
     "resolve",
     "transformers_ids",
     "warnings",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_jax.chat import prompt_format as records
-from fpo_jax.chat import rendering, texts
+from fpo_jax.chat import rendering, rules, texts
 from fpo_jax.chat import tokenizer as tokenizers
 from fpo_jax.chat.prompt_format import PromptFormat
 from fpo_jax.chat.tokenizer import Encoder
@@ -120,6 +120,21 @@ def warnings(encoder: Encoder) -> list[str]:
             " so the model is trained on it and has to write it itself."
         )
     return found
+
+
+def render_alike(one: Encoder, other: Encoder) -> bool:
+    """Whether two encoders make the same ids of a short conversation, or both refuse it."""
+
+    def ids(encoder: Encoder) -> object:
+        prompts, responses = ["fpo-question"], [["fpo-answer"]]
+        try:
+            if encoder.format.rule == "raw":
+                return rules.raw_rows(encoder, prompts, responses, max_length=2**20, max_response_length=2**10)
+            return rules.chat_rows(encoder, prompts, responses, max_length=2**20, max_prompt_length=2**10)
+        except texts.Refused as error:
+            return error.reason
+
+    return ids(one) == ids(other)
 
 
 def transformers_ids(

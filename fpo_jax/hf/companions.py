@@ -110,8 +110,9 @@ def _write_template(encoder: chat.Encoder, out_dir: Path, example: Mapping[str, 
     settled, prefix = encoder.format, ""
     if settled.auto_insert_empty_system and chat.knows_system(settled.chat_template):
         prefix = _EMPTY_SYSTEM
-    if settled.prepend_bos and encoder.adds_bos and example is not None:
-        opened = chat.transformers_ids(encoder, example["messages"], add_generation_prompt=False)
+    if settled.prepend_bos and encoder.adds_bos:
+        messages = [{"role": "user", "content": "x"}] if example is None else example["messages"]
+        opened = chat.transformers_ids(encoder, messages, add_generation_prompt=False)
         prefix = ("{{ bos_token }}" if opened[:1] != [encoder.bos_id] else "") + prefix
     text = prefix + settled.chat_template
     (out_dir / "chat_template.jinja").write_text(text, encoding="utf-8")

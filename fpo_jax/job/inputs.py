@@ -196,9 +196,9 @@ def read_encoder(config: configuration.Config, source: Path) -> chat.Encoder:
         limits={name: options[name] for name in LIMITS},
     )
     encoder = chat.encoder(tokenizer, settled, end_ids=hf.end_ids(source))
-    recorded = chat.prompt_format.read(source)
-    if recorded is not None and recorded[0].text != encoder.format.text:
-        log.warning("model.path was trained as %s; this run goes on as %s", recorded[0].text, encoder.format.text)
+    if chat.prompt_format.read(source) is not None and not chat.render_alike(encoder, before := chat.resolve(source)):
+        told = before.format.text, encoder.format.text
+        log.warning("model.path was trained with another prompt format: %s; this run goes on with: %s", *told)
     return encoder
 
 
