@@ -5,6 +5,7 @@ error that names the stage. Nothing is tokenised and no weight is read, so that 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from eval import generate, generate_options
@@ -51,7 +52,7 @@ def _drawing_problems(c: Any, section: Any) -> list[str]:
     try:
         sample.Decoding(**{key: options[key] for key in drawn if key in options})
         for seed in section.seeds:
-            generate_options.check(generate.Options(out="o", data="d", model="m", seed=seed, **options))
+            generate_options.check(generate.Options(out=Path("o"), data="d", model="m", seed=seed, **options))
     except (ValueError, TypeError) as error:
         found.append(str(error))
     return found
