@@ -69,16 +69,13 @@ def write_tokenizer(encoder: chat.Encoder, source: Path, *, out_dir: Path, examp
     (a SentencePiece model, a lone tokenizer.json, a hub name) a tokenizer.json is made, with the merges used here.
     """
     if source.is_dir() and (source / "tokenizer.json").is_file():
-        for path in sorted({path for pattern in _TOKENIZER for path in source.glob(pattern)}):
-            shutil.copyfile(path, out_dir / path.name)
+        for path in sorted({path for pattern in (*_TOKENIZER, *_TEMPLATES) for path in source.glob(pattern)}):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, out_dir / path.name)
     else:
         encoder.tokenizer.save_pretrained(out_dir)
     if encoder.format.rule == "chat":
         _write_template(encoder, out_dir, example)
-    elif source.is_dir():
-        for path in sorted({path for pattern in _TEMPLATES for path in source.glob(pattern)}):
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, out_dir / path.name)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = out_dir / name
         if path.is_file() and _spelling(found := directories.read_json(path)) != encoder.format.eos_token:
@@ -106,7 +103,7 @@ def check(directory: Path) -> None:
 
 
 def _write_template(encoder: chat.Encoder, out_dir: Path, example: Mapping[str, Any] | None) -> None:
-    """Write the template by which transformers renders what the training rendered."""
+    """Write the template by which transformers renders what the training rendered, where the files have another."""
     settled, prefix = encoder.format, ""
     if settled.auto_insert_empty_system and chat.knows_system(settled.chat_template):
         prefix = _EMPTY_SYSTEM
@@ -115,6 +112,11 @@ def _write_template(encoder: chat.Encoder, out_dir: Path, example: Mapping[str, 
         opened = chat.transformers_ids(encoder, messages, add_generation_prompt=False)
         prefix = ("{{ bos_token }}" if opened[:1] != [encoder.bos_id] else "") + prefix
     text = prefix + settled.chat_template
+    there = chat.load_tokenizer(out_dir, eos_token=settled.eos_token)
+    if there.chat_template and there.get_chat_template() == text:
+        return
+    for path in {path for pattern in _TEMPLATES for path in out_dir.glob(pattern)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out_dir / "chat_template.jinja").write_text(text, encoding="utf-8")
     path = out_dir / "tokenizer_config.json"  # where releases of transformers before the file of its own look
     found = directories.read_json(path) if path.is_file() else {}
