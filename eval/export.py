@@ -9,12 +9,15 @@ tensor at a time, so that a model larger than the host's memory can be exported.
 
 import argparse
 import dataclasses
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fpo_jax import chat, checkpoint, hf, job, model, params
+
+log = logging.getLogger("fpo_jax")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -50,6 +53,11 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
         raise ValueError(f"{workdir} is not a directory; give the --workdir of a training run.")
     tree, meta = checkpoint.restore_params(workdir, step)
     config = model.from_hf_config(meta["hf_config"])
+    if chat.prompt_format.read(Path(meta["model_dir"])) is None:
+        log.warning(
+            "%s keeps no record of its prompt format: it is older; template and tokenizer are the start model's",
+            workdir,
+        )
     if meta["config"].get("stage") == "reward":
         pad_id = job.reward_pad_id(chat.resolve(Path(meta["model_dir"])), config)
         config = dataclasses.replace(config, reward_head=True, pad_id=pad_id)

@@ -265,6 +265,11 @@ def _model(options: Options) -> tuple[Path, model.ModelConfig, Any, Any]:
     tree, meta = checkpoint.restore_params(Path(options.workdir), step)
     source = Path(meta["model_dir"])
     config = hf.read_config(source)
+    if chat.prompt_format.read(Path(meta["model_dir"])) is None:
+        log.warning(
+            "%s keeps no record of its prompt format: it is older; template and tokenizer are the start model's",
+            options.workdir,
+        )
     if meta["config"]["lora"]["rank"]:
         raise ValueError(f"{options.workdir} trained an adapter; export it (python -m eval.export) and give --model.")
     if meta["config"]["stage"] == "reward":

@@ -22,7 +22,7 @@ from absl import app, flags
 
 from eval import export, generate, jobfile, kl, label, pipeline_inputs, pipeline_report
 from eval.stages import StageError, Stages
-from fpo_jax import checkpoint, execution, files, job, loop, recipes
+from fpo_jax import chat, checkpoint, execution, files, hf, job, loop, recipes
 from fpo_jax import config as configuration
 from fpo_jax.config import overrides
 
@@ -229,13 +229,7 @@ class Pipeline:
                 subfolder=c.data.subfolder,
                 data_revision=c.data.revision,
                 hh_split=c.data.hh_split,
-                rule=c.data.rule,
-                chat_template=c.tokenizer.chat_template,
-                chat_template_kwargs=c.tokenizer.chat_template_kwargs,
-                tokenizer=c.tokenizer.path,
-                eos_token=c.tokenizer.eos_token,
-                auto_insert_empty_system=c.data.auto_insert_empty_system,
-                prepend_bos=c.data.prepend_bos,
+                **pipeline_inputs.sampling_format(c),
                 max_length=c.data.max_length,
                 seed=seed,
                 compute_dtype=c.align.model.compute_dtype,
@@ -252,7 +246,7 @@ class Pipeline:
             model=str(judge),
             data=answers,
             out=out,
-            thoughts="" if "reward" in c else c.data.thoughts,  # else the record of the stage says
+            thoughts=chat.judge_thoughts(hf.local_dir(judge), c.data.thoughts),
             max_length=c.data.max_length,
             pairing=pairing,
             compute_dtype=c.align.model.compute_dtype,

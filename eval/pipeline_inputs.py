@@ -72,6 +72,9 @@ def check(c: Any, stages: Mapping[str, Any]) -> None:
     if c.reward_model:
         with configuration.about("reward_model"):
             _check_judge(c)
+    if "sft" not in c:
+        with configuration.about("base"):
+            chat.resolve(hf.local_dir(c.base), chat.Told(**sampling_format(c)))
     for name, config in stages.items():
         with configuration.about(name):
             source = hf.local_dir(config.model.path, revision=config.model.revision or None)
@@ -85,6 +88,13 @@ def check(c: Any, stages: Mapping[str, Any]) -> None:
                     _check_records(
                         config, split, encoder.tokenizer, drawn=drawn, trained=name != "align" or "sample" not in c
                     )
+
+
+def sampling_format(c: Any) -> dict[str, Any]:
+    """Return what the sampler is told of the prompt format; a model that has its own on record refuses another."""
+    told = {key: c.tokenizer[key] for key in ("chat_template", "chat_template_kwargs", "eos_token")}
+    told |= {key: c.data[key] for key in ("rule", "auto_insert_empty_system", "prepend_bos")}
+    return {**told, "tokenizer": c.tokenizer.path}
 
 
 def answered(c: Any) -> str:
@@ -102,7 +112,7 @@ def _check_judge(c: Any) -> None:
             f"data.max_length={c.data.max_length} exceeds the window of {judge.max_positions} tokens of {source}; lower"
             " it, or give another reward model."
         )
-    judge_format = chat.resolve(source).format
+    judge_format = chat.resolve(source, chat.Told(thoughts=chat.judge_thoughts(source, c.data.thoughts))).format
     if judge_format.rule == "raw" and c.data.rule == "chat":
         raise ValueError(
             f"{source} has no chat template, and reads conversations; give a reward model of conversations."

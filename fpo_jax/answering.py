@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from fpo_jax import chat, data, files, hf, hosts, job, rewarding, sample, shapes, sharding
 from fpo_jax import config as configuration
@@ -63,7 +62,7 @@ class Answers:
                 f"answers.max_new_tokens={options.max_new_tokens} leaves no room for a prompt in"
                 f" data.max_length={window} tokens; lower it."
             )
-        self._prompts = _prompts(config, self._tokenizer)
+        self._prompts = _prompts(config, encoder)
         ids = chat.generation_prompts(encoder, self._prompts)
         self._ids = [chat.keep_end(encoder, whole, room=room) for whole in ids]
         self._window = window
@@ -76,8 +75,11 @@ class Answers:
                     f"answers.reward_model={options.reward_model!r} is a language model; give a reward model."
                 )
             self._judge_window, self._judge_pad_id = judge_config.max_positions, judge_config.pad_id
-            self._judge_encoder = chat.resolve(self._judge)
+            told = chat.Told(thoughts=chat.judge_thoughts(self._judge, config.data.thoughts))
+            self._judge_encoder = chat.resolve(self._judge, told)
             log.info("answers.reward_model reads: %s", self._judge_encoder.format.text)
+            with configuration.about("answers.reward_model"):
+                self._rows(["fpo-answer"] * len(self._prompts))
 
     def __call__(
         self, number: int, weights: shapes.PyTree, check: Callable[[], None] = lambda: None
@@ -123,14 +125,7 @@ class Answers:
 
     def _rewards(self, texts: list[str]) -> list[float]:
         assert self._judge is not None
-        groups = rewarding.rows(
-            self._judge_encoder,
-            self._prompts,
-            [[text] for text in texts],
-            pad_id=self._judge_pad_id,
-            window=self._judge_window,
-        )
-        rows = [row.ids for group in groups for row in group]
+        rows = self._rows(texts)
         rewarder = rewarding.Rewarder(
             self._judge,
             max_length=max(len(row) for row in rows),
@@ -138,6 +133,12 @@ class Answers:
             batch_per_device=self._options.batch_per_device,
         )
         return rewarder(rows).tolist()
+
+    def _rows(self, texts: list[str]) -> list[list[int]]:
+        """Build the rows of the reward model, one answer to each prompt."""
+        answers, limits = [[text] for text in texts], {"pad_id": self._judge_pad_id, "window": self._judge_window}
+        groups = rewarding.rows(self._judge_encoder, self._prompts, answers, **limits)
+        return [row.ids for group in groups for row in group]
 
     def _against_the_start(self, number: int, lines: list[dict]) -> dict[str, float]:
         start = lines if number == 0 else read(self._folder, 0)
@@ -173,8 +174,8 @@ def _table(lines: list[dict]) -> Table:
     return header, rows
 
 
-def _prompts(config: configuration.Config, tokenizer: PreTrainedTokenizerFast) -> list[str | list[dict[str, str]]]:
-    """Return the first distinct prompts."""
+def _prompts(config: configuration.Config, encoder: chat.Encoder) -> list[str | list[dict[str, str]]]:
+    """Return the first distinct prompts, without those that the template refuses where data.on_bad_row says skip."""
     options, own = config.data, config.answers.prompts
     rows = configuration.row_slice("" if own else options.eval_rows)
     records = data.read(
@@ -187,7 +188,21 @@ def _prompts(config: configuration.Config, tokenizer: PreTrainedTokenizerFast) -
         stop=rows.stop,
         data_dir=None if own else options.subfolder or None,
         revision=None if own else options.revision or None,
-        tokenizer=tokenizer,
+        tokenizer=encoder.tokenizer,
     )
-    distinct = {json.dumps(record.prompt): record.prompt for record in records.rows}
-    return list(distinct.values())[: config.answers.count]
+    kept: dict[str, str | list[dict[str, str]]] = {}
+    for record in records.rows:
+        if len(kept) == config.answers.count:
+            break
+        try:
+            with configuration.about(record.source):
+                chat.generation_prompts(encoder, [record.prompt])
+        except ValueError as error:
+            if options.on_bad_row != "skip" or not isinstance(error.__cause__, chat.Refused):
+                raise
+            log.info("no sample completion: %s", error)
+            continue
+        kept[json.dumps(record.prompt)] = record.prompt
+    if not kept:
+        raise ValueError("no prompt is left to answer; set answers.prompts.")
+    return list(kept.values())

@@ -80,7 +80,8 @@ def test_peft_reads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
     c, adapter = adapter_of(test_model.VARIANTS[name])
     tree, added = test_model.random_params(c), random_adapter(c, adapter)
     theirs = test_model.torch_twin(tmp_path, test_model.VARIANTS[name], tree, c)
-    hf.write_peft(added, c, adapter, out_dir=tmp_path / "peft", base_name=str(tmp_path / "model"))
+    base = tmp_path / "model"
+    hf.write_peft(added, c, adapter, out_dir=tmp_path / "peft", base_name=str(base), revision=None, source_dir=base)
     wrapped = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft", is_trainable=True).eval()
     expected = wrapped(torch.tensor(TOKENS_NT).long()).logits
     ours = logits(params.union(tree, added), jnp.asarray(TOKENS_NT), config=c, adapter=adapter)

@@ -135,14 +135,16 @@ class Case:
         tokenizer = self.theirs(directory)
         if self.raw:
             return tokenizer(messages)["input_ids"]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **self.kwargs)
+        told = self.kwargs if directory == self.model else {}  # the export needs to be told nothing
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **told)
 
     def whole(self, messages, answer, directory=None):
         tokenizer = self.theirs(directory)
         if self.raw:
             return tokenizer(messages + answer)["input_ids"]
         turns = [*messages, {"role": "assistant", "content": answer}]
-        return tokenizer.apply_chat_template(turns, return_dict=False, **self.kwargs)
+        told = self.kwargs if directory == self.model else {}
+        return tokenizer.apply_chat_template(turns, return_dict=False, **told)
 
 
 def _one_device():
@@ -437,10 +439,11 @@ def test_thoughts_are_refused_kept_or_dropped_and_never_passed_over(tmp_path):
     assert rows(CHATML, responses=[thought], tmp_path=tmp_path, thoughts="drop") == (opened, "Yes<|im_end|>")
     # one that the template writes
     empty = "<think>\n\n</think>\n\n"
-    with pytest.raises(chat.Refused, match="the chat template writes a thought of its own .*enable_thinking"):
-        rows(THINKING, tmp_path=tmp_path)
+    with pytest.raises(chat.Refused, match=r"the chat template writes a thought of its own .*<think>.*enable_thinking"):
+        rows(THINKING, responses=["n"], tmp_path=tmp_path)  # a letter that stands in the thought, too
     assert rows(THINKING, tmp_path=tmp_path, thoughts="keep") == (opened, f"{empty}Yes<|im_end|>")
-    assert rows(THINKING, tmp_path=tmp_path, thoughts="drop") == (f"{opened}{empty}", "Yes<|im_end|>")
+    with pytest.raises(chat.Refused, match="which no sampling would put there"):  # drop is for thoughts of the data
+        rows(THINKING, responses=["n"], tmp_path=tmp_path, thoughts="drop")
     off = {"enable_thinking": False}
     assert rows(THINKING, tmp_path=tmp_path, chat_template_kwargs=off) == (f"{opened}{empty}", "Yes<|im_end|>")
     # and one that it takes away from an answer: nothing is left to train on in silence
@@ -448,6 +451,12 @@ def test_thoughts_are_refused_kept_or_dropped_and_never_passed_over(tmp_path):
     with pytest.raises(chat.Refused, match="leaves out the text of a turn of role 'assistant'"):
         rows(strips, responses=[thought], tmp_path=tmp_path, thoughts="keep")
     assert rows(strips, responses=[thought], tmp_path=tmp_path, thoughts="drop") == (opened, "Yes<|im_end|>")
+    # all of them, and never a part of one
+    several = "Sure. <think>a</think> A <think>b</think>B"
+    assert rows(CHATML, responses=[several], tmp_path=tmp_path, thoughts="drop")[1] == "Sure. A B<|im_end|>"
+    for cut, why in (("<think>\nI wonder", "not closed"), ("<think>a</think>", "nothing but a thought")):
+        with pytest.raises(chat.Refused, match=why):
+            rows(CHATML, responses=[cut], tmp_path=tmp_path, thoughts="drop")
     # of earlier turns the template may take it
     turns = [
         {"role": "user", "content": "a"},
@@ -455,6 +464,64 @@ def test_thoughts_are_refused_kept_or_dropped_and_never_passed_over(tmp_path):
         {"role": "user", "content": "b"},
     ]
     assert "hm" not in rows(strips, turns, tmp_path=tmp_path)[0]
+
+
+def test_thoughts_that_the_generation_prompt_opens_are_whole(tmp_path):
+    """As the thinking models of Qwen: `<think>` and a newline stand in the prompt, the answer closes it."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if m.role == 'assistant' and loop.last %}"
+        "{% set parts = m.content.split('</think>') %}"
+        "{% set thought = parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 else '' %}"
+        "{{ '<think>\n' + thought + '\n</think>\n\n' }}"
+        "{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{{ '<|im_start|>assistant\n<think>\n' if add_generation_prompt else '' }}"
+    )
+    opened = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    for said in ("<think>\nr\n</think>\n\nans", "<think>r</think>ans", "r\n</think>\n\nans"):
+        got = rows(template, responses=[said], tmp_path=tmp_path, thoughts="keep")
+        assert got == (opened, "r\n</think>\n\nans<|im_end|>")
+    with pytest.raises(chat.Refused, match="opens a thought that this completion does not close"):
+        rows(template, responses=["I wonder and"], tmp_path=tmp_path, thoughts="keep")  # cut by its length
+    with pytest.raises(chat.Refused, match="opens a thought that this completion does not close"):
+        rows(template, responses=["ans"], tmp_path=tmp_path, thoughts="drop")
+
+
+def test_switches_that_a_template_obeys_are_no_lost_text(tmp_path):
+    obeys = CHATML.replace("m.content", "m.content.replace('/no_think', '').rstrip()")
+    prompt = [{"role": "system", "content": "Be brief. /no_think"}, {"role": "user", "content": "Hi?"}]
+    assert "Be brief.<|im_end|>" in rows(obeys, prompt, tmp_path=tmp_path)[0]
+
+
+def test_marks_of_thoughts_that_are_special_tokens_are_kept(tmp_path):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    write_tokenizer(folder, CHATML)
+    made = transformers.AutoTokenizer.from_pretrained(folder)
+    made.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    made.save_pretrained(folder)
+    settled = chat.PromptFormat(thoughts="keep")
+    encoder = chat.encoder(chat.load_tokenizer(folder), settled)
+    said = "[THINK]r[/THINK]ans"
+    [[row]] = chat.chat_rows(encoder, ["Hi?"], [[said]], max_length=100, max_prompt_length=50)
+    assert row.ids[row.prompt_length :] == [*made(said, add_special_tokens=False)["input_ids"], 2]
+    assert chat.continuation(made, row.ids[: row.prompt_length], row.ids[row.prompt_length : -1]) == said
+    assert chat.continuation(made, row.ids[: row.prompt_length], row.ids[row.prompt_length :]) == said
+
+
+def test_an_end_token_that_is_not_special_ends_a_completion(tmp_path):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    write_tokenizer(folder, CHATML.replace("<|im_end|>", "<eot>"))
+    made = transformers.AutoTokenizer.from_pretrained(folder)
+    made.add_tokens(["<eot>"])
+    made.save_pretrained(folder)
+    encoder = chat.encoder(chat.load_tokenizer(folder), end_ids=[260])
+    [[row]] = chat.chat_rows(encoder, ["Hi?"], [["a<eot>b"]], max_length=100, max_prompt_length=50)
+    assert row.ids.count(260) == 2 and row.ids[-1] == 260, "the data cannot write it"
+    assert chat.warnings(encoder) == []
+    [told] = chat.warnings(chat.encoder(chat.load_tokenizer(folder, chat_template=CHATML, eos_token="<|endoftext|>")))
+    assert "closes an answer with '<|im_end|>', which is no end token of this model (EOS is '<|endoftext|>')" in told
 
 
 def test_a_generation_prompt_that_answers_do_not_have_is_refused(tmp_path):

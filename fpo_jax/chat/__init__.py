@@ -5,6 +5,7 @@ resolving      what a user says and what a directory records -> one encoder; wha
 templates      chat templates by name
 rendering      a template and conversations -> texts, in a process of its own with bounded time and memory
 tokenizer      load a tokenizer; encode so that text in the data can never become a control token
+thoughts       the marks of thoughts, and texts without them
 texts          the texts of a prompt and of its completions; what a template may not lose
 rules          the two ways of building rows (`raw`, `chat`)
 cutting        rows cut to a window
@@ -13,7 +14,15 @@ cutting        rows cut to a window
 from fpo_jax.chat import prompt_format
 from fpo_jax.chat.cutting import Row, fit_chat, fit_raw
 from fpo_jax.chat.prompt_format import PromptFormat, parse_kwargs
-from fpo_jax.chat.resolving import Told, example_faults, render_alike, resolve, transformers_ids, warnings
+from fpo_jax.chat.resolving import (
+    Told,
+    example_faults,
+    judge_thoughts,
+    render_alike,
+    resolve,
+    transformers_ids,
+    warnings,
+)
 from fpo_jax.chat.rules import chat_rows, continuation, generation_prompts, keep_end, raw_rows
 from fpo_jax.chat.templates import CHAT_TEMPLATES
 from fpo_jax.chat.texts import Refused, chat_texts, knows_system
@@ -36,6 +45,7 @@ __all__ = [
     "fit_chat",
     "fit_raw",
     "generation_prompts",
+    "judge_thoughts",
     "keep_end",
     "knows_system",
     "load_tokenizer",

@@ -14,7 +14,7 @@ from fpo_jax.chat.tokenizer import Encoder
 
 # marks that a template writes and a tokenizer has to know, or they are spelt out: <|im_end|>, <start_of_turn>, </s>
 _MARKS = re.compile(r"<\|[\w/ -]+\|>|<｜[^｜<>]+｜>|<(?:start|end|begin)_of_\w+>|</?s>|<[be]os>")
-_SENTENCE = [{"role": "user", "content": "fpo-question"}]
+_ANSWER = "fpo-answer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,23 +103,58 @@ def _recorded(directory: Path, settled: PromptFormat, told: Told, end_ids: Seque
     return tokenizers.encoder(tokenizer, settled, end_ids=end_ids)
 
 
+def judge_thoughts(directory: Path, policy: str) -> str:
+    """Return what a reward model is told of thoughts by who writes the answers: "" where that is its own business.
+
+    Args:
+        directory: of the reward model.
+        policy: `data.thoughts` of the model whose answers it scores.
+    """
+    return policy if records.read(directory) is None and resolve(directory).format.rule == "chat" else ""
+
+
 def warnings(encoder: Encoder) -> list[str]:
     """Say what of a chat template will not do what it looks like, one sentence each."""
     if encoder.format.rule != "chat":
         return []
     template, found = encoder.format.chat_template, []
+    written = _sentence(encoder)
+    shown = template if written is None else tokenizers.spelt(encoder, "".join(written.wholes) + written.prompt)
     known = encoder.tokenizer.get_vocab().keys()
-    if unknown := sorted({mark for mark in _MARKS.findall(template) if mark not in known}):
+    if unknown := sorted({mark for mark in _MARKS.findall(shown) if mark not in known}):
         found.append(
             f"the chat template writes {', '.join(unknown)}, which this tokenizer does not know as tokens: they are"
-            " spelt out letter by letter. Give the template that the model was made with, or its tokenizer."
+            " spelt out as text. Unless the model was made so (Zephyr), give its own template or its own tokenizer."
         )
-    if encoder.format.assistant_header == "prompt" and (header := _unasked_header(encoder)):
+    if "strftime_now" in template and "date_string" not in encoder.format.chat_template_kwargs:
+        found.append(
+            "the chat template writes a date, which is 26 Jul 2024 here, on any day, and today's in transformers and"
+            ' vLLM; where the template knows it, tokenizer.chat_template_kwargs={"date_string": "26 Jul 2024"} is both.'
+        )
+    if written is None:
+        return found
+    lead, _, tail = written.wholes[0][len(written.prompt) :].partition(_ANSWER)
+    if encoder.format.assistant_header == "prompt" and (header := tokenizers.spelt(encoder, lead).strip()):
         found.append(
             f"the chat template has no generation prompt: it writes {header!r} before an answer only when there is one,"
             " so the model is trained on it and has to write it itself."
         )
+    closing = next((token for token in tokenizers.encode(encoder, [tail])[0] if token in encoder.control_ids), None)
+    if closing is not None and closing not in encoder.end_ids:
+        found.append(
+            f"the chat template closes an answer with {encoder.tokenizer.convert_ids_to_tokens(closing)!r}, which is no"
+            f" end token of this model (EOS is {encoder.format.eos_token!r}): answers go on behind it; to end them"
+            " there, set tokenizer.eos_token (--eos-token) to it."
+        )
     return found
+
+
+def _sentence(encoder: Encoder) -> texts.Texts | None:
+    """Render a short conversation; None where the template refuses so short a one."""
+    try:
+        return texts.chat_texts(encoder, "fpo-question", [_ANSWER])
+    except ValueError:
+        return None
 
 
 def render_alike(one: Encoder, other: Encoder) -> bool:
@@ -138,32 +173,20 @@ def render_alike(one: Encoder, other: Encoder) -> bool:
 
 
 def transformers_ids(
-    encoder: Encoder, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool
+    encoder: Encoder, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, template: str | None = None
 ) -> list[int]:
-    """Return what `transformers` makes of a conversation with this tokenizer and its template.
+    """Return what `transformers` makes of a conversation with this tokenizer and its own template, told nothing else.
 
-    The template runs in the process that bounds it; encoding is the plain tokenizer's, without the renamed controls.
+    The template, of which another may be given, runs in the process that bounds it; encoding is the plain tokenizer's,
+    without the renamed controls.
     """
     tokenizer = encoder.tokenizer
     [text] = rendering.render(
-        encoder.format.chat_template,
+        template or str(tokenizer.get_chat_template()),
         [rendering.Conversation(messages, add_generation_prompt)],
-        variables={**tokenizer.special_tokens_map, **encoder.format.chat_template_kwargs},
+        variables=tokenizer.special_tokens_map,
     )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _unasked_header(encoder: Encoder) -> str:
-    """Return what a template writes before an answer and not as generation prompt; "" where there is none."""
-    try:
-        found = texts.chat_texts(encoder, list(_SENTENCE), ["fpo-answer"])
-    except ValueError:  # a template that refuses so short a conversation
-        return ""
-    return str(found.wholes[0][len(found.prompt) :].partition("fpo-answer")[0].strip())
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def example_faults(encoder: Encoder, example: Mapping[str, Any]) -> list[str]:
@@ -195,8 +218,7 @@ def example_faults(encoder: Encoder, example: Mapping[str, Any]) -> list[str]:
         )
     head = list(example["prompt_ids"])
     both = min(len(head), len(opened))
-    same_end = encoder.format.assistant_header == "prompt" and encoder.format.thoughts != "drop"
-    if head[:both] != opened[:both] or (same_end and len(head) != len(opened)):
+    if head[:both] != opened[:both] or (encoder.format.assistant_header == "prompt" and len(head) != len(opened)):
         found.append(f"the prompt: trained on {_shown(encoder, head)}, transformers has {_shown(encoder, opened)}")
     return found
 
@@ -211,3 +233,7 @@ def _blank(encoder: Encoder, ids: list[int]) -> bool:
 
 def _shown(encoder: Encoder, ids: list[int]) -> str:
     return repr(encoder.tokenizer.decode(ids, skip_special_tokens=False)[-160:])
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax.chat import cutting, texts
+from fpo_jax.chat import cutting, texts, thoughts
 from fpo_jax.chat import tokenizer as tokens
 from fpo_jax.chat.cutting import Row
 from fpo_jax.chat.texts import Message
@@ -71,7 +71,7 @@ def raw_rows(
         max_length=max_length, max_prompt_length=max_prompt_length, max_response_length=max_response_length
     )
     cutting.check_choice("truncation_mode", truncation_mode, cutting.TRUNCATION_MODES)
-    prompt_texts = [tokens.refuse_reserved(prompt) for prompt in prompts]
+    prompt_texts = [tokens.refuse_reserved(prompt) if isinstance(prompt, str) else _no_messages() for prompt in prompts]
     whole_texts = [
         [prompt + tokens.refuse_reserved(response) for response in group]
         for prompt, group in zip(prompts, responses, strict=True)
@@ -139,11 +139,11 @@ def chat_rows(
     rendered = [texts.chat_texts(encoder, prompt, group) for prompt, group in zip(prompts, responses, strict=True)]
     headers = _headers(encoder, rendered)
     encoded = _encode_groups(encoder, [one.prompt for one in rendered], [one.wholes for one in rendered])
-    groups = []
+    groups, closing = [], encoder.end_ids
     for header, group in zip(headers, encoded, strict=True):
         rows = cutting.fit_chat(
             [_begin(prompt, encoder) for prompt, _, _ in group],
-            [_ended(response, encoder, header) if ends else response for _, response, _ in group],
+            [_ended(response, encoder, header, closing) if ends else response for _, response, _ in group],
             max_length=max_length,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
@@ -190,10 +190,18 @@ def keep_end(encoder: Encoder, prompt: list[int], *, room: int) -> list[int]:
 
 
 def continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response: list[int]) -> str:
-    """Decode a response in its place: a SentencePiece tokenizer drops a leading space from a text of its own."""
+    """Decode a response in its place: a SentencePiece tokenizer drops a leading space from a text of its own.
+
+    Special tokens are left out, but for those that mark a thought, which would be an answer without them.
+    """
+    added = tokenizer.added_tokens_decoder
+    marks = {index for index, token in added.items() if token.special and token.content in thoughts.MARKS}
+    skipped = {index for index, token in added.items() if token.special} - marks
 
     def decode(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        if marks:
+            ids = [index for index in ids if index not in skipped]
+        return str(tokenizer.decode(ids, skip_special_tokens=not marks, clean_up_tokenization_spaces=False))
 
     tail = prompt[-8:]  # enough for the context of a first character
     before, whole = decode(tail), decode([*tail, *response])
@@ -230,11 +238,10 @@ def _headers(encoder: Encoder, rendered: list[texts.Texts]) -> list[int]:
     return [len(_split(prompt, whole)[1]) for prompt, whole in zip(plain, opened, strict=True)]
 
 
-def _ended(response: list[int], encoder: Encoder, header: int) -> list[int]:
+def _ended(response: list[int], encoder: Encoder, header: int, ends: frozenset[int]) -> list[int]:
     """Close a response with its one end token, or as the original does it."""
     if encoder.format.append_eos == "unless_last":
         return response if response[-1:] == [encoder.eos_id] else [*response, encoder.eos_id]
-    ends = encoder.end_ids
     place = next((place for place in range(header, len(response)) if response[place] in ends), None)
     return [*response, encoder.eos_id] if place is None else response[: place + 1]
 

@@ -8,32 +8,14 @@ trained on in silence.
 
 import functools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from fpo_jax.chat import rendering
+from fpo_jax.chat import rendering, thoughts
 from fpo_jax.chat import tokenizer as tokens
 from fpo_jax.chat.tokenizer import Encoder
 
 Message = dict[str, str]
-
-# what opens and closes a thought in the texts of reasoning models
-_THOUGHTS = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-)
-_MARKS = tuple(mark for pair in _THOUGHTS for mark in pair)
-# A closing mark alone ends a thought as well: where the generation prompt opens it, the answer only closes it.
-_THOUGHT = re.compile(
-    "|".join(
-        rf"\A\s*(?:{re.escape(opens)})?(?:(?!{re.escape(opens)}).)*?{re.escape(closes)}\s*"
-        for opens, closes in _THOUGHTS
-    ),
-    re.DOTALL,
-)
 
 
 class Refused(ValueError):
@@ -88,9 +70,19 @@ def chat_texts(encoder: Encoder, prompt: str | list[Message], responses: Sequenc
     for whole, turn in zip(wholes, turns, strict=True):
         if not whole.startswith(found.prompt):
             raise Refused(_no_beginning(found.prompt, whole), "no_beginning")
-        if turn["content"].strip() not in whole[len(found.prompt) :]:
+        completion = whole[len(found.prompt) :]
+        said = turn["content"].strip()
+        if said not in completion and thoughts.plain(said) not in thoughts.plain(completion):
             raise Refused(_left_out(turn, [*messages, turn]), "text_lost")
-    return found if settled.thoughts == "keep" else _without_written_thoughts(encoder, found, turns)
+        if thoughts.opened(opened) and not thoughts.closed(turn["content"]):
+            raise Refused(
+                f"the generation prompt opens a thought that this completion does not close"
+                f" ({turn['content'].strip()[:40]!r}): cut within it, or of a model that does not think",
+                "thought",
+            )
+    if settled.thoughts != "keep":
+        _refuse_written_thought(encoder, [*messages, {"role": "assistant", "content": ""}])
+    return found
 
 
 def generation_texts(encoder: Encoder, prompts: Sequence[str | list[Message]]) -> list[str]:
@@ -132,48 +124,59 @@ def _opened(encoder: Encoder, prompt: str | list[Message]) -> list[Message]:
     return messages
 
 
-def _settled_thought(turn: Message, thoughts: str) -> Message:
+def _settled_thought(turn: Message, policy: str) -> Message:
     """Return an assistant turn with its thought kept or taken out."""
     content = turn["content"]
-    if thoughts == "keep" or not holds_thought(content):
+    if policy == "keep" or not thoughts.held(content):
         return turn
-    if thoughts == "drop":
-        return {**turn, "content": _without_thought(content)}
-    raise Refused(
-        f"a completion holds a thought ({content.strip()[:40]!r}...); set data.thoughts (--thoughts) to keep (it is"
-        " trained and scored as the rest) or drop (it is taken out)",
-        "thought",
-    )
-
-
-def holds_thought(text: str) -> bool:
-    """Whether a text has a mark that opens or closes a thought."""
-    return any(mark in text for mark in _MARKS)
-
-
-def _without_thought(content: str) -> str:
-    return _THOUGHT.sub("", content, count=1) if holds_thought(content) else content
-
-
-def _without_written_thoughts(encoder: Encoder, found: Texts, turns: list[Message]) -> Texts:
-    """Put the empty thought that a template writes before an answer into the prompt, or refuse it."""
-    begin = len(found.prompt) + len(found.header)
-    leads = []
-    for whole, turn in zip(found.wholes, turns, strict=True):
-        lead = whole[begin : whole.find(turn["content"].strip(), begin)] if turn["content"].strip() else ""
-        leads.append(lead if holds_thought(lead) else "")
-    if not any(leads):
-        return found
-    if encoder.format.thoughts == "refuse":
+    if policy == "refuse":
         raise Refused(
-            f"the chat template writes a thought of its own into a completion ({leads[0].strip()!r}); set"
-            " tokenizer.chat_template_kwargs='{\"enable_thinking\": false}' where the template knows that, or"
-            " data.thoughts to drop (it is not trained) or keep (it is trained)",
+            f"a completion holds a thought ({content.strip()[:40]!r}); set data.thoughts (--thoughts) to keep (it is"
+            " trained and scored as the rest) or drop (it is taken out)",
             "thought",
         )
-    if len(set(leads)) > 1:
-        raise Refused("the chat template writes different thoughts into the completions of one prompt", "thought")
-    return Texts(found.prompt + found.header + leads[0], "", found.wholes)
+    left = thoughts.dropped(content)
+    if thoughts.held(left):
+        raise Refused(f"a completion holds a thought that is not closed ({left.strip()[:40]!r})", "thought")
+    if not left.strip():
+        raise Refused("a completion is nothing but a thought", "thought")
+    return {**turn, "content": left}
+
+
+def _refuse_written_thought(encoder: Encoder, messages: list[Message]) -> None:
+    """Refuse a template that writes a thought, mostly an empty one, between its generation prompt and an answer.
+
+    Raises:
+        Refused: it does.
+    """
+    roles = tuple(message["role"] for message in messages)
+    lead = _written_before_an_answer(encoder.format.chat_template, _settings(encoder), roles)
+    if thoughts.held(lead):
+        raise Refused(
+            f"the chat template writes a thought of its own between its generation prompt and an answer"
+            f" ({lead.strip()!r}), which no sampling would put there; set tokenizer.chat_template_kwargs"
+            ' (--chat-template-kwargs) to {"enable_thinking": false} where the template knows that, or data.thoughts'
+            " (--thoughts) to keep, which trains it",
+            "thought",
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _written_before_an_answer(template: str, variables: str, roles: tuple[str, ...]) -> str:
+    """Return what a template writes between its generation prompt and an answer, whatever the turns say."""
+    words = [f"fpoturn{number}fpo" for number in range(len(roles))]
+    messages = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+    asked = [rendering.Conversation(messages[:-1], add_generation_prompt=True), rendering.Conversation(messages)]
+    try:
+        opened, whole = rendering.render(template, asked, variables=json.loads(variables))
+    except rendering.Refused:
+        return ""
+    return whole[len(opened) :].partition(words[-1])[0] if whole.startswith(opened) else ""
+
+
+def _settings(encoder: Encoder) -> str:
+    """Return the variables of the template as JSON."""
+    return json.dumps({**encoder.tokenizer.special_tokens_map, **encoder.format.chat_template_kwargs}, sort_keys=True)
 
 
 def _render(encoder: Encoder, conversations: Sequence[rendering.Conversation]) -> list[str]:
@@ -186,16 +189,15 @@ def _render(encoder: Encoder, conversations: Sequence[rendering.Conversation]) -
         )
         for conversation in conversations
     ]
-    variables = {**encoder.tokenizer.special_tokens_map, **encoder.format.chat_template_kwargs}
+    settings = encoder.format.chat_template, _settings(encoder)
     try:
-        texts = rendering.render(encoder.format.chat_template, shielded, variables=variables)
+        texts = rendering.render(settings[0], shielded, variables=json.loads(settings[1]))
     except rendering.Refused as error:
         roles = ", ".join(message["role"] for message in conversations[error.index].messages)
         told = f"the chat template refuses a conversation of the turns {roles}: {error}"
         if encoder.format.auto_insert_empty_system:
             told += " (an empty system turn is put first, as data.auto_insert_empty_system says)"
         raise Refused(told, "template_refuses") from error
-    settings = encoder.format.chat_template, json.dumps(variables, sort_keys=True)
     for conversation, original, text in zip(shielded, conversations, texts, strict=True):
         roles = tuple(message["role"] for message in original.messages)
         passed_over = _passed_over(*settings, roles, original.add_generation_prompt)
@@ -209,9 +211,11 @@ def _lost(messages: Sequence[Mapping[str, str]], text: str) -> Iterator[int]:
     """Yield the numbers of the messages whose text, trimmed, is not in a rendered one; earlier thoughts may go."""
     for number, message in enumerate(messages):
         content = message["content"].strip()
+        if content in text:
+            continue
         if message["role"] == "assistant" and number + 1 < len(messages):
-            content = _without_thought(content).strip()
-        if content not in text:
+            content = thoughts.dropped(content)
+        if thoughts.plain(content) not in thoughts.plain(text):
             yield number
 
 

@@ -23,7 +23,7 @@ from google.protobuf import message as protobuf
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax.chat import rendering, templates
+from fpo_jax.chat import rendering, templates, thoughts
 from fpo_jax.chat.prompt_format import PromptFormat
 
 # noncharacters: no text may carry them (Unicode 16, section 23.7), so they delimit what must not be forged
@@ -62,11 +62,14 @@ class Encoder(NamedTuple):
     format: PromptFormat  # with nothing left open: template, EOS, every end token
 
     @property
+    def control_ids(self) -> frozenset[int]:
+        """Tokens that no text of the data can write."""
+        return frozenset(self.backend.token_to_id(one) for one in self.aliases.values())
+
+    @property
     def end_ids(self) -> frozenset[int]:
-        """Control tokens that end a completion: no text of the data can write one."""
-        return frozenset(self.format.end_ids) & frozenset(
-            self.backend.token_to_id(one) for one in self.aliases.values()
-        )
+        """Control tokens that end a completion."""
+        return frozenset(self.format.end_ids) & self.control_ids
 
     def __repr__(self) -> str:
         """Name the tokenizer; its vocabulary would fill the screen."""
@@ -135,10 +138,15 @@ def encoder(
         raise ValueError(_no_eos(tokenizer.name_or_path))
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     special = {*tokenizer.all_special_tokens, *_SENTENCEPIECE_CONTROLS}
+    ends = {eos_id, *end_ids, *(() if prompt_format is None else prompt_format.end_ids)}
     ids = {
         token["content"]: token["id"]
         for token in state["added_tokens"]
-        if token["special"] or token["content"] in special or _MARKER.fullmatch(token["content"])
+        if token["id"] in ends
+        or (
+            token["content"] not in thoughts.MARKS  # which the data write, whatever flag they have
+            and (token["special"] or token["content"] in special or _MARKER.fullmatch(token["content"]))
+        )
     }
     controls = tuple(sorted(ids, key=lambda spelling: (-len(spelling), spelling)))
     aliases = {spelling: f"{_OPEN}{index}{_CLOSE}" for index, spelling in enumerate(controls)}
@@ -211,6 +219,13 @@ def alias(encoder: Encoder, rendered: str) -> str:
     """Turn the control tokens that a template wrote into aliases, and what `protect` hid back into text."""
     written = encoder.pattern.sub(lambda found: encoder.aliases[found.group()], rendered)
     return _HIDDEN.sub(lambda found: encoder.controls[int(found.group(1))], written)
+
+
+def spelt(encoder: Encoder, text: str) -> str:
+    """Return a text with the control tokens of a template spelt out again."""
+    for spelling, its_alias in encoder.aliases.items():
+        text = text.replace(its_alias, spelling)
+    return text
 
 
 def _check_sizes(path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from fpo_jax import chat
-from fpo_jax.chat import cutting, texts
+from fpo_jax.chat import cutting, texts, thoughts
 from fpo_jax.data import audit as audits
 from fpo_jax.data import sources
 from fpo_jax.data.audit import Audit
@@ -371,7 +371,7 @@ def _example(group: _Group, row: chat.Row, encoder: chat.Encoder) -> dict[str, A
     prompt, response = group.prompt, group.responses[0]
     spoken = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     spelt = [*spoken, *_texts(group)]
-    odd = any(map(encoder.pattern.search, spelt)) or any(map(texts.holds_thought, spelt))
+    odd = any(map(encoder.pattern.search, spelt)) or any(map(thoughts.held, spelt))
     if odd or row.prompt_cut or row.response_cut or row.merged:
         return None
     ids = {"prompt_ids": row.ids[: row.prompt_length], "ids": list(row.ids)}

@@ -6,6 +6,7 @@ A run keeps them as it was trained, so that its export, and whoever samples from
                                                                             transformers makes them from the directory
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +79,8 @@ def write_tokenizer(encoder: chat.Encoder, source: Path, *, out_dir: Path, examp
         _write_template(encoder, out_dir, example)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = out_dir / name
-        if path.is_file() and _spelling(found := directories.read_json(path)) != encoder.format.eos_token:
+        found = directories.read_json(path) if path.is_file() else {}
+        if (found or name == "tokenizer_config.json") and _spelling(found) != encoder.format.eos_token:
             path.write_text(directories.dumps(found | {"eos_token": encoder.format.eos_token}))
     prompt_format.write(out_dir, encoder.format, example=example)
 
@@ -105,12 +107,13 @@ def check(directory: Path) -> None:
 def _write_template(encoder: chat.Encoder, out_dir: Path, example: Mapping[str, Any] | None) -> None:
     """Write the template by which transformers renders what the training rendered, where the files have another."""
     settled, prefix = encoder.format, ""
+    for name, value in settled.chat_template_kwargs.items():
+        prefix += f"{{% if {name} is not defined %}}{{% set {name} = {_jinja(value)} %}}{{% endif %}}"
     if settled.auto_insert_empty_system and chat.knows_system(settled.chat_template):
-        prefix = _EMPTY_SYSTEM
+        prefix += _EMPTY_SYSTEM
+    prefix += "\n" if prefix else ""  # which trim_blocks takes away, and not one of the template
     if settled.prepend_bos and encoder.adds_bos:
-        messages = [{"role": "user", "content": "x"}] if example is None else example["messages"]
-        opened = chat.transformers_ids(encoder, messages, add_generation_prompt=False)
-        prefix = ("{{ bos_token }}" if opened[:1] != [encoder.bos_id] else "") + prefix
+        prefix = _bos(encoder, prefix, example) + prefix
     text = prefix + settled.chat_template
     there = chat.load_tokenizer(out_dir, eos_token=settled.eos_token)
     if there.chat_template and there.get_chat_template() == text:
@@ -121,6 +124,29 @@ def _write_template(encoder: chat.Encoder, out_dir: Path, example: Mapping[str, 
     path = out_dir / "tokenizer_config.json"  # where releases of transformers before the file of its own look
     found = directories.read_json(path) if path.is_file() else {}
     path.write_text(directories.dumps(found | {"chat_template": text}), encoding="utf-8")
+
+
+def _bos(encoder: chat.Encoder, prefix: str, example: Mapping[str, Any] | None) -> str:
+    """Return what a template has to write first, so that the plain tokenizer makes of it the BOS and what follows.
+
+    A SentencePiece tokenizer puts a space before a text, and none behind a control token in it.
+    """
+    messages = [{"role": "user", "content": "x"}] if example is None else list(example["messages"])[:-1]
+    [wanted] = chat.generation_prompts(encoder, [messages])
+    for opening in ("", "{{ bos_token }}", "{{ bos_token + ' ' }}"):
+        template = opening + prefix + encoder.format.chat_template
+        if chat.transformers_ids(encoder, messages, add_generation_prompt=True, template=template) == wanted:
+            return opening
+    return "{{ bos_token }}"
+
+
+def _jinja(value: Any) -> str:
+    """Return a value of JSON as Jinja writes it."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_jinja(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_jinja, value))}]"
+    return "none" if value is None else json.dumps(value)
 
 
 def _write_ids(encoder: chat.Encoder, out_dir: Path) -> None:
