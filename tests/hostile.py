@@ -223,7 +223,10 @@ _WEIGHTS = r"model\.safetensors is damaged or cut short \(.*"
 _NO_JSON = r"config\.json is not valid JSON \(.*"
 _TEMPLATE = r"the chat template .*refused"
 # refused by the sandbox, or an undefined name that writes nothing: a prompt without a token, no answer in the text
-_NO_ESCAPE = r"the chat template (refuses a conversation|does not write|leaves out the text)|is broken Jinja|left of 8 rows read: empty_prompt"
+_NO_ESCAPE = (
+    r"the chat template (refuses a conversation|does not write|leaves out the text)|is broken Jinja"
+    r"|left of 8 rows read: empty_prompt"
+)
 
 CASES = {
     "weights as pickles only": Case(_pickles_alone, r"weights only as pickles .* convert them to safetensors first"),
