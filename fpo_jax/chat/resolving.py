@@ -228,7 +228,7 @@ def _only_an_end(encoder: Encoder, ids: list[int]) -> bool:
 
 
 def _blank(encoder: Encoder, ids: list[int]) -> bool:
-    return not encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return not str(encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def _shown(encoder: Encoder, ids: list[int]) -> str:

@@ -64,7 +64,8 @@ class Encoder(NamedTuple):
     @property
     def control_ids(self) -> frozenset[int]:
         """Tokens that no text of the data can write."""
-        return frozenset(self.backend.token_to_id(one) for one in self.aliases.values())
+        found = (self.backend.token_to_id(one) for one in self.aliases.values())
+        return frozenset(token for token in found if token is not None)
 
     @property
     def end_ids(self) -> frozenset[int]:

@@ -92,9 +92,9 @@ def check(directory: Path) -> None:
         ValueError: it does not; says where they differ.
     """
     recorded = prompt_format.read(directory)
-    if recorded is None or recorded[1] is None:
+    settled, example = (None, None) if recorded is None else recorded
+    if settled is None or example is None:
         return
-    settled, example = recorded
     tokenizer = chat.load_tokenizer(directory)
     faults = chat.example_faults(chat.encoder(tokenizer, settled), example)
     if faults:
