@@ -308,7 +308,7 @@ def simpo(directory, pairs, tmp_path_factory):
 def test_gradients_are_those_of_torch_in_float64(directory, tokenizer, pairs, ours, torch):
     config, tree = ours
     twin = causal(directory).double()
-    groups = [[row(tokenizer, pair[name]) for name in SIDES] for pair in pairs[:2]]
+    groups = [[row(tokenizer, pair[name]) for name in SIDES] for pair in pairs[:1]]
     loss = losses.resolve("simpo", beta=BETA, gamma_beta_ratio=MARGIN)
     batch = batch_of(groups)
     value = functools.partial(
@@ -316,9 +316,12 @@ def test_gradients_are_those_of_torch_in_float64(directory, tokenizer, pairs, ou
         scorer=batches.scorer(config, workspace_bytes=2**28), loss=loss, dropout_key=None,
     )  # fmt: skip
     (found, _), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(tree, batch)
-    total = sum(torch_group_loss(torch, twin, group) for group in groups) / len(groups)
-    total.backward()
-    assert_allclose(found, total.item(), rtol=0, atol=tolerances.REAL_LOSS)
+    total = 0.0
+    for group in groups:
+        part = torch_group_loss(torch, twin, group) / len(groups)
+        part.backward()
+        total += part.item()
+    assert_allclose(found, total, rtol=0, atol=tolerances.REAL_LOSS)
     expected = {name: weight.grad.numpy() for name, weight in twin.named_parameters()}
     for name, array in by_their_names(gradient, config):
         assert np.linalg.norm(array - expected[name]) / np.linalg.norm(expected[name]) < tolerances.REAL_GRADIENT, name
@@ -343,6 +346,8 @@ def test_five_steps_are_those_of_torch(simpo, directory, pairs, tokenizer, torch
             value += part.item()
         curve.append((value, torch.nn.utils.clip_grad_norm_(twin.parameters(), CLIP).item()))
         adamw.step()
+    adamw.zero_grad()
+    del adamw  # three copies of the weights, before the run's are read
     lines = [line for line in metrics.read(simpo / metrics.METRICS_FILE) if "loss" in line]
     assert_allclose([line["loss"] for line in lines], [loss for loss, _ in curve], rtol=0, atol=tolerances.REAL_LOSS)
     norms = [norm for _, norm in curve]
