@@ -186,7 +186,7 @@ def transformers_ids(
         [rendering.Conversation(messages, add_generation_prompt)],
         variables=tokenizer.special_tokens_map,
     )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def example_faults(encoder: Encoder, example: Mapping[str, Any]) -> list[str]:
@@ -205,7 +205,7 @@ def example_faults(encoder: Encoder, example: Mapping[str, Any]) -> list[str]:
         whole = transformers_ids(encoder, conversation, add_generation_prompt=False)
     else:
         opened, whole = (
-            encoder.tokenizer(text)["input_ids"]
+            encoder.tokenizer(text, verbose=False)["input_ids"]
             for text in (example["prompt"], example["prompt"] + example["completion"])
         )
         opened, whole = ([*ids[:-1]] if ids[-1:] == [encoder.eos_id] else ids for ids in (opened, whole))

@@ -191,7 +191,7 @@ def encode(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the sha256 (hex) of what a tokenizer makes of texts and ids, wherever and however it is stored."""
-    ids = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
     return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), ids]).encode()).hexdigest()
 
 
