@@ -186,7 +186,9 @@ def exported(run, out, *options):
 def rows_of(run):
     """Return (ids, prompt length) of every row that a run trained on."""
     config = configuration.default()
-    for name, value in configuration.flatten(json.loads((run / "config.json").read_text())).items():
+    settings = json.loads((run / "config.json").read_text())
+    del settings[job.RESOLVED_LOSS]
+    for name, value in configuration.flatten(settings).items():
         *parents, last = name.split(".")
         setattr(configuration.value_at(config, ".".join(parents)) if parents else config, last, value)
     prepared = job.prepare(config).train.prepared
