@@ -43,9 +43,7 @@ class Options:
     chat_template: str = ""
     chat_template_kwargs: str = ""  # JSON: {"enable_thinking": false}
     eos_token: str = ""
-    thoughts: str = (
-        ""  # refuse, keep or drop the thought parts of completions; "" = as the model was trained, or refuse
-    )
+    thoughts: str = ""  # refuse, keep or drop the thoughts of completions; "" = as the model was trained, or refuse
     # Tokens of prompt and response, 0 = as the model was trained, else its window; a longer prompt loses its beginning.
     max_length: int = 0
     pairing: str = ""  # best_worst: one pair of each line

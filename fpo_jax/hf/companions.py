@@ -16,7 +16,7 @@ from fpo_jax import chat
 from fpo_jax.chat import prompt_format
 from fpo_jax.hf import directory as directories
 
-# of a tokenizer, besides the chat templates, which are written anew
+# of a tokenizer, and its chat templates, which are written anew where the training had another
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 _TEMPLATES = ("chat_template*", "additional_chat_templates")
 _EMPTY_SYSTEM = (
@@ -33,12 +33,12 @@ def end_ids(directory: Path) -> tuple[int, ...]:
     """
     found: list[int] = []
     for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        listed = directories.read_json(path).get("eos_token_id") if path.is_file() else None
-        for token in listed if isinstance(listed, list) else [] if listed is None else [listed]:
-            if type(token) is not int or token < 0:
-                raise ValueError(f"{path}: eos_token_id={listed!r} must be a token id, a list of them or null.")
-            found.append(token)
+        content = _read(directory / name)
+        listed = _listed(content)
+        if any(type(token) is not int or token < 0 for token in listed):
+            told = f"eos_token_id={content['eos_token_id']!r} must be a token id, a list of them or null"
+            raise ValueError(f"{directory / name}: {told}.")
+        found += listed
     return tuple(dict.fromkeys(found))
 
 
@@ -79,7 +79,7 @@ def write_tokenizer(encoder: chat.Encoder, source: Path, *, out_dir: Path, examp
         _write_template(encoder, out_dir, example)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = out_dir / name
-        found = directories.read_json(path) if path.is_file() else {}
+        found = _read(path)
         if (found or name == "tokenizer_config.json") and _spelling(found) != encoder.format.eos_token:
             path.write_text(directories.dumps(found | {"eos_token": encoder.format.eos_token}))
     prompt_format.write(out_dir, encoder.format, example=example)
@@ -122,8 +122,7 @@ def _write_template(encoder: chat.Encoder, out_dir: Path, example: Mapping[str, 
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out_dir / "chat_template.jinja").write_text(text, encoding="utf-8")
     path = out_dir / "tokenizer_config.json"  # where releases of transformers before the file of its own look
-    found = directories.read_json(path) if path.is_file() else {}
-    path.write_text(directories.dumps(found | {"chat_template": text}), encoding="utf-8")
+    path.write_text(directories.dumps(_read(path) | {"chat_template": text}), encoding="utf-8")
 
 
 def _bos(encoder: chat.Encoder, prefix: str, example: Mapping[str, Any] | None) -> str:
@@ -154,11 +153,20 @@ def _write_ids(encoder: chat.Encoder, out_dir: Path) -> None:
     wanted = list(encoder.format.end_ids)
     for name in ("config.json", "generation_config.json"):
         path = out_dir / name
-        found = directories.read_json(path) if path.is_file() else {}
-        listed = found.get("eos_token_id")
-        listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if set(listed) != set(wanted):
+        found = _read(path)
+        if set(_listed(found)) != set(wanted):
             path.write_text(directories.dumps(found | {"eos_token_id": wanted[0] if len(wanted) == 1 else wanted}))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; {} where there is none."""
+    return directories.read_json(path) if path.is_file() else {}
+
+
+def _listed(found: dict[str, Any]) -> list[Any]:
+    """Return what a config lists as end tokens: none, one or several."""
+    listed = found.get("eos_token_id")
+    return listed if isinstance(listed, list) else [] if listed is None else [listed]
 
 
 def _spelling(found: dict[str, Any]) -> str | None:
