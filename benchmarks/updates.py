@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from fpo_jax import config as configuration
-from fpo_jax import data, flops, job, programs, shapes, sharding, step
+from fpo_jax import data, flops, job, shapes, sharding, step, topologies
+from fpo_jax.plan import kept, sizes
 
 
 class Updates:
@@ -17,7 +18,14 @@ class Updates:
         """Plan and load; nothing is compiled yet."""
         grid = sharding.make_layout(**config.mesh, devices=jax.devices()[:1])
         self._config, self._inputs, self.plan = config, inputs, job.plan(config, inputs, devices=1)
-        self.programs = programs.Programs(config, job.blueprint(config, inputs, self.plan), grid)
+        self.programs = kept.programs_of(
+            config,
+            job.blueprint(config, inputs, self.plan),
+            grid,
+            largest=sizes.largest(self.plan.schedule, self.plan.steps),
+            accumulation=self.plan.accumulation,
+            capacity=topologies.capacity(jax.devices()[0]),
+        )
         self._state = self.programs.fresh_state(self._load(model))
         self._references = np.zeros(inputs.train.prepared.rewards_BK.shape, np.float32)
         self._pending: dict | None = None

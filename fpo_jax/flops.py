@@ -142,7 +142,7 @@ KERNELS = {
     "partial_softmax": (1, "head"),  # pallas_gpu
     "dlogits": (1, "head"),
     "token_stats": (1, "head"),  # pallas_tpu
-    "fused_head_loss": (1, "head"),
+    "group_loss": (0, "head"),  # a few numbers per token
     "dhidden": (2, "head"),  # pallas_tpu_lean: each recomputes the logits
     "dhead": (2, "head"),
     "dot_product_attention_fwd_wrapper": (2, "NTHC"),
@@ -166,6 +166,8 @@ def _kernel(name: str, equation: core.JaxprEqn, window: int | None) -> int:
     if name.startswith("splash_mha_dkv"):  # the fused one returns dq too, one part per block of keys
         products += any(len(_shape(variable)) == 5 for variable in equation.outvars)
     arrays = [_shape(variable) for variable in equation.invars if _is_float(variable)]
+    if not products:
+        return 0
     if plane == "head":
         (tokens, width), (rows, _) = [shape for shape in arrays if len(shape) == 2][:2]
         return 2 * products * tokens * rows * width

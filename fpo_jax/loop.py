@@ -40,6 +40,7 @@ from fpo_jax import (
 )
 from fpo_jax import config as configuration
 from fpo_jax.hosts import witness
+from fpo_jax.plan import kept, sizes
 
 log = logging.getLogger("fpo_jax")
 
@@ -80,7 +81,15 @@ def run(
             layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
             plan = job.plan(config, inputs, devices=layout.row_ways)
             trace = profiling.Trace(profile, workdir, last=plan.steps)
-            compiled = programs.Programs(config, job.blueprint(config, inputs, plan), layout)
+            assert layout.mesh is not None
+            compiled = kept.programs_of(
+                config,
+                job.blueprint(config, inputs, plan),
+                layout,
+                largest=sizes.largest(plan.schedule, plan.steps),
+                accumulation=plan.accumulation,
+                capacity=topologies.capacity(layout.mesh.devices.flat[0]),
+            )
             answers = None
             if config.answers.count:
                 answers = answering.Answers(config, workdir, inputs, layout=compiled.layout)

@@ -24,8 +24,13 @@ def of_updates(
             model_config, dtype, config.model.remat, attends, layout, adapter=blueprint.adapter
         )
         return scorer, [*choices, "head: one score at the last token of a row, float32"]
-    head, workspace = _head(config, blueprint, model_config, layout), config.kernel.workspace_mib * 2**20
-    explained = logps.explain(**head, fuse_loss=config.kernel.fuse_loss, workspace_bytes=workspace)
+    head, kept = _head(config, blueprint, model_config, layout), config.kernel.kept_logits_mib
+    sizes = {
+        "workspace_bytes": config.kernel.workspace_mib * 2**20,
+        "kept_bytes": None if kept is None else kept * 2**20,
+    }
+    frozen = blueprint.adapter is not None
+    explained = logps.explain(**head, fuse_loss=config.kernel.fuse_loss, frozen=frozen, **sizes)
     choice = logps.choose(**head, fuse_loss=config.kernel.fuse_loss)
     scorer = step.Scorer(
         config=model_config,
@@ -35,12 +40,19 @@ def of_updates(
         implementation=choice.implementation,
         fuse_loss=choice.fuse_loss,
         interpret=choice.interpret,
-        workspace_bytes=workspace,
+        **sizes,
         temperature=blueprint.loss.temperature,
         layout=layout,
         adapter=blueprint.adapter,
     )
     return scorer, [*choices, explained]
+
+
+def kept_logits(config: configuration.Config, blueprint: job.Blueprint, layout: sharding.Layout) -> int | None:
+    """Return the bytes on each device that keeping the logits of an update takes; None where they cannot be kept."""
+    if blueprint.model_config.reward_head:
+        return None
+    return logps.kept_if_unlimited(**_head(config, blueprint, blueprint.model_config, layout))
 
 
 def _left_out(model_config: model.ModelConfig) -> list[str]:
@@ -117,5 +129,4 @@ def _head(
         "head_dtype": config.model.param_dtype,
         "requested": config.kernel.implementation,
         "placement": layout.head,
-        "slotted": slotted,
     }

@@ -33,6 +33,7 @@ class Scorer:
     implementation: str
     workspace_bytes: int
     temperature: float
+    kept_bytes: int | None = None  # for logits that stay from the forward to the backward pass
     fuse_loss: bool = False  # run the loss in the kernel of the log-probs, where it is differentiated
     interpret: bool = False  # emulate that kernel
     layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
@@ -73,6 +74,7 @@ class Scorer:
             "implementation": self.implementation,
             "interpret": self.interpret,
             "workspace_bytes": self.workspace_bytes,
+            "kept_bytes": self.kept_bytes,
             "placement": self.layout.head,
         }
 

@@ -18,7 +18,7 @@ Letters beyond `spec.py`: W rows of a head block, M tokens of a token block.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,30 +26,36 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from fpo_jax.kernels import frozen, tiling
 from fpo_jax.kernels import spec as specs
 
 MASKED_LOGIT = -1e30  # finite, so that no inf - inf can arise
-LANES = 128  # block sizes are multiples of the widest vector unit's row
-MAX_TOKEN_BLOCK = 65536  # above it, blocks of the head become too thin for a matrix unit
 
 
 class Partials(NamedTuple):
-    """The softmax of a token over some of the vocabulary; float32 (float64 when given float64)."""
+    """The softmax of a token over P parts of the vocabulary; float32 (float64 when given float64).
 
-    max_M: specs.Array  # max of the logits
-    sum_M: specs.Array  # sum of exp(z - max)
-    target_logit_M: specs.Array  # z[target] where the target is among them, else 0
-    centred_M: specs.Array  # sum of exp(z - max) * (z - max); anything finite unless the entropy is wanted
+    The parts lie side by side: splits of a kernel, or devices. `finish` merges them, here or in a kernel.
+    """
+
+    max_PM: specs.Array  # max of the logits
+    sum_PM: specs.Array  # sum of exp(z - max)
+    target_logit_PM: specs.Array  # z[target] where the target is among them, else 0
+    centred_PM: specs.Array  # sum of exp(z - max) * (z - max); anything finite unless the entropy is wanted
 
 
-class Blocks(NamedTuple):
-    """How the N x V plane of logits is cut, on one device."""
+class Saved(NamedTuple):
+    """What the backward pass reads besides its cotangents. Nothing is of size N*V, but a plane that is kept."""
 
-    tokens: int  # rows of hidden per block
-    vocab: int  # rows of the head per block
-    token_count: int  # blocks of tokens
-    vocab_count: int  # blocks of the head
-    workspace_bytes: int  # what is held of one block's logits
+    hidden_ND: jax.Array
+    head_VD: jax.Array
+    targets_N: jax.Array
+    lse_N: jax.Array
+    raw_NV: jax.Array | None  # hidden . head, where it is kept
+    pulled: frozen.Pulled | None  # where the head is frozen
+
+
+Finish = Callable[..., Any]  # (Partials, *extras) -> a pytree with a field `lse_N`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,92 +64,35 @@ class Engine:
 
     Targets are columns of the block and may lie outside it. `first` and `last` are integers where known at trace time.
 
-    forward(hidden_MD, head_WD, targets_M, first, last, *, spec) -> Partials
+    forward(hidden_MD, head_WD, targets_M, first, last, *, spec, running) -> Partials, merged into `running` unless None
     backward(hidden_MD, head_WD, targets_M, lse_M, dtarget_M, dlse_M, first, last, *, spec, dtypes) ->
         (dhidden_MD, dhead_WD) in `dtypes`: those of hidden and head where the block is the whole plane, else float32
-    plan_forward, plan_backward(tokens, head_rows, head_dtype, dtype, *, spec) -> Blocks
-    plan_kept(tokens, head_rows, width, head_dtype, dtype, *, spec) -> Blocks, or None where no logits are kept. Where
-        there are Blocks, forward and backward take hidden . head of the whole plane as `raw_MW`.
+    plan_forward, plan_backward, plan_pull(tokens, head_rows, head_dtype, dtype, *, spec) -> Blocks
+    plan_kept(tokens, head_rows, width, head_dtype, dtype, *, spec) -> Blocks, or None where no logits are kept
+    plane: whose forward and backward take hidden . head of the whole plane as `raw_MW`; None: its own
+    pull(hidden_MD, head_WD, targets_M, first, last, *, spec, running) -> (Partials, pulled_PMD), see `frozen.py`; None
+        where a frozen head is treated like any other
+    loss_parameters: what the compiler of `loss_kernel.py` is told; None where that has no kernel
     """
 
     forward: Callable[..., Partials]
     backward: Callable[..., tuple[jax.Array, jax.Array]]
-    plan_forward: Callable[..., Blocks]
-    plan_backward: Callable[..., Blocks]
-    plan_kept: Callable[..., Blocks | None] = lambda *_, **__: None
+    plan_forward: Callable[..., tiling.Blocks]
+    plan_backward: Callable[..., tiling.Blocks]
+    plan_kept: Callable[..., tiling.Blocks | None] = lambda *_, **__: None
+    plane: "Engine | None" = None
+    pull: Callable[..., tuple[Partials, jax.Array]] | None = None
+    plan_pull: Callable[..., tiling.Blocks] = tiling.whole
+    loss_parameters: Any = None
 
     def reading(self, raw_NV: jax.Array | None) -> "Engine":
         """Return the engine of one block that reads the kept plane; itself where nothing is kept."""
         if raw_NV is None:
             return self
-        forward, backward = (
-            functools.partial(self.forward, raw_MW=raw_NV),
-            functools.partial(self.backward, raw_MW=raw_NV),
-        )
-        return Engine(forward, backward, whole, whole)
-
-
-def plan_blocks(tokens: int, head_rows: int, logit_bytes: int, *, spec: specs.HeadSpec) -> Blocks:
-    """Choose the largest blocks whose logits fit in `spec.workspace_bytes`, evenly cut.
-
-        workspace = tokens * vocab_block * logit_bytes
-
-    Blocks of the head are multiples of 128 rows, at least 128; more than 128 rows are cut in two at least, so that no
-    [N, V] array exists however small the problem (`plan_kept` is the exception). Tokens are cut only above 65,536, or
-    where even 128 rows exceed the budget.
-
-    Args:
-        tokens: on one device.
-        head_rows: on one device, without padding.
-        logit_bytes: held per logit.
-        spec: `workspace_bytes` and `vocab_block` are read.
-
-    Returns:
-        Blocks; the last block of either axis may overlap the one before.
-
-    >>> plan_blocks(8192, 128256, 6, spec=specs.HeadSpec(workspace_bytes=256 * 2**20))
-    Blocks(tokens=8192, vocab=5376, token_count=1, vocab_count=24, workspace_bytes=264241152)
-    """
-    limit = spec.workspace_bytes // (min(spec.vocab_block or LANES, head_rows) * logit_bytes)
-    token_count = _ceil_div(tokens, max(1, min(MAX_TOKEN_BLOCK, limit)))
-    rows = _ceil_div(tokens, token_count)
-    if spec.vocab_block is not None:
-        block = spec.vocab_block
-    else:
-        largest = max(LANES, spec.workspace_bytes // (rows * logit_bytes) // LANES * LANES)
-        count = max(2, _ceil_div(head_rows, largest))
-        block = _ceil_div(_ceil_div(head_rows, count), LANES) * LANES
-    block = min(block, head_rows)
-    return Blocks(rows, block, token_count, _ceil_div(head_rows, block), rows * block * logit_bytes)
-
-
-def plan_kept(tokens: int, head_rows: int, logit_bytes: int, row_bytes: int, *, spec: specs.HeadSpec) -> Blocks | None:
-    """Plan one block whose logits stay from the forward pass to the backward pass; None where they do not.
-
-        workspace = head_rows * (tokens * logit_bytes + row_bytes)
-
-    They stay where that fits `spec.workspace_bytes`, but on a mesh and where `spec.vocab_block` asks for more blocks.
-    A forward pass without a gradient keeps nothing and goes by `plan_blocks`.
-
-    Args:
-        tokens: rows of hidden.
-        head_rows: with padding, as one block is the head as it is.
-        logit_bytes: held per logit.
-        row_bytes: held per row of the head.
-        spec: `workspace_bytes`, `vocab_block` and `placement` are read.
-
-    >>> plan_kept(512, 32000, 8, 0, spec=specs.HeadSpec())
-    Blocks(tokens=512, vocab=32000, token_count=1, vocab_count=1, workspace_bytes=131072000)
-    """
-    held = head_rows * (tokens * logit_bytes + row_bytes)
-    if spec.placement or held > spec.workspace_bytes or (spec.vocab_block or head_rows) < head_rows:
-        return None
-    return Blocks(tokens, head_rows, 1, 1, held)
-
-
-def whole(tokens: int, head_rows: int, *_, **__) -> Blocks:
-    """Return the plan of one block, for kernels that cut the plane themselves and hold none of it."""
-    return Blocks(tokens, head_rows, 1, 1, 0)
+        plane = self.plane or self
+        forward = functools.partial(plane.forward, raw_MW=raw_NV)
+        backward = functools.partial(plane.backward, raw_MW=raw_NV)
+        return Engine(forward, backward, tiling.whole, tiling.whole)
 
 
 def token_stats(
@@ -170,21 +119,71 @@ def flag_targets(stats: specs.TokenStats, targets_N, head_VD, spec: specs.HeadSp
     return stats._replace(target_logit_N=jnp.where(in_vocab_N, stats.target_logit_N, jnp.nan))
 
 
-def forward(hidden_ND, head_VD, targets_N, spec: specs.HeadSpec, engine: Engine) -> specs.TokenStats:
-    """Run the forward pass, on every device of the placement."""
-    axes = specs.axes(spec)
-    run = functools.partial(_forward_on_device, spec=spec, engine=engine)
-    rows = PartitionSpec(axes.tokens)
-    return on_mesh(run, (hidden_ND, head_VD, targets_N), spec, in_specs=(*_operand_specs(axes), rows), out_specs=rows)
+def forward(hidden_ND, head_VD, targets_N, *extras, spec: specs.HeadSpec, engine: Engine, finish: Finish):
+    """Run the forward pass, on every device of the placement; the result is what `finish` returns.
+
+    Args:
+        hidden_ND: as `token_stats`.
+        head_VD: as `token_stats`.
+        targets_N: as `token_stats`.
+        extras: pytrees for `finish`, of arrays cut over the devices as the tokens are, and of scalars.
+        spec: options of the head.
+        engine: how a block is computed.
+        finish: (partials, *extras) -> a pytree of arrays, their first axis along the tokens'; runs on every device.
+    """
+    return forward_saving(hidden_ND, head_VD, targets_N, *extras, spec=spec, engine=engine, finish=finish)[0]
 
 
-def backward(hidden_ND, head_VD, targets_N, lse_N, dtarget_N, dlse_N, *, spec: specs.HeadSpec, engine: Engine):
-    """Run the backward pass, on every device of the placement: (dhidden, dhead) in the dtypes of hidden and head."""
+def forward_saving(hidden_ND, head_VD, targets_N, *extras, spec, engine: Engine, finish: Finish, gradient_of=()):
+    """Run the forward pass as `forward` does, and save what the backward pass needs: (what `finish` returns, Saved).
+
+    `gradient_of` names which of "hidden" and "head" there will be a gradient of.
+    """
     axes = specs.axes(spec)
-    run = functools.partial(_backward_on_device, spec=spec, engine=engine)
+    rows, plane = PartitionSpec(axes.tokens), PartitionSpec(axes.tokens, axes.vocab)
+    operands, raw_NV = (hidden_ND, head_VD), None
+    extra_specs = jax.tree.map(lambda x: rows if jnp.ndim(x) else PartitionSpec(), extras)
+    if gradient_of and planned_to_keep(hidden_ND, head_VD, spec=spec, engine=engine):
+        product = functools.partial(_product_on_device, spec=spec)
+        raw_NV = on_mesh(product, operands, spec, in_specs=_operand_specs(axes), out_specs=plane)
+    pulls = gradient_of == ("hidden",) and raw_NV is None and engine.pull is not None
+    run = functools.partial(_forward_on_device, spec=spec, engine=engine, finish=finish, pulls=pulls)
+    out, pulled = on_mesh(
+        run,
+        (*operands, targets_N, raw_NV, extras),
+        spec,
+        in_specs=(*_operand_specs(axes), rows, plane, extra_specs),
+        out_specs=rows,
+    )
+    return out, Saved(hidden_ND, head_VD, targets_N, out.lse_N, raw_NV, pulled)
+
+
+def backward(saved: Saved, dtarget_N, dlse_N, *, spec: specs.HeadSpec, engine: Engine):
+    """Run the backward pass, on every device of the placement: (dhidden, dhead) in the dtypes of hidden and head.
+
+    dhead is None for a frozen head whose gradient was prepared by the forward pass.
+    """
+    axes = specs.axes(spec)
     operands, rows = _operand_specs(axes), PartitionSpec(axes.tokens)
-    args = (hidden_ND, head_VD, targets_N, lse_N, dtarget_N, dlse_N)
-    return on_mesh(run, args, spec, in_specs=(*operands, rows, rows, rows, rows), out_specs=operands)
+    tokens_N = (saved.lse_N, dtarget_N, dlse_N)
+    if saved.pulled is not None:
+        operand = specs.operand_dtype(saved.hidden_ND.dtype, saved.head_VD.dtype, spec)
+        run = functools.partial(frozen.pull_back, spec=spec, dtype=operand)
+        args = (saved.head_VD, saved.targets_N, saved.pulled, *tokens_N)
+        dhidden_ND = on_mesh(run, args, spec, in_specs=(operands[1], *[rows] * 5), out_specs=operands[0])
+        return dhidden_ND.astype(saved.hidden_ND.dtype), None
+    run = functools.partial(_backward_on_device, spec=spec, engine=engine)
+    args = (saved.hidden_ND, saved.head_VD, saved.targets_N, saved.raw_NV, *tokens_N)
+    in_specs = (*operands, rows, PartitionSpec(axes.tokens, axes.vocab), rows, rows, rows)
+    return on_mesh(run, args, spec, in_specs=in_specs, out_specs=operands)
+
+
+def planned_to_keep(hidden_ND, head_VD, *, spec: specs.HeadSpec, engine: Engine) -> tiling.Blocks | None:
+    """Return the plan of a plane that is kept, per device; None where the logits are computed again."""
+    axes, operand = specs.axes(spec), specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
+    tokens = hidden_ND.shape[0] // specs.shards(spec, axes.tokens)
+    rows = head_VD.shape[0] // specs.shards(spec, axes.vocab)
+    return engine.plan_kept(tokens, rows, head_VD.shape[1], head_VD.dtype, operand, spec=spec)
 
 
 def on_mesh(function: Callable, args: tuple, spec: specs.HeadSpec, *, in_specs, out_specs):
@@ -200,61 +199,91 @@ def _operand_specs(axes: specs.Axes):
     return PartitionSpec(axes.tokens, None), PartitionSpec(axes.vocab, axes.width)
 
 
-def _forward_on_device(hidden_ND, head_VD, targets_N, *, spec: specs.HeadSpec, engine: Engine) -> specs.TokenStats:
+def _product_on_device(hidden_ND, head_VD, *, spec: specs.HeadSpec) -> jax.Array:
+    """All raw products that a device is responsible for."""
+    operand, share = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec), _Share.of(head_VD, spec)
+    *_, head_WD = _head_block(head_VD, 0, share, tiling.whole(*hidden_ND.shape), operand, spec)
+    return specs.product(hidden_ND.astype(operand), head_WD.astype(operand), 1, 1)
+
+
+def _forward_on_device(hidden_ND, head_VD, targets_N, raw_NV, extras, *, spec, engine: Engine, finish: Finish, pulls):
+    """Partial softmax of every token, then `finish`: (what that returns, Pulled or None)."""
     operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
-    hidden_ND, axes = hidden_ND.astype(operand), specs.axes(spec)
-    share = _Share.of(head_VD, spec)
-    blocks = engine.plan_forward(hidden_ND.shape[0], share.rows, head_VD.dtype, operand, spec=spec)
-    scan = functools.partial(_scan_head, head_VD=head_VD, share=share, blocks=blocks, spec=spec, engine=engine)
-    partials = _over_token_blocks(scan, hidden_ND, targets_N - share.first_row, blocks=blocks)
-    if axes.vocab:
-        partials = _merge_devices(partials, axes.vocab)
-    lse_N = partials.max_M + jnp.log(partials.sum_M)
-    entropy_N = is_argmax_N = None
-    if spec.want_entropy:
-        entropy_N = jnp.log(partials.sum_M) - partials.centred_M / partials.sum_M
-    if spec.want_argmax:
-        is_argmax_N = (partials.target_logit_M >= partials.max_M).astype(lse_N.dtype)
-    return specs.TokenStats(partials.target_logit_M, lse_N, entropy_N, is_argmax_N)
+    hidden_ND, axes, share = hidden_ND.astype(operand), specs.axes(spec), _Share.of(head_VD, spec)
+    engine = engine.reading(raw_NV)
+    block_of = engine.forward
+    plan = engine.plan_forward
+    if pulls:
+        assert engine.pull is not None
+        block_of, plan = engine.pull, engine.plan_pull
+    blocks = plan(hidden_ND.shape[0], share.rows, head_VD.dtype, operand, spec=spec)
+    scan = functools.partial(_scan_head, head_VD=head_VD, share=share, blocks=blocks, spec=spec, block_of=block_of)
+    own = _over_token_blocks(scan, hidden_ND, targets_N - share.first_row, blocks=blocks)
+    own, pulled_PND = own if pulls else (own, None)
+    partials = own
+    if axes.vocab:  # the parts of all devices, as they are: a few numbers per token
+        partials = Partials(*lax.all_gather(jnp.stack(own), axes.vocab, axis=1, tiled=True))
+    out = finish(partials, *extras)
+    return out, None if pulled_PND is None else frozen.finish(pulled_PND, own, partials, out.lse_N, spec=spec)
 
 
-def _scan_head(hidden_MD, targets_M, *, head_VD, share, blocks, spec, engine) -> Partials:
-    """Statistics of one block of tokens: the partial softmax of each block of the head, merged."""
+def statistics(partials: Partials, *, spec: specs.HeadSpec) -> specs.TokenStats:
+    """Finish the softmax of every token: merge its parts, in their order."""
+    max_M, sum_M, target_logit_M, centred_M = (x_PM[0] for x_PM in joined(partials))
+    lse_M = max_M + jnp.log(sum_M)
+    entropy_M = jnp.log(sum_M) - centred_M / sum_M if spec.want_entropy else None
+    is_argmax_M = (target_logit_M >= max_M).astype(lse_M.dtype) if spec.want_argmax else None
+    return specs.TokenStats(target_logit_M, lse_M, entropy_M, is_argmax_M)
 
-    def of_block(index):
+
+def joined(partials: Partials) -> Partials:
+    """Merge the parts of the vocabulary into one."""
+    if len(partials.max_PM) == 1:
+        return partials
+    max_PM = jnp.max(partials.max_PM, axis=0, keepdims=True)
+    return Partials(max_PM, *(jnp.sum(x_PM, axis=0, keepdims=True) for x_PM in _move(partials, max_PM)[1:]))
+
+
+def _scan_head(hidden_MD, targets_M, *, head_VD, share, blocks, spec, block_of):
+    """The softmax of one block of tokens: that of each block of the head, merged into the one so far."""
+
+    def of_block(index, running):
         start, first, last, head_WD = _head_block(head_VD, index, share, blocks, hidden_MD.dtype, spec)
-        return engine.forward(hidden_MD, head_WD, targets_M - start, first, last, spec=spec)
+        return block_of(hidden_MD, head_WD, targets_M - start, first, last, spec=spec, running=running)
 
     if blocks.vocab_count == 1:
-        return of_block(0)
-    nothing_M = jnp.zeros_like(targets_M, specs.accumulator_dtype(hidden_MD.dtype))  # sharded as an input is
-    nothing = Partials(nothing_M + MASKED_LOGIT, nothing_M, nothing_M, nothing_M)
+        return of_block(0, None)
+    nothing = nothing_of(jax.eval_shape(of_block, 0, None))
     indices = jnp.arange(blocks.vocab_count, dtype=np.int32)
-    return lax.scan(lambda running, index: (_merge(running, of_block(index)), None), nothing, indices)[0]
+    return lax.scan(lambda running, index: (of_block(index, running), None), nothing, indices)[0]
 
 
-def _merge(left: Partials, right: Partials) -> Partials:
-    """Softmax over the union of two disjoint parts of the vocabulary."""
-    max_M = jnp.maximum(left.max_M, right.max_M)
-    left, right = _move(left, max_M), _move(right, max_M)
-    return Partials(max_M, *(a + b for a, b in zip(left[1:], right[1:], strict=True)))
+def nothing_of(shapes):
+    """The softmax over no part of the vocabulary, of the same shapes."""
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    partials = nothing if isinstance(nothing, Partials) else nothing[0]
+    partials = partials._replace(max_PM=partials.max_PM + MASKED_LOGIT)
+    return partials if isinstance(nothing, Partials) else (partials, *nothing[1:])
 
 
-def _merge_devices(partials: Partials, axis: str) -> Partials:
-    """Softmax over the parts of the vocabulary that the devices along a mesh axis hold."""
-    max_M = lax.pmax(partials.max_M, axis)
-    return Partials(max_M, *lax.psum(_move(partials, max_M)[1:], axis))
+def merge(running: Partials | None, block: Partials) -> Partials:
+    """Softmax over the union of two disjoint parts of the vocabulary; `running` is None before the first."""
+    if running is None:
+        return block
+    max_PM = jnp.maximum(running.max_PM, block.max_PM)
+    running, block = _move(running, max_PM), _move(block, max_PM)
+    return Partials(max_PM, *(a + b for a, b in zip(running[1:], block[1:], strict=True)))
 
 
-def _move(partials: Partials, max_M) -> Partials:
+def _move(partials: Partials, max_PM) -> Partials:
     """Express the sums relative to a larger maximum."""
-    shift_M = partials.max_M - max_M
-    scale_M = jnp.exp(shift_M)
-    centred_M = scale_M * (partials.centred_M + shift_M * partials.sum_M)
-    return Partials(max_M, scale_M * partials.sum_M, partials.target_logit_M, centred_M)
+    shift_PM = partials.max_PM - max_PM
+    scale_PM = jnp.exp(shift_PM)
+    centred_PM = scale_PM * (partials.centred_PM + shift_PM * partials.sum_PM)
+    return Partials(partials.max_PM, scale_PM * partials.sum_PM, partials.target_logit_PM, centred_PM)
 
 
-def _over_token_blocks(scan, hidden_ND, targets_N, *, blocks: Blocks) -> Partials:
+def _over_token_blocks(scan, hidden_ND, targets_N, *, blocks: tiling.Blocks) -> Partials:
     """Run `scan` on each block of tokens and join the results; the last block overlaps the one before."""
     if blocks.token_count == 1:
         return scan(hidden_ND, targets_N)
@@ -266,17 +295,17 @@ def _over_token_blocks(scan, hidden_ND, targets_N, *, blocks: Blocks) -> Partial
 
     partials = lax.map(of_block, _first_rows(blocks.tokens, blocks.token_count))
     overlap = blocks.token_count * blocks.tokens - tokens
-    return jax.tree.map(lambda x: jnp.concatenate([x[:-1].reshape(-1), x[-1, overlap:]]), partials)
+    return jax.tree.map(lambda x: jnp.concatenate([*x[:-1], x[-1][:, overlap:]], axis=1), partials)
 
 
-def _backward_on_device(hidden_ND, head_VD, targets_N, lse_N, dtarget_N, dlse_N, *, spec, engine):
+def _backward_on_device(hidden_ND, head_VD, targets_N, raw_NV, lse_N, dtarget_N, dlse_N, *, spec, engine: Engine):
     """Head blocks outside, token blocks inside, so that each block of dhead is written once, finished.
 
     The blocks run from last to first: the shifted last block writes zeros over its overlap, which the block before
     replaces.
     """
     operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
-    accumulator = specs.accumulator_dtype(operand)
+    accumulator, engine = specs.accumulator_dtype(operand), engine.reading(raw_NV)
     axes, share = specs.axes(spec), _Share.of(head_VD, spec)
     rows_N = (hidden_ND.astype(operand), targets_N - share.first_row, lse_N, dtarget_N, dlse_N)
     blocks = engine.plan_backward(hidden_ND.shape[0], share.rows, head_VD.dtype, operand, spec=spec)
@@ -301,7 +330,7 @@ def _backward_on_device(hidden_ND, head_VD, targets_N, lse_N, dtarget_N, dlse_N,
     return dhidden_ND.astype(hidden_ND.dtype), dhead_VD
 
 
-def _block_grads(rows_N, head_WD, start, first, last, *, dtypes, blocks: Blocks, spec, engine: Engine):
+def _block_grads(rows_N, head_WD, start, first, last, *, dtypes, blocks: tiling.Blocks, spec, engine: Engine):
     """Gradients through one block of the head: (dhidden of all tokens, its rows of dhead)."""
     backward_block = functools.partial(engine.backward, spec=spec, dtypes=dtypes)
     hidden_ND, targets_N, *others_N = rows_N
@@ -352,7 +381,7 @@ class _Share(NamedTuple):
         return _Share(first_row, rows, jnp.clip(total - first_row, 0, rows))
 
 
-def _head_block(head_VD, index, share: _Share, blocks: Blocks, dtype, spec: specs.HeadSpec):
+def _head_block(head_VD, index, share: _Share, blocks: tiling.Blocks, dtype, spec: specs.HeadSpec):
     """Block `index` of the head: (row it starts at, first and last column that count in it, the rows).
 
     One block is the head as it is, padding rows and dtype included: a slice or a cast would be a copy.
@@ -381,27 +410,32 @@ def _first_rows(block, count):
     return jnp.arange(count, dtype=np.int32) * block
 
 
-def _ceil_div(numerator, denominator):
-    """Quotient of two positive integers, rounded up."""
-    return -(-numerator // denominator)
+def gradient_of(hidden, head) -> tuple[str, ...]:
+    """Which of the two there will be a gradient of, as `jax.custom_vjp` tells the forward pass."""
+    return tuple(name for name, primal in (("hidden", hidden), ("head", head)) if primal.perturbed)
 
 
-def _forward_with_residuals(hidden_ND, head_VD, targets_N, spec, engine):
-    """Forward pass, and what the backward pass needs of it."""
-    operand, raw_NV = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec), None
-    if engine.plan_kept(hidden_ND.shape[0], *head_VD.shape, head_VD.dtype, operand, spec=spec):
-        raw_NV = specs.product(hidden_ND.astype(operand), head_VD.astype(operand), 1, 1)
-    stats = forward(hidden_ND, head_VD, targets_N, spec, engine.reading(raw_NV))
-    return stats, (hidden_ND, head_VD, targets_N, stats.lse_N, raw_NV)
+def known(cotangent) -> jax.Array:
+    """A cotangent, as an array also where it is zero."""
+    zero = isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if zero else cotangent
 
 
-def _backward_with_residuals(spec, engine, residuals, cotangents):
-    hidden_ND, head_VD, targets_N, lse_N, raw_NV = residuals
-    dtarget_N, dlse_N = cotangents.target_logit_N, cotangents.lse_N
-    engine = engine.reading(raw_NV)
-    grads = backward(hidden_ND, head_VD, targets_N, lse_N, dtarget_N, dlse_N, spec=spec, engine=engine)
-    return (*grads, None)
+def _statistics_of(hidden_ND, head_VD, targets_N, spec: specs.HeadSpec, engine: Engine) -> specs.TokenStats:
+    finish = functools.partial(statistics, spec=spec)
+    return forward(hidden_ND, head_VD, targets_N, spec=spec, engine=engine, finish=finish)
 
 
-_token_stats = jax.custom_vjp(forward, nondiff_argnums=(3, 4))
-_token_stats.defvjp(_forward_with_residuals, _backward_with_residuals)
+def _statistics_forward(hidden_ND, head_VD, targets_N, spec: specs.HeadSpec, engine: Engine):
+    finish, wanted = functools.partial(statistics, spec=spec), gradient_of(hidden_ND, head_VD)
+    args = (hidden_ND.value, head_VD.value, targets_N.value)
+    return forward_saving(*args, spec=spec, engine=engine, finish=finish, gradient_of=wanted)
+
+
+def _statistics_backward(spec: specs.HeadSpec, engine: Engine, saved: Saved, cotangents):
+    dtarget_N, dlse_N = known(cotangents.target_logit_N), known(cotangents.lse_N)
+    return (*backward(saved, dtarget_N, dlse_N, spec=spec, engine=engine), None)
+
+
+_token_stats = jax.custom_vjp(_statistics_of, nondiff_argnums=(3, 4))
+_token_stats.defvjp(_statistics_forward, _statistics_backward, symbolic_zeros=True)

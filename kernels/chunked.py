@@ -8,7 +8,7 @@ operations forward, 6NDV backward; 4NDV on one device whose workspace the whole 
 import jax
 import jax.numpy as jnp
 
-from fpo_jax.kernels import blocks
+from fpo_jax.kernels import blocks, tiling
 from fpo_jax.kernels import spec as specs
 
 
@@ -40,28 +40,61 @@ def token_stats(
     return blocks.token_stats(hidden_ND, head_VD, targets_N, spec=spec, engine=ENGINE)
 
 
-def plan(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> blocks.Blocks:
+def plan(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
     """Cut the plane so that a block's float32 logits and rounded dlogits fit the workspace: in bfloat16, 6 bytes."""
     del head_dtype
     logit_bytes = specs.accumulator_dtype(dtype).itemsize + jnp.dtype(dtype).itemsize
-    return blocks.plan_blocks(tokens, head_rows, logit_bytes, spec=spec)
+    return tiling.plan_blocks(tokens, head_rows, logit_bytes, spec=spec)
 
 
-def plan_kept(tokens: int, head_rows: int, width: int, head_dtype, dtype, *, spec: specs.HeadSpec):
-    """Keep the plane where the workspace holds all of a backward pass in one block; see `blocks.plan_kept`.
+def plan_kept(tokens: int, head_rows: int, width: int, head_dtype, dtype, *, spec: specs.HeadSpec, limit=None):
+    """Keep the plane where `limit` holds all of a backward pass in one block; see `tiling.plan_kept`.
 
     Per logit the float32 product, and first the capped logit beside it, if there is a cap, then the rounded dlogit; per
-    row of the head its copy, if it is cast to the operands' dtype, and its gradient in float32, if that is rounded.
+    row of the head its copy, if it is gathered or cast to the operands' dtype, and its gradient in float32, if that is
+    summed over devices or rounded. `limit` None is `spec.kept_bytes`, and where that is None the workspace, on one
+    device.
     """
     accumulator, operand = specs.accumulator_dtype(dtype), jnp.dtype(dtype)
-    copied = sum(each.itemsize for each in (operand, accumulator) if each != head_dtype)
+    axes, limits = specs.axes(spec), (limit, spec.kept_bytes, 0 if spec.placement else spec.workspace_bytes)
+    held = (operand, head_dtype != operand or axes.width), (accumulator, head_dtype != accumulator or axes.tokens)
+    copied = sum(each.itemsize for each, is_held in held if is_held)
     beside = accumulator if spec.softcap else operand
-    return blocks.plan_kept(tokens, head_rows, accumulator.itemsize + beside.itemsize, width * copied, spec=spec)
+    limit = next(each for each in limits if each is not None)
+    logit_bytes = accumulator.itemsize + beside.itemsize
+    return tiling.plan_kept(tokens, head_rows, logit_bytes, width * copied, limit=limit, spec=spec)
 
 
-def forward_block(hidden_MD, head_WD, targets_M, first, last, *, spec: specs.HeadSpec, raw_MW=None) -> blocks.Partials:
+def plan_kept_if_asked(*args, spec: specs.HeadSpec):
+    """Keep the plane only where `spec.kept_bytes` says so: for engines that hold no logits."""
+    return plan_kept(*args, spec=spec, limit=spec.kept_bytes or 0)
+
+
+def forward_block(
+    hidden_MD, head_WD, targets_M, first, last, *, spec: specs.HeadSpec, running=None, raw_MW=None
+) -> blocks.Partials:
     """Return the partial softmax of one block of logits, whose raw products may be given."""
     logits_MW, _ = _logits(hidden_MD, head_WD.astype(hidden_MD.dtype), raw_MW, spec)
+    return blocks.merge(running, _softmax(logits_MW, targets_M, first, last, spec)[1])
+
+
+def pull_block(hidden_MD, head_WD, targets_M, first, last, *, spec: specs.HeadSpec, running=None):
+    """Return the partial softmax of a block, and its products with the rows of the head: see `frozen.py`."""
+    head_WD = head_WD.astype(hidden_MD.dtype)
+    logits_MW, slope_MW = _logits(hidden_MD, head_WD, None, spec)
+    exp_MW, partials = _softmax(logits_MW, targets_M, first, last, spec)
+    others_MW = jnp.where(jnp.arange(logits_MW.shape[1]) == targets_M[:, None], 0, exp_MW * slope_MW)
+    pulled_PMD = specs.product(others_MW.astype(hidden_MD.dtype), head_WD, 1, 0)[None]
+    if running is None:
+        return partials, pulled_PMD
+    before, pulled_before_PMD = running
+    merged = blocks.merge(before, partials)
+    shares = (jnp.exp(part.max_PM - merged.max_PM)[:, :, None] for part in (before, partials))
+    return merged, next(shares) * pulled_before_PMD + next(shares) * pulled_PMD
+
+
+def _softmax(logits_MW, targets_M, first, last, spec: specs.HeadSpec):
+    """Exponentials, relative to the maximum, and Partials of a block of logits."""
     counts_W = _counted(logits_MW.shape[1], first, last)
     if counts_W is not None:
         logits_MW = jnp.where(counts_W, logits_MW, blocks.MASKED_LOGIT)
@@ -72,7 +105,8 @@ def forward_block(hidden_MD, head_WD, targets_M, first, last, *, spec: specs.Hea
     found_M = jnp.take_along_axis(logits_MW, column_M[:, None], axis=1, mode="promise_in_bounds")[:, 0]
     target_logit_M = jnp.where((targets_M >= first) & (targets_M < last), found_M, 0)
     centred_M = jnp.sum(exp_MW * shifted_MW, axis=1) if spec.want_entropy else jnp.zeros_like(max_M)
-    return blocks.Partials(max_M, jnp.sum(exp_MW, axis=1), target_logit_M, centred_M)
+    parts = (max_M, jnp.sum(exp_MW, axis=1), target_logit_M, centred_M)
+    return exp_MW, blocks.Partials(*(x_M[None] for x_M in parts))
 
 
 def backward_block(
@@ -109,4 +143,27 @@ def _counted(width, first, last):
     return (columns_W >= first) & (columns_W < last)
 
 
-ENGINE = blocks.Engine(forward_block, backward_block, plan_forward=plan, plan_backward=plan, plan_kept=plan_kept)
+ENGINE = blocks.Engine(
+    forward_block,
+    backward_block,
+    plan_forward=plan,
+    plan_backward=plan,
+    plan_kept=plan_kept,
+    pull=pull_block,
+    plan_pull=plan,
+)
+
+
+def engine(forward, backward, *, plan_forward, plan_backward, loss_parameters) -> blocks.Engine:
+    """Return an engine of kernels: a plane that is kept, and a head that is frozen, are read by XLA."""
+    return blocks.Engine(
+        forward,
+        backward,
+        plan_forward,
+        plan_backward,
+        plan_kept=plan_kept_if_asked,
+        plane=ENGINE,
+        pull=pull_block,
+        plan_pull=plan,
+        loss_parameters=loss_parameters,
+    )

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
-from fpo_jax.kernels import blocks, chunked
+from fpo_jax.kernels import blocks, chunked, tiling
 from fpo_jax.kernels import spec as specs
 
 plgpu: Any = None
@@ -95,6 +96,7 @@ def forward_block(
     last: int | specs.Array,
     *,
     spec: specs.HeadSpec,
+    running: blocks.Partials | None = None,
 ) -> blocks.Partials:
     """Compute the softmax over columns [first, last) of a block, unnormalised.
 
@@ -107,6 +109,7 @@ def forward_block(
         first: first column that counts.
         last: the one after the last; both may be traced.
         spec: `logit_scale`, `softcap`, `want_entropy` and `interpret` are read.
+        running: the softmax over other blocks, merged into the result; None before the first.
 
     Returns:
         Partials, float32 [M]. Of an empty window: max -1e30 and zeros. `centred_M` is 0 unless the entropy is wanted.
@@ -148,11 +151,7 @@ def forward_block(
     args = (hidden_MD, head_WD, targets_M, (), first, last)
     out_type = jax.ShapeDtypeStruct((4, splits, pairs * PAIR_ROWS), jnp.float32)
     out_4SM = _launch(partial_softmax, *args, out_type=out_type, pairs=pairs * splits, spec=spec)
-    max_SM, sum_SM, target_SM, centred_SM = out_4SM[:, :, :tokens]
-    max_M = jnp.max(max_SM, axis=0)
-    scale_SM = jnp.exp(max_SM - max_M)
-    centred_M = jnp.sum(scale_SM * (centred_SM + (max_SM - max_M) * sum_SM), axis=0)
-    return blocks.Partials(max_M, jnp.sum(scale_SM * sum_SM, axis=0), jnp.sum(target_SM, axis=0), centred_M)
+    return blocks.merge(running, blocks.Partials(*out_4SM[:, :, :tokens]))
 
 
 def dlogits_block(
@@ -242,17 +241,17 @@ def backward_block(
     return chunked.products(dlogits_MW, hidden_MD, head_WD, dtypes=dtypes)
 
 
-def _plan_backward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> blocks.Blocks:
+def _plan_backward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
     """Cut the plane so that a block's dlogits fill half the workspace; its rows of dhead take the rest."""
     del head_dtype
-    return blocks.plan_blocks(tokens, head_rows, 2 * jnp.dtype(dtype).itemsize, spec=spec)
+    return tiling.plan_blocks(tokens, head_rows, 2 * jnp.dtype(dtype).itemsize, spec=spec)
 
 
-def _plan_forward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> blocks.Blocks:
+def _plan_forward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
     """One block, unless the head has to be cast or gathered: then as the backward pass."""
     if specs.axes(spec).width or spec.vocab_block is not None or jnp.dtype(head_dtype) != jnp.bfloat16:
         return _plan_backward(tokens, head_rows, head_dtype, dtype, spec=spec)
-    return blocks.whole(tokens, head_rows)
+    return tiling.whole(tokens, head_rows)
 
 
 def _launch(kernel, hidden_MD, head_WD, targets_M, floats_M, first, last, *, out_type, pairs, spec, scratch=()):
@@ -411,4 +410,10 @@ def _pad(x, multiple):
     return jnp.pad(x, [(0, -x.shape[0] % multiple)] + [(0, 0)] * (x.ndim - 1))
 
 
-ENGINE = blocks.Engine(forward_block, backward_block, _plan_forward, _plan_backward)
+ENGINE = chunked.engine(
+    forward_block,
+    backward_block,
+    plan_forward=_plan_forward,
+    plan_backward=_plan_backward,
+    loss_parameters=triton.CompilerParams(num_warps=4),
+)

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fpo_jax.kernels import blocks, chunked
+from fpo_jax.kernels import blocks, chunked, tiling
 from fpo_jax.kernels import spec as specs
 
 VMEM_BYTES = 64 * 2**20  # of one TensorCore of a v5p or v7x; a v5e or v6e has twice that
@@ -84,36 +84,36 @@ def check(hidden_ND, head_VD, spec: specs.HeadSpec, *, backward: bool) -> None:
         raise ValueError(f"{reason}; use the implementation 'chunked'")
 
 
-def forward_block(hidden_MD, head_WD, targets_M, first, last, *, spec: specs.HeadSpec) -> blocks.Partials:
-    """Return the partial softmax over the rows [first, last) of a block of the head, in one kernel."""
+def forward_block(
+    hidden_MD, head_WD, targets_M, first, last, *, spec: specs.HeadSpec, running: blocks.Partials | None = None
+) -> blocks.Partials:
+    """Fold the rows [first, last) of a block of the head into the running softmax, in place, in one kernel."""
     call = Call.of("forward", hidden_MD, head_WD, (targets_M,), (first, last))
     row = jax.ShapeDtypeStruct((1, hidden_MD.shape[0]), jnp.float32)
+    before = () if running is None else running
     partials_1M = pl.pallas_call(
         functools.partial(_forward_kernel, call=call, spec=spec),
         grid=call.grid,
-        in_specs=call.in_specs,
+        in_specs=[*call.in_specs, *[call.row_spec] * len(before)],
         out_specs=[call.row_spec] * 4,
         out_shape=[row] * 4,
+        input_output_aliases={len(call.inputs) + field: field for field in range(len(before))},
         compiler_params=parameters("parallel", "arbitrary"),
         interpret=spec.interpret,
         name="token_stats",
-    )(*call.inputs)
-    return blocks.Partials(*(x_1M[0] for x_1M in partials_1M))
+    )(*call.inputs, *before)
+    return blocks.Partials(*partials_1M)
 
 
-def _forward_kernel(window, hidden, head, targets, *outputs, call, spec):
+def _forward_kernel(window, hidden, head, targets, *references, call, spec):
     """Fold one tile of logits into the running softmax, which stays in the outputs until its row of tiles ends."""
+    before, outputs = references[:-4], references[-4:]
 
     @pl.when(pl.program_id(1) == 0)
     def _():
-        clear(outputs)
+        write(outputs, [x[...] for x in before] or (blocks.MASKED_LOGIT, 0.0, 0.0, 0.0))
 
     write(outputs, fold_tile(outputs, window, hidden, head, targets, call=call, spec=spec))
-
-
-def clear(partials) -> None:
-    """Set the four references of a running softmax to that of nothing."""
-    write(partials, (blocks.MASKED_LOGIT, 0.0, 0.0, 0.0))
 
 
 def write(references, values) -> None:
@@ -279,12 +279,20 @@ def parameters(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerPa
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES - VMEM_MARGIN // 2)
 
 
-def _plan_whole(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> blocks.Blocks:
+def _plan_whole(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
     """One block, unless the head has to be gathered: then as many as the workspace holds, or as `vocab_block` says."""
     if specs.axes(spec).width or spec.vocab_block is not None:
         return chunked.plan(tokens, head_rows, head_dtype, dtype, spec=spec)
-    return blocks.whole(tokens, head_rows)
+    return tiling.whole(tokens, head_rows)
 
 
-ENGINE = blocks.Engine(forward_block, chunked.backward_block, _plan_whole, chunked.plan)
-LEAN_ENGINE = blocks.Engine(forward_block, backward_block, _plan_whole, _plan_whole)
+# The groups of one row of a batch are independent of the others': both TensorCores of a chip take rows.
+LOSS_PARAMETERS = parameters("parallel")
+ENGINE = chunked.engine(
+    forward_block,
+    chunked.backward_block,
+    plan_forward=_plan_whole,
+    plan_backward=chunked.plan,
+    loss_parameters=LOSS_PARAMETERS,
+)
+LEAN_ENGINE = blocks.Engine(forward_block, backward_block, _plan_whole, _plan_whole, loss_parameters=LOSS_PARAMETERS)

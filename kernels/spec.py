@@ -101,6 +101,9 @@ class HeadSpec:
             head can be multiplied in bfloat16 without a copy, and its gradient is still float32.
         workspace_bytes: bound on what a blocked implementation keeps per block of logits, at least 1 MiB, per device.
             On one device, `chunked` keeps the whole plane from the forward to the backward pass where it fits.
+        kept_bytes: bound on a whole plane of logits that is kept from the forward to the backward pass, with what the
+            backward pass needs beside it, per device: two products less, on any mesh, for any implementation but the
+            lean one and the reference. 0: the logits are always computed again. None: as `workspace_bytes` says.
         vocab_block: rows of the head per block; the tokens are then cut to fit the budget. None: as many as fit.
         placement: where tokens and head live on a mesh; None for one device, or to leave the partitioning to XLA,
             which it can do for `chunked` alone.
@@ -117,6 +120,7 @@ class HeadSpec:
     vocab_size: int | None = None
     compute_dtype: str | None = None
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
+    kept_bytes: int | None = None
     vocab_block: int | None = None
     placement: Placement | None = None
     interpret: bool = False
@@ -135,6 +139,8 @@ class HeadSpec:
                 f"workspace_bytes={self.workspace_bytes} is below {MIN_WORKSPACE_BYTES} (1 MiB); "
                 f"use at least that, or leave it at {DEFAULT_WORKSPACE_BYTES}"
             )
+        if self.kept_bytes is not None and self.kept_bytes < 0:
+            raise ValueError(f"kept_bytes={self.kept_bytes} is below 0; use 0 to keep no logits")
         for name in ("vocab_size", "vocab_block"):
             value = getattr(self, name)
             if value is not None and value < 1:

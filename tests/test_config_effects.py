@@ -122,6 +122,7 @@ FIELDS = {
     "kernel.implementation": ("chunked", REWARD, "is not used by stage 'reward'"),
     "kernel.fuse_loss": ("off", REWARD, "is not used by stage 'reward'"),
     "kernel.workspace_mib": (9, {"kernel.implementation": "reference"}, "which holds all logits at once"),
+    "kernel.kept_logits_mib": (9, {"kernel.implementation": "pallas_tpu_lean"}, "which holds no logits"),
     "mesh.preset": EVEN_SO + "beside axes of the user's own it says when weights are gathered",
     "mesh.data": ALWAYS,
     "mesh.fsdp": ALWAYS,
@@ -134,6 +135,8 @@ REFUSED = {path: entry for path, entry in FIELDS.items() if not isinstance(entry
 ALSO = [  # other fields under which the same fields change nothing
     ("data.truncation", "keep_start", {"data.on_long_prompt": "error"}, "by data.on_long_prompt='error'"),
     ("kernel.workspace_mib", 9, REWARD, "is not used by stage 'reward'"),
+    ("kernel.kept_logits_mib", 9, REWARD, "is not used by stage 'reward'"),
+    ("kernel.kept_logits_mib", 9, {"kernel.implementation": "reference"}, "which holds all logits at once"),
     (
         "optim.decay_over",
         "epochs",

@@ -11,12 +11,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpo_jax import losses
-from fpo_jax.kernels import chunked, head_loss, pallas_tpu, pallas_tpu_loss, reference
+from fpo_jax.kernels import chunked, head_loss, pallas_tpu, reference
 from fpo_jax.kernels.spec import HeadSpec, Placement
-from tests import test_kernels, test_pallas_tpu, tolerances
+from tests import jaxpr_tools, test_kernels, test_pallas_tpu, tolerances
 
 B, R, V, WIDTH = 3, 50, 257, 24
-FUSED = pallas_tpu_loss.fused_head_loss
+FUSED = functools.partial(head_loss.fused_head_loss, engine=pallas_tpu.ENGINE)
 COMPOSED = functools.partial(head_loss.fpo_head_loss, token_stats=chunked.token_stats)
 
 
@@ -150,12 +150,13 @@ def test_a_scored_target_outside_the_vocabulary_is_nan_in_its_group_alone(head_l
     np.testing.assert_array_equal(np.isnan(out.losses_B), [True, False, False])
 
 
-def test_it_is_one_kernel_and_holds_no_logits():
-    """Forward and loss: one pallas_call, and nothing else of the size of a tile."""
+def test_it_is_two_kernels_and_holds_no_logits():
+    """Tiles and loss; nothing else multiplies, and nothing is of the size of the plane."""
     args, loss = inputs(2), losses.resolve("jeffreys")
     function = functools.partial(FUSED, group_loss=loss.of_logps, groups=(B, 2), spec=HeadSpec(interpret=True))
     text = str(jax.make_jaxpr(function)(*args))
-    assert text.count("pallas_call[") == text.count("dot_general[") == 1
+    assert text.count("pallas_call[") == 2 and text.count("dot_general[") == 1
+    assert not jaxpr_tools.arrays_in_jaxpr(function, *args, elements=V * len(args[0]))
 
 
 def test_no_race_in_the_kernel():
@@ -193,8 +194,8 @@ MESH = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
         ({"groups": (7, 2)}, r"300 tokens do not divide into B\*K = 7\*2 candidates; pad them to R each"),
         ({"scored_N": jnp.ones(300)}, r"scored is float32\[300\], not 300 bools"),
         ({"operands": np.ones(5)}, r"an operand has shape \(5,\); use \[B, K\] = \[3, 2\] or a scalar"),
-        ({"placement": Placement(MESH, ("fsdp",), width="fsdp")}, "the head is cut along mesh axis 'fsdp'"),
-        ({"placement": Placement(MESH, ("fsdp",))}, "3 groups are not divisible by the 2 devices"),
+        ({"placement": Placement(MESH, ("fsdp",))}, "3 rows of whole groups are not divisible by the 2 devices"),
+        ({"slots_N": np.zeros(300), "rows": 2}, "300 tokens and 3 groups do not divide into 2 rows"),
     ],
     ids=str,
 )

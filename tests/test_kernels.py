@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpo_jax import logps
-from fpo_jax.kernels import blocks, chunked, reference
+from fpo_jax.kernels import chunked, reference, tiling
 from fpo_jax.kernels import spec as specs
 from fpo_jax.kernels.spec import HeadSpec
 from tests import jaxpr_tools, tolerances
@@ -159,7 +159,7 @@ def test_blocks_cover_the_plane_within_the_budget(dtype):
             (plan.vocab, plan.vocab_count, V),
         ):
             assert size <= total and (count - 1) * size < total <= count * size, (spec, plan)
-        assert plan.workspace_bytes <= budget and plan.tokens <= blocks.MAX_TOKEN_BLOCK, (spec, plan)
+        assert plan.workspace_bytes <= budget and plan.tokens <= tiling.MAX_TOKEN_BLOCK, (spec, plan)
         if block is None:
             assert plan.vocab == V or plan.vocab % 128 == 0, (spec, plan)
             assert V <= 128 or plan.vocab_count > 1, (spec, plan)

@@ -45,15 +45,25 @@ def test_kept_exactly_where_the_workspace_holds_them(dtype, head_dtype, softcap,
 
 
 @pytest.mark.parametrize(
-    ("options", "kept"), [({"vocab_block": V}, True), ({"vocab_block": V - 1}, False), ({"placement": PLACED}, False)]
+    ("options", "kept"),
+    [
+        ({"vocab_block": V}, True),
+        ({"vocab_block": V - 1}, False),
+        ({"placement": PLACED}, False),
+        ({"placement": PLACED, "kept_bytes": 2**30}, True),
+        ({"kept_bytes": 2**10}, False),
+        ({"kept_bytes": 2**30, "workspace_bytes": 2**20}, True),
+    ],
 )
-def test_not_kept_in_blocks_that_are_asked_for_and_on_a_mesh(options, kept):
+def test_on_a_mesh_and_in_more_than_the_workspace_kept_only_where_asked(options, kept):
     assert bool(planes(HeadSpec(**options))) == kept
 
 
 @pytest.mark.parametrize("name", [name for name in logps.ENGINES if name != "chunked"])
-def test_kernels_keep_nothing(name):
-    assert logps.ENGINES[name].plan_kept(1, 128, 64, "bfloat16", "bfloat16", spec=HeadSpec()) is None
+def test_kernels_keep_nothing_unless_asked(name):
+    plan = functools.partial(logps.ENGINES[name].plan_kept, 1, 128, 64, "bfloat16", "bfloat16")
+    assert plan(spec=HeadSpec()) is None
+    assert bool(plan(spec=HeadSpec(kept_bytes=2**20))) == (name != "pallas_tpu_lean")
 
 
 @pytest.mark.parametrize(

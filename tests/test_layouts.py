@@ -339,7 +339,6 @@ def test_a_reward_model_trains_on_shared_prompts(root, tmp_path):
         ({"data__layout": "shared", "data__buckets": (40,)}, "data.buckets=.* is not used by data.layout='shared'"),
         ({"data__layout": "packed", "data__packing": True}, "data.packing=True and data.layout='packed' exclude"),
         ({"data__layout": "shared", "data__group_size": 1}, "needs responses that share a prompt"),
-        ({"data__layout": "shared", "kernel__fuse_loss": "on"}, "reads one candidate a row"),
     ],
 )
 def test_what_does_not_go_with_a_layout_is_refused(root, changed, message):

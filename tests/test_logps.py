@@ -263,17 +263,19 @@ has_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the 
     ("target", "change", "implementation", "reason"),
     [
         ("cpu", {}, "chunked", "auto on cpu: XLA vocabulary blocks, which run everywhere"),
-        ("v5e", {}, "pallas_tpu", "auto on TPU v5 lite: fused kernel; loss in the same kernel"),
-        ("v6e", {}, "pallas_tpu", "loss in the same kernel"),
-        ("v7x", {}, "pallas_tpu", "loss in the same kernel"),
-        ("v5p", {}, "pallas_tpu", "loss apart: it would use one of the chip's two TensorCores"),
+        ("v5e", {}, "pallas_tpu", "auto on TPU v5 lite: Pallas kernels; loss inside"),
+        ("v6e", {}, "pallas_tpu", "loss inside"),
+        ("v7x", {}, "pallas_tpu", "loss inside"),
+        ("v5p", {}, "pallas_tpu", "loss inside"),
         ("v4", {}, "chunked", "because TPU v4 is not one of v5e, v5p, v6e, v7x"),
-        ("v5e", {"dtype": "float32"}, "pallas_tpu", "fused kernel"),
+        ("v5e", {"dtype": "float32"}, "pallas_tpu", "Pallas kernels"),
         ("v5e", {"dtype": "float64"}, "chunked", "float64 operands; the TPU kernels multiply bfloat16 or float32"),
         ("v5e", {"shapes": SHAPES._replace(width=131072)}, "chunked", "MiB of VMEM, 58 MiB are there"),
         ("a100", {}, "chunked", "compute capability 8.0 is not 9.0"),
         ("h200", {"jax_version": "0.10.2"}, "chunked", "jax 0.10.2 is below 0.11, which the GPU kernels need"),
-        pytest.param("h200", {}, "pallas_gpu", "auto on NVIDIA H200: fused kernel", marks=has_mosaic_gpu),
+        pytest.param(
+            "h200", {}, "pallas_gpu", "auto on NVIDIA H200: Pallas kernels; loss inside", marks=has_mosaic_gpu
+        ),
         pytest.param("h200", {"dtype": "float32"}, "chunked", "float32 operands; the GPU", marks=has_mosaic_gpu),
         pytest.param("h200", {"shapes": SHAPES._replace(width=100)}, "chunked", "not a multiple", marks=has_mosaic_gpu),
         pytest.param("h200", {"shapes": SHAPES._replace(vocab=50257)}, "chunked", "50257 rows", marks=has_mosaic_gpu),
@@ -283,29 +285,23 @@ has_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the 
 def test_choice_is_pure_and_gives_its_reason(target, change, implementation, reason):
     choice = logps.choose(**{**HERE, "target": TARGETS[target], **change})
     assert choice.implementation == implementation and reason in choice.reason, choice
-    assert choice.fuse_loss == ("loss in the same kernel" in choice.reason) and not choice.interpret
+    assert choice.fuse_loss == ("loss inside" in choice.reason) and not choice.interpret
     if implementation != "chunked":
-        assert "loss in the same" not in logps.choose(**{**HERE, "target": TARGETS[target]}, fuse_loss="off").reason
+        assert "loss inside" not in logps.choose(**{**HERE, "target": TARGETS[target]}, fuse_loss="off").reason
 
 
 def test_a_request_is_kept():
-    assert logps.choose(**HERE, requested="chunked") == logps.Choice("chunked", False, False, "requested")
+    assert logps.choose(**HERE, requested="chunked") == logps.Choice(
+        "chunked", False, False, "requested; loss apart: chunked has no kernel for it"
+    )
     dense = logps.choose(**{**HERE, "dtype": "float32"}, requested="reference")
-    assert dense.reason == "requested: holds 500.0 MiB of logits (4096 tokens x 32000 entries)"
+    assert dense.reason == (
+        "requested: holds 500.0 MiB of logits (4096 tokens x 32000 entries); loss apart: reference has no kernel for it"
+    )
     lean = logps.choose(**{**HERE, "target": TARGETS["v5p"]}, requested="pallas_tpu_lean")
-    assert lean == logps.Choice("pallas_tpu_lean", False, False, "requested")
+    assert lean == logps.Choice("pallas_tpu_lean", True, False, "requested; loss inside")
     emulated = logps.choose(**HERE, requested="pallas_tpu")
     assert emulated.interpret and "emulated on the CPU: for tests, very slow" in emulated.reason
-    both_cores = logps.choose(**{**HERE, "target": TARGETS["v5p"]}, fuse_loss="on")
-    assert both_cores.fuse_loss
-
-
-def test_a_cut_head_has_its_loss_apart():
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
-    here = {**HERE, "target": TARGETS["v5e"], "placement": Placement(mesh, ("data", "fsdp"), "tensor", "fsdp")}
-    assert "loss apart: the head is cut along mesh axis 'tensor'" in logps.choose(**here).reason
-    with pytest.raises(ValueError, match="fuse_loss='on' cannot be: the head is cut along mesh axis 'tensor'"):
-        logps.choose(**here, fuse_loss="on")
 
 
 @has_mosaic_gpu

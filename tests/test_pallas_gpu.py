@@ -88,7 +88,8 @@ def run(kernel, *args):
 
 def run_forward(x: Inputs, first, last, *, spec):
     kernel = functools.partial(pallas_gpu.forward_block, spec=spec)
-    return run(kernel, x.hidden_MD, x.head_WD, x.targets_M, first, last)
+    partials, raced = run(lambda *args: blocks.joined(kernel(*args)), x.hidden_MD, x.head_WD, x.targets_M, first, last)
+    return blocks.Partials(*(field[0] for field in partials)), raced
 
 
 def run_dlogits(x: Inputs, lse_M, first, last, *, spec):
@@ -133,8 +134,8 @@ def test_values_and_dlogits_match_float64(block, options, processors, monkeypatc
     assert not raced
     assert_partials_close(ours, partials)
     # What makes is_argmax exact: the maximum and the target logit are the same number where they are the same entry.
-    is_argmax_M = partials.target_logit_M == partials.max_M
-    np.testing.assert_array_equal((ours.target_logit_M >= ours.max_M)[is_argmax_M], True)
+    is_argmax_M = partials.target_logit_PM == partials.max_PM
+    np.testing.assert_array_equal((ours.target_logit_PM >= ours.max_PM)[is_argmax_M], True)
 
     ours_MW, raced = run_dlogits(x, lse_M, block.first, block.last, spec=spec)
     assert not raced
@@ -168,7 +169,7 @@ def test_extreme_logits_and_padding_rows_stay_finite():
     partials, lse_M, _ = oracle(x, 8, 290, spec=spec)
     ours, _ = run_forward(x, 8, 290, spec=spec)
     assert all(np.isfinite(statistic_M).all() for statistic_M in ours)
-    ours_lse_M = ours.max_M + np.log(ours.sum_M)
+    ours_lse_M = ours.max_PM + np.log(ours.sum_PM)
     atol = tolerances.GPU_PARTIALS * np.abs(lse_M).max()
     np.testing.assert_allclose(ours.target_logit_M, partials.target_logit_M, rtol=0, atol=atol)
     np.testing.assert_allclose(ours_lse_M, lse_M, rtol=0, atol=atol)
@@ -183,7 +184,7 @@ def test_empty_windows_weigh_nothing(first, last):
     block, spec = Block(M=9, W=40, D=64, first=first, last=last), HeadSpec(want_entropy=True)
     x = inputs(block)
     ours, _ = run_forward(x, first, last, spec=spec)
-    np.testing.assert_array_equal(ours.max_M, np.float32(blocks.MASKED_LOGIT))
+    np.testing.assert_array_equal(ours.max_PM, np.float32(blocks.MASKED_LOGIT))
     np.testing.assert_array_equal(np.stack(ours[1:]), 0)
     ours_MW, _ = run_dlogits(x, np.zeros(9), first, last, spec=spec)
     np.testing.assert_array_equal(ours_MW, 0)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fpo_jax import topologies
-from fpo_jax.kernels import chunked, pallas_gpu
+from fpo_jax.kernels import blocks, chunked, pallas_gpu
 from fpo_jax.kernels.spec import HeadSpec
 
 pytestmark = pytest.mark.deviceless
@@ -90,12 +90,13 @@ def test_ragged_sizes_compile(tokens, D, V, compile_for_h100):
     spec = HeadSpec()
 
     def both(hidden_MD, head_WD, targets_M, first, last):
-        max_M, sum_M, *_ = forward = pallas_gpu.forward_block(hidden_MD, head_WD, targets_M, first, last, spec=spec)
+        forward = blocks.joined(pallas_gpu.forward_block(hidden_MD, head_WD, targets_M, first, last, spec=spec))
+        max_M, sum_M = forward.max_PM[0], forward.sum_PM[0]
         args = (hidden_MD, head_WD, targets_M, max_M, sum_M, sum_M, first, last)
         return forward, pallas_gpu.dlogits_block(*args, spec=spec)
 
     program = compile_for_h100(both, *operands(tokens, D, V), *BOUNDS)
-    assert [x.shape for x in jax.tree.leaves(program.out_info)] == [(tokens,)] * 4 + [(tokens, V)]
+    assert [x.shape for x in jax.tree.leaves(program.out_info)] == [(1, tokens)] * 4 + [(tokens, V)]
 
 
 @pytest.mark.parametrize("head_dtype", ["bfloat16", "float32"])

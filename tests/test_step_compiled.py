@@ -1,13 +1,17 @@
 """The training step, with the head that `choose` picks, compiled for devices that are not here."""
 
 import functools
+import importlib
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import logps, losses, model, optim, params, shapes, sharding, step, topologies
+from benchmarks import plans
+from fpo_jax import logps, losses, model, optim, params, programs, shapes, sharding, step, topologies
+from fpo_jax.plan import kept, sizes
 from tests import batches
 
 pytestmark = pytest.mark.deviceless
@@ -16,11 +20,13 @@ pytestmark = pytest.mark.deviceless
 @pytest.mark.parametrize(
     ("target", "sizes", "kernel"),
     [
-        ("v5e-4", (1, 1, 1), "fused_head_loss"),
-        ("v5e-4", (4, 1, 1), "fused_head_loss"),
+        ("v5e-4", (1, 1, 1), "token_stats"),
+        ("v5e-4", (4, 1, 1), "token_stats"),
         ("v5e-4", (1, 4, 1), "token_stats"),
+        ("v5e-4", (1, 2, 2), "token_stats"),
         ("h100:4", (1, 1, 1), "mosaic_gpu"),
         ("h100:4", (1, 4, 1), "mosaic_gpu"),
+        ("h100:4", (1, 2, 2), "mosaic_gpu"),
     ],
     ids=str,
 )
@@ -61,4 +67,31 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
     batch = batches.random_batch(groups=rows // 2, candidates=2, length=32, vocab=512)
     batch = put(step.stack_micro_batches(batch, accumulation=2), sharding.batch_sharding(mesh, stacked=True))
     update = functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate)
-    assert kernel in topologies.compile_for(update, state, batch).as_text()
+    text = topologies.compile_for(update, state, batch).as_text()
+    assert kernel in text and "group_loss" in text
+
+
+TENSOR = {"mesh.fsdp": 1, "mesh.tensor": 8}
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+@pytest.mark.parametrize(("target", "changes"), [("h100:8", {}), ("v5p-8", {}), ("v6e-8", TENSOR)], ids=str)
+@pytest.mark.parametrize("recipe", ["llama3_base", "pythia_hh_rw"])
+def test_the_update_of_a_recipe_holds_the_loss_kernel(recipe, target, changes, layout, tmp_path):
+    compiler = "jax_cuda13_plugin" if target.startswith("h") else "libtpu"
+    pytest.importorskip(compiler, reason=f"the compiler for {target} is not installed (make test-deviceless)")
+    config = importlib.import_module(f"configs.{recipe}").get_config()
+    described = json.dumps(model.to_hf_config(plans.MODELS[plans.RECIPES[recipe]]))
+    tmp_path.joinpath("config.json").write_text(described)
+    changes = {**changes, "model.path": str(tmp_path), "data.layout": layout, "plan.groups": 1000}
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    mesh = sharding.make_layout(**config.mesh, devices=topologies.all_devices(target))
+    found = sizes.find(config, ways=mesh.row_ways)
+    made = programs.Programs(config, found.blueprint, mesh)
+    per_device = config.train.micro_batch_per_device
+    batch = kept.abstract_batch(made, config, found.update, per_device, accumulation=found.accumulation)
+    update = kept.traced(made.train, made.abstract_state(), batch)
+    platform = "cuda" if target.startswith("h") else "tpu"
+    text = update.lower(lowering_platforms=(platform,)).as_text()
+    assert "group_loss" in text and ("mosaic_gpu" if platform == "cuda" else "token_stats") in text

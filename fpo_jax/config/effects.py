@@ -97,9 +97,14 @@ IDLE = (
         "by optim.schedule='constant' without a warmup_fraction; unset it (run)",
     ),
     Idle(
-        ("kernel.workspace_mib",),
+        ("kernel.workspace_mib", "kernel.kept_logits_mib"),
         lambda c: c.kernel.implementation == "reference",
         "by kernel.implementation='reference', which holds all logits at once; unset it",
+    ),
+    Idle(
+        ("kernel.kept_logits_mib",),
+        lambda c: c.kernel.implementation == "pallas_tpu_lean",
+        "by kernel.implementation='pallas_tpu_lean', which holds no logits; unset it",
     ),
 )
 

@@ -46,6 +46,7 @@ FITTING = frozenset(
         "kernel.implementation",
         "kernel.fuse_loss",
         "kernel.workspace_mib",
+        "kernel.kept_logits_mib",
     }
 )
 RESUMABLE = FITTING | frozenset(
@@ -227,8 +228,11 @@ def default() -> Config:
 
     c.kernel = ml_collections.ConfigDict()
     c.kernel.implementation = "auto"  # auto | reference | chunked | pallas_tpu | pallas_tpu_lean | pallas_gpu
-    c.kernel.fuse_loss = "auto"  # auto | on | off: the loss in the kernel of the log-probs; pallas_tpu alone can
+    c.kernel.fuse_loss = "auto"  # auto | on | off: the loss in a kernel too; the pallas_* implementations can
     c.kernel.workspace_mib = 192  # logits of one vocabulary block, per device; if all fit, one device keeps them
+    # logits that stay from the forward to the backward pass, per device; 0 = none, None = where that is faster and the
+    # device's memory has room
+    c.kernel.kept_logits_mib = config_dict.placeholder(int)
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.preset = "fsdp"  # fsdp | zero3 | zero2 | multi_gpu | hybrid; the axes below replace the preset's

@@ -111,7 +111,8 @@ def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str
     if config.stage == "sft":
         unused["loss.tie_policy"] = "stage 'sft'"
     if config.stage == "reward":
-        unused |= dict.fromkeys(("kernel.implementation", "kernel.fuse_loss", "kernel.workspace_mib"), "stage 'reward'")
+        names = ("implementation", "fuse_loss", "workspace_mib", "kept_logits_mib")
+        unused |= dict.fromkeys((f"kernel.{name}" for name in names), "stage 'reward'")
     default = configuration.default()
     for key, why in unused.items():
         value = configuration.value_at(config, key)

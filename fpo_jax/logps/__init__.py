@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from fpo_jax.kernels import head_loss, pallas_tpu_loss
+from fpo_jax.kernels import head_loss
 from fpo_jax.kernels import spec as specs
+from fpo_jax.kernels.head_loss import sum_slots
 from fpo_jax.logps.choice import (
     ENGINES,
     IMPLEMENTATIONS,
@@ -26,6 +27,7 @@ from fpo_jax.logps.choice import (
     choose,
     explain,
     implementation_of,
+    kept_if_unlimited,
 )
 from fpo_jax.shapes import Array
 
@@ -39,6 +41,7 @@ __all__ = [
     "Target",
     "choose",
     "explain",
+    "kept_if_unlimited",
     "response_logps",
     "response_losses",
     "sum_slots",
@@ -70,6 +73,7 @@ def response_logps(
     implementation: str = "auto",
     interpret: bool = False,
     workspace_bytes: int = specs.DEFAULT_WORKSPACE_BYTES,
+    kept_bytes: int | None = None,
     placement: specs.Placement | None = None,
 ) -> ResponseLogps:
     """Sum the log-probs of every row's scored targets.
@@ -97,6 +101,7 @@ def response_logps(
         interpret: emulate a Pallas kernel on the CPU; slow, for tests.
         workspace_bytes: memory for one block of logits, per device, at least 1 MiB; where all of them fit on one
             device, "chunked" keeps them for the backward pass. The dense reference has no blocks.
+        kept_bytes: memory for logits that are kept for the backward pass, per device; see `HeadSpec`.
         placement: where rows and head live on a mesh; None for one device.
 
     Returns:
@@ -120,7 +125,7 @@ def response_logps(
         implementation = choose(
             target=target, shapes=shapes, dtype=hidden_NTD.dtype, head_dtype=head_VD.dtype, placement=placement
         ).implementation
-    spec = _spec(hidden_NTD, temperature, softcap, vocab_size, interpret, workspace_bytes, placement)
+    spec = _spec(hidden_NTD, temperature, softcap, vocab_size, interpret, workspace_bytes, kept_bytes, placement)
     with jax.named_scope("response_logps"):
         hidden_MD, targets_M, scored_M = _scored(hidden_NTD, predictors_NR, targets_NR, scored_NR)
         stats = implementation_of(implementation)(hidden_MD, head_VD, targets_M, spec=spec)
@@ -147,6 +152,7 @@ def response_losses(
     vocab_size: int | None = None,
     interpret: bool = False,
     workspace_bytes: int = specs.DEFAULT_WORKSPACE_BYTES,
+    kept_bytes: int | None = None,
     placement: specs.Placement | None = None,
 ) -> tuple[Array, ResponseLogps]:
     """Return the losses of B groups of K rows, and the log-probs they come from; both carry gradients.
@@ -156,54 +162,33 @@ def response_losses(
         group_loss: (logps_BK, operands) -> losses_B, such as `Loss.of_logps`.
         groups: (B, K), N = B*K; with slots B*K = N * slots.
         implementation: a key of IMPLEMENTATIONS.
-        fuse_loss: run the group loss in the kernel of the log-probs; "pallas_tpu" alone can.
+        fuse_loss: run the group loss in a kernel too; an implementation of PLATFORMS can.
 
     Raises:
-        ValueError: as `response_logps`; fuse_loss with an implementation that cannot, or with slots.
+        ValueError: as `response_logps`; fuse_loss with an implementation that cannot.
     """
-    if fuse_loss and slots_NR is not None:
-        raise ValueError("fuse_loss with slots_NR: the kernel of the loss reads one candidate a row; set it False")
-    if fuse_loss and implementation != "pallas_tpu":
+    if fuse_loss and implementation not in PLATFORMS:
         raise ValueError(
-            f"fuse_loss with implementation {implementation!r}: only 'pallas_tpu' runs the loss in its kernel"
+            f"fuse_loss with implementation {implementation!r}, which has no kernel for the loss; use one of"
+            f" {', '.join(PLATFORMS)}"
         )
-    spec = _spec(hidden_NTD, temperature, softcap, vocab_size, interpret, workspace_bytes, placement)
+    spec = _spec(hidden_NTD, temperature, softcap, vocab_size, interpret, workspace_bytes, kept_bytes, placement)
     slots = groups[0] * groups[1] // len(scored_NR)
     with jax.named_scope("response_losses"):
         hidden_MD, targets_M, scored_M = _scored(hidden_NTD, predictors_NR, targets_NR, scored_NR)
         inputs = (hidden_MD, head_VD, targets_M, scored_M, operands)
+        options = {"group_loss": group_loss, "groups": groups, "spec": spec, "rows": len(scored_NR)}
+        options["slots_N"] = None if slots_NR is None else jnp.asarray(slots_NR).reshape(-1)
         if fuse_loss:
-            out = pallas_tpu_loss.fused_head_loss(*inputs, group_loss=group_loss, groups=groups, spec=spec)
+            out = head_loss.fused_head_loss(*inputs, **options, engine=ENGINES[implementation])
         else:
-            token_stats = implementation_of(implementation)
-
-            def candidate_sums(logps_M):
-                return sum_slots(logps_M.reshape(scored_NR.shape), slots_NR, slots=slots).reshape(groups)
-
-            out = head_loss.fpo_head_loss(
-                *inputs,
-                group_loss=group_loss,
-                groups=groups,
-                spec=spec,
-                token_stats=token_stats,
-                candidate_sums=None if slots_NR is None else candidate_sums,
-            )
+            out = head_loss.fpo_head_loss(*inputs, **options, token_stats=implementation_of(implementation))
         return out.losses_B, _response(out.logps_BK.reshape(-1), hidden_MD, head_VD, scored_NR, spec, slots_NR, slots)
 
 
-def sum_slots(values_NR: jax.Array, slots_NR: Array | None, *, slots: int) -> jax.Array:
-    """Sum values over the positions of every response in a row: [..., N, slots]; without slots over the row.
-
-    >>> sum_slots(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[0, 1, 1]]), slots=3).tolist()
-    [[1.0, 6.0, 0.0]]
-    """
-    if slots_NR is None:
-        return jnp.sum(values_NR, axis=-1, keepdims=True)
-    mine_NRP = slots_NR[..., None] == jnp.arange(slots)
-    return jnp.sum(jnp.where(mine_NRP, values_NR[..., None], 0), axis=-2)
-
-
-def _spec(hidden_NTD, temperature, softcap, vocab_size, interpret, workspace_bytes, placement) -> specs.HeadSpec:
+def _spec(
+    hidden_NTD, temperature, softcap, vocab_size, interpret, workspace_bytes, kept_bytes, placement
+) -> specs.HeadSpec:
     """Options of the head, for the kernels."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not > 0; use 1.0 for the model's own distribution")
@@ -213,6 +198,7 @@ def _spec(hidden_NTD, temperature, softcap, vocab_size, interpret, workspace_byt
         vocab_size=vocab_size,
         compute_dtype=jnp.dtype(hidden_NTD.dtype).name,
         workspace_bytes=workspace_bytes,
+        kept_bytes=kept_bytes,
         placement=placement,
         interpret=interpret,
     )

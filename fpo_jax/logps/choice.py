@@ -32,7 +32,6 @@ PLATFORMS = {"pallas_tpu": "tpu", "pallas_tpu_lean": "tpu", "pallas_gpu": "gpu"}
 FUSE_LOSS = ("auto", "on", "off")
 OLDEST_JAX = (0, 10, 2)
 TPU_KINDS = ("TPU v5", "TPU v6", "TPU7")  # beginnings of `device_kind` with 64 MiB of VMEM or more
-TWO_CORES = ("TPU v5", "TPU v5p")  # one device, two TensorCores
 
 
 class HeadShapes(NamedTuple):
@@ -61,7 +60,7 @@ class Choice(NamedTuple):
     """What computes the log-probs, and why, for the log."""
 
     implementation: str  # a key of IMPLEMENTATIONS
-    fuse_loss: bool  # the loss of the groups runs in the same kernel
+    fuse_loss: bool  # the loss of the groups runs in a kernel too
     interpret: bool  # the kernel is emulated
     reason: str
 
@@ -75,7 +74,6 @@ def choose(
     requested: str = "auto",
     fuse_loss: str = "auto",
     placement: specs.Placement | None = None,
-    slotted: bool = False,
     jax_version: str = jax.__version__,
 ) -> Choice:
     """Choose the implementation of the head for a target and shapes. Pure: queries no device.
@@ -88,7 +86,6 @@ def choose(
         requested: "auto", or a key of IMPLEMENTATIONS, which is then chosen or refused, never replaced.
         fuse_loss: "auto", "on" or "off"; "on" is refused where it cannot be.
         placement: where rows and head live on a mesh.
-        slotted: rows hold several candidates.
         jax_version: as `jax.__version__` says it.
 
     Returns:
@@ -113,7 +110,7 @@ def choose(
         elif obstacle:
             implementation, reason = "chunked", f"auto on {target.platform}: XLA vocabulary blocks, because {obstacle}"
         else:
-            reason = f"auto on {target.device_kind or target.platform}: fused kernel"
+            reason = f"auto on {target.device_kind or target.platform}: Pallas kernels"
     else:
         implementation, reason = requested, "requested"
         obstacle = _obstacle(implementation, **options, jax_version=jax_version)
@@ -125,8 +122,8 @@ def choose(
     interpret = target.platform == "cpu" and implementation in PLATFORMS
     if interpret:
         reason += ", emulated on the CPU: for tests, very slow"
-    fused, fused_reason = _choose_fused(implementation, fuse_loss, target, cuts, slotted)
-    return Choice(implementation, fused, interpret, f"{reason}; {fused_reason}" if fused_reason else reason)
+    fused, fused_reason = _choose_fused(implementation, fuse_loss)
+    return Choice(implementation, fused, interpret, f"{reason}; {fused_reason}")
 
 
 def implementation_of(name: str) -> Callable[..., specs.TokenStats]:
@@ -181,32 +178,23 @@ def _obstacle(implementation: str, *, target: Target, shapes: HeadShapes, dtype,
     return ""
 
 
-def _choose_fused(
-    implementation: str, fuse_loss: str, target: Target, cuts: specs.Axes, slotted: bool
-) -> tuple[bool, str]:
-    """Whether the loss runs in the kernel, and the reason where there is something to say."""
-    cut = cuts.vocab or cuts.width
+def _choose_fused(implementation: str, fuse_loss: str) -> tuple[bool, str]:
+    """Whether the loss runs in a kernel, and why."""
     if fuse_loss == "off":
         return False, "loss apart, as requested"
-    if implementation != "pallas_tpu":
-        obstacle = f"{implementation} has no kernel for it" if fuse_loss == "on" else ""
-    elif slotted:
-        obstacle = "rows hold several candidates"
-    elif cut:
-        obstacle = f"the head is cut along mesh axis {cut!r}"
-    elif fuse_loss == "auto" and target.device_kind in TWO_CORES:
-        obstacle = "it would use one of the chip's two TensorCores"
-    else:
-        return True, "loss in the same kernel"
+    if implementation in PLATFORMS:
+        return True, "loss inside"
     if fuse_loss == "on":
-        raise ValueError(f"fuse_loss='on' cannot be: {obstacle}; use 'auto' or 'off'")
-    return False, f"loss apart: {obstacle}" if obstacle else ""
+        raise ValueError(f"fuse_loss='on' cannot be: {implementation} has no kernel for it; use 'auto' or 'off'")
+    return False, f"loss apart: {implementation} has no kernel for it"
 
 
 def explain(
     *,
     vocab_size: int | None = None,
     workspace_bytes: int = specs.DEFAULT_WORKSPACE_BYTES,
+    kept_bytes: int | None = None,
+    frozen: bool = False,
     placement: specs.Placement | None = None,
     **choice,
 ) -> str:
@@ -215,6 +203,8 @@ def explain(
     Args:
         vocab_size: real rows of the head; None: all.
         workspace_bytes: memory for one block of logits, per device.
+        kept_bytes: memory for logits that are kept for the backward pass, per device.
+        frozen: whether the head is not trained.
         placement: as for `choose`.
         choice: the other arguments of `choose`.
 
@@ -225,7 +215,7 @@ def explain(
         ValueError: as `choose` and `response_logps`.
 
     >>> print(explain(target=Target("tpu", "TPU v5"), shapes=HeadShapes(8192, 4096, 128256), dtype="bfloat16"))
-    log-probs: pallas_tpu (auto on TPU v5: fused kernel; loss apart: it would use one of the chip's two TensorCores)
+    log-probs: pallas_tpu (auto on TPU v5: Pallas kernels; loss inside)
     8192 tokens x 128256 vocabulary entries x 4096 wide, bfloat16 operands, float32 accumulation
     forward: one kernel, logits on the chip only
     backward: 32 blocks of 4096 head rows x 1 of 8192 tokens per device, 192.0 MiB of workspace (limit 192.0 MiB)
@@ -233,7 +223,8 @@ def explain(
     """
     chosen = choose(placement=placement, **choice)
     shapes, dtype = choice["shapes"], choice["dtype"]
-    spec = specs.HeadSpec(vocab_size=vocab_size, workspace_bytes=workspace_bytes, placement=placement)
+    options = {"workspace_bytes": workspace_bytes, "kept_bytes": kept_bytes, "placement": placement}
+    spec = specs.HeadSpec(vocab_size=vocab_size, **options)
     accumulator, cuts = specs.accumulator_dtype(dtype), specs.axes(spec)
     tokens = shapes.tokens // specs.shards(spec, cuts.tokens)
     rows = shapes.vocab // specs.shards(spec, cuts.vocab) if cuts.vocab else vocab_size or shapes.vocab
@@ -245,16 +236,17 @@ def explain(
     ]
     if chosen.implementation == "reference":
         return "\n".join([*lines, f"dense {accumulator.name} logits, held in full: {dense}"])
-    head_dtype = choice.get("head_dtype") or dtype
-    engine = ENGINES[chosen.implementation]
-    plans = {
-        "forward": engine.plan_forward(tokens, rows, head_dtype, dtype, spec=spec),
-        "backward": engine.plan_backward(tokens, rows, head_dtype, dtype, spec=spec),
-    }
-    kept = engine.plan_kept(tokens, shapes.vocab, shapes.width, head_dtype, dtype, spec=spec)
+    head_dtype, engine = choice.get("head_dtype") or dtype, ENGINES[chosen.implementation]
+    kept = engine.plan_kept(
+        tokens, shapes.vocab // specs.shards(spec, cuts.vocab), shapes.width, head_dtype, dtype, spec=spec
+    )
+    plans = {"forward": engine.plan_forward, "backward": engine.plan_backward}
     if kept:
         plans = {"forward alone": plans["forward"]}
-    for name, plan in plans.items():
+    elif frozen and engine.pull is not None:
+        plans = {"forward alone": plans["forward"], "forward and backward, the head frozen": engine.plan_pull}
+    for name, plan_of in plans.items():
+        plan = plan_of(tokens, rows, head_dtype, dtype, spec=spec)
         if plan.workspace_bytes:
             lines.append(
                 f"{name}: {plan.vocab_count} blocks of {plan.vocab} head rows x {plan.token_count} of {plan.tokens} "
@@ -263,12 +255,27 @@ def explain(
         else:
             lines.append(f"{name}: one kernel, logits on the chip only")
     if kept:
+        limit = workspace_bytes if kept_bytes is None else kept_bytes
         lines.append(
             f"forward and backward: all logits at once, kept between them, {_mib(kept.workspace_bytes)} of workspace "
-            f"(limit {_mib(workspace_bytes)})"
+            f"(limit {_mib(limit)})"
         )
     held = "" if kept else ", which are never held"
     return "\n".join([*lines, f"dense {accumulator.name} logits{held}: {dense}"])
+
+
+def kept_if_unlimited(
+    *, target: Target, placement: specs.Placement | None, shapes: HeadShapes, dtype, **choice
+) -> int | None:
+    """Return the bytes a device that keeping all logits takes, asked as `choose` is; None where they cannot be kept."""
+    chosen = choose(target=target, placement=placement, shapes=shapes, dtype=dtype, **choice)
+    if chosen.implementation == "reference":
+        return None
+    spec = specs.HeadSpec(placement=placement, kept_bytes=2**62)
+    cuts, head_dtype = specs.axes(spec), choice.get("head_dtype") or dtype
+    tokens, rows = shapes.tokens // specs.shards(spec, cuts.tokens), shapes.vocab // specs.shards(spec, cuts.vocab)
+    plan = ENGINES[chosen.implementation].plan_kept(tokens, rows, shapes.width, head_dtype, dtype, spec=spec)
+    return None if plan is None else plan.workspace_bytes
 
 
 def _version(text):

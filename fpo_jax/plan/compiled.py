@@ -3,6 +3,7 @@
 configuration, Sizes, devices -> Outcome. The programs are those of `programs.Programs`, at their largest shapes.
 """
 
+import functools
 import re
 import time
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 
 from fpo_jax import config as configuration
-from fpo_jax import execution, flops, programs, sharding, topologies
+from fpo_jax import flops, programs, sharding, topologies
+from fpo_jax.plan import kept
 from fpo_jax.plan import sizes as sizes_
 from fpo_jax.plan.collectives import Collective, collectives
 
@@ -80,7 +82,10 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
     layout = sharding.make_layout(**config.mesh, devices=devices)
     sizes = sizes_.find(config, ways=layout.row_ways)
     accumulation = sizes.accumulation
-    made = programs.Programs(config, sizes.blueprint, layout)
+    capacity = topologies.capacity(devices[0])
+    made = kept.programs_of(
+        config, sizes.blueprint, layout, largest=sizes.update, accumulation=accumulation, capacity=capacity
+    )
     choices = list(made.choices)
     if config.optim.offload and not knows_host_memory(devices[0]):
         choices.append(
@@ -98,7 +103,7 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         if name in (REFERENCE, REFERENCE_EVAL):
             model_config = sizes.blueprint.reference or model_config
         start = time.perf_counter()
-        traced = _trace(program, first, batch)
+        traced = kept.traced(program, first, batch)
         counted = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.sliding_window)
         row, text = _compile(name, traced, first, batch, beside, start)
         found.append(row)
@@ -132,20 +137,9 @@ def knows_host_memory(device: Any) -> bool:
 
 def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulation: int, moments: int):
     """Yield name, program, abstract arguments and the bytes beside it."""
-    ways, group_size = made.layout.row_ways, config.data.group_size
-
-    def batch(shape: sizes_.Shape, per_device: int, stack: int | None = None):
-        return made.abstract_batch(
-            per_device * ways,
-            group_size=group_size,
-            length=shape.length,
-            scored=shape.scored,
-            places=shape.places,
-            accumulation=stack,
-        )
-
-    train = config.train
-    yield UPDATE, made.train, state, batch(sizes.update, train.micro_batch_per_device, accumulation), 0
+    batch, train = functools.partial(kept.abstract_batch, made, config), config.train
+    update = batch(sizes.update, train.micro_batch_per_device, accumulation=accumulation)
+    yield UPDATE, made.train, state, update, 0
     if sizes.evaluation is not None:
         yield (
             EVALUATION,
@@ -162,18 +156,6 @@ def _runs(config, sizes: sizes_.Sizes, made: programs.Programs, state, accumulat
             yield name, made.score, made.abstract_reference(), scored, beside
 
 
-def _trace(program: execution.Program, first, batch) -> jax.stages.Traced:
-    try:
-        return topologies.trace_for(program.jitted, first, batch)
-    except RuntimeError as error:
-        if "cuDNN" not in str(error):
-            raise
-        raise ValueError(
-            f"cuDNN attention needs cuDNN's library to be compiled ({error}); run pip install 'fpo_jax[cuda]', or set"
-            " model.attention=xla for another memory and speed."
-        ) from error
-
-
 def _compile(name: str, traced: jax.stages.Traced, first, batch, beside: int, start: float) -> tuple[Program, str]:
     """Compile, and read memory and text."""
     arguments = programs.bytes_on_device((first, batch))
@@ -188,12 +170,7 @@ def _compile(name: str, traced: jax.stages.Traced, first, batch, beside: int, st
         return Program(name, arguments, total - arguments, beside, 0, time.perf_counter() - start, False), ""
     seconds, memory, text = time.perf_counter() - start, compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
-    if mesh.devices.flat[0].platform == "tpu":  # its temporaries count arguments that it moves
-        peak = memory.peak_memory_in_bytes
-    else:
-        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak += memory.generated_code_size_in_bytes
+    peak = kept.peak_of(compiled, mesh.devices.flat[0])
     host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     return Program(name, arguments, peak - arguments, beside, host, seconds, True), text
 

@@ -4,11 +4,10 @@ import math
 from collections.abc import Sequence
 
 from fpo_jax import flops, params, topologies
-from fpo_jax.plan import remedies, roofline
+from fpo_jax.plan import kept, remedies, roofline
 from fpo_jax.plan.compiled import UPDATE, Outcome
 
 _GIB = 2**30
-PREALLOCATED = 0.75  # of a GPU's memory, which JAX takes unless it is told otherwise
 
 
 def text(
@@ -94,11 +93,11 @@ def _verdict(outcome, capacity, limit, remedy, remedied, tried) -> str:
             lines.append(f"the first remedy that fits: {remedy.text}: {_gib(remedied.peak)} GiB")
         return "\n".join(lines)
     lines.append(f"fits: {_gib(outcome.peak)} GiB, {1 - outcome.peak / limit:.0%} free")
-    if share and outcome.peak > PREALLOCATED * capacity.memory:
+    if share and outcome.peak > kept.PREALLOCATED * capacity.memory:
         fraction = math.ceil(100 * outcome.peak / capacity.memory + 1) / 100
         lines.append(
-            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}: JAX takes {PREALLOCATED:.0%} of a GPU by default,"
-            f" {_gib(int(PREALLOCATED * capacity.memory))} GiB"
+            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}: JAX takes {kept.PREALLOCATED:.0%} of a GPU by default,"
+            f" {_gib(int(kept.PREALLOCATED * capacity.memory))} GiB"
         )
     return "\n".join(lines)
 

@@ -67,7 +67,7 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         return _bounds(config, loss, model_config, reference, why, ways=ways)
     plan, batch = job.plan(config, inputs, devices=ways), config.train.batch_size
     evaluation, scoring, scoring_eval = (
-        None if one is None else _largest(one, one.steps_per_epoch) for one in (plan.evaluation, *plan.references)
+        None if one is None else largest(one, one.steps_per_epoch) for one in (plan.evaluation, *plan.references)
     )
     if scoring and scoring_eval and scoring_eval.length <= scoring.length and scoring_eval.scored <= scoring.scored:
         scoring_eval = None
@@ -82,7 +82,7 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
     total = flops.work(texts, rows.scored_N, contexts=contexts, sliding_window=model_config.sliding_window)
     return Sizes(
         job.blueprint(config, inputs, plan),
-        _largest(plan.schedule, plan.steps),
+        largest(plan.schedule, plan.steps),
         plan.accumulation,
         filled,
         evaluation,
@@ -96,8 +96,8 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
     )
 
 
-def _largest(schedule: data.Schedule, steps: int) -> Shape:
-    """Return the largest shape of some batches."""
+def largest(schedule: data.Schedule, steps: int) -> Shape:
+    """Return the largest shape of the batches of so many steps."""
     places = 1 if schedule.rows is None else schedule.rows.packing.places
     return Shape(*data.batch_shapes(schedule, steps=steps)[-1], places)
 
