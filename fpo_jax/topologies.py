@@ -203,8 +203,10 @@ def trace_for(jitted, *args) -> jax.stages.Traced:
 
 def compile_traced(traced: jax.stages.Traced, place: Mesh) -> jax.stages.Compiled:
     """Compile what `trace_for` returned, for the mesh that its arguments are placed on."""
-    platform = str(place.devices.flat[0].platform)
-    platform = "cuda" if platform == "gpu" else platform
+    device = place.devices.flat[0]
+    platform = str(device.platform)
+    if platform == "gpu":  # JAX's name for two platforms
+        platform = "rocm" if str(getattr(device, "compute_capability", "")).startswith("gfx") else "cuda"
     with jax.sharding.use_abstract_mesh(place.abstract_mesh):
         return traced.lower(lowering_platforms=(platform,)).compile()
 

@@ -32,6 +32,21 @@ def choose(requested, **facts):
         ({}, "cudnn", "flash attention for bfloat16, head_dim 128 on a gpu"),
         ({"platform": "cuda", "dtype": "float16", "head_dim": 80}, "cudnn", "for float16, head_dim 80"),
         ({"sliding_window": 64}, "cudnn", "; sliding window of 64"),
+        ({"compute_capability": "8.0"}, "cudnn", "flash attention for bfloat16"),
+        ({"compute_capability": "12.1"}, "cudnn", "flash attention for bfloat16"),
+        (
+            {"compute_capability": "7.5"},
+            "chunked",
+            "cuDNN attention needs an NVIDIA GPU of compute capability 8.0 or more, not 7.5; Mosaic .*, not 7.5; rows",
+        ),
+        ({"compute_capability": "7.0", "positions": [128]}, "xla", "8.0 or more, not 7.0; .*; rows of at most 384"),
+        ({"compute_capability": "gfx942"}, "chunked", "8.0 or more, not gfx942; Mosaic .*, not gfx942; rows"),
+        (
+            {"compute_capability": "gfx90a:sramecc+:xnack-", "segments": True, "positions": [64]},
+            "xla",
+            "Mosaic .*, not gfx90a.*; cuDNN .* 8.0 or more, not gfx90a",
+        ),
+        ({"platform": "rocm", "compute_capability": "gfx942"}, "chunked", "no flash attention kernel for a rocm"),
         (
             {"dtype": "float32"},
             "chunked",
@@ -135,6 +150,9 @@ def test_splash_on_a_cpu_is_an_emulation_and_says_so():
     [
         ("flash", {}, "'flash' is not one of auto, xla, chunked, cudnn, mosaic, splash"),
         ("cudnn", {"platform": "cpu"}, r"needs an NVIDIA GPU, not cpu; set model\.attention to auto or chunked"),
+        ("cudnn", {"compute_capability": "7.5"}, "an NVIDIA GPU of compute capability 8.0 or more, not 7.5; set"),
+        ("cudnn", {"compute_capability": "gfx942"}, "8.0 or more, not gfx942; set"),
+        ("cudnn", {"platform": "rocm"}, "needs an NVIDIA GPU, not rocm; set"),
         ("cudnn", {"dtype": "float32"}, "not float32; set"),
         ("cudnn", {"positions": [64, 33]}, "even length to train, not 33; set"),
         ("cudnn", {"soft_cap": 50.0}, "no soft-cap, and the model has one of 50.0; set"),

@@ -4,6 +4,7 @@ Static facts about the model, the rows and the hardware go in, a `Choice` comes 
 a plan for absent hardware gets the same answer.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from fpo_jax import sharding
 from fpo_jax.attention import mosaic, splash
 
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "mosaic", "splash")
+CUDNN_MIN_CAPABILITY = (8, 0)  # docs.nvidia.com/deeplearning/cudnn, Attention: "SM80 (Ampere) or newer"
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
 CUDNN_MAX_MASKED = 8192  # positions; a row's mask and the gradient that cuDNN gives it are 256 MiB then
 MAX_MASKED = min(CUDNN_MAX_MASKED, splash.MAX_MASKED)  # rows of several texts that every kernel takes
@@ -78,7 +80,8 @@ def choose(
         soft_cap: bound on the magnitude of the logits; None for none.
         segments: whether rows hold several texts.
         shared: whether texts of a row follow another one, their prompt.
-        compute_capability: of an NVIDIA GPU, as `logps.Target` says it, such as "9.0"; "" for unknown or none.
+        compute_capability: of a GPU, as `logps.Target` says it: "9.0" of an NVIDIA one, "gfx942" of an AMD one. "" is
+            none, or an unknown GPU, which is taken for an NVIDIA one of 8.0: it gets cuDNN and never Mosaic.
         layout: where activations live on a mesh.
 
     Raises:
@@ -147,6 +150,9 @@ def _no_xla(facts: _Facts) -> str:
 def _no_cudnn(facts: _Facts) -> str:
     if facts.platform != "gpu":
         return f"cuDNN attention needs an NVIDIA GPU, not {facts.platform}"
+    if facts.compute_capability and not _has_cudnn(facts.compute_capability):
+        least, found = ".".join(map(str, CUDNN_MIN_CAPABILITY)), facts.compute_capability
+        return f"cuDNN attention needs an NVIDIA GPU of compute capability {least} or more, not {found}"
     if facts.dtype not in ("bfloat16", "float16"):
         return f"cuDNN attention needs bfloat16 or float16, not {facts.dtype}"
     if facts.head_dim % 8 or facts.head_dim > CUDNN_MAX_HEAD_DIM:
@@ -162,6 +168,12 @@ def _no_cudnn(facts: _Facts) -> str:
             f" {max(facts.positions)}: it writes who sees whom to memory"
         )
     return ""
+
+
+def _has_cudnn(compute_capability: str) -> bool:
+    """Whether a GPU is NVIDIA's, whose capabilities alone are two numbers, and new enough."""
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", compute_capability)
+    return numbers is not None and tuple(map(int, numbers.groups())) >= CUDNN_MIN_CAPABILITY
 
 
 def _no_mosaic(facts: _Facts) -> str:

@@ -1,0 +1,32 @@
+"""Devices that are not here: what they are compiled for."""
+
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from fpo_jax import topologies
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "lowered"),
+    [("gpu", "9.0", "cuda"), ("gpu", "gfx942:sramecc+:xnack-", "rocm"), ("tpu", None, "tpu"), ("cpu", None, "cpu")],
+)
+def test_a_program_is_lowered_for_the_platform_of_its_devices(platform, capability, lowered):
+    """JAX calls NVIDIA's and AMD's GPUs by one name, and lowers for either."""
+    seen = []
+
+    class Traced:
+        def lower(self, *, lowering_platforms):
+            seen.extend(lowering_platforms)
+            return SimpleNamespace(compile=lambda: None)
+
+    device = SimpleNamespace(platform=platform)
+    if capability is not None:
+        device.compute_capability = capability
+    real = Mesh(np.array(jax.devices()[:1]), ("devices",))
+    place = SimpleNamespace(devices=np.array([device]), abstract_mesh=real.abstract_mesh)
+    topologies.compile_traced(Traced(), place)
+    assert seen == [lowered]
