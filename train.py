@@ -22,7 +22,7 @@ from fpo_jax.config import overrides
 
 _CONFIG = overrides.define("A file of configs/; override with --config.key=value, or =None where a field is unset.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Folder for checkpoints, metrics and logs; resumes what it holds.")
-_PLAN = flags.DEFINE_string("plan", "", "Compile for h100:4, h100:2x8, v5e-16, v5p-8, ..., here; train nothing.")
+_PLAN = flags.DEFINE_string("plan", "", "Compile for h100:4, h100:2x8, v5e-16, v5p-2x8, ..., here; train nothing.")
 _MODE = flags.DEFINE_string(
     "distributed", "auto", "auto: as the launcher or the flags below say; on; off: one process."
 )

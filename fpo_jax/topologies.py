@@ -1,12 +1,12 @@
 """Accelerators that are not here: the devices of a named TPU slice or GPU host, for compiling without running.
 
-    mesh("v5e-8")  mesh("v5p-8")  mesh("h100:8")  mesh("h100:2x8")  devices("here")
+    mesh("v5e-8")  mesh("v5p-2x8")  mesh("h100:8")  mesh("h100:2x8")  devices("here")
     compile_for(function, *abstract arguments placed on such a mesh) -> the compiled program
     capacity(device) -> memory, FLOP/s and bandwidths of its data sheet
 
-TPU names are the cloud's: v5e, v6e and v7x count chips, v5p counts TensorCores, two a chip. GPU names are
-`kind:gpus` or `kind:hosts x gpus`. Needs the compilers of the target, which run on any CPU: the extra `tpu` (libtpu) or
-`cuda` (plugin and ptxas), see `require`.
+TPU names are the cloud's: v5e, v6e and v7x count chips, v5p counts TensorCores, two a chip; `v5p-2x8` is two slices of
+`v5p-8`, which the data centre's network joins. GPU names are `kind:gpus` or `kind:hosts x gpus`. Needs the compilers of
+the target, which run on any CPU: the extra `tpu` (libtpu) or `cuda` (plugin and ptxas), see `require`.
 """
 
 import functools
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 
 class Gpu(NamedTuple):
-    """What XLA asks about a GPU: the maker's data sheet."""
+    """What XLA asks about a GPU, from its maker's data sheet, and what it is built into."""
 
     description: str
     capability: tuple[int, int]
@@ -34,8 +34,12 @@ class Gpu(NamedTuple):
     clock_ghz: float
     shared_per_core: int
     shared_per_block: int
+    of_host: int = 8  # GPUs of a host; beyond, another one
+    linked_hosts: int = 1  # hosts whose GPUs NVLink joins
 
 
+# B200 and GB200: what XLA records of them (xla/backends/gpu/target_config/specs). L40S: its data sheet and the CUDA
+# programming guide's table of compute capability 8.9; the memory is what CUDA shows of 48 GB with ECC.
 GPUS = {
     "a100": Gpu(
         "NVIDIA A100-SXM4-80GB", (8, 0), 108, 85_095_874_560, 2_039_000_000_000, 41_943_040, 1.41, 167_936, 166_912
@@ -44,6 +48,11 @@ GPUS = {
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 84_978_434_048, 3_352_320_000_000, 52_428_800, 1.98, 233_472, 232_448
     ),
     "h200": Gpu("NVIDIA H200", (9, 0), 132, 150_120_000_000, 4_800_000_000_000, 52_428_800, 1.98, 233_472, 232_448),
+    "b200": Gpu("NVIDIA B200", (10, 0), 148, 191_514_411_008, 7_672_320_000_000, 132_644_864, 1.965, 233_472, 232_448),
+    "gb200": Gpu(
+        "NVIDIA GB200", (10, 0), 152, 197_897_748_480, 7_928_064_000_000, 135_528_448, 2.062, 233_472, 232_448, 4, 18
+    ),
+    "l40s": Gpu("NVIDIA L40S", (8, 9), 142, 47_674_000_000, 864_000_000_000, 100_663_296, 2.52, 102_400, 101_376),
 }
 HERE = "here"  # the target that is the devices of this machine
 
@@ -54,25 +63,32 @@ class Capacity(NamedTuple):
     memory: int  # bytes that programs may use
     flops: float  # bfloat16 matrix products, dense, per second
     bandwidth: float  # of its memory, bytes/s
-    link: float  # bytes/s that it sends to the devices of its host (GPU) or slice (TPU)
-    network: float | None  # bytes/s that it sends to other hosts; None where links reach them too
+    link: float  # bytes/s that it sends to the devices that links reach, see `linked`
+    network: float  # bytes/s that it sends to the others
 
 
 _GIB = 2**30
-# GPUs: data sheets of A100 80GB SXM, H100 SXM, H200 SXM; a link is one direction of NVLink. The network is that of the
-# DGX A100 and DGX H100/H200: one adapter of 200 or 400 Gb/s per GPU.
-# TPUs: cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x; a link is one direction of all of a chip's ICI ports. The memory
-# is what libtpu 0.0.50 lets a program use: it prints it when a program asks for more. A v7x chip is two devices.
+# GPUs: data sheets of A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (bfloat16: 36 PFLOP/s with sparsity of eight), GB200
+# NVL72 (360 of 72) and L40S; a link is one direction of NVLink, and of PCIe 4.0 x16 on an L40S, which has no NVLink.
+# The bandwidth of B200 and GB200 is what XLA records, where the data sheet rounds up to 8 TB/s. The network is that of
+# the DGX A100, H100/H200, B200 and GB200: one adapter of 200 or 400 Gb/s per GPU; for the L40S that of NVIDIA's
+# reference servers for PCIe cards (2-8-5), 200 Gb/s per GPU.
+# TPUs: cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x; a link is one direction of all of a chip's ICI ports, the
+# network is the data centre's ("DCN bandwidth per chip": 50, 100 and 100 Gb/s of v5p, v6e and TPU7x; v5e: 6.4 Tb/s of
+# 256). The memory is what libtpu 0.0.50 lets a program use: it prints it when a program asks for more. A v7x chip is
+# two devices.
 CAPACITIES = {  # device_kind -> Capacity
     "NVIDIA A100-SXM4-80GB": Capacity(85_095_874_560, 312e12, 2039e9, 300e9, 25e9),
     "NVIDIA H100 80GB HBM3": Capacity(84_978_434_048, 989e12, 3352e9, 450e9, 50e9),
     "NVIDIA H200": Capacity(150_120_000_000, 989e12, 4800e9, 450e9, 50e9),
-    "TPU v5 lite": Capacity(int(15.75 * _GIB), 197e12, 819e9, 200e9, None),
-    "TPU v5": Capacity(int(95.73 * _GIB), 459e12, 2765e9, 600e9, None),
-    "TPU v6 lite": Capacity(int(31.24 * _GIB), 918e12, 1638e9, 400e9, None),
-    "TPU7x": Capacity(int(94.74 * _GIB), 2307e12 / 2, 7380e9 / 2, 600e9 / 2, None),
+    "NVIDIA B200": Capacity(191_514_411_008, 2250e12, 7672e9, 900e9, 50e9),
+    "NVIDIA GB200": Capacity(197_897_748_480, 2500e12, 7928e9, 900e9, 50e9),
+    "NVIDIA L40S": Capacity(47_674_000_000, 362e12, 864e9, 32e9, 25e9),
+    "TPU v5 lite": Capacity(int(15.75 * _GIB), 197e12, 819e9, 200e9, 3.125e9),
+    "TPU v5": Capacity(int(95.73 * _GIB), 459e12, 2765e9, 600e9, 6.25e9),
+    "TPU v6 lite": Capacity(int(31.24 * _GIB), 918e12, 1638e9, 400e9, 12.5e9),
+    "TPU7x": Capacity(int(94.74 * _GIB), 2307e12 / 2, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2),
 }
-GPUS_OF_HOST = 8  # beyond, another host
 # chips -> arrangement of a slice
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 _CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
@@ -88,7 +104,7 @@ def mesh(target: str, *, devices: int | None = None) -> Mesh:
     """Return the devices of a target as a mesh with the one axis "devices".
 
     Args:
-        target: "v5e-8", "v5p-8", "v6e-8", "v7x-4"; "h100:1", "h100:8", "h100:2x8".
+        target: "v5e-8", "v5p-8", "v6e-8", "v7x-4", "v5p-2x8"; "h100:1", "h100:8", "h100:2x8".
         devices: use this many of them; None for all.
 
     Raises:
@@ -111,20 +127,22 @@ def all_devices(target: str) -> list[Any]:
 def larger(target: str) -> str | None:
     """Return the target with twice the devices of the same kind; None where there is none.
 
-    >>> larger("h100:4"), larger("h100:2x8"), larger("v5e-16"), larger("h100:8")
-    ('h100:8', 'h100:4x8', 'v5e-32', 'h100:2x8')
+    >>> larger("h100:4"), larger("h100:2x8"), larger("h100:8"), larger("gb200:4")
+    ('h100:8', 'h100:4x8', 'h100:2x8', 'gb200:2x4')
+    >>> larger("v5e-16"), larger("v5p-2x8"), larger("v5e-256")
+    ('v5e-32', 'v5p-4x8', 'v5e-2x256')
     """
-    name, size = re.split("[:-]", target, maxsplit=1) if target != HERE else (HERE, "")
-    if name in GPUS:
-        hosts, _, count = size.rpartition("x")
-        if int(count) < GPUS_OF_HOST:
-            return f"{name}:{hosts + 'x' if hosts else ''}{2 * int(count)}"
-        return f"{name}:{2 * int(hosts or 1)}x{count}"
-    if name in TPUS:
-        _, per_chip, arrangements = TPUS[name]
-        sizes = [chips * per_chip for chips in arrangements if chips * per_chip >= 2 * int(size)]
-        return f"{name}-{min(sizes)}" if sizes else None
-    return None
+    if target == HERE:
+        return None
+    name, mark, size = re.split("([:-])", target, maxsplit=1)
+    parts, _, count = size.rpartition("x")
+    if name in GPUS and int(count) < GPUS[name].of_host:
+        return f"{name}:{parts + 'x' if parts else ''}{2 * int(count)}"
+    if name in TPUS and not parts:
+        sizes = [own for own in _sizes(name) if own >= 2 * int(count)]
+        if sizes:
+            return f"{name}-{min(sizes)}"
+    return f"{name}{mark}{2 * int(parts or 1)}x{count}"
 
 
 def capacity(device: Any) -> Capacity | None:
@@ -132,20 +150,38 @@ def capacity(device: Any) -> Capacity | None:
     return CAPACITIES.get(device.device_kind)
 
 
+def linked(device: Any) -> int:
+    """Return the number of the group of devices that its links join: its TPU slice, its GPU host, its rack of GB200."""
+    if device.platform == "tpu":
+        return getattr(device, "slice_index", 0)  # JAX gives none where there is one slice
+    hosts = {gpu.description: gpu.linked_hosts for gpu in GPUS.values()}
+    return device.process_index // hosts.get(device.device_kind, 1)
+
+
 @functools.cache  # programs take only arguments from one description
 def tpu_devices(target: str) -> list[Any]:
-    """Return the devices of a TPU slice such as "v5e-8"."""
+    """Return the devices of a TPU slice such as "v5e-8", or of several: "v5e-2x8"."""
     name, _, size = target.partition("-")
     if name not in TPUS:
         raise _unknown(target)
-    library_name, per_chip, arrangements = TPUS[name]
-    sizes = {chips * per_chip: shape for chips, shape in arrangements.items()}
-    if not size.isdigit() or int(size) not in sizes:
-        raise ValueError(f"target {target!r}: there is no {name} slice of {size}; use one of {_list(sizes)}")
+    slices, times, count = size.rpartition("x")
+    sizes = _sizes(name)
+    if not count.isdigit() or int(count) not in sizes:
+        raise ValueError(f"target {target!r}: there is no {name} slice of {count}; use one of {_list(sizes)}")
+    if times and (not slices.isdigit() or int(slices) < 1):
+        raise ValueError(f"target {target!r} does not say how many slices of {count}; write {name}-2x{count} for two")
     require("libtpu", "tpu", target)
-    shape = sizes[int(size)]
-    options = {"chips_per_host_bounds": [1, 1, 1]} if shape == "1x1" else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=f"{library_name}:{shape}", **options).devices
+    options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if sizes[int(count)] == "1x1" else {}
+    if slices not in ("", "1"):
+        options["num_slices"] = int(slices)
+    topology = f"{TPUS[name][0]}:{sizes[int(count)]}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+
+
+def _sizes(name: str) -> dict[int, str]:
+    """What a slice's name counts -> the arrangement of its chips."""
+    _, per_chip, arrangements = TPUS[name]
+    return {chips * per_chip: shape for chips, shape in arrangements.items()}
 
 
 @functools.cache
@@ -224,9 +260,9 @@ def _target_config(gpu: Gpu) -> str:
         "block_dim_limit_z": 65535,
         "threads_per_warp": 32,
         "threads_per_block_limit": 1024,
-        "threads_per_core_limit": 2048,
+        "threads_per_core_limit": 1536 if gpu.capability == (8, 9) else 2048,
         "core_count": gpu.cores,
-        "fpus_per_core": 128 if gpu.capability >= (9, 0) else 64,
+        "fpus_per_core": 128 if gpu.capability >= (8, 9) else 64,
         "memory_bandwidth": gpu.bandwidth,
         "l2_cache_size": gpu.l2_bytes,
         "clock_rate_ghz": gpu.clock_ghz,

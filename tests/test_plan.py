@@ -17,7 +17,7 @@ from tests.paths import REPO
 
 GIB = 2**30
 REFERENCE_FREE = {"loss__score": "mean_logp", "loss__beta": 2.0, "loss__beta_pi": None}
-HELD = topologies.Capacity(4 * GIB, 1e12, 1e11, 1e10, None)
+HELD = topologies.Capacity(4 * GIB, 1e12, 1e11, 1e10, 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,14 @@ def test_remedies_come_in_their_order_and_keep_what_came_before(folder):
         ("h100:2x8", "h100:4x8"),
         ("v5e-16", "v5e-32"),
         ("v5p-8", "v5p-16"),
-        ("v5e-256", None),
+        ("v5e-256", "v5e-2x256"),
+        ("v5e-2x16", "v5e-4x16"),
+        ("v5p-3x8", "v5p-6x8"),
+        ("b200:8", "b200:2x8"),
+        ("gb200:2", "gb200:4"),
+        ("gb200:4", "gb200:2x4"),
+        ("gb200:18x4", "gb200:36x4"),
+        ("l40s:2x4", "l40s:2x8"),
         ("here", None),
     ],
 )
@@ -252,13 +259,14 @@ def test_the_bound_by_hand(planned):
 
 
 @pytest.mark.parametrize(
-    ("axes", "rate"), [(("fsdp",), 1e10), (("data",), 1e9), (("data", "fsdp"), 1e9), (("?",), 1e9)], ids=str
+    ("axes", "rate"),
+    [(("fsdp",), 1e10), (("data",), 1e9), (("data", "fsdp"), 1e9), (("?",), 1e9), (("slices",), 1e9)],
+    ids=str,
 )
 def test_collectives_across_hosts_run_at_the_network_s_rate(axes, rate):
-    hosts, held = np.array([[[0], [0]], [[1], [1]]]), HELD._replace(network=1e9)  # data, fsdp, tensor
+    hosts = np.array([[[0], [0]], [[1], [1]]])  # data, fsdp, tensor
     row = Collective("all-gather", axes, 1, 1, 1)
-    assert roofline._rate(row, ("data", "fsdp", "tensor"), hosts, held) == rate
-    assert roofline._rate(row, ("data", "fsdp", "tensor"), hosts, HELD) == HELD.link
+    assert roofline._rate(row, ("data", "fsdp", "tensor"), hosts, HELD) == rate
 
 
 def test_a_refusal_of_the_tpu_s_compiler_is_read():
@@ -292,8 +300,11 @@ def test_what_cannot_run_is_an_error_before_anything_is_compiled(folder, changes
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("b200:8", "target 'b200:8' is unknown; use one of v5e-N, .*, h100:N, .*, here"),
+        ("b300:8", "target 'b300:8' is unknown; use one of v5e-N, .*, h100:N, .*, here"),
         ("v5e-12", "there is no v5e slice of 12; use one of 1, 4, 8"),
+        ("v5e-2x12", "there is no v5e slice of 12; use one of 1, 4, 8"),
+        ("v5p-x8", "does not say how many slices of 8; write v5p-2x8 for two"),
+        ("v5p-0x8", "does not say how many slices of 8; write v5p-2x8 for two"),
         ("h100:many", "does not end in a number of GPUs"),
     ],
 )
@@ -324,8 +335,8 @@ def test_the_command_prints_a_plan_and_needs_no_workdir(folder):
     done = subprocess.run([*command, "--plan", "here"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "plan for here: " in done.stdout and "remat full" in done.stdout
-    done = subprocess.run([*command, "--plan", "b200:8"], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.endswith("h100:N, h200:N, here\n"), done.stderr
+    done = subprocess.run([*command, "--plan", "b300:8"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("h200:N, b200:N, gb200:N, l40s:N, here\n"), done.stderr
 
 
 STAGES = {

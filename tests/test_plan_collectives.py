@@ -148,6 +148,39 @@ def test_a_collective_that_a_tpu_spreads_over_fusions_counts_once_and_its_reduce
     assert found(text) == {("all-gather", ("tensor",)): (1, 8, 4), ("reduce-scatter", ("tensor",)): (1, 8, 4)}
 
 
+class _Device:
+    """A TPU of a slice."""
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index = number, slice_index
+
+
+@pytest.mark.parametrize(
+    ("shape", "gathered"), [((2, 2, 2), ("fsdp",)), ((1, 4, 2), ("fsdp",)), ((4, 2, 1), ("data",))]
+)
+def test_a_program_for_two_slices_is_that_of_one_and_receives_from_the_other(shape, gathered):
+    """As libtpu 0.0.50 writes it: groups number the four devices of a slice, whichever axis the slices are along."""
+    mesh = Mesh(np.array([_Device(i, i // 4) for i in range(8)]).reshape(shape), ("data", "fsdp", "tensor"))
+    between = 'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target='
+    between += '"{1,2}x{0:3}",_xla_megascale_transfer_type="%s"}'
+    shaken = "bf16[64,8]{1,0}, u32[]{:S(2)}, token[]"
+    text = entry(
+        "%a = f32[100]{0} all-gather(%p), channel_id=2, replica_groups={{0,2},{1,3}}, dimensions={0}",
+        f"%send = ({shaken}) send(%b, %after), channel_id=3, is_host_transfer=true, {between % 'ALL_REDUCE'}",
+        f"%recv = ({shaken}) recv(%after), channel_id=4, is_host_transfer=true, {between % 'ALL_REDUCE'}",
+        f"%done = (bf16[64,8]{{1,0}}, token[]) recv-done(%recv), channel_id=4, {between % 'ALL_REDUCE'}",
+        f"%c = (f32[6]{{0}}, u32[], token[]) recv(%after), channel_id=5, {between % 'ALL_GATHER'}",
+        f"%d = (f32[6]{{0}}, u32[], token[]) recv(%after), channel_id=6, {between % 'ONE_TO_ONE'}",
+        "%e = (f32[6]{0}, u32[], token[]) recv(%after), channel_id=7",  # from the host
+    )
+    assert found(text, mesh) == {
+        ("all-gather", gathered): (1, 400, 200),
+        ("all-reduce", ("slices",)): (1, 1024, 1024),
+        ("all-gather", ("slices",)): (1, 24, 12),
+        ("collective-permute", ("slices",)): (1, 24, 24),
+    }
+
+
 def test_a_gather_and_a_scatter_compiled_here():
     def both(x):
         whole = jax.lax.all_gather(x, "fsdp", tiled=True)

@@ -6,10 +6,13 @@ import json
 import statistics
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from fpo_jax import model, plan, topologies
+from fpo_jax import model, plan, sharding, topologies
 from fpo_jax.plan import compiled, remedies
+from fpo_jax.plan.collectives import collectives
 from tests import tiny
 
 pytestmark = pytest.mark.deviceless
@@ -50,6 +53,30 @@ def test_a_plan_for_devices_that_are_not_here(target, tmp_path):
     assert gathered == pytest.approx(2 * 2 * 2 * (layers + head), rel=0.05)
     for part in ("fits: ", "capacity: ", "an update takes at least", "the run of 125 updates", "assumed: "):
         assert part in report.text
+
+
+@pytest.mark.parametrize(
+    "target", ["b200:8", "gb200:2x4", "l40s:4", "l40s:2x2", "v5e-2x8", "v5p-2x8", "v6e-2x8", "v7x-2x4"], indirect=True
+)
+def test_every_kind_of_device_compiles_a_sharded_program(target):
+    """Weights cut along fsdp within a host or slice, rows along both axes; only the gradients' sum leaves either."""
+    devices = topologies.all_devices(target)
+    apart = "x" in target
+    layout = sharding.make_layout(
+        preset="fsdp", data=2 if apart else 1, fsdp=len(devices) // (2 if apart else 1), tensor=None, devices=devices
+    )
+    cut, rows = (NamedSharding(layout.mesh, PartitionSpec(axes)) for axes in ("fsdp", ("data", "fsdp")))
+    weights = jax.ShapeDtypeStruct((1024, 512), "bfloat16", sharding=cut)
+    inputs = jax.ShapeDtypeStruct((64, 1024), "bfloat16", sharding=rows)
+    gradient = jax.grad(lambda weights, inputs: jnp.sum(jnp.float32(inputs @ weights) ** 2))
+    compiled = topologies.compile_for(gradient, weights, inputs, out_shardings=cut)
+    found = collectives(compiled.as_text(), mesh=layout.mesh)
+    between = "slices" if apart and "-" in target else "data"
+    assert {row.axes for row in found} == ({("fsdp",), (between,)} if apart else {("fsdp",)})
+    gradient_bytes = 2 * 1024 * 512 // layout.mesh.shape["fsdp"]
+    sums = [row[:1] + row[2:4] for row in found if row.axes == (between,)]
+    assert sums == ([("all-reduce", 1, gradient_bytes)] if apart else [])
+    assert topologies.capacity(devices[0]) is not None
 
 
 def test_what_does_not_fit_names_what_it_needs(target, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Devices that are not here: what they are compiled for."""
+"""Devices that are not here: what they are compiled for, and which of them links join."""
 
 from types import SimpleNamespace
 
@@ -30,3 +30,19 @@ def test_a_program_is_lowered_for_the_platform_of_its_devices(platform, capabili
     place = SimpleNamespace(devices=np.array([device]), abstract_mesh=real.abstract_mesh)
     topologies.compile_traced(Traced(), place)
     assert seen == [lowered]
+
+
+@pytest.mark.parametrize(
+    ("device", "group"),
+    [
+        ({"platform": "gpu", "device_kind": "NVIDIA H200", "process_index": 1}, 1),
+        ({"platform": "gpu", "device_kind": "NVIDIA GB200", "process_index": 17}, 0),
+        ({"platform": "gpu", "device_kind": "NVIDIA GB200", "process_index": 18}, 1),
+        ({"platform": "cpu", "device_kind": "cpu", "process_index": 2}, 2),
+        ({"platform": "tpu", "device_kind": "TPU v5", "process_index": 3}, 0),
+        ({"platform": "tpu", "device_kind": "TPU v5", "process_index": 3, "slice_index": 1}, 1),
+    ],
+    ids=str,
+)
+def test_which_devices_links_join(device, group):
+    assert topologies.linked(SimpleNamespace(**device)) == group

@@ -56,7 +56,7 @@ def run(
 
     Args:
         config: from a file of configs/.
-        target: "h100:4", "h100:2x8", "v5e-16", ..., "here".
+        target: "h100:4", "h100:2x8", "v5e-16", "v5e-2x16", ..., "here".
         devices: target -> its devices.
         capacity: device -> what it holds and does.
 

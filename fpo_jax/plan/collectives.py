@@ -1,7 +1,8 @@
 """The collectives of a compiled program: kind, size, how often they run, along which axes of the mesh.
 
 XLA's text of one device's program goes in, rows come out. An instruction inside a loop counts as often as the loop
-runs; one split into a start and a done counts once.
+runs; one split into a start and a done counts once. The program of several TPU slices is that of one of them: its
+groups lie within the slice, and what crosses the data centre's network is received from a runtime by name.
 """
 
 import itertools
@@ -15,13 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 log = logging.getLogger("fpo_jax")
+SLICES = "slices"  # what a collective goes along that crosses TPU slices, on whichever axes of the mesh they lie
 
 
 class Collective(NamedTuple):
     """All instructions of one kind along the same axes."""
 
     kind: str  # a key of _SENT
-    axes: tuple[str, ...]  # of the mesh; ("?",) where the groups follow none
+    axes: tuple[str, ...]  # of the mesh; ("?",) where the groups follow none; (SLICES,) between TPU slices
     runs: int  # in one run of the program
     payload: int  # bytes of the whole array on each device, over all runs: gathered, before scattering, or reduced
     sent: int  # bytes that each device sends, over all runs, by the ring algorithm
@@ -47,6 +49,7 @@ def collectives(text: str, *, mesh: Mesh) -> list[Collective]:
         mesh: what it was compiled for.
     """
     computations, entry = _computations(text)
+    mesh = of_one_slice(mesh)
     totals: dict[tuple, list[int]] = defaultdict(lambda: [0, 0, 0])
     for instruction, times in _executed(computations, entry, 1):
         axes, size = _group(instruction, mesh)
@@ -58,6 +61,13 @@ def collectives(text: str, *, mesh: Mesh) -> list[Collective]:
         totals[kind, axes] = [old + new for old, new in zip(totals[kind, axes], more, strict=True)]
     rows = [Collective(kind, axes, *numbers) for (kind, axes), numbers in totals.items()]
     return sorted(rows, key=lambda row: -row.sent)
+
+
+def of_one_slice(mesh: Mesh) -> Mesh:
+    """Return the part of a mesh that lies in its first TPU slice: what a program is about."""
+    slices = np.vectorize(lambda device: getattr(device, "slice_index", 0))(mesh.devices)
+    places = np.nonzero(slices == slices.flat[0])
+    return Mesh(mesh.devices[np.ix_(*[np.unique(along) for along in places])], mesh.axis_names)
 
 
 class _Instruction(NamedTuple):
@@ -77,6 +87,8 @@ _CALLED = re.compile(
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _NAME = re.compile(r"%([\w.-]+)")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+_AMONG = re.compile(r'_xla_megascale_target="\{([\d,]+)\}')
 _ARRAY = re.compile(r"\b(pred|bf16|f8\w*|[a-z]+\d+)\[([\d,]*)\]")
 
 
@@ -90,10 +102,18 @@ def _computations(text: str) -> tuple[_Computations, str]:
             entry = name if header.group(1) else entry
         elif name and (parts := _LINE.match(line)):
             own, result, opcode, rest = parts.groups()
-            kind = opcode.removesuffix("-start")
-            kind = kind if kind in _SENT else ""
+            kind = _kind(opcode, rest)
             found[name][own] = _Instruction(opcode, kind, _bytes(result, opcode) if kind else 0, rest)
     return found, entry
+
+
+def _kind(opcode: str, rest: str) -> str:
+    """The collective that an instruction is, starts, or receives from another slice; "" for none."""
+    if opcode == "recv" and (between := _BETWEEN_SLICES.search(rest)):
+        kind = between.group(1).lower().replace("_", "-")
+        return kind if kind in _SENT else "collective-permute"  # one slice to one other
+    kind = opcode.removesuffix("-start")
+    return kind if kind in _SENT else ""
 
 
 def _executed(computations: _Computations, name: str, times: int) -> Iterator[tuple[_Instruction, int]]:
@@ -149,7 +169,9 @@ def _attribute(text: str, name: str) -> str:
 
 def _bytes(result: str, opcode: str) -> int:
     """Bytes of an instruction's result; what a start returns beside it (its operands, counters) does not count."""
-    if opcode.endswith("-start") and opcode != "all-reduce-start" and result.startswith("("):
+    if opcode == "recv":
+        result = _elements(result)[0]
+    elif opcode.endswith("-start") and opcode != "all-reduce-start" and result.startswith("("):
         result = _elements(result)[1]
     elif opcode == "all-reduce-start" and result.startswith("(("):
         result = _elements(result)[1]
@@ -176,7 +198,10 @@ def _count(dims: str) -> int:
 
 
 def _group(instruction: _Instruction, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """The axes along which an instruction's groups lie, and how many devices a group has."""
+    """The axes along which an instruction's groups lie, and how many devices (or slices) a group has."""
+    if instruction.opcode == "recv":
+        among = _AMONG.search(instruction.text)
+        return (SLICES,), len(_ints(among.group(1))) if among else 2
     if instruction.kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.text)
         groups = _lists(pairs.group(1) + "}" if pairs else "")

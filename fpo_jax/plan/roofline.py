@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from fpo_jax import params, topologies
-from fpo_jax.plan.collectives import Collective
+from fpo_jax.plan.collectives import SLICES, Collective, of_one_slice
 from fpo_jax.plan.compiled import Outcome
 
 ASSUMPTIONS = (
@@ -46,8 +46,8 @@ def estimate(outcome: Outcome, capacity: topologies.Capacity) -> Estimate:
     """Return the seconds that a mean update takes at least in each resource."""
     assert outcome.layout.mesh is not None
     mesh = outcome.layout.mesh
-    hosts = np.array([device.process_index for device in mesh.devices.flat]).reshape(mesh.devices.shape)
-    sent = sum(row.sent / _rate(row, mesh.axis_names, hosts, capacity) for row in outcome.collectives)
+    linked = np.vectorize(topologies.linked)(of_one_slice(mesh).devices)
+    sent = sum(row.sent / _rate(row, mesh.axis_names, linked, capacity) for row in outcome.collectives)
     links = sent * outcome.sizes.filled
     return Estimate(
         outcome.operations / mesh.size / capacity.flops, memory_traffic(outcome) / capacity.bandwidth, links
@@ -66,9 +66,9 @@ def memory_traffic(outcome: Outcome) -> int:
     return round(micro_batches * per_micro_batch) + 2 * outcome.state + outcome.gradients
 
 
-def _rate(row: Collective, axis_names: Sequence[str], hosts: np.ndarray, capacity: topologies.Capacity) -> float:
-    """Bytes/s of a device's slowest connection along the axes of a collective; `hosts` has the host of every device."""
-    if capacity.network is None:
-        return capacity.link
+def _rate(row: Collective, axis_names: Sequence[str], linked: np.ndarray, capacity: topologies.Capacity) -> float:
+    """Bytes/s of a device's slowest connection along the axes of a collective; `linked` has every device's group."""
+    if SLICES in row.axes:
+        return capacity.network
     index = tuple(slice(None) if axis in row.axes or "?" in row.axes else 0 for axis in axis_names)
-    return capacity.network if len(np.unique(hosts[index])) > 1 else capacity.link
+    return capacity.network if len(np.unique(linked[index])) > 1 else capacity.link
