@@ -4,17 +4,20 @@
     python benchmarks/kernels.py --parts run --tokens 8192 --heads 4096x128256 --json OUT
     python benchmarks/kernels.py --parts deviceless --targets v5e-4 h100:1
 
+The rivals are what `pip install tokamax 'liger-kernel[cutedsl]' cut-cross-entropy quack-kernels` brings, and PyTorch.
+
 Run: every candidate computes the DPO loss of pairs of 512-token responses from hidden states, and its gradients for
 hidden states and head, on the same arrays; those in PyTorch in a process of their own. Times are medians over rounds in
 which the candidates take turns; TFLOP/s counts 2NDV forward and 8NDV with gradients for everybody; memory is that of
-temporaries; the error is that of a response's summed log-prob against float64. A rival that is not installed, or that
-fails, is a row that says so. On a CPU the sizes are small, and only the CPU part is run.
+temporaries; the error is that of a response's summed log-prob against float64. A rival's row has its release; one that
+is not installed, or that fails, is a row that says so. On a CPU the sizes are small, and only the CPU part is run.
 
 Deviceless: temporaries, and for GPU kernels registers, spills and shared memory, from the compilers themselves.
 """
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -42,6 +45,26 @@ HEADS = ("4096x32000", "4096x128256", "2560x50304", "3584x256000")
 CPU_TOKENS, CPU_HEADS = (2048,), ("512x32000",)
 TARGETS = ("v5e-4", "v5p-8", "v6e-4", "v7x-4", "h100:1")
 MIB = 2**20
+RIVALS = {  # how a candidate's name begins -> what it imports, what pip calls it
+    "tokamax": ("tokamax", "tokamax"),
+    "torch": ("torch", "torch"),
+    "Liger": ("liger_kernel", "liger-kernel"),
+    "cut-cross-entropy": ("cut_cross_entropy", "cut-cross-entropy"),
+    "quack": ("quack", "quack-kernels"),
+}
+TOKAMAX = {"xla": "", "chunked_xla": "", "mosaic_tpu": "tpu"}  # implementation -> the platform it needs
+IN_TORCH = (
+    "torch naive",
+    "torch linear_cross_entropy",
+    "Liger Triton",
+    "Liger CuTe DSL",
+    "cut-cross-entropy cce",
+    "cut-cross-entropy cce, unfiltered",
+    "cut-cross-entropy cce_exact",
+    "cut-cross-entropy cce_kahan_full_c",
+    "quack",
+    "quack chunked",
+)
 
 
 def main() -> None:
@@ -127,22 +150,41 @@ def our_candidates() -> dict:
     found["naive, logits as operands"] = usual_logps
     for name, needs in logps.PLATFORMS.items():
         found[name] = ours(name) if device.platform == needs else f"runs on a {needs.upper()}"
-    try:
-        import tokamax
-    except ImportError as error:
-        return found | {"tokamax": f"not installed: {error}"}
 
     def rival(implementation):
         def token_logps(hidden_ND, head_VD, targets_N):
+            import tokamax
+
             return -tokamax.linear_softmax_cross_entropy_loss(
                 hidden_ND, targets_N, head_VD.T, reduction="none", implementation=implementation
             )
 
         return token_logps
 
-    for implementation in ("xla", "chunked_xla") + (("mosaic_tpu",) if device.platform == "tpu" else ()):
-        found[f"tokamax {implementation}"] = rival(implementation)
+    for implementation, needs in TOKAMAX.items():
+        name = f"tokamax {implementation}"
+        elsewhere = "" if needs in ("", device.platform) else f"runs on a {needs.upper()}"
+        found[name] = missing(name) or elsewhere or rival(implementation)
     return found
+
+
+def missing(candidate: str) -> str:
+    """Say that a candidate is not installed; "" where it is."""
+    module, _ = next(names for begin, names in RIVALS.items() if candidate.startswith(begin))
+    return "" if importlib.util.find_spec(module) else "not installed"
+
+
+def release(candidate: str) -> str:
+    """Return what pip calls a rival, and its version; "" for what is ours, and what is not installed."""
+    for begin, (_, distribution) in RIVALS.items():
+        if candidate.startswith(begin) and not missing(candidate):
+            return f"{distribution} {importlib.metadata.version(distribution)}"
+    return ""
+
+
+def reason(error: Exception) -> str:
+    """Return the kind of an error and the beginning of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
 
 
 def usual_logps(hidden_ND, head_VD, targets_N):
@@ -183,7 +225,7 @@ def run(tokens: int, D: int, V: int, arguments: argparse.Namespace) -> list[dict
                 row["temporaries_mib"] = program.memory_analysis().temp_size_in_bytes / MIB
                 programs[id(row)] = (row, program, [])
             except Exception as error:
-                row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+                row["note"] = reason(error)
     for _ in range(arguments.repeats):
         for _, program, times in programs.values():
             start = time.perf_counter()
@@ -193,6 +235,8 @@ def run(tokens: int, D: int, V: int, arguments: argparse.Namespace) -> list[dict
         timing(row, times)
     del programs, inputs, hidden_ND, head_VD
     rows += torch_rows(tokens, D, V, exact, arguments)
+    for row in rows:
+        row["release"] = release(row["candidate"])
     title = f"N={tokens} D={D} V={V} {arguments.dtype}; GEMM ceiling {gemm_ceiling(arguments.dtype):.2f} TFLOP/s"
     print_table(title, rows, ("median_ms", "min_ms", "tflops", "temporaries_mib", "logp_error"))
     return rows
@@ -222,9 +266,11 @@ def gemm_ceiling(dtype: str) -> float:
 
 def torch_rows(tokens: int, D: int, V: int, exact: float, arguments: argparse.Namespace) -> list[dict]:
     """Rows of the candidates in PyTorch, from a process of their own."""
-    if importlib.util.find_spec("torch") is None:
-        return [{"candidate": "PyTorch", "pass": "all", "note": "not installed"}]
+    wanted = [name for name in IN_TORCH if not arguments.candidates or name in arguments.candidates]
+    if not wanted or missing("torch"):
+        return [{"candidate": name, "pass": "all", "note": "PyTorch is not installed"} for name in wanted]
     size = {"tokens": tokens, "D": D, "V": V, "dtype": arguments.dtype, "repeats": arguments.repeats}
+    size["candidates"] = wanted
     command = [sys.executable, str(Path(__file__).with_name("kernels_torch.py")), json.dumps(size)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     if done.returncode:
@@ -234,8 +280,7 @@ def torch_rows(tokens: int, D: int, V: int, exact: float, arguments: argparse.Na
         if "times" in row:
             timing(row, row.pop("times"))
             row["logp_error"] = abs(row.pop("logp") - exact)
-    wanted = arguments.candidates
-    return [row for row in rows if not wanted or row["candidate"] in wanted]
+    return rows
 
 
 def environment() -> dict[str, str]:
@@ -288,7 +333,7 @@ def compile_rows(arguments: argparse.Namespace) -> list[dict]:
                         row["peak_mib"] = program.memory_analysis().peak_memory_in_bytes / MIB
                         row |= resources(Path(dump))
                     except Exception as error:
-                        row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0][:90]}"
+                        row["note"] = reason(error)
                 rows.append(row)
     return rows
 
@@ -336,12 +381,13 @@ def resources(folder: Path) -> dict:
 
 def print_table(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
     """Print one table."""
-    print(f"\n{title}\n{'candidate':<28}{'pass':<22}" + "".join(f"{column:>17}" for column in columns), flush=True)
+    print(f"\n{title}\n{'candidate':<36}{'pass':<22}" + "".join(f"{column:>17}" for column in columns), flush=True)
     for row in rows:
         cells = (row.get(column) for column in columns)
         texts = ("" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells)
         figures = "".join(f"{text:>17}" for text in texts)
-        print(f"{row['candidate']:<28}{row['pass']:<22}{figures}  {row.get('note', '')}".rstrip(), flush=True)
+        told = "  ".join(filter(None, (row.get("release"), row.get("note"))))
+        print(f"{row['candidate']:<36}{row['pass']:<22}{figures}  {told}".rstrip(), flush=True)
 
 
 def machine() -> dict:

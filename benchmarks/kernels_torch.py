@@ -1,17 +1,17 @@
 """The PyTorch side of `benchmarks/kernels.py`: run by it, in a process of its own; prints one line of JSON.
 
-Every candidate is a function (hidden, head, targets) -> negative log-probs [N] that autograd can go through.
+Every candidate is a function (hidden, head, targets) that autograd can go through -> negative log-probs of the tokens
+[N], or their sums over each response.
 """
 
 import functools
-import importlib.util
 import json
 import sys
 import time
 
 import torch
 
-from kernels import BETA, MIB, RESPONSE, arrays
+from kernels import BETA, MIB, RESPONSE, arrays, missing, reason
 
 
 def main() -> None:
@@ -22,7 +22,8 @@ def main() -> None:
     dtype = getattr(torch, size["dtype"])
     hidden, head = (x.to(dtype).requires_grad_() for x in (hidden, head))
     targets, rows, live = targets.long(), [], []
-    for name, function in candidates(device).items():
+    for name in size["candidates"]:
+        function = candidate(name, device)
         for step in ("forward", "forward and backward"):
             row = {"candidate": name, "pass": step, **{key: size[key] for key in ("tokens", "D", "V", "dtype")}}
             rows.append(row)
@@ -34,7 +35,7 @@ def main() -> None:
                 row["times"] = []
                 live.append((row, function))
             except Exception as error:
-                row["note"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:90]}"
+                row["note"] = reason(error)
     for _ in range(size["repeats"]):
         for row, function in live:
             synchronize(device)
@@ -45,39 +46,85 @@ def main() -> None:
     print(json.dumps(rows))
 
 
-def candidates(device: str) -> dict:
-    """Names and functions; a text says why one cannot run."""
-    found: dict = {"torch naive": naive}
-    if hasattr(torch.nn.functional, "linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions()  # without options it is the naive path
-        found["torch linear_cross_entropy"] = lambda hidden, head, targets: torch.nn.functional.linear_cross_entropy(
-            hidden, head, targets, reduction="none", options=options
-        )
-    else:
-        found["torch linear_cross_entropy"] = f"not in torch {torch.__version__}"
-    for name, module in (("Liger", "liger_kernel"), ("cut-cross-entropy", "cut_cross_entropy")):
-        if importlib.util.find_spec(module) is None:
-            found[name] = "not installed"
-        elif device == "cpu":
-            found[name] = "runs on a GPU"
-    if "Liger" not in found:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+def candidate(name: str, device: str):
+    """Return a candidate, or why it cannot run."""
+    if not name.startswith("torch"):
+        if note := missing(name) or ("runs on a GPU" if device == "cpu" else ""):
+            return note
+    try:
+        return CANDIDATES[name]()
+    except Exception as error:
+        return reason(error)
 
-        found["Liger"] = lambda hidden, head, targets: LigerFusedLinearCrossEntropyFunction.apply(
-            hidden, head, targets, None, None, -100, 0.0, 0.0, "none"
-        )[0]
-    if "cut-cross-entropy" not in found:
-        from cut_cross_entropy import linear_cross_entropy
 
-        # PyPI's release has no implementation "cce_exact"; without the filter it computes every gradient tile
-        for name, options in (("cce", {}), ("cce, unfiltered", {"filter_eps": None})):
-            found[f"cut-cross-entropy {name}"] = functools.partial(linear_cross_entropy, reduction="none", **options)
-    return found
+def linear_cross_entropy():
+    """PyTorch's own, by blocks."""
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        return f"not in torch {torch.__version__}"
+    options = torch.nn.LinearCrossEntropyOptions()  # without options it is the naive path
+    return functools.partial(torch.nn.functional.linear_cross_entropy, reduction="none", options=options)
+
+
+def liger_triton():
+    """Liger's operator of the losses, by blocks of tokens; per token, its backward pass makes the logits again."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    return lambda hidden, head, targets: LigerFusedLinearCrossEntropyFunction.apply(
+        hidden, head, targets, None, None, -100, 0.0, 0.0, "none"
+    )[0]
+
+
+def liger_cute():
+    """Liger's operator of log-probs: on Hopper a CuTe DSL kernel that writes no logits, elsewhere blocks in PyTorch."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "runs on a Hopper GPU"
+    return lambda hidden, head, targets: LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, head, targets)
+
+
+def cut_cross_entropy(**options):
+    """Apple's; by default it leaves out tiles of gradients that are small."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return functools.partial(linear_cross_entropy, reduction="none", **options)
+
+
+def quack():
+    """Quack's cross-entropy on all logits."""
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    return lambda hidden, head, targets: linear_cross_entropy_func(hidden, head, None, targets, reduction="none")
+
+
+def quack_chunked():
+    """Quack's blocks of tokens, which return sums alone: one call a response."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def sums(hidden, head, targets):
+        responses = zip(hidden.split(RESPONSE), targets.split(RESPONSE), strict=True)
+        return torch.stack([chunked_linear_cross_entropy(x, head, y, reduction="sum") for x, y in responses])
+
+    return sums
 
 
 def naive(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """All logits, as Hugging Face models make them, then a float32 cross-entropy."""
     return torch.nn.functional.cross_entropy((hidden @ head.T).float(), targets, reduction="none")
+
+
+CANDIDATES = {  # name -> what imports it and returns it, or why it cannot run
+    "torch naive": lambda: naive,
+    "torch linear_cross_entropy": linear_cross_entropy,
+    "Liger Triton": liger_triton,
+    "Liger CuTe DSL": liger_cute,
+    "cut-cross-entropy cce": cut_cross_entropy,
+    "cut-cross-entropy cce, unfiltered": functools.partial(cut_cross_entropy, filter_eps=None),
+    "cut-cross-entropy cce_exact": functools.partial(cut_cross_entropy, impl="cce_exact"),
+    "cut-cross-entropy cce_kahan_full_c": functools.partial(cut_cross_entropy, impl="cce_kahan_full_c"),
+    "quack": quack,
+    "quack chunked": quack_chunked,
+}
 
 
 def once(function, step: str, hidden, head, targets) -> torch.Tensor:
@@ -86,7 +133,7 @@ def once(function, step: str, hidden, head, targets) -> torch.Tensor:
     if step == "forward":
         hidden, head = hidden.detach(), head.detach()  # some prepare gradients for whatever requires them
     with torch.set_grad_enabled(step != "forward"):
-        sums = -function(hidden, head, targets).float().reshape(-1, RESPONSE).sum(1)
+        sums = -function(hidden, head, targets).float().reshape(len(targets) // RESPONSE, -1).sum(1)
         loss = torch.nn.functional.softplus(-BETA * (sums[::2] - sums[1::2])).mean()
         if step != "forward":
             loss.backward()

@@ -16,7 +16,7 @@ from tests.paths import REPO
 
 TOKENS, D, V = 1024, 24, 136  # two responses of 512 tokens
 FIGURES = {"median_ms", "min_ms", "tflops", "logp_error"}
-RIVALS = ("tokamax", "Liger", "cut-cross-entropy")  # how exact they are is for the report to say
+RIVALS = ("tokamax", "Liger", "cut-cross-entropy", "quack")  # how exact they are is for the report to say
 JAX_HERE = {"naive, float32 logits", "chunked"}
 
 
@@ -42,19 +42,46 @@ def test_every_row_is_measured_or_says_why_not(rows):
     assert {row["candidate"] for row in rows if "note" not in row} >= JAX_HERE
 
 
-def test_rivals_that_are_not_here_are_named(rows):
-    named = " ".join(row["candidate"] for row in rows)
-    torch_is_here = importlib.util.find_spec("torch") is not None
-    for rival in ("tokamax", *(("torch", "Liger", "cut-cross-entropy") if torch_is_here else ("PyTorch",))):
-        assert rival in named, named
-    for module, rival in (
-        ("tokamax", "tokamax"),
-        ("liger_kernel", "Liger"),
-        ("cut_cross_entropy", "cut-cross-entropy"),
-    ):
-        mentioned = [row for row in rows if row["candidate"].startswith(rival)]
-        if importlib.util.find_spec(module) is None:
-            assert all("not installed" in row["note"] for row in mentioned)
+def test_every_rival_has_its_rows_and_its_release_or_the_reason_why_not(rows):
+    benchmark = load()
+    rivals = [*(f"tokamax {name}" for name in benchmark.TOKAMAX), *benchmark.IN_TORCH]
+    found = {name: [row for row in rows if row["candidate"] == name] for name in rivals}
+    for name, own in found.items():
+        assert own, name
+        module, distribution = next(names for begin, names in benchmark.RIVALS.items() if name.startswith(begin))
+        for row in own:
+            if importlib.util.find_spec(module) is None:
+                assert row["note"].endswith("not installed") and not row["release"], row
+            else:
+                assert row["release"].startswith(f"{distribution} "), row
+    assert {row["release"] for row in rows if row["candidate"] in JAX_HERE} == {""}
+
+
+def test_a_rival_that_fails_is_a_reason():
+    assert load().reason(ModuleNotFoundError("No module named 'cutlass'\nsecond line")) == (
+        "ModuleNotFoundError: No module named 'cutlass'"
+    )
+    assert load().reason(AssertionError()) == "AssertionError: "
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_candidates_in_pytorch_return_tokens_or_sums_and_every_name_is_known():
+    program = """
+import torch, kernels, kernels_torch
+assert tuple(kernels_torch.CANDIDATES) == kernels.IN_TORCH
+assert kernels_torch.candidate("quack chunked", "cpu") in ("not installed", "runs on a GPU")
+hidden, head, targets = (torch.from_numpy(x) for x in kernels.arrays(1024, 24, 136))
+of_tokens = kernels_torch.naive
+of_responses = lambda *args: of_tokens(*args).reshape(-1, kernels.RESPONSE).sum(1)
+args = (hidden.requires_grad_(), head.requires_grad_(), targets.long())
+for step in ("forward", "forward and backward"):
+    first, second = (kernels_torch.once(function, step, *args) for function in (of_tokens, of_responses))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO / "benchmarks", env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_log_probs_agree_with_float64(rows):
