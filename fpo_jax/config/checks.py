@@ -123,7 +123,10 @@ def problems(config: Config) -> list[str]:
     number("answers.temperature", 0.0)
     number("answers.batch_per_device", 1)
     number("reference.batch_per_device", 1)
-    choice("kernel.implementation", ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu"))
+    choice(
+        "kernel.implementation",
+        ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu", "pallas_triton"),
+    )
     choice("kernel.fuse_loss", ("auto", "on", "off"))
     number("kernel.workspace_mib", 1)
     number("kernel.kept_logits_mib", 0)

@@ -227,7 +227,7 @@ def default() -> Config:
     c.reference.cache_dir = ""  # "" = inside the workdir; share it between sweeps
 
     c.kernel = ml_collections.ConfigDict()
-    c.kernel.implementation = "auto"  # auto | reference | chunked | pallas_tpu | pallas_tpu_lean | pallas_gpu
+    c.kernel.implementation = "auto"  # auto | reference | chunked | pallas_tpu, _tpu_lean, _gpu or _triton
     c.kernel.fuse_loss = "auto"  # auto | on | off: the loss in a kernel too; the pallas_* implementations can
     c.kernel.workspace_mib = 192  # logits of one vocabulary block, per device; if all fit, one device keeps them
     # logits that stay from the forward to the backward pass, per device; 0 = none, None = where that is faster and the

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fpo_jax.kernels import blocks, chunked, pallas_gpu, pallas_tpu, reference
+from fpo_jax.kernels import blocks, chunked, pallas_gpu, pallas_tpu, pallas_triton, reference
 from fpo_jax.kernels import spec as specs
 
 IMPLEMENTATIONS = {
@@ -21,14 +21,21 @@ IMPLEMENTATIONS = {
     "pallas_tpu": pallas_tpu.token_stats,
     "pallas_tpu_lean": pallas_tpu.lean_token_stats,
     "pallas_gpu": pallas_gpu.token_stats,
+    "pallas_triton": pallas_triton.token_stats,
 }
 ENGINES: dict[str, blocks.Engine] = {
     "chunked": chunked.ENGINE,
     "pallas_tpu": pallas_tpu.ENGINE,
     "pallas_tpu_lean": pallas_tpu.LEAN_ENGINE,
     "pallas_gpu": pallas_gpu.ENGINE,
+    "pallas_triton": pallas_triton.ENGINE,
 }
-PLATFORMS = {"pallas_tpu": "tpu", "pallas_tpu_lean": "tpu", "pallas_gpu": "gpu"}  # the others run everywhere
+PLATFORMS = {  # the others run everywhere
+    "pallas_tpu": "tpu",
+    "pallas_tpu_lean": "tpu",
+    "pallas_gpu": "gpu",
+    "pallas_triton": "gpu",
+}
 FUSE_LOSS = ("auto", "on", "off")
 OLDEST_JAX = (0, 10, 2)
 TPU_KINDS = ("TPU v5", "TPU v6", "TPU7")  # beginnings of `device_kind` with 64 MiB of VMEM or more
@@ -109,6 +116,8 @@ def choose(
             reason = f"auto on {target.platform}: XLA vocabulary blocks, which run everywhere"
         elif obstacle:
             implementation, reason = "chunked", f"auto on {target.platform}: XLA vocabulary blocks, because {obstacle}"
+            if target.platform == "gpu" and not _obstacle("pallas_triton", **options, jax_version=jax_version):
+                reason += "; pallas_triton would run here, and nobody has measured which is faster"
         else:
             reason = f"auto on {target.device_kind or target.platform}: Pallas kernels"
     else:
@@ -166,6 +175,13 @@ def _obstacle(implementation: str, *, target: Target, shapes: HeadShapes, dtype,
             return f"{target.device_kind or 'this TPU'} is not one of v5e, v5p, v6e, v7x"
         lean = implementation == "pallas_tpu_lean"
         return pallas_tpu.unsupported(width=shapes.width, head_dtype=head_dtype, dtype=dtype, backward=lean)
+    if implementation == "pallas_triton":
+        return pallas_triton.unsupported(
+            width=shapes.width,
+            rows=shapes.vocab,
+            dtype=dtype,
+            compute_capability=target.compute_capability if target.platform == "gpu" else "8.0",
+        )
     if needs == "gpu":
         if _version(jax_version) < (0, 11):
             return f"jax {jax_version} is below 0.11, which the GPU kernels need"
