@@ -230,7 +230,12 @@ def test_float32_master_head_multiplied_in_bfloat16(name, vocab_block):
 
 @pytest.mark.parametrize(
     ("name", "V", "sequences"),
-    [("chunked", 8192, 4), ("pallas_tpu", 8192, 4), pytest.param("pallas_gpu", 4096, 1, marks=needs_mosaic_gpu)],
+    [
+        ("chunked", 8192, 4),
+        ("pallas_tpu", 8192, 4),
+        ("pallas_triton", 8192, 4),
+        pytest.param("pallas_gpu", 4096, 1, marks=needs_mosaic_gpu),
+    ],
 )
 def test_sequence_logp_is_exact_to_a_millinat_with_bfloat16_operands(name, V, sequences):
     """T=512 tokens, V=8192, logits of standard deviation 4. Rounding the logits to bfloat16 costs 0.56 nats."""

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fpo_jax.kernels import chunked, pallas_tpu, reference
+from fpo_jax.kernels import chunked, pallas_tpu, pallas_triton, reference
 from fpo_jax.kernels.spec import HeadSpec, Placement
 from tests import jaxpr_tools, test_kernels, tolerances
 
@@ -20,6 +20,7 @@ ENGINES = {
     "chunked": chunked.token_stats,
     "pallas_tpu": pallas_tpu.token_stats,
     "pallas_tpu_lean": pallas_tpu.lean_token_stats,
+    "pallas_triton": pallas_triton.token_stats,
 }
 
 
@@ -47,7 +48,7 @@ def test_placements_equal_one_device(name, mesh):
     options = {"vocab_size": 1203, "softcap": 5.0, "logit_scale": 1.25, "want_entropy": True, "want_argmax": True}
     spec = HeadSpec(**options, vocab_block=None if mesh == "tensor" else 128, placement=placed(MESHES[mesh]))
     spec = dataclasses.replace(spec, interpret=name != "chunked")
-    args = test_kernels.inputs(1256, tokens=40, vocab_size=1203)
+    args = test_kernels.inputs(1256, tokens=40, width=16 if name == "pallas_triton" else 24, vocab_size=1203)
     results = test_kernels.run(ENGINES[name], *put(args, spec.placement), spec=spec)
     assert results[2].sharding.is_equivalent_to(NamedSharding(spec.placement.mesh, P("tensor", "fsdp")), 2)
     expected = test_kernels.oracle(*args, spec=spec)

@@ -71,7 +71,8 @@ def gradients(hidden_NTD, head_VD, predictors_NR=PREDICTORS_NR, targets_NR=TARGE
     return jnp.sum(result.sum_N * jnp.arange(1.0, N + 1)), result
 
 
-FLOAT32 = [name for name in logps.IMPLEMENTATIONS if name != "pallas_gpu"]  # which multiplies bfloat16 alone
+# pallas_gpu multiplies bfloat16 alone, and pallas_triton widths of 16 and its multiples
+FLOAT32 = [name for name in logps.IMPLEMENTATIONS if name not in ("pallas_gpu", "pallas_triton")]
 OPTIONS = [{}, {"temperature": 0.8}, {"softcap": 2.0}, {"temperature": 1.7, "softcap": 1.5}]
 
 
@@ -255,6 +256,10 @@ TARGETS = {
     "v7x": logps.Target("tpu", "TPU7x"),
     "h200": logps.Target("gpu", "NVIDIA H200", "9.0"),
     "a100": logps.Target("gpu", "NVIDIA A100-SXM4-80GB", "8.0"),
+    "l40s": logps.Target("gpu", "NVIDIA L40S", "8.9"),
+    "b200": logps.Target("gpu", "NVIDIA B200", "10.0"),
+    "t4": logps.Target("gpu", "Tesla T4", "7.5"),
+    "mi300": logps.Target("gpu", "AMD Instinct MI300X", "gfx942"),
 }
 has_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11")
 
@@ -271,7 +276,8 @@ has_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the 
         ("v5e", {"dtype": "float32"}, "pallas_tpu", "Pallas kernels"),
         ("v5e", {"dtype": "float64"}, "chunked", "float64 operands; the TPU kernels multiply bfloat16 or float32"),
         ("v5e", {"shapes": SHAPES._replace(width=131072)}, "chunked", "MiB of VMEM, 58 MiB are there"),
-        ("a100", {}, "chunked", "compute capability 8.0 is not 9.0"),
+        ("a100", {}, "chunked", "; pallas_triton would run here, and nobody has measured which is faster"),
+        pytest.param("a100", {}, "chunked", "compute capability 8.0 is not 9.0", marks=has_mosaic_gpu),
         ("h200", {"jax_version": "0.10.2"}, "chunked", "jax 0.10.2 is below 0.11, which the GPU kernels need"),
         pytest.param(
             "h200", {}, "pallas_gpu", "auto on NVIDIA H200: Pallas kernels; loss inside", marks=has_mosaic_gpu
@@ -304,6 +310,23 @@ def test_a_request_is_kept():
     assert emulated.interpret and "emulated on the CPU: for tests, very slow" in emulated.reason
 
 
+@pytest.mark.parametrize("target", ["a100", "l40s", "h200", "b200"])
+def test_triton_runs_where_it_is_asked_for(target):
+    """Any vocabulary, in float32 too, and any jax."""
+    here = {**HERE, "target": TARGETS[target], "shapes": SHAPES._replace(vocab=50257), "jax_version": "0.10.2"}
+    for dtype in ("bfloat16", "float32"):
+        choice = logps.choose(**{**here, "dtype": dtype}, requested="pallas_triton")
+        assert choice == logps.Choice("pallas_triton", True, False, "requested; loss inside")
+    assert "emulated" in logps.choose(**HERE, requested="pallas_triton").reason
+    assert "logits on the chip only" in logps.explain(**here, requested="pallas_triton")
+
+
+@pytest.mark.parametrize("target", ["t4", "mi300"])
+def test_auto_does_not_name_a_kernel_that_cannot_run(target):
+    choice = logps.choose(**{**HERE, "target": TARGETS[target]})
+    assert choice.implementation == "chunked" and "triton" not in choice.reason
+
+
 @has_mosaic_gpu
 def test_rows_on_one_device_decide():
     """32,008 rows are a multiple of 8; the half that each of two devices holds is not."""
@@ -318,7 +341,7 @@ def test_rows_on_one_device_decide():
     ("change", "message"),
     [
         ({"requested": "chunkd"}, "'chunkd' is unknown; use one of auto, reference, chunked, .* mean 'chunked'"),
-        ({"requested": "zzz"}, "'zzz' is unknown; use one of auto, reference, chunked, pallas_tpu.*gpu$"),
+        ({"requested": "zzz"}, "'zzz' is unknown; use one of auto, reference, chunked, pallas_tpu.*triton$"),
         ({"dtype": "float16"}, "hidden states in float16 are not supported; compute the model in one of bfloat16"),
         ({"jax_version": "0.9.10"}, "jax 0.9.10 is below 0.10.2, the oldest tested; install jax>=0.10.2"),
         ({"fuse_loss": "yes"}, "fuse_loss='yes' is unknown; use one of auto, on, off"),
@@ -327,6 +350,11 @@ def test_rows_on_one_device_decide():
         ({"requested": "pallas_tpu", "target": TARGETS["h200"]}, "it runs on a TPU, and this is a GPU; use 'auto'"),
         ({"requested": "pallas_gpu", "target": TARGETS["v5e"]}, "it runs on a GPU, and this is a TPU; use 'auto'"),
         ({"requested": "pallas_tpu", "dtype": "float64"}, "cannot run: float64 operands"),
+        ({"requested": "pallas_triton", "target": TARGETS["v5e"]}, "it runs on a GPU, and this is a TPU; use 'auto'"),
+        ({"requested": "pallas_triton", "target": TARGETS["t4"]}, "capability 7.5 is not 8.0 or above"),
+        ({"requested": "pallas_triton", "target": TARGETS["mi300"]}, "capability gfx942 is not 8.0 or above"),
+        ({"requested": "pallas_triton", "dtype": "float64"}, "cannot run: float64 operands; the Triton kernels"),
+        ({"requested": "pallas_triton", "shapes": SHAPES._replace(width=100)}, "width 100 is not a multiple of 16"),
     ],
     ids=str,
 )
