@@ -1,7 +1,7 @@
 # make quickstart   create the environment and run the main job on a task made here (no download of data or weights)
 # make test         the same, then every test;  PYTHON=python3.12 uses another interpreter and environment
 # make test-faults   inject faults: flipped bits, full disks, killed runs (minutes)
-# make test-deviceless   compile the kernels for TPUs and Hopper GPUs that are not here (installs their compilers, 2.1 GB)
+# make test-deviceless   compile the kernels for TPUs and GPUs that are not here (installs their compilers, 2.1 GB)
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
@@ -24,7 +24,7 @@ test-faults: $(VENV)/installed-test
 # The two compilers cannot meet in one process: each has a folder of its own, outside of the environment.
 test-deviceless: $(VENV)/installed-compilers
 	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -m deviceless tests/test_pallas_tpu_compiled.py tests/test_step_compiled.py tests/test_attention_compiled.py tests/test_plan_compiled.py
-	PYTHONPATH=$(VENV)/cuda JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -m deviceless tests/test_pallas_gpu_compiled.py tests/test_attention_mosaic_compiled.py tests/test_step_compiled.py tests/test_attention_compiled.py tests/test_plan_compiled.py
+	PYTHONPATH=$(VENV)/cuda JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -m deviceless tests/test_pallas_gpu_compiled.py tests/test_pallas_triton_compiled.py tests/test_attention_mosaic_compiled.py tests/test_step_compiled.py tests/test_attention_compiled.py tests/test_plan_compiled.py
 	PYTHONPATH=$(VENV)/tpu $(BIN)/python benchmarks/kernels.py --parts deviceless --targets v5e-4 v5p-8 v6e-4 v7x-4
 	PYTHONPATH=$(VENV)/cuda JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python benchmarks/kernels.py --parts deviceless --targets h100:1
 

@@ -259,6 +259,7 @@ def _launch(kernel, programs, tile, *, out_shape, out_specs, spec):
         out_specs=out_specs,
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=spec.interpret,
+        name=kernel.__name__,
     )
 
 
