@@ -139,7 +139,7 @@ _OPAQUE = (
 # beginning of a kernel's name -> (matrix products of its plane, what the plane is): tokens by rows of the head, or the
 # attended pairs of queries laid out as said (X blocks of Q positions are a row of T)
 KERNELS = {
-    "partial_softmax": (1, "head"),  # pallas_gpu
+    "partial_softmax": (1, "head"),  # pallas_gpu, pallas_triton
     "dlogits": (1, "head"),
     "token_stats": (1, "head"),  # pallas_tpu
     "group_loss": (0, "head"),  # a few numbers per token

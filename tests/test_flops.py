@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fpo_jax import flops, model, params
 from fpo_jax.attention import chunked, splash
-from fpo_jax.kernels import pallas_tpu, spec
+from fpo_jax.kernels import pallas_tpu, pallas_triton, spec
 from tests import batches
 
 LLAMA = model.ModelConfig(
@@ -127,7 +127,7 @@ def test_a_product_in_a_loop_of_unknown_length_is_an_error():
 
 
 def test_the_head_kernels_count_by_their_formulas():
-    tokens, width, rows = 256, 128, 384
+    tokens, width, rows = 256, 128, 512
     hidden, head, targets = jnp.ones((tokens, width)), jnp.ones((rows, width)), jnp.zeros(tokens, jnp.int32)
     plane = 2 * tokens * width * rows
 
@@ -137,6 +137,8 @@ def test_the_head_kernels_count_by_their_formulas():
     assert traced(functools.partial(lse, engine=pallas_tpu.token_stats), hidden, head) == plane
     both = jax.grad(functools.partial(lse, engine=pallas_tpu.lean_token_stats), (0, 1))
     assert traced(both, hidden, head) == (1 + 2 + 2) * plane  # softmax; each gradient with the logits once more
+    both = jax.grad(functools.partial(lse, engine=pallas_triton.token_stats), (0, 1))
+    assert traced(both, hidden, head) == (1 + 1 + 2) * plane  # softmax; dlogits, of which XLA makes both gradients
 
 
 @pytest.mark.parametrize(
