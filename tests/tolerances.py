@@ -74,7 +74,7 @@ PROCESSES_LOSS = 1e-5  # the bound of the issue; measured 2.1e-6
 PROCESSES_METRICS = {"rtol": 3e-5, "atol": 3e-5}  # measured 9.3e-6 relative to 1 + |number| (the gradient norm)
 PROCESSES_WEIGHTS = 1e-5  # absolute, weights up to 1.5; measured 1.8e-6
 
-# GPU head kernels under an interpreter, against float64 on the same operands: the Hopper ones and, in brackets, Triton's.
+# GPU head kernels, interpreted, against float64 on the same operands: Hopper's and, in brackets, Triton's.
 GPU_PARTIALS = 2e-6  # float32 products and sums, relative to the largest entry of the array; measured 7.4e-7 (1.1e-6)
 GPU_DLOGITS_RTOL = 2**-8  # every entry on its own: half a unit in the last place of bfloat16; measured the same
 GPU_DLOGITS_FLOAT32 = 5e-6  # what float32 has lost by then, relative to the largest summand; measured 2.6e-6 (7.0e-7)
