@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-from fpo_jax.kernels import blocks, chunked, tiling
+from fpo_jax.kernels import blocks, chunked, pallas_triton, tiling
 from fpo_jax.kernels import spec as specs
 
 plgpu: Any = None
@@ -112,7 +111,8 @@ def forward_block(
         running: the softmax over other blocks, merged into the result; None before the first.
 
     Returns:
-        Partials, float32 [M]. Of an empty window: max -1e30 and zeros. `centred_M` is 0 unless the entropy is wanted.
+        Partials, float32 [S, M], one row per split. Of an empty split: max -1e30 and zeros. `centred_PM` is 0 unless the
+        entropy is wanted.
     """
     (tokens, width), rows = hidden_MD.shape, head_WD.shape[0]
     head_WD = head_WD.astype(jnp.bfloat16)
@@ -136,14 +136,14 @@ def forward_block(
             rows_R = pl.ds(row + group * ROWS, ROWS)
             targets_R = _load(targets_ref, rows_R)
 
-            def fold_tile(index, running):
+            def fold_tile(index, folded):
                 z_RC, _ = _logits(product(index), spec)
                 columns_RC, counts_RC = _columns(locate(index)[1], COLUMNS, first, last)
-                return _fold(running, jnp.where(counts_RC, z_RC, MASKED_LOGIT), columns_RC, targets_R, spec)
+                return _fold(folded, jnp.where(counts_RC, z_RC, MASKED_LOGIT), columns_RC, targets_R, spec)
 
             nothing_R = _splat(0.0)
-            running = (_splat(blocks.MASKED_LOGIT), nothing_R, nothing_R, nothing_R)
-            for statistic, value_R in enumerate(lax.fori_loop(0, count, fold_tile, running)):
+            nothing = (_splat(blocks.MASKED_LOGIT), nothing_R, nothing_R, nothing_R)
+            for statistic, value_R in enumerate(lax.fori_loop(0, count, fold_tile, nothing)):
                 out_ref[statistic, split, rows_R] = value_R
 
         _multiply(hidden_ref, head_ref, *ring, count=count, locate=locate, consume=fold_tiles)
@@ -415,5 +415,5 @@ ENGINE = chunked.engine(
     backward_block,
     plan_forward=_plan_forward,
     plan_backward=_plan_backward,
-    loss_parameters=triton.CompilerParams(num_warps=4),
+    loss_parameters=pallas_triton.LOSS_PARAMETERS,
 )

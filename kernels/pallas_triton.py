@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from fpo_jax.kernels import blocks, chunked
+from fpo_jax.kernels import blocks, chunked, tiling
 from fpo_jax.kernels import spec as specs
 
 plgpu: Any = None
@@ -100,7 +100,7 @@ def unsupported(*, width: int, rows: int, dtype, compute_capability: str = "8.0"
     return ""
 
 
-def forward_splits(
+def forward_block(
     hidden_MD: specs.Array,
     head_WD: specs.Array,
     targets_M: specs.Array,
@@ -108,6 +108,7 @@ def forward_splits(
     last: int | specs.Array,
     *,
     spec: specs.HeadSpec,
+    running: blocks.Partials | None = None,
 ) -> blocks.Partials:
     """Compute the softmax over columns [first, last) of a block, unnormalised and in splits of these columns.
 
@@ -120,9 +121,10 @@ def forward_splits(
         first: first column that counts.
         last: the one after the last; both may be traced.
         spec: `logit_scale`, `softcap`, `want_entropy` and `interpret` are read.
+        running: the softmax over other blocks, merged into the result; None before the first.
 
     Returns:
-        Partials, float32 [S, M], one row per split. Of an empty split: max -1e30 and zeros. `centred_M` is 0 unless the
+        Partials, float32 [S, M], one row per split. Of an empty split: max -1e30 and zeros. `centred_PM` is 0 unless the
         entropy is wanted.
     """
     (tokens, width), rows = hidden_MD.shape, head_WD.shape[0]
@@ -140,32 +142,22 @@ def forward_splits(
         share = lax.div(jnp.maximum(end - start, 0) + (splits - 1), splits)
         start += split * share
 
-        def fold_tile(index, running):
+        def fold_tile(index, folded):
             columns_RC, counts_RC = _columns(index * tile.columns, tile, first, last)
             z_RC, _ = _logits(_product(hidden_ref, head_ref, rows_R, index * tile.columns, tile), spec)
-            return _fold(running, jnp.where(counts_RC, z_RC, MASKED_LOGIT), columns_RC, targets_R, spec)
+            return _fold(folded, jnp.where(counts_RC, z_RC, MASKED_LOGIT), columns_RC, targets_R, spec)
 
         nothing_R = jnp.zeros(tile.rows, jnp.float32)
-        running = (nothing_R + blocks.MASKED_LOGIT, nothing_R, nothing_R, nothing_R)
-        running = lax.fori_loop(start, jnp.minimum(start + share, end), fold_tile, running)
-        for out_ref, statistic_R in zip(out_refs, running, strict=True):
+        nothing = (nothing_R + blocks.MASKED_LOGIT, nothing_R, nothing_R, nothing_R)
+        folded = lax.fori_loop(start, jnp.minimum(start + share, end), fold_tile, nothing)
+        for out_ref, statistic_R in zip(out_refs, folded, strict=True):
             out_ref[...] = statistic_R
 
     part = pl.BlockSpec((None, tile.rows), lambda program: (lax.rem(program, splits), lax.div(program, splits)))
     out_shape = [jax.ShapeDtypeStruct((splits, pieces * tile.rows), jnp.float32)] * 4
     launch = _launch(partial_softmax, pieces * splits, tile, out_shape=out_shape, out_specs=[part] * 4, spec=spec)
     statistics_SM = launch(hidden_MD, *_operands(hidden_MD, head_WD, targets_M, first, last))
-    return blocks.Partials(*(statistic_SM[:, :tokens] for statistic_SM in statistics_SM))
-
-
-def forward_block(hidden_MD, head_WD, targets_M, first, last, *, spec: specs.HeadSpec) -> blocks.Partials:
-    """Return the partial softmax of one block of logits: `forward_splits`, merged."""
-    max_SM, sum_SM, target_SM, centred_SM = forward_splits(hidden_MD, head_WD, targets_M, first, last, spec=spec)
-    max_M = jnp.max(max_SM, axis=0)
-    shift_SM = max_SM - max_M
-    scale_SM = jnp.exp(shift_SM)
-    centred_M = jnp.sum(scale_SM * (centred_SM + shift_SM * sum_SM), axis=0)
-    return blocks.Partials(max_M, jnp.sum(scale_SM * sum_SM, axis=0), jnp.sum(target_SM, axis=0), centred_M)
+    return blocks.merge(running, blocks.Partials(*(statistic_SM[:, :tokens] for statistic_SM in statistics_SM)))
 
 
 def dlogits_block(
@@ -237,17 +229,17 @@ def backward_block(
     return chunked.products(dlogits_MW, hidden_MD, head_WD, dtypes=dtypes)
 
 
-def _plan_backward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> blocks.Blocks:
+def _plan_backward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
     """Cut the plane so that a block's dlogits fill half the workspace; its rows of dhead take the rest."""
     del head_dtype
-    return blocks.plan_blocks(tokens, head_rows, 2 * jnp.dtype(dtype).itemsize, spec=spec)
+    return tiling.plan_blocks(tokens, head_rows, 2 * jnp.dtype(dtype).itemsize, spec=spec)
 
 
-def _plan_forward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> blocks.Blocks:
+def _plan_forward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
     """One block, unless the head has to be cast or gathered: then as the backward pass."""
     if specs.axes(spec).width or spec.vocab_block is not None or jnp.dtype(head_dtype) != jnp.dtype(dtype):
         return _plan_backward(tokens, head_rows, head_dtype, dtype, spec=spec)
-    return blocks.whole(tokens, head_rows)
+    return tiling.whole(tokens, head_rows)
 
 
 def _launch(kernel, programs, tile, *, out_shape, out_specs, spec):
@@ -344,4 +336,11 @@ def _splits(pieces, tiles, piece_bytes):
     return min((s for s in tiles_in_turn if s <= tiles), key=tiles_in_turn.__getitem__)
 
 
-ENGINE = blocks.Engine(forward_block, backward_block, _plan_forward, _plan_backward)
+LOSS_PARAMETERS = plgpu and plgpu.CompilerParams(num_warps=4)
+ENGINE = chunked.engine(
+    forward_block,
+    backward_block,
+    plan_forward=_plan_forward,
+    plan_backward=_plan_backward,
+    loss_parameters=LOSS_PARAMETERS,
+)

@@ -177,12 +177,13 @@ def test_groups_spread_over_devices_equal_one_device(head_loss_of):
     assert_equal_losses(ours, expected(args, loss=loss, spec=spec))
 
 
-def refused(head_loss_of=FUSED, groups=(B, 2), placement=None, **changed):
+def refused(head_loss_of=FUSED, groups=(B, 2), placement=None, rows=1, slots_N=None, **changed):
     """Call with something changed."""
     names = ("hidden_ND", "head_VD", "targets_N", "scored_N", "operands")
     args = {**dict(zip(names, inputs(2), strict=True)), **changed}
     spec = HeadSpec(interpret=True, placement=placement)
-    return head_loss_of(*args.values(), group_loss=losses.resolve("dpo").of_logps, groups=groups, spec=spec)
+    options = {"groups": groups, "spec": spec, "rows": rows, "slots_N": slots_N}
+    return head_loss_of(*args.values(), group_loss=losses.resolve("dpo").of_logps, **options)
 
 
 MESH = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
@@ -195,10 +196,15 @@ MESH = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
         ({"scored_N": jnp.ones(300)}, r"scored is float32\[300\], not 300 bools"),
         ({"operands": np.ones(5)}, r"an operand has shape \(5,\); use \[B, K\] = \[3, 2\] or a scalar"),
         ({"placement": Placement(MESH, ("fsdp",))}, "3 rows of whole groups are not divisible by the 2 devices"),
-        ({"slots_N": np.zeros(300), "rows": 2}, "300 tokens and 3 groups do not divide into 2 rows"),
+        ({"slots_N": np.zeros(300, int), "rows": 2}, "300 tokens and 3 groups do not divide into 2 rows"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else ", ".join(x),
 )
 def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         refused(**change)
+
+
+def test_an_engine_without_a_kernel_for_the_loss_is_refused():
+    with pytest.raises(ValueError, match="has no kernel for the loss; use fpo_head_loss"):
+        refused(functools.partial(head_loss.fused_head_loss, engine=chunked.ENGINE))

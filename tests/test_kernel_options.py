@@ -27,6 +27,7 @@ NUMBERS = {  # options that change what comes out
 }
 COSTS = {  # options that change how it is computed, and the implementations that have nothing they could change
     "workspace_bytes": ({"workspace_bytes": 2**20}, {"reference", "pallas_tpu_lean"}),
+    "kept_bytes": ({"kept_bytes": 2**30}, {"reference", "pallas_tpu_lean"}),
     "vocab_block": ({"vocab_block": 128}, {"reference"}),
     "placement": ({"placement": Placement(MESH, ("data",))}, {"reference"}),  # XLA partitions it
     "interpret": (None, {"reference", "chunked"}),  # nothing to emulate

@@ -102,7 +102,7 @@ def test_extreme_logits_and_padding_rows_stay_finite():
     assert all(np.isfinite(statistic_M).all() for statistic_M in ours)
     ours_lse_M = ours.max_PM + np.log(ours.sum_PM)
     atol = tolerances.GPU_PARTIALS * np.abs(lse_M).max()
-    np.testing.assert_allclose(ours.target_logit_M, partials.target_logit_M, rtol=0, atol=atol)
+    np.testing.assert_allclose(ours.target_logit_PM, partials.target_logit_PM, rtol=0, atol=atol)
     np.testing.assert_allclose(ours_lse_M, lse_M, rtol=0, atol=atol)
     ours_MW, _ = run_dlogits(x, ours_lse_M, 8, 290, spec=spec)
     assert np.isfinite(ours_MW.astype(np.float32)).all()
@@ -131,16 +131,17 @@ def test_spec_asks_for_the_interpreter_also_inside_scan():
         def of_block(_, part):
             index, head_WD = part
             targets_M = x.targets_M - index * 40
-            return None, pallas_gpu.forward_block(x.hidden_MD, head_WD, targets_M, 4 * index, 40 - index, spec=spec)
+            window = 4 * index, 40 - index
+            return None, blocks.joined(pallas_gpu.forward_block(x.hidden_MD, head_WD, targets_M, *window, spec=spec))
 
         return jax.lax.scan(of_block, None, (jnp.arange(2), head_BWD))[1]
 
     ours = jax.tree.map(np.asarray, scanned(x.head_WD.reshape(2, 40, 64)))
     for index, (first, last) in enumerate(((0, 40), (44, 79))):
         expected = oracle(x, first, last, spec=spec)[0]
-        part = jax.tree.map(lambda a, index=index: a[index], ours)
-        np.testing.assert_array_equal(part.centred_M, 0)  # not asked for
-        assert_partials_close(part._replace(centred_M=expected.centred_M.astype(np.float32)), expected)
+        part = jax.tree.map(lambda a, index=index: a[index, 0], ours)
+        np.testing.assert_array_equal(part.centred_PM, 0)  # not asked for
+        assert_partials_close(part._replace(centred_PM=expected.centred_PM.astype(np.float32)), expected)
 
 
 def test_race_detector_sees_a_race():

@@ -33,8 +33,9 @@ def compile_as_for(monkeypatch):
 
 
 def run_forward(x: Inputs, first, last, *, spec):
-    kernel = jax.jit(functools.partial(pallas_triton.forward_block, spec=spec))
-    return jax.tree.map(np.asarray, kernel(x.hidden_MD, x.head_WD, x.targets_M, first, last))
+    """The splits of the kernel, joined."""
+    kernel = jax.jit(lambda *args: blocks.joined(pallas_triton.forward_block(*args, spec=spec)))
+    return jax.tree.map(lambda x_PM: np.asarray(x_PM[0]), kernel(x.hidden_MD, x.head_WD, x.targets_M, first, last))
 
 
 def run_dlogits(x: Inputs, lse_M, first, last, *, spec):
@@ -65,11 +66,11 @@ def test_values_and_dlogits_match_float64(block, options, gpu, dtype, compile_as
         partials, lse_M, dlogits_MW = oracle(x, block.first, block.last, spec=spec)
         ours = run_forward(x, block.first, block.last, spec=spec)
         if not want_entropy:  # anything, then
-            ours = ours._replace(centred_M=partials.centred_M.astype(np.float32))
+            ours = ours._replace(centred_PM=partials.centred_PM.astype(np.float32))
         assert_partials_close(ours, partials)
         # What makes is_argmax exact: the maximum and the target logit are one number where they are one entry.
-        is_argmax_M = partials.target_logit_M == partials.max_M
-        np.testing.assert_array_equal((ours.target_logit_M >= ours.max_M)[is_argmax_M], True)
+        is_argmax_M = partials.target_logit_PM == partials.max_PM
+        np.testing.assert_array_equal((ours.target_logit_PM >= ours.max_PM)[is_argmax_M], True)
 
     ours_MW = run_dlogits(x, lse_M, block.first, block.last, spec=spec)
     if dtype == "bfloat16":
@@ -84,13 +85,13 @@ def test_splits_are_of_the_columns_that_count(compile_as_for):
     """Each row of the statistics is the softmax of its own columns; together they are all of them."""
     compile_as_for("NVIDIA A100-SXM4-80GB")
     x = inputs(Block(M=5, W=1030, D=16, first=0, last=1030))
-    split = functools.partial(pallas_triton.forward_splits, spec=HeadSpec(interpret=True, want_entropy=True))
+    split = functools.partial(pallas_triton.forward_block, spec=HeadSpec(interpret=True, want_entropy=True))
     ours = jax.tree.map(np.asarray, jax.jit(split)(x.hidden_MD, x.head_WD, x.targets_M, 130, 700))
-    assert ours.max_M.shape == (9, 5)  # of nine tiles of 128, one has nothing that counts before, three after
+    assert ours.max_PM.shape == (9, 5)  # of nine tiles of 128, one has nothing that counts before, three after
     for index, (first, last) in enumerate([(130, 256), (256, 384), (384, 512), (512, 640), (640, 700)]):
         part = jax.tree.map(lambda x_SM, index=index: x_SM[index], ours)
         assert_partials_close(part, oracle(x, first, last, spec=HeadSpec())[0])
-    np.testing.assert_array_equal(ours.max_M[5:], np.float32(blocks.MASKED_LOGIT))
+    np.testing.assert_array_equal(ours.max_PM[5:], np.float32(blocks.MASKED_LOGIT))
     np.testing.assert_array_equal(np.stack(ours[1:])[:, 5:], 0)
 
 
@@ -119,8 +120,8 @@ def test_extreme_logits_and_padding_rows_stay_finite(softcap):
         partials, lse_M, _ = oracle(x, 8, 290, spec=spec)
     ours = run_forward(x, 8, 290, spec=spec)
     assert all(np.isfinite(statistic_M).all() for statistic_M in ours)
-    ours_lse_M = ours.max_M + np.log(ours.sum_M)
-    test_kernels.assert_close(ours.target_logit_M, partials.target_logit_M, tolerances.GPU_PARTIALS, "target logit")
+    ours_lse_M = ours.max_PM + np.log(ours.sum_PM)
+    test_kernels.assert_close(ours.target_logit_PM, partials.target_logit_PM, tolerances.GPU_PARTIALS, "target logit")
     test_kernels.assert_close(ours_lse_M, lse_M, tolerances.GPU_PARTIALS, "lse")
     ours_MW = run_dlogits(x, ours_lse_M, 8, 290, spec=spec)
     assert np.isfinite(ours_MW.astype(np.float32)).all()
@@ -133,7 +134,7 @@ def test_empty_windows_weigh_nothing(first, last):
     spec = HeadSpec(interpret=True, want_entropy=True)
     x = inputs(Block(M=9, W=40, D=64, first=first, last=last))
     ours = run_forward(x, first, last, spec=spec)
-    np.testing.assert_array_equal(ours.max_M, np.float32(blocks.MASKED_LOGIT))
+    np.testing.assert_array_equal(ours.max_PM, np.float32(blocks.MASKED_LOGIT))
     np.testing.assert_array_equal(np.stack(ours[1:]), 0)
     np.testing.assert_array_equal(run_dlogits(x, np.zeros(9), first, last, spec=spec), 0)
 
@@ -148,15 +149,17 @@ def test_windows_may_be_traced_inside_a_scan():
             index, head_WD = part
             targets_M = x.targets_M - index * 43
             window = 4 * index, 43 - index
-            return None, pallas_triton.forward_block(x.hidden_MD, head_WD, targets_M, *window, spec=EMULATED)
+            return None, blocks.joined(
+                pallas_triton.forward_block(x.hidden_MD, head_WD, targets_M, *window, spec=EMULATED)
+            )
 
         return jax.lax.scan(of_block, None, (jnp.arange(2), head_BWD))[1]
 
     ours = jax.tree.map(np.asarray, scanned(x.head_WD.reshape(2, 43, 64)))
     for index, (first, last) in enumerate(((0, 43), (47, 85))):
         expected = oracle(x, first, last, spec=EMULATED)[0]
-        part = jax.tree.map(lambda a, index=index: a[index], ours)
-        assert_partials_close(part._replace(centred_M=expected.centred_M.astype(np.float32)), expected)
+        part = jax.tree.map(lambda a, index=index: a[index, 0], ours)
+        assert_partials_close(part._replace(centred_PM=expected.centred_PM.astype(np.float32)), expected)
 
 
 TOKEN_STATS = [

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fpo_jax import topologies
-from fpo_jax.kernels import pallas_triton
+from fpo_jax.kernels import blocks, pallas_triton
 from fpo_jax.kernels.spec import HeadSpec
 from tests import compiling
 
@@ -96,12 +96,13 @@ def test_ragged_sizes_compile(tokens, D, V, gpu, dtype, compile_for):
     spec = HeadSpec(softcap=30.0)
 
     def both(hidden_MD, head_WD, targets_M, first, last):
-        max_M, sum_M, *_ = forward = pallas_triton.forward_block(hidden_MD, head_WD, targets_M, first, last, spec=spec)
+        forward = blocks.joined(pallas_triton.forward_block(hidden_MD, head_WD, targets_M, first, last, spec=spec))
+        max_M, sum_M = forward.max_PM[0], forward.sum_PM[0]
         args = (hidden_MD, head_WD, targets_M, max_M, sum_M, sum_M, first, last)
         return forward, pallas_triton.dlogits_block(*args, spec=spec)
 
     program = compile_for(gpu, both, *operands(tokens, D, V, dtype), *WINDOW)
-    assert [x.shape for x in jax.tree.leaves(program.out_info)] == [(tokens,)] * 4 + [(tokens, V)]
+    assert [x.shape for x in jax.tree.leaves(program.out_info)] == [(1, tokens)] * 4 + [(tokens, V)]
 
 
 @pytest.mark.parametrize("head_dtype", ["bfloat16", "float32"])

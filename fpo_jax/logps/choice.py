@@ -198,11 +198,14 @@ def _choose_fused(implementation: str, fuse_loss: str) -> tuple[bool, str]:
     """Whether the loss runs in a kernel, and why."""
     if fuse_loss == "off":
         return False, "loss apart, as requested"
+    obstacle = f"{implementation} has no kernel for it"
     if implementation in PLATFORMS:
-        return True, "loss inside"
+        if ENGINES[implementation].loss_parameters is not None:
+            return True, "loss inside"
+        obstacle = f"jax {jax.__version__} has no Pallas Triton, which compiles its kernel"
     if fuse_loss == "on":
-        raise ValueError(f"fuse_loss='on' cannot be: {implementation} has no kernel for it; use 'auto' or 'off'")
-    return False, f"loss apart: {implementation} has no kernel for it"
+        raise ValueError(f"fuse_loss='on' cannot be: {obstacle}; use 'auto' or 'off'")
+    return False, f"loss apart: {obstacle}"
 
 
 def explain(
