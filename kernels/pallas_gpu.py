@@ -111,8 +111,8 @@ def forward_block(
         running: the softmax over other blocks, merged into the result; None before the first.
 
     Returns:
-        Partials, float32 [S, M], one row per split. Of an empty split: max -1e30 and zeros. `centred_PM` is 0 unless the
-        entropy is wanted.
+        Partials, float32 [S, M], one row per split. Of an empty split: max -1e30 and zeros. `centred_PM` is 0 unless
+        the entropy is wanted.
     """
     (tokens, width), rows = hidden_MD.shape, head_WD.shape[0]
     head_WD = head_WD.astype(jnp.bfloat16)

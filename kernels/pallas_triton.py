@@ -124,8 +124,8 @@ def forward_block(
         running: the softmax over other blocks, merged into the result; None before the first.
 
     Returns:
-        Partials, float32 [S, M], one row per split. Of an empty split: max -1e30 and zeros. `centred_PM` is 0 unless the
-        entropy is wanted.
+        Partials, float32 [S, M], one row per split. Of an empty split: max -1e30 and zeros. `centred_PM` is 0 unless
+        the entropy is wanted.
     """
     (tokens, width), rows = hidden_MD.shape, head_WD.shape[0]
     tile = _tile(hidden_MD, plain=spec.softcap is None and not spec.want_entropy)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import losses, model, optim, params, shapes, step
+from fpo_jax import losses, model, optim, params, shapes, sharding, step
 from fpo_jax.kernels import pallas_tpu
-from tests import batches, tolerances
+from tests import batches, test_layouts, tolerances
 
 STEPS, VOCAB = 20, 152
 CONFIG = model.ModelConfig(
@@ -31,19 +31,46 @@ def trajectory(recipe, **scorer_options):
     """Losses and final weights of twenty updates on two alternating batches."""
     loss = losses.resolve(recipe)
     scorer = batches.scorer(CONFIG, temperature=loss.temperature, **scorer_options)
+    weights = params.init(CONFIG, jax.random.key(0), "float32")
+    two = [batches.random_batch(groups=4, candidates=2, length=17, vocab=VOCAB, seed=seed) for seed in (0, 1)]
+    two = [batch._replace(reference_logps_BK=np.full((4, 2), -45.0, np.float32)) for batch in two]
+    return twenty_updates(weights, two, scorer=scorer, loss=loss, accumulation=2)
+
+
+def twenty_updates(weights, two, *, scorer, loss, accumulation):
+    """Losses and final weights of updates on two batches in turn, where the weights live."""
     rate = optim.schedule(kind="cosine", peak=3e-3, warmup=4, horizon=STEPS)
     optimizer = optim.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
     )
     update = jax.jit(functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate))
-    weights = params.init(CONFIG, jax.random.key(0), "float32")
     state, curve = shapes.TrainState(weights, optimizer.init(weights), jnp.int32(0)), []
     for index in range(STEPS):
-        batch = batches.random_batch(groups=4, candidates=2, length=17, vocab=VOCAB, seed=index % 2)
-        batch = batch._replace(reference_logps_BK=np.full((4, 2), -45.0, np.float32))
-        state, pairs = update(state, step.stack_micro_batches(batch, accumulation=2))
+        state, pairs = update(state, step.stack_micro_batches(two[index % 2], accumulation=accumulation))
         curve.append(float(pairs["loss"][0]))
     return np.array(curve), params.flatten(state.params)
+
+
+@functools.cache
+def of_shared_rows(recipe, *, sizes=None, **scorer_options):
+    """The same of rows in which groups share their prompts, on a mesh of so many devices along its axes."""
+    loss, weights = losses.resolve(recipe), params.init(CONFIG, jax.random.key(0), "float32")
+    grid = sharding.ONE_DEVICE
+    two = [
+        test_layouts.both(test_layouts.prepared_groups(8, 2, seed=seed, vocab=VOCAB), "shared", multiple=4, length=96)[
+            1
+        ]
+        for seed in (0, 1)
+    ]
+    two = [batch._replace(reference_logps_BK=np.full(batch.rewards_BK.shape, -25.0, np.float32)) for batch in two]
+    if sizes is not None:
+        axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        mesh = sharding.make_mesh(**axes, devices=jax.devices()[: np.prod(sizes)])
+        grid = sharding.Layout(mesh)
+        weights = jax.device_put(weights, sharding.param_shardings(params.logical_axes(CONFIG), weights, mesh=mesh))
+        two = jax.device_put(two, sharding.batch_sharding(mesh, stacked=False))
+    scorer = batches.scorer(CONFIG, temperature=loss.temperature, layout=grid, **scorer_options)
+    return twenty_updates(weights, two, scorer=scorer, loss=loss, accumulation=1)
 
 
 def assert_same(ours, theirs):
@@ -67,6 +94,15 @@ def test_every_kernel_gives_the_same_trajectory(kernel, recipe, monkeypatch):
     monkeypatch.setattr(pallas_tpu, "TILES", ((128, 128),))
     expected = trajectory(recipe, implementation="chunked")
     assert_same(trajectory(recipe, **KERNELS[kernel]), expected)
+
+
+@pytest.mark.slow  # compiles and emulates kernels
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (1, 2, 2)], ids=["fsdp=4", "fsdp=2, tensor=2"])
+@pytest.mark.parametrize(("kernel", "recipe"), [("pallas_tpu", "alphapo"), ("pallas_triton", "jspo-pref")])
+def test_the_loss_kernel_gives_the_same_trajectory_on_meshes_of_shared_rows(kernel, sizes, recipe, monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "TILES", ((128, 128),))
+    ours = of_shared_rows(recipe, sizes=sizes, implementation=kernel, fuse_loss=True, interpret=True)
+    assert_same(ours, of_shared_rows(recipe, implementation="reference"))
 
 
 @pytest.mark.slow  # the GPU interpreter
