@@ -73,6 +73,7 @@ class Engine:
     pull(hidden_MD, head_WD, targets_M, first, last, *, spec, running) -> (Partials, pulled_PMD), see `frozen.py`; None
         where a frozen head is treated like any other
     loss_parameters: what the compiler of `loss_kernel.py` is told; None where that has no kernel
+    obstacle(hidden_ND, head_VD, spec) -> why the engine cannot run, in words; "" where it can
     """
 
     forward: Callable[..., Partials]
@@ -84,6 +85,7 @@ class Engine:
     pull: Callable[..., tuple[Partials, jax.Array]] | None = None
     plan_pull: Callable[..., tiling.Blocks] = tiling.whole
     loss_parameters: Any = None
+    obstacle: Callable[..., str] = lambda *_: ""
 
     def reading(self, raw_NV: jax.Array | None) -> "Engine":
         """Return the engine of one block that reads the kept plane; itself where nothing is kept."""
@@ -107,10 +109,22 @@ def token_stats(
     Args, returns and errors are those of `reference.token_stats`. Reverse mode only; gradients come in the dtypes of
     hidden and head.
     """
-    specs.check(hidden_ND, head_VD, targets_N, spec)
+    check(hidden_ND, head_VD, targets_N, spec, engine)
     hidden_ND, head_VD, targets_N = jnp.asarray(hidden_ND), jnp.asarray(head_VD), jnp.asarray(targets_N)
     with jax.named_scope("token_stats"):
         return flag_targets(_token_stats(hidden_ND, head_VD, targets_N, spec, engine), targets_N, head_VD, spec)
+
+
+def check(hidden_ND, head_VD, targets_N, spec: specs.HeadSpec, engine: Engine) -> None:
+    """Check what `spec.check` does, and that the engine can run.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    specs.check(hidden_ND, head_VD, targets_N, spec)
+    reason = engine.obstacle(hidden_ND, head_VD, spec)
+    if reason:
+        raise ValueError(f"{reason}; use the implementation 'chunked'")
 
 
 def flag_targets(stats: specs.TokenStats, targets_N, head_VD, spec: specs.HeadSpec) -> specs.TokenStats:

@@ -154,7 +154,7 @@ ENGINE = blocks.Engine(
 )
 
 
-def engine(forward, backward, *, plan_forward, plan_backward, loss_parameters) -> blocks.Engine:
+def engine(forward, backward, *, plan_forward, plan_backward, loss_parameters, obstacle) -> blocks.Engine:
     """Return an engine of kernels: a plane that is kept, and a head that is frozen, are read by XLA."""
     return blocks.Engine(
         forward,
@@ -166,4 +166,5 @@ def engine(forward, backward, *, plan_forward, plan_backward, loss_parameters) -
         pull=pull_block,
         plan_pull=plan,
         loss_parameters=loss_parameters,
+        obstacle=obstacle,
     )

@@ -101,13 +101,13 @@ def fused_head_loss(
 
     Args, beyond those of `fpo_head_loss`:
         group_loss: hashable; elementwise functions and reductions over K.
-        engine: with `loss_parameters`; it must be able to run, which its own `token_stats` checks.
+        engine: with `loss_parameters`.
 
     Raises:
-        ValueError: shapes that do not fit, an engine without a kernel for the loss, groups that the devices do not
-            divide, or a group loss that does more.
+        ValueError: shapes that do not fit, an engine that cannot run or has no kernel for the loss, groups that the
+            devices do not divide, or a group loss that does more.
     """
-    specs.check(hidden_ND, head_VD, targets_N, spec)
+    blocks.check(hidden_ND, head_VD, targets_N, spec, engine)
     if engine.loss_parameters is None:
         raise ValueError("this implementation has no kernel for the loss; use fpo_head_loss with its token_stats")
     if slots_N is None:  # a row is a group, whose candidates have as many tokens each

@@ -54,14 +54,6 @@ def token_stats(
     Raises:
         ValueError: shapes or dtypes that do not fit (see `spec.check`), or that `unsupported` names.
     """
-    specs.check(hidden_ND, head_VD, targets_N, spec)
-    operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
-    rows = head_VD.shape[0] // specs.shards(spec, specs.axes(spec).vocab)
-    reason = unsupported(width=head_VD.shape[1], rows=rows, dtype=operand)
-    if spec.vocab_block is not None and spec.vocab_block % 8:
-        reason = f"vocab_block={spec.vocab_block} is not a multiple of 8, which a copy of swizzled rows moves together"
-    if reason:
-        raise ValueError(f"{reason}; use the implementation 'chunked'")
     return blocks.token_stats(hidden_ND, head_VD, targets_N, spec=spec, engine=ENGINE)
 
 
@@ -82,9 +74,14 @@ def unsupported(*, width: int, rows: int, dtype, compute_capability: str = "9.0"
         return f"hidden width {width} is not a multiple of {DEPTH}"
     if rows % 8:
         return f"{rows} rows of the head are not a multiple of 8, which a copy of swizzled rows moves together"
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        return f"jax {jax.__version__} has no Mosaic GPU as these kernels use it; install jax>=0.11"
     return ""
+
+
+def missing() -> str:
+    """Return what the installed jax lacks to run these kernels, in words; "" where it lacks nothing."""
+    if hasattr(plgpu, "InterpretGPUParams"):
+        return ""
+    return f"jax {jax.__version__} has no Mosaic GPU as these kernels use it; install jax>=0.11"
 
 
 def forward_block(
@@ -239,6 +236,14 @@ def backward_block(
     head_WD = head_WD.astype(jnp.bfloat16)
     dlogits_MW = dlogits_block(hidden_MD, head_WD, targets_M, lse_M, dtarget_M, dlse_M, first, last, spec=spec)
     return chunked.products(dlogits_MW, hidden_MD, head_WD, dtypes=dtypes)
+
+
+def _obstacle(hidden_ND, head_VD, spec: specs.HeadSpec) -> str:
+    if spec.vocab_block is not None and spec.vocab_block % 8:
+        return f"vocab_block={spec.vocab_block} is not a multiple of 8, which a copy of swizzled rows moves together"
+    operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
+    rows = head_VD.shape[0] // specs.shards(spec, specs.axes(spec).vocab)
+    return missing() or unsupported(width=head_VD.shape[1], rows=rows, dtype=operand)
 
 
 def _plan_backward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
@@ -416,4 +421,5 @@ ENGINE = chunked.engine(
     plan_forward=_plan_forward,
     plan_backward=_plan_backward,
     loss_parameters=pallas_triton.LOSS_PARAMETERS,
+    obstacle=_obstacle,
 )

@@ -38,14 +38,14 @@ def token_stats(
     Raises:
         ValueError: shapes or dtypes that do not fit (see `spec.check`), or that `unsupported` names.
     """
-    return _token_stats(hidden_ND, head_VD, targets_N, spec, ENGINE)
+    return blocks.token_stats(hidden_ND, head_VD, targets_N, spec=spec, engine=ENGINE)
 
 
 def lean_token_stats(
     hidden_ND: specs.Array, head_VD: specs.Array, targets_N: specs.Array, *, spec: specs.HeadSpec
 ) -> specs.TokenStats:
     """Compute the same with the backward pass in kernels too: two more products of logits, no workspace."""
-    return _token_stats(hidden_ND, head_VD, targets_N, spec, LEAN_ENGINE)
+    return blocks.token_stats(hidden_ND, head_VD, targets_N, spec=spec, engine=LEAN_ENGINE)
 
 
 def unsupported(*, width: int, head_dtype, dtype, backward: bool) -> str:
@@ -70,18 +70,9 @@ def unsupported(*, width: int, head_dtype, dtype, backward: bool) -> str:
     return ""
 
 
-def _token_stats(hidden_ND, head_VD, targets_N, spec, engine):
-    specs.check(hidden_ND, head_VD, targets_N, spec)
-    check(hidden_ND, head_VD, spec, backward=engine is LEAN_ENGINE)
-    return blocks.token_stats(hidden_ND, head_VD, targets_N, spec=spec, engine=engine)
-
-
-def check(hidden_ND, head_VD, spec: specs.HeadSpec, *, backward: bool) -> None:
-    """Raise ValueError for what the kernels do not do."""
+def _obstacle(hidden_ND, head_VD, spec: specs.HeadSpec, *, backward: bool) -> str:
     operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
-    reason = unsupported(width=hidden_ND.shape[1], head_dtype=head_VD.dtype, dtype=operand, backward=backward)
-    if reason:
-        raise ValueError(f"{reason}; use the implementation 'chunked'")
+    return unsupported(width=hidden_ND.shape[1], head_dtype=head_VD.dtype, dtype=operand, backward=backward)
 
 
 def forward_block(
@@ -294,5 +285,13 @@ ENGINE = chunked.engine(
     plan_forward=_plan_whole,
     plan_backward=chunked.plan,
     loss_parameters=LOSS_PARAMETERS,
+    obstacle=functools.partial(_obstacle, backward=False),
 )
-LEAN_ENGINE = blocks.Engine(forward_block, backward_block, _plan_whole, _plan_whole, loss_parameters=LOSS_PARAMETERS)
+LEAN_ENGINE = blocks.Engine(
+    forward_block,
+    backward_block,
+    _plan_whole,
+    _plan_whole,
+    loss_parameters=LOSS_PARAMETERS,
+    obstacle=functools.partial(_obstacle, backward=True),
+)

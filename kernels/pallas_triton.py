@@ -70,11 +70,6 @@ def token_stats(
     Raises:
         ValueError: shapes or dtypes that do not fit (see `spec.check`), or that `unsupported` names.
     """
-    specs.check(hidden_ND, head_VD, targets_N, spec)
-    operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
-    reason = unsupported(width=head_VD.shape[1], rows=head_VD.shape[0], dtype=operand)
-    if reason:
-        raise ValueError(f"{reason}; use the implementation 'chunked'")
     return blocks.token_stats(hidden_ND, head_VD, targets_N, spec=spec, engine=ENGINE)
 
 
@@ -229,6 +224,11 @@ def backward_block(
     return chunked.products(dlogits_MW, hidden_MD, head_WD, dtypes=dtypes)
 
 
+def _obstacle(hidden_ND, head_VD, spec: specs.HeadSpec) -> str:
+    operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
+    return unsupported(width=head_VD.shape[1], rows=head_VD.shape[0], dtype=operand)
+
+
 def _plan_backward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
     """Cut the plane so that a block's dlogits fill half the workspace; its rows of dhead take the rest."""
     del head_dtype
@@ -343,4 +343,5 @@ ENGINE = chunked.engine(
     plan_forward=_plan_forward,
     plan_backward=_plan_backward,
     loss_parameters=LOSS_PARAMETERS,
+    obstacle=_obstacle,
 )

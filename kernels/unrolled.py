@@ -7,7 +7,6 @@ the vectors: no operation of a loss has to be written for a kernel.
 """
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +22,8 @@ _ELEMENTWISE = frozenset(
 )
 _MOVES = frozenset("broadcast_in_dim expand_dims reshape rev slice squeeze transpose".split())
 _FOLDS: dict[str, Callable] = {
-    "reduce_sum": operator.add,
-    "reduce_prod": operator.mul,
+    "reduce_sum": jnp.add,
+    "reduce_prod": jnp.multiply,
     "reduce_max": jnp.maximum,
     "reduce_min": jnp.minimum,
     "reduce_or": jnp.logical_or,

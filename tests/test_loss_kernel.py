@@ -15,7 +15,7 @@ from fpo_jax.kernels import head_loss, pallas_tpu, reference, unrolled
 from fpo_jax.kernels.spec import HeadSpec, Placement
 from tests import test_kernels, test_pallas_tpu, tolerances
 
-ROWS, T, K, V, WIDTH = 8, 27, 3, 264, 24  # tokens and a vocabulary that no tile divides
+ROWS, T, K, V, WIDTH = 8, 27, 3, 264, 32  # tokens and a vocabulary that no tile divides
 LOSSES = [("alpha", {"alpha": 0.3}), ("kl_policy_target", {}), ("jensen_shannon", {}), ("dpo", {}), ("simpo", {})]
 MESHES = {  # name -> devices along data, fsdp, tensor
     "one device": None,
@@ -177,6 +177,13 @@ def test_no_race_where_rows_hold_groups():
     found, out = test_pallas_tpu.raced(lambda: run(args, slots_N, loss=loss, spec=spec, implementation="pallas_tpu"))
     assert not found
     assert_close(out, expected(args, slots_N, loss=loss, spec=spec))
+
+
+def test_what_a_kernel_cannot_multiply_is_refused():
+    args, slots_N = inputs(2)
+    args = (args[0][:, :24], args[1][:, :24], *args[2:])
+    with pytest.raises(ValueError, match="hidden width 24 is not a multiple of 16; use the implementation 'chunked'"):
+        run(args, slots_N, loss=losses.resolve("dpo"), spec=HeadSpec(interpret=True), implementation="pallas_triton")
 
 
 def test_a_loss_that_cannot_run_in_a_kernel_is_refused():

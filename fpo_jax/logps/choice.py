@@ -102,7 +102,7 @@ def choose(
         ValueError: unknown name, unsupported dtype or jax version, a request that cannot run on the target.
 
     >>> choose(target=Target("cpu"), shapes=HeadShapes(64, 8, 99), dtype="float32").reason
-    'auto on cpu: XLA vocabulary blocks, which run everywhere'
+    'auto on cpu: XLA vocabulary blocks, which run everywhere; loss apart: chunked has no kernel for it'
     """
     _check_request(requested, fuse_loss, dtype, jax_version)
     cuts = specs.axes(specs.HeadSpec(placement=placement))
@@ -185,7 +185,8 @@ def _obstacle(implementation: str, *, target: Target, shapes: HeadShapes, dtype,
     if needs == "gpu":
         if _version(jax_version) < (0, 11):
             return f"jax {jax_version} is below 0.11, which the GPU kernels need"
-        return pallas_gpu.unsupported(
+        absent = pallas_gpu.missing() if jax_version == jax.__version__ else ""
+        return absent or pallas_gpu.unsupported(
             width=shapes.width,
             rows=shapes.vocab,
             dtype=dtype,
