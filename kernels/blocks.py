@@ -216,7 +216,8 @@ def _operand_specs(axes: specs.Axes):
 def _product_on_device(hidden_ND, head_VD, *, spec: specs.HeadSpec) -> jax.Array:
     """All raw products that a device is responsible for."""
     operand, share = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec), _Share.of(head_VD, spec)
-    *_, head_WD = _head_block(head_VD, 0, share, tiling.whole(*hidden_ND.shape), operand, spec)
+    whole = tiling.whole(hidden_ND.shape[0], share.rows)
+    head_WD = _head_block(head_VD, 0, share=share, blocks=whole, dtype=operand, spec=spec)
     return specs.product(hidden_ND.astype(operand), head_WD.astype(operand), 1, 1)
 
 
@@ -261,15 +262,31 @@ def joined(partials: Partials) -> Partials:
 def _scan_head(hidden_MD, targets_M, *, head_VD, share, blocks, spec, block_of):
     """The softmax of one block of tokens: that of each block of the head, merged into the one so far."""
 
-    def of_block(index, running):
-        start, first, last, head_WD = _head_block(head_VD, index, share, blocks, hidden_MD.dtype, spec)
+    def of_block(running, index, head_WD):
+        start, first, last = _window(index, share, blocks)
         return block_of(hidden_MD, head_WD, targets_M - start, first, last, spec=spec, running=running)
 
+    fetch = functools.partial(_head_block, head_VD, share=share, blocks=blocks, dtype=hidden_MD.dtype, spec=spec)
     if blocks.vocab_count == 1:
-        return of_block(0, None)
-    nothing = nothing_of(jax.eval_shape(of_block, 0, None))
-    indices = jnp.arange(blocks.vocab_count, dtype=np.int32)
-    return lax.scan(lambda running, index: (of_block(index, running), None), nothing, indices)[0]
+        return of_block(None, 0, fetch(0))
+    nothing = nothing_of(jax.eval_shape(of_block, None, 0, jax.eval_shape(fetch, 0)))
+    order = np.arange(blocks.vocab_count, dtype=np.int32)
+    return _walk(of_block, fetch, nothing, order, ahead=specs.axes(spec).width is not None)
+
+
+def _walk(of_block, fetch, carry, order: np.ndarray, *, ahead: bool):
+    """Fold blocks of the head into `carry`; `ahead`: each is fetched while the one before it is computed."""
+    if not ahead:
+        return lax.scan(lambda carry, index: (of_block(carry, index, fetch(index)), None), carry, order)[0]
+
+    def step(state, indices):
+        carry, head_WD = state
+        following_WD = fetch(indices[1])
+        return (of_block(carry, indices[0], head_WD), following_WD), None
+
+    pairs = np.stack([order[:-1], order[1:]], axis=1)
+    (carry, head_WD), _ = lax.scan(step, (carry, fetch(order[0])), pairs)
+    return of_block(carry, order[-1], head_WD)
 
 
 def nothing_of(shapes):
@@ -326,19 +343,35 @@ def _backward_on_device(hidden_ND, head_VD, targets_N, raw_NV, lse_N, dtarget_N,
     grads_of = functools.partial(_block_grads, rows_N, blocks=blocks, spec=spec, engine=engine)
 
     if blocks.vocab_count == 1 and blocks.token_count == 1 and not spec.placement:
-        _, first, last, head_WD = _head_block(head_VD, 0, share, blocks, operand, spec)
+        head_WD = _head_block(head_VD, 0, share=share, blocks=blocks, dtype=operand, spec=spec)
+        _, first, last = _window(0, share, blocks)
         return grads_of(head_WD, 0, first, last, dtypes=(hidden_ND.dtype, head_VD.dtype))
 
-    def head_block(grads, index):
-        dhidden_ND, dhead_VD = grads
-        start, first, last, head_WD = _head_block(head_VD, index, share, blocks, operand, spec)
-        more_ND, dhead_WD = grads_of(head_WD, start, first, last, dtypes=(accumulator, accumulator))
+    def write(dhead_VD, start, dhead_WD):
         dhead_WD = _sum_over_tokens(dhead_WD, axes).astype(dhead_VD.dtype)
-        return (dhidden_ND + more_ND, lax.dynamic_update_slice_in_dim(dhead_VD, dhead_WD, start, 0)), None
+        return lax.dynamic_update_slice_in_dim(dhead_VD, dhead_WD, start, 0)
 
-    nothing = (jnp.zeros_like(hidden_ND, accumulator), jnp.zeros_like(head_VD))
-    indices = jnp.arange(blocks.vocab_count, dtype=np.int32)
-    (dhidden_ND, dhead_VD), _ = lax.scan(head_block, nothing, indices, reverse=True)
+    def head_block(carry, index, head_WD):
+        """What a block before this one is summed over devices while this one is computed, where that takes a while."""
+        dhidden_ND, dhead_VD, *before = carry
+        dhead_VD = write(dhead_VD, *before) if before else dhead_VD
+        start, first, last = _window(index, share, blocks)
+        more_ND, dhead_WD = grads_of(head_WD, start, first, last, dtypes=(accumulator, accumulator))
+        if before:
+            return dhidden_ND + more_ND, dhead_VD, start, dhead_WD
+        return dhidden_ND + more_ND, write(dhead_VD, start, dhead_WD)
+
+    fetch = functools.partial(_head_block, head_VD, share=share, blocks=blocks, dtype=operand, spec=spec)
+    order, ahead = (
+        np.arange(blocks.vocab_count, dtype=np.int32)[::-1],
+        axes.width is not None and blocks.vocab_count > 1,
+    )
+    carry: tuple = (jnp.zeros_like(hidden_ND, accumulator), jnp.zeros_like(head_VD))
+    if ahead:  # a first block of zeros, where the last one will be written
+        zeros_WD = jnp.zeros((blocks.vocab, hidden_ND.shape[1]), accumulator)
+        carry = (*carry, jnp.int32(_window(order[0], share, blocks)[0]), zeros_WD)
+    dhidden_ND, dhead_VD, *before = _walk(head_block, fetch, carry, order, ahead=ahead)
+    dhead_VD = write(dhead_VD, *before) if before else dhead_VD
     if axes.vocab:
         dhidden_ND = lax.psum(dhidden_ND, axes.vocab)
     return dhidden_ND.astype(hidden_ND.dtype), dhead_VD
@@ -395,28 +428,29 @@ class _Share(NamedTuple):
         return _Share(first_row, rows, jnp.clip(total - first_row, 0, rows))
 
 
-def _head_block(head_VD, index, share: _Share, blocks: tiling.Blocks, dtype, spec: specs.HeadSpec):
-    """Block `index` of the head: (row it starts at, first and last column that count in it, the rows).
-
-    One block is the head as it is, padding rows and dtype included: a slice or a cast would be a copy.
-    """
-    axes, width = specs.axes(spec), blocks.vocab
+def _window(index, share: _Share, blocks: tiling.Blocks):
+    """Block `index` of the head: the row it starts at, the first and the last of its columns that count."""
     if blocks.vocab_count == 1:
-        start, first, last, head_WD = 0, 0, share.last, head_VD
-    else:
-        wanted = index * width
-        start = jnp.minimum(wanted, share.rows - width)
-        first, last = wanted - start, jnp.minimum(share.last - start, width)
-        if isinstance(share.last, int) and share.rows % width == 0:
-            first, last = 0, width
-        head_WD = lax.dynamic_slice_in_dim(head_VD, start, width)
+        return 0, 0, share.last
+    wanted = index * blocks.vocab
+    start = jnp.minimum(wanted, share.rows - blocks.vocab)
+    if isinstance(share.last, int) and share.rows % blocks.vocab == 0:
+        return start, 0, blocks.vocab
+    return start, wanted - start, jnp.minimum(share.last - start, blocks.vocab)
+
+
+def _head_block(head_VD, index, *, share: _Share, blocks: tiling.Blocks, dtype, spec: specs.HeadSpec):
+    """Rows of block `index` of the head; one block is the head as it is, padding rows and dtype included: no copy."""
+    axes, head_WD = specs.axes(spec), head_VD
+    if blocks.vocab_count > 1:
+        head_WD = lax.dynamic_slice_in_dim(head_VD, _window(index, share, blocks)[0], blocks.vocab)
         if head_VD.dtype == jnp.float32 and dtype == jnp.bfloat16:
             # XLA for TPUs would see that float32 is never needed, and hold the whole head in bfloat16 beside it.
             bits_WD = lax.optimization_barrier(lax.bitcast_convert_type(head_WD, jnp.uint32))
             head_WD = lax.bitcast_convert_type(bits_WD, jnp.float32)
     if axes.width:  # cast first: half the bytes to gather
         head_WD = lax.all_gather(head_WD.astype(dtype), axes.width, axis=1, tiled=True)
-    return start, first, last, head_WD
+    return head_WD
 
 
 def _first_rows(block, count):

@@ -50,19 +50,22 @@ def plan(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec
 def plan_kept(tokens: int, head_rows: int, width: int, head_dtype, dtype, *, spec: specs.HeadSpec, limit=None):
     """Keep the plane where `limit` holds all of a backward pass in one block; see `tiling.plan_kept`.
 
-    Per logit the float32 product, and first the capped logit beside it, if there is a cap, then the rounded dlogit; per
-    row of the head its copy, if it is gathered or cast to the operands' dtype, and its gradient in float32, if that is
+    It holds most while the logits, float32, become rounded dlogits, or with a cap capped logits, beside a gathered head
+    or after that, dlogits beside the head's copy, if it is gathered or cast, and its gradient in float32, if that is
     summed over devices or rounded. `limit` None is `spec.kept_bytes`, and where that is None the workspace, on one
     device.
     """
     accumulator, operand = specs.accumulator_dtype(dtype), jnp.dtype(dtype)
     axes, limits = specs.axes(spec), (limit, spec.kept_bytes, 0 if spec.placement else spec.workspace_bytes)
-    held = (operand, head_dtype != operand or axes.width), (accumulator, head_dtype != accumulator or axes.tokens)
-    copied = sum(each.itemsize for each, is_held in held if is_held)
     beside = accumulator if spec.softcap else operand
+    copied, gathered = head_dtype != operand or axes.width, axes.width is not None
+    summed = head_dtype != accumulator or len(axes.tokens) > 0
+    of_row = max(
+        tokens * (accumulator.itemsize + beside.itemsize) + width * gathered * operand.itemsize,
+        tokens * operand.itemsize + width * (bool(copied) * operand.itemsize + summed * accumulator.itemsize),
+    )
     limit = next(each for each in limits if each is not None)
-    logit_bytes = accumulator.itemsize + beside.itemsize
-    return tiling.plan_kept(tokens, head_rows, logit_bytes, width * copied, limit=limit, spec=spec)
+    return tiling.plan_kept(tokens, head_rows, head_rows * of_row, limit=limit, spec=spec)
 
 
 def plan_kept_if_asked(*args, spec: specs.HeadSpec):

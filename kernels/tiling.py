@@ -57,26 +57,22 @@ def plan_blocks(tokens: int, head_rows: int, logit_bytes: int, *, spec: specs.He
     return Blocks(rows, block, token_count, _ceil_div(head_rows, block), rows * block * logit_bytes)
 
 
-def plan_kept(tokens: int, head_rows: int, logit_bytes: int, row_bytes: int, *, limit: int, spec) -> Blocks | None:
+def plan_kept(tokens: int, head_rows: int, held: int, *, limit: int, spec: specs.HeadSpec) -> Blocks | None:
     """Plan one block whose logits stay from the forward pass to the backward pass; None where they do not.
 
-        workspace = head_rows * (tokens * logit_bytes + row_bytes)
-
-    They stay where that is at most `limit`, but where `spec.vocab_block` asks for more blocks. A forward pass without a
-    gradient keeps nothing and goes by `plan_blocks`.
+    They stay where `held` is at most `limit`, but where `spec.vocab_block` asks for more blocks. A forward pass without
+    a gradient keeps nothing and goes by `plan_blocks`.
 
     Args:
         tokens: rows of hidden on one device.
         head_rows: on one device, with padding, as one block is the head as it is.
-        logit_bytes: held per logit.
-        row_bytes: held per row of the head.
+        held: bytes, of the logits and what the backward pass holds beside them.
         limit: bytes.
         spec: `vocab_block` is read.
 
-    >>> plan_kept(512, 32000, 8, 0, limit=192 * 2**20, spec=specs.HeadSpec())
+    >>> plan_kept(512, 32000, 512 * 32000 * 8, limit=192 * 2**20, spec=specs.HeadSpec())
     Blocks(tokens=512, vocab=32000, token_count=1, vocab_count=1, workspace_bytes=131072000)
     """
-    held = head_rows * (tokens * logit_bytes + row_bytes)
     if held > limit or (spec.vocab_block or head_rows) < head_rows:
         return None
     return Blocks(tokens, head_rows, 1, 1, held)

@@ -32,9 +32,9 @@ def planes(spec, *, dtype="float32", head_dtype="float32") -> list:
     ("dtype", "head_dtype", "softcap", "held"),
     [
         ("float32", "float32", None, V * N * 8),  # logits, dlogits
-        ("bfloat16", "bfloat16", None, V * (N * 6 + D * 4)),  # and the gradient of the head before it is rounded
-        ("bfloat16", "float32", None, V * (N * 6 + D * 2)),  # and the cast copy of the head
-        ("bfloat16", "float32", 5.0, V * (N * 8 + D * 2)),  # capped logits beside the raw ones
+        ("bfloat16", "bfloat16", None, V * N * 6),
+        ("bfloat16", "float32", None, V * N * 6),
+        ("bfloat16", "float32", 5.0, V * N * 8),  # capped logits beside the raw ones
     ],
 )
 def test_kept_exactly_where_the_workspace_holds_them(dtype, head_dtype, softcap, held):

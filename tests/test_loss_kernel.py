@@ -15,7 +15,7 @@ from fpo_jax.kernels import head_loss, pallas_tpu, reference, unrolled
 from fpo_jax.kernels.spec import HeadSpec, Placement
 from tests import test_kernels, test_pallas_tpu, tolerances
 
-ROWS, T, K, V, WIDTH = 8, 27, 3, 264, 32  # tokens and a vocabulary that no tile divides
+ROWS, T, K, V, WIDTH = 8, 15, 3, 264, 32  # tokens and a vocabulary that no tile divides
 LOSSES = [("alpha", {"alpha": 0.3}), ("kl_policy_target", {}), ("jensen_shannon", {}), ("dpo", {}), ("simpo", {})]
 MESHES = {  # name -> devices along data, fsdp, tensor
     "one device": None,
@@ -58,7 +58,7 @@ def inputs(groups_of_row: int, *, seed=0):
     lengths = np.bincount(candidates_N, scored_N, minlength=groups * K).reshape(groups, K)
     operands = losses.Candidates(
         logps_BK=np.zeros((groups, K), np.float32),
-        reference_logps_BK=(logps + 5 * rng.normal(size=(groups, K))).astype(np.float32),
+        reference_logps_BK=(logps + 2 * rng.normal(size=(groups, K))).astype(np.float32),
         lengths_BK=lengths.astype(np.float32),
         rewards_BK=rng.normal(size=(groups, K)).astype(np.float32),
         batch_kl=np.float32(0.3),
@@ -156,7 +156,10 @@ def test_a_frozen_head_gives_the_same(mesh, options):
     ours = run(*there, loss=loss, spec=spec, implementation="pallas_tpu", frozen=True)
     assert_close(ours, expected(args, slots_N, loss=loss, spec=spec, frozen=True))
     program = functools.partial(run, loss=loss, spec=spec, implementation="pallas_tpu", frozen=True)
-    assert str(jax.make_jaxpr(program)(*there)).count("dot_general[") == 2  # logits, and their softmax with the head
+    products = 2  # logits, and their softmax with the head
+    if spec.placement and spec.placement.mesh.shape["fsdp"] > 1:
+        products *= 2  # the last block stands behind the loop that fetches each block while the one before is computed
+    assert str(jax.make_jaxpr(program)(*there)).count("dot_general[") == products
 
 
 def test_what_is_missing_stays_in_its_group():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import losses, topologies
-from fpo_jax.kernels import chunked, head_loss, pallas_tpu
+from fpo_jax import topologies
+from fpo_jax.kernels import chunked, pallas_tpu
 from fpo_jax.kernels.spec import HeadSpec, Placement
 
 pytestmark = pytest.mark.deviceless
@@ -81,40 +81,6 @@ def test_tiles_of_wide_models_fit_in_vmem(target, width):
 def test_frozen_head_drops_its_kernel():
     program = compiled("v5e-4", pallas_tpu.lean_token_stats, 256, 2048, tokens=1024, backward=True, argnums=(0,))
     assert "dhidden" in program.as_text() and "dhead" not in program.as_text()
-
-
-def fused(target, loss, *, K=4, tokens=N, D=4096, V=128256, backward=False):
-    def total(hidden_ND, head_VD, targets_N, scored_N, operands):
-        args = (hidden_ND, head_VD, targets_N, scored_N, operands)
-        options = {"group_loss": loss.of_logps, "groups": (2, K), "spec": HeadSpec(), "engine": pallas_tpu.ENGINE}
-        out = head_loss.fused_head_loss(*args, **options)
-        return jnp.sum(out.losses_B)
-
-    shapes = (((tokens, D), "bfloat16"), ((V, D), "bfloat16"), ((tokens,), "int32"), ((tokens,), "bool"))
-    operands = losses.Candidates(*arrays(target, *[((2, K), "float32")] * 4, ((), "float32")))
-    function = jax.value_and_grad(total, (0, 1)) if backward else total
-    return topologies.compile_for(function, *arrays(target, *shapes), operands)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_loss_in_the_kernel_at_full_size(target):
-    loss = losses.resolve("alphapo-rw")
-    forward = fused(target, loss)
-    assert "group_loss" in forward.as_text() and temporaries(forward) < FORWARD_BYTES
-    assert temporaries(fused(target, loss, backward=True)) < BACKWARD_BYTES
-
-
-KINDS = [{**score, **target} for score in ({}, {"score": "mean_logp"}) for target in ({}, {"target": "rewards"})]
-LOSSES = [(name, kind) for name in losses.DIVERGENCES for kind in KINDS]
-LOSSES += [(name, {}) for name in losses.OBJECTIVES]
-
-
-@pytest.mark.parametrize(("name", "options"), LOSSES, ids=str)
-def test_every_loss_compiles_into_the_kernel(name, options):
-    """Mosaic has no gather, sort or expm1: the losses are written without."""
-    loss = losses.resolve(name, **options, **({"alpha": 0.3} if name == "alpha" else {}))
-    for K in (2, 5):
-        fused("v6e-4", loss, K=K, tokens=1000, D=256, V=1280)
 
 
 @pytest.mark.parametrize("kernel", [chunked.token_stats, pallas_tpu.token_stats], ids=["chunked", "pallas_tpu"])
