@@ -1,7 +1,7 @@
 """The head kernels against everybody else's on the same numbers in one run, and compiled for devices that are not here.
 
     python benchmarks/kernels.py                      on the device jax sees, then for all targets with a compiler
-    python benchmarks/kernels.py --parts run --tokens 8192 --heads 4096x128256 --json OUT
+    python benchmarks/kernels.py --parts check run --tokens 8192 --heads 4096x128256 4096x32000 2560x50304 --json OUT
     python benchmarks/kernels.py --parts deviceless --targets v5e-4 h100:1
 
 The rivals are what `pip install tokamax 'liger-kernel[cutedsl]' cut-cross-entropy quack-kernels` brings, and PyTorch.
@@ -11,6 +11,8 @@ hidden states and head, on the same arrays; those in PyTorch in a process of the
 which the candidates take turns; TFLOP/s counts 2NDV forward and 8NDV with gradients for everybody; memory is that of
 temporaries; the error is that of a response's summed log-prob against float64. A rival's row has its release; one that
 is not installed, or that fails, is a row that says so. On a CPU the sizes are small, and only the CPU part is run.
+
+Check: losses and gradients through the kernels of this device against float64, padded and with several groups a row.
 
 Deviceless: temporaries, and for GPU kernels registers, spills and shared memory, from the compilers themselves.
 """
@@ -32,11 +34,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import kernels_check
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fpo_jax import logps, topologies
-from fpo_jax.kernels import head_loss, pallas_tpu_loss, spec
+from fpo_jax.kernels import head_loss, spec
 
 RESPONSE = 512  # tokens of a response
 BETA = 0.1
@@ -45,6 +48,7 @@ HEADS = ("4096x32000", "4096x128256", "2560x50304", "3584x256000")
 CPU_TOKENS, CPU_HEADS = (2048,), ("512x32000",)
 TARGETS = ("v5e-4", "v5p-8", "v6e-4", "v7x-4", "h100:1")
 MIB = 2**20
+KEEP = 2**40  # bytes of logits: all of them
 RIVALS = {  # how a candidate's name begins -> what it imports, what pip calls it
     "tokamax": ("tokamax", "tokamax"),
     "torch": ("torch", "torch"),
@@ -75,6 +79,8 @@ def main() -> None:
         return
     report: dict = {"machine": machine()}
     print("  ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    if "check" in arguments.parts:
+        report["check"] = kernels_check.check()
     if "run" in arguments.parts:
         report["run"] = [row for D, V, tokens in sizes(arguments) for row in run(tokens, D, V, arguments)]
     if "deviceless" in arguments.parts:
@@ -88,7 +94,7 @@ def parse() -> argparse.Namespace:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch's process needs the GPU's memory too
     on_cpu = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description="Head kernels: time, memory and error.")
-    parser.add_argument("--parts", nargs="+", choices=("run", "deviceless"), default=["run", "deviceless"])
+    parser.add_argument("--parts", nargs="+", choices=("check", "run", "deviceless"), default=["run", "deviceless"])
     parser.add_argument("--tokens", type=int, nargs="+", help=f"default {TOKENS}, on a CPU {CPU_TOKENS}")
     parser.add_argument("--heads", nargs="+", help="DxV")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32" if on_cpu else "bfloat16")
@@ -136,7 +142,7 @@ def exact_logp(hidden_ND: np.ndarray, head_VD: np.ndarray, targets_N: np.ndarray
 
 
 def our_candidates() -> dict:
-    """Names and functions (hidden, head, targets) -> log-probs [N] of what this device runs; a text says why not."""
+    """Names and functions (hidden, head, targets) -> (loss, log-probs [S]) of what runs here; a text says why not."""
     device = logps.Target.of(jax.devices()[0])
 
     def ours(name):
@@ -148,8 +154,14 @@ def our_candidates() -> dict:
 
     found: dict = {"naive, float32 logits": ours("reference"), "chunked": ours("chunked")}
     found["naive, logits as operands"] = usual_logps
+    inside: dict = {}
     for name, needs in logps.PLATFORMS.items():
-        found[name] = ours(name) if device.platform == needs else f"runs on a {needs.upper()}"
+        here = device.platform == needs
+        found[name] = ours(name) if here else f"runs on a {needs.upper()}"
+        if here:
+            inside[f"{name}, loss inside"] = functools.partial(fused_loss, name, None)
+        if here and name != "pallas_tpu_lean":
+            inside[f"{name}, loss inside, logits kept"] = functools.partial(fused_loss, name, KEEP)
 
     def rival(implementation):
         def token_logps(hidden_ND, head_VD, targets_N):
@@ -165,7 +177,7 @@ def our_candidates() -> dict:
         name = f"tokamax {implementation}"
         elsewhere = "" if needs in ("", device.platform) else f"runs on a {needs.upper()}"
         found[name] = missing(name) or elsewhere or rival(implementation)
-    return found
+    return {name: f if isinstance(f, str) else functools.partial(pair_loss, f) for name, f in found.items()} | inside
 
 
 def missing(candidate: str) -> str:
@@ -216,8 +228,7 @@ def run(tokens: int, D: int, V: int, arguments: argparse.Namespace) -> list[dict
             if isinstance(function, str):
                 row["note"] = function
                 continue
-            loss = functools.partial(pair_loss, function)
-            timed = loss if step == "forward" else jax.value_and_grad(loss, (0, 1), has_aux=True)
+            timed = function if step == "forward" else jax.value_and_grad(function, (0, 1), has_aux=True)
             try:
                 program = jax.jit(timed).lower(*inputs).compile()
                 sums_S = jax.tree.leaves(jax.block_until_ready(program(*inputs)))[1]
@@ -319,8 +330,13 @@ def compile_rows(arguments: argparse.Namespace) -> list[dict]:
         hidden = jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16, sharding=here)
         head = jax.ShapeDtypeStruct((V, D), jnp.bfloat16, sharding=here)
         targets = jax.ShapeDtypeStruct((tokens,), jnp.int32, sharding=here)
-        for name in (*names, "loss in the kernel") if "-" in target else names:
-            loss = fused_loss if name == "loss in the kernel" else functools.partial(composed_loss, name)
+        losses = {name: functools.partial(composed_loss, name) for name in names}
+        losses |= {f"{name}, loss inside": functools.partial(fused_loss, name, None) for name in names[2:]}
+        for name, of_arrays in losses.items():
+
+            def loss(*args, of_arrays=of_arrays):
+                return of_arrays(*args)[0]
+
             for step in ("forward", "forward and backward"):
                 function = loss if step == "forward" else jax.value_and_grad(loss, (0, 1))
                 row = {"candidate": name, "pass": step, "tokens": tokens, "D": D, "V": V}
@@ -339,17 +355,22 @@ def compile_rows(arguments: argparse.Namespace) -> list[dict]:
 
 
 def composed_loss(name, hidden_ND, head_VD, targets_N):
-    """DPO loss through one implementation."""
-    scored_N, operands, options = group_inputs(hidden_ND)
-    args = (hidden_ND, head_VD, targets_N, scored_N, operands)
-    return head_loss.fpo_head_loss(*args, **options, token_stats=logps.IMPLEMENTATIONS[name]).losses_B.sum()
+    """Mean DPO loss through one implementation, and the log-probs [S] of the responses."""
+    return mean_of(head_loss.fpo_head_loss, hidden_ND, head_VD, targets_N, token_stats=logps.IMPLEMENTATIONS[name])
 
 
-def fused_loss(hidden_ND, head_VD, targets_N):
-    """The same in one TPU kernel."""
+def fused_loss(name, kept_bytes, hidden_ND, head_VD, targets_N):
+    """The same with the loss in the kernels of an implementation, and the logits kept where they fit."""
+    options = {"engine": logps.ENGINES[name], "kept_bytes": kept_bytes}
+    return mean_of(head_loss.fused_head_loss, hidden_ND, head_VD, targets_N, **options)
+
+
+def mean_of(head_loss_of, hidden_ND, head_VD, targets_N, *, kept_bytes=None, **how):
+    """Mean loss of the groups, and the log-probs of their candidates."""
     scored_N, operands, options = group_inputs(hidden_ND)
-    args = (hidden_ND, head_VD, targets_N, scored_N, operands)
-    return pallas_tpu_loss.fused_head_loss(*args, **options).losses_B.sum()
+    options["spec"] = spec.HeadSpec(kept_bytes=kept_bytes)
+    out = head_loss_of(hidden_ND, head_VD, targets_N, scored_N, operands, **options, **how)
+    return jnp.mean(out.losses_B), out.logps_BK.reshape(-1)
 
 
 def group_inputs(hidden_ND):

@@ -233,8 +233,8 @@ def _forward_on_device(hidden_ND, head_VD, targets_N, raw_NV, extras, *, spec, e
         block_of, plan = engine.pull, engine.plan_pull
     blocks = plan(hidden_ND.shape[0], share.rows, head_VD.dtype, operand, spec=spec)
     scan = functools.partial(_scan_head, head_VD=head_VD, share=share, blocks=blocks, spec=spec, block_of=block_of)
-    own = _over_token_blocks(scan, hidden_ND, targets_N - share.first_row, blocks=blocks)
-    own, pulled_PND = own if pulls else (own, None)
+    found: Any = _over_token_blocks(scan, hidden_ND, targets_N - share.first_row, blocks=blocks)
+    own, pulled_PND = found if pulls else (found, None)
     partials = own
     if axes.vocab:  # the parts of all devices, as they are: a few numbers per token
         partials = Partials(*lax.all_gather(jnp.stack(own), axes.vocab, axis=1, tiled=True))
@@ -314,7 +314,7 @@ def _move(partials: Partials, max_PM) -> Partials:
     return Partials(partials.max_PM, scale_PM * partials.sum_PM, partials.target_logit_PM, centred_PM)
 
 
-def _over_token_blocks(scan, hidden_ND, targets_N, *, blocks: tiling.Blocks) -> Partials:
+def _over_token_blocks(scan, hidden_ND, targets_N, *, blocks: tiling.Blocks):
     """Run `scan` on each block of tokens and join the results; the last block overlaps the one before."""
     if blocks.token_count == 1:
         return scan(hidden_ND, targets_N)
@@ -465,8 +465,9 @@ def gradient_of(hidden, head) -> tuple[str, ...]:
 
 def known(cotangent) -> jax.Array:
     """A cotangent, as an array also where it is zero."""
-    zero = isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if zero else cotangent
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros(cotangent.aval.shape, cotangent.aval.dtype)
+    return cotangent
 
 
 def _statistics_of(hidden_ND, head_VD, targets_N, spec: specs.HeadSpec, engine: Engine) -> specs.TokenStats:

@@ -70,7 +70,7 @@ def finish(
     sizes = _Sizes(_power_of_two(G), _power_of_two(K), -(-T // TOKENS) * TOKENS, K)
     parts = _power_of_two(partials.max_PM.shape[0])
     # Nothing, in parts and tokens that are not there: a sum of 1 has a logarithm.
-    fills = blocks.Partials(blocks.MASKED_LOGIT, 1.0, 0.0, 0.0)
+    fills = (blocks.MASKED_LOGIT, 1.0, 0.0, 0.0)
     tokens_CPT = [
         _padded(jnp.swapaxes(x_PN.reshape(-1, rows, T), 0, 1), (rows, parts, sizes.tokens), fill)
         for x_PN, fill in zip(partials, fills, strict=True)
@@ -121,7 +121,7 @@ def _kernel(*references, loss, leaf_shapes, sizes: _Sizes, spec: specs.HeadSpec)
 
     def of_tokens(index, sums_G1):
         here = (slice(None), pl.ds(pl.multiple_of(index * TOKENS, TOKENS), TOKENS))
-        logp_1T, statistics = _merged(*(x[here] for x in partials), spec)
+        logp_1T, statistics = _merged(blocks.Partials(*(x[here] for x in partials)), spec)
         for reference, value_1T in zip(by_token, statistics, strict=True):
             reference[here] = value_1T
         slots_1T = slots[here]
@@ -143,8 +143,9 @@ def _kernel(*references, loss, leaf_shapes, sizes: _Sizes, spec: specs.HeadSpec)
     slopes[...] = _joined(slope_elements.items, sizes.candidates)
 
 
-def _merged(max_PT, sum_PT, target_logit_PT, centred_PT, spec: specs.HeadSpec):
+def _merged(parts: blocks.Partials, spec: specs.HeadSpec):
     """Merge the parts of some tokens' softmax: (log-prob, (lse, and what else is wanted)), each [1, T]."""
+    max_PT, sum_PT, target_logit_PT, centred_PT = parts
     max_1T = jnp.max(max_PT, axis=0, keepdims=True)
     shift_PT = max_PT - max_1T
     scale_PT = jnp.exp(shift_PT)

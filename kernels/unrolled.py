@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 # Of primitives: what stays in place, what only moves elements, what folds some axes, what calls another function.
 _ELEMENTWISE = frozenset(
@@ -81,7 +82,7 @@ def _called(eqn):
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = eqn.params.get(name)
         if inner is not None:
-            return inner if hasattr(inner, "consts") else jax.extend.core.ClosedJaxpr(inner, ())
+            return inner if hasattr(inner, "consts") else core.ClosedJaxpr(inner, ())
     return None
 
 
