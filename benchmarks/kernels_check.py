@@ -47,7 +47,7 @@ def one(name: str, groups_of_row: int, loss: losses.Loss, *, emulated: bool) -> 
         (rng.normal(size=(groups, K)) * 5 + scale * 1.5).astype(np.float32),
         np.full((groups, K), tokens / K / groups_of_row, np.float32),
         rng.normal(size=(groups, K)).astype(np.float32),
-        np.float32(0),
+        np.zeros((), np.float32),
     )
     args = (targets_N, scored_N, operands)
     options = {"group_loss": loss.of_logps, "groups": (groups, K), "slots_N": slots_N, "rows": rows}
@@ -59,13 +59,10 @@ def one(name: str, groups_of_row: int, loss: losses.Loss, *, emulated: bool) -> 
         dense = functools.partial(
             head_loss.fpo_head_loss, **options, token_stats=reference.token_stats, spec=spec.HeadSpec()
         )
-        wide = [jnp.asarray(np.asarray(x, np.float32), "float64") for x in (hidden_ND, head_VD)]
-        exact_args = (
-            np.asarray(targets_N),
-            np.asarray(scored_N),
-            jax.tree.map(lambda x: np.asarray(x, "float64"), operands),
-        )
-        exact = jax.device_get(_results(dense, *wide, *exact_args))
+        wide_ND, wide_VD = (jnp.asarray(np.asarray(x, np.float32), "float64") for x in (hidden_ND, head_VD))
+        wide_operands = jax.tree.map(lambda x: np.asarray(x, "float64"), operands)
+        on_host = (np.asarray(targets_N), np.asarray(scored_N), wide_operands)
+        exact = jax.device_get(_results(dense, wide_ND, wide_VD, *on_host))
     return {
         what: f"{np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max():.1e}"
         for what, a, b in zip(("losses", "log-probs", "dhidden", "dhead"), ours, exact, strict=True)

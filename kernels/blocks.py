@@ -463,10 +463,11 @@ def gradient_of(hidden, head) -> tuple[str, ...]:
     return tuple(name for name, primal in (("hidden", hidden), ("head", head)) if primal.perturbed)
 
 
-def known(cotangent) -> jax.Array:
+def known(cotangent: Any) -> jax.Array:
     """A cotangent, as an array also where it is zero."""
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(cotangent.aval.shape, cotangent.aval.dtype)
+        aval: Any = cotangent.aval
+        return jnp.zeros(aval.shape, aval.dtype)
     return cotangent
 
 

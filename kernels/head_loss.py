@@ -124,7 +124,7 @@ def fused_head_loss(
     slots_N = jnp.where(scored_N, slots_N, -1).astype(jnp.int32)
     arrays = (jnp.asarray(hidden_ND), jnp.asarray(head_VD), jnp.asarray(targets_N), slots_N, operands)
     with jax.named_scope("fused_head_loss"):
-        return _fused(*arrays, group_loss, rows, spec, engine)
+        return _fused(*arrays, group_loss, groups, rows, spec, engine)
 
 
 def sum_slots(values_NR: jax.Array, slots_NR: specs.Array | None, *, slots: int) -> jax.Array:
@@ -167,13 +167,15 @@ def check(
             raise ValueError(f"an operand has shape {jnp.shape(leaf)}; use [B, K] = {list(groups)} or a scalar")
 
 
-def _run(hidden_ND, head_VD, targets_N, slots_N, operands, *, group_loss, rows, spec, engine, gradient_of=()):
+def _run(hidden_ND, head_VD, targets_N, slots_N, operands, group_loss, groups, rows, spec, engine, gradient_of=()):
     """Run the kernels on every device: (Finished, Saved)."""
     in_vocab_N = (targets_N >= 0) & (targets_N < (spec.vocab_size or head_VD.shape[0]))
+    shards = specs.shards(spec, specs.axes(spec).tokens)
     on_device = functools.partial(
         loss_kernel.finish,
         group_loss=group_loss,
-        rows=rows // specs.shards(spec, specs.axes(spec).tokens),
+        groups=(groups[0] // shards, groups[1]),
+        rows=rows // shards,
         spec=spec,
         parameters=engine.loss_parameters,
     )
@@ -190,22 +192,21 @@ def _head_loss(done: loss_kernel.Finished) -> HeadLoss:
     return HeadLoss(done.losses_B, done.logps_BK, done.entropy_N, done.is_argmax_N)
 
 
-def _forward(hidden_ND, head_VD, targets_N, slots_N, operands, group_loss, rows, spec, engine) -> HeadLoss:
-    args, options = (hidden_ND, head_VD, targets_N, slots_N, operands), {"group_loss": group_loss, "rows": rows}
-    return _head_loss(_run(*args, **options, spec=spec, engine=engine)[0])
+def _forward(hidden_ND, head_VD, targets_N, slots_N, operands, *static) -> HeadLoss:
+    return _head_loss(_run(hidden_ND, head_VD, targets_N, slots_N, operands, *static)[0])
 
 
-def _forward_with_residuals(hidden_ND, head_VD, targets_N, slots_N, operands, group_loss, rows, spec, engine):
+def _forward_with_residuals(hidden_ND, head_VD, targets_N, slots_N, operands, *static):
     """Losses, and what the backward pass needs: that of the head, and the derivative of each loss."""
-    wanted = blocks.gradient_of(hidden_ND, head_VD)
-    args = jax.tree.map(lambda x: x.value, (hidden_ND, head_VD, targets_N, slots_N, operands), is_leaf=_is_primal)
-    options = {"group_loss": group_loss, "rows": rows, "spec": spec, "engine": engine}
-    done, saved = _run(*args, **options, gradient_of=wanted)
+    primals = (hidden_ND, head_VD, targets_N, slots_N, operands)
+    args = jax.tree.map(lambda x: x.value, primals, is_leaf=_is_primal)
+    done, saved = _run(*args, *static, gradient_of=blocks.gradient_of(hidden_ND, head_VD))
     return _head_loss(done), (saved, args[3], args[4], done.slopes_BK)
 
 
-def _backward(group_loss, rows, spec, engine, residuals, cotangents):
+def _backward(group_loss, groups, rows, spec, engine, residuals, cotangents):
     """Give every token the derivative of its candidate, dlogp = dloss * slope + dlogp, then go on as any head does."""
+    del group_loss, groups
     saved, slots_N, operands, slopes_BK = residuals
     dlosses_B, dlogps_BK = blocks.known(cotangents.losses_B), blocks.known(cotangents.logps_BK)
     dlogps_BK = dlosses_B[:, None] * slopes_BK + dlogps_BK
@@ -220,5 +221,5 @@ def _is_primal(x) -> bool:
     return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
 
 
-_fused = jax.custom_vjp(_forward, nondiff_argnums=(5, 6, 7, 8))
+_fused = jax.custom_vjp(_forward, nondiff_argnums=(5, 6, 7, 8, 9))
 _fused.defvjp(_forward_with_residuals, _backward, symbolic_zeros=True)

@@ -45,6 +45,7 @@ def finish(
     operands: Any,
     *,
     group_loss,
+    groups: tuple[int, int],
     rows: int,
     spec: specs.HeadSpec,
     parameters,
@@ -56,6 +57,7 @@ def finish(
         slots_N: int32, the completion of its row that a token counts for, g * K + k; -1 for none.
         operands: what else the group loss reads: a pytree of float32 arrays [B, K], B = C * G, and scalars.
         group_loss: (logps_BK, operands) -> losses_B.
+        groups: (B, K).
         rows: C.
         spec: `interpret`, `want_entropy` and `want_argmax` are read.
         parameters: what the compiler is told; decides which it is.
@@ -64,7 +66,7 @@ def finish(
         ValueError: a group loss that does more than elementwise functions and reductions over K.
     """
     leaves, tree = jax.tree.flatten(operands)
-    B, K = next(leaf.shape for leaf in leaves if leaf.ndim)
+    B, K = groups
     G, T = B // rows, slots_N.size // rows
     loss = _loss_of_one_group(group_loss, leaves, tree, K)
     sizes = _Sizes(_power_of_two(G), _power_of_two(K), -(-T // TOKENS) * TOKENS, K)
