@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from fpo_jax.kernels import frozen, tiling
+from fpo_jax.kernels import frozen, head_blocks, tiling
 from fpo_jax.kernels import spec as specs
 
 MASKED_LOGIT = -1e30  # finite, so that no inf - inf can arise
@@ -215,16 +215,16 @@ def _operand_specs(axes: specs.Axes):
 
 def _product_on_device(hidden_ND, head_VD, *, spec: specs.HeadSpec) -> jax.Array:
     """All raw products that a device is responsible for."""
-    operand, share = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec), _Share.of(head_VD, spec)
+    operand, share = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec), head_blocks.Share.of(head_VD, spec)
     whole = tiling.whole(hidden_ND.shape[0], share.rows)
-    head_WD = _head_block(head_VD, 0, share=share, blocks=whole, dtype=operand, spec=spec)
+    head_WD = head_blocks.fetch(head_VD, 0, share=share, blocks=whole, dtype=operand, spec=spec)
     return specs.product(hidden_ND.astype(operand), head_WD.astype(operand), 1, 1)
 
 
 def _forward_on_device(hidden_ND, head_VD, targets_N, raw_NV, extras, *, spec, engine: Engine, finish: Finish, pulls):
     """Partial softmax of every token, then `finish`: (what that returns, Pulled or None)."""
     operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
-    hidden_ND, axes, share = hidden_ND.astype(operand), specs.axes(spec), _Share.of(head_VD, spec)
+    hidden_ND, axes, share = hidden_ND.astype(operand), specs.axes(spec), head_blocks.Share.of(head_VD, spec)
     engine = engine.reading(raw_NV)
     block_of = engine.forward
     plan = engine.plan_forward
@@ -263,30 +263,15 @@ def _scan_head(hidden_MD, targets_M, *, head_VD, share, blocks, spec, block_of):
     """The softmax of one block of tokens: that of each block of the head, merged into the one so far."""
 
     def of_block(running, index, head_WD):
-        start, first, last = _window(index, share, blocks)
+        start, first, last = head_blocks.window(index, share, blocks)
         return block_of(hidden_MD, head_WD, targets_M - start, first, last, spec=spec, running=running)
 
-    fetch = functools.partial(_head_block, head_VD, share=share, blocks=blocks, dtype=hidden_MD.dtype, spec=spec)
+    fetch = functools.partial(head_blocks.fetch, head_VD, share=share, blocks=blocks, dtype=hidden_MD.dtype, spec=spec)
     if blocks.vocab_count == 1:
         return of_block(None, 0, fetch(0))
     nothing = nothing_of(jax.eval_shape(of_block, None, 0, jax.eval_shape(fetch, 0)))
     order = np.arange(blocks.vocab_count, dtype=np.int32)
-    return _walk(of_block, fetch, nothing, order, ahead=specs.axes(spec).width is not None)
-
-
-def _walk(of_block, fetch, carry, order: np.ndarray, *, ahead: bool):
-    """Fold blocks of the head into `carry`; `ahead`: each is fetched while the one before it is computed."""
-    if not ahead:
-        return lax.scan(lambda carry, index: (of_block(carry, index, fetch(index)), None), carry, order)[0]
-
-    def step(state, indices):
-        carry, head_WD = state
-        following_WD = fetch(indices[1])
-        return (of_block(carry, indices[0], head_WD), following_WD), None
-
-    pairs = np.stack([order[:-1], order[1:]], axis=1)
-    (carry, head_WD), _ = lax.scan(step, (carry, fetch(order[0])), pairs)
-    return of_block(carry, order[-1], head_WD)
+    return head_blocks.walk(of_block, fetch, nothing, order, ahead=specs.axes(spec).width is not None)
 
 
 def nothing_of(shapes):
@@ -337,31 +322,31 @@ def _backward_on_device(hidden_ND, head_VD, targets_N, raw_NV, lse_N, dtarget_N,
     """
     operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
     accumulator, engine = specs.accumulator_dtype(operand), engine.reading(raw_NV)
-    axes, share = specs.axes(spec), _Share.of(head_VD, spec)
+    axes, share = specs.axes(spec), head_blocks.Share.of(head_VD, spec)
     rows_N = (hidden_ND.astype(operand), targets_N - share.first_row, lse_N, dtarget_N, dlse_N)
     blocks = engine.plan_backward(hidden_ND.shape[0], share.rows, head_VD.dtype, operand, spec=spec)
     grads_of = functools.partial(_block_grads, rows_N, blocks=blocks, spec=spec, engine=engine)
 
     if blocks.vocab_count == 1 and blocks.token_count == 1 and not spec.placement:
-        head_WD = _head_block(head_VD, 0, share=share, blocks=blocks, dtype=operand, spec=spec)
-        _, first, last = _window(0, share, blocks)
+        head_WD = head_blocks.fetch(head_VD, 0, share=share, blocks=blocks, dtype=operand, spec=spec)
+        _, first, last = head_blocks.window(0, share, blocks)
         return grads_of(head_WD, 0, first, last, dtypes=(hidden_ND.dtype, head_VD.dtype))
 
     def write(dhead_VD, start, dhead_WD):
-        dhead_WD = _sum_over_tokens(dhead_WD, axes).astype(dhead_VD.dtype)
+        dhead_WD = head_blocks.sum_over_tokens(dhead_WD, axes).astype(dhead_VD.dtype)
         return lax.dynamic_update_slice_in_dim(dhead_VD, dhead_WD, start, 0)
 
     def head_block(carry, index, head_WD):
         """What a block before this one is summed over devices while this one is computed, where that takes a while."""
         dhidden_ND, dhead_VD, *before = carry
         dhead_VD = write(dhead_VD, *before) if before else dhead_VD
-        start, first, last = _window(index, share, blocks)
+        start, first, last = head_blocks.window(index, share, blocks)
         more_ND, dhead_WD = grads_of(head_WD, start, first, last, dtypes=(accumulator, accumulator))
         if before:
             return dhidden_ND + more_ND, dhead_VD, start, dhead_WD
         return dhidden_ND + more_ND, write(dhead_VD, start, dhead_WD)
 
-    fetch = functools.partial(_head_block, head_VD, share=share, blocks=blocks, dtype=operand, spec=spec)
+    fetch = functools.partial(head_blocks.fetch, head_VD, share=share, blocks=blocks, dtype=operand, spec=spec)
     order, ahead = (
         np.arange(blocks.vocab_count, dtype=np.int32)[::-1],
         axes.width is not None and blocks.vocab_count > 1,
@@ -369,8 +354,8 @@ def _backward_on_device(hidden_ND, head_VD, targets_N, raw_NV, lse_N, dtarget_N,
     carry: tuple = (jnp.zeros_like(hidden_ND, accumulator), jnp.zeros_like(head_VD))
     if ahead:  # a first block of zeros, where the last one will be written
         zeros_WD = jnp.zeros((blocks.vocab, hidden_ND.shape[1]), accumulator)
-        carry = (*carry, jnp.int32(_window(order[0], share, blocks)[0]), zeros_WD)
-    dhidden_ND, dhead_VD, *before = _walk(head_block, fetch, carry, order, ahead=ahead)
+        carry = (*carry, jnp.int32(head_blocks.window(order[0], share, blocks)[0]), zeros_WD)
+    dhidden_ND, dhead_VD, *before = head_blocks.walk(head_block, fetch, carry, order, ahead=ahead)
     dhead_VD = write(dhead_VD, *before) if before else dhead_VD
     if axes.vocab:
         dhidden_ND = lax.psum(dhidden_ND, axes.vocab)
@@ -399,58 +384,6 @@ def _block_grads(rows_N, head_WD, start, first, last, *, dtypes, blocks: tiling.
 
     nothing = (jnp.zeros_like(hidden_ND, dtypes[0]), jnp.zeros(head_WD.shape, dtypes[1]))
     return lax.scan(token_block, nothing, _first_rows(blocks.tokens, blocks.token_count))[0]
-
-
-def _sum_over_tokens(dhead_WD, axes: specs.Axes):
-    """Add up what the devices' tokens contribute to a block of dhead; each keeps its columns."""
-    if axes.width:
-        dhead_WD = lax.psum_scatter(dhead_WD, axes.width, scatter_dimension=1, tiled=True)
-    others = tuple(axis for axis in axes.tokens if axis != axes.width)
-    return lax.psum(dhead_WD, others) if others else dhead_WD
-
-
-class _Share(NamedTuple):
-    """The part of the vocabulary that one device holds."""
-
-    first_row: int | jax.Array  # of the device's head, in the vocabulary
-    rows: int  # to be cut in blocks
-    last: int | jax.Array  # rows beyond are padding
-
-    @staticmethod
-    def of(head_VD, spec: specs.HeadSpec) -> "_Share":
-        """On a head that is cut over its rows, where the vocabulary ends depends on the device."""
-        axes, rows = specs.axes(spec), head_VD.shape[0]
-        if not axes.vocab:
-            vocab_size = spec.vocab_size or rows
-            return _Share(0, vocab_size, vocab_size)
-        first_row = lax.axis_index(axes.vocab) * rows
-        total = spec.vocab_size or rows * specs.shards(spec, axes.vocab)
-        return _Share(first_row, rows, jnp.clip(total - first_row, 0, rows))
-
-
-def _window(index, share: _Share, blocks: tiling.Blocks):
-    """Block `index` of the head: the row it starts at, the first and the last of its columns that count."""
-    if blocks.vocab_count == 1:
-        return 0, 0, share.last
-    wanted = index * blocks.vocab
-    start = jnp.minimum(wanted, share.rows - blocks.vocab)
-    if isinstance(share.last, int) and share.rows % blocks.vocab == 0:
-        return start, 0, blocks.vocab
-    return start, wanted - start, jnp.minimum(share.last - start, blocks.vocab)
-
-
-def _head_block(head_VD, index, *, share: _Share, blocks: tiling.Blocks, dtype, spec: specs.HeadSpec):
-    """Rows of block `index` of the head; one block is the head as it is, padding rows and dtype included: no copy."""
-    axes, head_WD = specs.axes(spec), head_VD
-    if blocks.vocab_count > 1:
-        head_WD = lax.dynamic_slice_in_dim(head_VD, _window(index, share, blocks)[0], blocks.vocab)
-        if head_VD.dtype == jnp.float32 and dtype == jnp.bfloat16:
-            # XLA for TPUs would see that float32 is never needed, and hold the whole head in bfloat16 beside it.
-            bits_WD = lax.optimization_barrier(lax.bitcast_convert_type(head_WD, jnp.uint32))
-            head_WD = lax.bitcast_convert_type(bits_WD, jnp.float32)
-    if axes.width:  # cast first: half the bytes to gather
-        head_WD = lax.all_gather(head_WD.astype(dtype), axes.width, axis=1, tiled=True)
-    return head_WD
 
 
 def _first_rows(block, count):

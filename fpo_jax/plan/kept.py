@@ -42,7 +42,8 @@ def programs_of(
     """
     made = programs.Programs(config, blueprint, layout)
     wanted = scorers.kept_logits(config, blueprint, layout)
-    if config.kernel.kept_logits_mib is not None or wanted is None or capacity is None:
+    frozen = blueprint.adapter is not None  # needs as few products without
+    if config.kernel.kept_logits_mib is not None or wanted is None or capacity is None or frozen:
         return made
     width = blueprint.model_config.width
     needed = LOGIT_BYTES * capacity.flops / capacity.bandwidth / 2
