@@ -110,5 +110,6 @@ def test_the_loss_kernel_gives_the_same_trajectory_on_meshes_of_shared_rows(kern
 def test_the_gpu_kernel_gives_the_same_trajectory():
     """It multiplies bfloat16 alone, so both sides do."""
     expected = trajectory("alphapo-pref", implementation="chunked", compute_dtype="bfloat16")
-    ours = trajectory("alphapo-pref", implementation="pallas_gpu", compute_dtype="bfloat16", interpret=True)
+    options = {"compute_dtype": "bfloat16", "fuse_loss": True, "interpret": True}
+    ours = trajectory("alphapo-pref", implementation="pallas_gpu", **options)
     assert_same(ours, expected)
