@@ -125,7 +125,8 @@ def test_every_mesh_and_layout_matches_float64(implementation, mesh, layout):
     args, slots_N = inputs(LAYOUTS[layout])
     spec = HeadSpec(placement=placement_of(mesh), interpret=True, workspace_bytes=2**20, vocab_block=128)
     there = placed(args, slots_N, spec.placement)
-    for name, options in LOSSES if implementation == "pallas_tpu" else LOSSES[:1]:
+    every = implementation == "pallas_tpu" and not mesh.startswith("data")  # the others see each only once
+    for name, options in LOSSES if every else LOSSES[:1]:
         loss = losses.resolve(name, **options)
         ours = run(*there, loss=loss, spec=spec, implementation=implementation)
         assert_close(ours, expected(args, slots_N, loss=loss, spec=spec))
