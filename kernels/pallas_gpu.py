@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from fpo_jax.kernels import blocks, chunked, pallas_triton, tiling
+from fpo_jax.kernels import blocks, chunked, pallas_triton
 from fpo_jax.kernels import spec as specs
 
 plgpu: Any = None
@@ -246,19 +246,6 @@ def _obstacle(hidden_ND, head_VD, spec: specs.HeadSpec) -> str:
     return missing() or unsupported(width=head_VD.shape[1], rows=rows, dtype=operand)
 
 
-def _plan_backward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
-    """Cut the plane so that a block's dlogits fill half the workspace; its rows of dhead take the rest."""
-    del head_dtype
-    return tiling.plan_blocks(tokens, head_rows, 2 * jnp.dtype(dtype).itemsize, spec=spec)
-
-
-def _plan_forward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
-    """One block, unless the head has to be cast or gathered: then as the backward pass."""
-    if specs.axes(spec).width or spec.vocab_block is not None or jnp.dtype(head_dtype) != jnp.bfloat16:
-        return _plan_backward(tokens, head_rows, head_dtype, dtype, spec=spec)
-    return tiling.whole(tokens, head_rows)
-
-
 def _launch(kernel, hidden_MD, head_WD, targets_M, floats_M, first, last, *, out_type, pairs, spec, scratch=()):
     """Run a kernel on `pairs` clusters of two thread blocks, with the ring of stages that `_multiply` wants.
 
@@ -418,8 +405,8 @@ def _pad(x, multiple):
 ENGINE = chunked.engine(
     forward_block,
     backward_block,
-    plan_forward=_plan_forward,
-    plan_backward=_plan_backward,
+    plan_forward=pallas_triton.plan_forward,
+    plan_backward=pallas_triton.plan_backward,
     loss_parameters=pallas_triton.LOSS_PARAMETERS,
     obstacle=_obstacle,
 )
