@@ -27,9 +27,8 @@ from tests import shapecheck
 
 def pytest_configure(config):
     """Check shapes; not where faults are injected into what the other tests have checked: there, minutes count."""
-    if config.getoption("markexpr") == "faults":
-        compiling.collect_seldom()
-    else:
+    compiling.collect_seldom()
+    if config.getoption("markexpr") != "faults":
         shapecheck.install("fpo_jax")
 
 
@@ -47,9 +46,11 @@ def inputs(tmp_path_factory):
 # The files that take longest, first, so that no worker is left with one of them at the end.
 LONGEST = (
     "faults_crash", "faults_resume", "faults_numbers", "hosts", "faults_input", "faults_storage", "faults_security",
-    "loop", "lora", "step", "trajectory_kernels", "meshes", "packing", "rewarding", "answering", "pipeline",
-    "pipeline_recipes",
-    "sample", "generate", "quickstart", "imdb_pipeline", "plan", "model", "generate_parity", "trajectory", "winrate",
+    "loop", "layouts", "loss_kernel", "trajectory_kernels", "pipeline_recipes", "attention", "head_loss", "plan",
+    "loading", "lora", "pallas_tpu", "passes", "pallas_triton", "meshes", "step", "generate", "generate_parity",
+    "rewarding", "winrate", "pipeline", "model", "sample", "trajectory", "prompt_format", "packing", "answering",
+    "kernels_sharded", "quickstart", "losses_invariances", "server", "golden_losses", "imdb_pipeline", "kernels",
+    "overrides", "benchmark_kernels", "losses", "kernel_options",
 )  # fmt: skip
 
 

@@ -14,8 +14,10 @@ from fpo_jax import losses
 from fpo_jax.kernels import chunked, head_loss, pallas_tpu, reference
 from fpo_jax.kernels.spec import HeadSpec, Placement
 from tests import jaxpr_tools, test_kernels, test_pallas_tpu, tolerances
+from tests.mixed_loss import MixedLoss
 
 B, R, V, WIDTH = 3, 50, 257, 24
+FEW = 12  # tokens of a candidate whose log-prob, -80, float32 rounds to 4e-6
 FUSED = functools.partial(head_loss.fused_head_loss, engine=pallas_tpu.ENGINE)
 COMPOSED = functools.partial(head_loss.fpo_head_loss, token_stats=chunked.token_stats)
 
@@ -26,32 +28,32 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "TILES", ((128, 128),))
 
 
-def inputs(K, *, seed=0):
-    """Hidden states, head, targets, mask and operands of B groups; one candidate has no scored token."""
-    rng = np.random.default_rng(seed)
-    hidden_ND, head_VD, targets_N, _ = test_kernels.inputs(V, tokens=B * K * R, width=WIDTH, seed=seed)
-    scored_NR = rng.random((B * K, R)) < 0.7
-    scored_NR[1] = False
+def inputs(K, *, seed=0, copies=1, R=R):
+    """Hidden states, head, targets, mask and operands of B groups; one candidate has no scored token. Or of more B."""
+    rng, groups = np.random.default_rng(seed), B * copies
+    hidden_ND, head_VD, targets_N, _ = test_kernels.inputs(V, tokens=groups * K * R, width=WIDTH, seed=seed)
+    scored_NR = rng.random((groups * K, R)) < 0.7
+    scored_NR[1 :: B * K] = False
     operands = losses.Candidates(
-        logps_BK=np.zeros((B, K), np.float32),
-        reference_logps_BK=(rng.normal(size=(B, K)) * 5 - 320).astype(np.float32),
-        lengths_BK=scored_NR.sum(1).reshape(B, K).astype(np.float32),
-        rewards_BK=rng.normal(size=(B, K)).astype(np.float32),
+        logps_BK=np.zeros((groups, K), np.float32),
+        reference_logps_BK=(rng.normal(size=(groups, K)) * 5 - 6.4 * R).astype(np.float32),
+        lengths_BK=scored_NR.sum(1).reshape(groups, K).astype(np.float32),
+        rewards_BK=rng.normal(size=(groups, K)).astype(np.float32),
         batch_kl=np.float32(0.3),
     )
-    operands.rewards_BK[2] = 1.0  # a tie
+    operands.rewards_BK[2::B] = 1.0  # a tie
     return hidden_ND, head_VD, targets_N, jnp.asarray(scored_NR.reshape(-1)), operands
 
 
 @functools.partial(jax.jit, static_argnames=("head_loss_of", "loss", "spec"))
 def run(head_loss_of, hidden_ND, head_VD, targets_N, scored_N, operands, *, loss, spec):
     """HeadLoss, and the gradients for cotangents of both losses and log-probs."""
-    groups = operands.rewards_BK.shape
+    groups = jax.tree.leaves(operands)[0].shape
 
     def weighted(hidden_ND, head_VD):
         args = (hidden_ND, head_VD, targets_N, scored_N, operands)
         out = head_loss_of(*args, group_loss=loss.of_logps, groups=groups, spec=spec)
-        weights_B, weights_BK = jnp.arange(1.0, B + 1), jnp.cos(jnp.arange(float(groups[0] * groups[1])))
+        weights_B, weights_BK = 1.0 + jnp.arange(groups[0]) % B, jnp.cos(jnp.arange(float(groups[0] * groups[1])))
         return jnp.sum(out.losses_B * weights_B) + jnp.sum(out.logps_BK.reshape(-1) * weights_BK), out
 
     (_, out), grads = jax.value_and_grad(weighted, (0, 1), has_aux=True)(hidden_ND, head_VD)
@@ -76,29 +78,45 @@ def assert_equal_losses(ours, theirs, *, gradients=tolerances.HEAD_LOSS_GRADIENT
     test_kernels.assert_close(grads[1], theirs[1][1], gradients, "dhead")
 
 
-ALPHA = {"alpha": {"alpha": 0.3}}
-DIVERGENCES = [
-    pytest.param(name, {**ALPHA.get(name, {}), **kind}, id=f"{name}-{kind.get('score', 'log_ratio')}-{target}")
-    for name in losses.DIVERGENCES
-    for kind, target in (
-        ({}, "pairs"),
-        ({"target": "rewards"}, "rewards"),
-        ({"score": "mean_logp"}, "pairs"),
-        ({"score": "mean_logp", "target": "rewards"}, "rewards"),
-    )
-]
+def assert_entries_match_float64(entries: dict[str, losses.Loss], K):
+    """Compare every loss on its own, and the losses once more with float64 at the log-probs that the kernel has found.
+
+    Those tell what the loss kernel rounds; a steep loss also shows how the log-probs were rounded.
+    """
+    mixed, spec = MixedLoss(tuple(entries.values())), HeadSpec(interpret=True)
+    args = inputs(K, copies=len(entries), R=FEW)
+    logps_BK = run(COMPOSED, *args, loss=losses.resolve("dpo"), spec=HeadSpec())[0].logps_BK
+    args = (*args[:4], mixed.operands(args[4], logps_BK, of_group=np.repeat(np.arange(len(entries)), B)))
+    (out, grads), (exact, exact_grads) = run(FUSED, *args, loss=mixed, spec=spec), expected(args, loss=mixed, spec=spec)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), "float64"), (out.logps_BK, args[4]))
+        of_same_logps_B = np.asarray(mixed.of_logps(*wide))
+    for index, name in enumerate(entries):
+        groups, tokens = slice(index * B, (index + 1) * B), slice(index * B * K * FEW, (index + 1) * B * K * FEW)
+        own, same = out.losses_B[groups], of_same_logps_B[groups]
+        tolerance = tolerances.LOSS_OF_LOGPS_STEEP if name.startswith("neyman_chi2") else tolerances.LOSS_KERNEL
+        test_kernels.assert_close(own, same, tolerance, f"{name}: losses of the same log-probs")
+        theirs = exact.losses_B[groups]
+        rounded = 2 * np.spacing(np.abs(out.logps_BK).max())  # of a log-prob, and of a loss whose slope is at most 1
+        limit = tolerances.HEAD_LOSS * np.abs(theirs).max() + rounded
+        np.testing.assert_allclose(own, theirs, rtol=0, atol=limit, err_msg=f"{name}: losses")
+        theirs = exact_grads[0][tokens]
+        test_kernels.assert_close(grads[0][tokens], theirs, tolerances.HEAD_LOSS_GRADIENT, f"{name}: dhidden")
+    test_kernels.assert_close(out.logps_BK, exact.logps_BK, tolerances.KERNEL_VALUE, "logps")
+    test_kernels.assert_close(grads[1], exact_grads[1], tolerances.HEAD_LOSS_GRADIENT, "dhead")
 
 
-@pytest.mark.parametrize(("name", "options"), DIVERGENCES)
-def test_every_divergence_in_the_kernel_matches_float64(name, options):
-    loss, args, spec = losses.resolve(name, **options), inputs(3), HeadSpec(interpret=True)
-    assert_equal_losses(run(FUSED, *args, loss=loss, spec=spec), expected(args, loss=loss, spec=spec))
+@pytest.mark.parametrize("score", ["log_ratio", "mean_logp"])
+@pytest.mark.parametrize("target", ["preference", "rewards"])
+def test_every_divergence_in_the_kernel_matches_float64(score, target):
+    options = {"score": score, "target": target}
+    alpha = {"alpha": {"alpha": 0.3}}
+    entries = {name: losses.resolve(name, **alpha.get(name, {}), **options) for name in losses.DIVERGENCES}
+    assert_entries_match_float64(entries, K=3)
 
 
-@pytest.mark.parametrize("name", losses.OBJECTIVES)
-def test_every_objective_in_the_kernel_matches_float64(name):
-    loss, args, spec = losses.resolve(name), inputs(2), HeadSpec(interpret=True)
-    assert_equal_losses(run(FUSED, *args, loss=loss, spec=spec), expected(args, loss=loss, spec=spec))
+def test_every_objective_in_the_kernel_matches_float64():
+    assert_entries_match_float64({name: losses.resolve(name) for name in losses.OBJECTIVES}, K=2)
 
 
 OPTIONS = [

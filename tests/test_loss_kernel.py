@@ -14,6 +14,7 @@ from fpo_jax import logps, losses
 from fpo_jax.kernels import head_loss, pallas_tpu, reference, unrolled
 from fpo_jax.kernels.spec import HeadSpec, Placement
 from tests import test_kernels, test_pallas_tpu, tolerances
+from tests.mixed_loss import MixedLoss
 
 ROWS, T, K, V, WIDTH = 8, 15, 3, 264, 32  # tokens and a vocabulary that no tile divides
 LOSSES = [("alpha", {"alpha": 0.3}), ("kl_policy_target", {}), ("jensen_shannon", {}), ("dpo", {}), ("simpo", {})]
@@ -70,7 +71,7 @@ def inputs(groups_of_row: int, *, seed=0):
 def run(args, slots_N, *, loss, spec, implementation=None, frozen=False):
     """Losses and log-probs, and the gradients for cotangents of both; of a frozen head that of the hidden states."""
     hidden_ND, head_VD, *rest = args
-    groups = args[4].rewards_BK.shape
+    groups = jax.tree.leaves(args[4])[0].shape
     options = {"group_loss": loss.of_logps, "groups": groups, "spec": spec, "slots_N": slots_N, "rows": ROWS}
 
     def weighted(hidden_ND, head_VD):
@@ -123,13 +124,14 @@ CASES = list(itertools.product(MESHES, LAYOUTS))
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_every_mesh_and_layout_matches_float64(implementation, mesh, layout):
     args, slots_N = inputs(LAYOUTS[layout])
+    entries = LOSSES if implementation == "pallas_tpu" else LOSSES[:1]  # the kernel of the loss is the same
+    loss = MixedLoss(tuple(losses.resolve(name, **options) for name, options in entries))
+    logps_BK, groups = args[4].reference_logps_BK, len(args[4].rewards_BK)
+    args = (*args[:4], loss.operands(args[4], logps_BK, of_group=np.arange(groups) % len(entries)))
     spec = HeadSpec(placement=placement_of(mesh), interpret=True, workspace_bytes=2**20, vocab_block=128)
     there = placed(args, slots_N, spec.placement)
-    every = implementation == "pallas_tpu" and not mesh.startswith("data")  # the others see each only once
-    for name, options in LOSSES if every else LOSSES[:1]:
-        loss = losses.resolve(name, **options)
-        ours = run(*there, loss=loss, spec=spec, implementation=implementation)
-        assert_close(ours, expected(args, slots_N, loss=loss, spec=spec))
+    ours = run(*there, loss=loss, spec=spec, implementation=implementation)
+    assert_close(ours, expected(args, slots_N, loss=loss, spec=spec))
     again = run(*there, loss=loss, spec=spec, implementation=implementation)
     jax.tree.map(np.testing.assert_array_equal, ours, again)
 

@@ -16,9 +16,9 @@ pytestmark = pytest.mark.deviceless
 TPUS, GPUS = ["v5e-4", "v5p-8", "v6e-4", "v7x-4"], ["h100:1"]
 N, D, V = 8192, 4096, 128256  # Llama-3's head
 MIB = 2**20
+WORKSPACE = HeadSpec().workspace_bytes
 FORWARD_BYTES = 20 * MIB  # the issue's limits; measured 0.2 to 3.5
-BACKWARD_BYTES = 352 * MIB  # measured 193 to 321, of which 192 are the workspace
-V7X_BYTES = 400 * MIB  # measured 385: libtpu 0.0.5x holds more there, and did before the loss was inside
+BACKWARD_BYTES = 352 * MIB  # measured 160 to 288
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,21 @@ def compiler(request):
     pytest.importorskip(module, reason=f"the compiler for {target} is not installed (make test-deviceless)")
 
 
-def compiled(target, loss, *, K=4, G=2, tokens=N, width=D, rows=V, backward=False, devices=1, options=None, **spec):
+def compiled(
+    target,
+    loss,
+    *,
+    K=4,
+    G=2,
+    tokens=N,
+    width=D,
+    rows=V,
+    backward=False,
+    devices=1,
+    head="bfloat16",
+    options=None,
+    **spec,
+):
     """The program of the summed losses of G groups a device, or of its value and gradients."""
     mesh = Mesh(topologies.mesh(target, devices=devices).devices.reshape(1, devices, 1), ("data", "fsdp", "tensor"))
     placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp") if devices > 1 else None
@@ -49,21 +63,24 @@ def compiled(target, loss, *, K=4, G=2, tokens=N, width=D, rows=V, backward=Fals
     operands = losses.Candidates(*[array(groups, "float32", "fsdp")] * 4, array((), "float32"))
     hidden, targets, scored = *per_token, array((tokens * devices,), "bool", "fsdp")
     function = jax.value_and_grad(total, (0, 1)) if backward else total
-    args = (hidden, array((rows, width), "bfloat16", None, "fsdp"), targets, scored, operands)
+    args = (hidden, array((rows, width), head, None, "fsdp"), targets, scored, operands)
     return topologies.compile_for(function, *args, **(options or {}))
 
 
-def temporaries(program):
-    return program.memory_analysis().temp_size_in_bytes
+def temporaries(program, target):
+    """Most bytes held beside arguments and results; a TPU's `temp_size_in_bytes` counts arguments that it moves."""
+    memory = program.memory_analysis()
+    if "-" not in target:
+        return memory.temp_size_in_bytes
+    return memory.peak_memory_in_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes
 
 
 @pytest.mark.parametrize("target", TPUS + GPUS)
 def test_forward_needs_no_memory_and_backward_a_workspace(target):
     loss = losses.resolve("alphapo-rw")
     forward = compiled(target, loss)
-    assert "group_loss" in forward.as_text() and temporaries(forward) <= FORWARD_BYTES
-    limit = V7X_BYTES if target.startswith("v7x") else BACKWARD_BYTES
-    assert temporaries(compiled(target, loss, backward=True)) <= limit
+    assert "group_loss" in forward.as_text() and temporaries(forward, target) <= FORWARD_BYTES
+    assert WORKSPACE / 2 <= temporaries(compiled(target, loss, backward=True), target) <= BACKWARD_BYTES
 
 
 KINDS = [{**score, **of} for score in ({}, {"score": "mean_logp"}) for of in ({}, {"target": "rewards"})]
@@ -79,17 +96,18 @@ def test_every_loss_compiles_into_the_kernel(name, options, target):
         compiled(target, loss, K=K, tokens=K * 200, width=256, rows=1280)
 
 
+@pytest.mark.parametrize("head", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("target", "devices"), [("v5p-8", 1), ("v5p-8", 4), ("h100:1", 1), ("h100:8", 8)])
-def test_kept_logits_take_what_is_planned(target, devices):
-    keeping = {"kept_bytes": 2**40}
-    program = compiled(target, losses.resolve("simpo"), backward=True, devices=devices, **keeping)
+def test_kept_logits_take_what_is_planned(target, devices, head):
+    keeping = {"kept_bytes": 2**40, "compute_dtype": "bfloat16"}
+    program = compiled(target, losses.resolve("simpo"), backward=True, devices=devices, head=head, **keeping)
     mesh = Mesh(
         np.array(topologies.mesh(target, devices=devices).devices).reshape(1, devices, 1), ("data", "fsdp", "tensor")
     )
     placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp") if devices > 1 else None
     engine, bfloat16 = logps.ENGINES["pallas_tpu" if "-" in target else "pallas_gpu"], jnp.dtype("bfloat16")
-    plan = engine.plan_kept(N, V, D, bfloat16, bfloat16, spec=HeadSpec(placement=placement, **keeping))
-    assert temporaries(program) == pytest.approx(plan.workspace_bytes, rel=0.02)
+    plan = engine.plan_kept(N, V, D, jnp.dtype(head), bfloat16, spec=HeadSpec(placement=placement, **keeping))
+    assert temporaries(program, target) == pytest.approx(plan.workspace_bytes, rel=0.02)
 
 
 @pytest.mark.parametrize("target", GPUS)
