@@ -234,7 +234,7 @@ def run(tokens: int, D: int, V: int, arguments: argparse.Namespace) -> list[dict
                 program = jax.jit(timed).lower(*inputs).compile()
                 sums_S = jax.tree.leaves(jax.block_until_ready(program(*inputs)))[1]
                 row["logp_error"] = abs(float(sums_S[0]) - exact)
-                row["temporaries_mib"] = program.memory_analysis().temp_size_in_bytes / MIB
+                row["temporaries_mib"] = topologies.temporaries_of(program, jax.devices()[0]) / MIB
                 programs[id(row)] = (row, program, [])
             except Exception as error:
                 row["note"] = reason(error)
@@ -324,7 +324,8 @@ def deviceless(arguments: argparse.Namespace) -> list[dict]:
 def compile_rows(arguments: argparse.Namespace) -> list[dict]:
     """Compile every path for one target."""
     target = arguments.compile_for
-    here = NamedSharding(topologies.mesh(target, devices=1), PartitionSpec())
+    mesh = topologies.mesh(target, devices=1)
+    here, device = NamedSharding(mesh, PartitionSpec()), mesh.devices.flat[0]
     names = ("reference", "chunked", *(name for name, p in logps.PLATFORMS.items() if (p == "tpu") == ("-" in target)))
     rows = []
     for D, V, tokens in sizes(arguments):
@@ -346,7 +347,7 @@ def compile_rows(arguments: argparse.Namespace) -> list[dict]:
                     os.environ["MOSAIC_GPU_DUMP_TO"] = dump
                     try:
                         program = topologies.compile_for(function, hidden, head, targets)
-                        row["temporaries_mib"] = program.memory_analysis().temp_size_in_bytes / MIB
+                        row["temporaries_mib"] = topologies.temporaries_of(program, device) / MIB
                         row["peak_mib"] = program.memory_analysis().peak_memory_in_bytes / MIB
                         row |= resources(Path(dump))
                     except Exception as error:

@@ -247,6 +247,26 @@ def compile_traced(traced: jax.stages.Traced, place: Mesh) -> jax.stages.Compile
         return traced.lower(lowering_platforms=(platform,)).compile()
 
 
+def peak_of(compiled: jax.stages.Compiled, device: Any) -> int:
+    """Most bytes of a device's memory that a program holds, its arguments included."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    if device.platform == "tpu":  # its temporaries count arguments that it moves
+        peak = memory.peak_memory_in_bytes
+    else:
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return peak + memory.generated_code_size_in_bytes
+
+
+def temporaries_of(compiled: jax.stages.Compiled, device: Any) -> int:
+    """Most bytes that a program holds beside its arguments, its results and itself."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    known = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return peak_of(compiled, device) - known - memory.generated_code_size_in_bytes
+
+
 def _mesh_of(args) -> Mesh:
     return jax.tree.leaves(args)[0].sharding.mesh
 

@@ -29,7 +29,7 @@ def small_tiles(monkeypatch):
 
 
 def inputs(K, *, seed=0, copies=1, R=R):
-    """Hidden states, head, targets, mask and operands of B groups; one candidate has no scored token. Or of more B."""
+    """What `copies` times B groups are made of; of each B, one candidate has no scored token and one group ties."""
     rng, groups = np.random.default_rng(seed), B * copies
     hidden_ND, head_VD, targets_N, _ = test_kernels.inputs(V, tokens=groups * K * R, width=WIDTH, seed=seed)
     scored_NR = rng.random((groups * K, R)) < 0.7
@@ -109,9 +109,9 @@ def assert_entries_match_float64(entries: dict[str, losses.Loss], K):
 @pytest.mark.parametrize("score", ["log_ratio", "mean_logp"])
 @pytest.mark.parametrize("target", ["preference", "rewards"])
 def test_every_divergence_in_the_kernel_matches_float64(score, target):
-    options = {"score": score, "target": target}
-    alpha = {"alpha": {"alpha": 0.3}}
-    entries = {name: losses.resolve(name, **alpha.get(name, {}), **options) for name in losses.DIVERGENCES}
+    own = {"alpha": {"alpha": 0.3}}  # what has no default
+    kind = {"score": score, "target": target}
+    entries = {name: losses.resolve(name, **own.get(name, {}), **kind) for name in losses.DIVERGENCES}
     assert_entries_match_float64(entries, K=3)
 
 

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -28,6 +27,13 @@ def compiler(request):
     pytest.importorskip(module, reason=f"the compiler for {target} is not installed (make test-deviceless)")
 
 
+def place(target, devices):
+    """Mesh, placement of a head that is cut over its width, and engine."""
+    mesh = Mesh(topologies.mesh(target, devices=devices).devices.reshape(1, devices, 1), ("data", "fsdp", "tensor"))
+    placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp") if devices > 1 else None
+    return mesh, placement, logps.ENGINES["pallas_tpu" if "-" in target else "pallas_gpu"]
+
+
 def compiled(
     target,
     loss,
@@ -44,10 +50,8 @@ def compiled(
     **spec,
 ):
     """The program of the summed losses of G groups a device, or of its value and gradients."""
-    mesh = Mesh(topologies.mesh(target, devices=devices).devices.reshape(1, devices, 1), ("data", "fsdp", "tensor"))
-    placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp") if devices > 1 else None
+    mesh, placement, engine = place(target, devices)
     spec, groups = HeadSpec(placement=placement, **spec), (G * devices, K)
-    engine = logps.ENGINES["pallas_tpu" if "-" in target else "pallas_gpu"]
 
     def total(hidden_ND, head_VD, targets_N, scored_N, operands):
         args = (hidden_ND, head_VD, targets_N, scored_N, operands)
@@ -68,11 +72,7 @@ def compiled(
 
 
 def temporaries(program, target):
-    """Most bytes held beside arguments and results; a TPU's `temp_size_in_bytes` counts arguments that it moves."""
-    memory = program.memory_analysis()
-    if "-" not in target:
-        return memory.temp_size_in_bytes
-    return memory.peak_memory_in_bytes - memory.argument_size_in_bytes - memory.output_size_in_bytes
+    return topologies.temporaries_of(program, topologies.mesh(target, devices=1).devices.flat[0])
 
 
 @pytest.mark.parametrize("target", TPUS + GPUS)
@@ -101,12 +101,9 @@ def test_every_loss_compiles_into_the_kernel(name, options, target):
 def test_kept_logits_take_what_is_planned(target, devices, head):
     keeping = {"kept_bytes": 2**40, "compute_dtype": "bfloat16"}
     program = compiled(target, losses.resolve("simpo"), backward=True, devices=devices, head=head, **keeping)
-    mesh = Mesh(
-        np.array(topologies.mesh(target, devices=devices).devices).reshape(1, devices, 1), ("data", "fsdp", "tensor")
-    )
-    placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp") if devices > 1 else None
-    engine, bfloat16 = logps.ENGINES["pallas_tpu" if "-" in target else "pallas_gpu"], jnp.dtype("bfloat16")
-    plan = engine.plan_kept(N, V, D, jnp.dtype(head), bfloat16, spec=HeadSpec(placement=placement, **keeping))
+    _, placement, engine = place(target, devices)
+    dtypes = jnp.dtype(head), jnp.dtype("bfloat16")
+    plan = engine.plan_kept(N, V, D, *dtypes, spec=HeadSpec(placement=placement, **keeping))
     assert temporaries(program, target) == pytest.approx(plan.workspace_bytes, rel=0.02)
 
 

@@ -170,7 +170,7 @@ def _compile(name: str, traced: jax.stages.Traced, first, batch, beside: int, st
         return Program(name, arguments, total - arguments, beside, 0, time.perf_counter() - start, False), ""
     seconds, memory, text = time.perf_counter() - start, compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
-    peak = kept.peak_of(compiled, mesh.devices.flat[0])
+    peak = topologies.peak_of(compiled, mesh.devices.flat[0])
     host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     return Program(name, arguments, peak - arguments, beside, host, seconds, True), text
 

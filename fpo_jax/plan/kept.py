@@ -79,18 +79,6 @@ def lent(layout: sharding.Layout, capacity: topologies.Capacity) -> int:
     return int(share * capacity.memory)
 
 
-def peak_of(compiled: jax.stages.Compiled, device: Any) -> int:
-    """Most bytes of a device's memory that a program holds, its arguments included."""
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    if device.platform == "tpu":  # its temporaries count arguments that it moves
-        peak = memory.peak_memory_in_bytes
-    else:
-        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return peak + memory.generated_code_size_in_bytes
-
-
 def abstract_batch(
     made: programs.Programs, config: configuration.Config, shape: Shape, per_device: int, *, accumulation=None
 ) -> shapes.Batch:
@@ -127,7 +115,7 @@ def _peak(made: programs.Programs, config: configuration.Config, largest: Shape,
     batch = abstract_batch(made, config, largest, config.train.micro_batch_per_device, accumulation=accumulation)
     update = traced(made.train, made.abstract_state(), batch)
     try:
-        return peak_of(topologies.compile_traced(update, made.mesh), made.mesh.devices.flat[0])
+        return topologies.peak_of(topologies.compile_traced(update, made.mesh), made.mesh.devices.flat[0])
     except jax.errors.JaxRuntimeError:  # the update itself does not fit, and its own compilation says so
         return 2**62
 
