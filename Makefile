@@ -10,7 +10,7 @@ WORKDIR ?= runs/quickstart
 .PHONY: quickstart test tests test-faults test-deviceless lint format clean
 
 quickstart: $(VENV)/installed
-	$(BIN)/python -m eval.quickstart --workdir $(WORKDIR)
+	$(BIN)/python -m eval.quickstart.quickstart --workdir $(WORKDIR)
 
 test: quickstart tests
 

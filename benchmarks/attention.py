@@ -18,15 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpo_jax import attention, files, shapes, sharding
-from fpo_jax.attention import segments as segments_
-from fpo_jax.logps import Target
+from fpo_jax import atomic_io, attention, sharding, types
+from fpo_jax.attention import segment_mask as segments_
+from fpo_jax.logprobs import Target
 
 IMPLEMENTATIONS = ("chunked", "cudnn", "mosaic", "splash")
 PROMPTS, RESPONSES = (100, 800), (50, 400)  # least and most tokens
 
 
-def pairs(rows: int, length: int) -> shapes.Segments:
+def pairs(rows: int, length: int) -> types.Segments:
     """Draw rows of prompts that two responses follow; what is left over at the end is padding."""
     random = np.random.default_rng(0)
     ids_NT, places_NT, parents_NT = (np.full((rows, length), -1, np.int32) for _ in range(3))
@@ -42,7 +42,7 @@ def pairs(rows: int, length: int) -> shapes.Segments:
                 places_NT[row, span] = np.arange(size) + (sizes[0] if number else 0)
                 place += size
             text += len(sizes)
-    return shapes.Segments(*map(jnp.asarray, (ids_NT, places_NT, parents_NT)))
+    return types.Segments(*map(jnp.asarray, (ids_NT, places_NT, parents_NT)))
 
 
 def attend(implementation: str, q_NTHC, k_NTGC, v_NTGC, valid_NT, segments) -> jax.Array:
@@ -141,7 +141,7 @@ def main() -> None:
     print(jax.devices()[0].device_kind, f"jax {jax.__version__}")
     print(table(rows))
     if options.json:
-        files.write_json(options.json, {"device": jax.devices()[0].device_kind, "rows": rows})
+        atomic_io.write_json(options.json, {"device": jax.devices()[0].device_kind, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from fpo_jax import checkpoint, integrity, shapes, space
+from fpo_jax import checkpoint, types
+from fpo_jax.checkpoint import disk_space, integrity
 
 LAYERS, WIDTH = 4, 1024
 
 
-def state(megabytes: int, seed: int) -> shapes.TrainState:
+def state(megabytes: int, seed: int) -> types.TrainState:
     """Weights and the moments of Adam, float32, with the spread of trained ones."""
     rows = max(1, megabytes * 10**6 // (3 * 4 * WIDTH * (LAYERS + 1)))
     keys = jax.random.split(jax.random.key(seed), 4)
@@ -34,7 +35,7 @@ def state(megabytes: int, seed: int) -> shapes.TrainState:
         "embed": scale * jax.random.normal(b, (rows, WIDTH)),
     }
     first = tree(keys[2], keys[3], 1e-4)
-    found = shapes.TrainState(tree(keys[0], keys[1], 0.02), (first, jax.tree.map(jnp.square, first)), jnp.int32(0))
+    found = types.TrainState(tree(keys[0], keys[1], 0.02), (first, jax.tree.map(jnp.square, first)), jnp.int32(0))
     return jax.block_until_ready(found)
 
 
@@ -61,7 +62,7 @@ def measure(megabytes: int, repeats: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         workdir, number = Path(folder), 0
         steps = workdir / checkpoint.FOLDER
-        estimates, real = {"first": space.estimate(steps, parts)}, 0
+        estimates, real = {"first": disk_space.estimate(steps, parts)}, 0
         with opened(workdir) as one:
             for turn in range(repeats + 1):
                 sides = [("save", integrity.seal), ("save bare", lambda step: None)]
@@ -77,7 +78,7 @@ def measure(megabytes: int, repeats: int) -> dict:
                         real = sum(path.stat().st_size for path in (steps / str(number)).rglob("*") if path.is_file())
                     else:  # both sides estimate the next save by a sealed step
                         integrity.seal(steps / str(number))
-                    estimates["next"] = space.estimate(steps, parts)
+                    estimates["next"] = disk_space.estimate(steps, parts)
         for _ in range(repeats + 1):
             for name, faults in (("restore", integrity.faults), ("restore bare", lambda step, only: "")):
 
@@ -89,7 +90,7 @@ def measure(megabytes: int, repeats: int) -> dict:
                     times[name].append(seconds(restore))
     medians = {name: statistics.median(found[1:]) for name, found in times.items()}  # the first of each warms up
     return {
-        "raw_bytes": space.raw(parts),
+        "raw_bytes": disk_space.raw(parts),
         "disk_bytes": real,
         "cores": os.cpu_count(),
         "seconds": medians,
@@ -105,7 +106,8 @@ def table(found: dict) -> str:
     """Return the result for a reader."""
     took = found["seconds"]
     error = found["estimate_error"]
-    disk = f"state {space.gb(found['raw_bytes'])}, on the disk {space.gb(found['disk_bytes'])}, {found['cores']} cores"
+    sizes = [disk_space.gb(found[name]) for name in ("raw_bytes", "disk_bytes")]
+    disk = f"state {sizes[0]}, on the disk {sizes[1]}, {found['cores']} cores"
     rows = [
         f"{name:8} {took[name]:6.2f} s with, {took[f'{name} bare']:6.2f} s without, {more:+.1%} (goal {goal} %)"
         for name, more, goal in (

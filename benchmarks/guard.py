@@ -21,17 +21,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpo_jax import attention, guards, losses, model, optim, params, shapes, step
+from fpo_jax import attention, losses, models, types
+from fpo_jax.models import params
+from fpo_jax.optimizer import adamw, skip_step
+from fpo_jax.trainer import train_step
 
 VOCAB = 2048
 
 
-def batch(*, groups: int, length: int) -> shapes.Batch:
+def batch(*, groups: int, length: int) -> types.Batch:
     """Return A = 1 micro-batch of random pairs whose second half is scored."""
     random, rows, scored = np.random.default_rng(0), 2 * groups, length // 2
     tokens = random.integers(3, VOCAB, (rows, length)).astype(np.int32)
     predictors = np.broadcast_to(np.arange(length - scored - 1, length - 1), (rows, scored)).astype(np.int32)
-    found = shapes.Batch(
+    found = types.Batch(
         tokens_NT=tokens,
         valid_NT=np.ones((rows, length), bool),
         predictors_NR=predictors,
@@ -42,17 +45,17 @@ def batch(*, groups: int, length: int) -> shapes.Batch:
         weight_B=np.ones(groups, np.float32),
         row_ids_B=np.arange(groups, dtype=np.int32),
     )
-    return step.stack_micro_batches(found, accumulation=1)
+    return train_step.stack_micro_batches(found, accumulation=1)
 
 
-def made(config: model.ModelConfig, example: shapes.Batch, *, guard: guards.Guard | None):
+def made(config: models.ModelConfig, example: types.Batch, *, guard: skip_step.Guard | None):
     """Return (compiled update, its first state)."""
-    rate = optim.schedule(kind="constant", peak=1e-6, warmup=0, horizon=9)
-    optimizer = optim.optimizer(
+    rate = adamw.schedule(kind="constant", peak=1e-6, warmup=0, horizon=9)
+    optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(config)
     )
     optimizer = optimizer if guard is None else guard.watching(optimizer)
-    scorer = step.Scorer(
+    scorer = train_step.Scorer(
         config=config,
         compute_dtype="float32",
         remat="none",
@@ -62,9 +65,11 @@ def made(config: model.ModelConfig, example: shapes.Batch, *, guard: guards.Guar
         temperature=1.0,
     )
     loss = losses.resolve("alphapo-pref")
-    update = functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate, guard=guard)
+    update = functools.partial(
+        train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate, guard=guard
+    )
     weights = params.init(config, jax.random.key(0), "float32")
-    state = shapes.TrainState(
+    state = types.TrainState(
         weights, jax.jit(optimizer.init)(weights), jnp.int32(0), None, None if guard is None else jnp.int32(0)
     )
     return jax.jit(update, donate_argnums=0).lower(state, example).compile(), state
@@ -76,15 +81,15 @@ def main() -> None:
     for name, default in {"width": 256, "layers": 4, "length": 128, "groups": 4, "rounds": 30}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    config = model.ModelConfig(
+    config = models.ModelConfig(
         family="llama", vocab_size=VOCAB, width=options.width, layers=options.layers, heads=4, kv_heads=4,
         head_dim=options.width // 4, ffn=4 * options.width, max_positions=options.length,
     )  # fmt: skip
     example = batch(groups=options.groups, length=options.length)
     with mock.patch.object(jnp, "isfinite", lambda x: jnp.ones(jnp.shape(x), bool)):
         sides = {"without": made(config, example, guard=None)}
-    sides["guard"] = made(config, example, guard=guards.Guard(most=10))
-    sides["guard and spikes"] = made(config, example, guard=guards.Guard(most=10, sigmas=6.0, window=128))
+    sides["guard"] = made(config, example, guard=skip_step.Guard(most=10))
+    sides["guard and spikes"] = made(config, example, guard=skip_step.Guard(most=10, sigmas=6.0, window=128))
     host_calls = len(re.findall(r"callback|infeed|outfeed|host_transfer", sides["guard and spikes"][0].as_text()))
     seconds, cpu_seconds = ({name: [] for name in sides} for _ in range(2))
     states = {name: state for name, (_, state) in sides.items()}

@@ -37,8 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fpo_jax import logps, topologies
-from fpo_jax.kernels import head_loss, spec
+from fpo_jax import logprobs
+from fpo_jax.kernels.lm_head import head_loss, spec
+from fpo_jax.perf import hardware
 
 RESPONSE = 512  # tokens of a response
 BETA = 0.1
@@ -144,11 +145,11 @@ def exact_logp(hidden_ND: np.ndarray, head_VD: np.ndarray, targets_N: np.ndarray
 
 def our_candidates() -> dict:
     """Names and functions (hidden, head, targets) -> (loss, log-probs [S]) of what runs here; a text says why not."""
-    device = logps.Target.of(jax.devices()[0])
+    device = logprobs.Target.of(jax.devices()[0])
 
     def ours(name):
         def token_logps(hidden_ND, head_VD, targets_N):
-            stats = logps.IMPLEMENTATIONS[name](hidden_ND, head_VD, targets_N, spec=spec.HeadSpec())
+            stats = logprobs.IMPLEMENTATIONS[name](hidden_ND, head_VD, targets_N, spec=spec.HeadSpec())
             return stats.target_logit_N - stats.lse_N
 
         return token_logps
@@ -156,7 +157,7 @@ def our_candidates() -> dict:
     found: dict = {"naive, float32 logits": ours("reference"), "chunked": ours("chunked")}
     found["naive, logits as operands"] = usual_logps
     inside: dict = {}
-    for name, needs in logps.PLATFORMS.items():
+    for name, needs in logprobs.PLATFORMS.items():
         here = device.platform == needs
         found[name] = ours(name) if here else f"runs on a {needs.upper()}"
         if here:
@@ -234,7 +235,7 @@ def run(tokens: int, D: int, V: int, arguments: argparse.Namespace) -> list[dict
                 program = jax.jit(timed).lower(*inputs).compile()
                 sums_S = jax.tree.leaves(jax.block_until_ready(program(*inputs)))[1]
                 row["logp_error"] = abs(float(sums_S[0]) - exact)
-                row["temporaries_mib"] = topologies.temporaries_of(program, jax.devices()[0]) / MIB
+                row["temporaries_mib"] = hardware.temporaries_of(program, jax.devices()[0]) / MIB
                 programs[id(row)] = (row, program, [])
             except Exception as error:
                 row["note"] = reason(error)
@@ -324,9 +325,13 @@ def deviceless(arguments: argparse.Namespace) -> list[dict]:
 def compile_rows(arguments: argparse.Namespace) -> list[dict]:
     """Compile every path for one target."""
     target = arguments.compile_for
-    mesh = topologies.mesh(target, devices=1)
+    mesh = hardware.mesh(target, devices=1)
     here, device = NamedSharding(mesh, PartitionSpec()), mesh.devices.flat[0]
-    names = ("reference", "chunked", *(name for name, p in logps.PLATFORMS.items() if (p == "tpu") == ("-" in target)))
+    names = (
+        "reference",
+        "chunked",
+        *(name for name, p in logprobs.PLATFORMS.items() if (p == "tpu") == ("-" in target)),
+    )
     rows = []
     for D, V, tokens in sizes(arguments):
         hidden = jax.ShapeDtypeStruct((tokens, D), jnp.bfloat16, sharding=here)
@@ -346,8 +351,8 @@ def compile_rows(arguments: argparse.Namespace) -> list[dict]:
                     os.environ |= {f"MOSAIC_GPU_DUMP_{x}": "1" for x in ("PTX", "PTXAS", "RESOURCES")}
                     os.environ["MOSAIC_GPU_DUMP_TO"] = dump
                     try:
-                        program = topologies.compile_for(function, hidden, head, targets)
-                        row["temporaries_mib"] = topologies.temporaries_of(program, device) / MIB
+                        program = hardware.compile_for(function, hidden, head, targets)
+                        row["temporaries_mib"] = hardware.temporaries_of(program, device) / MIB
                         row["peak_mib"] = program.memory_analysis().peak_memory_in_bytes / MIB
                         row |= resources(Path(dump))
                     except Exception as error:
@@ -358,12 +363,12 @@ def compile_rows(arguments: argparse.Namespace) -> list[dict]:
 
 def composed_loss(name, hidden_ND, head_VD, targets_N):
     """Mean DPO loss through one implementation, and the log-probs [S] of the responses."""
-    return mean_of(head_loss.fpo_head_loss, hidden_ND, head_VD, targets_N, token_stats=logps.IMPLEMENTATIONS[name])
+    return mean_of(head_loss.fpo_head_loss, hidden_ND, head_VD, targets_N, token_stats=logprobs.IMPLEMENTATIONS[name])
 
 
 def fused_loss(name, kept_bytes, hidden_ND, head_VD, targets_N):
     """The same with the loss in the kernels of an implementation, and the logits kept where they fit."""
-    options = {"engine": logps.ENGINES[name], "kept_bytes": kept_bytes}
+    options = {"engine": logprobs.ENGINES[name], "kept_bytes": kept_bytes}
     return mean_of(head_loss.fused_head_loss, hidden_ND, head_VD, targets_N, **options)
 
 

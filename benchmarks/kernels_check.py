@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpo_jax import logps, losses
-from fpo_jax.kernels import head_loss, reference, spec
+from fpo_jax import logprobs, losses
+from fpo_jax.kernels.lm_head import head_loss, reference, spec
 
 ROWS, T, K, D, V = 8, 384, 3, 256, 4096
 LOSSES = {"dpo": {}, "simpo": {}, "alpha": {"alpha": 0.3}, "jensen_shannon": {}}
@@ -19,8 +19,8 @@ LOSSES = {"dpo": {}, "simpo": {}, "alpha": {"alpha": 0.3}, "jensen_shannon": {}}
 
 def check() -> list[dict]:
     """Print and return the largest error of losses, log-probs and gradients, relative to the largest entry."""
-    device = logps.Target.of(jax.devices()[0])
-    names = [name for name, platform in logps.PLATFORMS.items() if platform == device.platform]
+    device = logprobs.Target.of(jax.devices()[0])
+    names = [name for name, platform in logprobs.PLATFORMS.items() if platform == device.platform]
     found = []
     for name in names or ["pallas_tpu", "pallas_triton"]:
         for groups_of_row in (1, 2):
@@ -52,7 +52,7 @@ def one(name: str, groups_of_row: int, loss: losses.Loss, *, emulated: bool) -> 
     args = (targets_N, scored_N, operands)
     options = {"group_loss": loss.of_logps, "groups": (groups, K), "slots_N": slots_N, "rows": rows}
     fused = functools.partial(
-        head_loss.fused_head_loss, **options, engine=logps.ENGINES[name], spec=spec.HeadSpec(interpret=emulated)
+        head_loss.fused_head_loss, **options, engine=logprobs.ENGINES[name], spec=spec.HeadSpec(interpret=emulated)
     )
     ours, again = (jax.device_get(_results(fused, hidden_ND, head_VD, *args)) for _ in range(2))
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):

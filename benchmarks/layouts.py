@@ -3,7 +3,7 @@
     python -m benchmarks.layouts --data ../shared/data --json runs/layouts.json
 
 The layouts take turns, update by update, on the same groups, in one process, with a random Llama. The prediction is the
-ratio of operations that each layout's rows take, padding included (`fpo_jax.flops`); the measurement that of medians of
+ratio of operations that each layout's rows take, padding included (`perf.flops`); the measurement that of medians of
 seconds. Losses are asserted equal first. A second table has the share of padding in the updates of the real recipes,
 whose models weigh the head otherwise, over one epoch of the same sets: no weight of theirs is needed for it.
 
@@ -11,7 +11,7 @@ whose models weigh the head otherwise, over one epoch of the same sets: no weigh
 
 On a GPU: a Mistral shape in bfloat16 (`random_model.mistral`) and the lengths of the recipes. A process for each
 layout, one after the other, as three states do not fit; with the model FLOP/s utilisation on valid tokens of
-`fpo_jax.profiling` (of shared rows a prompt once) and the most that the device held. The second table is left out.
+`fpo_jax.perf.profiler` (of shared rows a prompt once) and the most that the device held. The second table is left out.
 """
 
 import argparse
@@ -28,8 +28,10 @@ import numpy as np
 
 from benchmarks import plans, random_model, train_step_gpu, train_step_sides
 from benchmarks.updates import Updates
+from fpo_jax import atomic_io, data, hf
 from fpo_jax import config as configuration
-from fpo_jax import data, files, hf, job, profiling, topologies
+from fpo_jax.perf import hardware, profiler
+from fpo_jax.trainer import run_inputs, run_schedule
 from tests import tiny
 
 LAYOUTS = ("padded", "packed", "shared")
@@ -94,11 +96,11 @@ def compare(name: str, folder: Path, *, updates: int) -> list[dict]:
         )  # fmt: skip
         for layout in LAYOUTS:
             config = configured(of, folder, model, layout=layout, updates=updates)
-            inputs = inputs or job.Inputs(
-                job.check(config),
+            inputs = inputs or run_inputs.Inputs(
+                run_inputs.check(config),
                 model,
                 hf.read_config(model),
-                *job.read_data(config, job.read_encoder(config, model), hf.read_config(model)),
+                *run_inputs.read_data(config, run_inputs.read_encoder(config, model), hf.read_config(model)),
             )
             runs[layout] = Updates(config, inputs, model)
     assert inputs is not None
@@ -145,12 +147,12 @@ def alone(name: str, of: dict, folder: Path, model: Path, layout: str, updates: 
     """Return the row of one layout, measured in a process of its own."""
     config = configured(of, folder, model, layout=layout, updates=updates)
     described_model = hf.read_config(model)
-    datasets = job.read_data(config, job.read_encoder(config, model), described_model)
-    run = Updates(config, job.Inputs(job.check(config), model, described_model, *datasets), model)
+    datasets = run_inputs.read_data(config, run_inputs.read_encoder(config, model), described_model)
+    run = Updates(config, run_inputs.Inputs(run_inputs.check(config), model, described_model, *datasets), model)
     seconds = [timed(run, number) for number in range(updates)]
     device = jax.devices()[0]
-    holds = topologies.capacity(device)
-    meter = profiling.Meter(described_model, devices=1, peak=None if holds is None else holds.flops)
+    holds = hardware.capacity(device)
+    meter = profiler.Meter(described_model, devices=1, peak=None if holds is None else holds.flops)
     rates = [
         meter.update(data.row_sizes(run.plan.schedule, number), seconds=taken) for number, taken in enumerate(seconds)
     ]
@@ -183,7 +185,7 @@ def on_gpu(options: argparse.Namespace) -> list[dict]:
                         continue
                 print(found[-1], flush=True)
                 if options.json:
-                    files.write_json(options.json, {"updates": rows + found})
+                    atomic_io.write_json(options.json, {"updates": rows + found})
             rows += compared(found)
     return rows
 
@@ -208,9 +210,9 @@ def paddings(name: str, folder: Path) -> list[dict]:
         for groups, micro, devices in BLOCKS:
             config = configured(of | {"groups": groups}, folder, model, layout="shared", updates=10**6)
             config.train.micro_batch_per_device = micro
-            datasets = datasets or job.read_data(config, job.read_encoder(config, model), small)
-            inputs = job.Inputs(job.check(config), model, plans.MODELS[of["model"]], *datasets)
-            plan = job.plan(config, inputs, devices=devices)
+            datasets = datasets or run_inputs.read_data(config, run_inputs.read_encoder(config, model), small)
+            inputs = run_inputs.Inputs(run_inputs.check(config), model, plans.MODELS[of["model"]], *datasets)
+            plan = run_schedule.plan(config, inputs, devices=devices)
             sizes = [data.row_sizes(plan.schedule, number) for number in range(plan.steps)]
             texts, all_ = sum(one.texts.sum() for one in sizes), sum(one.rows * one.length for one in sizes)
             rows.append(
@@ -282,14 +284,14 @@ def main() -> None:
         rows = on_gpu(options)
         print(gpu_table(rows))
         if options.json:
-            files.write_json(options.json, {"updates": rows})
+            atomic_io.write_json(options.json, {"updates": rows})
         check_losses(rows)
         return
     rows = [row for name in options.sets for row in compare(name, options.data, updates=options.updates)]
     padded = [row for name in options.sets for row in paddings(name, options.data)]
     print(table(rows), padding_table(padded), sep="\n\n")
     if options.json:
-        files.write_json(options.json, {"updates": rows, "padding": padded})
+        atomic_io.write_json(options.json, {"updates": rows, "padding": padded})
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from eval import export
-from fpo_jax import hf, params, sharding
+from fpo_jax import hf, sharding
+from fpo_jax.models import params
+from fpo_jax.trainer import export
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from benchmarks import layouts, plans
-from fpo_jax import files
+from fpo_jax import atomic_io
 
 REAL = dict.fromkeys(("mistral_base", "mistral_instruct", "llama3_base", "llama3_instruct"), "pref_chat")
 REAL["pythia_hh_pref"] = "hh_rlhf"
@@ -26,7 +26,7 @@ NAMES = {"h100:4": "4 x H100", "v5p-8": "v5p-8"}
 
 def longest(recipe: str, layout: str) -> dict[str, object]:
     """Return what a recipe changes for rows of its longest groups."""
-    data = importlib.import_module(f"configs.{recipe}").get_config().data
+    data = importlib.import_module(f"fpo_jax.configs.{recipe}").get_config().data
     response = data.max_response_length or data.max_length - data.max_prompt_length
     changes: dict[str, object] = {"data.eval": ""}
     if layout == "shared":
@@ -93,7 +93,7 @@ def main() -> None:
                         found[key] = plans.one(recipe, target, changes)
                         if lengths == "real" and "measured on the data" not in found[key]["text"]:
                             raise RuntimeError(f"{key}: the data were not read:\n{found[key]['text']}")
-                        files.write_json(options.json, found)
+                        atomic_io.write_json(options.json, found)
                         print(key, f"{found[key]['wall']:.0f} s", flush=True)
     print(table(found))
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import jax
 
-from fpo_jax import model, plan, topologies
-from fpo_jax.plan import remedies, roofline
+from fpo_jax import models, plan
+from fpo_jax.perf import hardware
+from fpo_jax.plan import roofline, suggestions
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "plan.md"
 TARGETS = ("h100:4", "v5p-8", "v6e-8", "v5e-16")
@@ -26,14 +27,14 @@ TARGETS = ("h100:4", "v5p-8", "v6e-8", "v5e-16")
 # Sizes that the models' publishers state in their config.json files.
 _MISTRAL = {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "ffn": 14336, "vocab_size": 32000}
 MODELS = {
-    "Mistral-7B-v0.1": model.ModelConfig(family="mistral", max_positions=32768, sliding_window=4096, **_MISTRAL),
-    "Mistral-7B-Instruct-v0.2": model.ModelConfig(
-        family="mistral", max_positions=32768, rope=model.Rope(theta=1e6), **_MISTRAL
+    "Mistral-7B-v0.1": models.ModelConfig(family="mistral", max_positions=32768, sliding_window=4096, **_MISTRAL),
+    "Mistral-7B-Instruct-v0.2": models.ModelConfig(
+        family="mistral", max_positions=32768, rope=models.Rope(theta=1e6), **_MISTRAL
     ),
-    "Llama-3-8B": model.ModelConfig(
-        family="llama", max_positions=8192, rope=model.Rope(theta=5e5), **(_MISTRAL | {"vocab_size": 128256})
+    "Llama-3-8B": models.ModelConfig(
+        family="llama", max_positions=8192, rope=models.Rope(theta=5e5), **(_MISTRAL | {"vocab_size": 128256})
     ),
-    "Pythia-2.8B": model.ModelConfig(
+    "Pythia-2.8B": models.ModelConfig(
         family="gpt_neox",
         layers=32,
         width=2560,
@@ -45,7 +46,7 @@ MODELS = {
         max_positions=2048,
         activation="gelu",
         parallel_residual=True,
-        rope=model.Rope(fraction=0.25),
+        rope=models.Rope(fraction=0.25),
     ),
 }
 RECIPES = {  # configs/NAME.py -> its model
@@ -89,17 +90,17 @@ def main() -> None:
 
 def one(recipe: str, target: str, changes: dict[str, object]) -> dict:
     """Plan one recipe on one target, with some keys changed."""
-    config = remedies.changed(importlib.import_module(f"configs.{recipe}").get_config(), changes)
+    config = suggestions.changed(importlib.import_module(f"fpo_jax.configs.{recipe}").get_config(), changes)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         name, directory = config.model.path, Path(folder, RECIPES[recipe])
         directory.mkdir()
-        directory.joinpath("config.json").write_text(json.dumps(model.to_hf_config(MODELS[RECIPES[recipe]])))
+        directory.joinpath("config.json").write_text(json.dumps(models.to_hf_config(MODELS[RECIPES[recipe]])))
         config.model.path = str(directory)
         report = plan.run(config, target)
         text = report.text.replace(str(directory), name)
     outcome = report.outcome
-    capacity = topologies.capacity(outcome.layout.mesh.devices.flat[0])
+    capacity = hardware.capacity(outcome.layout.mesh.devices.flat[0])
     seconds = roofline.estimate(outcome, capacity)
     return {
         "changes": changes,
@@ -141,7 +142,7 @@ def document(found: dict) -> str:
 
 _HEAD = """# Plans of the recipes
 
-What `train.py --config configs/RECIPE.py --plan TARGET` says of the eight recipes of the original, each with its global
+What `fpo plan --config RECIPE --target TARGET` says of the eight recipes of the original, each with its global
 batch. Written by `benchmarks/plans.py` from programs that the targets' compilers really compiled (jax 0.12, two cores
 with other work beside: compile times are upper bounds). Nothing here has run on the targets. Rows are the longest that
 a recipe allows, with every position counted; real rows are shorter.

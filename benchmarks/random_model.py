@@ -14,27 +14,28 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from fpo_jax import hf, model, params
+from fpo_jax import hf, models
+from fpo_jax.models import params
 from tests import tiny
 
 
-def mistral(layers: int, *, vocab: int = 32_000, width: int = 4096) -> model.ModelConfig:
+def mistral(layers: int, *, vocab: int = 32_000, width: int = 4096) -> models.ModelConfig:
     """Return the shape of Mistral-7B with so many layers; a `width` below 4,096 shrinks everything else with it."""
-    return model.ModelConfig(
+    return models.ModelConfig(
         family="mistral", vocab_size=vocab, width=width, layers=layers, heads=width // 128 or 4,
         kv_heads=width // 512 or 1, head_dim=min(128, width // 4), ffn=width * 7 // 2, max_positions=4096,
-        rope=model.Rope(theta=1e4), bos_id=1, eos_ids=(2,), pad_id=0, initializer_range=0.02,
+        rope=models.Rope(theta=1e4), bos_id=1, eos_ids=(2,), pad_id=0, initializer_range=0.02,
     )  # fmt: skip
 
 
-def write(folder: Path, config: model.ModelConfig, *, seed: int = 0) -> None:
+def write(folder: Path, config: models.ModelConfig, *, seed: int = 0) -> None:
     """Write a Hugging Face directory: matrices of normal numbers, norms of ones, the byte tokenizer of the tests.
 
     Other numbers than `params.init` draws, since every tensor has a generator of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(model.to_hf_config(config)))
+    (folder / "config.json").write_text(json.dumps(models.to_hf_config(config)))
     rows = [(name, row) for row in params.rows(config) for name in row.hf_names()]
 
     def draw(number: int) -> np.ndarray:

@@ -5,7 +5,7 @@
 
 One axis at a time moves away from BASE, in both layouts: a random Llama, DPO (above two candidates EXO), float32.
 A time is the median of updates, the first one, which compiles, left out and told apart. An exponent is the slope of a
-straight line through logarithms: 1 is proportional, 0 is free. Operations are what the rows need (`fpo_jax.flops`),
+straight line through logarithms: 1 is proportional, 0 is free. Operations are what the rows need (`perf.flops`),
 temporaries what the compiler says of the update beyond its state.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import train_step_sides
-from fpo_jax import files
+from fpo_jax import atomic_io
 
 BASE = train_step_sides.Case("base", vocab=16_384, layers=2, groups=2, candidates=2, prompt=192, response=64)
 LAYOUTS = ("padded", "shared")
@@ -103,7 +103,7 @@ def main() -> None:
             rows += [measure(axis, value, layout, updates=options.updates) for layout in LAYOUTS]
     print(table(rows))
     if options.json:
-        files.write_json(options.json, rows)
+        atomic_io.write_json(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ import jax
 
 from benchmarks import train_step_gpu
 from benchmarks.train_step_sides import CPU_SIDES, GPU_SIDES, SIDES, Case, write_model
-from fpo_jax import files, hf
+from fpo_jax import atomic_io, hf
 
 CASES = (
     Case("short", vocab=32_000, layers=4, groups=4, candidates=2, prompt=64, response=64),
@@ -230,7 +230,7 @@ def on_gpu(options: argparse.Namespace, sides: list[str]) -> tuple[list[dict], l
             if case.candidates == 2 and found:
                 problems += train_step_gpu.check_losses(found)
             if options.json:
-                files.write_json(options.json, {"case": dataclasses.asdict(case), "rows": rows})
+                atomic_io.write_json(options.json, {"case": dataclasses.asdict(case), "rows": rows})
     return rows, problems
 
 
@@ -275,7 +275,7 @@ def main() -> None:
     print(machine)
     print((table if options.device == "cpu" else train_step_gpu.table)(rows))
     if options.json:
-        files.write_json(options.json, {"machine": machine, "rows": rows})
+        atomic_io.write_json(options.json, {"machine": machine, "rows": rows})
     if problems:
         raise SystemExit("losses differ: " + "; ".join(problems))
 

@@ -8,7 +8,8 @@ with bfloat16 weights it takes 8 in all.
 import dataclasses
 
 from benchmarks.train_step_turns import Case
-from fpo_jax import flops, model, topologies
+from fpo_jax import models
+from fpo_jax.perf import flops, hardware
 
 LOSS_ATOL = 2e-2  # of a first loss near log 2: log-probs are sums over hundreds of tokens in bfloat16; measured 6e-3
 _SHAPE = {
@@ -48,7 +49,7 @@ def work(case: Case, *, shared: bool) -> flops.Work:
     return flops.work(lengths, count * case.response, contexts=contexts, sliding_window=None)
 
 
-def utilisation(case: Case, config: model.ModelConfig, row: dict) -> dict:
+def utilisation(case: Case, config: models.ModelConfig, row: dict) -> dict:
     """Return the model FLOP/s utilisations of a row of the table, or nothing where the peak of its device is unknown.
 
     `mfu` counts what the side's layout has to compute (ours-shared: a prompt once), `mfu_with_reference` the same with
@@ -56,7 +57,7 @@ def utilisation(case: Case, config: model.ModelConfig, row: dict) -> dict:
     operations per parameter of a matrix and token, attention below the diagonal, scored positions in the head alone; no
     padding, no recomputation.
     """
-    capacity = topologies.CAPACITIES.get(row["device"])
+    capacity = hardware.CAPACITIES.get(row["device"])
     if capacity is None:
         return {}
     own, whole = (work(case, shared=shared) for shared in (row["side"] == "ours-shared", False))

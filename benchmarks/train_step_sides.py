@@ -21,7 +21,7 @@ from benchmarks.train_step_turns import BETA, Case, Turns
 def write_model(case: Case, folder: Path) -> None:
     """Write a random Llama of the case's shape, or for a GPU a Mistral, with a tokenizer that nobody asks."""
     from benchmarks import random_model
-    from fpo_jax.model import Rope
+    from fpo_jax.models import Rope
     from tests import tiny
 
     if case.on_gpu:
@@ -74,7 +74,8 @@ def our_run(case: Case, model: Path, layout: str):
     """Return `updates.Updates` of a case: DPO on pairs, EXO on more."""
     from benchmarks.updates import Updates
     from fpo_jax import config as configuration
-    from fpo_jax import hf, job
+    from fpo_jax import hf
+    from fpo_jax.trainer import run_inputs
 
     config = configuration.default()
     config.update(
@@ -88,7 +89,9 @@ def our_run(case: Case, model: Path, layout: str):
     )
     set_knobs(config, case.knobs)
     config.data.max_length, config.data.max_prompt_length = case.prompt + case.response, case.prompt
-    inputs = job.Inputs(job.check(config), model, hf.read_config(model), job.Dataset(_prepared(case), None, ""), None)
+    inputs = run_inputs.Inputs(
+        run_inputs.check(config), model, hf.read_config(model), run_inputs.Dataset(_prepared(case), None, ""), None
+    )
     if layout == "shared":
         config.data.row_length = case.prompt + case.candidates * case.response  # a row for a group, as all are alike
     return Updates(config, inputs, model)

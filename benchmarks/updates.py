@@ -7,32 +7,33 @@ import jax
 import numpy as np
 
 from fpo_jax import config as configuration
-from fpo_jax import data, flops, job, shapes, sharding, step, topologies
-from fpo_jax.plan import kept, sizes
+from fpo_jax import data, sharding, types
+from fpo_jax.perf import flops, hardware
+from fpo_jax.trainer import batch_shapes, kept_logits, run_inputs, run_schedule, train_step
 
 
 class Updates:
     """Reference pass and updates of one configuration on one device; a metric is read one update late."""
 
-    def __init__(self, config: configuration.Config, inputs: job.Inputs, model: Path):
+    def __init__(self, config: configuration.Config, inputs: run_inputs.Inputs, model: Path):
         """Plan and load; nothing is compiled yet."""
         grid = sharding.make_layout(**config.mesh, devices=jax.devices()[:1])
-        self._config, self._inputs, self.plan = config, inputs, job.plan(config, inputs, devices=1)
-        self.programs = kept.programs_of(
+        self._config, self._inputs, self.plan = config, inputs, run_schedule.plan(config, inputs, devices=1)
+        self.programs = kept_logits.steps_of(
             config,
-            job.blueprint(config, inputs, self.plan),
+            run_schedule.blueprint(config, inputs, self.plan),
             grid,
-            largest=sizes.largest(self.plan.schedule, self.plan.steps),
+            largest=batch_shapes.largest(self.plan.schedule, self.plan.steps),
             accumulation=self.plan.accumulation,
-            capacity=topologies.capacity(jax.devices()[0]),
+            capacity=hardware.capacity(jax.devices()[0]),
         )
-        self._state = self.programs.fresh_state(self._load(model))
+        self._state = self.programs.state.init(self._load(model))
         self._references = np.zeros(inputs.train.prepared.rewards_BK.shape, np.float32)
         self._pending: dict | None = None
         self.losses: list[float] = []
 
-    def _load(self, source: Path) -> shapes.PyTree:
-        return self.programs.load(source)
+    def _load(self, source: Path) -> types.PyTree:
+        return self.programs.state.load(source)
 
     def score(self, *, keep: bool = True) -> float:
         """Run the reference pass; returns its seconds for one batch of groups, compilation left out.
@@ -42,7 +43,7 @@ class Updates:
         """
         prepared = self._inputs.train.prepared
         rows = self.plan.schedule.parts
-        batches = job.sequential_schedule(
+        batches = run_schedule.sequential_schedule(
             self._config,
             prepared,
             self._inputs.model_config,
@@ -50,11 +51,11 @@ class Updates:
             longest=self.plan.schedule.buckets[-1],
             sizes=self.plan.schedule.sizes,
         )
-        started, scored, weights = 0.0, 0, self.programs.whole(self._state)
+        started, scored, weights = 0.0, 0, self.programs.state.all_params(self._state)
         for number in range(batches.steps_per_epoch):
             if number == 1:  # the first one is compiled
                 started = time.perf_counter()
-            placed = self.programs.place(data.batch_at(batches, number), stacked=False)
+            placed = self.programs.batches.place(data.batch_at(batches, number), stacked=False)
             scores, ids = jax.device_get(self.programs.score(weights, placed)), data.group_ids(batches, number)
             if keep:
                 self._references[ids[ids >= 0]] = scores[ids >= 0]
@@ -67,8 +68,8 @@ class Updates:
         real = batch.row_ids_B >= 0
         references = self._references[np.where(real, batch.row_ids_B, 0)]
         batch = batch._replace(reference_logps_BK=np.where(real[:, None], references, np.float32(0)))
-        stacked = step.stack_micro_batches(batch, accumulation=self.plan.accumulation)
-        self._state, pairs = self.programs.train(self._state, self.programs.place(stacked, stacked=True))
+        stacked = train_step.stack_micro_batches(batch, accumulation=self.plan.accumulation)
+        self._state, pairs = self.programs.train(self._state, self.programs.batches.place(stacked, stacked=True))
         self.read()
         self._pending = pairs
 

@@ -23,8 +23,11 @@ import numpy as np
 from benchmarks import random_model
 from benchmarks.train_step_sides import set_knobs
 from benchmarks.updates import Updates
+from fpo_jax import atomic_io, data, models
 from fpo_jax import config as configuration
-from fpo_jax import data, files, flops, job, model, params, topologies
+from fpo_jax.models import params
+from fpo_jax.perf import flops, hardware
+from fpo_jax.trainer import run_inputs
 
 MAX_PROMPT, MAX_RESPONSE, MAX_LENGTH = 1500, 540, 2048
 
@@ -56,7 +59,7 @@ class Drawn(Updates):
     def _load(self, source: Path):
         del source
         draw = functools.partial(params.init, self._inputs.model_config, dtype=self._config.model.param_dtype)
-        return jax.jit(draw, out_shardings=self.programs.param_shardings)(jax.random.key(0))
+        return jax.jit(draw, out_shardings=self.programs.state.params)(jax.random.key(0))
 
 
 def configured(options: argparse.Namespace) -> configuration.Config:
@@ -76,7 +79,7 @@ def configured(options: argparse.Namespace) -> configuration.Config:
     return config
 
 
-def needed(prepared: data.Prepared, config: model.ModelConfig, number: int, *, groups: int, shared: bool) -> int:
+def needed(prepared: data.Prepared, config: models.ModelConfig, number: int, *, groups: int, shared: bool) -> int:
     """Return the operations that the mathematics of an update needs."""
     rows = slice(2 * groups * number, 2 * groups * (number + 1))
     lengths_N, prompts_N = prepared.lengths_N[rows], prepared.prompt_lengths_N[rows]
@@ -93,7 +96,9 @@ def measure(options: argparse.Namespace) -> dict:
     shape = random_model.mistral(options.layers, vocab=options.vocab, width=options.width)
     prepared = pairs(options.groups * options.updates, options.vocab)
     config = configured(options)
-    inputs = job.Inputs(job.check(config), Path("drawn"), shape, job.Dataset(prepared, None, ""), None)
+    inputs = run_inputs.Inputs(
+        run_inputs.check(config), Path("drawn"), shape, run_inputs.Dataset(prepared, None, ""), None
+    )
     run = Drawn(config, inputs, Path("drawn"))
     print(*run.programs.choices, sep="\n", flush=True)
     seconds, kernels = [], {}
@@ -114,7 +119,7 @@ def measure(options: argparse.Namespace) -> dict:
         needed(prepared, shape, number, groups=options.groups, shared=options.layout == "shared")
         for number in range(1, options.updates)
     )
-    capacity = topologies.CAPACITIES.get(device.device_kind)
+    capacity = hardware.CAPACITIES.get(device.device_kind)
     return {
         "device": device.device_kind, "parameters": params.count(shape), "options": vars(options) | {"json": None},
         "rows": f"T={sizes.length}, {run.plan.accumulation} micro-batches", "seconds": seconds, "median": median,
@@ -163,7 +168,7 @@ def main() -> None:
     for name, milliseconds in list(found["kernels"].items())[:30]:
         print(f"{milliseconds:9.2f} ms  {name[:100]}")
     if options.json:
-        files.write_json(options.json, found)
+        atomic_io.write_json(options.json, found)
 
 
 if __name__ == "__main__":

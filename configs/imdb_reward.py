@@ -1,7 +1,7 @@
 """The oracle of the IMDB track: a sentiment classifier from GPT-2 large, whose score is the log-odds of "positive".
 
 Command   python train.py --config configs/imdb_reward.py --workdir runs/imdb_reward
-          python -m eval.export --workdir runs/imdb_reward --out imdb_reward --step best
+          fpo export --workdir runs/imdb_reward --out imdb_reward --step best
 Data      stanfordnlp/imdb: 25,000 labelled reviews, 5 epochs of 97 updates of 256 and one of the 168 that remain
 Original  2 GPUs x 32 x 4 accumulated; binary cross-entropy on a bias-free head; whole reviews of 512 tokens (here the
           ten tokens of the prompt and 500 more, as much as the oracle sees of a sample). GPT-2's
@@ -10,7 +10,7 @@ Original  2 GPUs x 32 x 4 accumulated; binary cross-entropy on a bias-free head;
 Expect    nothing published for this recipe
 """
 
-from configs import imdb_sft
+from fpo_jax.configs import imdb_sft
 
 
 def get_config():

@@ -9,8 +9,8 @@ Original  EXO's code: 2 GPUs x 8 x 4 accumulated; a cap of 800 micro-steps, 200 
 Expect    nothing published for this recipe
 """
 
-from configs import pythia_hh_rw
 from fpo_jax import recipes
+from fpo_jax.configs import pythia_hh_rw
 
 
 def get_config(loss: str = "alphapo-rw"):

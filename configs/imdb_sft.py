@@ -8,7 +8,7 @@ Original  2 GPUs x 16 x 4 accumulated, fp16 (here bfloat16); rows of 512 and res
 Expect    nothing published but the models that follow
 """
 
-from configs import pythia_hh_sft
+from fpo_jax.configs import pythia_hh_sft
 
 
 def get_config():

@@ -6,8 +6,8 @@ Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 1.0; tie_policy=second as i
 Expect    SimPO with learning rate 7e-7 instead of 6e-7, to within 0.7 % of the loss for margins in [-3, 3]
 """
 
-from configs import mistral_base
 from fpo_jax import recipes
+from fpo_jax.configs import mistral_base
 
 
 def get_config(loss: str = "alphapo"):

@@ -7,7 +7,7 @@ Original  4 GPUs x 8 x 4 accumulated; the whole conversation as one row, user tu
 Expect    the SimPO paper reports AlpacaEval 2 LC 6.2, WR 4.6, Arena-Hard 3.3
 """
 
-from configs import llama3_base
+from fpo_jax.configs import llama3_base
 
 
 def get_config():

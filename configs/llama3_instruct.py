@@ -6,8 +6,8 @@ Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 1.43; tie_policy=second as 
 Expect    SimPO with beta 2.6 instead of 2.5, to within 0.7 % of the loss for margins in [-3, 3]
 """
 
-from configs import llama3_base
 from fpo_jax import recipes
+from fpo_jax.configs import llama3_base
 
 
 def get_config(loss: str = "alphapo"):

@@ -6,8 +6,8 @@ Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 0.30; tie_policy=second as 
 Expect    alpha = 0.925 down-weights badly mis-ranked pairs against SimPO (gradient -14 % at margin -3, +7.5 % at 3)
 """
 
-from configs import mistral_base
 from fpo_jax import recipes
+from fpo_jax.configs import mistral_base
 
 
 def get_config(loss: str = "alphapo"):

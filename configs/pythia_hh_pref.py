@@ -7,7 +7,7 @@ Original  4 GPUs x 8 prompts x 4 accumulated; fp16, here bfloat16; the authors r
           Here float32 master weights, and 343 updates, the last of the 59 pairs that remain (last_batch=pad); the
           original's last two micro-steps complete none: 342. `first_difference` splits 26 of 2,312 HH pairs elsewhere
           than the original's code
-Expect    nothing published for this recipe; NOTES.md has our runs on small models
+Expect    nothing published for this recipe; docs/lab-notes/ has our runs on small models
 """
 
 from fpo_jax import config, recipes

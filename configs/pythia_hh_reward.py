@@ -1,7 +1,7 @@
 """Reward model on Anthropic HH helpful-base pairs, from the base Pythia-2.8B: Bradley-Terry on a bias-free scalar head.
 
 Command   python train.py --config configs/pythia_hh_reward.py --workdir runs/hh_reward
-          python -m eval.export --workdir runs/hh_reward --out hh_reward --step best
+          fpo export --workdir runs/hh_reward --out hh_reward --step best
 Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 343 updates of 128 pairs
 Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); starts from the base model, not from SFT; the score
           stands at the last content token; evaluated before and after the epoch (100 batches) and saved only when the
@@ -10,7 +10,7 @@ Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); starts from 
 Expect    nothing published for this recipe
 """
 
-from configs import pythia_hh_sft
+from fpo_jax.configs import pythia_hh_sft
 
 
 def get_config():

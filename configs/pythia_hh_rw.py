@@ -5,11 +5,11 @@ Command   python train.py --config configs/pythia_hh_rw.py --workdir runs/hh_rw 
 Data      prompt / completions / rewards: the SFT model's samples at temperature 0.8, labelled by the reward model
 Original  as pythia_hh_pref, with beta_r * beta_pi = 0.035 and the target's log clamped at -10;
           the last update is filled up (last_batch=pad) and master weights are float32, as there
-Expect    nothing published for this recipe; NOTES.md has our runs on small models
+Expect    nothing published for this recipe; docs/lab-notes/ has our runs on small models
 """
 
-from configs import pythia_hh_pref
 from fpo_jax import recipes
+from fpo_jax.configs import pythia_hh_pref
 
 
 def get_config(loss: str = "alphapo-rw"):

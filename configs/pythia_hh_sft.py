@@ -7,7 +7,7 @@ Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); a row withou
 Expect    nothing published but the models that follow
 """
 
-from configs import pythia_hh_pref
+from fpo_jax.configs import pythia_hh_pref
 
 
 def get_config():

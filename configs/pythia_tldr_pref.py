@@ -5,11 +5,11 @@ Command   python train.py --config configs/pythia_tldr_pref.py --workdir runs/tl
 Data      prompt / chosen / rejected: 92,858 comparisons -> 726 updates an epoch, of which 350 are run
 Original  1,400 micro-steps = 350 updates, 48 % of the epoch, while the cosine spans all of it (rate still 0.53 of
           peak); tie_policy=second, last_batch=pad and float32 master weights as in pythia_hh_pref
-Expect    nothing published for this recipe; NOTES.md has our runs on small models
+Expect    nothing published for this recipe; docs/lab-notes/ has our runs on small models
 """
 
-from configs import pythia_hh_pref
 from fpo_jax import recipes
+from fpo_jax.configs import pythia_hh_pref
 
 
 def get_config(loss: str = "alphapo-pref"):

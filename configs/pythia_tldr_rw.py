@@ -5,11 +5,11 @@ Command   python train.py --config configs/pythia_tldr_rw.py --workdir runs/tldr
 Data      prompt / completions / rewards: the SFT model's samples at temperature 0.8, labelled by the reward model
 Original  as pythia_tldr_pref, with beta_r * beta_pi = 0.05 and the target's log clamped at -10;
           last_batch=pad and float32 master weights as in pythia_hh_pref
-Expect    nothing published for this recipe; NOTES.md has our runs on small models
+Expect    nothing published for this recipe; docs/lab-notes/ has our runs on small models
 """
 
-from configs import pythia_tldr_pref
 from fpo_jax import recipes
+from fpo_jax.configs import pythia_tldr_pref
 
 
 def get_config(loss: str = "alphapo-rw"):

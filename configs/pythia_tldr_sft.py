@@ -8,7 +8,7 @@ Original  as pythia_hh_sft with rows of 650 and summaries of 75 tokens; the summ
 Expect    nothing published but the models that follow
 """
 
-from configs import pythia_hh_sft
+from fpo_jax.configs import pythia_hh_sft
 
 
 def get_config():

@@ -2,7 +2,7 @@
 
 Command   python train.py --config configs/quickstart.py --workdir runs/quickstart/align-mine
           after `make quickstart`, which writes model and data; `configs/quickstart.py:jeffreys` takes another row of
-          `python -m fpo_jax.losses`
+          `fpo losses`
 Data      4 samples of the pretrained model on each of 2,000 prompts, reward 1 where the checker says right, else 0
 Time      about 20 CPU-seconds, half of them compilation
 Expect    held-out reward accuracy from 0.50 to 0.99; success at temperature 1 from 53-56 % to 89-91 % (seeds 0, 1, 2);

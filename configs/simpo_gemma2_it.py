@@ -8,8 +8,8 @@ Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 5; eager attention because 
 Expect    the SimPO paper reports AlpacaEval 2 LC 72.4, WR 65.9, Arena-Hard 59.1, GSM8K 88.0
 """
 
-from configs import llama3_instruct
 from fpo_jax import recipes
+from fpo_jax.configs import llama3_instruct
 
 
 def get_config(loss: str = "sigmoid"):

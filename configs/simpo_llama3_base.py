@@ -6,8 +6,8 @@ Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 1.0; tie_policy=second as i
 Expect    the SimPO paper reports AlpacaEval 2 LC 22.0, WR 20.3, Arena-Hard 23.4
 """
 
-from configs import llama3_base
 from fpo_jax import recipes
+from fpo_jax.configs import llama3_base
 
 
 def get_config(loss: str = "sigmoid"):

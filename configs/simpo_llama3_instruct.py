@@ -6,8 +6,8 @@ Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 1.375 (1.4 in the paper); t
 Expect    the SimPO paper reports AlpacaEval 2 LC 44.7, WR 40.5, Arena-Hard 33.8
 """
 
-from configs import llama3_instruct
 from fpo_jax import recipes
+from fpo_jax.configs import llama3_instruct
 
 
 def get_config(loss: str = "sigmoid"):

@@ -6,8 +6,8 @@ Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 3.0; tie_policy=second as i
 Expect    the SimPO paper reports AlpacaEval 2 LC 53.7, WR 47.5, Arena-Hard 36.5; users measured 48 and 44
 """
 
-from configs import llama3_instruct
 from fpo_jax import recipes
+from fpo_jax.configs import llama3_instruct
 
 
 def get_config(loss: str = "sigmoid"):

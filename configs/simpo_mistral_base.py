@@ -7,7 +7,7 @@ Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 1.6; as configs/mistral_bas
 Expect    the SimPO paper reports AlpacaEval 2 LC 21.5 (its README 21.4), WR 20.8, Arena-Hard 16.6
 """
 
-from configs import mistral_base
+from fpo_jax.configs import mistral_base
 
 
 def get_config(loss: str = "sigmoid"):

@@ -6,8 +6,8 @@ Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 0.25 (0.3 in the paper); ti
 Expect    the SimPO paper reports AlpacaEval 2 LC 32.1, WR 34.8, Arena-Hard 21.0
 """
 
-from configs import mistral_instruct
 from fpo_jax import recipes
+from fpo_jax.configs import mistral_instruct
 
 
 def get_config(loss: str = "sigmoid"):

@@ -15,8 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import shapes
-from fpo_jax.kernels import spec as specs
+from fpo_jax import types
+from fpo_jax.kernels.lm_head import spec as specs
 
 log = logging.getLogger("fpo_jax")
 
@@ -187,8 +187,8 @@ def batch_sharding(mesh: Mesh, *, stacked: bool) -> NamedSharding:
 
 
 def param_shardings(
-    logical_axes: shapes.PyTree, abstract: shapes.PyTree, *, mesh: Mesh, rules: Rules = RULES
-) -> shapes.PyTree:
+    logical_axes: types.PyTree, abstract: types.PyTree, *, mesh: Mesh, rules: Rules = RULES
+) -> types.PyTree:
     """Map the logical axes of every parameter to a NamedSharding.
 
     Args:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpo_jax import attention, shapes, sharding
+from fpo_jax import attention, sharding, types
 
 
 class Case(NamedTuple):
@@ -42,7 +42,7 @@ class Case(NamedTuple):
         ids, offsets, parents = (np.repeat(values, sizes)[: self.T] for values in one)
         rows = (ids, offsets + np.arange(self.T), parents)
         rows = [jnp.asarray(np.tile(row, (len(self.lengths), 1)), jnp.int32) for row in rows]
-        return shapes.Segments(*rows) if self.shared else shapes.Segments(*rows[:2])
+        return types.Segments(*rows) if self.shared else types.Segments(*rows[:2])
 
     def inputs(self, dtype="float32", seed=0):
         """Queries, keys, values and the cotangent of the output."""

@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from fpo_jax import attention, shapes, step
+from fpo_jax import attention, types
+from fpo_jax.trainer import train_step
 
 
-def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed: int = 0, rewards=None) -> shapes.Batch:
+def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed: int = 0, rewards=None) -> types.Batch:
     """Return rows of random tokens, prompts and lengths; the scored part follows each prompt."""
     random = np.random.default_rng(seed)
     rows, width = groups * candidates, length - 3
@@ -24,7 +25,7 @@ def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed:
         scored[row, :count] = True
     if rewards is None:
         rewards = np.tile(np.eye(1, candidates, dtype=np.float32), (groups, 1))
-    return shapes.Batch(
+    return types.Batch(
         tokens, valid, predictors, targets, scored,
         np.asarray(rewards, np.float32),
         np.zeros((groups, candidates), np.float32),
@@ -33,7 +34,7 @@ def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed:
     )  # fmt: skip
 
 
-def scorer(config, **changed) -> step.Scorer:
+def scorer(config, **changed) -> train_step.Scorer:
     """Return a float32 scorer of a tiny model."""
     options = {
         "compute_dtype": "float32",
@@ -42,4 +43,4 @@ def scorer(config, **changed) -> step.Scorer:
         "implementation": "chunked",
     }
     options |= {"workspace_bytes": 2**20, "temperature": 1.0}
-    return step.Scorer(config=config, **(options | changed))
+    return train_step.Scorer(config=config, **(options | changed))

@@ -5,7 +5,9 @@ import re
 import signal
 import time
 
-from fpo_jax import checkpoint, integrity, metrics
+from fpo_jax import checkpoint
+from fpo_jax.checkpoint import integrity
+from fpo_jax.trainer import metric_logger
 from tests import faults, tiny
 
 STEPS, SAVE_EVERY, PAIRS = 6, 2, 12
@@ -27,7 +29,7 @@ class Site:
         assert self.train(root / "again")[0] == 0
         self.seconds = time.monotonic() - started
         self.operations = int(re.findall(r"came by (\d+) times", said)[-1])
-        self.metrics = (whole / metrics.METRICS_FILE).read_bytes()
+        self.metrics = (whole / metric_logger.METRICS_FILE).read_bytes()
         self.weights = {step: weights(whole, step) for step in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)}
         self.groups = dict(faults.trained(whole))
 
@@ -45,13 +47,13 @@ class Site:
         }  # fmt: skip
         flags = [f"--config.{key}={value}" for key, value in options.items()]
         command = ["--config", "configs/pythia_hh_pref.py", "--workdir", workdir, *flags]
-        return self.zygote.run("train", command, self.root / "log", fault)
+        return self.zygote.run("fpo_jax.cli.train", command, self.root / "log", fault)
 
     def finish(self, workdir, context):
         """Start it again without a fault: it ends as the uninterrupted run did."""
         code, said = self.train(workdir)
         assert code == 0, f"{context}\n{said}"
-        assert (workdir / metrics.METRICS_FILE).read_bytes() == self.metrics, context
+        assert (workdir / metric_logger.METRICS_FILE).read_bytes() == self.metrics, context
         assert weights(workdir, STEPS) == self.weights[STEPS], context
         effective = dict(faults.trained(workdir))  # a number's last start is the one that counts
         assert effective == self.groups, context

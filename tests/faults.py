@@ -30,15 +30,15 @@ SEED = int(os.environ.get("FPO_FAULT_SEED", "20260923"))
 POINTS = {
     "data": "fpo_jax.data.prepare",
     "load": "fpo_jax.hf.load_params",
-    "compile": "fpo_jax.execution.Program._compile",
-    "reference": "fpo_jax.reference.compute",
-    "reference written": "fpo_jax.reference.save",
-    "update": "fpo_jax.step.stack_micro_batches",
-    "evaluation": "fpo_jax.evaluation.Evaluation._of_data",
-    "answers": "fpo_jax.sample.sample",
+    "compile": "fpo_jax.trainer.compiled_step.Program._compile",
+    "reference": "fpo_jax.trainer.reference_files.compute",
+    "reference written": "fpo_jax.trainer.reference_files.save",
+    "update": "fpo_jax.trainer.train_step.stack_micro_batches",
+    "evaluation": "fpo_jax.trainer.evaluator.Evaluation._of_data",
+    "answers": "fpo_jax.inference.sampler.sample",
     "save": "fpo_jax.checkpoint.Checkpointer.save",
-    "generate": "eval.jobfile.JobFile.append",
-    "judge": "eval.judging.Store.add",
+    "generate": "fpo_jax.cli.jsonl_job.JobFile.append",
+    "judge": "fpo_jax.eval.judge.pairwise_judge.Store.add",
 }
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree")
 FREE = ("keep_checkpoints", "async_save")  # knobs that no program is compiled for
@@ -115,16 +115,19 @@ def _serve() -> None:
     """Run what is asked for on the standard input, each in a fork."""
     import tempfile
 
-    from fpo_jax import chat
+    from fpo_jax import tokenization
     from tests import tiny
 
-    modules = {name: importlib.import_module(name) for name in ("train", "eval.generate", "eval.winrate")}
-    for late in ("fpo_jax.loop", "jaxlib.mlir.dialects.mhlo"):  # imported by a run, by the first program
+    modules = {
+        name: importlib.import_module(name)
+        for name in ("fpo_jax.cli.train", "fpo_jax.cli.generate", "fpo_jax.eval.judge.winrate")
+    }
+    for late in ("fpo_jax.trainer.trainer", "jaxlib.mlir.dialects.mhlo"):  # imported by a run, by the first program
         importlib.import_module(late)
     with tempfile.TemporaryDirectory() as folder:  # transformers imports most of itself with the first tokenizer,
         tiny.write_tokenizer(Path(folder))
         (Path(folder) / "config.json").write_text('{"model_type": "llama"}')  # and torch with the first configuration
-        chat.load_tokenizer(folder)
+        tokenization.load_tokenizer(folder)
     compiling.collect_seldom()
     gc.collect()
     gc.freeze()  # or every fork walks, and by that copies, all that is imported
@@ -147,15 +150,13 @@ def _become(program, job: dict) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     code = 0
     try:
-        if program.__name__ == "train":
+        if program.__name__ == "fpo_jax.cli.train":
             if job["fault"].get("point") != "compile":
                 _keep_executables(job["arguments"])
             _log_groups(Path(job["arguments"][job["arguments"].index("--workdir") + 1]))
             _arm(job["fault"])
-            from absl import app
-
-            sys.argv = ["train.py", *job["arguments"]]  # config_flags looks there
-            app.run(program.main, flags_parser=program.parse)
+            sys.argv = ["train.py"]
+            code = program.main(job["arguments"])
         else:
             _arm(job["fault"])
             code = program.main(job["arguments"])
@@ -175,9 +176,9 @@ def _keep_executables(arguments: list[str]) -> None:
     import jax
     from jax.experimental import serialize_executable
 
-    from fpo_jax import execution
+    from fpo_jax.trainer import compiled_step
 
-    inner, place = execution.Program._compile, arguments.index("--workdir")
+    inner, place = compiled_step.Program._compile, arguments.index("--workdir")
     same = arguments[:place] + arguments[place + 2 :]
     key = json.dumps([argument for argument in same if not any(name in argument for name in FREE)])
 
@@ -194,7 +195,7 @@ def _keep_executables(arguments: list[str]) -> None:
         temporary.replace(path)
         return made
 
-    execution.Program._compile = compiled
+    compiled_step.Program._compile = compiled
 
 
 def _log_groups(workdir: Path) -> None:

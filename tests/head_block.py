@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpo_jax.kernels import blocks
-from fpo_jax.kernels.spec import HeadSpec
+from fpo_jax.kernels.lm_head import blocks
+from fpo_jax.kernels.lm_head.spec import HeadSpec
 from tests import tolerances
 
 

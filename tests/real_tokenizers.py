@@ -3,7 +3,7 @@
 import dataclasses
 from functools import lru_cache
 
-from fpo_jax import chat
+from fpo_jax import tokenization
 from tests.paths import shared_data
 
 NAMES = ("neox", "phi3", "mistral1", "mistral3", "stories")
@@ -22,21 +22,25 @@ def path(name: str):
 
 
 # how the trainer of the original's chat recipes renders (spec 3.2, 3.3)
-ORIGINAL = chat.PromptFormat(
+ORIGINAL = tokenization.PromptFormat(
     auto_insert_empty_system=True, prepend_bos=True, assistant_header="completion", append_eos="unless_last"
 )
 
 
-def encoder(name: str, template: str | None = None, prompt_format: chat.PromptFormat | None = None) -> chat.Encoder:
+def encoder(
+    name: str, template: str | None = None, prompt_format: tokenization.PromptFormat | None = None
+) -> tokenization.Encoder:
     """Return the encoder with a named chat template, or with the tokenizer's own; good until the next call."""
     loaded, own = _load(name)
-    text = loaded.tokenizer.chat_template = chat.CHAT_TEMPLATES[template] if template else own
-    settled = prompt_format or chat.PromptFormat(rule="chat" if text else "raw")
+    text = loaded.tokenizer.chat_template = tokenization.CHAT_TEMPLATES[template] if template else own
+    settled = prompt_format or tokenization.PromptFormat(rule="chat" if text else "raw")
     open_fields = {name: getattr(loaded.format, name) for name in ("eos_token", "end_ids", "tokenizer")}
     return loaded._replace(format=dataclasses.replace(settled, chat_template=text or "", **open_fields))
 
 
 @lru_cache
-def _load(name: str) -> tuple[chat.Encoder, str | None]:
-    loaded = chat.encoder(chat.load_tokenizer(path(name), eos_token="<|endoftext|>" if name == "neox" else None))
+def _load(name: str) -> tuple[tokenization.Encoder, str | None]:
+    loaded = tokenization.encoder(
+        tokenization.load_tokenizer(path(name), eos_token="<|endoftext|>" if name == "neox" else None)
+    )
     return loaded, loaded.tokenizer.chat_template

@@ -4,29 +4,32 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, execution, loop, metrics, profiling
+from fpo_jax import checkpoint
+from fpo_jax.distributed import preemption
+from fpo_jax.perf import profiler
+from fpo_jax.trainer import compiled_step, metric_logger, trainer
 
 
 def whole(config, workdir):
     """Run without a stop."""
     config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 1
-    loop.run(config, workdir, devices=jax.devices()[:1])
+    trainer.run(config, workdir, devices=jax.devices()[:1])
 
 
 def stopped(config, workdir, monkeypatch, *, after, then=None):
     """Run, stop as by a signal during update `after`, and run again to the end, as configured `then` or as before."""
     begun = [0]
     with monkeypatch.context() as patch:
-        patch.setattr(profiling.Trace, "before", lambda self, number: begun.append(number))
-        patch.setattr(execution.StopRequest, "agreed", lambda self: "SIGTERM" if begun[-1] >= after else None)
-        with pytest.raises(execution.Stopped, match=f"saved step {after} of "):
+        patch.setattr(profiler.Trace, "before", lambda self, number: begun.append(number))
+        patch.setattr(preemption.StopRequest, "agreed", lambda self: "SIGTERM" if begun[-1] >= after else None)
+        with pytest.raises(preemption.Stopped, match=f"saved step {after} of "):
             whole(config, workdir)
     whole(then or config, workdir)
 
 
 def compile_once(monkeypatch):
     """Let runs of one configuration, however far each goes, share their compiled programs."""
-    compiled, build = {}, execution.Program._compile
+    compiled, build = {}, compiled_step.Program._compile
 
     def once(program, first, batch):
         key = (program.name, str(jax.tree.map(lambda leaf: (leaf.shape, leaf.sharding), (first, batch))))
@@ -34,11 +37,11 @@ def compile_once(monkeypatch):
             compiled[key] = build(program, first, batch)
         return compiled[key]
 
-    monkeypatch.setattr(execution.Program, "_compile", once)
+    monkeypatch.setattr(compiled_step.Program, "_compile", once)
 
 
 def outcome(workdir):
     """Step, weights and metrics of a run, to be compared bit by bit."""
     weights, meta = checkpoint.restore_params(workdir, None)
     leaves = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(weights)]
-    return meta["step"], leaves, (workdir / metrics.METRICS_FILE).read_bytes()
+    return meta["step"], leaves, (workdir / metric_logger.METRICS_FILE).read_bytes()

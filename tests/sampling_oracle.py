@@ -1,4 +1,4 @@
-"""The sampler without a cache, as the oracle of `fpo_jax.sample`: every token recomputes the whole window.
+"""The sampler without a cache, as the oracle of `fpo_jax.inference.sampler`: every token recomputes the whole window.
 
 prompts ──► [N, T] right-padded rows ──► (hidden states of the whole window ──► one token per row) until all ended
 """
@@ -13,14 +13,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
 from fpo_jax import attention as attention_module
-from fpo_jax import model, shapes
+from fpo_jax import models, types
 
 
 def sample(
-    params: shapes.PyTree,
+    params: types.PyTree,
     prompts: Sequence[Sequence[int]],
     *,
-    config: model.ModelConfig,
+    config: models.ModelConfig,
     max_new_tokens: int,
     temperature: float,
     eos_id: int,
@@ -113,7 +113,7 @@ def sample(
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "compute_dtype", "attention"))
 def _extend(
-    params: shapes.PyTree,
+    params: types.PyTree,
     tokens_NT: Int[Array, "N T"],
     lengths_N: Int[Array, " N"],
     ids_N2: Int[Array, "N 2"],
@@ -121,7 +121,7 @@ def _extend(
     eos_id: Array,
     key: Key[Array, ""],
     *,
-    config: model.ModelConfig,
+    config: models.ModelConfig,
     steps: int,
     compute_dtype: str,
     attention: attention_module.Choice | None,
@@ -134,14 +134,14 @@ def _extend(
         The rows, and whether all logits that were sampled from are finite.
     """
     positions_T = jnp.arange(tokens_NT.shape[1])
-    head_VD = model.head(params, config=config).astype(compute_dtype)
+    head_VD = models.head(params, config=config).astype(compute_dtype)
     keys_N = jax.vmap(lambda ids: jax.random.fold_in(jax.random.fold_in(key, ids[0]), ids[1]))(ids_N2)
 
     def write(carry):
         count, tokens_NT, ended_N, finite = carry
         valid_NT = positions_T < (lengths_N + count)[:, None]
         with jax.named_scope("model"):
-            hidden_NTD = model.hidden_states(
+            hidden_NTD = models.hidden_states(
                 params, tokens_NT, valid_NT, config=config, compute_dtype=compute_dtype, attention=attention
             )
         predictors_N11 = jnp.maximum(lengths_N + count - 1, 0)[:, None, None]
@@ -181,7 +181,7 @@ def _rows(prompts, indices_N: np.ndarray, *, window: int, pad_id: int) -> tuple[
     return tokens_NT, lengths_N
 
 
-def _longest_prompt(prompts, *, config: model.ModelConfig, special: dict[str, int]) -> int:
+def _longest_prompt(prompts, *, config: models.ModelConfig, special: dict[str, int]) -> int:
     """Return the longest prompt's tokens, having checked every id."""
     if not prompts:
         raise ValueError("there is no prompt; give at least one.")

@@ -10,7 +10,7 @@ import pandas
 import pytest
 from scipy import optimize
 
-from eval import alpaca_eval, judgements, length_control
+from fpo_jax.eval.benchmarks import alpaca_eval, judgement_files, length_control
 from tests import tolerances
 from tests.paths import shared_data
 
@@ -152,9 +152,9 @@ WRONG = [
     ([{"preference": 1.0}], "no field 'len_1', 'len_2'; the file holds AlpacaEval"),
     (
         [{"question_id": 81, "score": 7, "turn": 1}],
-        "no field 'preference'; the file holds MT-Bench judgements, which eval.mt_b",
+        "no field 'preference'; the file holds MT-Bench judgements, which fpo mt_b",
     ),
-    ([{"question_id": 1, "games": []}], "the file holds Arena-Hard judgements, which eval.arena_hard reads"),
+    ([{"question_id": 1, "games": []}], "the file holds Arena-Hard judgements, which fpo arena_hard reads"),
     ([{"prompt": "p"}], "no field 'preference'; it has prompt"),
     ([3], r"a\.json\[0\]: a row must be a JSON object, not int"),
     ([], "holds no row"),
@@ -346,6 +346,6 @@ def test_scikit_learn_is_asked_for_where_it_is_missing(synthetic, monkeypatch):
 
 
 def test_table_aligns_its_columns():
-    assert judgements.table(["model", "rate"], [["a", "1.00"], ["longer name", "10.00"]]) == (
+    assert judgement_files.table(["model", "rate"], [["a", "1.00"], ["longer name", "10.00"]]) == (
         "model         rate\na             1.00\nlonger name  10.00"
     )

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fpo_jax import announcement
+from fpo_jax.trainer import run_summary
 from tests import tiny
 
 
@@ -25,7 +25,7 @@ def lines(caplog, folder, name, data="pairs.jsonl", **changed):
     inputs, plan, programs = tiny.built(config)
     caplog.clear()
     with caplog.at_level("INFO", logger="fpo_jax"):
-        announcement.announce(config, inputs, plan, programs)
+        run_summary.announce(config, inputs, plan, programs)
     return caplog.text
 
 

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from eval import export, generate, jobfile, report
-from fpo_jax import answering, checkpoint, job, losses, metrics
+from fpo_jax import checkpoint, losses
+from fpo_jax.cli import generate, jsonl_job
+from fpo_jax.eval.report import report
+from fpo_jax.trainer import export, metric_logger, run_inputs, sample_completions
 from tests import resuming, tiny
 from tests.test_rewarding import base, run  # noqa: F401  fixtures
 
@@ -34,7 +36,7 @@ def config(base, **changed):  # noqa: F811
 
 
 def numbers(workdir):
-    lines = metrics.read(workdir / metrics.METRICS_FILE)
+    lines = metric_logger.read(workdir / metric_logger.METRICS_FILE)
     return {line["step"]: line for line in lines if "eval_answers/length" in line}
 
 
@@ -48,9 +50,9 @@ def trained(base, judge, tmp_path_factory):  # noqa: F811
 def test_the_metrics_are_those_of_the_lines(trained):
     found = numbers(trained)
     assert list(found) == [0, 2, 4, 6] and found[0]["eval_answers/win_rate"] == 0.5
-    start = answering.read(trained / "answers", 0)
+    start = sample_completions.read(trained / "answers", 0)
     for number, line in found.items():
-        lines = answering.read(trained / "answers", number)
+        lines = sample_completions.read(trained / "answers", number)
         assert [one["prompt"] for one in lines] == [one["prompt"] for one in start] and len(lines) == 6
         rewards = np.array([one["reward"] for one in lines])
         first = np.array([one["reward"] for one in start])
@@ -58,7 +60,7 @@ def test_the_metrics_are_those_of_the_lines(trained):
         assert line["eval_answers/win_rate"] == (np.sum(rewards > first) + 0.5 * np.sum(rewards == first)) / 6
         assert line["eval_answers/length"] == np.mean([one["tokens"] for one in lines])
         assert line["eval_answers/ended"] == np.mean([one["finish"] == "stop" for one in lines])
-    assert answering.read(trained / "answers", 6) != start
+    assert sample_completions.read(trained / "answers", 6) != start
 
 
 def test_the_best_checkpoint_is_the_one_that_wins_most(trained):
@@ -69,7 +71,7 @@ def test_the_best_checkpoint_is_the_one_that_wins_most(trained):
 
 
 def test_the_answers_of_the_start_are_the_samplers(trained, base, tmp_path):  # noqa: F811
-    prompts = [line["prompt"] for line in jobfile.read(base / "held_out.jsonl")][:6]
+    prompts = [line["prompt"] for line in jsonl_job.read(base / "held_out.jsonl")][:6]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     given = {"max_new_tokens": 5, "temperature": 0.8, "seed": 42, "max_length": 40, "compute_dtype": "float32"}
     given["rule"] = "raw"
@@ -77,8 +79,8 @@ def test_the_answers_of_the_start_are_the_samplers(trained, base, tmp_path):  # 
         out=tmp_path / "a.jsonl", data=str(tmp_path / "p.jsonl"), model=str(base / "model"), batch_size=1, **given
     )
     generate.run(options)
-    ours = answering.read(trained / "answers", 0)
-    assert [[line["completion"]] for line in ours] == [line["completions"] for line in jobfile.read(options.out)]
+    ours = sample_completions.read(trained / "answers", 0)
+    assert [[line["completion"]] for line in ours] == [line["completions"] for line in jsonl_job.read(options.out)]
 
 
 def test_a_stopped_run_writes_the_same(base, judge, tmp_path, monkeypatch, trained):  # noqa: F811
@@ -91,12 +93,12 @@ def test_a_stopped_run_writes_the_same(base, judge, tmp_path, monkeypatch, train
 
 
 def test_answers_without_a_judge_and_without_evaluation_data_on_a_mesh(base, tmp_path):  # noqa: F811
-    from fpo_jax import loop
+    from fpo_jax.trainer import trainer
 
     (tmp_path / "p.jsonl").write_text('{"prompt": "a?"}\n{"prompt": "a?"}\n{"prompt": "b?"}\n')
     c = config(base, data__eval="", answers__prompts=str(tmp_path / "p.jsonl"), train__max_steps=1, train__batch_size=8)
-    loop.run(c, tmp_path / "w")
-    assert [line["prompt"] for line in answering.read(tmp_path / "w" / "answers", 1)] == ["a?", "b?"]
+    trainer.run(c, tmp_path / "w")
+    assert [line["prompt"] for line in sample_completions.read(tmp_path / "w" / "answers", 1)] == ["a?", "b?"]
     assert set(numbers(tmp_path / "w")[1]) == {"step", "eval_answers/length", "eval_answers/ended"}
 
 
@@ -112,7 +114,7 @@ def test_answers_without_a_judge_and_without_evaluation_data_on_a_mesh(base, tmp
 )
 def test_settings_that_are_refused(base, changed, message):  # noqa: F811
     with pytest.raises(ValueError, match=message):
-        job.check(config(base, **changed))
+        run_inputs.check(config(base, **changed))
 
 
 @pytest.mark.parametrize(

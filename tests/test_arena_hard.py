@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from eval import arena_hard
+from fpo_jax.eval.benchmarks import arena_hard
 from tests import tolerances
 from tests.paths import shared_data
 
@@ -194,7 +194,7 @@ WRONG = [
     ),
     (
         [{"question_id": 81, "model": "m", "score": 7, "turn": 1}],
-        "the file holds MT-Bench judgements, which eval.mt_bench",
+        "the file holds MT-Bench judgements, which fpo mt_bench",
     ),
 ]
 

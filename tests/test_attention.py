@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import attention, shapes, sharding
-from fpo_jax.attention import chunked, splash
+from fpo_jax import attention, sharding, types
+from fpo_jax.attention import blockwise, splash
 from tests import jaxpr_tools, tolerances
 from tests.attention_oracle import Case, program, run
 
@@ -41,8 +41,8 @@ def assert_matches(results, expected, *, dtype, bounds=tolerances.ATTENTION):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of eight positions, so that a short row has several of them."""
-    monkeypatch.setattr(chunked, "MIN_BLOCK", 8)
-    monkeypatch.setattr(chunked, "MAX_BLOCK", 8)
+    monkeypatch.setattr(blockwise, "MIN_BLOCK", 8)
+    monkeypatch.setattr(blockwise, "MAX_BLOCK", 8)
 
 
 @pytest.mark.parametrize(
@@ -123,14 +123,14 @@ def test_blocks_of_splash(T, padded, block, fused):
     ("T", "block", "blocks", "size"), [(256, 256, 1, 256), (300, 256, 2, 152), (4096, 256, 16, 256), (1, 8, 1, 8)]
 )
 def test_blocks_of_chunked(T, block, blocks, size):
-    assert chunked._cut(T, block) == (blocks, size)
+    assert blockwise._cut(T, block) == (blocks, size)
 
 
 def test_blocks_of_chunked_fit_the_workspace():
-    assert chunked._block(8) == 256
-    assert chunked._block(128) == 256  # 128 * 256 * 256 * 4 bytes = 32 MiB
-    assert chunked._block(129) == 128
-    assert chunked._block(10_000) == 128
+    assert blockwise._block(8) == 256
+    assert blockwise._block(128) == 256  # 128 * 256 * 256 * 4 bytes = 32 MiB
+    assert blockwise._block(129) == 128
+    assert blockwise._block(10_000) == 128
 
 
 def test_the_oracle_matches_its_own_finite_differences():
@@ -169,10 +169,10 @@ def packed(ids, parents=None):
     """One row of texts, with the positions that their tokens have there."""
     positions = [ids[:place].count(number) for place, number in enumerate(ids)]
     if parents is None:
-        return shapes.Segments(jnp.array([ids]), jnp.array([positions]))
+        return types.Segments(jnp.array([ids]), jnp.array([positions]))
     shared = [0 if parent == number else ids.count(parent) for number, parent in zip(ids, parents, strict=True)]
     positions = [own + before for own, before in zip(positions, shared, strict=True)]
-    return shapes.Segments(jnp.array([ids]), jnp.array([positions]), jnp.array([parents]))
+    return types.Segments(jnp.array([ids]), jnp.array([positions]), jnp.array([parents]))
 
 
 SHARING = ["xla", "chunked", "splash"]

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import attention, logps, model, params, shapes, sharding, topologies
+from fpo_jax import attention, logprobs, models, sharding, types
+from fpo_jax.models import params
+from fpo_jax.perf import hardware
 
 pytestmark = pytest.mark.deviceless
 
@@ -38,7 +40,7 @@ def needs_cudnn(target):
 
 
 def make_layout(target, sizes):
-    devices = list(topologies.mesh(target).devices.flat)[: np.prod(sizes)]
+    devices = list(hardware.mesh(target).devices.flat)[: np.prod(sizes)]
     return sharding.Layout(Mesh(np.array(devices).reshape(sizes), sharding.MESH_AXES))
 
 
@@ -59,7 +61,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
         soft_cap=cap,
         segments=bool(segments),
         shared=bool(shared),
-        compute_capability=logps.Target.of(layout.mesh.devices.flat[0]).compute_capability,
+        compute_capability=logprobs.Target.of(layout.mesh.devices.flat[0]).compute_capability,
         layout=layout,
     )
 
@@ -73,7 +75,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
             scale=C**-0.5,
             sliding_window=window,
             soft_cap=cap,
-            segments=shapes.Segments(segments_NT, segments_NT, segments_NT if shared else None) if segments else None,
+            segments=types.Segments(segments_NT, segments_NT, segments_NT if shared else None) if segments else None,
             choice=choice,
             layout=layout,
         )
@@ -81,7 +83,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
         return out, pull_back(do)
 
     kv_heads = "tensor" if G % sizes[2] == 0 else None
-    compiled = topologies.compile_for(
+    compiled = hardware.compile_for(
         both,
         *(put((N, T, h, C), dtype, ROWS, None, axis) for h, axis in ((H, "tensor"), (G, kv_heads), (G, kv_heads))),
         put((N, T, H, C), dtype, ROWS, None, "tensor"),
@@ -254,7 +256,7 @@ def test_chunked_in_float32(target, sizes):
 def test_a_decoder_with_a_cut_stream_runs_the_kernel(target, names, sizes):
     """Positions of the residual stream are cut over tensor, weights over fsdp and tensor; layers are computed again."""
     (needs_cudnn if names is CUDNN else needs_compiler)(target)
-    config = model.ModelConfig(
+    config = models.ModelConfig(
         family="llama",
         vocab_size=512,
         width=256,
@@ -282,12 +284,12 @@ def test_a_decoder_with_a_cut_stream_runs_the_kernel(target, names, sizes):
         soft_cap=None,
         segments=names is MOSAIC,
         shared=names is MOSAIC,
-        compute_capability=logps.Target.of(layout.mesh.devices.flat[0]).compute_capability,
+        compute_capability=logprobs.Target.of(layout.mesh.devices.flat[0]).compute_capability,
         layout=layout,
     )
 
     def total(weights, tokens_NT, valid_NT):
-        hidden_NTD = model.hidden_states(
+        hidden_NTD = models.hidden_states(
             weights,
             tokens_NT,
             valid_NT,
@@ -296,10 +298,10 @@ def test_a_decoder_with_a_cut_stream_runs_the_kernel(target, names, sizes):
             remat="full",
             attention=choice,
             layout=layout,
-            segments=shapes.Segments(*[tokens_NT] * 3) if names is MOSAIC else None,
+            segments=types.Segments(*[tokens_NT] * 3) if names is MOSAIC else None,
         )
         return jnp.sum(hidden_NTD.astype(jnp.float32) ** 2)
 
     batch = [jax.ShapeDtypeStruct((8, 512), dtype, sharding=rows) for dtype in ("int32", "bool")]
-    text = topologies.compile_for(jax.grad(total), weights, *batch).as_text()
+    text = hardware.compile_for(jax.grad(total), weights, *batch).as_text()
     assert not [name for name in names if name not in text]

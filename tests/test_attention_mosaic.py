@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import flops, shapes
-from fpo_jax.attention import mosaic, segments, visible
+from fpo_jax import types
+from fpo_jax.attention import block_mask, mosaic, segment_mask
+from fpo_jax.perf import flops
 from tests import tolerances
 from tests.attention_oracle import Case, run
 
@@ -84,7 +85,7 @@ def random_rows(seed, N=3, T=256):
                 name, at = name + 1, here.stop
                 if at == T - 9:
                     break
-    return shapes.Segments(*(jnp.asarray(x, jnp.int32) for x in (ids_NT, places_NT, parents_NT)))
+    return types.Segments(*(jnp.asarray(x, jnp.int32) for x in (ids_NT, places_NT, parents_NT)))
 
 
 @pytest.mark.parametrize("window", [None, 3, 60])
@@ -92,18 +93,18 @@ def random_rows(seed, N=3, T=256):
 def test_bounds_and_visits_are_those_of_the_dense_mask(parents, window):
     rows = random_rows(5)
     rows = rows if parents else rows._replace(positions_NT=places_of(rows.ids_NT), parents_NT=None)
-    bounds_N4P = visible.bounds(rows, rows=3, positions=256, padded=384, window=window)
+    bounds_N4P = block_mask.bounds(rows, rows=3, positions=256, padded=384, window=window)
     i, own, first, end = (np.asarray(bounds_N4P)[:, part, :, None] for part in range(4))
     j = np.arange(384)
     seen_NPP = ((own <= j) & (j <= i)) | ((first <= j) & (j < end))
-    dense_NTT = np.asarray(segments.seen(rows, rows, window=window)) & np.tri(256, dtype=bool)
+    dense_NTT = np.asarray(segment_mask.seen(rows, rows, window=window)) & np.tri(256, dtype=bool)
     real_NT = np.asarray(rows.ids_NT) >= 0
     assert_array_equal(seen_NPP[:, :256, :256][real_NT], dense_NTT[real_NT])
     assert_array_equal(seen_NPP[:, 256:], np.broadcast_to(np.eye(384, dtype=bool)[256:], (3, 128, 384)))
     assert np.all(np.einsum("NPP->NP", seen_NPP)), "every query sees itself"
     blocks = seen_NPP.reshape(3, 6, 64, 3, 128)
     some_NXY, all_NXY = (reduce(blocks, axis=(2, 4)) for reduce in (np.any, np.all))
-    keys_of, queries_of = visible.visits(bounds_N4P, queries=64, keys=128)
+    keys_of, queries_of = block_mask.visits(bounds_N4P, queries=64, keys=128)
     transposed = (x_NXY.swapaxes(1, 2) for x_NXY in (some_NXY, all_NXY))
     for visits, some, all_ in ((keys_of, some_NXY, all_NXY), (queries_of, *transposed)):
         for place in np.ndindex(some.shape[:2]):
@@ -121,13 +122,13 @@ def places_of(ids_NT):
 
 
 def test_rows_of_one_text_visit_the_band():
-    bounds_N4P = visible.bounds(None, rows=1, positions=500, padded=512, window=100)
-    keys_of, queries_of = visible.visits(bounds_N4P, queries=128, keys=128)
+    bounds_N4P = block_mask.bounds(None, rows=1, positions=500, padded=512, window=100)
+    keys_of, queries_of = block_mask.visits(bounds_N4P, queries=128, keys=128)
     # The last block's twelve added positions see themselves alone.
     assert keys_of.counts_NX2.tolist() == [[[0, 1], [0, 2], [0, 2], [0, 2]]]
     assert queries_of.counts_NX2.tolist() == [[[0, 2], [0, 2], [0, 2], [0, 1]]]
-    keys_of, _ = visible.visits(
-        visible.bounds(None, rows=1, positions=512, padded=512, window=None), queries=128, keys=64
+    keys_of, _ = block_mask.visits(
+        block_mask.bounds(None, rows=1, positions=512, padded=512, window=None), queries=128, keys=64
     )
     assert keys_of.counts_NX2.tolist() == [[[0, 2], [2, 4], [4, 6], [6, 8]]]
 

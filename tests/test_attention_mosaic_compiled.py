@@ -7,8 +7,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fpo_jax import shapes, topologies
+from fpo_jax import types
 from fpo_jax.attention import mosaic
+from fpo_jax.perf import hardware
 
 pytestmark = pytest.mark.deviceless
 
@@ -41,17 +42,17 @@ def test_kernels_fit_in_registers_and_shared_memory(C, dtype, segments, window, 
     for what in ("PTX", "PTXAS", "RESOURCES"):
         monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{what}", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    here = NamedSharding(topologies.mesh("h100:1"), PartitionSpec())
+    here = NamedSharding(hardware.mesh("h100:1"), PartitionSpec())
     N, T, H, G = 2, 4096, 32, 8
 
     def both(q, k, v, do, ids_NT):
-        packed = shapes.Segments(ids_NT, ids_NT, ids_NT) if segments else None
+        packed = types.Segments(ids_NT, ids_NT, ids_NT) if segments else None
         options = {"scale": C**-0.5, "window": window, "soft_cap": None}
         out, pull_back = jax.vjp(lambda *qkv: mosaic.attend(*qkv, packed, **options), q, k, v)
         return out, pull_back(do)
 
     arrays = [jax.ShapeDtypeStruct((N, T, heads, C), dtype, sharding=here) for heads in (H, G, G, H)]
-    program = topologies.compile_for(both, *arrays, jax.ShapeDtypeStruct((N, T), "int32", sharding=here))
+    program = hardware.compile_for(both, *arrays, jax.ShapeDtypeStruct((N, T), "int32", sharding=here))
     ptxas = [path.read_text() for path in sorted(tmp_path.glob("*.ptxas"))]
     resources = [path.read_text() for path in sorted(tmp_path.glob("*.resources.txt"))]
     assert len(ptxas) == len(resources) == len(KERNELS)

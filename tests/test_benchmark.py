@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from eval import benchmark, generate
-from eval import server as servers
+from fpo_jax.cli import generate
+from fpo_jax.cli import openai_client as servers
+from fpo_jax.eval.benchmarks import answer
 from tests import tiny
 from tests.answer_server import AnswerServer
 from tests.paths import shared_data
@@ -40,9 +41,7 @@ def with_server(tmp_path, name, server, **changed):
     which = name.removesuffix("_first")
     given = {"server": server.url, "server_model": "org/m", "name": "mine", "concurrency": 1}
     given |= {"max_new_tokens": 5} | ({} if which == "mt_bench" else {"temperature": 0.5}) | changed
-    return benchmark.run(
-        benchmark.Options(benchmark=which, data=questions(tmp_path, name), out=tmp_path / "o", **given)
-    )
+    return answer.run(answer.Options(benchmark=which, data=questions(tmp_path, name), out=tmp_path / "o", **given))
 
 
 def said(text):
@@ -99,10 +98,10 @@ def test_arena_hard_of_both_forms(tmp_path):
 def test_a_model_here_answers_alpaca_eval(tmp_path):
     tiny.write_model(tmp_path / "model", layers=1)
     given = {"model": str(tmp_path / "model"), "max_new_tokens": 4, "temperature": 0.0, "compute_dtype": "float32"}
-    options = benchmark.Options(
+    options = answer.Options(
         benchmark="alpaca_eval", data=questions(tmp_path, "alpaca_eval"), out=tmp_path / "o", batch_size=1, **given
     )
-    [path] = benchmark.run(options)
+    [path] = answer.run(options)
     found = json.loads(path.read_text())
     prompts = tmp_path / "p.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": row["instruction"]}) + "\n" for row in ROWS["alpaca_eval"]))
@@ -116,7 +115,7 @@ def test_a_model_here_answers_alpaca_eval(tmp_path):
 
 
 def test_recipes_decode_as_the_original():
-    shown = {name: (r.chat_template, *r.alpaca_eval, *r.arena_hard) for name, r in benchmark.RECIPES.items()}
+    shown = {name: (r.chat_template, *r.alpaca_eval, *r.arena_hard) for name, r in answer.RECIPES.items()}
     assert shown == {
         "mistral_base": ("zephyr", 0.7, 2048, 0.0, 4096),
         "mistral_instruct": ("mistral", 0.5, 2048, 0.0, 4096),
@@ -163,14 +162,14 @@ def test_questions_without_an_answer_are_asked_again(tmp_path, monkeypatch):
 def test_refusals(tmp_path, name, changed, message):
     given = {"benchmark": name, "data": questions(tmp_path, name), "out": tmp_path / "o", "model": "m"} | changed
     with pytest.raises(ValueError, match=message):
-        benchmark.run(benchmark.Options(**given))
+        answer.run(answer.Options(**given))
     assert not (tmp_path / "o").exists()
 
 
 def test_rows_of_another_benchmark(tmp_path):
     given = {"benchmark": "mt_bench", "out": tmp_path / "o", "model": "m", "max_new_tokens": 5}
     with pytest.raises(ValueError, match="2 rows are no questions of mt_bench:\n.*jsonl:1: no column 'category'"):
-        benchmark.run(benchmark.Options(data=questions(tmp_path, "alpaca_eval"), **given))
+        answer.run(answer.Options(data=questions(tmp_path, "alpaca_eval"), **given))
 
 
 @pytest.mark.parametrize(
@@ -183,5 +182,5 @@ def test_rows_of_another_benchmark(tmp_path):
 )
 def test_the_real_questions_are_read(name, file, count):
     path = shared_data(name, file)
-    options = benchmark.Options(benchmark=name, data=str(path), out=path.parent)
-    assert len(benchmark._questions(options, 0.0)) == count
+    options = answer.Options(benchmark=name, data=str(path), out=path.parent)
+    assert len(answer._questions(options, 0.0)) == count

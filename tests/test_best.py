@@ -6,8 +6,8 @@ import types
 import numpy as np
 import pytest
 
-from fpo_jax import config, evaluation, job, losses, measures
-from fpo_jax.job import best
+from fpo_jax import config, losses
+from fpo_jax.trainer import best_checkpoint, evaluator, metrics, run_inputs
 
 WITH_ANSWERS = {"answers.count": 3, "answers.prompts": "p"}
 OF_SCORES = {"stage": "reward"}
@@ -31,7 +31,7 @@ def written(c, loss):
     response = types.SimpleNamespace(mean_logit_N=np.ones(2 * size, np.float32))
     ones_BK = np.ones(shape, np.float32)
     candidates = losses.Candidates(-ones_BK, -ones_BK, ones_BK, rewards_BK, np.float32(0))
-    found = {"loss", *measures.pairs(batch, response, candidates, np.ones(2, np.float32), loss)}
+    found = {"loss", *metrics.pairs(batch, response, candidates, np.ones(2, np.float32), loss)}
     if c.stage == "sft":  # evaluation.py adds it
         found.add("perplexity")
     return {f"eval_{name}" for name in found}
@@ -56,8 +56,8 @@ def written(c, loss):
 def test_the_names_are_those_that_an_evaluation_writes(changed):
     c = configured(changed)
     loss = losses.resolve(c.loss.name, **config.loss_options(c))
-    assert set(best.names(c, loss)) == written(c, loss)
-    assert set(best.names(c, loss)) <= {*best.DIRECTIONS, *best.UNDIRECTED}
+    assert set(best_checkpoint.names(c, loss)) == written(c, loss)
+    assert set(best_checkpoint.names(c, loss)) <= {*best_checkpoint.DIRECTIONS, *best_checkpoint.UNDIRECTED}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_the_names_are_those_that_an_evaluation_writes(changed):
 def test_what_tells_no_best_checkpoint_is_refused_with_what_does(name, changed, message):
     c = configured({"loss.name": "dpo", **changed, "train.keep_best": name})
     with pytest.raises(ValueError, match="1 problem:") as raised:
-        job.check(c)
+        run_inputs.check(c)
     assert f"train.keep_best={name!r} is n" in str(raised.value) and message in str(raised.value)
 
 
@@ -108,6 +108,6 @@ def test_what_tells_no_best_checkpoint_is_refused_with_what_does(name, changed, 
 def test_the_better_number_has_the_higher_score(name, better, worse):
     c = configured({"train.keep_best": name})
     scores = [
-        evaluation.Evaluation.score(types.SimpleNamespace(_config=c), {name: number}) for number in (better, worse)
+        evaluator.Evaluation.score(types.SimpleNamespace(_config=c), {name: number}) for number in (better, worse)
     ]  # pyright: ignore[reportArgumentType]
     assert scores[0] > scores[1] > -math.inf

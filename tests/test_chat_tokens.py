@@ -3,7 +3,7 @@
 
 import pytest
 
-from fpo_jax import chat
+from fpo_jax import tokenization
 from tests import real_tokenizers, toy_tokenizers
 
 # tokenizer and template; the prompt; the response, which begins with the assistant's header and is scored whole.
@@ -115,13 +115,15 @@ TURN = [{"role": "user", "content": "Hi"}]
 
 def tokens_of(encoder):
     """Tokens of the prompt and of the response."""
-    [[row]] = chat.chat_rows(encoder, [TURN], [["Yes"]], max_length=200, max_prompt_length=100)
+    [[row]] = tokenization.chat_rows(encoder, [TURN], [["Yes"]], max_length=200, max_prompt_length=100)
     tokens = encoder.tokenizer.convert_ids_to_tokens(row.ids)
     return " ".join(tokens[: row.prompt_length]), " ".join(tokens[row.prompt_length :])
 
 
 def test_every_pair_is_drawn():
-    pairs = [f"{tokenizer} {template}" for tokenizer in real_tokenizers.NAMES for template in chat.CHAT_TEMPLATES]
+    pairs = [
+        f"{tokenizer} {template}" for tokenizer in real_tokenizers.NAMES for template in tokenization.CHAT_TEMPLATES
+    ]
     assert [title for title, _, _ in BLOCKS] == pairs
 
 
@@ -161,11 +163,11 @@ def test_marks_that_are_tokens(vocabulary, template, eos, prompt, response, adds
     """One BOS, from the template or the tokenizer; EOS unless the row ends with it, where a newline after it counts."""
     if adds_bos and "bos" not in vocabulary:
         pytest.skip("Qwen has no BOS token")
-    tokenizer = toy_tokenizers.byte_bpe(template=chat.CHAT_TEMPLATES[template], adds_bos=adds_bos, **vocabulary)
+    tokenizer = toy_tokenizers.byte_bpe(template=tokenization.CHAT_TEMPLATES[template], adds_bos=adds_bos, **vocabulary)
     tokenizer.eos_token = eos
     marks = {*vocabulary["specials"], vocabulary.get("bos"), "Ċ"}
     got = [
         " ".join(t for t in part.split() if t in marks)
-        for part in tokens_of(chat.encoder(tokenizer, real_tokenizers.ORIGINAL))
+        for part in tokens_of(tokenization.encoder(tokenizer, real_tokenizers.ORIGINAL))
     ]
     assert got == [prompt, response]

@@ -1,11 +1,13 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, integrity, shapes, sharding
+from fpo_jax import checkpoint, sharding, types
+from fpo_jax.checkpoint import integrity
 
 
 def placed_state(value):
@@ -16,7 +18,7 @@ def placed_state(value):
     rest = sharding.replicated(mesh)
     weights = jax.device_put({"w": jnp.full((8, 6), value, jnp.float32)}, place)
     moments = (jax.device_put(jnp.full((3,), value, jnp.bfloat16), rest), jax.device_put(jnp.int32(7), rest))
-    return shapes.TrainState(weights, moments, jax.device_put(jnp.int32(0), rest))
+    return types.TrainState(weights, moments, jax.device_put(jnp.int32(0), rest))
 
 
 def abstract(state):
@@ -70,7 +72,7 @@ def test_keeps_the_newest(workdir):
 
 
 def test_an_old_step_is_whole_or_gone_wherever_a_run_is_killed(workdir, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)  # killed before it removed a file
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it removed a file
     saver = checkpoint.Checkpointer(workdir, keep=1)
     for step in (1, 2):
         saver.save(step, placed_state(1.0), {})

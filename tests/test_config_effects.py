@@ -2,7 +2,8 @@
 
 import pytest
 
-from fpo_jax import config, job
+from fpo_jax import config
+from fpo_jax.trainer import run_inputs, run_schedule
 from tests import tiny
 
 ALWAYS = "the model, the data or the numbers depend on it beside any other field"
@@ -127,7 +128,7 @@ FIELDS = {
     "mesh.data": ALWAYS,
     "mesh.fsdp": ALWAYS,
     "mesh.tensor": ALWAYS,
-    "plan.groups": SHARED + "`--plan` alone reads it, and a run may be planned before it is made",
+    "plan.groups": SHARED + "`fpo plan` alone reads it, and a run may be planned before it is made",
     "logging.tensorboard": ALWAYS,
     "logging.wandb_project": ALWAYS,
 }  # fmt: skip
@@ -177,15 +178,15 @@ def test_every_field_has_an_entry():
 @pytest.mark.parametrize("path", REFUSED)
 def test_a_value_without_effect_is_refused_by_name_and_its_default_is_not(path):
     value, others, message = REFUSED[path]
-    job.check(configured(others))
+    run_inputs.check(configured(others))
     with pytest.raises(ValueError, match="1 problem:") as raised:
-        job.check(configured({**others, path: value}))
+        run_inputs.check(configured({**others, path: value}))
     told = str(raised.value).splitlines()[1]
     assert f"{path}={value!r} " in told and message in told
 
 
 def durations(steps_per_epoch=10, **changed):
-    return job.durations(
+    return run_schedule.durations(
         configured({key.replace("__", "."): value for key, value in changed.items()}), steps_per_epoch=steps_per_epoch
     )
 
@@ -248,15 +249,15 @@ def test_a_share_that_rounds_up_to_the_only_step_is_said_and_not_refused(caplog)
 
 @pytest.mark.parametrize(("path", "value", "others", "message"), ALSO)
 def test_also_without_effect(path, value, others, message):
-    job.check(configured(others))
+    run_inputs.check(configured(others))
     with pytest.raises(ValueError, match="1 problem:") as raised:
-        job.check(configured({**others, path: value}))
+        run_inputs.check(configured({**others, path: value}))
     assert f"{path}={value!r} is not used" in str(raised.value) and message in str(raised.value)
 
 
 @pytest.mark.parametrize(("path", "value", "others"), USED)
 def test_with_an_effect(path, value, others):
-    job.check(configured({**others, path: value}))
+    run_inputs.check(configured({**others, path: value}))
 
 
 def test_a_run_without_evaluation_says_so(tmp_path, caplog):
@@ -266,5 +267,5 @@ def test_a_run_without_evaluation_says_so(tmp_path, caplog):
     for source, said in (("", True), (str(pairs), False)):
         c = tiny.config(tmp_path / "model", pairs, data__eval=source, train__eval_every=7)
         caplog.clear()
-        job.plan(c, job.prepare(c), devices=1)
+        run_schedule.plan(c, run_inputs.prepare(c), devices=1)
         assert ("no evaluation: neither data.eval nor answers.count is set" in caplog.text) == said

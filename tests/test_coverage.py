@@ -2,16 +2,16 @@
 
 import pytest
 
-from fpo_jax.logps import coverage
+from fpo_jax.logprobs import coverage
 from tests.paths import REPO
 
 
 @pytest.mark.parametrize("name", ["README.md", "kernels/README.md"])
 def test_the_table_of_the_readme_is_what_choose_answers(name):
     text = REPO.joinpath(name).read_text()
-    begin, end = "<!-- what runs where: python -m fpo_jax.logps.coverage -->\n", "\n<!-- end of what runs where -->"
+    begin, end = "<!-- what runs where: python -m fpo_jax.logprobs.coverage -->\n", "\n<!-- end of what runs where -->"
     written = text.partition(begin)[2].partition(end)[0]
-    assert written == coverage.table(), f"run python -m fpo_jax.logps.coverage and replace the table of {name}"
+    assert written == coverage.table(), f"run python -m fpo_jax.logprobs.coverage and replace the table of {name}"
 
 
 def test_the_loss_is_inside_on_every_mesh_and_layout_of_what_has_kernels():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fpo_jax import data
-from fpo_jax.data import Prepared, batches
+from fpo_jax.data import Prepared, sampler
 from tests import real_tokenizers
 from tests.paths import REPO, shared_data
 
@@ -115,15 +115,15 @@ class TestCursor:
         prepared = random_set()
         steps = list(range(14))
         forward = [data.batch_at(plan(prepared), step) for step in steps]
-        batches.order.cache_clear()
+        sampler.order.cache_clear()
         backward = {step: data.batch_at(plan(prepared), step) for step in reversed(steps)}
         for step in steps:
             assert_equal(forward[step], backward[step])
 
     def test_a_far_step_costs_one_permutation(self):
-        batches.order.cache_clear()
+        sampler.order.cache_clear()
         data.batch_at(plan(random_set()), 10**12)
-        assert batches.order.cache_info().misses == 1
+        assert sampler.order.cache_info().misses == 1
 
     def test_negative_step(self):
         with pytest.raises(ValueError, match=r"step=-1 is negative; steps count from 0"):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpo_jax import chat, data
-from fpo_jax.data import records
+from fpo_jax import data, tokenization
+from fpo_jax.data import formats
 from tests import tiny
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
@@ -77,7 +77,7 @@ def sound(record):
 @functools.cache
 def bytewise(folder):
     tiny.write_tokenizer(folder / "tokenizer")
-    return chat.load_tokenizer(folder / "tokenizer")
+    return tokenization.load_tokenizer(folder / "tokenizer")
 
 
 def read_or_refuse(path, *, format):
@@ -93,7 +93,7 @@ def read_or_refuse(path, *, format):
 
 
 def test_every_format_is_here():
-    assert SOUND.keys() == records._PARSERS.keys()
+    assert SOUND.keys() == formats._PARSERS.keys()
 
 
 @pytest.fixture(scope="module")

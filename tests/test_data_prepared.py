@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fpo_jax import chat, data
+from fpo_jax import data, tokenization
 from fpo_jax.data import Record, Records
 from tests import real_tokenizers, toy_tokenizers
 from tests.paths import shared_data
@@ -25,7 +25,7 @@ def pair(chosen=" Yes", rejected=" No", prompt=HEAD, source="f:1"):
 
 
 def raw(tokenizer):
-    return chat.encoder(tokenizer, chat.PromptFormat(rule="raw"))
+    return tokenization.encoder(tokenizer, tokenization.PromptFormat(rule="raw"))
 
 
 def prepare(records, tokenizer, **options):
@@ -37,12 +37,12 @@ class TestRows:
         records = [pair(), pair(" an the", " a", source="f:2"), pair(" the", " an", "the a", "f:3")]
         prepared, _ = prepare(records, toy)
         assert (prepared.groups, prepared.group_size, prepared.sources) == (3, 2, ("f:1", "f:2", "f:3"))
-        encoder = chat.encoder(toy)
+        encoder = tokenization.encoder(toy)
         for group, record in enumerate(records):
-            head = chat.encode(encoder, [record.prompt])[0]
+            head = tokenization.encode(encoder, [record.prompt])[0]
             for candidate, response in enumerate(record.responses):
                 ids, prompt_length = prepared.row(group * 2 + candidate)
-                assert ids.tolist() == head + chat.encode(encoder, [response])[0] + [encoder.eos_id]
+                assert ids.tolist() == head + tokenization.encode(encoder, [response])[0] + [encoder.eos_id]
                 assert prompt_length == len(head)
         np.testing.assert_array_equal(prepared.rewards_BK, [[1, 0]] * 3)
         kinds = [array.dtype for array in prepared[:5]]
@@ -86,13 +86,13 @@ class TestRows:
 
     def test_chat_rule_needs_a_template(self, toy):
         with pytest.raises(ValueError, match=r"^the tokenizer .* has no chat template"):
-            data.prepare([pair()], chat.encoder(toy, chat.PromptFormat()), **CHAT)
+            data.prepare([pair()], tokenization.encoder(toy, tokenization.PromptFormat()), **CHAT)
 
     def test_error_inside_a_chunk_names_its_record(self):
-        tokenizer = toy_tokenizers.byte_bpe(bos="<s>", template=chat.CHAT_TEMPLATES["gemma2"])
+        tokenizer = toy_tokenizers.byte_bpe(bos="<s>", template=tokenization.CHAT_TEMPLATES["gemma2"])
         good = pair(source="f:1")
         bad = pair(prompt=[{"role": "system", "content": "s"}], source="f:2")
-        encoder = chat.encoder(tokenizer)
+        encoder = tokenization.encoder(tokenizer)
         with pytest.raises(ValueError, match=r"^f:2: the chat template leaves out the text of a turn of role 'system'"):
             data.prepare([good, bad, good], encoder, **CHAT)
         refused = pair(prompt=[{"role": "tool", "content": "t"}], source="f:3")
@@ -116,8 +116,8 @@ class TestPolicies:
     @pytest.mark.parametrize("cut", [0, 1, 2])
     def test_long_prompts(self, toy, cut):
         record = pair(" a", " an", source="f:5")
-        [[row], _] = chat.raw_rows(
-            chat.encoder(toy), [HEAD] * 2, [[" a"], [" an"]], max_length=90, max_response_length=9
+        [[row], _] = tokenization.raw_rows(
+            tokenization.encoder(toy), [HEAD] * 2, [[" a"], [" an"]], max_length=90, max_response_length=9
         )
         limits = dict(max_length=len(row.ids) - cut)
         kept, audit = prepare([record, pair(" a", " an", "an")], toy, **limits)
@@ -276,7 +276,7 @@ class TestAudit:
         for opens, count in (("bos_token", 0), ("'a' + bos_token + bos_token", 2)):
             template = f"{{% for m in messages %}}{{{{ {opens} + m.content + eos_token }}}}{{% endfor %}}"
             tokenizer = toy_tokenizers.byte_bpe(bos="<s>", template=template)
-            _, audit = data.prepare([pair()], chat.encoder(tokenizer), **CHAT)
+            _, audit = data.prepare([pair()], tokenization.encoder(tokenizer), **CHAT)
             assert audit.double_bos == count
 
     def test_text_is_compact(self, toy):
@@ -323,7 +323,7 @@ class TestMaskedSample:
 
     def test_boundary_inside_a_character(self, toy):
         prepared, _ = prepare([pair()], toy)
-        [ids] = chat.encode(chat.encoder(toy), ["é"])
+        [ids] = tokenization.encode(tokenization.encoder(toy), ["é"])
         assert len(ids) == 2
         split = prepared._replace(
             tokens_S=np.array(ids, np.int32),

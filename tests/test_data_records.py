@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fpo_jax import data
-from fpo_jax.data import records, sources, transcripts
+from fpo_jax.data import formats, hh_rlhf, loading
 from tests.paths import shared_data
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -103,7 +103,7 @@ class TestHH:
         ],
     )
     def test_not_a_transcript(self, tmp_path, transcript, message):
-        for split in transcripts.SPLITS:
+        for split in hh_rlhf.SPLITS:
             with pytest.raises(ValueError, match=message):
                 read_text(tmp_path, lines({"chosen": transcript, "rejected": transcript}), format="hh", hh_split=split)
 
@@ -112,20 +112,20 @@ class TestTranscripts:
     @pytest.mark.parametrize("gap", ["", " ", "  ", "\n\n"])
     def test_response_begins_with_one_space(self, gap):
         head = "\n\nHuman: a\n\nAssistant:"
-        splits = [transcripts.split_last_turn, *([transcripts.split_first_difference] if gap else [])]
+        splits = [hh_rlhf.split_last_turn, *([hh_rlhf.split_first_difference] if gap else [])]
         for split in splits:  # the original, and so the second, wants a space after "Assistant:"
             assert split(f"{head}{gap}b ", f"{head} c\n\nd") == (head, " b ", " c\n\nd")
 
     def test_last_turn_is_a_human_one(self):
         side = "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Bye"
-        assert transcripts.split_last_turn(side, side).reason == "last_turn_not_assistant"
+        assert hh_rlhf.split_last_turn(side, side).reason == "last_turn_not_assistant"
 
     def test_first_difference_literally(self):
         chosen = (
             "\n\nHumans: a\n\nb\n\nAssistant: same\n\nHuman: c\n\nAssistant: Human: yes Human: no\n\nmore\n\nHuman: x"
         )
         rejected = "\n\nHuman: a\n\nb\n\nAssistant: same\n\nHuman: c\n\nAssistant:  no"
-        assert transcripts.split_first_difference(chosen, rejected) == (
+        assert hh_rlhf.split_first_difference(chosen, rejected) == (
             "\n\nHuman: a\n\nb\n\nAssistant: same\n\nHuman: c\n\nAssistant:",
             " yes  no\n\nmore",
             " no",
@@ -140,7 +140,7 @@ class TestTranscripts:
         ],
     )
     def test_first_difference_drops(self, chosen, rejected, reason):
-        assert transcripts.split_first_difference(chosen, rejected).reason == reason
+        assert hh_rlhf.split_first_difference(chosen, rejected).reason == reason
 
 
 class TestChatPairs:
@@ -206,7 +206,7 @@ class TestJson:
     @pytest.mark.parametrize(
         "other",
         [
-            {"rewards": [0.9, 0.4]},  # as eval.label --pairing best_worst writes it
+            {"rewards": [0.9, 0.4]},  # as fpo label --pairing best_worst writes it
             {"rewards": 0.5},
             {"rewards": "good"},
             {"completions": ["x", "y", "z"]},
@@ -517,7 +517,7 @@ class TestSources:
             data.read("owner/name", format="json", split="train")
 
     def test_bad_row_knows_its_line(self):
-        assert sources.BadRow("x", 3).line == 3 and sources.BadRow("x").line == 1
+        assert loading.BadRow("x", 3).line == 3 and loading.BadRow("x").line == 1
 
 
 # --- formats with one response, or more than two
@@ -624,7 +624,7 @@ ROWS = {  # format -> a row, and the columns beside those that it reads
 
 
 def test_every_format_has_such_a_row():
-    assert {*ROWS, "imdb"} == set(records._PARSERS)  # imdb is tried in test_reviews
+    assert {*ROWS, "imdb"} == set(formats._PARSERS)  # imdb is tried in test_reviews
 
 
 @pytest.mark.parametrize("format", sorted(ROWS))

@@ -8,8 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fpo_jax import data, job
-from fpo_jax.data import decontamination, sources
+from fpo_jax import data
+from fpo_jax.data import decontamination, loading
+from fpo_jax.trainer import run_inputs
 from tests import tiny
 
 ROWS = [
@@ -212,7 +213,7 @@ def test_a_run_trains_on_a_copy_of_a_hub_data_set(tmp_path):
     tiny.write_model(tmp_path / "model", layers=1)
     folder = hub_copy(tmp_path / "copy")
     c = tiny.config(tmp_path / "model", folder, data__train_split="train", data__eval_split="test")
-    inputs = job.prepare(c)
+    inputs = run_inputs.prepare(c)
     assert (inputs.train.prepared.groups, inputs.evaluation.prepared.groups) == (1, 1)
     assert inputs.train.prepared.sources == (f"{folder}/data/train-00000-of-00001.parquet[0]",)
 
@@ -227,4 +228,4 @@ def test_benchmarks_and_prompts_come_from_tables(tmp_path):
 def test_what_datasets_caches_is_read(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
     [file] = (tmp_path / "saved").glob("*.arrow")
-    assert [row for _, row in sources.rows(str(file), split=None, data_dir=None, revision=None)] == ROWS
+    assert [row for _, row in loading.rows(str(file), split=None, data_dir=None, revision=None)] == ROWS

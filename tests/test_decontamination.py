@@ -5,8 +5,9 @@ import unicodedata
 
 import pytest
 
-from fpo_jax import data, job
+from fpo_jax import data
 from fpo_jax.data import decontamination
+from fpo_jax.trainer import run_inputs
 from tests import tiny
 from tests.paths import shared_data
 
@@ -72,10 +73,10 @@ def test_a_benchmark_is_compared_or_refused_and_what_is_too_short_is_counted(tmp
     mixed = write(tmp_path / "mixed.jsonl", [{"q": CHINESE}, {"q": "天空的颜色"}, {"q": "a b c"}])
     c = tiny.config(tmp_path / "model", path, data__decontaminate=(f"{long}=q", f"{short}=q"))
     with pytest.raises(ValueError, match=r"no text of '.*short.jsonl=q' has 8 words, or 16 characters of a script"):
-        job.prepare(c)
+        run_inputs.prepare(c)
     c = tiny.config(tmp_path / "model", path, data__decontaminate=(f"{mixed}=q",), data__max_length=64)
     c.data.train_rows = "0:2"
-    assert job.prepare(c).train.audit.dropped["contaminated"] == (f"{path}:2",)
+    assert run_inputs.prepare(c).train.audit.dropped["contaminated"] == (f"{path}:2",)
     assert "2 of 3 texts of" in caplog.text and "are not compared" in caplog.text
 
 
@@ -107,11 +108,11 @@ def test_a_run_leaves_them_out_of_training_and_not_of_evaluation(tmp_path):
     rows = [{"prompt": text, "chosen": " a", "rejected": " b"} for text in ("Hi", COPY, "Ho")]
     path, benchmark = write(tmp_path / "d.jsonl", rows), write(tmp_path / "b.jsonl", [{"prompt": PROBLEM}])
     c = tiny.config(tmp_path / "model", path, data__eval=path, data__decontaminate=(f"{benchmark}=prompt",))
-    inputs = job.prepare(c)
+    inputs = run_inputs.prepare(c)
     assert inputs.train.audit.dropped["contaminated"] == (f"{path}:2",)
     assert inputs.evaluation.prepared.groups == 3
     with pytest.raises(ValueError, match="data.decontaminate: 'x' is not source=column"):
-        job.check(tiny.config(tmp_path / "model", path, data__decontaminate=("x",)))
+        run_inputs.check(tiny.config(tmp_path / "model", path, data__decontaminate=("x",)))
 
 
 def test_real_benchmarks_against_real_conversations():

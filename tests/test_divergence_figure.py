@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from eval import divergence_figure
+from fpo_jax.eval.report import divergence_figure
 from tests import tolerances
 
 # Heights and places of the peaks, read off the figure of f-PO's repository (two or three digits; places to 0.3).

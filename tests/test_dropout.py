@@ -5,7 +5,8 @@ import json
 import pytest
 
 from fpo_jax import config as configuration
-from fpo_jax import hf, job, model
+from fpo_jax import hf, models
+from fpo_jax.trainer import run_inputs
 from tests import tiny
 
 GPT2 = {"family": "gpt2", "kv_heads": 4, "head_dim": 4, "activation": "gelu_new", "tied_head": True}
@@ -51,15 +52,15 @@ def run_config(source, **changed):
 )
 def test_training_refuses_by_name_or_leaves_it_out(folder, options, changed, named):
     source = folder(changed, **options)
-    for stage in configuration.knobs.STAGES:
+    for stage in configuration.fields.STAGES:
         with pytest.raises(
             ValueError, match=rf"names drop-out \({named}\), and nothing is dropped .*model.dropout=off"
         ):
-            job.read_model(run_config(source, stage=stage), source)
-        found = job.read_model(run_config(source, stage=stage, model__dropout="off"), source)
+            run_inputs.read_model(run_config(source, stage=stage), source)
+        found = run_inputs.read_model(run_config(source, stage=stage, model__dropout="off"), source)
         assert ", ".join(f"{key}={share:g}" for key, share in found.dropout) == named
-    assert job.read_reference(run_config(source), source).dropout  # a reference never drops
-    assert model.from_hf_config(model.to_hf_config(hf.read_config(source))) == hf.read_config(source)
+    assert run_inputs.read_reference(run_config(source), source).dropout  # a reference never drops
+    assert models.from_hf_config(models.to_hf_config(hf.read_config(source))) == hf.read_config(source)
 
 
 @pytest.mark.parametrize("stage", ["align", "reward"])
@@ -79,7 +80,7 @@ def test_a_model_born_here_names_none_and_unknown_kinds_pass(folder):
     keys = json.loads((folder({}, **GPT2) / "config.json").read_text())
     assert {keys[name] for name in ("embd_pdrop", "resid_pdrop", "attn_pdrop")} == {0.0}
     others = {"summary_first_dropout": 0.1, "classifier_dropout": 0.1, "attention_dropout": None}
-    assert model.from_hf_config(keys | others).dropout == ()
+    assert models.from_hf_config(keys | others).dropout == ()
 
 
 def test_a_run_goes_on_whatever_it_says_of_drop_out():

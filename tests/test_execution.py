@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import execution, shapes
+from fpo_jax import types
+from fpo_jax.trainer import compiled_step
 from tests import batches
 from tests.paths import REPO
 
@@ -16,10 +17,10 @@ ARGUMENTS = 4 * 3 + sum(leaf.nbytes for leaf in jax.tree.leaves(BATCH))
 
 
 def program():
-    def total(first, batch: shapes.Batch):
+    def total(first, batch: types.Batch):
         return first.sum() + sum(jax.numpy.sum(leaf) for leaf in jax.tree.leaves(batch))
 
-    return execution.Program("the update", jax.jit(total, keep_unused=True))
+    return compiled_step.Program("the update", jax.jit(total, keep_unused=True))
 
 
 class Device:
@@ -37,7 +38,7 @@ def test_a_program_larger_than_a_device_is_refused(monkeypatch, limit, fits):
     if fits:
         assert np.isfinite(program()(first, BATCH))
     else:
-        with pytest.raises(ValueError, match=r"the update needs .* a device lends .*micro_batch_per_device.*--plan"):
+        with pytest.raises(ValueError, match=r"the update needs .* a device lends .*micro_batch_per_device.*fpo plan"):
             program()(first, BATCH)
 
 
@@ -57,21 +58,21 @@ def test_a_compiler_out_of_memory_says_what_to_do(text, refused):
             raise jax.errors.JaxRuntimeError(text)
 
     with pytest.raises(ValueError if refused else jax.errors.JaxRuntimeError) as caught:
-        execution.Program("the update", Refusing())(np.zeros(3, np.float32), BATCH)
+        compiled_step.Program("the update", Refusing())(np.zeros(3, np.float32), BATCH)
     assert ("does not fit: RESOURCE_EXHAUSTED: Ran out" in str(caught.value)) == refused
-    assert ("train.py --plan" in str(caught.value)) == refused
+    assert ("`fpo plan`" in str(caught.value)) == refused
 
 
 def test_compiled_programs_are_kept_for_the_next_start(tmp_path):
     """In processes of their own: the cache is the process's."""
     text = f"""
 import jax
-from fpo_jax import execution
+from fpo_jax.trainer import compiled_step
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: x + 1)(1)  # what compiled before must not settle it
-execution.keep_compiled({str(tmp_path / "cache")!r})
+compiled_step.keep_compiled({str(tmp_path / "cache")!r})
 jax.jit(lambda x: jax.numpy.sin(x) * 3)(2.0)
 print(hits.count("/jax/compilation_cache/cache_hits"))
 """

@@ -63,7 +63,7 @@ def generate(site, out, fault=None):
     options = {"--model": site.root / "model", "--data": site.root / "prompts.jsonl", "--out": out}
     options |= {"--max-new-tokens": 5, "--batch-size": 2, "--compute-dtype": "float32", "--max-length": 32}
     command = [part for pair in options.items() for part in pair]
-    return site.zygote.run("eval.generate", command, site.root / "log", fault)
+    return site.zygote.run("fpo_jax.cli.generate", command, site.root / "log", fault)
 
 
 @pytest.mark.faults  # half a minute
@@ -109,7 +109,7 @@ def test_judgements_killed_or_stopped_anywhere_ask_only_for_what_is_missing(site
             options = {"--candidate": tmp_path / "a.jsonl", "--baseline": tmp_path / "b.jsonl", "--out": out}
             options |= {"--template": "helpful", "--server": server.url, "--server-model": "m"}
             command = [part for pair in (options | {"--concurrency": workers}).items() for part in pair]
-            return site.zygote.run("eval.winrate", command, site.root / "log", fault)
+            return site.zygote.run("fpo_jax.eval.judge.winrate", command, site.root / "log", fault)
 
         assert judge(tmp_path / "whole")[0] == 0
         killed, number, wanted = 0, 0, faults.trials(80)

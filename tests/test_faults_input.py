@@ -15,8 +15,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fpo_jax import chat, data
-from fpo_jax.data import sources
+from fpo_jax import data, tokenization
+from fpo_jax.data import loading
 from tests import real_tokenizers
 from tests.paths import shared_data
 from tests.test_data_fuzz import SOUND
@@ -249,12 +249,12 @@ def test_a_line_of_ten_gigabytes_in_ten_megabytes_is_refused_in_bounded_memory(t
         Path("/proc/self/clear_refs").write_text("5")
         before, start = peak_bytes(), time.process_time()
         assert re.search(r"bomb\.jsonl\.gz:2: the line is longer than 67,108,864 bytes", outcome(path, "json", policy))
-        assert peak_bytes() - before < 5 * sources.LONGEST_LINE and time.process_time() - start < 10
+        assert peak_bytes() - before < 5 * loading.LONGEST_LINE and time.process_time() - start < 10
 
 
 def test_a_list_without_an_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST_LIST", 2**20)
-    monkeypatch.setattr(sources, "LONGEST_LINE", 2**10)
+    monkeypatch.setattr(loading, "LARGEST_LIST", 2**20)
+    monkeypatch.setattr(loading, "LONGEST_LINE", 2**10)
     long = tmp_path / "long.jsonl"
     long.write_bytes(b"[" + b",\n".join([encoded(SOUND["json"])] * 5000) + b"]")
     assert outcome(long, "json", "error")[1] == []
@@ -300,12 +300,12 @@ NAMES = [pytest.param(one, marks=() if one in QUICK else pytest.mark.faults) for
 def row_of(encoder, text):
     turns = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
     turns.append({"role": "user", "content": text})
-    [[row]] = chat.chat_rows(encoder, [turns], [[text]], max_length=4000, max_prompt_length=2000)
+    [[row]] = tokenization.chat_rows(encoder, [turns], [[text]], max_length=4000, max_prompt_length=2000)
     return row
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("template", [*chat.CHAT_TEMPLATES, None])
+@pytest.mark.parametrize("template", [*tokenization.CHAT_TEMPLATES, None])
 def test_no_text_writes_a_control_token_and_no_row_has_two_bos(name, template):
     encoder = real_tokenizers.encoder(name, template)
     if not encoder.tokenizer.chat_template:
@@ -351,9 +351,11 @@ def check_boundaries(encoder, normal, random, count):
     """Rows of random pairs; returns how many tokens straddled a boundary."""
     prompts, responses = texts(random, count), texts(random, count)
     wholes = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    ids = chat.encode(encoder, [*prompts, *wholes])
-    with mock.patch.object(chat.tokenizer, "encode", return_value=ids) as encode:  # most of the time, so once
-        rows = chat.raw_rows(encoder, prompts, [[one] for one in responses], max_length=500, max_response_length=400)
+    ids = tokenization.encode(encoder, [*prompts, *wholes])
+    with mock.patch.object(tokenization.tokenizer, "encode", return_value=ids) as encode:  # most of the time, so once
+        rows = tokenization.raw_rows(
+            encoder, prompts, [[one] for one in responses], max_length=500, max_response_length=400
+        )
     encode.assert_called_once_with(encoder, [*prompts, *wholes])
     prompt_ids, whole_ids = ids[:count], ids[count:]
     opening = [encoder.bos_id] if encoder.adds_bos else []

@@ -12,21 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from fpo_jax import (
-    checkpoint,
-    data,
-    execution,
-    guards,
-    loop,
-    losses,
-    metrics,
-    optim,
-    params,
-    reference,
-    shapes,
-    sharding,
-    step,
-)
+from fpo_jax import checkpoint, data, losses, sharding, types
+from fpo_jax.models import params
+from fpo_jax.optimizer import adamw, skip_step
+from fpo_jax.trainer import compiled_step, metric_logger, reference_files, train_step, trainer
 from tests import batches, compiling, faults, resuming, tiny
 from tests.paths import REPO
 from tests.test_step import CONFIG, batch_of
@@ -43,8 +32,8 @@ def one_leaf(where):
 def updater(*, devices, guard=None, spoil=None):
     """(update(state, batch), fresh state) of the tiny model on one device or cut over eight."""
     loss, places = losses.resolve("alphapo-pref"), None
-    rate = optim.schedule(kind="linear", peak=1e-2, warmup=0, horizon=9)
-    optimizer = optim.optimizer(
+    rate = adamw.schedule(kind="linear", peak=1e-2, warmup=0, horizon=9)
+    optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
     )
     optimizer = optimizer if guard is None else guard.watching(optimizer)
@@ -59,20 +48,20 @@ def updater(*, devices, guard=None, spoil=None):
     def spoiled(grads):
         return grads if spoil is None else {**grads, "embed": jax.tree.map(spoil, grads["embed"])}
 
-    places = step.Places(gather=lambda x: x, cut=spoiled, fetch=lambda x: x)
+    places = train_step.Places(gather=lambda x: x, cut=spoiled, fetch=lambda x: x)
     scorer = batches.scorer(CONFIG, temperature=loss.temperature, layout=layout)
 
     @jax.jit
     def update(state, batch):
-        return step.train_step(
+        return train_step.train_step(
             state, batch, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate, places=places, guard=guard
         )
 
     counter = None if guard is None else jnp.int32(0)
-    state = shapes.TrainState(weights, jax.jit(optimizer.init)(weights), jnp.int32(0), None, counter)
+    state = types.TrainState(weights, jax.jit(optimizer.init)(weights), jnp.int32(0), None, counter)
 
     def applied(state, batch):
-        return update(state, step.stack_micro_batches(batch, accumulation=1))
+        return update(state, train_step.stack_micro_batches(batch, accumulation=1))
 
     return applied, state
 
@@ -99,7 +88,7 @@ POISONS = ["nan", "inf", "-inf", "a token outside the vocabulary"]
     "kind", [*POISONS[:1], *(pytest.param(kind, marks=pytest.mark.faults) for kind in POISONS[1:])]
 )
 def test_poison_changes_nothing_and_the_schedule_waits(kind, devices):
-    guard = guards.Guard(most=MOST)
+    guard = skip_step.Guard(most=MOST)
     update, state = updater(devices=devices, guard=guard)
     state, _ = update(state, batch_of())
     before = kept(state)
@@ -108,8 +97,8 @@ def test_poison_changes_nothing_and_the_schedule_waits(kind, devices):
         assert kept(state) == before and int(state.skipped) == number and float(pairs["nonfinite"][0]) == 1.0
     assert int(state.step) == MOST, "updates skipped are counted"
     state, pairs = update(state, batch_of(seed=1))
-    assert int(state.skipped) == 0 and int(optim.updates_applied(state.opt_state)) == 2 and kept(state) != before
-    rate = optim.schedule(kind="linear", peak=1e-2, warmup=0, horizon=9)
+    assert int(state.skipped) == 0 and int(adamw.updates_applied(state.opt_state)) == 2 and kept(state) != before
+    rate = adamw.schedule(kind="linear", peak=1e-2, warmup=0, horizon=9)
     assert float(pairs["learning_rate"][0]) == float(rate(1)), "the rate that the first skipped update had"
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
 
@@ -118,7 +107,7 @@ def test_poison_changes_nothing_and_the_schedule_waits(kind, devices):
 @pytest.mark.parametrize("where", ["one leaf", "one shard"])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_gradient_that_is_not_finite_in_one_leaf_or_shard_is_applied_on_no_device(where, devices):
-    update, state = updater(devices=devices, guard=guards.Guard(most=MOST), spoil=one_leaf(where))
+    update, state = updater(devices=devices, guard=skip_step.Guard(most=MOST), spoil=one_leaf(where))
     before = kept(state)
     state, pairs = update(state, batch_of())
     assert np.isfinite(float(pairs["loss"][0])) and float(pairs["nonfinite"][0]) == 1.0
@@ -129,7 +118,7 @@ def test_a_gradient_that_is_not_finite_in_one_leaf_or_shard_is_applied_on_no_dev
 
 @pytest.mark.parametrize(("weight", "bad"), [(1, MOST), (MOST, 1)])  # skip, stop
 def test_after_too_many_nothing_is_applied_until_the_run_has_stopped(weight, bad):
-    update, state = updater(devices=1, guard=guards.Guard(most=MOST, weight=weight))
+    update, state = updater(devices=1, guard=skip_step.Guard(most=MOST, weight=weight))
     state, _ = update(state, batch_of())
     before = kept(state)
     for batch in [poisoned("nan")] * bad + [batch_of(seed=1)] * 2:
@@ -139,7 +128,7 @@ def test_after_too_many_nothing_is_applied_until_the_run_has_stopped(weight, bad
 
 
 def test_the_guard_asks_the_host_for_nothing():
-    update, state = updater(devices=1, guard=guards.Guard(most=MOST, sigmas=6.0, window=4))
+    update, state = updater(devices=1, guard=skip_step.Guard(most=MOST, sigmas=6.0, window=4))
     text = str(jax.make_jaxpr(update)(state, batch_of()))
     assert not re.search("callback|infeed|outfeed", text), re.findall("[a-z_]*callback|infeed|outfeed", text)
 
@@ -152,7 +141,7 @@ def test_the_guard_moves_no_byte(monkeypatch):
         found = jax.jit(update, donate_argnums=0).lower(state, batch_of()).compile().cost_analysis()
         return found["bytes accessed"]
 
-    guarded = moved(guards.Guard(most=MOST))
+    guarded = moved(skip_step.Guard(most=MOST))
     monkeypatch.setattr(jnp, "isfinite", lambda x: jnp.ones(jnp.shape(x), bool))
     share = guarded / moved(None)
     assert share < 1.001, share
@@ -169,7 +158,7 @@ def config(inputs, **changed):
 
 def spoil_updates(monkeypatch, numbers, value):
     """Add a value to a reference log-prob of the updates of these numbers, from 1."""
-    batch_at, filled, current = data.batch_at, reference.attach, [0]
+    batch_at, filled, current = data.batch_at, reference_files.attach, [0]
 
     def numbered(schedule, number, positions):
         current[0] = number + 1
@@ -182,7 +171,7 @@ def spoil_updates(monkeypatch, numbers, value):
         return batch
 
     monkeypatch.setattr(data, "batch_at", numbered)
-    monkeypatch.setattr(reference, "attach", with_reference)
+    monkeypatch.setattr(reference_files, "attach", with_reference)
 
 
 def weights(workdir, number=None):
@@ -213,12 +202,12 @@ def test_a_run_that_stops_has_saved_what_the_last_applied_update_left(
         spoil_updates(patch, bad, np.nan)
         for _ in range(2):  # the same command stops at the same update
             message = f"step {stops}: .* not applied; data: .*pairs.jsonl.* sound and holds what step 3 left"
-            with pytest.raises(loop.NonFinite, match=message):
+            with pytest.raises(trainer.NonFinite, match=message):
                 resuming.whole(config(inputs, **changed), workdir)
             meta, found = weights(workdir)
             assert meta["step"] == 3 and meta["nonfinite_in_a_row"] == 0
             assert found == sound[0]
-            lines = metrics.read(workdir / metrics.METRICS_FILE)
+            lines = metric_logger.read(workdir / metric_logger.METRICS_FILE)
             assert [line["step"] for line in lines if "nonfinite_rows" in line] == sorted(bad)
             assert all(len(line["nonfinite_rows"]) == 4 for line in lines if line["step"] in bad)
     resuming.whole(config(inputs, **changed | {"train__on_nonfinite": "skip", "train__max_nonfinite": 9}), workdir)
@@ -228,9 +217,9 @@ def test_a_run_that_stops_has_saved_what_the_last_applied_update_left(
 def test_a_stored_reference_that_is_not_finite_is_refused(tmp_path):
     logps = np.zeros((5, 2), np.float32)
     logps[3, 1] = np.nan
-    reference.save(tmp_path / "r.safetensors", logps, {})
+    reference_files.save(tmp_path / "r.safetensors", logps, {})
     with pytest.raises(ValueError, match=r"r.safetensors are not finite for 1 of 5 groups \(first: \[3\]\); delete"):
-        reference.load(tmp_path / "r.safetensors")
+        reference_files.load(tmp_path / "r.safetensors")
 
 
 # with DPO, whose loss knows no bound
@@ -248,7 +237,7 @@ def test_an_outlier_is_skipped_and_logged_and_the_run_resumes_to_the_bit(inputs,
     resuming.compile_once(monkeypatch)
     spoil_updates(monkeypatch, {3, 8}, 400.0)  # the first comes before the window is full
     resuming.whole(config(inputs, **SPIKES, train__keep_checkpoints=99), tmp_path / "whole")
-    lines = metrics.read(tmp_path / "whole" / metrics.METRICS_FILE)
+    lines = metric_logger.read(tmp_path / "whole" / metric_logger.METRICS_FILE)
     assert [line["step"] for line in lines if line["spike"]] == [8]
     assert [line["step"] for line in lines if "spike_rows" in line] == [8] and len(lines[7]["spike_rows"]) == 4
     steps = [weights(tmp_path / "whole", number)[1] for number in range(2, 10)]
@@ -262,7 +251,9 @@ def test_an_outlier_is_skipped_and_logged_and_the_run_resumes_to_the_bit(inputs,
 @pytest.mark.faults
 def test_spikes_without_an_end_stop_the_run(inputs, tmp_path, monkeypatch):
     spoil_updates(monkeypatch, range(6, 99), 400.0)
-    with pytest.raises(loop.NonFinite, match=r"step 7: loss or gradient is a spike \(loss .*2 in a row.* what step 5"):
+    with pytest.raises(
+        trainer.NonFinite, match=r"step 7: loss or gradient is a spike \(loss .*2 in a row.* what step 5"
+    ):
         resuming.whole(config(inputs, **SPIKES), tmp_path)
 
 
@@ -271,7 +262,7 @@ def test_without_an_outlier_or_a_full_window_skipping_changes_no_bit(inputs, tmp
     def compiled(program, first, batch):
         return program.jitted.lower(first, batch).compile(compiler_options=compiling.AS_USERS)
 
-    monkeypatch.setattr(execution.Program, "_compile", compiled)
+    monkeypatch.setattr(compiled_step.Program, "_compile", compiled)
     for name, changed in {"off": {"loss__alpha": 1.0}, "on": SPIKES | {"train__spike_window": 99}}.items():
         resuming.whole(config(inputs, **changed, train__max_steps=4), tmp_path / name)
     assert weights(tmp_path / "off")[1] == weights(tmp_path / "on")[1]
@@ -279,7 +270,7 @@ def test_without_an_outlier_or_a_full_window_skipping_changes_no_bit(inputs, tmp
 
 def test_a_spike_by_hand():
     """Losses 1, 2, 3, 4 with mean 2.5 and deviation sqrt(5)/2, gradient norms 10."""
-    guard = guards.Guard(most=9, sigmas=2.0, window=4)
+    guard = skip_step.Guard(most=9, sigmas=2.0, window=4)
     optimizer = guard.watching(optax.with_extra_args_support(optax.adamw(1e-3)))
     state = optimizer.init({"w": jnp.zeros(2)})
     grads = {"w": jnp.ones(2)}
@@ -309,7 +300,9 @@ def test_the_same_seed_gives_the_same_bytes_under_any_hash_seed(inputs, tmp_path
         assert line[0] == sys.executable
         done = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        references = [reference.load(path).tobytes() for path in sorted((tmp_path / seed / "reference").iterdir())]
-        files = [(tmp_path / seed / name).read_bytes() for name in (metrics.METRICS_FILE, "audit.json")]
+        references = [
+            reference_files.load(path).tobytes() for path in sorted((tmp_path / seed / "reference").iterdir())
+        ]
+        files = [(tmp_path / seed / name).read_bytes() for name in (metric_logger.METRICS_FILE, "audit.json")]
         found.append([weights(tmp_path / seed)[1], *files, *references])
     assert found[0] == found[1]

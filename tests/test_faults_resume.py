@@ -8,13 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, execution, loop, losses, metrics, profiling
-from fpo_jax.losses import objectives
+from fpo_jax import checkpoint, losses
+from fpo_jax.distributed import preemption
+from fpo_jax.losses import preference_losses
+from fpo_jax.perf import profiler
+from fpo_jax.trainer import compiled_step, metric_logger, trainer
 from tests import faults, resuming, tiny, tolerances
 
 STEPS, STOPS = 6, (1, 3, 4)
 STAGES = {"sft": "sft", "bradley_terry": "reward", "binary_cross_entropy": "reward"}
-EVERY = [*losses.DIVERGENCES, *objectives.OBJECTIVES]
+EVERY = [*losses.DIVERGENCES, *preference_losses.OBJECTIVES]
 # What else a state depends on. The alpha-divergence takes all, every other loss the next of them but the last two: what
 # draws random numbers takes as long to compile as three other cases. With five times the trials every loss takes all.
 WAYS = {
@@ -59,7 +62,7 @@ class Recorder:
         self.states, self.begun = {}, 0
         self.groups = collections.defaultdict(list)
         self.saved, self.restored = {}, []  # of what a checkpoint holds: after every update; by every start
-        call, before = execution.Program.__call__, profiling.Trace.before
+        call, before = compiled_step.Program.__call__, profiler.Trace.before
         restore = checkpoint.Checkpointer.restore
 
         def called(program, first, batch):
@@ -80,20 +83,20 @@ class Recorder:
             return state
 
         monkeypatch.setattr(checkpoint.Checkpointer, "restore", restoring)
-        monkeypatch.setattr(execution.Program, "__call__", called)
+        monkeypatch.setattr(compiled_step.Program, "__call__", called)
         resuming.compile_once(monkeypatch)
-        monkeypatch.setattr(profiling.Trace, "before", begins)
+        monkeypatch.setattr(profiler.Trace, "before", begins)
 
     def run(self, c, workdir, *, until=None, devices=1, monkeypatch=None):
         """Run, and stop as by a signal during update `until`."""
         if until is None:
-            loop.run(c, workdir, devices=jax.devices()[:devices])
+            trainer.run(c, workdir, devices=jax.devices()[:devices])
             return
         self.begun = 0
         with monkeypatch.context() as patch:
-            patch.setattr(execution.StopRequest, "agreed", lambda _: "SIGTERM" if self.begun >= until else None)
-            with pytest.raises(execution.Stopped, match=f"saved step {until} of"):
-                loop.run(c, workdir, devices=jax.devices()[:devices])
+            patch.setattr(preemption.StopRequest, "agreed", lambda _: "SIGTERM" if self.begun >= until else None)
+            with pytest.raises(preemption.Stopped, match=f"saved step {until} of"):
+                trainer.run(c, workdir, devices=jax.devices()[:devices])
 
 
 @pytest.mark.faults
@@ -110,7 +113,7 @@ def test_every_update_of_a_run_stopped_three_times_is_that_of_the_whole_run(inpu
     assert list(expected) == list(recorder.states) == list(range(1, STEPS + 1))
     assert [number for number in expected if expected[number] != recorder.states[number]] == []
     assert len(set(expected.values())) == STEPS and dict(recorder.groups) == groups
-    lines = [(tmp_path / folder / metrics.METRICS_FILE).read_bytes() for folder in ("whole", "w")]
+    lines = [(tmp_path / folder / metric_logger.METRICS_FILE).read_bytes() for folder in ("whole", "w")]
     assert lines[0] == lines[1]
 
 
@@ -151,7 +154,7 @@ def test_a_state_moves_to_another_mesh_bit_for_bit_and_its_next_loss_is_the_same
         shutil.copytree(tmp_path / "w", target)
         devices, c = on(inputs, mesh)
         recorder.run(c, target, devices=devices)
-        lines[mesh] = metrics.read(target / metrics.METRICS_FILE)
+        lines[mesh] = metric_logger.read(target / metric_logger.METRICS_FILE)
         assert [line["step"] for line in lines[mesh]] == [1, 2, 3, 4]
         assert recorder.restored == [saved_state] * len(lines), f"on {mesh} the state is not bitwise the same"
         np.testing.assert_allclose(

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import generate
-from eval import server as servers
-from fpo_jax import chat, hf, job, model
-from fpo_jax.chat import rendering
+from fpo_jax import hf, models, tokenization
+from fpo_jax.cli import generate
+from fpo_jax.cli import openai_client as servers
+from fpo_jax.tokenization import template_sandbox
+from fpo_jax.trainer import run_inputs
 from tests import compiling, hostile, tiny, toy_tokenizers
 from tests.answer_server import AnswerServer
 from tests.paths import REPO
@@ -55,7 +56,7 @@ def processor_seconds():
 def prepared(directory, pairs):
     """What train.py does with a directory before its first update."""
     c = tiny.config(directory, pairs, data__rule="chat", data__max_prompt_length=24, data__max_response_length=None)
-    inputs = job.prepare(c)
+    inputs = run_inputs.prepare(c)
     return hf.load_params(inputs.source, inputs.model_config, dtype="float32")
 
 
@@ -72,7 +73,7 @@ def opened(name, sound, tmp_path):
     if case.refusal is not None:  # else it compiles a model, and is no other reader than these
         entries.append(lambda: generated(tmp_path / "model", pairs, tmp_path / "out.jsonl"))
     else:
-        entries.append(lambda: chat.encoder(chat.load_tokenizer(tmp_path / "model")))
+        entries.append(lambda: tokenization.encoder(tokenization.load_tokenizer(tmp_path / "model")))
     for entry in entries:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before, start = peak_bytes(), processor_seconds()
@@ -88,7 +89,7 @@ def opened(name, sound, tmp_path):
 
 @pytest.mark.parametrize("name", hostile.CASES)
 def test_a_hostile_directory_is_refused_or_loads_harmlessly(sound, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(rendering, "SECONDS", 0.3)
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.3)
     case, said = opened(name, sound, tmp_path)
     if case.refusal is None:
         assert not said
@@ -149,7 +150,7 @@ def test_whatever_stands_in_a_config_is_read_or_refused(sound):
     for family in ("llama", "gemma2", "gpt2"):
         for key, value in itertools.product(keys, odd):
             try:
-                model.from_hf_config(keys | {"model_type": family, key: value})
+                models.from_hf_config(keys | {"model_type": family, key: value})
                 outcomes["read"] += 1
             except ValueError:
                 outcomes["refused"] += 1
@@ -170,14 +171,16 @@ def test_a_template_renders_as_transformers_renders_it():
         "{% macro f(m) -%} {{ m.role | upper }} {%- endmacro %}{{ f(messages[0]) }}{{ messages[::-1][0].content }}",
         "{{ strftime_now is defined }}{{ messages | map(attribute='role') | join(',') }}{{ 'a\\n\\u00e9' | length }}",
     ):
-        [own] = rendering.render(text, [rendering.Conversation(turns)], variables=tokenizer.special_tokens_map)
+        [own] = template_sandbox.render(
+            text, [template_sandbox.Conversation(turns)], variables=tokenizer.special_tokens_map
+        )
         assert own == tokenizer.apply_chat_template(turns, chat_template=text, tokenize=False)
 
 
 def test_a_template_s_process_holds_nothing_of_ours(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", KEY)
-    rendering.render("x", [rendering.Conversation([])], variables={})
-    process = rendering._process
+    template_sandbox.render("x", [template_sandbox.Conversation([])], variables={})
+    process = template_sandbox._process
     environment = Path(f"/proc/{process.pid}/environ").read_bytes()
     assert KEY.encode() not in environment and environment.count(b"=") == 2
     limits = Path(f"/proc/{process.pid}/limits").read_text()
@@ -185,8 +188,8 @@ def test_a_template_s_process_holds_nothing_of_ours(monkeypatch):
         assert re.search(rf"{name} +{most} ", limits), limits
     process.kill()
     with pytest.raises(ValueError, match=r"ends the process that renders it \(exit code -9\)"):
-        rendering.render("x", [rendering.Conversation([])], variables={})
-    assert rendering.render("x", [rendering.Conversation([])], variables={}) == ["x"]  # a new one
+        template_sandbox.render("x", [template_sandbox.Conversation([])], variables={})
+    assert template_sandbox.render("x", [template_sandbox.Conversation([])], variables={}) == ["x"]  # a new one
 
 
 BANNED = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "torch", "yaml"}
@@ -289,14 +292,15 @@ JUDGE = """
 import logging, os, sys
 from pathlib import Path
 logging.basicConfig(level=logging.DEBUG)
-from eval import server, winrate
-server.LONGEST_WAIT_S = 0.0
+from fpo_jax.cli import openai_client
+from fpo_jax.eval.judge import winrate
+openai_client.LONGEST_WAIT_S = 0.0
 url, folder = sys.argv[1], Path(sys.argv[2])
 options = winrate.Options(candidate=folder / "a.jsonl", baseline=str(folder / "b.jsonl"), out=folder / "o", server=url,
                           template="helpful", server_model="m", concurrency=2, api_key_env="JUDGE_KEY")
 print(options, winrate.run(options))
-key = server.Secret("JUDGE_KEY")
-asked = server.Server(url, "m", key, None, attempts=1)
+key = openai_client.Secret("JUDGE_KEY")
+asked = openai_client.Server(url, "m", key, None, attempts=1)
 print(key, asked, flush=True)
 asked.ask("refuse", {"prompt": "REFUSE"})
 """

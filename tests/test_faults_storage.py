@@ -17,9 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, hf, integrity, locking, loop, params, shapes, space
+from fpo_jax import checkpoint, hf, types
+from fpo_jax.checkpoint import disk_space, integrity, manager
+from fpo_jax.distributed import workdir_lock
 from fpo_jax.hf import __main__ as checker
-from fpo_jax.hf import manifest
+from fpo_jax.hf import digests
+from fpo_jax.models import params
+from fpo_jax.trainer import trainer
 from tests import compiling, damage, resuming, tiny
 from tests.paths import REPO
 
@@ -28,7 +32,7 @@ def state(step, rows=64):
     """Values that differ between steps and compress little."""
     draw = lambda number, *shape: jax.random.normal(jax.random.key(10 * step + number), shape)  # noqa: E731
     weights = {"layers": {"attn": draw(0, 2, rows, 48)}, "embed": draw(1, rows, 32).astype(jnp.bfloat16)}
-    return shapes.TrainState(weights, (draw(2, rows, 24), jnp.int32(step)), jnp.int32(0))
+    return types.TrainState(weights, (draw(2, rows, 24), jnp.int32(step)), jnp.int32(0))
 
 
 def saver(workdir, **options):
@@ -242,7 +246,7 @@ def files_limited_to(count):
 def breaking(monkeypatch, *, times, place="before"):
     """Let so many commits of a step fail as a disk would, before the rename or in the seal after it."""
     left = [times]
-    target, name = (checkpoint._Sealed, "finalize") if place == "before" else (integrity, "seal")
+    target, name = (manager._Sealed, "finalize") if place == "before" else (integrity, "seal")
     sound = getattr(target, name)
 
     def fails(path):
@@ -335,25 +339,25 @@ class TestFailedSave:
 
 class TestSpace:
     def test_save_that_does_not_fit_names_both_numbers_and_begins_nothing(self, workdir, monkeypatch):
-        needed = space.estimate(workdir / checkpoint.FOLDER, state(3)[:2])
-        monkeypatch.setattr(space, "free", lambda folder: needed - 1000)
+        needed = disk_space.estimate(workdir / checkpoint.FOLDER, state(3)[:2])
+        monkeypatch.setattr(disk_space, "free", lambda folder: needed - 1000)
         one = saver(workdir)
-        numbers = f"step 3 needs {space.gb(needed)}, the disk of .* has {space.gb(needed - 1000)} free"
+        numbers = f"step 3 needs {disk_space.gb(needed)}, the disk of .* has {disk_space.gb(needed - 1000)} free"
         with pytest.raises(checkpoint.SaveFailed, match=numbers):
             one.commit(3, state(3), {})
-        monkeypatch.setattr(space, "free", lambda folder: needed)
+        monkeypatch.setattr(disk_space, "free", lambda folder: needed)
         one.commit(3, state(3), {})
         one.close()
 
     def test_run_is_told_before_it_begins(self, tmp_path, monkeypatch, caplog):
         """Three checkpoints stay and one is written: four have to fit."""
-        one, each = saver(tmp_path), space.raw(state(1)[:2])
+        one, each = saver(tmp_path), disk_space.raw(state(1)[:2])
         for free, says in ((4 * each, ""), (4 * each - 1, "4 more checkpoints (3 kept, one written) need")):
             caplog.clear()
-            monkeypatch.setattr(space, "free", lambda folder, free=free: free)
+            monkeypatch.setattr(disk_space, "free", lambda folder, free=free: free)
             one.check_space(state(1))
             assert says in caplog.text and bool(says) == bool(caplog.text)
-        monkeypatch.setattr(space, "free", lambda folder: each - 1)
+        monkeypatch.setattr(disk_space, "free", lambda folder: each - 1)
         with pytest.raises(ValueError, match="a checkpoint needs .*train.keep_checkpoints"):
             one.check_space(state(1))
         one.close()
@@ -366,7 +370,7 @@ class TestSpace:
         folder = tmp_path / checkpoint.FOLDER
         with contextlib.closing(saver(tmp_path)) as one:
             for step in (1, 2):
-                told = space.estimate(folder, values[:2])
+                told = disk_space.estimate(folder, values[:2])
                 one.commit(step, values, {})
                 real = sum(path.stat().st_size for path in damage.files(folder / str(step)))
                 assert abs(told / real - 1) < 0.05, (step, told, real)
@@ -377,7 +381,7 @@ def run(inputs, workdir, **changed):
     options = {"train__batch_size": 4, "train__max_steps": 4, "train__save_every": 2, "data__eval": ""}
     c = tiny.config(inputs / "model", inputs / "pairs.jsonl", **(options | {"train__eval_every": 0} | changed))
     c.mesh.data = c.mesh.fsdp = c.mesh.tensor = 1
-    loop.run(c, workdir, devices=jax.devices()[:1])
+    trainer.run(c, workdir, devices=jax.devices()[:1])
 
 
 @pytest.mark.faults  # three runs
@@ -428,8 +432,8 @@ def test_run_on_a_full_disk_ends_with_its_exit_code_and_leaves_nothing_half_writ
 
 class TestLock:
     OTHER = (
-        "import sys; from pathlib import Path; from fpo_jax import locking\n"
-        "with locking.hold(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from fpo_jax.distributed import workdir_lock\n"
+        "with workdir_lock.hold(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
     )
 
     def other_run(self, workdir):
@@ -442,50 +446,54 @@ class TestLock:
     def test_second_run_is_refused_until_the_first_is_dead(self, tmp_path, caplog):
         with self.other_run(tmp_path) as other:
             with pytest.raises(ValueError, match=f"is in use by process {other.pid} of host .* on this host"):
-                locking.hold(tmp_path).__enter__()
+                workdir_lock.hold(tmp_path).__enter__()
             other.kill()
             other.wait()
-        with locking.hold(tmp_path):
+        with workdir_lock.hold(tmp_path):
             assert f"process {other.pid} of host" in caplog.text and "taken over" in caplog.text
-        assert (tmp_path / locking.FILE).read_text() == "", "an orderly end leaves no claim"
+        assert (tmp_path / workdir_lock.FILE).read_text() == "", "an orderly end leaves no claim"
 
     def test_loop_refuses_a_workdir_in_use_before_it_writes(self, inputs, tmp_path):
-        with locking.hold(tmp_path / "w"), pytest.raises(ValueError, match="is in use by process"):
+        with workdir_lock.hold(tmp_path / "w"), pytest.raises(ValueError, match="is in use by process"):
             run(inputs, tmp_path / "w")
-        assert [path.name for path in (tmp_path / "w").iterdir()] == [locking.FILE]
+        assert [path.name for path in (tmp_path / "w").iterdir()] == [workdir_lock.FILE]
 
     def test_error_releases_it(self, tmp_path):
-        with pytest.raises(RuntimeError, match="fault"), locking.hold(tmp_path):
+        with pytest.raises(RuntimeError, match="fault"), workdir_lock.hold(tmp_path):
             raise RuntimeError("fault")
-        with locking.hold(tmp_path):
+        with workdir_lock.hold(tmp_path):
             pass
 
     def claim(self, workdir, **changed):
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": locking.started(os.getpid())} | changed
-        (workdir / locking.FILE).write_text(json.dumps(owner))
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": workdir_lock.started(os.getpid()),
+        } | changed
+        (workdir / workdir_lock.FILE).write_text(json.dumps(owner))
 
     def test_another_hosts_claim_is_refused_with_the_remedy(self, tmp_path):
         self.claim(tmp_path, host="elsewhere")
         with pytest.raises(ValueError, match=r"locked by process \d+ of host elsewhere, .* delete .*lock.json"):
-            locking.hold(tmp_path).__enter__()
+            workdir_lock.hold(tmp_path).__enter__()
 
     @pytest.mark.parametrize("flock", [True, False])
     def test_claim_of_a_number_that_another_process_has_now_is_broken(self, tmp_path, monkeypatch, caplog, flock):
         if not flock:
             self.no_flock(monkeypatch)
         self.claim(tmp_path, started="another-boot/17")
-        with locking.hold(tmp_path):
+        with workdir_lock.hold(tmp_path):
             assert "taken over" in caplog.text
 
     def test_without_flock_a_living_process_is_refused_and_a_dead_one_broken(self, tmp_path, monkeypatch, caplog):
         self.no_flock(monkeypatch)
         self.claim(tmp_path)
         with pytest.raises(ValueError, match="is in use by process"):
-            locking.hold(tmp_path).__enter__()
+            workdir_lock.hold(tmp_path).__enter__()
         dead = subprocess.Popen([sys.executable, "-c", ""])
         dead.wait()
         self.claim(tmp_path, pid=dead.pid, started="boot/17")
-        with locking.hold(tmp_path):
+        with workdir_lock.hold(tmp_path):
             assert "taken over" in caplog.text
 
     def no_flock(self, monkeypatch):
@@ -517,7 +525,7 @@ class TestExportManifest:
     def test_digests_on_the_way_to_the_disk_are_those_of_what_lies_there(self, exported, tmp_path):
         shutil.copytree(exported, tmp_path / "out")
         (tmp_path / "out" / integrity.MANIFEST).unlink()
-        manifest.write(tmp_path / "out")
+        digests.write(tmp_path / "out")
         assert (tmp_path / "out" / integrity.MANIFEST).read_bytes() == (exported / integrity.MANIFEST).read_bytes()
 
     def test_flipped_bit_of_weights_names_file_and_tensor(self, exported, tmp_path, capsys):
@@ -535,7 +543,7 @@ class TestExportManifest:
         os.truncate(first, 100)
         second.unlink()
         (tmp_path / "out" / hf.SINGLE).touch()
-        told = "\n".join(manifest.check(tmp_path / "out"))
+        told = "\n".join(digests.check(tmp_path / "out"))
         assert f"{first.name} has 100 bytes" in told and f"{second.name} is missing" in told
         assert f"{hf.SINGLE} was not there" in told
 
@@ -544,6 +552,6 @@ class TestExportManifest:
         shutil.copytree(exported, tmp_path / "out")
         for seed, random in damage.trials(count):
             path = damage.flip_somewhere(tmp_path / "out", random)
-            told = manifest.check(tmp_path / "out")
+            told = digests.check(tmp_path / "out")
             assert len(told) == 1 and told[0].startswith(f"{path.relative_to(tmp_path / 'out')} "), damage.replay(seed)
             shutil.copyfile(exported / path.relative_to(tmp_path / "out"), path)

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from fpo_jax import flops, model, params
-from fpo_jax.attention import chunked, splash
-from fpo_jax.kernels import pallas_tpu, pallas_triton, spec
+from fpo_jax import models
+from fpo_jax.attention import blockwise, splash
+from fpo_jax.kernels.lm_head import pallas_tpu, pallas_triton, spec
+from fpo_jax.models import params
+from fpo_jax.perf import flops
 from tests import batches
 
-LLAMA = model.ModelConfig(
+LLAMA = models.ModelConfig(
     family="llama", vocab_size=11, width=8, layers=2, heads=4, kv_heads=2, head_dim=2, ffn=24, max_positions=64
 )
-NEOX = model.ModelConfig(
+NEOX = models.ModelConfig(
     family="gpt_neox", vocab_size=13, width=8, layers=3, heads=2, kv_heads=2, head_dim=4, ffn=20, max_positions=64
 )
 
@@ -110,7 +112,7 @@ def test_blockwise_attention_counts_the_pairs_that_are_seen(window):
     q, k = jnp.ones((2, 256, 4, 8)), jnp.ones((2, 256, 2, 8))
 
     def total(q, k, v):
-        return jnp.sum(chunked.attend(q, k, v, None, scale=1.0, window=window, soft_cap=None))
+        return jnp.sum(blockwise.attend(q, k, v, None, scale=1.0, window=window, soft_cap=None))
 
     pairs = flops.work([256], [0], sliding_window=window).pairs * 2 * 4 * 8
     assert traced(total, q, k, k, sliding_window=window) == 2 * 2 * pairs

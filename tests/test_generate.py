@@ -9,9 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from eval import generate, jobfile, label
-from eval import server as servers
-from fpo_jax import chat, checkpoint, execution, hf, loop, params, rewarding, sample, sharding
+from fpo_jax import checkpoint, hf, sharding, tokenization
+from fpo_jax.cli import generate, jsonl_job, label
+from fpo_jax.cli import openai_client as servers
+from fpo_jax.distributed import preemption
+from fpo_jax.inference import reward_model, sampler
+from fpo_jax.models import params
+from fpo_jax.trainer import run_inputs, trainer
 from tests import tiny
 from tests.answer_server import AnswerServer
 from tests.paths import REPO, shared_data
@@ -49,16 +53,18 @@ def answered(folder, tmp_path_factory):
 
 def test_lines_hold_prompts_and_what_the_sampler_drew(folder, answered):
     out, summary = answered
-    lines = jobfile.read(out)
+    lines = jsonl_job.read(out)
     assert [line["prompt"] for line in lines] == PROMPTS and [line["index"] for line in lines] == [*range(6)]
     assert lines[2]["source"].endswith("prompts.jsonl:3")
     assert (summary.prompts, summary.completions, summary.done_before) == (6, 12, 0)
-    tokenizer = chat.load_tokenizer(folder / "model")
+    tokenizer = tokenization.load_tokenizer(folder / "model")
     config = hf.read_config(folder / "model")
-    drawn = sample.sample(
+    drawn = sampler.sample(
         hf.load_params(folder / "model", config, dtype="float32"),
-        chat.generation_prompts(chat.encoder(tokenizer, chat.PromptFormat(rule="raw")), PROMPTS),
-        config=config, decoding=sample.Decoding(6, stop_ids=(2,)), seed=0, num_return=2, batch_size=4,
+        tokenization.generation_prompts(
+            tokenization.encoder(tokenizer, tokenization.PromptFormat(rule="raw")), PROMPTS
+        ),
+        config=config, decoding=sampler.Decoding(6, stop_ids=(2,)), seed=0, num_return=2, batch_size=4,
     )  # fmt: skip
     for line, responses in zip(lines, drawn, strict=True):
         assert line["tokens"] == [len(ids) for ids in responses]
@@ -69,7 +75,7 @@ def test_lines_hold_prompts_and_what_the_sampler_drew(folder, answered):
 def test_a_finished_job_does_nothing_and_another_one_is_refused(folder, answered, monkeypatch):
     out, _ = answered
     before = out.read_bytes()
-    monkeypatch.setattr(sample, "sample", None)
+    monkeypatch.setattr(sampler, "sample", None)
     again = generate.run(options(folder, out))
     assert again.done_before == 6 and again.text == "6 prompts, all done before" and out.read_bytes() == before
     with pytest.raises(ValueError, match=r"belongs to another job:\n  temperature: 1.0 -> 0.5\ngive another file"):
@@ -106,16 +112,16 @@ def test_a_long_prompt_loses_its_beginning_as_tokens(folder, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": long}) + "\n" + json.dumps({"prompt": long[-34:]}) + "\n")
     run_with = options(folder, tmp_path / "o.jsonl", data=str(tmp_path / "p.jsonl"), temperature=0.0, num_return=1)
     summary = generate.run(run_with)
-    cut, whole = jobfile.read(tmp_path / "o.jsonl")
+    cut, whole = jsonl_job.read(tmp_path / "o.jsonl")
     assert cut["completions"] == whole["completions"] and cut["prompt"] == long
     assert cut["prompt_cut"] == len(long) - 34 and "prompt_cut" not in whole and summary.cut == 1
 
 
 def test_stop_strings_end_a_response_before_them(folder, tmp_path, answered):
-    before = [text for line in jobfile.read(answered[0]) for text in line["completions"]]
+    before = [text for line in jsonl_job.read(answered[0]) for text in line["completions"]]
     stop = next(text[1] for text in before if len(text) > 2 and text[0] != text[1])
     generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=(stop,)))
-    lines = jobfile.read(tmp_path / "s.jsonl")
+    lines = jsonl_job.read(tmp_path / "s.jsonl")
     assert [text for line in lines for text in line["completions"]] == [text.split(stop)[0] for text in before]
     assert all(
         end == "stop"
@@ -126,15 +132,15 @@ def test_stop_strings_end_a_response_before_them(folder, tmp_path, answered):
 
 
 def test_ids_tokens_and_finish_end_with_the_token_that_completes_a_stop_string(folder, tmp_path):
-    """What follows a stop string was never drawn for the reader of the text: eval.kl would score it."""
+    """What follows a stop string was never drawn for the reader of the text: fpo kl would score it."""
     given = {"keep_ids": 1, "max_new_tokens": 12, "num_return": 3}
     generate.run(options(folder, tmp_path / "a.jsonl", **given))
-    free = jobfile.read(tmp_path / "a.jsonl")
-    tokenizer = chat.load_tokenizer(folder / "model")
+    free = jsonl_job.read(tmp_path / "a.jsonl")
+    tokenizer = tokenization.load_tokenizer(folder / "model")
     stop = next(text[2:4] for line in free for text in line["completions"] if text[2:4].isascii() and len(text) > 5)
     summary = generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=("never", stop), **given))
     ended = 0
-    for line, before in zip(jobfile.read(tmp_path / "s.jsonl"), free, strict=True):
+    for line, before in zip(jsonl_job.read(tmp_path / "s.jsonl"), free, strict=True):
         for place, whole in enumerate(before["ids"]):
             ends = [
                 n for n in range(1, len(whole) + 1) if stop in tokenizer.decode(whole[:n], skip_special_tokens=True)
@@ -145,7 +151,7 @@ def test_ids_tokens_and_finish_end_with_the_token_that_completes_a_stop_string(f
             assert line["completions"][place] == (text.removesuffix(stop) if ends else text)
             assert line["finish"][place] == ("stop" if ends else before["finish"][place])
             ended += bool(ends) and len(kept) < len(whole)
-    assert ended and summary.tokens == sum(sum(line["tokens"]) for line in jobfile.read(tmp_path / "s.jsonl"))
+    assert ended and summary.tokens == sum(sum(line["tokens"]) for line in jsonl_job.read(tmp_path / "s.jsonl"))
 
 
 def test_a_stop_string_across_the_borders_of_tokens():
@@ -182,24 +188,24 @@ def test_a_stop_string_that_is_a_special_token_is_refused(folder, tmp_path):
 
 
 def test_another_stop_id_ends_a_response(folder, tmp_path, answered):
-    config, first = hf.read_config(folder / "model"), jobfile.read(answered[0])[0]
+    config, first = hf.read_config(folder / "model"), jsonl_job.read(answered[0])[0]
     others = tuple(set(range(config.vocab_size)) - {2})
     generate.run(options(folder, tmp_path / "s.jsonl", stop_ids=others))
-    lines = jobfile.read(tmp_path / "s.jsonl")
+    lines = jsonl_job.read(tmp_path / "s.jsonl")
     assert lines[0]["tokens"] == [1, 1] != first["tokens"] and lines[0]["finish"] == ["stop", "stop"]
 
 
 def test_a_checkpoint_answers_as_its_export(base, tmp_path):  # noqa: F811
-    from eval import export
+    from fpo_jax.trainer import export
 
     c = tiny.config(base / "model", base / "train.jsonl", train__max_steps=2, train__save_every=1)
-    loop.run(c, tmp_path / "run")
+    trainer.run(c, tmp_path / "run")
     export.export(tmp_path / "run", tmp_path / "model", step=1, dtype=None)
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "q?"}) + "\n")
     shared = {"data": str(tmp_path / "p.jsonl"), "temperature": 0.0}
     generate.run(options(tmp_path, tmp_path / "a.jsonl", **shared))
     generate.run(options(tmp_path, tmp_path / "b.jsonl", model="", workdir=str(tmp_path / "run"), step="1", **shared))
-    assert jobfile.read(tmp_path / "a.jsonl") == jobfile.read(tmp_path / "b.jsonl")
+    assert jsonl_job.read(tmp_path / "a.jsonl") == jsonl_job.read(tmp_path / "b.jsonl")
     with pytest.raises(ValueError, match="only runs with train.keep_best have a best one"):
         checkpoint.restore_params(tmp_path / "run", "best")
 
@@ -250,7 +256,7 @@ def test_a_job_killed_before_its_file_was_finished_is_finished(folder, answered,
     out = tmp_path / "answers.jsonl"
     generate.run(options(folder, out))
     out.rename(out.with_name("answers.jsonl.part"))
-    monkeypatch.setattr(sample, "sample", None)
+    monkeypatch.setattr(sampler, "sample", None)
     assert generate.run(options(folder, out)).done_before == 6
     assert out.read_bytes() == answered[0].read_bytes() and not out.with_name("answers.jsonl.part").exists()
 
@@ -284,7 +290,7 @@ def test_too_little_memory_is_one_sentence(folder, tmp_path, monkeypatch):
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes.\nmore")
 
-    monkeypatch.setattr(sample, "sample", full)
+    monkeypatch.setattr(sampler, "sample", full)
     with pytest.raises(ValueError, match=r"RESOURCE_EXHAUSTED: .* 5 bytes.. Lower --batch-size or .* with --tensor"):
         generate.run(options(folder, tmp_path / "o.jsonl"))
 
@@ -295,7 +301,7 @@ def test_the_summary_counts_what_this_start_did(folder, answered, tmp_path):
     whole = answered[0].read_bytes().splitlines(keepends=True)
     out.unlink()
     out.with_name("answers.jsonl.part").write_bytes(b"".join(whole[:5]))
-    again, last = generate.run(options(folder, out)), jobfile.read(answered[0])[5]
+    again, last = generate.run(options(folder, out)), jsonl_job.read(answered[0])[5]
     assert (again.done_before, again.completions, again.tokens) == (5, 2, sum(last["tokens"]))
     assert again.stopped == last["finish"].count("stop")
 
@@ -303,12 +309,12 @@ def test_the_summary_counts_what_this_start_did(folder, answered, tmp_path):
 def test_a_signal_saves_the_batch_and_the_same_command_goes_on(folder, answered, tmp_path, monkeypatch):
     out, asked = tmp_path / "answers.jsonl", iter([None, "SIGTERM"])
     with monkeypatch.context() as patched:
-        patched.setattr(execution.StopRequest, "agreed", lambda self: next(asked, None))
+        patched.setattr(preemption.StopRequest, "agreed", lambda self: next(asked, None))
         patched.setattr(generate, "_placed", lambda config, *, tensor: _one_device(config))
-        with pytest.raises(execution.Stopped, match=r"SIGTERM: 2 of 6 prompts are answered and saved"):
+        with pytest.raises(preemption.Stopped, match=r"SIGTERM: 2 of 6 prompts are answered and saved"):
             generate.run(options(folder, out, batch_size=2))
     assert generate.run(options(folder, out)).done_before == 2
-    assert jobfile.read(out) == jobfile.read(answered[0])
+    assert jsonl_job.read(out) == jsonl_job.read(answered[0])
 
 
 def _one_device(config):
@@ -319,7 +325,7 @@ def _one_device(config):
 
 
 def test_the_command_line(folder, tmp_path):
-    command = [sys.executable, "-m", "eval.generate", "--model", folder / "model", "--out", tmp_path / "o.jsonl"]
+    command = [sys.executable, "-m", "fpo_jax.cli.generate", "--model", folder / "model", "--out", tmp_path / "o.jsonl"]
     bad = subprocess.run([*command, "--data", "nowhere.jsonl"], cwd=REPO, capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.startswith("generate: no file or directory") and "Trace" not in bad.stderr
 
@@ -338,8 +344,8 @@ def test_generation_prompts_are_what_training_makes_of_prompt_and_answer():
     ):
         for settled in (None, real_tokenizers.ORIGINAL):
             encoder = real_tokenizers.encoder(name, template, settled)
-            (begin,) = chat.generation_prompts(encoder, [prompt])
-            ((row,),) = chat.chat_rows(encoder, [prompt], [[answer]], max_length=200, max_prompt_length=100)
+            (begin,) = tokenization.generation_prompts(encoder, [prompt])
+            ((row,),) = tokenization.chat_rows(encoder, [prompt], [[answer]], max_length=200, max_prompt_length=100)
             assert row.ids[: len(begin)] == begin, (name, template)
             rest = encoder.tokenizer.decode(row.ids[len(begin) :], skip_special_tokens=False)
             assert rest.lstrip().startswith(answer), (name, template, rest)
@@ -376,7 +382,7 @@ def test_a_server_that_fails_times_out_and_answers_garbage_loses_nothing(folder,
     with server.served():
         summary = served(folder, tmp_path / "o.jsonl", server, api_key_env="ANSWER_KEY")
     assert summary.failed == 0 and len(server.bodies) == 6 + len(how) and server.most_at_once <= 3
-    lines = jobfile.read(tmp_path / "o.jsonl")
+    lines = jsonl_job.read(tmp_path / "o.jsonl")
     assert [line["completions"] for line in lines] == [[f"re: {text}"] * 2 for text in PROMPTS]
     assert len({body["seed"] for body in server.bodies}) == 6 and server.bodies[0]["n"] == 2
     assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
@@ -397,7 +403,7 @@ def test_a_prompt_that_fails_for_good_is_asked_again_by_the_same_command(folder,
         asked = len(server.bodies)
         assert served(folder, tmp_path / "o.jsonl", server, rule="chat").done_before == 5
         assert len(server.bodies) == asked + 1
-    assert [line["completions"][0] for line in jobfile.read(tmp_path / "o.jsonl")] == list(map(str.upper, PROMPTS))
+    assert [line["completions"][0] for line in jsonl_job.read(tmp_path / "o.jsonl")] == list(map(str.upper, PROMPTS))
 
 
 def test_a_key_that_is_not_there_and_a_url_that_is_none(folder, tmp_path):
@@ -412,7 +418,7 @@ def test_a_key_that_is_not_there_and_a_url_that_is_none(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def judge(run, tmp_path_factory):  # noqa: F811
-    from eval import export
+    from fpo_jax.trainer import export
 
     out = tmp_path_factory.mktemp("judge") / "rm"
     export.export(run, out, step="best", dtype=None)
@@ -438,7 +444,7 @@ def completions(tmp_path_factory):
 
 def test_rewards_are_the_models_and_duplicates_and_ties_are_counted(judge, completions, tmp_path):
     summary = labelled(judge, completions, tmp_path / "l.jsonl")
-    lines = jobfile.read(tmp_path / "l.jsonl")
+    lines = jsonl_job.read(tmp_path / "l.jsonl")
     assert (summary.lines, summary.responses, summary.tied, summary.duplicates) == (3, 7, 1, 2)
     first = lines[0]["rewards"]
     assert first[0] == first[2] > first[1], "answers with ! are better"
@@ -452,12 +458,12 @@ def test_rewards_are_the_models_and_duplicates_and_ties_are_counted(judge, compl
 def test_a_label_is_the_score_that_training_gives_the_same_row(judge, base, tmp_path):  # noqa: F811
     """The rows of labelling and of training are the same tokens."""
     c = reward_config(judge, base / "held_out.jsonl", train__batch_size=8)
-    prepared = loop.job.prepare(c).train.prepared
-    encoder = chat.encoder(chat.load_tokenizer(judge), chat.PromptFormat(rule="raw"))
-    pairs = jobfile.read(base / "held_out.jsonl")[:8]
+    prepared = run_inputs.prepare(c).train.prepared
+    encoder = tokenization.encoder(tokenization.load_tokenizer(judge), tokenization.PromptFormat(rule="raw"))
+    pairs = jsonl_job.read(base / "held_out.jsonl")[:8]
     lines = [{"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]]} for pair in pairs]
     prompts, completions = [line["prompt"] for line in lines], [line["completions"] for line in lines]
-    groups = rewarding.rows(encoder, prompts, completions, pad_id=0, window=40)
+    groups = reward_model.rows(encoder, prompts, completions, pad_id=0, window=40)
     rows = [row.ids for group in groups for row in group]
     assert rows == [prepared.row(index)[0].tolist() for index in range(16)]
 
@@ -468,7 +474,7 @@ def test_labels_of_another_tokenizer_are_another_job(judge, completions, tmp_pat
     ):
         labelled(judge, completions, tmp_path / "l.jsonl", eos_token="<s>")
     strange = shutil.copytree(judge, tmp_path / "strange")
-    (strange / chat.prompt_format.FILE).unlink()
+    (strange / tokenization.prompt_format.FILE).unlink()
     labelled(strange, completions, tmp_path / "l.jsonl", rule="raw")
     with pytest.raises(ValueError, match=r"belongs to another job:\n  prompt_format.end_ids: "):
         labelled(strange, completions, tmp_path / "l.jsonl", rule="raw", eos_token="<s>")
@@ -476,7 +482,7 @@ def test_labels_of_another_tokenizer_are_another_job(judge, completions, tmp_pat
 
 def test_pairs_of_best_and_worst_leave_ties_out(judge, completions, tmp_path):
     summary = labelled(judge, completions, tmp_path / "p.jsonl", pairing="best_worst")
-    pairs = jobfile.read(tmp_path / "p.jsonl")
+    pairs = jsonl_job.read(tmp_path / "p.jsonl")
     assert summary.written == 2 and "2 pairs" in summary.text and "1 tied" in summary.text
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(" ab!", " ab."), (" cde!", " f.")]
     assert labelled(judge, completions, tmp_path / "p.jsonl", pairing="best_worst").written == 2
@@ -501,11 +507,11 @@ def test_a_damaged_file_is_named(judge, tmp_path, line, message):
 def test_a_signal_saves_what_is_scored(judge, completions, tmp_path, monkeypatch):
     monkeypatch.setattr(label, "CHUNK", 1)
     answers = iter(["SIGTERM"])
-    monkeypatch.setattr(execution.StopRequest, "agreed", lambda self: next(answers, None))
-    with pytest.raises(execution.Stopped, match="SIGTERM: 1 of 3 lines are scored and saved"):
+    monkeypatch.setattr(preemption.StopRequest, "agreed", lambda self: next(answers, None))
+    with pytest.raises(preemption.Stopped, match="SIGTERM: 1 of 3 lines are scored and saved"):
         labelled(judge, completions, tmp_path / "l.jsonl")
     assert labelled(judge, completions, tmp_path / "l.jsonl").lines == 3
-    assert [line["index"] for line in jobfile.read(tmp_path / "l.jsonl")] == [0, 1, 2]
+    assert [line["index"] for line in jsonl_job.read(tmp_path / "l.jsonl")] == [0, 1, 2]
 
 
 def test_scores_that_lost_a_line_are_refused(judge, completions, tmp_path):
@@ -527,7 +533,7 @@ def test_real_model_and_its_published_text(tmp_path):
             temperature=0.0, compute_dtype="float32", batch_size=1,
         )
     )  # fmt: skip
-    (line,) = jobfile.read(tmp_path / "o.jsonl")
+    (line,) = jsonl_job.read(tmp_path / "o.jsonl")
     text = line["prompt"] + line["completions"][0]
     assert expected["expected_text"].strip().startswith(text.strip()[:60])
 
@@ -535,7 +541,7 @@ def test_real_model_and_its_published_text(tmp_path):
 def test_a_start_after_a_kill_at_the_very_end_takes_the_parts_away(tmp_path):
     """The finished file is there, and the parts that it was made of are too."""
     out, part = tmp_path / "o.jsonl", tmp_path / "o.jsonl.part"
-    with jobfile.JobFile(out, {"job": 1}, count=2) as file:
+    with jsonl_job.JobFile(out, {"job": 1}, count=2) as file:
         for index in (1, 0):
             file.append({"index": index})
         content = part.read_bytes()
@@ -543,9 +549,9 @@ def test_a_start_after_a_kill_at_the_very_end_takes_the_parts_away(tmp_path):
     part.write_bytes(content)
     out.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="holds 1 of the 2 lines"):
-        jobfile.JobFile(out, {"job": 1}, count=2)
+        jsonl_job.JobFile(out, {"job": 1}, count=2)
     assert part.exists(), "the only whole copy"
     out.write_bytes(b"".join(sorted(content.splitlines(keepends=True))))
-    again = jobfile.JobFile(out, {"job": 1}, count=2)
+    again = jsonl_job.JobFile(out, {"job": 1}, count=2)
     assert again.finished and again.done == {0, 1} and not part.exists()
-    assert [line["index"] for line in jobfile.read(out)] == [0, 1]
+    assert [line["index"] for line in jsonl_job.read(out)] == [0, 1]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax.kernels import chunked, pallas_gpu
-from fpo_jax.kernels.spec import HeadSpec
+from fpo_jax.kernels.lm_head import chunked, pallas_gpu
+from fpo_jax.kernels.lm_head.spec import HeadSpec
 from tests import attention_oracle, tolerances
 from tests import test_kernels as head
 from tests.test_attention import assert_matches

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import logps
-from fpo_jax.kernels import chunked, pallas_triton
-from fpo_jax.kernels.spec import HeadSpec
+from fpo_jax import logprobs
+from fpo_jax.kernels.lm_head import chunked, pallas_triton
+from fpo_jax.kernels.lm_head.spec import HeadSpec
 from tests import test_kernels as head
 from tests import tolerances
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 
 if jax.default_backend() != "gpu":
     pytest.skip("needs an NVIDIA GPU; run with JAX_PLATFORMS=cuda on one", allow_module_level=True)
-CAPABILITY = logps.Target.of(jax.devices()[0]).compute_capability
+CAPABILITY = logprobs.Target.of(jax.devices()[0]).compute_capability
 if reason := pallas_triton.unsupported(width=64, rows=8, dtype="bfloat16", compute_capability=CAPABILITY):
     pytest.skip(reason, allow_module_level=True)
 

@@ -11,8 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fpo_jax import losses
-from fpo_jax.kernels import chunked, head_loss, pallas_tpu, reference
-from fpo_jax.kernels.spec import HeadSpec, Placement
+from fpo_jax.kernels.lm_head import chunked, head_loss, pallas_tpu, reference
+from fpo_jax.kernels.lm_head.spec import HeadSpec, Placement
 from tests import jaxpr_tools, test_kernels, test_pallas_tpu, tolerances
 from tests.mixed_loss import MixedLoss
 

@@ -16,9 +16,10 @@ import pytest
 import safetensors.numpy
 from numpy.testing import assert_array_equal
 
-from fpo_jax import hf, model, params, sharding
+from fpo_jax import hf, models, sharding
+from fpo_jax.models import params
 
-LLAMA = model.ModelConfig(
+LLAMA = models.ModelConfig(
     family="llama",
     vocab_size=11,
     width=12,
@@ -54,7 +55,7 @@ def tensors_of(config, dtype="float32", seed=0):
 def write(directory, config, tensors):
     """A model directory as the hub has them: weights, config, generation config, tokenizer, template."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(model.to_hf_config(config) | {"torch_dtype": "float16"}))
+    (directory / "config.json").write_text(json.dumps(models.to_hf_config(config) | {"torch_dtype": "float16"}))
     (directory / "generation_config.json").write_text('{"eos_token_id": 2}')
     (directory / "tokenizer.json").write_text('{"version": "1.0"}')
     (directory / "tokenizer_config.json").write_text('{"model_max_length": 32}')

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fpo_jax import checkpoint, hosts, loop, metrics, programs, sharding
-from fpo_jax.hosts import startup
+from fpo_jax import checkpoint, distributed, sharding
+from fpo_jax import config as configuration
+from fpo_jax.distributed import initialize
+from fpo_jax.trainer import device_batch, metric_logger, trainer
 from tests import compiling, tiny, tolerances
 from tests.paths import REPO
 
@@ -51,16 +53,18 @@ def options(inputs, changed):
 
 def run_here(inputs, workdir, changed):
     """The run in this process, on four of its devices."""
-    c = importlib.import_module("configs.pythia_hh_pref").get_config()
+    c = importlib.import_module("fpo_jax.configs.pythia_hh_pref").get_config()
     c.update_from_flattened_dict(options(inputs, changed))
-    loop.run(c, workdir, devices=jax.devices()[:4])
+    trainer.run(c, workdir, devices=jax.devices()[:4])
     return outcome(workdir)
 
 
 def outcome(workdir):
     weights, meta = checkpoint.restore_params(workdir, None)
     assert meta["step"] == STEPS
-    return metrics.read(workdir / metrics.METRICS_FILE), [np.asarray(leaf) for leaf in jax.tree.leaves(weights)]
+    return metric_logger.read(workdir / metric_logger.METRICS_FILE), [
+        np.asarray(leaf) for leaf in jax.tree.leaves(weights)
+    ]
 
 
 def assert_same_run(found, expected):
@@ -166,7 +170,7 @@ def whole(inputs, tmp_path_factory):
 def test_four_processes_stop_together_and_two_or_one_go_on(inputs, whole, tmp_path):
     workdir = tmp_path / "four"
     with train(inputs, workdir, FSDP, processes=4, logs=tmp_path / "logs4") as job:
-        job.until(workdir / metrics.METRICS_FILE, 6)
+        job.until(workdir / metric_logger.METRICS_FILE, 6)
         job.processes[2].send_signal(signal.SIGTERM)
         assert job.ends() == [75] * 4, job.text()
     (step,) = {int(found) for found in re.findall(r"SIGTERM: saved step (\d+) of", job.text())}
@@ -192,7 +196,7 @@ def test_killed_process_ends_the_other_and_the_run_goes_on(inputs, whole, tmp_pa
     """With tensor parallelism across the processes and the moments in the hosts' memory."""
     workdir = tmp_path / "w"
     with train(inputs, workdir, TENSOR, processes=2, logs=tmp_path / "logs") as job:
-        job.until(workdir / metrics.METRICS_FILE, 6)
+        job.until(workdir / metric_logger.METRICS_FILE, 6)
         job.processes[1].kill()
         codes = job.ends(timeout=BOUND_S)
     assert codes[0] in (70, 134) and codes[1] == 137, job.text()
@@ -221,13 +225,14 @@ DRIVER = """
 import sys
 from pathlib import Path
 import numpy as np
-from fpo_jax import hosts
-from fpo_jax.hosts import agreement
+from fpo_jax import distributed
+from fpo_jax.distributed import consensus
 port, count, index, workdir = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-hosts.start(hosts.Settings("auto", f"127.0.0.1:{port}", count, index, TIMEOUT, heartbeat_timeout_s=10), workdir)
-with hosts.guard():
+settings = distributed.Settings("auto", f"127.0.0.1:{port}", count, index, TIMEOUT, heartbeat_timeout_s=10)
+distributed.start(settings, workdir)
+with distributed.guard():
     BODY
-hosts.finish()
+distributed.finish()
 """
 
 
@@ -246,32 +251,33 @@ def test_texts_arrays_errors_and_signals_reach_everyone(tmp_path):
 import os, signal
 import jax
 from jax.sharding import Mesh
-from fpo_jax import execution, sharding
+from fpo_jax import sharding
+from fpo_jax.distributed import preemption
 
 def refusal(check, *arguments):
     try:
         check(*arguments)
-    except hosts.Everywhere as error:
+    except distributed.Everywhere as error:
         assert isinstance(error, ValueError)
         return str(error).split("\\n")
 
 def read():
-    with hosts.together():
+    with distributed.together():
         if index:
             raise ValueError(f"row {index} is bad")
 
-assert hosts.share(f"from {index}") == ["from 0", "from 1", "from 2"]
-assert hosts.from_first(np.full(3, index + 7)).tolist() == [7, 7, 7]
-assert refusal(hosts.agree, {"same": 1}) is None and refusal(hosts.check_shared, workdir) is None
+assert distributed.share(f"from {index}") == ["from 0", "from 1", "from 2"]
+assert distributed.from_first(np.full(3, index + 7)).tolist() == [7, 7, 7]
+assert refusal(distributed.agree, {"same": 1}) is None and refusal(distributed.check_shared, workdir) is None
 assert refusal(read) == ["process 1: row 1 is bad", "process 2: row 2 is bad"]
-found = refusal(hosts.agree, {"seed": index // 2, "same": 1})
+found = refusal(distributed.agree, {"seed": index // 2, "same": 1})
 assert found[1:-1] == ["  seed: 0 on processes 0, 1, 1 on process 2"], found
 (workdir / str(index)).mkdir()
-agreement.SHARED_FOLDER_TIMEOUT_S = 0.5
-found = refusal(hosts.check_shared, workdir / str(index // 2))
+consensus.SHARED_FOLDER_TIMEOUT_S = 0.5
+found = refusal(distributed.check_shared, workdir / str(index // 2))
 assert found[0].startswith(f"process 2: {workdir / '1'} is not the folder that process 0 has"), found
 heard = []
-with execution.StopRequest() as stop:
+with preemption.StopRequest() as stop:
     stop.connect(Mesh(np.array(jax.devices()).reshape(3, 1, 1), sharding.MESH_AXES))
     for call in range(4):
         if index == 1 and call == 1:
@@ -291,13 +297,12 @@ def test_rows_reach_devices_that_are_no_neighbours(tmp_path):
     body = """
 import jax
 from jax.sharding import Mesh
-from fpo_jax import programs, sharding, step
+from fpo_jax import config, sharding
+from fpo_jax.trainer import device_batch, train_step
 from tests.batches import random_batch
 mesh = Mesh(np.array(jax.devices())[[0, 2, 3, 1]].reshape(2, 2, 1), sharding.MESH_AXES)
-one = object.__new__(programs.Programs)
-one.mesh, one.layout = mesh, sharding.Layout(mesh)
-one._blocks = programs.held_blocks(mesh, process=index)
-assert one._blocks == [[0, 3], [1, 2]][index]
+one = device_batch.BatchSharding(config.default(), sharding.Layout(mesh))
+assert one._blocks == device_batch.held_blocks(mesh, process=index) == [[0, 3], [1, 2]][index]
 whole = random_batch(groups=24, candidates=3, length=11, vocab=50)
 gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
 for accumulation in (1, 2, 3):
@@ -306,7 +311,7 @@ for accumulation in (1, 2, 3):
     part = jax.tree.map(lambda leaf: leaf[rows if len(leaf) == 72 else positions], whole)
     stacked = accumulation > 1
     if stacked:
-        part = step.stack_micro_batches(part, accumulation=accumulation)
+        part = train_step.stack_micro_batches(part, accumulation=accumulation)
     placed = one.place(part, stacked=stacked)
     for leaf, expected in zip(jax.tree.leaves(placed), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(np.asarray(gather(leaf)).reshape(expected.shape), expected)
@@ -319,7 +324,7 @@ print("done")
 
 def test_failure_of_one_process_ends_one_that_waits_for_it(tmp_path):
     """The other one waits in a collective that never comes, where neither a signal nor an exception would reach it."""
-    with drive(tmp_path, "if index: raise KeyError('fault')\nhosts.from_first(np.zeros(1))") as job:
+    with drive(tmp_path, "if index: raise KeyError('fault')\ndistributed.from_first(np.zeros(1))") as job:
         codes = job.ends(timeout=BOUND_S)
     assert codes == [70, 1], job.text()
     assert "process 0 of 2: process 1 ended: KeyError: 'fault'" in job.text(0)
@@ -330,7 +335,7 @@ def test_killed_coordinator_ends_the_others_with_a_sentence(tmp_path):
     """jax ends them from C++ at once; the sentence comes from the witness."""
     (tmp_path / checkpoint.FOLDER / "12").mkdir(parents=True)
     (tmp_path / checkpoint.FOLDER / "15.orbax-checkpoint-tmp").mkdir()
-    body = "(workdir / f'up{index}').touch()\nhosts.share('') if index else __import__('time').sleep(600)"
+    body = "(workdir / f'up{index}').touch()\ndistributed.share('') if index else __import__('time').sleep(600)"
     with drive(tmp_path, body) as job:
         for index in (0, 1):
             job.until(tmp_path / f"up{index}", 0, timeout=60)
@@ -362,7 +367,7 @@ class TestChoose:
             "SLURM_PROCID": "0",
         }
         for environment in ({}, shell_in_allocation, {"OMPI_COMM_WORLD_SIZE": "1"}, {"JAX_PLATFORMS": "cpu"}):
-            assert startup.choose(hosts.Settings(), environment) is None
+            assert initialize.choose(distributed.Settings(), environment) is None
 
     def test_flags_or_variables(self):
         expected = {
@@ -370,19 +375,21 @@ class TestChoose:
             "cluster_detection_method": "deactivate",
         }  # fmt: skip
         variables = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:29500", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
-        assert startup.choose(hosts.Settings(**PLAIN), {}) == expected
-        assert startup.choose(hosts.Settings(process_id=1), variables) == expected, "a flag is before its variable"
-        assert startup.choose(hosts.Settings("off"), variables | SLURM) is None
+        assert initialize.choose(distributed.Settings(**PLAIN), {}) == expected
+        assert initialize.choose(distributed.Settings(process_id=1), variables) == expected, (
+            "a flag is before its variable"
+        )
+        assert initialize.choose(distributed.Settings("off"), variables | SLURM) is None
 
     def test_launchers(self):
-        assert startup.choose(hosts.Settings(), SLURM) == {}, "several tasks a node: one GPU each, as jax does"
+        assert initialize.choose(distributed.Settings(), SLURM) == {}, "several tasks a node: one GPU each, as jax does"
         one_per_node = SLURM | {"SLURM_STEP_NUM_NODES": "4"}
-        assert startup.choose(hosts.Settings(), one_per_node) == {"local_device_ids": []}
-        assert startup.choose(hosts.Settings(), one_per_node | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == {}
+        assert initialize.choose(distributed.Settings(), one_per_node) == {"local_device_ids": []}
+        assert initialize.choose(distributed.Settings(), one_per_node | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == {}
         mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
-        assert startup.choose(hosts.Settings(), mpi) == {"local_device_ids": []}
-        assert startup.choose(hosts.Settings(coordinator="a:1"), SLURM) == {"coordinator_address": "a:1"}
-        assert startup.choose(hosts.Settings("on"), {}) == {}, "jax looks for itself"
+        assert initialize.choose(distributed.Settings(), mpi) == {"local_device_ids": []}
+        assert initialize.choose(distributed.Settings(coordinator="a:1"), SLURM) == {"coordinator_address": "a:1"}
+        assert initialize.choose(distributed.Settings("on"), {}) == {}, "jax looks for itself"
 
     @pytest.mark.parametrize(
         ("changed", "environment", "message"),
@@ -398,7 +405,7 @@ class TestChoose:
     )
     def test_half_given_or_wrong(self, changed, environment, message):
         with pytest.raises(ValueError, match=message):
-            startup.choose(hosts.Settings(**(PLAIN | changed)), environment)
+            initialize.choose(distributed.Settings(**(PLAIN | changed)), environment)
 
 
 class FakeDevice:
@@ -419,24 +426,24 @@ def fake_mesh(processes):
 class TestBlocks:
     def test_contiguous(self):
         mesh = fake_mesh([[[0], [0], [1], [1]]])
-        assert [programs.held_blocks(mesh, process=process) for process in (0, 1)] == [[0, 1], [2, 3]]
+        assert [device_batch.held_blocks(mesh, process=process) for process in (0, 1)] == [[0, 1], [2, 3]]
 
     def test_as_the_links_lie(self):
         mesh = fake_mesh([[[0], [1]], [[1], [0]]])
-        assert [programs.held_blocks(mesh, process=process) for process in (0, 1)] == [[0, 3], [1, 2]]
+        assert [device_batch.held_blocks(mesh, process=process) for process in (0, 1)] == [[0, 3], [1, 2]]
 
     def test_processes_that_differ_along_tensor_build_the_same_rows(self):
         mesh = fake_mesh([[[0, 1], [0, 1]]])
-        assert [programs.held_blocks(mesh, process=process) for process in (0, 1)] == [[0, 1], [0, 1]]
-        assert programs.held_blocks(fake_mesh([[[0, 1, 2]]]), process=2) == [0]
+        assert [device_batch.held_blocks(mesh, process=process) for process in (0, 1)] == [[0, 1], [0, 1]]
+        assert device_batch.held_blocks(fake_mesh([[[0, 1, 2]]]), process=2) == [0]
 
     @pytest.mark.parametrize("accumulation", [1, 3])
-    def test_positions_of_all_processes_are_every_group_once(self, accumulation):
+    def test_positions_of_all_processes_are_every_group_once(self, accumulation, monkeypatch):
         mesh = fake_mesh([[[0], [2]], [[1], [0]]])
         seen = []
         for process in range(3):
-            one = object.__new__(programs.Programs)
-            one.layout, one._blocks = sharding.Layout(mesh), programs.held_blocks(mesh, process=process)
+            monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+            one = device_batch.BatchSharding(configuration.default(), sharding.Layout(mesh))
             seen.append(one.positions(24, accumulation=accumulation).tolist())
         assert sorted(itertools.chain(*seen)) == list(range(24))
         assert seen[0] == {1: [*range(6), *range(18, 24)], 3: [0, 1, 6, 7, 8, 9, 14, 15, 16, 17, 22, 23]}[accumulation]

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fpo_jax import logps
-from fpo_jax.kernels.spec import HeadSpec, Placement
+from fpo_jax import logprobs
+from fpo_jax.kernels.lm_head.spec import HeadSpec, Placement
 from tests import test_kernels, tolerances
 
 TOKENS, WIDTH, V = 24, 64, 328
 needs_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11")
 NAMES = [
     pytest.param(name, marks=[needs_mosaic_gpu] if name == "pallas_gpu" else [], id=name)
-    for name in logps.IMPLEMENTATIONS
+    for name in logprobs.IMPLEMENTATIONS
 ]
 MESH = Mesh(np.array(jax.devices()[:2]), ("data",))
 NUMBERS = {  # options that change what comes out
@@ -35,7 +35,7 @@ COSTS = {  # options that change how it is computed, and the implementations tha
 
 
 def spec_of(name, **options):
-    return HeadSpec(interpret=name in logps.PLATFORMS, **options)
+    return HeadSpec(interpret=name in logprobs.PLATFORMS, **options)
 
 
 def inputs(dtype="bfloat16", tokens=TOKENS):
@@ -43,7 +43,7 @@ def inputs(dtype="bfloat16", tokens=TOKENS):
 
 
 def run(name, *args, spec):
-    return test_kernels.run(logps.IMPLEMENTATIONS[name], *args, spec=spec)
+    return test_kernels.run(logprobs.IMPLEMENTATIONS[name], *args, spec=spec)
 
 
 def test_every_option_stands_here():
@@ -107,7 +107,7 @@ def test_costs_change_the_program(name, option):
     args = inputs(tokens=4096)
 
     def program(spec):
-        function = functools.partial(test_kernels.weighted, logps.IMPLEMENTATIONS[name], args[2], args[3], spec)
+        function = functools.partial(test_kernels.weighted, logprobs.IMPLEMENTATIONS[name], args[2], args[3], spec)
         return str(jax.make_jaxpr(jax.grad(function, (0, 1)))(*args[:2]))
 
     base = program(spec_of(name))
@@ -131,4 +131,4 @@ def test_costs_change_the_program(name, option):
 def test_gpu_kernel_refuses_what_it_cannot_do(sizes, options, message):
     args = test_kernels.inputs(**{"V": V, "width": WIDTH, "dtype": "bfloat16", **sizes})
     with pytest.raises(ValueError, match=message):
-        logps.IMPLEMENTATIONS["pallas_gpu"](*args[:3], spec=spec_of("pallas_gpu", **options))
+        logprobs.IMPLEMENTATIONS["pallas_gpu"](*args[:3], spec=spec_of("pallas_gpu", **options))

@@ -9,10 +9,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fpo_jax import logps
-from fpo_jax.kernels import chunked, reference, tiling
-from fpo_jax.kernels import spec as specs
-from fpo_jax.kernels.spec import HeadSpec
+from fpo_jax import logprobs
+from fpo_jax.kernels.lm_head import chunked, reference, tiling
+from fpo_jax.kernels.lm_head import spec as specs
+from fpo_jax.kernels.lm_head.spec import HeadSpec
 from tests import jaxpr_tools, tolerances
 
 IMPLEMENTATIONS = {"reference": reference.token_stats, "chunked": chunked.token_stats}
@@ -251,8 +251,8 @@ def test_sequence_logp_is_exact_to_a_millinat_with_bfloat16_operands(name, V, se
 
     exact_S = dense_logps(logits_NV).reshape(-1, T).sum(1)
 
-    spec = HeadSpec(interpret=name in logps.PLATFORMS)
-    token_stats = jax.jit(functools.partial(logps.IMPLEMENTATIONS[name], spec=spec))
+    spec = HeadSpec(interpret=name in logprobs.PLATFORMS)
+    token_stats = jax.jit(functools.partial(logprobs.IMPLEMENTATIONS[name], spec=spec))
     stats = token_stats(hidden_ND, head_VD, jnp.asarray(targets_N))
     ours_S = jnp.sum((stats.target_logit_N - stats.lse_N).reshape(-1, T), axis=1)
     rounded_S = dense_logps(np.asarray(jnp.asarray(logits_NV, jnp.bfloat16), np.float64)).reshape(-1, T).sum(1)

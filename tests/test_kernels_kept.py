@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fpo_jax import logps
-from fpo_jax.kernels import chunked
-from fpo_jax.kernels.spec import HeadSpec, Placement
+from fpo_jax import logprobs
+from fpo_jax.kernels.lm_head import chunked
+from fpo_jax.kernels.lm_head.spec import HeadSpec, Placement
 from tests import jaxpr_tools, test_kernels, tolerances
 
 N, V, D = 151, 1257, 16
@@ -59,9 +59,9 @@ def test_on_a_mesh_and_in_more_than_the_workspace_kept_only_where_asked(options,
     assert bool(planes(HeadSpec(**options))) == kept
 
 
-@pytest.mark.parametrize("name", [name for name in logps.ENGINES if name != "chunked"])
+@pytest.mark.parametrize("name", [name for name in logprobs.ENGINES if name != "chunked"])
 def test_kernels_keep_nothing_unless_asked(name):
-    plan = functools.partial(logps.ENGINES[name].plan_kept, 1, 128, 64, "bfloat16", "bfloat16")
+    plan = functools.partial(logprobs.ENGINES[name].plan_kept, 1, 128, 64, "bfloat16", "bfloat16")
     assert plan(spec=HeadSpec()) is None
     assert bool(plan(spec=HeadSpec(kept_bytes=2**20))) == (name != "pallas_tpu_lean")
 
@@ -112,9 +112,9 @@ def test_compiled_program_holds_no_more_than_planned(softcap, dtype):
 
 
 def test_explain_says_so():
-    here = {"target": logps.Target("cpu"), "shapes": logps.HeadShapes(512, 256, 32000), "dtype": "float32"}
-    text = logps.explain(**here)
+    here = {"target": logprobs.Target("cpu"), "shapes": logprobs.HeadShapes(512, 256, 32000), "dtype": "float32"}
+    text = logprobs.explain(**here)
     assert "forward alone: 2 blocks of 16000 head rows" in text and "never held" not in text
     assert "forward and backward: all logits at once, kept between them, 125.0 MiB of workspace (limit 192.0" in text
-    recomputed = logps.explain(**here, workspace_bytes=124 * 2**20)
+    recomputed = logprobs.explain(**here, workspace_bytes=124 * 2**20)
     assert "kept between" not in recomputed and "never held: 62.5 MiB" in recomputed

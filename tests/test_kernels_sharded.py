@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fpo_jax.kernels import chunked, pallas_tpu, pallas_triton, reference
-from fpo_jax.kernels.spec import HeadSpec, Placement
+from fpo_jax.kernels.lm_head import chunked, pallas_tpu, pallas_triton, reference
+from fpo_jax.kernels.lm_head.spec import HeadSpec, Placement
 from tests import jaxpr_tools, test_kernels, tolerances
 
 AXES = ("data", "fsdp", "tensor")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from eval import generate, jobfile, kl
-from fpo_jax import chat, hf, model
+from fpo_jax import hf, models, tokenization
+from fpo_jax.cli import generate, jsonl_job
+from fpo_jax.eval.stats import kl
 from tests import tiny, tolerances
 
 PROMPTS = ["one?", "two!", "six:"]  # of one length, for one compilation
@@ -47,23 +48,25 @@ def measured(root, out, **changed):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    return measured(folder, folder / "kl.jsonl"), jobfile.read(folder / "kl.jsonl")
+    return measured(folder, folder / "kl.jsonl"), jsonl_job.read(folder / "kl.jsonl")
 
 
 @pytest.fixture(scope="module")
 def exact(folder):
     """log p [V] of the first token and [V, V] of the second after it, of each model and prompt, in float64."""
     found = {}
-    encoder = chat.encoder(chat.load_tokenizer(folder / "policy"), chat.PromptFormat(rule="raw"))
+    encoder = tokenization.encoder(
+        tokenization.load_tokenizer(folder / "policy"), tokenization.PromptFormat(rule="raw")
+    )
     for name in ("policy", "reference"):
         config = hf.read_config(folder / name)
         params = hf.load_params(folder / name, config, dtype="float32")
-        for text, ids in zip(PROMPTS, chat.generation_prompts(encoder, PROMPTS), strict=True):
+        for text, ids in zip(PROMPTS, tokenization.generation_prompts(encoder, PROMPTS), strict=True):
             tokens_NT = np.array([[*ids, token] for token in range(config.vocab_size)], np.int32)
-            hidden_NTD = model.hidden_states(
+            hidden_NTD = models.hidden_states(
                 params, jnp.asarray(tokens_NT), jnp.ones(tokens_NT.shape, bool), config=config, compute_dtype="float32"
             )
-            logits = [model.logits(params, hidden_NTD[:, place], config=config) for place in (-2, -1)]
+            logits = [models.logits(params, hidden_NTD[:, place], config=config) for place in (-2, -1)]
             first_VV, second_VV = (log_softmax(np.asarray(jax.device_get(x), np.float64) / TEMPERATURE) for x in logits)
             found[name, text] = first_VV[0], second_VV
     return found
@@ -89,7 +92,7 @@ def enumerated(exact, text, ends=(EOS,)):
 
 def test_every_log_prob_is_that_of_the_drawn_tokens_at_the_sampling_temperature(folder, finished, exact):
     _, lines = finished
-    drawn = jobfile.read(folder / "answers.jsonl")
+    drawn = jsonl_job.read(folder / "answers.jsonl")
     assert [line["prompt"] for line in lines] == PROMPTS
     for line, source in zip(lines, drawn, strict=True):
         for name, key in (("policy", "logprobs"), ("reference", "reference_logprobs")):
@@ -110,15 +113,15 @@ def test_the_estimate_is_the_exact_divergence_within_its_standard_error(finished
 
 def test_what_follows_a_stop_string_is_not_scored(folder, exact, tmp_path):
     """The divergence is that of responses which end with the stop string's token, EOS or the longest length."""
-    tokenizer = chat.load_tokenizer(folder / "policy")
-    firsts = [ids[0] for line in jobfile.read(folder / "answers.jsonl") for ids in line["ids"] if ids[0] != EOS]
+    tokenizer = tokenization.load_tokenizer(folder / "policy")
+    firsts = [ids[0] for line in jsonl_job.read(folder / "answers.jsonl") for ids in line["ids"] if ids[0] != EOS]
     stop_id = max((token for token in set(firsts) if tokenizer.decode([token]).isascii()), key=firsts.count)
     stops = (tokenizer.decode([stop_id]),)
     generate.run(options(folder, tmp_path / "a.jsonl", stop_strings=stops))
     found = measured(folder, tmp_path / "kl.jsonl", data=tmp_path / "a.jsonl")
-    drawn = jobfile.read(tmp_path / "a.jsonl")
+    drawn = jsonl_job.read(tmp_path / "a.jsonl")
     assert sum([stop_id] == ids for line in drawn for ids in line["ids"]) > 20
-    for line, source in zip(jobfile.read(tmp_path / "kl.jsonl"), drawn, strict=True):
+    for line, source in zip(jsonl_job.read(tmp_path / "kl.jsonl"), drawn, strict=True):
         first_V, second_VV = exact["policy", line["prompt"]]
         ended = [ids[0] in (EOS, stop_id) for ids in source["ids"]]
         expected = [
@@ -172,7 +175,7 @@ def test_a_reference_of_another_tokenizer_is_refused(folder, tmp_path):
         vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
 
     another_tokenizer(folder, tmp_path / "other", swap)
-    first = chat.load_tokenizer(folder / "policy").get_vocab()["a"]
+    first = tokenization.load_tokenizer(folder / "policy").get_vocab()["a"]
     message = rf"other is no reference of .*policy: 2 ids stand for other texts, e.g. {first} for 'b', not 'a'; give a"
     with pytest.raises(ValueError, match=message):
         measured(folder, tmp_path / "kl.jsonl", reference=str(tmp_path / "other"))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fpo_jax import job
+from fpo_jax.trainer import run_inputs
 from tests import tiny
 
 ONE = {"loss__name": "binary_cross_entropy", "data__group_size": 1}
@@ -29,7 +29,7 @@ def rewarded(path, best, *, other=-9.0):
 
 def prepare(base, train, evaluation=None, **changed):
     options = {"stage": "reward", "loss__alpha": None, "loss__beta_pi": None, "data__eval": str(evaluation or "")}
-    return job.prepare(tiny.config(base / "model", train, **options, **changed))
+    return run_inputs.prepare(tiny.config(base / "model", train, **options, **changed))
 
 
 def test_labels_are_probabilities(base, tmp_path):

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import attention, data, flops, job, loop, losses, metrics, model, optim, params, shapes, step
-from fpo_jax.data import layouts
-from fpo_jax.job import planning
+from fpo_jax import attention, data, losses, models, types
+from fpo_jax.data import group_packing
+from fpo_jax.models import params
+from fpo_jax.optimizer import adamw
+from fpo_jax.perf import flops
+from fpo_jax.trainer import metric_logger, run_inputs, run_schedule, train_step, trainer
 from tests import batches, resuming, tiny, tolerances
 
 FAMILIES = {
@@ -76,10 +79,10 @@ def test_a_shared_row_to_the_letter():
         sources=("f:0", "f:1"),
         pad_id=9,
     )
-    sizes = layouts.sizes(prepared, shared=True)
+    sizes = group_packing.sizes(prepared, shared=True)
     assert sizes.shared_B.tolist() == [2, 1] and sizes.tokens_B.tolist() == [5, 3] and sizes.scored_B.tolist() == [3, 2]
-    shape = layouts.Packing(True, sizes, length=10, scored=6, places=3, multiple=1)
-    batch = layouts.assemble(prepared, shape, [[0, 1]])
+    shape = group_packing.Packing(True, sizes, length=10, scored=6, places=3, multiple=1)
+    batch = group_packing.assemble(prepared, shape, [[0, 1]])
     assert_array_equal(batch.tokens_NT, [[11, 12, 13, 14, 15, 21, 22, 23, 9, 9]])
     assert_array_equal(batch.segments.ids_NT, [[0, 0, 1, 2, 2, 3, 4, 5, -1, -1]])
     assert_array_equal(batch.segments.parents_NT, [[0, 0, 0, 0, 0, 3, 3, 3, -1, -1]])
@@ -158,9 +161,9 @@ def test_a_pass_holds_every_group_once_and_pads_little():
 
 def test_rows_of_groups_that_are_all_alike_have_room_for_no_more():
     groups = 6
-    found = layouts.Sizes(np.full(groups, 128), np.full(groups, 192), np.full(groups, 64))
+    found = group_packing.Sizes(np.full(groups, 128), np.full(groups, 192), np.full(groups, 64))
     samples = [range(groups)]
-    shape = layouts.packing(found, samples, shared=True, multiple=1, longest=384, head_cost=2.0)
+    shape = group_packing.packing(found, samples, shared=True, multiple=1, longest=384, head_cost=2.0)
     assert (shape.length, shape.scored) == (384, 128)
 
 
@@ -185,7 +188,7 @@ def test_log_probs_and_gradients_are_those_of_rows_of_their_own(family, candidat
         pytest.skip("packed without sharing: K = 4 alone")
     options = {"vocab_size": 60, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "ffn": 24}
     options |= {"max_positions": 64, "eos_ids": (2,), "initializer_range": 0.3} | FAMILIES[family]
-    config = model.ModelConfig(family=family, **options)
+    config = models.ModelConfig(family=family, **options)
     weights = params.init(config, jax.random.key(0), "float32")
     prepared = prepared_groups(7, candidates, fork=1 if candidates == 4 else 0)
     plain, packed, _ = both(prepared, layout)
@@ -219,31 +222,31 @@ def test_log_probs_and_gradients_are_those_of_rows_of_their_own(family, candidat
 @pytest.mark.parametrize("name", ["alpha", "simpo", "kto"])
 def test_an_update_is_that_of_the_padded_layout(name):
     """Loss, metrics and gradient of micro-batches that groups fill unevenly, one of them not at all."""
-    config = model.ModelConfig(
+    config = models.ModelConfig(
         family="llama", vocab_size=60, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, ffn=24, max_positions=64,
         eos_ids=(2,), initializer_range=0.3,
     )  # fmt: skip
     loss, weights = losses.resolve(name), params.init(config, jax.random.key(0), "float32")
     plain, packed, schedule = both(prepared_groups(8, 2), "shared")
-    empty = data.layouts.assemble(schedule.prepared, schedule.rows.packing, [[]] * 2)
+    empty = group_packing.assemble(schedule.prepared, schedule.rows.packing, [[]] * 2)
     packed = jax.tree.map(lambda *parts: np.concatenate(parts), packed, empty)
     scorer = batches.scorer(config)
-    optimizer = optim.optimizer(
+    optimizer = adamw.optimizer(
         lambda count: 1.0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip_norm=0.0, decay_mask=None,
         state_dtype="float32",
     )  # fmt: skip
     found = []
     for batch, accumulation in ((plain, 4), (packed, len(packed.tokens_NT) // 2)):
-        state = shapes.TrainState(weights, optimizer.init(weights), jnp.int32(0))
+        state = types.TrainState(weights, optimizer.init(weights), jnp.int32(0))
         update = functools.partial(
-            step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=lambda count: 1.0
+            train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=lambda count: 1.0
         )
         reference_logps_BK = np.where(batch.row_ids_B[:, None] >= 0, -10.0 - batch.row_ids_B[:, None], 0)
         batch = batch._replace(
             reference_logps_BK=np.broadcast_to(reference_logps_BK, (len(batch.row_ids_B), 2)).astype(np.float32)
         )
-        state, pairs = jax.jit(update)(state, step.stack_micro_batches(batch, accumulation=accumulation))
-        found.append((metrics.means(jax.device_get(pairs)), params.flatten(state.params)))
+        state, pairs = jax.jit(update)(state, train_step.stack_micro_batches(batch, accumulation=accumulation))
+        found.append((metric_logger.means(jax.device_get(pairs)), params.flatten(state.params)))
     (expected, old), (numbers, new) = found
     assert numbers.keys() == expected.keys()
     for key, value in expected.items():
@@ -270,7 +273,7 @@ def root(tmp_path_factory):
 
 def numbers_of(workdir):
     """Rows of metrics.jsonl: step and numbers."""
-    return [json.loads(line) for line in (workdir / metrics.METRICS_FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (workdir / metric_logger.METRICS_FILE).read_text().splitlines()]
 
 
 def assert_same_run(one, other):
@@ -288,16 +291,16 @@ def test_a_run_is_that_of_the_padded_layout_on_one_device_and_on_eight_and_resum
     root, tmp_path, monkeypatch, caplog
 ):
     with caplog.at_level("INFO", logger="fpo_jax"):
-        loop.run(run_config(root), tmp_path / "padded", devices=jax.devices()[:1])
+        trainer.run(run_config(root), tmp_path / "padded", devices=jax.devices()[:1])
     (told,) = (line for line in caplog.messages if line.startswith("plan: "))
-    inputs = job.prepare(run_config(root, data__layout="shared"))
-    found = layouts.sizes(inputs.train.prepared, shared=True)
+    inputs = run_inputs.prepare(run_config(root, data__layout="shared"))
+    found = group_packing.sizes(inputs.train.prepared, shared=True)
     share = found.tokens_B.sum() / inputs.train.prepared.lengths_N.size / run_config(root).data.max_length
     assert f"data.layout=shared would hold the same in {share:.0%} of the positions" in told, (told, share)
     shared = run_config(root, data__layout="shared", train__save_every=2, train__micro_batch_per_device=2)
-    loop.run(shared, tmp_path / "shared", devices=jax.devices()[:1])
+    trainer.run(shared, tmp_path / "shared", devices=jax.devices()[:1])
     mesh = run_config(root, data__layout="shared", mesh__data=4, mesh__fsdp=2)
-    loop.run(mesh, tmp_path / "mesh")
+    trainer.run(mesh, tmp_path / "mesh")
     padded = numbers_of(tmp_path / "padded")
     assert_same_run(numbers_of(tmp_path / "shared"), padded)
     assert_same_run(numbers_of(tmp_path / "mesh"), padded)
@@ -311,7 +314,7 @@ def test_passes_have_no_longer_rows_than_training(root, tmp_path):
     tiny.write_model(tmp_path / "model", layers=1, max_positions=2048)
     config = run_config(root, data__layout="shared", data__max_length=2048, train__max_steps=1)
     config.model.path = str(tmp_path / "model")
-    plan = job.plan(config, job.prepare(config), devices=1)
+    plan = run_schedule.plan(config, run_inputs.prepare(config), devices=1)
     lengths = [one.buckets[-1] for one in (plan.evaluation, *plan.references)]
     assert max(lengths) <= plan.schedule.buckets[-1] < 384
 
@@ -319,9 +322,9 @@ def test_passes_have_no_longer_rows_than_training(root, tmp_path):
 def test_rows_are_no_longer_than_kernels_take(root):
     """Where no group is: five candidates of up to 2,048 tokens could take 10,240."""
     config = run_config(root, data__layout="shared", data__max_length=2048, data__group_size=5)
-    described = job.read_model(run_config(root), root / "model")
-    assert planning._rows(config, described)["longest"] == attention.MAX_MASKED == 8192
-    assert planning._rows(config, described, longest=256)["longest"] == 256
+    described = run_inputs.read_model(run_config(root), root / "model")
+    assert run_schedule._rows(config, described)["longest"] == attention.MAX_MASKED == 8192
+    assert run_schedule._rows(config, described, longest=256)["longest"] == 256
 
 
 @pytest.mark.slow  # two runs
@@ -329,7 +332,7 @@ def test_a_reward_model_trains_on_shared_prompts(root, tmp_path):
     changed = {"stage": "reward", "loss__name": "bradley_terry", "loss__alpha": None, "loss__beta_pi": None}
     for layout in ("padded", "shared"):
         config = run_config(root, **changed, data__layout=layout)
-        loop.run(config, tmp_path / layout, devices=jax.devices()[:1])
+        trainer.run(config, tmp_path / layout, devices=jax.devices()[:1])
     assert_same_run(numbers_of(tmp_path / "shared"), numbers_of(tmp_path / "padded"))
 
 
@@ -345,10 +348,10 @@ def test_a_reward_model_trains_on_shared_prompts(root, tmp_path):
 )
 def test_what_does_not_go_with_a_layout_is_refused(root, changed, message):
     with pytest.raises(ValueError, match=message):
-        job.check(run_config(root, **changed))
+        run_inputs.check(run_config(root, **changed))
 
 
 def test_a_row_length_that_would_split_a_group_is_refused(root):
     config = run_config(root, data__layout="shared", data__row_length=16)
     with pytest.raises(ValueError, match="data.row_length=16 is shorter than the longest group of .* use at least"):
-        job.plan(config, job.prepare(config), devices=1)
+        run_schedule.plan(config, run_inputs.prepare(config), devices=1)

@@ -20,13 +20,15 @@ import safetensors
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.testing import assert_array_equal
 
-from eval import export
-from fpo_jax import checkpoint, hf, model, params, shapes, sharding
-from fpo_jax.hf import reading, writing
+from fpo_jax import checkpoint, hf, models, sharding, types
+from fpo_jax.hf import load as weight_loading
+from fpo_jax.hf import save
+from fpo_jax.models import params
+from fpo_jax.trainer import export
 from tests import write_random_model
 from tests.paths import REPO
 
-LLAMA = model.ModelConfig(
+LLAMA = models.ModelConfig(
     family="llama",
     vocab_size=20,
     width=24,
@@ -88,21 +90,21 @@ def test_every_shard_is_its_slice_and_comes_back_to_the_bit(tmp_path, monkeypatc
     config = CONFIGS[family]
     source, places = source_of(tmp_path / "source", config, dtype), places_of(config, mesh)
     whole = params.flatten(hf.load_params(source, config, dtype=dtype))
-    monkeypatch.setattr(reading, "_STACKED_ON_HOST_BYTES", at_once_bytes)
+    monkeypatch.setattr(weight_loading, "_STACKED_ON_HOST_BYTES", at_once_bytes)
     tree = hf.load_params(source, config, dtype=dtype, shardings=places)
     assert jax.tree.map(lambda x: x.sharding, tree) == places
     for path, array in params.flatten(tree).items():
         expected = np.asarray(whole[path])
         for shard in array.addressable_shards:
             assert_array_equal(np.asarray(shard.data), expected[shard.index], err_msg=path, strict=True)
-    monkeypatch.setattr(writing, "_BLOCK_VALUES", 100)  # embeddings in blocks of four rows
+    monkeypatch.setattr(save, "_BLOCK_VALUES", 100)  # embeddings in blocks of four rows
     hf.export(tree, config, out_dir=tmp_path / "out", source_dir=source, dtype=dtype, max_shard_bytes=9000)
     assert_same_model(source, tmp_path / "out")
 
 
 def test_the_layers_hold_what_the_noise_put_there(tmp_path, monkeypatch):
     """The whole parameter by hand, since the test above compares two loads."""
-    monkeypatch.setattr(reading, "_STACKED_ON_HOST_BYTES", 0)
+    monkeypatch.setattr(weight_loading, "_STACKED_ON_HOST_BYTES", 0)
     tree = hf.load_params(source_of(tmp_path / "s", LLAMA), LLAMA, dtype="float32")
     tensors = dict(tensors_of(tmp_path / "s"))
     names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(3)]
@@ -113,9 +115,9 @@ def test_the_layers_hold_what_the_noise_put_there(tmp_path, monkeypatch):
 @each_way
 @each_mesh
 def test_every_byte_is_read_once_however_many_devices_hold_it(tmp_path, monkeypatch, mesh, at_once_bytes):
-    source, read, copy = source_of(tmp_path / "source", LLAMA), [], reading._copy
-    monkeypatch.setattr(reading, "_STACKED_ON_HOST_BYTES", at_once_bytes)
-    monkeypatch.setattr(reading, "_copy", lambda *args, **kwargs: read.append(copy(*args, **kwargs)) or read[-1])
+    source, read, copy = source_of(tmp_path / "source", LLAMA), [], weight_loading._copy
+    monkeypatch.setattr(weight_loading, "_STACKED_ON_HOST_BYTES", at_once_bytes)
+    monkeypatch.setattr(weight_loading, "_copy", lambda *args, **kwargs: read.append(copy(*args, **kwargs)) or read[-1])
     hf.load_params(source, LLAMA, dtype="bfloat16", shardings=places_of(LLAMA, mesh))
     assert sum(box.nbytes for box in read) == 2 * params.count(LLAMA)
 
@@ -123,7 +125,7 @@ def test_every_byte_is_read_once_however_many_devices_hold_it(tmp_path, monkeypa
 @each_way
 def test_other_shardings_and_memories(tmp_path, monkeypatch, at_once_bytes):
     source = source_of(tmp_path / "source", LLAMA)
-    monkeypatch.setattr(reading, "_STACKED_ON_HOST_BYTES", at_once_bytes)
+    monkeypatch.setattr(weight_loading, "_STACKED_ON_HOST_BYTES", at_once_bytes)
     whole = hf.load_params(source, LLAMA, dtype="bfloat16")
     pinned = jax.tree.map(lambda place: place.with_memory_kind("pinned_host"), places_of(LLAMA, (1, 2, 4)))
     third = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[3]), whole)
@@ -160,7 +162,7 @@ SLACK_BYTES = 2**18  # of Python objects: rows, headers, traces; measured 0.13 M
 
 def test_the_host_holds_one_tensor_of_one_layer(tmp_path, monkeypatch):
     source, places = source_of(tmp_path / "source", WIDE, shard_bytes=10**7), places_of(WIDE, (1, 2, 1))
-    monkeypatch.setattr(writing, "_BLOCK_VALUES", 128 * 1024)
+    monkeypatch.setattr(save, "_BLOCK_VALUES", 128 * 1024)
     result = {}
 
     def load():
@@ -171,7 +173,7 @@ def test_the_host_holds_one_tensor_of_one_layer(tmp_path, monkeypatch):
         hf.export(result["tree"], WIDE, out_dir=tmp_path / "out", source_dir=source, dtype="bfloat16")
 
     assert peak_bytes(load, calls=1) > 12 * WIDEST_BYTES, "24 layers of a half are stacked: the measure sees it"
-    monkeypatch.setattr(reading, "_STACKED_ON_HOST_BYTES", 2**18)
+    monkeypatch.setattr(weight_loading, "_STACKED_ON_HOST_BYTES", 2**18)
     # a CPU device takes what was read at once, here the embedding, without a copy: NumPy memory that is a device's
     # the runtime gives a layer back a moment after it used it: measured -0.3 to +0.7 MB around one layer
     assert peak_bytes(load) < EMBEDDING_BYTES + 3 * WIDEST_BYTES
@@ -183,11 +185,11 @@ def test_the_host_holds_one_tensor_of_one_layer(tmp_path, monkeypatch):
 def test_the_check_reads_headers_only_and_the_tied_head_is_compared_in_blocks(tmp_path, monkeypatch):
     config = CONFIGS["mistral"]
     source = source_of(tmp_path / "untied", dataclasses.replace(config, tied_head=False))
-    mapped, calls = reading.Tensor.mapped, []
-    monkeypatch.setattr(reading.Tensor, "mapped", lambda self, shape: calls.append(self) or mapped(self, shape))
+    mapped, calls = weight_loading.Tensor.mapped, []
+    monkeypatch.setattr(weight_loading.Tensor, "mapped", lambda self, shape: calls.append(self) or mapped(self, shape))
     hf.check_weights(source, config)
     assert not calls
-    monkeypatch.setattr(reading, "_COMPARED_ROWS", 7)
+    monkeypatch.setattr(weight_loading, "_COMPARED_ROWS", 7)
     with pytest.raises(ValueError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight, but the two differ"):
         hf.load_params(source, config, dtype="bfloat16")
     assert len(calls) == 2, "stops at the first block that differs"
@@ -219,7 +221,7 @@ def save_checkpoint(workdir, source, config, tree):
     hf.copy_companions(source, workdir / checkpoint.SOURCE_FOLDER)
     saver = checkpoint.Checkpointer(workdir, keep=1)
     meta = {"config": {"stage": "align", "lora": {"rank": 0}}}
-    saver.save(7, shapes.TrainState(tree, {"count": jnp.int32(0)}, jnp.int32(7)), meta)
+    saver.save(7, types.TrainState(tree, {"count": jnp.int32(0)}, jnp.int32(7)), meta)
     saver.close()
 
 
@@ -247,11 +249,12 @@ number, address, source, out = int(sys.argv[1]), *sys.argv[2:]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(address, num_processes=2, process_id=number)
 from pathlib import Path
-from fpo_jax import hf, params, sharding
-from fpo_jax.hf import reading
-reading._STACKED_ON_HOST_BYTES = 2000  # norms at once, matrices by layer
-read, copy = [], reading._copy
-reading._copy = lambda *args, **kwargs: read.append(copy(*args, **kwargs)) or read[-1]
+from fpo_jax import hf, sharding
+from fpo_jax.hf import load
+from fpo_jax.models import params
+load._STACKED_ON_HOST_BYTES = 2000  # norms at once, matrices by layer
+read, copy = [], load._copy
+load._copy = lambda *args, **kwargs: read.append(copy(*args, **kwargs)) or read[-1]
 config = hf.read_config(Path(source))
 mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices())
 places = sharding.param_shardings(params.logical_axes(config), params.abstract(config, "bfloat16"), mesh=mesh)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import logps
-from fpo_jax.kernels import reference
-from fpo_jax.kernels.spec import Placement
+from fpo_jax import logprobs
+from fpo_jax.kernels.lm_head import reference
+from fpo_jax.kernels.lm_head.spec import Placement
 from tests import jaxpr_tools, tolerances
 
 N, T, R, D, V = 3, 7, 4, 8, 11
@@ -43,7 +43,7 @@ def oracle(hidden_NTD, head_VD, *, temperature=1.0, softcap=None, vocab_size=V):
 
 
 jitted = jax.jit(
-    logps.response_logps,
+    logprobs.response_logps,
     static_argnames=(
         "temperature",
         "softcap",
@@ -58,7 +58,7 @@ jitted = jax.jit(
 
 def response_logps(hidden_NTD, head_VD, *, scored_NR=SCORED_NR, **options):
     """The function under test, under jit, on the batch drawn above."""
-    interpret = options.get("implementation") in logps.PLATFORMS
+    interpret = options.get("implementation") in logprobs.PLATFORMS
     return jitted(hidden_NTD, head_VD, PREDICTORS_NR, TARGETS_NR, scored_NR, interpret=interpret, **options)
 
 
@@ -66,13 +66,13 @@ def response_logps(hidden_NTD, head_VD, *, scored_NR=SCORED_NR, **options):
 @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
 def gradients(hidden_NTD, head_VD, predictors_NR=PREDICTORS_NR, targets_NR=TARGETS_NR, **options):
     """Gradients of a weighted sum of the rows' log-probs, and the log-probs."""
-    options["interpret"] = options.get("implementation") in logps.PLATFORMS
-    result = logps.response_logps(hidden_NTD, head_VD, predictors_NR, targets_NR, SCORED_NR, **options)
+    options["interpret"] = options.get("implementation") in logprobs.PLATFORMS
+    result = logprobs.response_logps(hidden_NTD, head_VD, predictors_NR, targets_NR, SCORED_NR, **options)
     return jnp.sum(result.sum_N * jnp.arange(1.0, N + 1)), result
 
 
 # pallas_gpu multiplies bfloat16 alone, and pallas_triton widths of 16 and its multiples
-FLOAT32 = [name for name in logps.IMPLEMENTATIONS if name not in ("pallas_gpu", "pallas_triton")]
+FLOAT32 = [name for name in logprobs.IMPLEMENTATIONS if name not in ("pallas_gpu", "pallas_triton")]
 OPTIONS = [{}, {"temperature": 0.8}, {"softcap": 2.0}, {"temperature": 1.7, "softcap": 1.5}]
 
 
@@ -173,9 +173,9 @@ def test_kernels_get_zeros_and_legal_targets_where_not_scored(monkeypatch):
         seen.append((np.asarray(hidden_ND), np.asarray(targets_N)))
         return reference.token_stats(hidden_ND, head_VD, targets_N, spec=spec)
 
-    monkeypatch.setitem(logps.IMPLEMENTATIONS, "reference", spy)
+    monkeypatch.setitem(logprobs.IMPLEMENTATIONS, "reference", spy)
     targets_NR = np.where(SCORED_NR, TARGETS_NR, -100)
-    logps.response_logps(*inputs(), PREDICTORS_NR, targets_NR, SCORED_NR, implementation="reference")
+    logprobs.response_logps(*inputs(), PREDICTORS_NR, targets_NR, SCORED_NR, implementation="reference")
     ((hidden_MD, targets_M),) = seen
     np.testing.assert_array_equal(targets_M, TARGETS_NR.ravel())
     np.testing.assert_array_equal(hidden_MD[~SCORED_NR.ravel()], 0)
@@ -208,7 +208,7 @@ def test_only_scored_positions_reach_the_head_and_no_logits_exist():
 
     def loss(hidden_NTD, head_VD, implementation):
         mask_NR = np.ones((rows, scored), bool)
-        result = logps.response_logps(
+        result = logprobs.response_logps(
             hidden_NTD, head_VD, *batch, mask_NR, implementation=implementation, workspace_bytes=2**20
         )
         return jnp.sum(result.sum_N), result.mean_logit_N
@@ -232,7 +232,7 @@ def test_rows_sharded_over_eight_devices_equal_one():
     arrays = hidden_NTD, head_VD, predictors_NR, targets_NR, rng.random((16, R)) < 0.7
 
     def total(*arrays, placement):
-        return jnp.sum(logps.response_logps(*arrays, placement=placement).sum_N)
+        return jnp.sum(logprobs.response_logps(*arrays, placement=placement).sum_N)
 
     def run(arrays, placement):
         return jax.jit(jax.value_and_grad(functools.partial(total, placement=placement), (0, 1)))(*arrays)
@@ -245,21 +245,21 @@ def test_rows_sharded_over_eight_devices_equal_one():
         np.testing.assert_allclose(ours, theirs, rtol=tolerances.LOGPS, atol=tolerances.LOGPS)
 
 
-SHAPES = logps.HeadShapes(tokens=4096, width=512, vocab=32000)
-HERE = {"target": logps.Target("cpu"), "shapes": SHAPES, "dtype": "bfloat16", "jax_version": "0.11.2"}
+SHAPES = logprobs.HeadShapes(tokens=4096, width=512, vocab=32000)
+HERE = {"target": logprobs.Target("cpu"), "shapes": SHAPES, "dtype": "bfloat16", "jax_version": "0.11.2"}
 TARGETS = {
-    "cpu": logps.Target("cpu"),
-    "v5e": logps.Target("tpu", "TPU v5 lite"),
-    "v5p": logps.Target("tpu", "TPU v5"),
-    "v4": logps.Target("tpu", "TPU v4"),
-    "v6e": logps.Target("tpu", "TPU v6 lite"),
-    "v7x": logps.Target("tpu", "TPU7x"),
-    "h200": logps.Target("gpu", "NVIDIA H200", "9.0"),
-    "a100": logps.Target("gpu", "NVIDIA A100-SXM4-80GB", "8.0"),
-    "l40s": logps.Target("gpu", "NVIDIA L40S", "8.9"),
-    "b200": logps.Target("gpu", "NVIDIA B200", "10.0"),
-    "t4": logps.Target("gpu", "Tesla T4", "7.5"),
-    "mi300": logps.Target("gpu", "AMD Instinct MI300X", "gfx942"),
+    "cpu": logprobs.Target("cpu"),
+    "v5e": logprobs.Target("tpu", "TPU v5 lite"),
+    "v5p": logprobs.Target("tpu", "TPU v5"),
+    "v4": logprobs.Target("tpu", "TPU v4"),
+    "v6e": logprobs.Target("tpu", "TPU v6 lite"),
+    "v7x": logprobs.Target("tpu", "TPU7x"),
+    "h200": logprobs.Target("gpu", "NVIDIA H200", "9.0"),
+    "a100": logprobs.Target("gpu", "NVIDIA A100-SXM4-80GB", "8.0"),
+    "l40s": logprobs.Target("gpu", "NVIDIA L40S", "8.9"),
+    "b200": logprobs.Target("gpu", "NVIDIA B200", "10.0"),
+    "t4": logprobs.Target("gpu", "Tesla T4", "7.5"),
+    "mi300": logprobs.Target("gpu", "AMD Instinct MI300X", "gfx942"),
 }
 has_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GPU kernels need jax 0.11")
 
@@ -289,24 +289,24 @@ has_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the 
     ids=str,
 )
 def test_choice_is_pure_and_gives_its_reason(target, change, implementation, reason):
-    choice = logps.choose(**{**HERE, "target": TARGETS[target], **change})
+    choice = logprobs.choose(**{**HERE, "target": TARGETS[target], **change})
     assert choice.implementation == implementation and reason in choice.reason, choice
     assert choice.fuse_loss == ("loss inside" in choice.reason) and not choice.interpret
     if implementation != "chunked":
-        assert "loss inside" not in logps.choose(**{**HERE, "target": TARGETS[target]}, fuse_loss="off").reason
+        assert "loss inside" not in logprobs.choose(**{**HERE, "target": TARGETS[target]}, fuse_loss="off").reason
 
 
 def test_a_request_is_kept():
-    assert logps.choose(**HERE, requested="chunked") == logps.Choice(
+    assert logprobs.choose(**HERE, requested="chunked") == logprobs.Choice(
         "chunked", False, False, "requested; loss apart: chunked has no kernel for it"
     )
-    dense = logps.choose(**{**HERE, "dtype": "float32"}, requested="reference")
+    dense = logprobs.choose(**{**HERE, "dtype": "float32"}, requested="reference")
     assert dense.reason == (
         "requested: holds 500.0 MiB of logits (4096 tokens x 32000 entries); loss apart: reference has no kernel for it"
     )
-    lean = logps.choose(**{**HERE, "target": TARGETS["v5p"]}, requested="pallas_tpu_lean")
-    assert lean == logps.Choice("pallas_tpu_lean", True, False, "requested; loss inside")
-    emulated = logps.choose(**HERE, requested="pallas_tpu")
+    lean = logprobs.choose(**{**HERE, "target": TARGETS["v5p"]}, requested="pallas_tpu_lean")
+    assert lean == logprobs.Choice("pallas_tpu_lean", True, False, "requested; loss inside")
+    emulated = logprobs.choose(**HERE, requested="pallas_tpu")
     assert emulated.interpret and "emulated on the CPU: for tests, very slow" in emulated.reason
 
 
@@ -315,15 +315,15 @@ def test_triton_runs_where_it_is_asked_for(target):
     """Any vocabulary, in float32 too, and any jax."""
     here = {**HERE, "target": TARGETS[target], "shapes": SHAPES._replace(vocab=50257), "jax_version": "0.10.2"}
     for dtype in ("bfloat16", "float32"):
-        choice = logps.choose(**{**here, "dtype": dtype}, requested="pallas_triton")
-        assert choice == logps.Choice("pallas_triton", True, False, "requested; loss inside")
-    assert "emulated" in logps.choose(**HERE, requested="pallas_triton").reason
-    assert "logits on the chip only" in logps.explain(**here, requested="pallas_triton")
+        choice = logprobs.choose(**{**here, "dtype": dtype}, requested="pallas_triton")
+        assert choice == logprobs.Choice("pallas_triton", True, False, "requested; loss inside")
+    assert "emulated" in logprobs.choose(**HERE, requested="pallas_triton").reason
+    assert "logits on the chip only" in logprobs.explain(**here, requested="pallas_triton")
 
 
 @pytest.mark.parametrize("target", ["t4", "mi300"])
 def test_auto_does_not_name_a_kernel_that_cannot_run(target):
-    choice = logps.choose(**{**HERE, "target": TARGETS[target]})
+    choice = logprobs.choose(**{**HERE, "target": TARGETS[target]})
     assert choice.implementation == "chunked" and "triton" not in choice.reason
 
 
@@ -332,8 +332,8 @@ def test_rows_on_one_device_decide():
     """32,008 rows are a multiple of 8; the half that each of two devices holds is not."""
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
     here = {**HERE, "target": TARGETS["h200"], "shapes": SHAPES._replace(vocab=32008)}
-    assert logps.choose(**here).implementation == "pallas_gpu"
-    choice = logps.choose(**here, placement=Placement(mesh, ("data",), "tensor"))
+    assert logprobs.choose(**here).implementation == "pallas_gpu"
+    choice = logprobs.choose(**here, placement=Placement(mesh, ("data",), "tensor"))
     assert choice.implementation == "chunked" and "16004 rows of the head are not a multiple of 8" in choice.reason
 
 
@@ -360,32 +360,32 @@ def test_rows_on_one_device_decide():
 )
 def test_choice_refuses_what_it_cannot_run(change, message):
     with pytest.raises(ValueError, match=message):
-        logps.choose(**{**HERE, **change})
+        logprobs.choose(**{**HERE, **change})
 
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1", "0.13.0rc1", "1.0.0.dev20990101"])
 def test_newer_versions_are_accepted(version):
-    assert logps.choose(**{**HERE, "jax_version": version}).implementation == "chunked"
+    assert logprobs.choose(**{**HERE, "jax_version": version}).implementation == "chunked"
 
 
 def test_this_device_describes_itself():
-    assert logps.Target.of(jax.devices()[0]) == logps.Target("cpu", "cpu", "")
+    assert logprobs.Target.of(jax.devices()[0]) == logprobs.Target("cpu", "cpu", "")
 
 
 def test_explain_names_blocks_and_memory():
     here = {**HERE, "dtype": "float32"}
-    text = logps.explain(**here)
+    text = logprobs.explain(**here)
     assert "log-probs: chunked (auto on cpu" in text
     assert "4096 tokens x 32000 vocabulary entries x 512 wide, float32 operands, float32 accumulation" in text
     blocks = "6 blocks of 5376 head rows x 1 of 4096 tokens per device, 168.0 MiB of workspace (limit 192.0 MiB)"
     assert f"forward: {blocks}\nbackward: {blocks}" in text
     assert "dense float32 logits, which are never held: 500.0 MiB per device" in text
-    assert "held in full: 500.0 MiB" in logps.explain(**here, requested="reference")
-    assert "forward: one kernel, logits on the chip only" in logps.explain(**{**here, "target": TARGETS["v5e"]})
+    assert "held in full: 500.0 MiB" in logprobs.explain(**here, requested="reference")
+    assert "forward: one kernel, logits on the chip only" in logprobs.explain(**{**here, "target": TARGETS["v5e"]})
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
     changes = {"vocab_size": 31000, "workspace_bytes": 2**24, "placement": Placement(mesh, ("data",))}
     for option, value in changes.items():
-        assert logps.explain(**here, **{option: value}) != text, option
+        assert logprobs.explain(**here, **{option: value}) != text, option
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from eval import export
-from fpo_jax import checkpoint, config, execution, hf, job, loop, metrics, reference
+from fpo_jax import checkpoint, config, hf
+from fpo_jax.cli import export
+from fpo_jax.distributed import preemption
+from fpo_jax.trainer import metric_logger, reference_files, run_inputs, run_workdir, trainer
 from tests import compiling, resuming, tiny
 from tests.paths import REPO
 
@@ -66,7 +68,7 @@ def uninterrupted(inputs, tmp_path_factory):
 
 @pytest.mark.slow  # two processes
 def test_signal_saves_exits_with_its_code_and_resumes_to_the_bit(inputs, uninterrupted, tmp_path):
-    process = start_until(command(inputs, tmp_path / "w"), tmp_path / "w" / metrics.METRICS_FILE, 4)
+    process = start_until(command(inputs, tmp_path / "w"), tmp_path / "w" / metric_logger.METRICS_FILE, 4)
     process.send_signal(signal.SIGTERM)  # SIGINT and other moments: test_faults_crash.py
     _, stderr = process.communicate()
     assert process.returncode == 75, stderr
@@ -87,7 +89,7 @@ def small(inputs, **changed):
 
 
 def run(c, workdir):
-    loop.run(c, workdir, devices=jax.devices()[:1])
+    trainer.run(c, workdir, devices=jax.devices()[:1])
 
 
 def test_finished_run_does_nothing(inputs, tmp_path, caplog):
@@ -102,7 +104,7 @@ def test_finished_run_does_nothing(inputs, tmp_path, caplog):
 
 def test_metrics_have_the_expected_names(inputs, tmp_path):
     run(small(inputs, train__max_steps=2, train__epochs=1.0), tmp_path)
-    lines = metrics.read(tmp_path / metrics.METRICS_FILE)
+    lines = metric_logger.read(tmp_path / metric_logger.METRICS_FILE)
     assert [line["step"] for line in lines] == [0, 1, 2, 2]  # evaluation before, two updates, evaluation after
     expected = {
         "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
@@ -112,7 +114,7 @@ def test_metrics_have_the_expected_names(inputs, tmp_path):
     assert expected <= set(lines[1])
     assert {f"eval_{name}" for name in expected - {"grad_norm", "learning_rate"}} <= set(lines[0])
     assert abs(lines[0]["eval_rewards/margins"]) < 1e-4, "before training the policy is the reference"
-    timing = metrics.read(tmp_path / metrics.TIMING_FILE)
+    timing = metric_logger.read(tmp_path / metric_logger.TIMING_FILE)
     assert {"seconds", "valid_tokens_per_s", "padded_tokens_per_s", "padding_share"} <= set(timing[0])
     assert json.loads((tmp_path / "audit.json").read_text())["train"]["groups"] == 24
 
@@ -132,10 +134,10 @@ def test_nonfinite_stops_with_the_rows_and_keeps_the_good_state(inputs, tmp_path
     c = small(inputs, optim__learning_rate=1e30, optim__warmup_fraction=0.0, train__max_steps=6, train__save_every=1)
     c.train.epochs = 2.0
     with pytest.raises(
-        loop.NonFinite, match=r"step 2: loss or gradient is not finite.*pairs.jsonl:\d+.*checkpoint is sound"
+        trainer.NonFinite, match=r"step 2: loss or gradient is not finite.*pairs.jsonl:\d+.*checkpoint is sound"
     ):
         run(c, tmp_path)
-    line = metrics.read(tmp_path / metrics.METRICS_FILE)[-1]
+    line = metric_logger.read(tmp_path / metric_logger.METRICS_FILE)[-1]
     assert line["step"] == 2 and len(line["nonfinite_rows"]) == 4 and line["loss"] is None
     assert checkpoint.restore_params(tmp_path, None)[1]["step"] == 1
 
@@ -143,7 +145,7 @@ def test_nonfinite_stops_with_the_rows_and_keeps_the_good_state(inputs, tmp_path
 def test_nonfinite_skips_and_counts_when_told_to(inputs, tmp_path):
     c = small(inputs, optim__learning_rate=1e30, optim__warmup_fraction=0.0, train__on_nonfinite="skip")
     c.train.max_nonfinite, c.train.max_steps, c.train.epochs = 3, 9, 3.0
-    with pytest.raises(loop.NonFinite, match=r"step 4: .* 3 in a row"):
+    with pytest.raises(trainer.NonFinite, match=r"step 4: .* 3 in a row"):
         run(c, tmp_path)
 
 
@@ -158,10 +160,10 @@ def test_workdir_of_another_configuration_is_refused_with_the_difference(inputs,
 def test_what_fits_a_run_to_its_machine_may_change_and_is_told(inputs, tmp_path, caplog):
     first, changed = (small(inputs, train__max_steps=1) for _ in range(2))
     changed.mesh.fsdp, changed.train.save_every, changed.model.remat = 2, 7, "full"
-    read = job.prepare(first)
-    job.claim_workdir(first, tmp_path, read)
+    read = run_inputs.prepare(first)
+    run_workdir.claim_workdir(first, tmp_path, read)
     with caplog.at_level("INFO", logger="fpo_jax"):
-        job.claim_workdir(changed, tmp_path, read)
+        run_workdir.claim_workdir(changed, tmp_path, read)
     assert caplog.messages == [
         "this start has mesh.fsdp: 1 -> 2; sums may round differently",
         "this start has model.remat: 'none' -> 'full'; sums may round differently",
@@ -169,30 +171,30 @@ def test_what_fits_a_run_to_its_machine_may_change_and_is_told(inputs, tmp_path,
     ]
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 2, "the next start compares with it"
     changed.data.layout = "shared"
-    job.claim_workdir(changed, tmp_path, read)
+    run_workdir.claim_workdir(changed, tmp_path, read)
 
 
 def test_the_workdir_records_the_loss_with_every_option(inputs, tmp_path, caplog):
     c = small(inputs, loss__name="sigmoid", loss__alpha=None, loss__beta_pi=None)
-    read = job.prepare(c)
-    job.claim_workdir(c, tmp_path, read)
+    read = run_inputs.prepare(c)
+    run_workdir.claim_workdir(c, tmp_path, read)
     written = json.loads((tmp_path / "config.json").read_text())
     loss = written.pop("resolved_loss")
     assert written == json.loads(c.to_json())
     assert (loss["name"], loss["reference"]) == ("kl_target_policy", False)
     assert loss["options"] == dict(read.loss.options) and loss["options"]["gamma_beta_ratio"] == 0.25
     assert "ℓ = logp/|y|" in loss["equation"]
-    job.claim_workdir(c, tmp_path, read)
+    run_workdir.claim_workdir(c, tmp_path, read)
     other = {**written, "resolved_loss": {**loss, "equation": "in other words"}}
     (tmp_path / "config.json").write_text(json.dumps(other))
-    job.claim_workdir(c, tmp_path, read)
+    run_workdir.claim_workdir(c, tmp_path, read)
     other["resolved_loss"]["options"] = {**loss["options"], "gamma_beta_ratio": 0.5}  # of a version with that default
     (tmp_path / "config.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match=r"configuration:\n  resolved_loss.options.gamma_beta_ratio: 0.5 -> 0.25\nuse"):
-        job.claim_workdir(c, tmp_path, read)
+        run_workdir.claim_workdir(c, tmp_path, read)
     (tmp_path / "config.json").write_text(json.dumps(written))  # of a version that recorded none
     with caplog.at_level("INFO", logger="fpo_jax"):
-        job.claim_workdir(c, tmp_path, read)
+        run_workdir.claim_workdir(c, tmp_path, read)
     assert "does not say which loss ran" in caplog.text
     assert "resolved_loss" in json.loads((tmp_path / "config.json").read_text())
 
@@ -219,7 +221,7 @@ def test_reference_of_another_model_is_its_own(inputs, tmp_path):
     tiny.write_model(tmp_path / "other", layers=1, seed=9)
     c = small(inputs, train__max_steps=1, reference__path=str(tmp_path / "other"))
     run(c, tmp_path / "w")
-    margin = metrics.read(tmp_path / "w" / metrics.METRICS_FILE)[0]["eval_rewards/margins"]
+    margin = metric_logger.read(tmp_path / "w" / metric_logger.METRICS_FILE)[0]["eval_rewards/margins"]
     assert abs(margin) > 1e-2, "policy and reference differ from the start"
 
 
@@ -240,23 +242,25 @@ def test_reference_is_shared_between_runs_and_its_damage_found(inputs, tmp_path)
 def test_a_stopped_reference_pass_goes_on_where_it_was(inputs, tmp_path, monkeypatch):
     small_passes = small(inputs, train__max_steps=1, reference__batch_per_device=4)  # six batches for each set
     run(small_passes, tmp_path / "whole")
-    checks, inner = [], execution.StopRequest.check
+    checks, inner = [], preemption.StopRequest.check
 
     def fourth_of_the_pass_stops(self, words):
         checks.append(words)
         if len(checks) == 4:
-            raise execution.Stopped(words)
+            raise preemption.Stopped(words)
         inner(self, words)
 
     with monkeypatch.context() as patch:
-        patch.setattr(execution.StopRequest, "check", fourth_of_the_pass_stops)
-        with pytest.raises(execution.Stopped, match="so far are kept"):
+        patch.setattr(preemption.StopRequest, "check", fourth_of_the_pass_stops)
+        with pytest.raises(preemption.Stopped, match="so far are kept"):
             run(small_passes, tmp_path / "cut")
     part = next((tmp_path / "cut" / "reference").glob("train-*.part"))
     assert np.isnan(safetensors.numpy.load_file(part)["reference_logps"][:, 0]).tolist() == [False] * 12 + [True] * 12
-    scored, compute = [], reference.compute
+    scored, compute = [], reference_files.compute
     monkeypatch.setattr(
-        reference, "compute", lambda found, **of: compute((scored.append(ids) or (ids, x) for ids, x in found), **of)
+        reference_files,
+        "compute",
+        lambda found, **of: compute((scored.append(ids) or (ids, x) for ids, x in found), **of),
     )
     run(small_passes, tmp_path / "cut")
     assert np.concatenate(scored[:3]).tolist() == list(range(12, 24)) and len(scored) == 3 + 6
@@ -387,7 +391,7 @@ RECIPES = [path.stem for path in sorted((REPO / "configs").glob("*.py")) if path
 
 def shrunk(name, inputs, folder):
     """The recipe with a small model and local data; everything else is its own."""
-    c = importlib.import_module(f"configs.{name}").get_config()
+    c = importlib.import_module(f"fpo_jax.configs.{name}").get_config()
     c.data.train = c.data.eval = str(local_data(folder, c))
     c.data.train_split = c.data.eval_split = c.data.subfolder = ""
     c.model.path = str(inputs / "wide")
@@ -405,7 +409,7 @@ def wide(inputs):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_builds_its_batches_from_local_files(name, inputs, wide, tmp_path):
     c = shrunk(name, inputs, tmp_path)
-    found = job.prepare(c)
+    found = run_inputs.prepare(c)
     assert found.train.prepared.groups == 12 and found.train.prepared.group_size == c.data.group_size
     assert found.train.audit.double_bos == 0
 
@@ -416,13 +420,13 @@ def test_recipe_trains_a_small_model(name, inputs, wide, tmp_path):
     c = shrunk(name, inputs, tmp_path)
     c.train.max_steps = 1
     run(c, tmp_path / "w")
-    assert metrics.read(tmp_path / "w" / metrics.METRICS_FILE)[-1]["step"] == 1
+    assert metric_logger.read(tmp_path / "w" / metric_logger.METRICS_FILE)[-1]["step"] == 1
 
 
 def test_every_knob_is_read():
     """A knob that the loop never reads would be silently ignored."""
-    files = ("job/inputs", "job/planning", "scorers", "programs", "scoring", "answering", "evaluation", "loop")
-    tree = ast.parse("\n".join((REPO / "fpo_jax" / f"{name}.py").read_text() for name in files))
+    files = (REPO / "fpo_jax" / "trainer").glob("*.py")
+    tree = ast.parse("\n".join(path.read_text() for path in files))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     c = config.default()

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from eval import export
-from fpo_jax import checkpoint, hf, job, loop, metrics, model, params
-from fpo_jax.model import parts
+from fpo_jax import checkpoint, hf, models
+from fpo_jax.models import layers, params
+from fpo_jax.trainer import export, metric_logger, run_inputs, trainer
 from tests import test_model, tiny, tolerances
 
 LORA = {"lora__rank": 3, "lora__alpha": 6.0}
@@ -40,12 +40,12 @@ def config(base, **changed):
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "w"
-    loop.run(config(base), workdir)
+    trainer.run(config(base), workdir)
     return workdir
 
 
 def adapter_of(published, **changed):
-    c = model.from_hf_config(published)
+    c = models.from_hf_config(published)
     return c, params.adapter(c, **({"rank": 3, "alpha": 6.0, "dropout": 0.0, "modules": "all-linear"} | changed))
 
 
@@ -61,11 +61,11 @@ def random_adapter(c, adapter, seed=1):
 
 @functools.partial(jax.jit, static_argnames=("config", "adapter"))
 def logits(tree, tokens_NT, key=None, *, config, adapter):
-    hidden_NTD = model.hidden_states(
+    hidden_NTD = models.hidden_states(
         tree, tokens_NT, jnp.ones(tokens_NT.shape, bool), config=config, compute_dtype="float32", adapter=adapter,
         dropout_key=key,
     )  # fmt: skip
-    return jax.vmap(lambda hidden_ND: model.logits(tree, hidden_ND, config=config))(hidden_NTD)
+    return jax.vmap(lambda hidden_ND: models.logits(tree, hidden_ND, config=config))(hidden_NTD)
 
 
 FAMILIES = ["llama GQA", "mistral window", "qwen2", "qwen3", "gemma2", "gpt2", "neox parallel"]
@@ -127,7 +127,7 @@ def test_merged_equals_unmerged(name, tmp_path):
 
 
 def test_a_fresh_adapter_changes_nothing_and_the_reference_is_the_base(run):
-    lines = metrics.read(run / metrics.METRICS_FILE)
+    lines = metric_logger.read(run / metric_logger.METRICS_FILE)
     first, *_, last = lines
     assert first["eval_reference_kl"] == pytest.approx(0.0, abs=1e-5)
     assert abs(last["eval_reference_kl"]) > 1e-4 and last["eval_loss"] < first["eval_loss"]
@@ -172,25 +172,25 @@ def test_the_base_is_bit_unchanged_and_both_exports_agree(run, base, tmp_path):
 
 
 def test_a_resumed_run_is_that_of_an_uninterrupted_one(base, run, tmp_path, monkeypatch):
-    from fpo_jax import execution
+    from fpo_jax.distributed import preemption
 
     answers = iter([None, "SIGTERM"])
     with monkeypatch.context() as patch:
-        patch.setattr(execution.StopRequest, "agreed", lambda self: next(answers, None))
-        with pytest.raises(execution.Stopped):
-            loop.run(config(base), tmp_path / "w")
-    loop.run(config(base), tmp_path / "w")
+        patch.setattr(preemption.StopRequest, "agreed", lambda self: next(answers, None))
+        with pytest.raises(preemption.Stopped):
+            trainer.run(config(base), tmp_path / "w")
+    trainer.run(config(base), tmp_path / "w")
     ours, theirs = (params.flatten(checkpoint.restore_params(w, None)[0]) for w in (tmp_path / "w", run))
     for path in theirs:
         np.testing.assert_array_equal(np.asarray(ours[path]), np.asarray(theirs[path]), err_msg=path)
-    assert (tmp_path / "w" / metrics.METRICS_FILE).read_bytes() == (run / metrics.METRICS_FILE).read_bytes()
+    assert (tmp_path / "w" / metric_logger.METRICS_FILE).read_bytes() == (run / metric_logger.METRICS_FILE).read_bytes()
 
 
 @pytest.mark.slow  # a second set of compilations
 def test_weights_gathered_once_an_update_give_the_same_losses(base, run, tmp_path):
-    loop.run(config(base, mesh__data=1, mesh__fsdp=8, mesh__preset="zero2"), tmp_path / "w")
+    trainer.run(config(base, mesh__data=1, mesh__fsdp=8, mesh__preset="zero2"), tmp_path / "w")
     ours, theirs = (
-        [line["loss"] for line in metrics.read(w / metrics.METRICS_FILE) if "loss" in line]
+        [line["loss"] for line in metric_logger.read(w / metric_logger.METRICS_FILE) if "loss" in line]
         for w in (tmp_path / "w", run)
     )
     assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -199,7 +199,7 @@ def test_weights_gathered_once_an_update_give_the_same_losses(base, run, tmp_pat
 @pytest.mark.slow
 def test_a_reward_model_trains_its_head_beside_the_adapter(base, tmp_path):
     c = config(base, stage="reward", loss__name="bradley_terry", loss__alpha=None, loss__beta_pi=None)
-    loop.run(c, tmp_path / "w")
+    trainer.run(c, tmp_path / "w")
     tree, _ = checkpoint.restore_params(tmp_path / "w", None)
     assert "score" in tree and "embed" not in tree
     export.export(tmp_path / "w", tmp_path / "rm", step=None, dtype=None)
@@ -211,14 +211,14 @@ def test_a_reward_model_trains_its_head_beside_the_adapter(base, tmp_path):
 
 
 def test_dropout_is_unbiased_and_new_for_every_key():
-    adapter, random = model.Adapter(2, 4.0, 0.4, ()), np.random.default_rng(0)
+    adapter, random = models.Adapter(2, 4.0, 0.4, ()), np.random.default_rng(0)
     a, b = random.normal(size=(6, 2)), random.normal(size=(2, 5))
     module = nnx.Module()
     module.up_lora_a, module.up_lora_b = nnx.Param(jnp.asarray(a)), nnx.Param(jnp.asarray(b))
     x_NTD = jnp.asarray(random.normal(size=(1, 3, 6)), jnp.float32)
 
     def added(key):
-        context = parts.Context(None, None, 1.0, None, None, None, None, adapter, key)
+        context = layers.Context(None, None, 1.0, None, None, None, None, adapter, key)
         return context._adapted("NTD,DF->NTF", x_NTD, module, "up")
 
     plain = np.asarray(added(None))
@@ -266,12 +266,12 @@ def test_without_dropout_no_randomness_is_traced():
 )
 def test_settings_out_of_range_are_listed(base, changed, message):
     with pytest.raises(ValueError, match=message):
-        job.check(config(base, **changed))
+        run_inputs.check(config(base, **changed))
 
 
 def test_a_pattern_that_fits_nothing_lists_what_there_is(base):
     with pytest.raises(ValueError, match=r"'query_key_value' is in no name .*: down_proj, gate_proj, k_proj, o_proj"):
-        job.prepare(config(base, lora__modules="query_key_value"))
+        run_inputs.prepare(config(base, lora__modules="query_key_value"))
 
 
 def test_an_adapter_of_no_adapter_is_refused(run, tmp_path, monkeypatch):

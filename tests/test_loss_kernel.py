@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import logps, losses
-from fpo_jax.kernels import head_loss, pallas_tpu, reference, unrolled
-from fpo_jax.kernels.spec import HeadSpec, Placement
+from fpo_jax import logprobs, losses
+from fpo_jax.kernels.lm_head import head_loss, pallas_tpu, reference, unrolled
+from fpo_jax.kernels.lm_head.spec import HeadSpec, Placement
 from tests import test_kernels, test_pallas_tpu, tolerances
 from tests.mixed_loss import MixedLoss
 
@@ -27,7 +27,7 @@ MESHES = {  # name -> devices along data, fsdp, tensor
     "data, fsdp and tensor": (2, 2, 2),
 }
 LAYOUTS = {"padded": 1, "two groups a row": 2}  # name -> groups of a row
-KERNELS = [name for name in logps.PLATFORMS if name != "pallas_gpu"]  # its interpreter needs jax 0.11
+KERNELS = [name for name in logprobs.PLATFORMS if name != "pallas_gpu"]  # its interpreter needs jax 0.11
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def run(args, slots_N, *, loss, spec, implementation=None, frozen=False):
         if implementation is None:
             out = head_loss.fpo_head_loss(hidden_ND, head_VD, *rest, **options, token_stats=reference.token_stats)
         else:
-            engine = logps.ENGINES[implementation]
+            engine = logprobs.ENGINES[implementation]
             out = head_loss.fused_head_loss(hidden_ND, head_VD, *rest, **options, engine=engine)
         weights_B, weights_BK = jnp.arange(1.0, groups[0] + 1), jnp.cos(jnp.arange(float(groups[0] * K)))
         total = jnp.sum(out.losses_B * weights_B) + 1e-3 * jnp.sum(out.logps_BK.reshape(-1) * weights_BK)

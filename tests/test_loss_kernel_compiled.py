@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import logps, losses, topologies
-from fpo_jax.kernels import head_loss
-from fpo_jax.kernels.spec import HeadSpec, Placement
+from fpo_jax import logprobs, losses
+from fpo_jax.kernels.lm_head import head_loss
+from fpo_jax.kernels.lm_head.spec import HeadSpec, Placement
+from fpo_jax.perf import hardware
 from tests import compiling
 
 pytestmark = pytest.mark.deviceless
@@ -29,9 +30,9 @@ def compiler(request):
 
 def place(target, devices):
     """Mesh, placement of a head that is cut over its width, and engine."""
-    mesh = Mesh(topologies.mesh(target, devices=devices).devices.reshape(1, devices, 1), ("data", "fsdp", "tensor"))
+    mesh = Mesh(hardware.mesh(target, devices=devices).devices.reshape(1, devices, 1), ("data", "fsdp", "tensor"))
     placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp") if devices > 1 else None
-    return mesh, placement, logps.ENGINES["pallas_tpu" if "-" in target else "pallas_gpu"]
+    return mesh, placement, logprobs.ENGINES["pallas_tpu" if "-" in target else "pallas_gpu"]
 
 
 def compiled(
@@ -68,11 +69,11 @@ def compiled(
     hidden, targets, scored = *per_token, array((tokens * devices,), "bool", "fsdp")
     function = jax.value_and_grad(total, (0, 1)) if backward else total
     args = (hidden, array((rows, width), head, None, "fsdp"), targets, scored, operands)
-    return topologies.compile_for(function, *args, **(options or {}))
+    return hardware.compile_for(function, *args, **(options or {}))
 
 
 def temporaries(program, target):
-    return topologies.temporaries_of(program, topologies.mesh(target, devices=1).devices.flat[0])
+    return hardware.temporaries_of(program, hardware.mesh(target, devices=1).devices.flat[0])
 
 
 @pytest.mark.parametrize("target", TPUS + GPUS)

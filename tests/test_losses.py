@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fpo_jax import losses
-from fpo_jax.losses import divergences, names, numerics, objectives, options, scores, targets
+from fpo_jax.losses import f_divergences, numerics, options, preference_losses, registry, scores, targets
 from fpo_jax.losses import loss as loss_module
 from tests import losses_oracle as oracle
 from tests import tolerances
@@ -213,7 +213,7 @@ def test_losses_show_who_was_chosen():
     assert_array_equal(losses.resolve("exo-rw").chosen(tied), [[0.5, 0.5, 0], [0, 1, 0]])
 
 
-MODULES = (divergences, loss_module, names, numerics, objectives, options, scores, targets)
+MODULES = (f_divergences, loss_module, registry, numerics, preference_losses, options, scores, targets)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__.rpartition(".")[2])

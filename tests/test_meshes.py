@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, loop, metrics
+from fpo_jax import checkpoint
+from fpo_jax.trainer import metric_logger, trainer
 from tests import tiny, tolerances
 
 STEPS = 20
@@ -34,8 +35,8 @@ def config(inputs, **changed):
 
 def trained(c, workdir, devices=None):
     """Losses [20] and the final parameters."""
-    loop.run(c, workdir, devices=devices)
-    lines = metrics.read(workdir / metrics.METRICS_FILE)
+    trainer.run(c, workdir, devices=devices)
+    lines = metric_logger.read(workdir / metric_logger.METRICS_FILE)
     weights, _ = checkpoint.restore_params(workdir, None)
     return np.array([line["loss"] for line in lines]), jax.tree.map(np.asarray, weights)
 

@@ -5,18 +5,18 @@ import types
 import numpy as np
 import pytest
 
-from fpo_jax import metrics
+from fpo_jax.trainer import metric_logger
 
 
 def writers(workdir, resume_step=-1, **options):
     options = {"tensorboard": False, "wandb_project": None, "config": {}} | options
-    return metrics.Writers(workdir, resume_step=resume_step, **options)
+    return metric_logger.Writers(workdir, resume_step=resume_step, **options)
 
 
 def test_means_and_sums_over_batches():
-    total = metrics.add(None, {"a": (np.float32(1.0), np.float32(2.0)), "never": (np.float32(0), np.float32(0))})
-    total = metrics.add(total, {"a": (np.float32(5.0), np.float32(1.0)), "never": (np.float32(0), np.float32(0))})
-    assert metrics.means(total) == {"a": 2.0}
+    total = metric_logger.add(None, {"a": (np.float32(1.0), np.float32(2.0)), "never": (np.float32(0), np.float32(0))})
+    total = metric_logger.add(total, {"a": (np.float32(5.0), np.float32(1.0)), "never": (np.float32(0), np.float32(0))})
+    assert metric_logger.means(total) == {"a": 2.0}
 
 
 def test_resume_drops_the_lines_of_updates_that_run_again(tmp_path):
@@ -25,15 +25,15 @@ def test_resume_drops_the_lines_of_updates_that_run_again(tmp_path):
         first.write(step, {"loss": 0.1 * step})
         first.write(step, {"seconds": 1.0}, timing=True)
     first.close()
-    whole = (tmp_path / metrics.METRICS_FILE).read_bytes()
-    with (tmp_path / metrics.METRICS_FILE).open("a") as file:
+    whole = (tmp_path / metric_logger.METRICS_FILE).read_bytes()
+    with (tmp_path / metric_logger.METRICS_FILE).open("a") as file:
         file.write('{"step": 4, "lo')  # a kill in the middle of a line
     again = writers(tmp_path, resume_step=2)
     again.write(3, {"loss": 0.1 * 3})
     again.sync()
     again.close()
-    assert (tmp_path / metrics.METRICS_FILE).read_bytes() == whole
-    assert [line["step"] for line in metrics.read(tmp_path / metrics.TIMING_FILE)] == [0, 1, 2]
+    assert (tmp_path / metric_logger.METRICS_FILE).read_bytes() == whole
+    assert [line["step"] for line in metric_logger.read(tmp_path / metric_logger.TIMING_FILE)] == [0, 1, 2]
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
@@ -42,7 +42,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     log.write(1, {"loss": 0.5})
     log.close()
     assert list((tmp_path / "tensorboard").iterdir())
-    assert json.loads((tmp_path / metrics.METRICS_FILE).read_text()) == {"step": 1, "loss": 0.5}
+    assert json.loads((tmp_path / metric_logger.METRICS_FILE).read_text()) == {"step": 1, "loss": 0.5}
 
 
 def test_a_table_reaches_tensorboard_and_no_text_leaves_its_cell(tmp_path):
@@ -59,7 +59,7 @@ def test_a_number_that_is_not_finite_is_null_and_rows_are_named(tmp_path):
     log = writers(tmp_path)
     log.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "fine": 1.0}, rows=[4, 2])
     log.close()
-    line = json.loads((tmp_path / metrics.METRICS_FILE).read_text())
+    line = json.loads((tmp_path / metric_logger.METRICS_FILE).read_text())
     assert line == {"step": 1, "loss": None, "grad_norm": None, "fine": 1.0, "nonfinite_rows": [4, 2]}
 
 
@@ -94,8 +94,8 @@ class TestWandb:
         self.begin(tmp_path / "w")
         first, again, moved, anew = (options["id"] for options in begun)
         assert first == again == moved != anew
-        assert first.isalnum() and (tmp_path / "moved" / metrics.WANDB_FILE).read_text() == first + "\n"
+        assert first.isalnum() and (tmp_path / "moved" / metric_logger.WANDB_FILE).read_text() == first + "\n"
 
     def test_without_a_project_there_is_no_id(self, tmp_path, begun):
         writers(tmp_path).close()
-        assert not begun and not (tmp_path / metrics.WANDB_FILE).exists()
+        assert not begun and not (tmp_path / metric_logger.WANDB_FILE).exists()

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fpo_jax import data, job
+from fpo_jax import data
+from fpo_jax.trainer import run_inputs
 from tests import tiny
 
 
@@ -39,7 +40,7 @@ def test_a_run_trains_on_its_mixture_and_evaluates_on_all_of_its_test_set(tmp_pa
     tiny.write_model(tmp_path / "model", layers=1)
     a, b = (source(tmp_path / f"{name}.jsonl", name, 8) for name in "ab")
     c = tiny.config(tmp_path / "model", "", data__mixer=(f"{a}=0.5", f"{b}=1"), data__eval=a)
-    inputs = job.prepare(c)
+    inputs = run_inputs.prepare(c)
     assert inputs.train.prepared.groups == 12 and inputs.evaluation.prepared.groups == 8
     assert {place.rpartition("/")[2].split(":")[0] for place in inputs.train.prepared.sources} == {"a.jsonl", "b.jsonl"}
 
@@ -67,7 +68,7 @@ def test_names_with_signs_of_their_own():
 )
 def test_settings_that_contradict(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
-        job.check(tiny.config(tmp_path, "", data__eval="", **changed))
+        run_inputs.check(tiny.config(tmp_path, "", data__eval="", **changed))
 
 
 def test_a_part_without_a_row_is_an_error(tmp_path):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from fpo_jax import attention, hf, model, params, sharding
-from fpo_jax.model import rope
+from fpo_jax import attention, hf, models, sharding
+from fpo_jax.models import params, rope
 from tests import tolerances
 
 V, T = 37, 44
@@ -140,7 +140,7 @@ def random_params(config, seed=0, dtype="float32"):
 
 @functools.partial(jax.jit, static_argnames=("config", "layout", "compute_dtype"), compiler_options=QUICK)
 def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", layout=sharding.ONE_DEVICE):
-    return model.hidden_states(
+    return models.hidden_states(
         tree,
         tokens_NT,
         valid_NT,
@@ -154,15 +154,15 @@ def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", layou
 def logits_of(tree, config, tokens_NT=TOKENS_NT, valid_NT=VALID_NT):
     hidden_NTD = forward(tree, jnp.asarray(tokens_NT), jnp.asarray(valid_NT), config=config)
     flat_ND = jnp.asarray(hidden_NTD).reshape(-1, config.width)
-    return np.asarray(model.logits(tree, flat_ND, config=config)).reshape(*hidden_NTD.shape[:2], -1)
+    return np.asarray(models.logits(tree, flat_ND, config=config)).reshape(*hidden_NTD.shape[:2], -1)
 
 
 def next_token_logps(tree, config, remat):
     """Sum of the log-probs of every valid token given the ones before it."""
-    hidden_NTD = model.hidden_states(
+    hidden_NTD = models.hidden_states(
         tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config, compute_dtype="float32", remat=remat
     )
-    logits_NTV = jax.vmap(lambda hidden_ND: model.logits(tree, hidden_ND, config=config))(hidden_NTD)
+    logits_NTV = jax.vmap(lambda hidden_ND: models.logits(tree, hidden_ND, config=config))(hidden_NTD)
     logps_NTV = jax.nn.log_softmax(logits_NTV)
     chosen_NT = jnp.take_along_axis(logps_NTV[:, :-1], jnp.asarray(TOKENS_NT)[:, 1:, None], axis=-1)[..., 0]
     return jnp.sum(chosen_NT, where=jnp.asarray(VALID_NT)[:, 1:])
@@ -207,7 +207,7 @@ def torch_logits(twin, config):
 @pytest.mark.parity
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parity_with_transformers(tmp_path, name):
-    config = model.from_hf_config(VARIANTS[name])
+    config = models.from_hf_config(VARIANTS[name])
     tree = random_params(config)
     twin = torch_twin(tmp_path, VARIANTS[name], tree, config)
     expected, total = torch_logits(twin, config)
@@ -244,7 +244,7 @@ def test_inverse_frequencies_agree_to_the_last_bits(name, head_dim):
 
     variant = VARIANTS[name] | {"head_dim": head_dim}
     theirs = LlamaRotaryEmbedding(LlamaConfig(**variant))
-    ours, magnitude = rope.inverse_frequencies(model.from_hf_config(variant).rope, pairs=head_dim // 2)
+    ours, magnitude = rope.inverse_frequencies(models.from_hf_config(variant).rope, pairs=head_dim // 2)
     assert ours.dtype == np.float32
     np.testing.assert_array_max_ulp(ours, theirs.inv_freq.numpy(), maxulp=tolerances.ROPE_ULP)
     assert_allclose(magnitude, theirs.attention_scaling, rtol=1e-15)
@@ -253,22 +253,22 @@ def test_inverse_frequencies_agree_to_the_last_bits(name, head_dim):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("llama GQA", {"rope": model.Rope(theta=5e5)}),
-        ("llama GQA", {"rope": model.Rope(type="linear", factor=2.0)}),
-        ("llama linear", {"rope": model.Rope(type="linear", factor=4.0)}),
-        ("llama dynamic", {"rope": model.Rope(type="dynamic", factor=3.0)}),
+        ("llama GQA", {"rope": models.Rope(theta=5e5)}),
+        ("llama GQA", {"rope": models.Rope(type="linear", factor=2.0)}),
+        ("llama linear", {"rope": models.Rope(type="linear", factor=4.0)}),
+        ("llama dynamic", {"rope": models.Rope(type="dynamic", factor=3.0)}),
         ("llama dynamic", {"max_positions": 30}),
         ("llama GQA", {"norm_eps": 1e-2}),
         ("llama GQA", {"activation": "gelu"}),
         ("mistral window", {"sliding_window": 8}),
         ("mistral window", {"sliding_window": None}),
         ("neox parallel", {"parallel_residual": False}),
-        ("neox parallel", {"rope": model.Rope(fraction=0.5)}),
+        ("neox parallel", {"rope": models.Rope(fraction=0.5)}),
         ("neox parallel", {"activation": "gelu_new"}),
     ],
 )
 def test_every_knob_changes_the_logits(name, change):
-    config = model.from_hf_config(VARIANTS[name])
+    config = models.from_hf_config(VARIANTS[name])
     tree = random_params(config)
     changed = logits_of(tree, dataclasses.replace(config, **change))
     assert np.abs(changed - logits_of(tree, config))[VALID_NT].max() > tolerances.DIFFERENT
@@ -294,7 +294,7 @@ def test_every_knob_changes_the_logits(name, change):
 def test_every_scaling_knob_changes_the_rotation(base, field, values):
     tables = []
     for value in values:
-        config = model.from_hf_config(LLAMA | {"rope_scaling": base | {field: value}})
+        config = models.from_hf_config(LLAMA | {"rope_scaling": base | {field: value}})
         tables.append(
             rope.rotation(
                 config.rope,
@@ -315,7 +315,7 @@ MORE_TOKENS_NT = np.where(MORE_VALID_NT, np.pad(TOKENS_NT, MORE_PADDING), V + 10
 
 @pytest.mark.parametrize("name", ["llama dynamic", "mistral window", "neox parallel"])
 def test_padding_does_not_change_hidden_states(name):
-    config = model.from_hf_config(VARIANTS[name])
+    config = models.from_hf_config(VARIANTS[name])
     tree = random_params(config)
     expected = np.asarray(forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config))
     found = np.asarray(forward(tree, jnp.asarray(MORE_TOKENS_NT), jnp.asarray(MORE_VALID_NT), config=config))
@@ -324,11 +324,11 @@ def test_padding_does_not_change_hidden_states(name):
 
 
 def test_rows_and_padding_are_apart_in_the_gradient():
-    config = model.from_hf_config(VARIANTS["llama dynamic"] | {"tie_word_embeddings": True})
+    config = models.from_hf_config(VARIANTS["llama dynamic"] | {"tie_word_embeddings": True})
     tree = random_params(config)
 
     def total(tree, valid_NT):
-        hidden_NTD = model.hidden_states(
+        hidden_NTD = models.hidden_states(
             tree, jnp.asarray(MORE_TOKENS_NT), valid_NT, config=config, compute_dtype="float32"
         )
         return jnp.sum(jnp.where(valid_NT[..., None], jnp.sin(hidden_NTD), 0))
@@ -346,7 +346,7 @@ def test_rows_and_padding_are_apart_in_the_gradient():
 
 
 def test_dynamic_rope_ignores_the_other_rows():
-    config = model.from_hf_config(VARIANTS["llama dynamic"])
+    config = models.from_hf_config(VARIANTS["llama dynamic"])
     tree = random_params(config)
     alone = forward(tree, jnp.asarray(TOKENS_NT[1:2]), jnp.asarray(VALID_NT[1:2]), config=config)
     together = forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config)
@@ -354,7 +354,7 @@ def test_dynamic_rope_ignores_the_other_rows():
 
 
 def test_a_token_outside_the_vocabulary_is_loud():
-    config = model.from_hf_config(LLAMA)
+    config = models.from_hf_config(LLAMA)
     tokens_NT = TOKENS_NT.copy()
     tokens_NT[1, 2] = V
     assert np.isnan(logits_of(random_params(config), config, tokens_NT)[1, 2]).all()
@@ -372,7 +372,7 @@ def equations(jaxpr):
 
 def gradient_jaxpr(config, compute_dtype="float32", remat="none"):
     def total(tree, tokens_NT, valid_NT):
-        call = functools.partial(model.hidden_states, config=config, compute_dtype=compute_dtype, remat=remat)
+        call = functools.partial(models.hidden_states, config=config, compute_dtype=compute_dtype, remat=remat)
         return jnp.sum(call(tree, tokens_NT, valid_NT).astype(jnp.float32))
 
     tokens_NT = jax.ShapeDtypeStruct((3, T), jnp.int32)
@@ -385,7 +385,9 @@ def test_program_size_is_independent_of_depth(remat):
     sizes = [
         sum(
             1
-            for _ in equations(gradient_jaxpr(model.from_hf_config(LLAMA | {"num_hidden_layers": layers}), remat=remat))
+            for _ in equations(
+                gradient_jaxpr(models.from_hf_config(LLAMA | {"num_hidden_layers": layers}), remat=remat)
+            )
         )
         for layers in (2, 6)
     ]
@@ -404,7 +406,7 @@ def kept_for_the_backward_pass(config, remat):
 
 
 def test_full_remat_keeps_one_hidden_state_per_layer():
-    config = model.from_hf_config(LLAMA)
+    config = models.from_hf_config(LLAMA)
     assert kept_for_the_backward_pass(config, "full") == [(config.layers, 3, T, config.width)]
     assert len(kept_for_the_backward_pass(config, "none")) > 5
 
@@ -412,13 +414,13 @@ def test_full_remat_keeps_one_hidden_state_per_layer():
 @pytest.mark.parametrize(("described", "most"), [(LLAMA, 3), (NEOX, 2)])
 def test_of_an_mlp_its_matmuls_arguments_alone_are_kept(described, most):
     """Gate, up and their product; up and its activation."""
-    config = model.from_hf_config(described)
+    config = models.from_hf_config(described)
     kept = kept_for_the_backward_pass(config, "none")
     assert sum(shape[3:] == (config.ffn,) for shape in kept) == most
 
 
 def test_never_makes_logits():
-    config = model.from_hf_config(LLAMA)
+    config = models.from_hf_config(LLAMA)
     shapes = {output.aval.shape for equation in equations(gradient_jaxpr(config)) for output in equation.outvars}
     assert any(shape[-1:] == (config.width,) for shape in shapes)
     assert not [shape for shape in shapes if shape[-1:] == (V,)]
@@ -428,7 +430,7 @@ def test_never_makes_logits():
 def test_float32_means_float32_on_every_device(compute_dtype, highest):
     matmuls = [
         equation
-        for equation in equations(gradient_jaxpr(model.from_hf_config(LLAMA), compute_dtype))
+        for equation in equations(gradient_jaxpr(models.from_hf_config(LLAMA), compute_dtype))
         if equation.primitive.name == "dot_general"
     ]
     assert len(matmuls) > 20
@@ -440,18 +442,18 @@ def test_float32_means_float32_on_every_device(compute_dtype, highest):
 
 @pytest.mark.parametrize("name", ["llama GQA", "neox parallel"])
 def test_bfloat16_compute(name):
-    config = model.from_hf_config(VARIANTS[name])
+    config = models.from_hf_config(VARIANTS[name])
     tree = random_params(config)
     exact = np.asarray(forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config))
     rounded = forward(tree, jnp.asarray(TOKENS_NT), jnp.asarray(VALID_NT), config=config, compute_dtype="bfloat16")
     assert rounded.dtype == jnp.bfloat16
     error = (np.asarray(rounded, np.float32) - exact)[VALID_NT]
     assert_allclose(np.sqrt(np.mean(error**2)), 0, atol=tolerances.BFLOAT16_HIDDEN * np.sqrt(np.mean(exact**2)))
-    assert model.head(tree, config=config).dtype == jnp.float32
+    assert models.head(tree, config=config).dtype == jnp.float32
 
 
 def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
-    config = model.from_hf_config(LLAMA | {"hidden_size": 32, "vocab_size": 40})
+    config = models.from_hf_config(LLAMA | {"hidden_size": 32, "vocab_size": 40})
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
     places = sharding.param_shardings(params.logical_axes(config), params.abstract(config, "float32"), mesh=mesh)
     rows = sharding.batch_sharding(mesh, stacked=False)
@@ -477,9 +479,9 @@ def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
     ],
 )
 def test_unknown_options_are_refused(options, message):
-    config = model.from_hf_config(LLAMA)
+    config = models.from_hf_config(LLAMA)
     with pytest.raises(ValueError, match=message), jax.enable_x64(True):
-        model.hidden_states(
+        models.hidden_states(
             random_params(config),
             jnp.asarray(TOKENS_NT),
             jnp.asarray(VALID_NT),

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from fpo_jax import model, params
+from fpo_jax import models
+from fpo_jax.models import params
 
 LLAMA2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -100,11 +101,11 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_published_size(name):
     config, count = PUBLISHED[name]
-    assert params.count(model.from_hf_config(config)) == count
+    assert params.count(models.from_hf_config(config)) == count
 
 
 def test_llama32_is_read_to_the_last_field():
-    assert model.from_hf_config(LLAMA32_1B) == model.ModelConfig(
+    assert models.from_hf_config(LLAMA32_1B) == models.ModelConfig(
         family="llama",
         vocab_size=128256,
         width=2048,
@@ -116,7 +117,7 @@ def test_llama32_is_read_to_the_last_field():
         max_positions=131072,
         activation="silu",
         norm_eps=1e-5,
-        rope=model.Rope(
+        rope=models.Rope(
             type="llama3",
             theta=500000.0,
             factor=32.0,
@@ -131,23 +132,23 @@ def test_llama32_is_read_to_the_last_field():
 
 
 def test_pythia_is_read_to_the_last_field():
-    config = model.from_hf_config(PYTHIA_2_8B)
+    config = models.from_hf_config(PYTHIA_2_8B)
     assert (config.kv_heads, config.head_dim, config.parallel_residual, config.activation) == (32, 80, True, "gelu")
-    assert config.rope == model.Rope(fraction=0.25)
+    assert config.rope == models.Rope(fraction=0.25)
     assert (config.bos_id, config.eos_ids, config.pad_id) == (0, (0,), None)
 
 
 def test_absent_keys_mean_the_defaults_of_transformers():
     llama = {key: LLAMA2_7B[key] for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
     llama |= {"num_hidden_layers": 2, "num_attention_heads": 8}
-    config = model.from_hf_config(llama)
+    config = models.from_hf_config(llama)
     assert (config.kv_heads, config.head_dim, config.max_positions, config.norm_eps) == (8, 512, 2048, 1e-6)
-    assert (config.rope, config.sliding_window, config.tied_head, config.eos_ids) == (model.Rope(), None, False, ())
-    mistral = model.from_hf_config(llama | {"model_type": "mistral"})
+    assert (config.rope, config.sliding_window, config.tied_head, config.eos_ids) == (models.Rope(), None, False, ())
+    mistral = models.from_hf_config(llama | {"model_type": "mistral"})
     assert (mistral.kv_heads, mistral.sliding_window, mistral.max_positions) == (8, 4096, 131072)
-    neox = model.from_hf_config(llama | {"model_type": "gpt_neox"})
+    neox = models.from_hf_config(llama | {"model_type": "gpt_neox"})
     assert (neox.parallel_residual, neox.activation, neox.norm_eps) == (True, "gelu", 1e-5)
-    assert neox.rope == model.Rope(fraction=0.25)
+    assert neox.rope == models.Rope(fraction=0.25)
 
 
 @pytest.mark.parity
@@ -160,21 +161,21 @@ def test_defaults_agree_with_transformers(config, class_name):
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     given = {key: config[key] for key in needed}
     theirs = getattr(transformers, class_name)(**given).to_dict()
-    ours = model.from_hf_config(given | {"model_type": config["model_type"]})
-    explicit = model.from_hf_config(theirs)
+    ours = models.from_hf_config(given | {"model_type": config["model_type"]})
+    explicit = models.from_hf_config(theirs)
     assert dataclasses.replace(ours, bos_id=explicit.bos_id, eos_ids=explicit.eos_ids) == explicit
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_both_generations_of_rope_keys_mean_the_same(name):
     old = dict(PUBLISHED[name][0])
-    expected = model.from_hf_config(old)
+    expected = models.from_hf_config(old)
     new = {key: value for key, value in old.items() if key not in ("rope_theta", "rotary_emb_base", "rotary_pct")}
     scaling = new.pop("rope_scaling", None) or {"rope_type": "default"}
     new["rope_parameters"] = scaling | {"rope_theta": expected.rope.theta}
     if expected.family == "gpt_neox":
         new["rope_parameters"]["partial_rotary_factor"] = expected.rope.fraction
-    assert model.from_hf_config(new) == expected
+    assert models.from_hf_config(new) == expected
 
 
 @pytest.mark.parametrize(
@@ -188,13 +189,13 @@ def test_both_generations_of_rope_keys_mean_the_same(name):
 )
 @pytest.mark.parametrize("base", [LLAMA3_8B, MISTRAL_7B | {"sliding_window": None, "pad_token_id": 3}, PYTHIA_2_8B])
 def test_writing_is_the_inverse_of_reading(base, scaling):
-    for config in (model.from_hf_config(base), model.from_hf_config(base | {"rope_scaling": scaling})):
-        assert model.from_hf_config(model.to_hf_config(config)) == config
+    for config in (models.from_hf_config(base), models.from_hf_config(base | {"rope_scaling": scaling})):
+        assert models.from_hf_config(models.to_hf_config(config)) == config
 
 
 def test_an_absent_original_context_is_the_whole_context():
     yarn = {"rope_type": "yarn", "factor": 4.0}
-    config = model.from_hf_config(LLAMA3_8B | {"rope_scaling": yarn})
+    config = models.from_hf_config(LLAMA3_8B | {"rope_scaling": yarn})
     assert config.rope.original_max_position_embeddings == 8192
 
 
@@ -250,7 +251,7 @@ def test_an_absent_original_context_is_the_whole_context():
 )
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
-        model.from_hf_config({"head_dim": None} | LLAMA3_8B | change)
+        models.from_hf_config({"head_dim": None} | LLAMA3_8B | change)
 
 
 @pytest.mark.parametrize(
@@ -265,13 +266,13 @@ def test_refusals(change, message):
 def test_refusals_of_gpt_neox(change, message):
     dynamic = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
     with pytest.raises(ValueError, match=message):
-        model.from_hf_config(PYTHIA_2_8B | dynamic | change)
+        models.from_hf_config(PYTHIA_2_8B | dynamic | change)
 
 
 def test_all_problems_come_at_once():
     broken = {key: value for key, value in LLAMA3_8B.items() if key not in ("vocab_size", "hidden_size")}
     with pytest.raises(ValueError, match=r"mlp_bias=True .*; vocab_size is missing; hidden_size is missing; rope type"):
-        model.from_hf_config(broken | {"mlp_bias": True, "rope_scaling": {"type": "longrope"}})
+        models.from_hf_config(broken | {"mlp_bias": True, "rope_scaling": {"type": "longrope"}})
 
 
 @pytest.mark.parametrize(
@@ -286,10 +287,10 @@ def test_all_problems_come_at_once():
 )
 def test_impossible_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(model.from_hf_config(MISTRAL_7B), **change)
+        dataclasses.replace(models.from_hf_config(MISTRAL_7B), **change)
 
 
 def test_configs_are_hashable_and_compare_by_value():
-    first, second = model.from_hf_config(LLAMA32_1B), model.from_hf_config(LLAMA32_1B)
+    first, second = models.from_hf_config(LLAMA32_1B), models.from_hf_config(LLAMA32_1B)
     assert first == second and hash(first) == hash(second)
     assert dataclasses.replace(first, norm_eps=1e-4) != second

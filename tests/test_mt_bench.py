@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from eval import agreement, intervals, mt_bench
-from fpo_jax.data import sources
+from fpo_jax.data import loading
+from fpo_jax.eval.benchmarks import judge_agreement, mt_bench
+from fpo_jax.eval.stats import confidence_intervals
 from tests.paths import shared_data
 
 QUESTIONS = range(81, 161)
@@ -40,7 +41,7 @@ def of(report, model="ours", judge="gpt-4"):
 @pytest.fixture(scope="module")
 def real():
     path = shared_data("mt_bench", "gpt-4_single.phi-3.jsonl.gz")
-    rows = [row for _, row in sources.rows(str(path), split=None, data_dir=None, revision=None)]
+    rows = [row for _, row in loading.rows(str(path), split=None, data_dir=None, revision=None)]
     return mt_bench.run(mt_bench.Options(judgements=(path,))), rows
 
 
@@ -241,8 +242,8 @@ def test_agreement_of_judges_who_share_nothing_is_none(tmp_path):
 
 def test_votes_of_many_judges_meet_in_every_pair():
     winners = {"j": "a", "k": "a", "l": ""}
-    votes = [agreement.Vote(81, 1, ("a", "b"), judge, winner) for judge, winner in winners.items()]
-    found = {tuple(one["judges"]): one["with_ties"]["equal"] for one in agreement.of_votes(votes)}
+    votes = [judge_agreement.Vote(81, 1, ("a", "b"), judge, winner) for judge, winner in winners.items()]
+    found = {tuple(one["judges"]): one["with_ties"]["equal"] for one in judge_agreement.of_votes(votes)}
     assert found == {("j", "k"): 1.0, ("j", "l"): 0.0, ("k", "l"): 0.0}
     assert set(found) == set(itertools.combinations(winners, 2))
 
@@ -262,8 +263,8 @@ WRONG = [
     ([pair(81, "a", "b", ("A", "A"))], "winner A is not one of model_1, model_2, tie"),
     ([pair(81, "a", "b", "model_1", judge="expert_1")], "winner model_1 is not one of model_a, model_b, tie"),
     ([{"question_id": 81, "judge": "j"}], "no field 'model_a', 'model_b', 'turn', 'winner'"),
-    ([{"index": 0, "preference": 1.5}], "the file holds AlpacaEval annotations, which eval.alpaca_eval reads"),
-    ([{"uid": "u", "games": [], "model": "m"}], "the file holds Arena-Hard judgements, which eval.arena_hard reads"),
+    ([{"index": 0, "preference": 1.5}], "the file holds AlpacaEval annotations, which fpo alpaca_eval reads"),
+    ([{"uid": "u", "games": [], "model": "m"}], "the file holds Arena-Hard judgements, which fpo arena_hard reads"),
 ]
 
 
@@ -285,4 +286,4 @@ def test_the_command_line_says_what_is_wrong(tmp_path, capsys):
 
 def test_an_interval_needs_two_values():
     with pytest.raises(ValueError, match="an interval of 1 values; need at least 2"):
-        intervals.mean_interval([1.0])
+        confidence_intervals.mean_interval([1.0])

@@ -4,12 +4,12 @@ import numpy as np
 import optax
 import pytest
 
-from fpo_jax import optim
+from fpo_jax.optimizer import adamw
 from tests import tolerances
 
 
 def rates(kind, **options):
-    rate = jax.jit(optim.schedule(kind=kind, peak=2.0, **options))
+    rate = jax.jit(adamw.schedule(kind=kind, peak=2.0, **options))
     return np.array([rate(jnp.int32(i)) for i in range(10)])
 
 
@@ -29,15 +29,15 @@ def test_linear_reaches_zero_and_constant_stays():
 
 
 def test_warmup_steps_round_up_as_the_original():
-    assert optim.warmup_steps(fraction=0.1, steps=None, horizon=477) == 48
-    assert optim.warmup_steps(fraction=0.1, steps=None, horizon=467) == 47
-    assert optim.warmup_steps(fraction=0.0, steps=7, horizon=477) == 7
+    assert adamw.warmup_steps(fraction=0.1, steps=None, horizon=477) == 48
+    assert adamw.warmup_steps(fraction=0.1, steps=None, horizon=467) == 47
+    assert adamw.warmup_steps(fraction=0.0, steps=7, horizon=477) == 7
 
 
 def chain(**changed):
     options = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.5, "clip_norm": 1.0} | changed
     mask = {"kernel": True, "norm": False}
-    return optim.optimizer(optim.schedule(kind="constant", peak=0.1, warmup=0, horizon=1), decay_mask=mask, **options)
+    return adamw.optimizer(adamw.schedule(kind="constant", peak=0.1, warmup=0, horizon=1), decay_mask=mask, **options)
 
 
 def updated(optimizer, grads):
@@ -71,24 +71,24 @@ def test_every_knob_changes_the_second_update(knob):
 
 def test_stochastic_rounding_keeps_the_mean_and_picks_neighbours():
     x = jnp.float32(1.0 + 2**-9)  # a quarter of the way from 1 to its bfloat16 neighbour 1 + 2^-7
-    rounded = np.asarray(optim.stochastic_round(jnp.full(40_000, x), jax.random.key(0)), np.float32)
+    rounded = np.asarray(adamw.stochastic_round(jnp.full(40_000, x), jax.random.key(0)), np.float32)
     assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
     share = np.mean(rounded > 1.0)
     assert abs(share - 0.25) < 5 * np.sqrt(0.25 * 0.75 / rounded.size), share
-    np.testing.assert_array_equal(optim.stochastic_round(-jnp.full(9, jnp.float32(0.5)), jax.random.key(1)), -0.5)
+    np.testing.assert_array_equal(adamw.stochastic_round(-jnp.full(9, jnp.float32(0.5)), jax.random.key(1)), -0.5)
 
 
 def test_stochastic_rounding_keeps_what_is_not_finite():
     nan = np.array([0x7F800001], np.uint32).view(np.float32)[0]  # infinity, but for the last bit
     x = np.tile(np.array([nan, np.inf, -np.inf, 0.0], np.float32), (50, 1))
-    np.testing.assert_array_equal(np.asarray(optim.stochastic_round(jnp.asarray(x), jax.random.key(0)), np.float32), x)
+    np.testing.assert_array_equal(np.asarray(adamw.stochastic_round(jnp.asarray(x), jax.random.key(0)), np.float32), x)
 
 
 def test_stochastic_rounding_keeps_every_bfloat16_number():
     """So an update that is not applied leaves moments in bfloat16 as they were."""
     every = np.arange(2**16, dtype=np.uint32) << 16
     every = every[~np.isnan(every.view(np.float32))]
-    rounded = optim.stochastic_round(jnp.asarray(every.view(np.float32)), jax.random.key(0))
+    rounded = adamw.stochastic_round(jnp.asarray(every.view(np.float32)), jax.random.key(0))
     np.testing.assert_array_equal(np.asarray(rounded, np.float32).view(np.uint32), every)
 
 
@@ -97,7 +97,7 @@ def test_small_updates_are_not_lost_in_bfloat16_weights():
     updates = {"kernel": jnp.full(1000, -(2.0**-14))}  # far below half the distance to the neighbour, 2^-9
 
     def step(weights, number):
-        return optim.apply_updates(weights, updates, jax.random.fold_in(jax.random.key(0), number)), None
+        return adamw.apply_updates(weights, updates, jax.random.fold_in(jax.random.key(0), number)), None
 
     weights, _ = jax.jit(lambda w: jax.lax.scan(step, w, jnp.arange(256)))(weights)
     assert weights["kernel"].dtype == jnp.bfloat16

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eval import options
-from fpo_jax import execution
+from fpo_jax.cli import args
+from fpo_jax.distributed import preemption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,7 @@ class Job:
 
 
 def run(work, *arguments):
-    return options.run(Job, work, arguments, program="eval.job", about="what it does")
+    return args.run(Job, work, arguments, program="eval.job", about="what it does")
 
 
 def test_fields_are_options():
@@ -29,7 +29,7 @@ def test_fields_are_options():
     assert seen == [Job(out=Path("x"), stops=("a", "b"), quick=True), Job(out=Path("x"), count=5)]
 
 
-@pytest.mark.parametrize(("error", "code"), [(ValueError("no way"), 2), (execution.Stopped("SIGTERM: saved"), 75)])
+@pytest.mark.parametrize(("error", "code"), [(ValueError("no way"), 2), (preemption.Stopped("SIGTERM: saved"), 75)])
 def test_what_goes_wrong_is_one_line_and_an_exit_code(error, code, capsys):
     def work(job):
         raise error

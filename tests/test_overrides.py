@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
 from ml_collections import config_dict
 
-from configs.pipelines import common
-from eval import pipeline
 from fpo_jax import config as configuration
 from fpo_jax.config import overrides
+from fpo_jax.configs.pipelines import common
+from fpo_jax.eval.pipeline import pipeline
 from tests.paths import REPO
 
 RECIPES = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
@@ -34,12 +33,9 @@ UNSET = placeholders(configuration.default())
 
 
 def given(file, *settings):
-    """The configuration of a command line, as train.py and eval.pipeline read it."""
-    values = flags.FlagValues()
-    argv = ["program", "--config", str(REPO / "configs" / file), *(f"--config.{setting}" for setting in settings)]
-    holder = overrides.define("", flag_values=values, sys_argv=argv)
-    overrides.parse(argv, keys="a file", flag_values=values)
-    return holder.value
+    """The configuration of a command line, as train.py and fpo pipeline read it."""
+    arguments = ["--config", str(REPO / "configs" / file), *(f"--config.{setting}" for setting in settings)]
+    return overrides.parse(overrides.flag_values(arguments, ""), arguments, keys="a file", about=None)
 
 
 def both(file, keys):
@@ -98,7 +94,7 @@ def test_a_field_that_always_has_a_value_takes_no_none(key):
 
 
 def test_two_configurations_share_no_field():
-    one, other = (importlib.import_module("configs.pipelines.hh_rw").get_config() for _ in range(2))
+    one, other = (importlib.import_module("fpo_jax.configs.pipelines.hh_rw").get_config() for _ in range(2))
     one.align.mesh.tensor = 2
     assert (one.sft.mesh.tensor, one.reward.mesh.tensor, other.align.mesh.tensor) == (None, None, None)
 
@@ -113,7 +109,7 @@ def test_two_configurations_share_no_field():
     ],
 )
 def test_command_line_errors_of_a_pipeline_are_one_sentence(option, message, tmp_path):
-    command = [sys.executable, "-m", "eval.pipeline", "--config", "configs/pipelines/hh_rw.py", option]
+    command = [sys.executable, "-m", "eval.pipeline.pipeline", "--config", "configs/pipelines/hh_rw.py", option]
     done = subprocess.run([*command, "--workdir", str(tmp_path / "w")], cwd=REPO, capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1), done.stderr
     assert message in done.stderr and not (tmp_path / "w").exists()

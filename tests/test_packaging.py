@@ -1,11 +1,15 @@
-"""The wheel holds fpo_jax and its kernels and nothing else at top level."""
+"""The wheel holds fpo_jax with kernels, recipes and eval, nothing else at top level, and works without the checkout."""
 
+import json
+import os
+import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
 
+from tests import compiling, tiny
 from tests.paths import REPO
 
 pytestmark = pytest.mark.slow  # builds a wheel and starts a fresh interpreter
@@ -34,26 +38,73 @@ def wheel(tmp_path_factory):
 
 
 def test_top_level_is_fpo_jax_alone(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
+    names = set(zipfile.ZipFile(wheel).namelist())
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fpo_jax"}
-    in_tree = {f"fpo_jax/kernels/{path.name}" for path in (REPO / "kernels").glob("*.py")}
-    assert in_tree and in_tree <= set(names)
+    for folder in ("kernels", "eval", "configs"):
+        linked = {f"fpo_jax/{path.relative_to(REPO)}" for path in (REPO / folder).rglob("*.py")}
+        assert linked and linked <= names, f"a module of {folder} is missing"
     packages = {path.relative_to(REPO).as_posix() for path in (REPO / "fpo_jax").rglob("*.py")}
-    assert packages <= set(names), "a module is missing from the wheel"
+    assert packages <= names, "a module is missing from the wheel"
+    assert {"fpo_jax/py.typed", "fpo_jax/eval/judge/templates/helpful.txt"} <= names
 
 
-def test_installed_wheel_imports_beside_transformers(wheel, tmp_path):
-    """The unpacked wheel alone on the path, with the dependencies of this environment but not its checkout."""
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """Run a command with the installed wheel, and the dependencies of this environment, but not its checkout."""
+    site = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": compiling.flags(devices=1)}
+
+    def run(folder, *words):
+        done = subprocess.run(list(map(str, words)), cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return site, run
+
+
+def test_installed_wheel_imports_beside_transformers(installed, tmp_path):
+    site, run = installed
     code = (
-        "import sys; sys.path = [p for p in sys.path if p not in ('', sys.argv[2])]; sys.path.insert(0, sys.argv[1])\n"
-        "import fpo_jax, fpo_jax.kernels.chunked, fpo_jax.loop, transformers\n"
-        "assert fpo_jax.__file__.startswith(sys.argv[1]) and fpo_jax.kernels.chunked.__file__.startswith(sys.argv[1])\n"
+        "import sys; sys.path = [p for p in sys.path if p not in ('', sys.argv[2])]\n"
+        "import fpo_jax, fpo_jax.kernels.lm_head.chunked, fpo_jax.trainer.trainer, transformers\n"
+        "for module in (fpo_jax, fpo_jax.kernels.lm_head.chunked): assert module.__file__.startswith(sys.argv[1])\n"
         "assert transformers.PreTrainedTokenizerFast and transformers.LlamaConfig()\n"
         "assert not {'kernels', 'eval', 'configs'} & set(sys.modules)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "site"), str(REPO)], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, sys.executable, "-c", code, site, REPO)
+
+
+CHANGES = (
+    "data.format=json", "data.hh_split=last_turn", "data.max_length=40", "data.max_response_length=16",
+    "data.subfolder=", "data.train=pairs.jsonl", "data.train_split=", "data.eval=pairs.jsonl", "data.eval_split=",
+    "model.compute_dtype=float32", "train.batch_size=8", "train.max_steps=2", "train.epochs=4", "train.eval_every=0",
+    "train.eval_groups=4", "train.save_every=2", "mesh.data=1", "mesh.fsdp=1", "logging.tensorboard=False",
+)  # fmt: skip
+
+
+def test_the_installed_command_trains_and_exports(installed, tmp_path):
+    site, run = installed
+    tiny.write_model(tmp_path / "model", layers=1)
+    tiny.write_pairs(tmp_path / "pairs.jsonl", count=16)
+    fpo, changes = site / "bin" / "fpo", (*CHANGES, "model.path=model")
+    assert "quickstart" in run(tmp_path, fpo, "--help") and "mesh.fsdp  int, unset" in run(tmp_path, fpo, "config")
+    options = [f"--config.{change}" for change in changes]
+    run(tmp_path, fpo, "train", "--config", "pythia_hh_pref", "--workdir", "run", *options)
+    run(tmp_path, fpo, "export", "--workdir", "run", "--out", "exported")
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_the_python_example_of_the_readme_runs(installed, tmp_path):
+    """With a model, data and sizes that fit a test in the place of the recipe's."""
+    _, run = installed
+    tiny.write_model(tmp_path / "model", layers=1)
+    tiny.write_pairs(tmp_path / "pairs.jsonl", count=16)
+    (example,) = re.findall(r"```python\n(import fpo_jax\n.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    assert example.count('"mistral_base", [') == 1
+    example = example.replace("mistral_base", "pythia_hh_pref")
+    changes = repr([*CHANGES, "model.path=model"])
+    run(tmp_path, sys.executable, "-c", re.sub(r"\[.*?\]", lambda _: changes, example, count=1, flags=re.DOTALL))
+    assert (tmp_path / "exported" / "model.safetensors").exists()

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import attention, data, job, loop, losses, metrics, model, params, sharding, step
-from fpo_jax.data import packing
+from fpo_jax import attention, data, losses, models, sharding
+from fpo_jax.data import sequence_packing
+from fpo_jax.models import params
+from fpo_jax.trainer import metric_logger, run_inputs, train_step, trainer
 from tests import batches, resuming, tiny, tolerances
 
 
@@ -39,17 +41,17 @@ def one_batch(prepared, *, length):
 
 def test_every_text_has_a_place_and_no_row_overflows():
     lengths = np.random.default_rng(0).integers(1, 33, 500).tolist()
-    rows = packing.bins(lengths, length=64)
+    rows = sequence_packing.bins(lengths, length=64)
     assert sorted(text for row in rows for text in row) == list(range(500))
     filled = [sum(lengths[text] for text in row) for row in rows]
     assert max(filled) <= 64 and len(rows) <= 1.03 * np.ceil(sum(lengths) / 64)
-    assert packing.bins(lengths, length=64) == rows == sorted(rows)
+    assert sequence_packing.bins(lengths, length=64) == rows == sorted(rows)
 
 
 def test_a_text_goes_to_the_fullest_row_with_room():
-    assert packing.bins([5, 6, 3, 2], length=8) == [[0, 2], [1, 3]]
-    assert packing.bins([5, 6, 2], length=8) == [[0], [1, 2]]  # not beside the 5, where 1 would stay free
-    assert packing.bins([8, 8], length=8) == [[0], [1]]
+    assert sequence_packing.bins([5, 6, 3, 2], length=8) == [[0, 2], [1, 3]]
+    assert sequence_packing.bins([5, 6, 2], length=8) == [[0], [1, 2]]  # not beside the 5, where 1 would stay free
+    assert sequence_packing.bins([8, 8], length=8) == [[0], [1]]
 
 
 # --- what a packed row is
@@ -116,10 +118,12 @@ def gradient(config, batch, implementation):
     """Token mean of the batch and its gradient."""
     loss, weights = losses.resolve("sft"), params.init(config, jax.random.key(1), "float32")
     scorer = batches.scorer(config, attention=attention.Choice(implementation, "test"))
-    totals = step._totals(step.stack_micro_batches(batch, accumulation=1), loss)
-    value = functools.partial(step._objective, totals=totals, batch_kl=None, scorer=scorer, loss=loss, dropout_key=None)
+    totals = train_step._totals(train_step.stack_micro_batches(batch, accumulation=1), loss)
+    value = functools.partial(
+        train_step._objective, totals=totals, batch_kl=None, scorer=scorer, loss=loss, dropout_key=None
+    )
     (mean, pairs), grads = jax.jit(jax.value_and_grad(value, has_aux=True))(weights, batch)
-    return float(mean), metrics.means(jax.device_get(pairs)), jax.device_get(params.flatten(grads))
+    return float(mean), metric_logger.means(jax.device_get(pairs)), jax.device_get(params.flatten(grads))
 
 
 @pytest.mark.parametrize(("name", "implementation"), [*((name, "xla") for name in FAMILIES), ("llama", "chunked")])
@@ -133,7 +137,7 @@ def test_packed_rows_have_the_loss_and_the_gradient_of_their_texts(name, impleme
         "ffn": 24,
         "max_positions": 32,
     }
-    config = model.ModelConfig(initializer_range=0.3, **(sizes | FAMILIES[name]))
+    config = models.ModelConfig(initializer_range=0.3, **(sizes | FAMILIES[name]))
     prepared = texts([9, 4, 12, 3, 7, 5], [3, 1, 6, 2, 1, 4])
     packed = data.pack(prepared, length=16)
     assert packed.groups == 3
@@ -165,7 +169,7 @@ def root(tmp_path_factory):
 
 
 def test_the_audit_says_what_packing_saves(root):
-    alone, packed = (job.prepare(packed_config(root, data__packing=on)).train for on in (False, True))
+    alone, packed = (run_inputs.prepare(packed_config(root, data__packing=on)).train for on in (False, True))
     found = packed.audit.packed
     assert (
         found is not None
@@ -180,12 +184,12 @@ def test_the_audit_says_what_packing_saves(root):
 
 def test_what_cannot_be_packed_is_refused(root):
     with pytest.raises(ValueError, match="data.packing=True is for stage 'sft', not 'align'"):
-        job.check(tiny.config(root / "model", root / "pairs.jsonl", data__packing=True))
+        run_inputs.check(tiny.config(root / "model", root / "pairs.jsonl", data__packing=True))
     with pytest.raises(ValueError, match="groups of 2 candidates cannot be packed"):
         data.pack(texts([2, 2], [1, 1])._replace(rewards_BK=np.ones((1, 2), np.float32)), length=4)
-    tiny.write_model(root / "dynamic", layers=1, rope=model.Rope(type="dynamic", factor=2.0))
+    tiny.write_model(root / "dynamic", layers=1, rope=models.Rope(type="dynamic", factor=2.0))
     with pytest.raises(ValueError, match="depend on a row's length .* set data.packing=False"):
-        job.read_model(packed_config(root), root / "dynamic")
+        run_inputs.read_model(packed_config(root), root / "dynamic")
 
 
 @pytest.mark.slow  # four runs
@@ -195,11 +199,11 @@ def test_a_packed_run_evaluates_as_an_unpacked_one_and_resumes_to_the_bit(root, 
     resuming.stopped(c, tmp_path / "stopped", monkeypatch, after=3)
     assert resuming.outcome(tmp_path / "whole") == resuming.outcome(tmp_path / "stopped")
     resuming.whole(packed_config(root, data__packing=False, train__max_steps=1), tmp_path / "alone")
-    loop.run(
+    trainer.run(
         packed_config(root, train__max_steps=1, train__batch_size=8, mesh__data=4, mesh__fsdp=2), tmp_path / "mesh"
     )
     packed, alone, mesh = (
-        metrics.read(tmp_path / name / metrics.METRICS_FILE)[0] for name in ("whole", "alone", "mesh")
+        metric_logger.read(tmp_path / name / metric_logger.METRICS_FILE)[0] for name in ("whole", "alone", "mesh")
     )
     assert packed.keys() == alone.keys() == mesh.keys()
     for name, value in alone.items():

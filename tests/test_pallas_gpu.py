@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from fpo_jax.kernels import blocks, pallas_gpu
-from fpo_jax.kernels.spec import HeadSpec
+from fpo_jax.kernels.lm_head import blocks, pallas_gpu
+from fpo_jax.kernels.lm_head.spec import HeadSpec
 from tests import tolerances
 from tests.head_block import Block, Inputs, assert_partials_close, assert_rounded_once, inputs, oracle
 

@@ -12,9 +12,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fpo_jax import topologies
-from fpo_jax.kernels import blocks, chunked, pallas_gpu
-from fpo_jax.kernels.spec import HeadSpec
+from fpo_jax.kernels.lm_head import blocks, chunked, pallas_gpu
+from fpo_jax.kernels.lm_head.spec import HeadSpec
+from fpo_jax.perf import hardware
 
 pytestmark = pytest.mark.deviceless
 
@@ -33,11 +33,11 @@ def compile_for_h100(tmp_path, monkeypatch):
     for what in ("PTX", "PTXAS", "RESOURCES"):
         monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{what}", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    here = NamedSharding(topologies.mesh("h100:1"), PartitionSpec())
+    here = NamedSharding(hardware.mesh("h100:1"), PartitionSpec())
 
     def compile_(function, *arrays):
         args = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in arrays]
-        return topologies.compile_for(function, *args)
+        return hardware.compile_for(function, *args)
 
     return compile_
 

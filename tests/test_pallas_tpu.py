@@ -8,8 +8,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fpo_jax.kernels import pallas_tpu
-from fpo_jax.kernels.spec import HeadSpec
+from fpo_jax.kernels.lm_head import pallas_tpu
+from fpo_jax.kernels.lm_head.spec import HeadSpec
 from tests import jaxpr_tools, test_kernels, tolerances
 
 KERNELS = {"pallas_tpu": pallas_tpu.token_stats, "pallas_tpu_lean": pallas_tpu.lean_token_stats}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import topologies
-from fpo_jax.kernels import chunked, pallas_tpu
-from fpo_jax.kernels.spec import HeadSpec, Placement
+from fpo_jax.kernels.lm_head import chunked, pallas_tpu
+from fpo_jax.kernels.lm_head.spec import HeadSpec, Placement
+from fpo_jax.perf import hardware
 
 pytestmark = pytest.mark.deviceless
 
@@ -29,7 +29,7 @@ def compiler():
 
 
 def arrays(target, *shapes_and_dtypes):
-    here = NamedSharding(topologies.mesh(target, devices=1), PartitionSpec())
+    here = NamedSharding(hardware.mesh(target, devices=1), PartitionSpec())
     return [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in shapes_and_dtypes]
 
 
@@ -42,7 +42,7 @@ def compiled(target, kernel, D, V, *, backward, head_dtype="bfloat16", tokens=N,
         return jnp.sum(stats.target_logit_N - stats.lse_N)
 
     operands = arrays(target, ((tokens, D), "bfloat16"), ((V, D), head_dtype), ((tokens,), "int32"))
-    return topologies.compile_for(jax.value_and_grad(total, argnums) if backward else total, *operands)
+    return hardware.compile_for(jax.value_and_grad(total, argnums) if backward else total, *operands)
 
 
 def temporaries(program):
@@ -87,7 +87,7 @@ def test_frozen_head_drops_its_kernel():
 @pytest.mark.parametrize(("axes", "limit"), [((1, 8, 1), 230), ((1, 1, 8), 230), ((2, 2, 2), 230)], ids=str)
 def test_a_cut_head_is_streamed(kernel, axes, limit):
     """Per device: no whole head (1,002 MiB of it), 8,192 tokens a data shard; measured 192 to 225."""
-    devices = topologies.mesh("v5e-8").devices
+    devices = hardware.mesh("v5e-8").devices
     mesh = Mesh(np.reshape(devices, axes), ("data", "fsdp", "tensor"))
     placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp")
     rows = N * axes[0] * axes[1]
@@ -99,7 +99,7 @@ def test_a_cut_head_is_streamed(kernel, axes, limit):
         stats = kernel(hidden_ND, head_VD, targets_N, spec=HeadSpec(placement=placement))
         return jnp.sum(stats.target_logit_N - stats.lse_N)
 
-    program = topologies.compile_for(
+    program = hardware.compile_for(
         jax.value_and_grad(total, (0, 1)),
         put((rows, 4096), "bfloat16", ("data", "fsdp")),
         put((128256, 4096), "bfloat16", "tensor", "fsdp"),

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fpo_jax import topologies
-from fpo_jax.kernels import blocks, pallas_triton
-from fpo_jax.kernels.spec import HeadSpec
+from fpo_jax.kernels.lm_head import blocks, pallas_triton
+from fpo_jax.kernels.lm_head.spec import HeadSpec
+from fpo_jax.perf import hardware
 from tests import compiling
 
 pytestmark = pytest.mark.deviceless
@@ -38,9 +38,9 @@ def compile_for(tmp_path):
     pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is not installed (pip install 'fpo_jax[cuda]')")
 
     def compile_(gpu, function, *arrays):
-        here = NamedSharding(topologies.mesh(f"{gpu}:1"), PartitionSpec())
+        here = NamedSharding(hardware.mesh(f"{gpu}:1"), PartitionSpec())
         args = [jax.ShapeDtypeStruct(shape, dtype, sharding=here) for shape, dtype in arrays]
-        return topologies.compile_for(function, *args, compiler_options=compiling.dumping_to(tmp_path))
+        return hardware.compile_for(function, *args, compiler_options=compiling.dumping_to(tmp_path))
 
     return compile_
 
@@ -53,7 +53,7 @@ def assert_fits(kernel, folder, gpu, *, spilled_bytes=0):
     """Registers and shared memory as the GPU has them, and products on tensor cores."""
     found = compiling.resources(folder, kernel)
     assert found.spilled_bytes <= spilled_bytes, found[:3]
-    assert found.shared_bytes <= topologies.GPUS[gpu].shared_per_block, found[:3]
+    assert found.shared_bytes <= hardware.GPUS[gpu].shared_per_block, found[:3]
     assert TENSOR_CORES[gpu] in found.ptx
     assert "cp.async" in found.ptx  # copies run while the tensor cores do
 

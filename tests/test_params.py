@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import model, params, sharding
-from fpo_jax.model import decoder
+from fpo_jax import models, sharding
+from fpo_jax.models import params, transformer
 from tests import tolerances
 
-LLAMA = model.ModelConfig(
+LLAMA = models.ModelConfig(
     family="llama", vocab_size=11, width=12, layers=2, heads=6, kv_heads=3, head_dim=4, ffn=20, max_positions=32
 )
 CONFIGS = {
@@ -34,7 +34,7 @@ def initialised(config, dtype):
 
 @each_config
 def test_rows_cover_the_module_tree_exactly(config):
-    declared = nnx.to_pure_dict(nnx.split(decoder.Decoder(config))[1])
+    declared = nnx.to_pure_dict(nnx.split(transformer.Decoder(config))[1])
     assert params.flatten(params.abstract(config, "float32")) == params.flatten(declared)
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from fpo_jax import announcement, attention, data, hf, job, loop, metrics, model, reference, shapes
-from fpo_jax.plan import compiled
+from fpo_jax import attention, data, hf, models, types
+from fpo_jax.data import group_packing
+from fpo_jax.plan import compilation
+from fpo_jax.trainer import metric_logger, reference_files, run_inputs, run_schedule, run_summary, trainer
 from tests import batches, tiny, tolerances
 
 ONE = {"mesh__data": 1, "mesh__fsdp": 1, "train__max_steps": 1, "train__eval_every": 0}
@@ -34,7 +36,7 @@ def run_config(root, **changed):
 
 def evaluated(workdir):
     """Numbers of the evaluations of a run."""
-    return [line for line in metrics.read(workdir / metrics.METRICS_FILE) if "eval_loss" in line]
+    return [line for line in metric_logger.read(workdir / metric_logger.METRICS_FILE) if "eval_loss" in line]
 
 
 # --- rows and attention
@@ -52,8 +54,8 @@ def test_a_pass_with_longer_rows_has_an_attention_of_its_own(root):
     assert "rows of 512 positions, more than 384" in attends["evaluations: "]
     for kept, whole in ((usual, True), (made, False)):
         for program, first in (
-            (kept.evaluate, kept.abstract_evaluated()),
-            (kept.score, kept.abstract_reference()),
+            (kept.evaluate, kept.state.abstract_evaluated()),
+            (kept.score, kept.state.abstract_reference()),
         ):
             batch = kept.abstract_batch(2, group_size=2, length=512, scored=64, places=2)
             logits = "512x512xf32" in program.jitted.lower(first, batch).as_text()
@@ -61,10 +63,10 @@ def test_a_pass_with_longer_rows_has_an_attention_of_its_own(root):
 
 
 def test_both_passes_over_a_set_measure_its_groups_once(root, monkeypatch):
-    measured, measure = [], data.layouts.sizes
-    monkeypatch.setattr(data.layouts, "sizes", lambda *of, **how: measured.append(of) or measure(*of, **how))
-    inputs = job.prepare(run_config(root, data__layout="shared", reference__batch_per_device=3))
-    plan = job.plan(run_config(root, data__layout="shared", reference__batch_per_device=3), inputs, devices=1)
+    measured, measure = [], group_packing.sizes
+    monkeypatch.setattr(group_packing, "sizes", lambda *of, **how: measured.append(of) or measure(*of, **how))
+    inputs = run_inputs.prepare(run_config(root, data__layout="shared", reference__batch_per_device=3))
+    plan = run_schedule.plan(run_config(root, data__layout="shared", reference__batch_per_device=3), inputs, devices=1)
     assert len(measured) == 2  # train and eval
     assert plan.references[0].parts == plan.references[1].parts == 3 and plan.evaluation.parts == 1
 
@@ -74,35 +76,35 @@ def test_sets_whose_rows_have_room_for_other_numbers_of_groups_share_no_program(
     config = run_config(root, data__layout="packed", data__row_length=256, data__eval=str(tmp_path / "other.jsonl"))
     for seed in range(1, 30):
         tiny.write_pairs(tmp_path / "other.jsonl", count=20, seed=seed)
-        inputs = job.prepare(config)
-        passes = job.plan(config, inputs, devices=1).references
+        inputs = run_inputs.prepare(config)
+        passes = run_schedule.plan(config, inputs, devices=1).references
         shape, other = ((one.buckets, one.scored, one.rows.packing.places) for one in passes)
         if shape[:2] == other[:2] and shape[2] != other[2]:
             break
     else:
         pytest.fail("no such set among 29")
-    loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    trainer.run(config, tmp_path / "w", devices=jax.devices()[:1])
     config.data.layout, config.data.row_length = "padded", None
-    loop.run(config, tmp_path / "padded", devices=jax.devices()[:1])
+    trainer.run(config, tmp_path / "padded", devices=jax.devices()[:1])
     kept = [next((tmp_path / name / "reference").glob("eval-*.safetensors")) for name in ("w", "padded")]
-    assert_allclose(*map(reference.load, kept), rtol=tolerances.SHARED_RUN)
+    assert_allclose(*map(reference_files.load, kept), rtol=tolerances.SHARED_RUN)
 
 
 def test_rows_too_short_for_the_evaluation_data_are_told_before_the_workdir_is_taken(root, tmp_path):
     changed = {"data__layout": "shared", "data__row_length": 128, "data__max_length": 512}
     config = run_config(root, **changed, data__eval=str(root / "long.jsonl"))
     with pytest.raises(ValueError, match=r"^data.eval: data.row_length=128 is shorter than the longest group of 4\d\d"):
-        loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+        trainer.run(config, tmp_path / "w", devices=jax.devices()[:1])
     assert not (tmp_path / "w").exists()
 
 
 def test_a_plan_has_the_reference_pass_over_longer_evaluation_data_too(root):
     config = run_config(root, data__layout="shared", data__max_length=512)
-    names = [program.name for program in compiled.compile_all(config, jax.devices()[:1]).programs]
-    assert names == [compiled.UPDATE, compiled.EVALUATION, compiled.REFERENCE]
+    names = [program.name for program in compilation.compile_all(config, jax.devices()[:1]).programs]
+    assert names == [compilation.UPDATE, compilation.EVALUATION, compilation.REFERENCE]
     config.data.eval = str(root / "long.jsonl")
-    programs_ = {program.name: program for program in compiled.compile_all(config, jax.devices()[:1]).programs}
-    assert programs_[compiled.REFERENCE_EVAL].temporaries > 2 * programs_[compiled.REFERENCE].temporaries
+    programs_ = {program.name: program for program in compilation.compile_all(config, jax.devices()[:1]).programs}
+    assert programs_[compilation.REFERENCE_EVAL].temporaries > 2 * programs_[compilation.REFERENCE].temporaries
 
 
 def test_a_mesh_that_does_not_divide_the_policy_is_no_fault_of_a_reference(root):
@@ -117,9 +119,9 @@ def test_rows_without_a_group_are_told_with_what_leaves_fewer(root):
     for per_device in (1, 2, 16):
         config = run_config(root, data__layout="shared", train__micro_batch_per_device=per_device)
         config.data.row_length, config.train.max_steps = 128, 4
-        inputs = job.prepare(config)
-        plan = job.plan(config, inputs, devices=2)
-        told[per_device] = announcement.rows_in_words(config, plan, devices=2)
+        inputs = run_inputs.prepare(config)
+        plan = run_schedule.plan(config, inputs, devices=2)
+        told[per_device] = run_summary.rows_in_words(config, plan, devices=2)
         used = np.mean([len(rows) for rows in plan.schedule.rows.groups])
         if per_device == 16:
             empty = f"; {1 - used / 32:.0%} of the rows hold no group, as they come in blocks of 32 (16 on each"
@@ -149,7 +151,7 @@ def test_an_evaluation_is_that_of_its_groups_whatever_batches_they_come_in(root,
     }
     found = {}
     for name, of in runs.items():
-        loop.run(
+        trainer.run(
             run_config(root, **(changed | of)), tmp_path / name, devices=jax.devices()[: 4 if name == "mesh" else 1]
         )
         found[name] = evaluated(tmp_path / name)[-1]
@@ -162,8 +164,8 @@ def test_an_evaluation_is_that_of_its_groups_whatever_batches_they_come_in(root,
 
 
 def test_groups_of_an_evaluation_are_spread_over_its_data(root):
-    whole = job.prepare(run_config(root)).evaluation.prepared
-    some = job.prepare(run_config(root, train__eval_groups=7)).evaluation.prepared
+    whole = run_inputs.prepare(run_config(root)).evaluation.prepared
+    some = run_inputs.prepare(run_config(root, train__eval_groups=7)).evaluation.prepared
     expected = [number * whole.groups // 7 for number in range(7)]
     assert expected[:3] == [0, 4, 9] and expected[-1] > whole.groups - 6
     assert list(some.sources) == [whole.sources[group] for group in expected]
@@ -172,12 +174,15 @@ def test_groups_of_an_evaluation_are_spread_over_its_data(root):
         for k in range(2):
             assert_array_equal(some.row(2 * number + k)[0], whole.row(2 * group + k)[0])
             assert some.row(2 * number + k)[1] == whole.row(2 * group + k)[1]
-    assert job.prepare(run_config(root, train__eval_groups=99)).evaluation.prepared.fingerprint() == whole.fingerprint()
+    assert (
+        run_inputs.prepare(run_config(root, train__eval_groups=99)).evaluation.prepared.fingerprint()
+        == whole.fingerprint()
+    )
 
 
 def test_the_audit_is_that_of_the_groups_of_an_evaluation(root):
     changed = {"stage": "sft", "loss__name": "sft", "loss__alpha": None, "loss__beta_pi": None, "data__group_size": 1}
-    found = job.prepare(run_config(root, **changed, data__packing=True, train__eval_groups=7)).evaluation
+    found = run_inputs.prepare(run_config(root, **changed, data__packing=True, train__eval_groups=7)).evaluation
     assert (found.audit.groups, found.audit.left_out) == (7, 25)
     assert "32 rows read, 7 groups of 1 kept of 32, at equal distances," in found.audit.text()
     positions = found.prepared.groups * 40
@@ -190,17 +195,17 @@ def test_the_loss_of_an_evaluation_by_kto_is_its_equation(root, tmp_path):
     """λ_w (1 - σ(βΔ_w - z)) + λ_l (1 - σ(z - βΔ_l)), z = β max(0, mean Δ of the evaluation): arXiv 2402.01306."""
     config = run_config(root, **kto(root))
     inputs, plan, made = tiny.built(config)
-    policy, other = made.load(root / "model"), made.load_reference(root / "worse")
+    policy, other = made.state.load(root / "model"), made.state.load_reference(root / "worse")
     ratios = []
     for number in range(plan.evaluation.steps_per_epoch):
-        batch = made.place(data.batch_at(plan.evaluation, number), stacked=False)
+        batch = made.batches.place(data.batch_at(plan.evaluation, number), stacked=False)
         ratios.append(np.float64(made.score(policy, batch)) - np.float64(made.score(other, batch)))
     ratios_BK, best_BK = np.concatenate(ratios), np.asarray(inputs.evaluation.prepared.rewards_BK) > 0
     beta, rate = config.loss.beta_pi, lambda x: 1 / (1 + np.exp(-x))
     z = max(0.0, beta * ratios_BK.mean())
     win, lose = beta * ratios_BK[best_BK], beta * ratios_BK[~best_BK]
     expected = np.mean((1 - rate(win - z)) + (1 - rate(z - lose)))
-    loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    trainer.run(config, tmp_path / "w", devices=jax.devices()[:1])
     first = evaluated(tmp_path / "w")[0]
     assert z > tolerances.DIFFERENT
     assert_allclose(first["eval_loss"], expected, rtol=tolerances.SHARED_RUN)
@@ -219,7 +224,7 @@ REFUSED = {
     "window": ({"max_positions": 32}, {}, r"data.max_length=40 exceeds the model's window of 32 tokens \(.*other\)"),
     "vocabulary": ({"vocab_size": 40}, {}, r"reference.path: the data hold token \d+, and .*other has 40 embeddings"),
     "rope": (
-        {"rope": model.Rope(type="dynamic", factor=2.0)},
+        {"rope": models.Rope(type="dynamic", factor=2.0)},
         {"data__layout": "shared"},
         "the rotary frequencies of .*other depend on a row's length",
     ),
@@ -233,7 +238,7 @@ def test_a_reference_that_cannot_score_the_rows_is_refused_before_anything_start
     described, changed, message = REFUSED[case]
     config = run_config(root, **(as_reference(tmp_path / "other", **described) | changed))
     with pytest.raises(ValueError, match=message):
-        loop.run(config, tmp_path / "w", devices=jax.devices()[: config.mesh.tensor or 1])
+        trainer.run(config, tmp_path / "w", devices=jax.devices()[: config.mesh.tensor or 1])
     assert not (tmp_path / "w").exists()
 
 
@@ -241,10 +246,10 @@ def test_damaged_weights_of_a_reference_are_told_before_anything_starts(root, tm
     config = run_config(root, **as_reference(tmp_path / "other"))
     (tmp_path / "other" / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="^reference.path: .*other"):
-        loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+        trainer.run(config, tmp_path / "w", devices=jax.devices()[:1])
     shutil.rmtree(tmp_path / "other")
     with pytest.raises(ValueError, match="^reference.path: .*other is not a directory"):
-        loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+        trainer.run(config, tmp_path / "w", devices=jax.devices()[:1])
     assert not (tmp_path / "w").exists()
 
 
@@ -254,27 +259,29 @@ def test_a_reference_of_another_family_scores_with_its_own_attention_and_head(ro
     inputs, plan, made = tiny.built(config)
     attends = {line.partition("attention: ")[0]: line for line in made.choices if "attention" in line}
     assert " xla " in attends[""] and " chunked " in attends["reference pass: "], made.choices
-    weights = made.load_reference(tmp_path / "other")
+    weights = made.state.load_reference(tmp_path / "other")
     scored = (
         (data.group_ids(plan.references[0], number), made.score(weights, data.batch_at(plan.references[0], number)))
         for number in range(plan.references[0].steps_per_epoch)
     )
-    found = reference.compute(((ids, np.asarray(logps)) for ids, logps in scored), groups=inputs.train.prepared.groups)
+    found = reference_files.compute(
+        ((ids, np.asarray(logps)) for ids, logps in scored), groups=inputs.train.prepared.groups
+    )
     in_blocks = attention.Choice("chunked", "for the test")
     alone = batches.scorer(hf.read_config(tmp_path / "other"), attention=in_blocks)
     for group in (0, 7):
         schedule = data.schedule(inputs.train.prepared, batch_size=1, buckets=(40,), seed=0, shuffle=False)
-        expected = alone(weights, shapes.Batch(*data.batch_at(schedule, group))).sum_N
+        expected = alone(weights, types.Batch(*data.batch_at(schedule, group))).sum_N
         assert_allclose(found[group], expected, rtol=tolerances.SHARED_RUN)
 
 
 @pytest.mark.slow  # two starts of a run
 def test_another_content_of_the_reference_is_refused_on_resumption(root, tmp_path):
     config = run_config(root, **as_reference(tmp_path / "other"), train__max_steps=2)
-    loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+    trainer.run(config, tmp_path / "w", devices=jax.devices()[:1])
     shutil.rmtree(tmp_path / "other")
     as_reference(tmp_path / "other")
-    loop.run(config, tmp_path / "w", devices=jax.devices()[:1])  # the same content
+    trainer.run(config, tmp_path / "w", devices=jax.devices()[:1])  # the same content
     tiny.write_model(tmp_path / "other", layers=1, seed=4)
     with pytest.raises(ValueError, match=r"^reference changed since step 2 of"):
-        loop.run(config, tmp_path / "w", devices=jax.devices()[:1])
+        trainer.run(config, tmp_path / "w", devices=jax.devices()[:1])

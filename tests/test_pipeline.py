@@ -5,9 +5,11 @@ import json
 
 import pytest
 
-from configs.pipelines import common
-from eval import jobfile, pipeline, pipeline_report
-from fpo_jax import execution, integrity
+from fpo_jax.checkpoint import integrity
+from fpo_jax.cli import jsonl_job
+from fpo_jax.configs.pipelines import common
+from fpo_jax.distributed import preemption
+from fpo_jax.eval.pipeline import pipeline, pipeline_report
 from tests import tiny
 from tests.paths import REPO, shared_data
 
@@ -16,7 +18,7 @@ RECIPES = sorted(path.stem for path in (REPO / "configs" / "pipelines").glob("*.
 
 def small(folder, name="hh_rw", **changed):
     """The recipe with a tiny model, two updates a stage, and local pairs."""
-    c = importlib.import_module(f"configs.pipelines.{name}").get_config()
+    c = importlib.import_module(f"fpo_jax.configs.pipelines.{name}").get_config()
     c.base = str(folder / "model")
     c.data.update({"format": "json", "train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")})
     c.data.update({"train_split": "", "eval_split": "", "subfolder": "", "hh_split": "last_turn"})
@@ -60,7 +62,7 @@ def test_the_report_compares_every_alignment_with_the_start(finished):
     assert list(report) == ["start", "alphapo-rw-seed1234"]
     one = report["alphapo-rw-seed1234"]
     assert one["prompts"] == 4 and one["answers"] == 8
-    start, aligned = (jobfile.read(workdir / report[name]["file"]) for name in report)
+    start, aligned = (jsonl_job.read(workdir / report[name]["file"]) for name in report)
     means = [[sum(line["rewards"]) / 2 for line in lines] for lines in (start, aligned)]
     assert one["change"]["mean"] == pytest.approx(sum(b - a for a, b in zip(*means, strict=True)) / 4)
     won = [
@@ -74,7 +76,7 @@ def test_the_report_compares_every_alignment_with_the_start(finished):
 
 
 def test_the_page_compares_rewards_lengths_and_distances(finished):
-    from eval import report
+    from fpo_jax.eval.report import report
 
     workdir, found = finished
     text = report.run(report.Options(workdir=workdir, samples=2)).with_suffix(".md").read_text()
@@ -89,7 +91,7 @@ def test_the_page_compares_rewards_lengths_and_distances(finished):
 def test_the_second_time_nothing_is_done(folder, finished, capsys, monkeypatch):
     workdir, report = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
-    for module, name in (("loop", "run"), ("generate", "run"), ("label", "run")):
+    for module, name in (("trainer", "run"), ("generate", "run"), ("label", "run")):
         monkeypatch.setattr(getattr(pipeline, module), name, None)
     assert pipeline.Pipeline(small(folder), workdir).run() == report
     lines = capsys.readouterr().out.splitlines()
@@ -115,8 +117,8 @@ def test_a_change_does_again_what_depends_on_it_alone(folder, finished, capsys):
 def test_a_stage_that_is_stopped_goes_on(folder, finished, tmp_path, monkeypatch):
     """A signal in the middle of a training: the stage runs again and resumes from its checkpoint."""
     answers = iter([None, "SIGTERM"])
-    monkeypatch.setattr(execution.StopRequest, "agreed", lambda self: next(answers, None))
-    with pytest.raises(execution.Stopped, match="saved step 1 of 2"):
+    monkeypatch.setattr(preemption.StopRequest, "agreed", lambda self: next(answers, None))
+    with pytest.raises(preemption.Stopped, match="saved step 1 of 2"):
         pipeline.Pipeline(small(folder), tmp_path / "w").run()
     (run,) = (tmp_path / "w").glob("sft-*/run/checkpoints")
     assert integrity.steps(run) == [1]
@@ -127,16 +129,16 @@ def test_a_stage_that_is_stopped_goes_on(folder, finished, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_sound(name, tmp_path):
-    c = importlib.import_module(f"configs.pipelines.{name}").get_config()
+    c = importlib.import_module(f"fpo_jax.configs.pipelines.{name}").get_config()
     if not c.reward_model and "reward" not in c:
         c.reward_model = "some/reward-model"
     pipeline.Pipeline(c, tmp_path / "w")
-    text = importlib.import_module(f"configs.pipelines.{name}").__doc__
+    text = importlib.import_module(f"fpo_jax.configs.pipelines.{name}").__doc__
     assert all(word in text for word in ("Command", "Stages", "Original", "Expect"))
 
 
 def test_what_the_pipeline_fills_in_cannot_be_set_in_a_section():
-    c = importlib.import_module("configs.pipelines.hh_rw").get_config()
+    c = importlib.import_module("fpo_jax.configs.pipelines.hh_rw").get_config()
     for key in ("train", "max_length", "rule"):
         with pytest.raises(KeyError):
             c.sft.data[key] = "x"
@@ -179,7 +181,7 @@ def test_problems_of_all_stages_are_listed_before_any_starts(folder, tmp_path, c
 
 def without_training(folder, tmp_path, monkeypatch, **changed):
     """Run until the first stage, which must not be reached."""
-    monkeypatch.setattr(pipeline.loop, "run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(pipeline.trainer, "run", lambda *_: pytest.fail("trained"))
     pipeline.Pipeline(small(folder, **changed), tmp_path / "w").run()
 
 
@@ -218,7 +220,7 @@ def test_a_language_model_is_no_judge(folder, tmp_path, monkeypatch):
     with c.unlocked():
         del c["reward"]
     c.reward_model = str(folder / "model")
-    monkeypatch.setattr(pipeline.loop, "run", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(pipeline.trainer, "run", lambda *_: pytest.fail("trained"))
     with pytest.raises(ValueError, match="reward_model: .*model is a language model; give a sequence classifier"):
         pipeline.Pipeline(c, tmp_path / "w").run()
     tiny.write_model(tmp_path / "short", layers=1, reward_head=True, max_positions=32)
@@ -230,7 +232,7 @@ def test_a_language_model_is_no_judge(folder, tmp_path, monkeypatch):
 def test_the_best_step_is_exported_where_it_is_kept_and_the_newest_elsewhere(folder, tmp_path, monkeypatch):
     """A stage without keep_best failed at its export, after its training."""
     asked = []
-    monkeypatch.setattr(pipeline.loop, "run", lambda *_: None)
+    monkeypatch.setattr(pipeline.trainer, "run", lambda *_: None)
     monkeypatch.setattr(pipeline.pipeline_report, "training", lambda _: "")
 
     def export(run, out, *, step, dtype):
@@ -286,7 +288,7 @@ def test_answers_of_several_seeds_are_one_line(tmp_path):
         ]
         (tmp_path / f"{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = pipeline.merge([tmp_path / "1.jsonl", tmp_path / "2.jsonl"], tmp_path / "o.jsonl")
-    (line,) = jobfile.read(tmp_path / "o.jsonl")
+    (line,) = jsonl_job.read(tmp_path / "o.jsonl")
     assert line["completions"] == ["a", "c"] and "1 dropped whose answers are all the same" in told
     (tmp_path / "3.jsonl").write_text('{"index":0,"prompt":"p1","completions":["a"],"finish":["stop"]}\n' * 2)
     with pytest.raises(ValueError, match="answer different prompts"):

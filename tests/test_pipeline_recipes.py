@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from eval import jobfile, pipeline
-from fpo_jax import data, files, hf
+from fpo_jax import atomic_io, data, hf
+from fpo_jax.cli import jsonl_job
+from fpo_jax.eval.pipeline import pipeline
 from tests import tiny
 from tests.test_imdb_pipeline import write_reviews
 from tests.test_pipeline import RECIPES
@@ -38,7 +39,7 @@ def write_rows(root):
         ],
     }
     for name, lines in rows.items():
-        files.write_lines(root / f"{name}.jsonl", lines)
+        atomic_io.write_lines(root / f"{name}.jsonl", lines)
     write_reviews(root / "imdb.jsonl", count=ROW, seed=0)
 
 
@@ -53,7 +54,7 @@ def root(tmp_path_factory):
 
 def small(root, name, *arguments, **changed):
     """The recipe on tiny models, one step a stage, with the formats and losses that are its own."""
-    c = importlib.import_module(f"configs.pipelines.{name}").get_config(*arguments)
+    c = importlib.import_module(f"fpo_jax.configs.pipelines.{name}").get_config(*arguments)
     c.base = str(root / "model")
     for section in (c.data, c.demonstrations, c.judgements):
         if section.format:
@@ -111,7 +112,7 @@ def test_on_policy_ultrafeedback_ends_in_a_report(root):
     """The model samples, a reward model ranks, the best and the worst are the pairs."""
     c = small(root, "on_policy_ultrafeedback", reward_model=str(root / "judge"))
     finished(root, c)
-    lines = jobfile.read(newest(root, "label") / "train.jsonl")
+    lines = jsonl_job.read(newest(root, "label") / "train.jsonl")
     assert lines and all(set(line) >= {"chosen", "rejected", "rewards"} for line in lines)
     assert hf.read_config(newest(root, "align") / "model").family == "llama"
 

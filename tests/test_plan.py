@@ -9,15 +9,18 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import flops, job, model, params, plan, topologies
-from fpo_jax.plan import compiled, remedies, report, roofline, sizes
+from fpo_jax import models, plan, sharding
+from fpo_jax.models import params
+from fpo_jax.perf import flops, hardware
+from fpo_jax.plan import compilation, planner, report, roofline, suggestions
 from fpo_jax.plan.collectives import Collective
+from fpo_jax.trainer import batch_shapes, run_inputs
 from tests import tiny
 from tests.paths import REPO
 
 GIB = 2**30
 REFERENCE_FREE = {"loss__score": "mean_logp", "loss__beta": 2.0, "loss__beta_pi": None}
-HELD = topologies.Capacity(4 * GIB, 1e12, 1e11, 1e10, 1e9)
+HELD = hardware.Capacity(4 * GIB, 1e12, 1e11, 1e10, 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def folder(tmp_path_factory):
     config = tiny.write_model(path / "model")
     tiny.write_pairs(path / "pairs.jsonl", count=24)
     (path / "bare").mkdir()
-    (path / "bare" / "config.json").write_text(json.dumps(model.to_hf_config(config)))
+    (path / "bare" / "config.json").write_text(json.dumps(models.to_hf_config(config)))
     return path
 
 
@@ -62,7 +65,7 @@ def test_micro_batches_without_groups_cost_nothing(folder):
     shared = {"data__layout": "shared", "data__row_length": 64, "data__eval": "", "train__epochs": 4.0}
     shared |= {"mesh__data": 1, "mesh__fsdp": 2, "train__micro_batch_per_device": 2}
     one, two = (
-        compiled.compile_all(
+        compilation.compile_all(
             tiny.config(folder / "model", folder / "pairs.jsonl", **shared, train__max_steps=steps), jax.devices()[:2]
         )
         for steps in (1, 12)
@@ -109,7 +112,7 @@ def test_fsdp_communicates_along_its_axis_and_sums_over_both(planned):
 
 def test_the_data_are_read_where_they_are(planned, folder):
     found = planned.outcome.sizes
-    inputs = job.prepare(tiny.config(folder / "model", folder / "pairs.jsonl"))
+    inputs = run_inputs.prepare(tiny.config(folder / "model", folder / "pairs.jsonl"))
     rows = inputs.train.prepared
     assert found.groups == rows.groups == 24 and found.steps == 3
     assert found.valid.tokens == round(rows.lengths_N.sum() * 8 / 24)
@@ -158,18 +161,18 @@ def test_what_does_not_fit_is_said_with_the_first_remedy_that_does(folder):
     )
 
     def at_most(peak):
-        held = HELD._replace(memory=peak + plan.GPU_RESERVE)
+        held = HELD._replace(memory=peak + planner.GPU_RESERVE)
         return plan.run(config, "here", devices=lambda _: jax.devices()[:2], capacity=lambda _: held)
 
     whole = at_most(10**9)
     assert whole.fits and whole.remedy is None
-    half = compiled.compile_all(remedies.changed(config, {"train.micro_batch_per_device": 2}), jax.devices()[:2])
+    half = compilation.compile_all(suggestions.changed(config, {"train.micro_batch_per_device": 2}), jax.devices()[:2])
     assert half.peak < whole.outcome.peak
     report = at_most(half.peak)
     assert not report.fits
-    assert report.remedy == remedies.Remedy("here", {"train.micro_batch_per_device": 2})
+    assert report.remedy == suggestions.Remedy("here", {"train.micro_batch_per_device": 2})
     assert f"does not fit: update by {(whole.outcome.peak - half.peak) / GIB:.2f} GiB" in report.text
-    assert "remedy that fits: --plan here --config.train.micro_batch_per_device=2" in report.text
+    assert "remedy that fits: --target here --config.train.micro_batch_per_device=2" in report.text
 
 
 def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
@@ -177,27 +180,28 @@ def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
 
     def refuse(config, devices, limit=None):
         seen.append((config.train.micro_batch_per_device, config.model.remat, config.optim.offload, len(devices)))
-        program = compiled.Program("update", 100, 5 * GIB - 100, 0, 0, 1.0, compiled=False)
-        return compiled.Outcome(config, layout, found, 1, [], 1, 1, 1, [program], [], 0, 0)
+        program = compilation.Program("update", 100, 5 * GIB - 100, 0, 0, 1.0, compiled=False)
+        return compilation.Outcome(config, layout, found, 1, [], 1, 1, 1, [program], [], 0, 0)
 
     config = bare(folder, train__micro_batch_per_device=2, train__batch_size=16)
-    layout = plan.compiled.sharding.make_layout(**config.mesh, devices=jax.devices())
-    found = sizes.find(config, ways=8)
-    monkeypatch.setattr(plan.compiled, "compile_all", refuse)
+    layout = sharding.make_layout(**config.mesh, devices=jax.devices())
+    found = batch_shapes.find(config, ways=8)
+    monkeypatch.setattr(compilation, "compile_all", refuse)
     report = plan.run(config, "h100:4", devices=lambda _: jax.devices(), capacity=lambda _: HELD)
     assert not report.fits and report.remedy is None
     assert seen[0] == (2, "none", False, 8) and seen[-1] == (1, "none", False, 8)
     assert "does not fit: update by 2.50 GiB" in report.text and "nothing that was tried fits" in report.text
     assert (
-        "nor does --plan h100:4 --config.train.micro_batch_per_device=1 --config.model.remat=full: 5.00" in report.text
+        "nor does --target h100:4 --config.train.micro_batch_per_device=1 --config.model.remat=full: 5.00"
+        in report.text
     )
-    assert "nor does --plan h100:4x8" in report.text
+    assert "nor does --target h100:4x8" in report.text
 
 
 def test_remedies_come_in_their_order_and_keep_what_came_before(folder):
     config = bare(folder, train__micro_batch_per_device=4)
     micro, remat = ("train.micro_batch_per_device", "model.remat")
-    steps = list(remedies.ladder(config, "v5e-16", ["update"]))
+    steps = list(suggestions.ladder(config, "v5e-16", ["update"]))
     assert [(step.target, dict(step.changes)) for step in steps] == [
         ("v5e-16", {micro: 2}),
         ("v5e-16", {micro: 1}),
@@ -208,10 +212,10 @@ def test_remedies_come_in_their_order_and_keep_what_came_before(folder):
         ("v5e-64", {micro: 1}),
         ("v5e-128", {micro: 1}),
     ]
-    without = [dict(step.changes) for step in remedies.ladder(config, "h100:4", ["update"], host_memory=False)]
+    without = [dict(step.changes) for step in suggestions.ladder(config, "h100:4", ["update"], host_memory=False)]
     assert not any("optim.offload" in changes for changes in without)
     evaluation = next(
-        remedies.ladder(remedies.changed(config, {"train.eval_batch_per_device": 3}), "here", ["evaluation"])
+        suggestions.ladder(suggestions.changed(config, {"train.eval_batch_per_device": 3}), "here", ["evaluation"])
     )
     assert dict(evaluation.changes) == {"train.eval_batch_per_device": 1}
     assert config.train.micro_batch_per_device == 4  # copies are changed
@@ -237,12 +241,12 @@ def test_remedies_come_in_their_order_and_keep_what_came_before(folder):
     ],
 )
 def test_the_next_larger_target(target, more):
-    assert topologies.larger(target) == more
+    assert hardware.larger(target) == more
 
 
 def test_every_gpu_and_tpu_has_a_capacity():
-    assert {gpu.description for gpu in topologies.GPUS.values()} < set(topologies.CAPACITIES)
-    assert all(gpu.memory_bytes == topologies.CAPACITIES[gpu.description].memory for gpu in topologies.GPUS.values())
+    assert {gpu.description for gpu in hardware.GPUS.values()} < set(hardware.CAPACITIES)
+    assert all(gpu.memory_bytes == hardware.CAPACITIES[gpu.description].memory for gpu in hardware.GPUS.values())
 
 
 def test_the_bound_by_hand(planned):
@@ -274,7 +278,7 @@ def test_a_refusal_of_the_tpu_s_compiler_is_read():
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO"
         " temporaries (16.29G) exceeds available HBM (15.75G)."
     )
-    match = compiled._TOO_LARGE.search(text)
+    match = compilation._TOO_LARGE.search(text)
     assert match.groups() == ("16.29", "G")
 
 
@@ -292,7 +296,7 @@ def test_a_refusal_of_the_tpu_s_compiler_is_read():
     ],
 )
 def test_what_cannot_run_is_an_error_before_anything_is_compiled(folder, changes, message, monkeypatch):
-    monkeypatch.setattr(compiled, "_compile", None)
+    monkeypatch.setattr(compilation, "_compile", None)
     with pytest.raises(ValueError, match=message):
         plan.run(bare(folder, **changes), "here")
 
@@ -315,9 +319,9 @@ def test_unknown_targets(folder, target, message):
 
 @pytest.mark.parametrize(("target", "module", "extra"), [("v5e-16", "libtpu", "tpu"), ("h100:4", "xla_cuda13", "cuda")])
 def test_a_missing_compiler_names_the_extra(folder, target, module, extra, monkeypatch):
-    monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
-    topologies.tpu_devices.cache_clear()
-    topologies.gpu_devices.cache_clear()
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    hardware.tpu_devices.cache_clear()
+    hardware.gpu_devices.cache_clear()
     with pytest.raises(ValueError, match=rf"needs its compiler, and .*{module} is not installed; .*fpo_jax\[{extra}\]"):
         plan.run(bare(folder), target)
 
@@ -326,16 +330,18 @@ def test_a_missing_compiler_names_the_extra(folder, target, module, extra, monke
 def test_the_command_prints_a_plan_and_needs_no_workdir(folder):
     command = [
         sys.executable,
-        "train.py",
+        "-m",
+        "fpo_jax.cli",
+        "plan",
         "--config",
-        "configs/quickstart.py",
+        "quickstart",
         f"--config.model.path={folder / 'bare'}",
     ]
     command += ["--config.model.remat=full", "--config.data.eval=", "--config.train.micro_batch_per_device=4"]
-    done = subprocess.run([*command, "--plan", "here"], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([*command, "--target", "here"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "plan for here: " in done.stdout and "remat full" in done.stdout
-    done = subprocess.run([*command, "--plan", "b300:8"], cwd=REPO, capture_output=True, text=True)
+    done = subprocess.run([*command, "--target", "b300:8"], cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.endswith("h200:N, b200:N, gb200:N, l40s:N, here\n"), done.stderr
 
 
@@ -353,10 +359,10 @@ def test_every_stage_has_a_plan_and_no_reference_pass(folder, stage):
     assert [program.name for program in report.outcome.programs] == ["update", "evaluation"] and report.fits
     K, found = config.data.group_size, report.outcome.sizes
     assert f"update: 8 groups x {K} = {8 * K} rows of T=40" in report.text
-    rows = job.prepare(config).train.prepared
+    rows = run_inputs.prepare(config).train.prepared
     assert found.groups == rows.groups and (rows.groups < 24) == (stage == "sft"), "packed rows are fewer than texts"
     texts = rows.text_lengths(np.arange(len(rows.lengths_N))).astype(int)
     assert found.valid.pairs == round((texts * (texts + 1) // 2).sum() * 8 / rows.groups), "of texts, not of rows"
-    language_model = model.from_hf_config(json.loads((folder / "bare" / "config.json").read_text()))
+    language_model = models.from_hf_config(json.loads((folder / "bare" / "config.json").read_text()))
     count = params.count(found.blueprint.model_config)
     assert (count < params.count(language_model)) == (stage == "reward"), "a score in the place of the LM head"

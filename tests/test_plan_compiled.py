@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fpo_jax import model, plan, sharding, topologies
-from fpo_jax.plan import compiled, remedies
+from fpo_jax import models, plan, sharding
+from fpo_jax.perf import hardware
+from fpo_jax.plan import compilation, suggestions
 from fpo_jax.plan.collectives import collectives
 from tests import tiny
 
 pytestmark = pytest.mark.deviceless
 
 TARGETS = ("h100:4", "v5e-4")
-WIDE = model.ModelConfig(
+WIDE = models.ModelConfig(
     family="llama", vocab_size=512, width=256, layers=2, heads=8, kv_heads=4, head_dim=128, ffn=512, max_positions=4096
 )
 
@@ -34,7 +35,7 @@ def target(request):
 
 def run_of(folder, config=WIDE, **changed):
     """A bfloat16 run of a model without weights, on data that are elsewhere, cut over all devices."""
-    folder.joinpath("config.json").write_text(json.dumps(model.to_hf_config(config)))
+    folder.joinpath("config.json").write_text(json.dumps(models.to_hf_config(config)))
     options = {"model__compute_dtype": "bfloat16", "model__remat": "full", "mesh__data": None, "mesh__fsdp": None}
     options |= {"data__max_length": 256, "data__max_response_length": 128, "plan__groups": 1000}
     return tiny.config(folder, "hub/name", **(options | changed))
@@ -60,7 +61,7 @@ def test_a_plan_for_devices_that_are_not_here(target, tmp_path):
 )
 def test_every_kind_of_device_compiles_a_sharded_program(target):
     """Weights cut along fsdp within a host or slice, rows along both axes; only the gradients' sum leaves either."""
-    devices = topologies.all_devices(target)
+    devices = hardware.all_devices(target)
     apart = "x" in target
     layout = sharding.make_layout(
         preset="fsdp", data=2 if apart else 1, fsdp=len(devices) // (2 if apart else 1), tensor=None, devices=devices
@@ -69,20 +70,20 @@ def test_every_kind_of_device_compiles_a_sharded_program(target):
     weights = jax.ShapeDtypeStruct((1024, 512), "bfloat16", sharding=cut)
     inputs = jax.ShapeDtypeStruct((64, 1024), "bfloat16", sharding=rows)
     gradient = jax.grad(lambda weights, inputs: jnp.sum(jnp.float32(inputs @ weights) ** 2))
-    compiled = topologies.compile_for(gradient, weights, inputs, out_shardings=cut)
+    compiled = hardware.compile_for(gradient, weights, inputs, out_shardings=cut)
     found = collectives(compiled.as_text(), mesh=layout.mesh)
     between = "slices" if apart and "-" in target else "data"
     assert {row.axes for row in found} == ({("fsdp",), (between,)} if apart else {("fsdp",)})
     gradient_bytes = 2 * 1024 * 512 // layout.mesh.shape["fsdp"]
     sums = [row[:1] + row[2:4] for row in found if row.axes == (between,)]
     assert sums == ([("all-reduce", 1, gradient_bytes)] if apart else [])
-    assert topologies.capacity(devices[0]) is not None
+    assert hardware.capacity(devices[0]) is not None
 
 
 def test_what_does_not_fit_names_what_it_needs(target, tmp_path, monkeypatch):
-    monkeypatch.setattr(remedies, "_MEMORY", ())
-    monkeypatch.setattr(remedies, "_DOUBLINGS", 0)
-    capacity = topologies.capacity(topologies.all_devices(target)[0])
+    monkeypatch.setattr(suggestions, "_MEMORY", ())
+    monkeypatch.setattr(suggestions, "_DOUBLINGS", 0)
+    capacity = hardware.capacity(hardware.all_devices(target)[0])
     wide = dataclasses.replace(WIDE, width=8192, ffn=65536, vocab_size=65536, layers=16)
     config = run_of(tmp_path, wide, data__eval="", loss__score="mean_logp", loss__beta=2.0, loss__beta_pi=None)
     report = plan.run(config, target)
@@ -104,13 +105,13 @@ def no_cache():
 @pytest.mark.slow
 def test_compiling_takes_as_long_for_32_layers_as_for_4(target, tmp_path, no_cache):
     """Medians of three compilations each, by turns; 20 % is the bound that the project set itself."""
-    devices, seconds = topologies.all_devices(target), {4: [], 32: []}
+    devices, seconds = hardware.all_devices(target), {4: [], 32: []}
     free = {"loss__score": "mean_logp", "loss__beta": 2.0, "loss__beta_pi": None}
     for _ in range(3):
         for layers, found in seconds.items():
             deep = dataclasses.replace(WIDE, layers=layers)
             config = run_of(tmp_path, deep, data__eval="", **free)
-            found.append(compiled.compile_all(config, devices).programs[0].seconds)
+            found.append(compilation.compile_all(config, devices).programs[0].seconds)
     few, many = (statistics.median(found) for found in seconds.values())
     print(f"{target}: {few:.1f} s for 4 layers, {many:.1f} s for 32: {seconds}")
     assert many < 1.2 * few

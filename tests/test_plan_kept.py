@@ -3,8 +3,9 @@
 import jax
 import pytest
 
-from fpo_jax import job, sharding, topologies
-from fpo_jax.plan import kept, sizes
+from fpo_jax import sharding
+from fpo_jax.perf import hardware
+from fpo_jax.trainer import batch_shapes, kept_logits, run_inputs, run_schedule
 from tests import tiny
 
 GIB = 2**30
@@ -21,16 +22,16 @@ def root(tmp_path_factory):
 def settled(root, *, memory: float | None = GIB, flops=1e12, bandwidth=1e12, **changed):
     """The scorer of updates, and what was said of the logits, on two devices with such a data sheet."""
     config = tiny.config(root, root / "pairs.jsonl", mesh__data=1, kernel__workspace_mib=1, **changed)
-    inputs = job.prepare(config)
+    inputs = run_inputs.prepare(config)
     layout = sharding.make_layout(**config.mesh, devices=jax.devices()[:2])
-    plan = job.plan(config, inputs, devices=layout.row_ways)
-    made = kept.programs_of(
+    plan = run_schedule.plan(config, inputs, devices=layout.row_ways)
+    made = kept_logits.steps_of(
         config,
-        job.blueprint(config, inputs, plan),
+        run_schedule.blueprint(config, inputs, plan),
         layout,
-        largest=sizes.largest(plan.schedule, plan.steps),
+        largest=batch_shapes.largest(plan.schedule, plan.steps),
         accumulation=plan.accumulation,
-        capacity=None if memory is None else topologies.Capacity(int(memory), flops, bandwidth, 1e9, 1e9),
+        capacity=None if memory is None else hardware.Capacity(int(memory), flops, bandwidth, 1e9, 1e9),
     )
     return made.scorer, [line for line in made.choices if line.startswith("logits: ")]
 

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import data, model, profiling
+from fpo_jax import data, models
+from fpo_jax.perf import profiler
 
 
 @pytest.fixture
@@ -12,12 +13,12 @@ def clock(monkeypatch):
     class Clock:
         now = 10.0
 
-    monkeypatch.setattr(profiling.time, "perf_counter", lambda: Clock.now)
+    monkeypatch.setattr(profiler.time, "perf_counter", lambda: Clock.now)
     return Clock
 
 
 def test_the_parts_of_a_lap_sum_up(clock):
-    split = profiling.Split("data", "device")
+    split = profiler.Split("data", "device")
     clock.now += 1
     with split.part("data"):
         clock.now += 2
@@ -32,7 +33,7 @@ def test_the_parts_of_a_lap_sum_up(clock):
 
 
 def test_a_restart_forgets_the_lap(clock):
-    split = profiling.Split("data")
+    split = profiler.Split("data")
     with split.part("data"):
         clock.now += 5
     split.restart()
@@ -40,7 +41,7 @@ def test_a_restart_forgets_the_lap(clock):
     assert split.lap() == {"seconds": 1.0, "data_seconds": 0.0, "host_seconds": 1.0}
 
 
-CONFIG = model.ModelConfig(
+CONFIG = models.ModelConfig(
     family="llama", vocab_size=11, width=4, layers=3, heads=2, kv_heads=1, head_dim=6, ffn=5, max_positions=9
 )
 NONE = np.zeros(2, int)
@@ -57,7 +58,7 @@ VALID, PADDED = forward(4, 6 + 1, 2), forward(20, 4 * 15, 16)
 
 
 def test_rates_of_an_update_by_hand():
-    rates = profiling.Meter(CONFIG, devices=2, peak=1e3).update(ROWS, seconds=0.5)
+    rates = profiler.Meter(CONFIG, devices=2, peak=1e3).update(ROWS, seconds=0.5)
     assert rates == pytest.approx(
         {
             "valid_tokens_per_s": 8.0,
@@ -70,7 +71,7 @@ def test_rates_of_an_update_by_hand():
 
 
 def test_the_whole_counts_the_reference_pass_and_a_forward_pass_of_the_loss():
-    meter = profiling.Meter(CONFIG, devices=1, peak=1e3, extra_forward=True)
+    meter = profiler.Meter(CONFIG, devices=1, peak=1e3, extra_forward=True)
     assert meter.reference([ROWS, ROWS], seconds=2.0)["mfu_valid"] == pytest.approx(2 * VALID / (2.0 * 1e3))
     meter.update(ROWS, seconds=1.0)
     assert meter.overall() == pytest.approx(
@@ -83,13 +84,13 @@ def test_the_whole_counts_the_reference_pass_and_a_forward_pass_of_the_loss():
 
 
 def test_a_device_of_unknown_peak_has_no_utilisation():
-    meter = profiling.Meter(CONFIG, devices=8, peak=None)
+    meter = profiler.Meter(CONFIG, devices=8, peak=None)
     assert set(meter.update(ROWS, seconds=1.0)) == {"valid_tokens_per_s", "padded_tokens_per_s", "padding_share"}
     assert meter.overall() == {"run_seconds": 1.0}
 
 
 def test_trace_covers_the_updates_asked_for(tmp_path):
-    trace, seen = profiling.Trace(range(3, 5), tmp_path, last=6), []
+    trace, seen = profiler.Trace(range(3, 5), tmp_path, last=6), []
     for number in range(1, 7):
         seen += ["begins"] * trace.begins(number)
         trace.before(number)
@@ -99,17 +100,17 @@ def test_trace_covers_the_updates_asked_for(tmp_path):
         if trace.ends(number):
             trace.close()
     assert seen == [1, 2, "begins", 3, 4, "ends", 5, 6]
-    assert list((tmp_path / profiling.FOLDER).rglob("*.xplane.pb"))
+    assert list((tmp_path / profiler.FOLDER).rglob("*.xplane.pb"))
     trace.close()  # of no trace: nothing
 
 
 def test_a_run_that_resumes_inside_the_range_traces_the_rest(tmp_path):
-    trace = profiling.Trace(range(3, 6), tmp_path, last=9)
+    trace = profiler.Trace(range(3, 6), tmp_path, last=9)
     assert trace.begins(4) and not trace.begins(6)
-    assert not profiling.Trace(range(0), tmp_path, last=9).begins(1)
+    assert not profiler.Trace(range(0), tmp_path, last=9).begins(1)
 
 
 @pytest.mark.parametrize("updates", [range(0, 2), range(5, 9)])
 def test_updates_that_the_run_does_not_have_are_refused(tmp_path, updates):
     with pytest.raises(ValueError, match=r"the run has 1 to 7; choose first:last within 1:8"):
-        profiling.Trace(updates, tmp_path, last=7)
+        profiler.Trace(updates, tmp_path, last=7)

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import data, sharding, step
+from fpo_jax import data, sharding
+from fpo_jax.trainer import train_step
 from tests import tiny
 
 
@@ -24,7 +25,7 @@ def built(inputs, **changed):
 
 
 def test_moments_live_where_their_parameters_do(inputs):
-    state = built(inputs)[0].abstract_state()
+    state = built(inputs)[0].state.abstract()
     weights, moments = state.params, [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     assert len(moments) == 2 * len(jax.tree.leaves(weights))
     for moment, weight in zip(moments, 2 * jax.tree.leaves(weights), strict=True):
@@ -39,29 +40,29 @@ def test_moments_live_where_their_parameters_do(inputs):
 )
 def test_bytes_of_the_state(inputs, changed, bytes_per_value):
     compiled, _ = built(inputs, mesh__fsdp=1, mesh__tensor=1, mesh__data=8, **changed)
-    state = compiled.abstract_state()
+    state = compiled.state.abstract()
     counters = [leaf for leaf in jax.tree.leaves(state) if not leaf.ndim]
     values = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
-    assert compiled.state_bytes() == bytes_per_value * values + 4 * len(counters)
+    assert compiled.state.bytes_on_device() == bytes_per_value * values + 4 * len(counters)
 
 
 def test_moments_on_the_host_take_no_device_memory(inputs):
     (plain, _), (offloaded, _) = built(inputs), built(inputs, optim__offload=True)
-    moments = [leaf for leaf in jax.tree.leaves(offloaded.abstract_state().opt_state) if leaf.ndim]
+    moments = [leaf for leaf in jax.tree.leaves(offloaded.state.abstract().opt_state) if leaf.ndim]
     assert {leaf.sharding.memory_kind for leaf in moments} == {sharding.HOST}
     weights = sum(
         4 * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
-        for leaf in jax.tree.leaves(offloaded.abstract_state().params)
+        for leaf in jax.tree.leaves(offloaded.state.abstract().params)
     )
-    assert plain.state_bytes() - offloaded.state_bytes() == 2 * weights
+    assert plain.state.bytes_on_device() - offloaded.state.bytes_on_device() == 2 * weights
 
 
 @pytest.mark.slow  # compiles for eight devices
 def test_the_update_writes_over_the_state_it_was_given(inputs):
     compiled, schedule = built(inputs)
-    state = compiled.fresh_state(compiled.load(inputs / "model"))
-    batch = step.stack_micro_batches(data.batch_at(schedule, 0), accumulation=2)
-    new, _ = compiled.train(state, compiled.place(batch, stacked=True))
+    state = compiled.state.init(compiled.state.load(inputs / "model"))
+    batch = train_step.stack_micro_batches(data.batch_at(schedule, 0), accumulation=2)
+    new, _ = compiled.train(state, compiled.batches.place(batch, stacked=True))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    places = jax.tree.map(lambda leaf: leaf.sharding, compiled.abstract_state())
+    places = jax.tree.map(lambda leaf: leaf.sharding, compiled.state.abstract())
     assert jax.tree.map(lambda leaf: leaf.sharding, new) == places

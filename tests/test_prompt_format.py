@@ -12,8 +12,13 @@ import pytest
 import tokenizers
 import transformers
 
-from eval import benchmark, export, generate, kl, label, winrate
-from fpo_jax import answering, chat, checkpoint, data, hf, job, loop, rewarding, sample
+from fpo_jax import checkpoint, data, hf, tokenization
+from fpo_jax.cli import generate, label
+from fpo_jax.eval.benchmarks import answer as benchmark
+from fpo_jax.eval.judge import winrate
+from fpo_jax.eval.stats import kl
+from fpo_jax.inference import reward_model, sampler
+from fpo_jax.trainer import export, run_inputs, sample_completions, trainer
 from tests import tiny
 
 CHATML = (
@@ -123,7 +128,7 @@ class Case:
             rows = [{**row, "prompt": row["prompt"][0]["content"]} for row in CHAT_ROWS]
         self.config = run_config(self.model, write_rows(root / "rows.jsonl", rows), **self.changed)
         self.workdir, self.export = root / "run", root / "export"
-        loop.run(self.config, self.workdir, devices=_one_device())
+        trainer.run(self.config, self.workdir, devices=_one_device())
         export.export(self.workdir, self.export, step=None, dtype=None)
         self.kwargs = json.loads(self.changed.get("tokenizer__chat_template_kwargs", "{}"))
         self.prompt = "Go" if self.raw else TURNS
@@ -172,7 +177,7 @@ def drawn(monkeypatch):
         done(dict(enumerate(responses)))
         return responses
 
-    monkeypatch.setattr(sample, "sample", sampled)
+    monkeypatch.setattr(sampler, "sample", sampled)
     return seen
 
 
@@ -189,7 +194,7 @@ def scored(monkeypatch):
             seen.extend([list(row) for row in rows])
             return np.arange(len(rows), dtype=np.float32)
 
-    monkeypatch.setattr(rewarding, "Rewarder", Rewarder)
+    monkeypatch.setattr(reward_model, "Rewarder", Rewarder)
     return seen
 
 
@@ -202,7 +207,7 @@ def prompts_file(case, tmp_path):
 
 @pytest.mark.slow  # a training of one update for each prompt format
 def test_rows_of_the_training_are_those_of_transformers(case):
-    prepared = job.prepare(case.config).train.prepared
+    prepared = run_inputs.prepare(case.config).train.prepared
     for number, row in enumerate(CHAT_ROWS):
         prompt = row["prompt"][0]["content"] if case.raw else row["prompt"]
         for candidate, answer in enumerate((row["chosen"], row["rejected"])):
@@ -249,7 +254,7 @@ def test_sample_completions_of_the_training_begin_there_too(case, tmp_path):
     with c.unlocked():
         c.answers.count, c.answers.max_new_tokens = 1, 4
         c.answers.prompts = str(prompts_file(case, tmp_path))
-    answers = answering.Answers(c, tmp_path, job.prepare(c))
+    answers = sample_completions.Answers(c, tmp_path, run_inputs.prepare(c))
     assert answers._ids == [case.opened(case.prompt)]
     assert set(hf.end_ids(case.export)) <= set(answers._decoding.stop_ids)
 
@@ -276,7 +281,7 @@ def test_a_reward_model_reads_what_transformers_reads(case, program, scored, tmp
         c.stage, c.loss.name = "reward", "bradley_terry"
     workdir, out = case.root / "reward", case.root / "reward_export"
     if not out.exists():
-        loop.run(c, workdir, devices=_one_device())
+        trainer.run(c, workdir, devices=_one_device())
         export.export(workdir, out, step=None, dtype=None)
     assert json.loads((out / "config.json").read_text())["pad_token_id"] == 0
     rows = [{"prompt": case.prompt, "completions": [" a"]}, {"prompt": case.prompt, "completions": [" the"]}]
@@ -290,15 +295,15 @@ def test_a_reward_model_reads_what_transformers_reads(case, program, scored, tmp
         winrate.run(options)
     assert scored == wanted and all(row[-1] != 0 for row in wanted)
     # and so did its training
-    prepared = job.prepare(c).train.prepared
+    prepared = run_inputs.prepare(c).train.prepared
     prompt = CHAT_ROWS[0]["prompt"][0]["content"] if case.raw else CHAT_ROWS[0]["prompt"]
     assert prepared.row(0)[0].tolist() == case.whole(prompt, CHAT_ROWS[0]["chosen"], out)
 
 
 @pytest.mark.slow
 def test_an_export_carries_the_record_and_every_end_token(case):
-    settled, example = chat.prompt_format.read(case.export)
-    assert settled == chat.prompt_format.read(case.workdir / checkpoint.SOURCE_FOLDER)[0]
+    settled, example = tokenization.prompt_format.read(case.export)
+    assert settled == tokenization.prompt_format.read(case.workdir / checkpoint.SOURCE_FOLDER)[0]
     assert settled.rule == ("raw" if case.raw else "chat") and example["ids"]
     eos = "<|other_end|>" if "tokenizer__eos_token" in case.changed else "<|im_end|>"
     tokenizer = case.theirs()
@@ -322,34 +327,34 @@ def test_a_program_that_is_told_something_else_refuses(case, tmp_path):
         with pytest.raises(ValueError, match=f"was trained with another prompt format.*--{name.replace('_', '-')}"):
             generate.run(options)
     same = {"rule": "raw" if case.raw else "chat", "tokenizer": str(case.model)}
-    chat.resolve(case.export, chat.Told(**same))  # what the model says already may be said again
+    tokenization.resolve(case.export, tokenization.Told(**same))  # what the model says already may be said again
 
 
 # --- what a model without a record is taken for
 
 
 def test_a_strange_model_is_read_as_transformers_reads_it(tmp_path):
-    own = chat.resolve(write_model(tmp_path / "a", CHATML))
-    assert own.format == chat.PromptFormat(
+    own = tokenization.resolve(write_model(tmp_path / "a", CHATML))
+    assert own.format == tokenization.PromptFormat(
         chat_template=CHATML, eos_token="<|im_end|>", end_ids=(2,), tokenizer=own.format.tokenizer
     )
-    assert chat.resolve(write_model(tmp_path / "b", None)).format.rule == "raw"
-    told = chat.Told(rule="raw")
-    assert chat.resolve(tmp_path / "a", told).format.rule == "raw"
+    assert tokenization.resolve(write_model(tmp_path / "b", None)).format.rule == "raw"
+    told = tokenization.Told(rule="raw")
+    assert tokenization.resolve(tmp_path / "a", told).format.rule == "raw"
     with pytest.raises(ValueError, match="has no chat template"):
-        chat.resolve(tmp_path / "b", chat.Told(rule="chat"))
+        tokenization.resolve(tmp_path / "b", tokenization.Told(rule="chat"))
     with pytest.raises(ValueError, match="--chat-template would change nothing under rule raw"):
-        chat.resolve(tmp_path / "a", chat.Told(rule="raw", chat_template="zephyr"))
+        tokenization.resolve(tmp_path / "a", tokenization.Told(rule="raw", chat_template="zephyr"))
     with pytest.raises(ValueError, match="chat_template_kwargs='x' is not JSON"):
-        chat.resolve(tmp_path / "a", chat.Told(chat_template_kwargs="x"))
+        tokenization.resolve(tmp_path / "a", tokenization.Told(chat_template_kwargs="x"))
     with pytest.raises(ValueError, match="may not set messages"):
-        chat.resolve(tmp_path / "a", chat.Told(chat_template_kwargs='{"messages": []}'))
+        tokenization.resolve(tmp_path / "a", tokenization.Told(chat_template_kwargs='{"messages": []}'))
 
 
 def test_every_listed_end_token_ends_an_answer(tmp_path):
     folder = write_model(tmp_path / "m", CHATML, generation={"eos_token_id": [3, 0]}, eos_ids=(2,))
     assert hf.end_ids(folder) == (3, 0, 2)
-    encoder = chat.resolve(folder, end_ids=hf.end_ids(folder))
+    encoder = tokenization.resolve(folder, end_ids=hf.end_ids(folder))
     assert encoder.format.end_ids == (2, 3, 0)
     (folder / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(ValueError, match="eos_token_id='</s>' must be a token id"):
@@ -359,12 +364,12 @@ def test_every_listed_end_token_ends_an_answer(tmp_path):
 def test_a_broken_record_is_refused(tmp_path):
     folder = write_model(tmp_path / "m", CHATML)
     for text in ("{", "[]", '{"example": null}', '{"example": null, "end_ids": [2], "rule": "both"}'):
-        (folder / chat.prompt_format.FILE).write_text(text)
+        (folder / tokenization.prompt_format.FILE).write_text(text)
         with pytest.raises(ValueError, match="is no record of a prompt format"):
-            chat.resolve(folder)
-    chat.prompt_format.write(folder, chat.PromptFormat(eos_token="<|im_end|>", tokenizer="0"))
+            tokenization.resolve(folder)
+    tokenization.prompt_format.write(folder, tokenization.PromptFormat(eos_token="<|im_end|>", tokenizer="0"))
     with pytest.raises(ValueError, match="is not the one that prompt_format.json there was written with"):
-        chat.resolve(folder)
+        tokenization.resolve(folder)
 
 
 # --- one end, no lost text, thoughts
@@ -374,8 +379,10 @@ def rows(template, prompt="Hi?", responses=("Yes",), *, end_ids=(), tmp_path, **
     folder = tmp_path / "tokenizer"
     folder.mkdir(exist_ok=True)
     write_tokenizer(folder, template)
-    encoder = chat.encoder(chat.load_tokenizer(folder), chat.PromptFormat(**changed), end_ids=end_ids)
-    [found] = chat.chat_rows(encoder, [prompt], [list(responses)], max_length=400, max_prompt_length=200)
+    encoder = tokenization.encoder(
+        tokenization.load_tokenizer(folder), tokenization.PromptFormat(**changed), end_ids=end_ids
+    )
+    [found] = tokenization.chat_rows(encoder, [prompt], [list(responses)], max_length=400, max_prompt_length=200)
     shown = [
         (encoder.tokenizer.decode(row.ids[: row.prompt_length]), encoder.tokenizer.decode(row.ids[row.prompt_length :]))
         for row in found
@@ -409,7 +416,9 @@ def test_a_system_turn_is_only_what_the_template_makes_of_it(tmp_path):
     inserted = rows(DEFAULT_SYSTEM, tmp_path=tmp_path, auto_insert_empty_system=True)[0]
     assert inserted.startswith("<|im_start|>system\n<|im_end|>")
     assert rows(REFUSES_SYSTEM, tmp_path=tmp_path)[0].startswith("<|im_start|>user")
-    with pytest.raises(chat.Refused, match=r"no system turn \(an empty system turn is put first, as data.auto_insert"):
+    with pytest.raises(
+        tokenization.Refused, match=r"no system turn \(an empty system turn is put first, as data.auto_insert"
+    ):
         rows(REFUSES_SYSTEM, tmp_path=tmp_path, auto_insert_empty_system=True)
 
 
@@ -426,36 +435,40 @@ def test_a_system_turn_is_only_what_the_template_makes_of_it(tmp_path):
     ids=["unknown role", "system only", "answer", "shortened"],
 )  # fmt: skip
 def test_no_text_vanishes(template, prompt, lost, tmp_path):
-    with pytest.raises(chat.Refused, match=f"leaves out the text of a turn of {lost}"):
+    with pytest.raises(tokenization.Refused, match=f"leaves out the text of a turn of {lost}"):
         rows(template, prompt, tmp_path=tmp_path)
 
 
 def test_thoughts_are_refused_kept_or_dropped_and_never_passed_over(tmp_path):
     thought = "<think>\nhm\n</think>\n\nYes"
     opened = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(chat.Refused, match="a completion holds a thought"):
+    with pytest.raises(tokenization.Refused, match="a completion holds a thought"):
         rows(CHATML, responses=[thought], tmp_path=tmp_path)
     assert rows(CHATML, responses=[thought], tmp_path=tmp_path, thoughts="keep") == (opened, thought + "<|im_end|>")
     assert rows(CHATML, responses=[thought], tmp_path=tmp_path, thoughts="drop") == (opened, "Yes<|im_end|>")
     # one that the template writes
     empty = "<think>\n\n</think>\n\n"
-    with pytest.raises(chat.Refused, match=r"the chat template writes a thought of its own .*<think>.*enable_thinking"):
+    with pytest.raises(
+        tokenization.Refused, match=r"the chat template writes a thought of its own .*<think>.*enable_thinking"
+    ):
         rows(THINKING, responses=["n"], tmp_path=tmp_path)  # a letter that stands in the thought, too
     assert rows(THINKING, tmp_path=tmp_path, thoughts="keep") == (opened, f"{empty}Yes<|im_end|>")
-    with pytest.raises(chat.Refused, match="which no sampling would put there"):  # drop is for thoughts of the data
+    with pytest.raises(
+        tokenization.Refused, match="which no sampling would put there"
+    ):  # drop is for thoughts of the data
         rows(THINKING, responses=["n"], tmp_path=tmp_path, thoughts="drop")
     off = {"enable_thinking": False}
     assert rows(THINKING, tmp_path=tmp_path, chat_template_kwargs=off) == (f"{opened}{empty}", "Yes<|im_end|>")
     # and one that it takes away from an answer: nothing is left to train on in silence
     strips = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
-    with pytest.raises(chat.Refused, match="leaves out the text of a turn of role 'assistant'"):
+    with pytest.raises(tokenization.Refused, match="leaves out the text of a turn of role 'assistant'"):
         rows(strips, responses=[thought], tmp_path=tmp_path, thoughts="keep")
     assert rows(strips, responses=[thought], tmp_path=tmp_path, thoughts="drop") == (opened, "Yes<|im_end|>")
     # all of them, and never a part of one
     several = "Sure. <think>a</think> A <think>b</think>B"
     assert rows(CHATML, responses=[several], tmp_path=tmp_path, thoughts="drop")[1] == "Sure. A B<|im_end|>"
     for cut, why in (("<think>\nI wonder", "not closed"), ("<think>a</think>", "nothing but a thought")):
-        with pytest.raises(chat.Refused, match=why):
+        with pytest.raises(tokenization.Refused, match=why):
             rows(CHATML, responses=[cut], tmp_path=tmp_path, thoughts="drop")
     # of earlier turns the template may take it
     turns = [
@@ -481,9 +494,9 @@ def test_thoughts_that_the_generation_prompt_opens_are_whole(tmp_path):
     for said in ("<think>\nr\n</think>\n\nans", "<think>r</think>ans", "r\n</think>\n\nans"):
         got = rows(template, responses=[said], tmp_path=tmp_path, thoughts="keep")
         assert got == (opened, "r\n</think>\n\nans<|im_end|>")
-    with pytest.raises(chat.Refused, match="opens a thought that this completion does not close"):
+    with pytest.raises(tokenization.Refused, match="opens a thought that this completion does not close"):
         rows(template, responses=["I wonder and"], tmp_path=tmp_path, thoughts="keep")  # cut by its length
-    with pytest.raises(chat.Refused, match="opens a thought that this completion does not close"):
+    with pytest.raises(tokenization.Refused, match="opens a thought that this completion does not close"):
         rows(template, responses=["ans"], tmp_path=tmp_path, thoughts="drop")
 
 
@@ -500,13 +513,13 @@ def test_marks_of_thoughts_that_are_special_tokens_are_kept(tmp_path):
     made = transformers.AutoTokenizer.from_pretrained(folder)
     made.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
     made.save_pretrained(folder)
-    settled = chat.PromptFormat(thoughts="keep")
-    encoder = chat.encoder(chat.load_tokenizer(folder), settled)
+    settled = tokenization.PromptFormat(thoughts="keep")
+    encoder = tokenization.encoder(tokenization.load_tokenizer(folder), settled)
     said = "[THINK]r[/THINK]ans"
-    [[row]] = chat.chat_rows(encoder, ["Hi?"], [[said]], max_length=100, max_prompt_length=50)
+    [[row]] = tokenization.chat_rows(encoder, ["Hi?"], [[said]], max_length=100, max_prompt_length=50)
     assert row.ids[row.prompt_length :] == [*made(said, add_special_tokens=False)["input_ids"], 2]
-    assert chat.continuation(made, row.ids[: row.prompt_length], row.ids[row.prompt_length : -1]) == said
-    assert chat.continuation(made, row.ids[: row.prompt_length], row.ids[row.prompt_length :]) == said
+    assert tokenization.continuation(made, row.ids[: row.prompt_length], row.ids[row.prompt_length : -1]) == said
+    assert tokenization.continuation(made, row.ids[: row.prompt_length], row.ids[row.prompt_length :]) == said
 
 
 def test_an_end_token_that_is_not_special_ends_a_completion(tmp_path):
@@ -516,17 +529,19 @@ def test_an_end_token_that_is_not_special_ends_a_completion(tmp_path):
     made = transformers.AutoTokenizer.from_pretrained(folder)
     made.add_tokens(["<eot>"])
     made.save_pretrained(folder)
-    encoder = chat.encoder(chat.load_tokenizer(folder), end_ids=[260])
-    [[row]] = chat.chat_rows(encoder, ["Hi?"], [["a<eot>b"]], max_length=100, max_prompt_length=50)
+    encoder = tokenization.encoder(tokenization.load_tokenizer(folder), end_ids=[260])
+    [[row]] = tokenization.chat_rows(encoder, ["Hi?"], [["a<eot>b"]], max_length=100, max_prompt_length=50)
     assert row.ids.count(260) == 2 and row.ids[-1] == 260, "the data cannot write it"
-    assert chat.warnings(encoder) == []
-    [told] = chat.warnings(chat.encoder(chat.load_tokenizer(folder, chat_template=CHATML, eos_token="<|endoftext|>")))
+    assert tokenization.warnings(encoder) == []
+    [told] = tokenization.warnings(
+        tokenization.encoder(tokenization.load_tokenizer(folder, chat_template=CHATML, eos_token="<|endoftext|>"))
+    )
     assert "closes an answer with '<|im_end|>', which is no end token of this model (EOS is '<|endoftext|>')" in told
 
 
 def test_a_generation_prompt_that_answers_do_not_have_is_refused(tmp_path):
     opens_thought = CHATML.replace("'<|im_start|>assistant\n' if", "'<|im_start|>assistant\n<think>\n' if")
-    with pytest.raises(chat.Refused, match=r"the response has no beginning; .* chat_template_kwargs"):
+    with pytest.raises(tokenization.Refused, match=r"the response has no beginning; .* chat_template_kwargs"):
         rows(opens_thought, tmp_path=tmp_path)
 
 
@@ -534,17 +549,17 @@ def test_what_of_a_template_will_surprise_is_said(tmp_path):
     folder = tmp_path / "t"
     folder.mkdir()
     write_tokenizer(folder, CHATML)
-    told = chat.warnings(chat.encoder(chat.load_tokenizer(folder, chat_template="llama3")))
+    told = tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder, chat_template="llama3")))
     assert (
         len(told) == 1
         and "<|end_header_id|>, <|eot_id|>, <|start_header_id|>, which this tokenizer does not" in told[0]
     )
-    assert chat.warnings(chat.encoder(chat.load_tokenizer(folder))) == []
+    assert tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder))) == []
     headless = "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token }}{% endfor %}"
-    told = chat.warnings(chat.encoder(chat.load_tokenizer(folder, chat_template=headless)))
+    told = tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder, chat_template=headless)))
     assert len(told) == 1 and "has no generation prompt: it writes 'assistant' before an answer" in told[0]
     plain = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else ' ') }}{% endfor %}"
-    assert chat.warnings(chat.encoder(chat.load_tokenizer(folder, chat_template=plain))) == []
+    assert tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder, chat_template=plain))) == []
 
 
 # --- cuts
@@ -559,7 +574,7 @@ def test_candidates_of_a_group_follow_one_prompt(tmp_path):
     folder = tmp_path / "t"
     folder.mkdir()
     write_tokenizer(folder, None)
-    encoder = chat.encoder(chat.load_tokenizer(folder))
+    encoder = tokenization.encoder(tokenization.load_tokenizer(folder))
     group = [("0123456789", ["a", "bcdef"], [1.0, 0.0])]
     limits = {"max_length": 12, "max_response_length": 8}
     rows, audit = prepared(group, encoder, **limits)
@@ -577,22 +592,24 @@ def test_answers_are_cut_to_the_room_that_is_left_and_a_header_is_no_answer(tmp_
     folder = tmp_path / "t"
     folder.mkdir()
     write_tokenizer(folder, CHATML)
-    tokenizer = chat.load_tokenizer(folder)
+    tokenizer = tokenization.load_tokenizer(folder)
     prompt, answers = "x", ["y" * 40, "z" * 10]
     opened = 1 + len("user\nx") + 2 + 1 + len("assistant\n")
     limits = {"max_length": opened + 40, "max_prompt_length": opened + 30}  # one token too few for the first
     group = [(prompt, answers, [1.0, 0.0])]
-    _, audit = prepared(group, chat.encoder(tokenizer), **limits)
+    _, audit = prepared(group, tokenization.encoder(tokenizer), **limits)
     assert (audit.responses_cut, audit.response_tokens_cut) == (1, 1) and "rows, 1 tokens lost" in audit.text()
-    _, audit = prepared(group, chat.encoder(tokenizer), truncate_together=True, **limits)
+    _, audit = prepared(group, tokenization.encoder(tokenizer), truncate_together=True, **limits)
     assert (audit.responses_cut, audit.response_tokens_cut) == (2, 32)  # the original: all keep what is left beside
-    original = chat.PromptFormat(assistant_header="completion", append_eos="unless_last")
+    original = tokenization.PromptFormat(assistant_header="completion", append_eos="unless_last")
     header = 1 + len("assistant\n")
     short = {"max_length": 16 + header, "max_prompt_length": 16}
     with pytest.raises(ValueError, match="no_scored_token 1"):
-        prepared([("x" * 40, answers, [1.0, 0.0])], chat.encoder(tokenizer, original), **short)
+        prepared([("x" * 40, answers, [1.0, 0.0])], tokenization.encoder(tokenizer, original), **short)
     rows, _ = prepared(
-        [("x" * 40, answers, [1.0, 0.0])], chat.encoder(tokenizer, original), **(short | {"max_length": 17 + header})
+        [("x" * 40, answers, [1.0, 0.0])],
+        tokenization.encoder(tokenizer, original),
+        **(short | {"max_length": 17 + header}),
     )
     assert tokenizer.decode(rows.row(0)[0]).endswith("<|im_start|>assistant\ny")
 
@@ -618,22 +635,22 @@ def test_a_run_whose_export_would_be_asked_otherwise_does_not_start(tmp_path, mo
     with pytest.raises(
         ValueError, match="transformers would not render .* as it was trained: the conversation: trained"
     ):
-        loop.run(c, tmp_path / "w", devices=_one_device())
+        trainer.run(c, tmp_path / "w", devices=_one_device())
     assert not (tmp_path / "w" / "config.json").exists() and not (tmp_path / "w" / checkpoint.SOURCE_FOLDER).exists()
     monkeypatch.undo()
-    loop.run(c, tmp_path / "w", devices=_one_device())  # the same workdir is free
+    trainer.run(c, tmp_path / "w", devices=_one_device())  # the same workdir is free
 
 
 def test_an_adapter_carries_the_tokenizer_too(tmp_path):
     model = write_model(tmp_path / "m", DEFAULT_SYSTEM)
     changed = {"lora__rank": 2, "tokenizer__chat_template": "zephyr", "data__auto_insert_empty_system": True}
     c = run_config(model, write_rows(tmp_path / "rows.jsonl", CHAT_ROWS), **changed)
-    loop.run(c, tmp_path / "w", devices=_one_device())
+    trainer.run(c, tmp_path / "w", devices=_one_device())
     export.export(tmp_path / "w", tmp_path / "a", step=None, dtype=None, lora="adapter")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
     text = theirs.apply_chat_template(CHAT_ROWS[0]["prompt"], tokenize=False, add_generation_prompt=True)
     assert text == "<|system|>\n<|im_end|>\n<|user|>\n1+1?<|im_end|>\n<|assistant|>\n"
-    assert chat.prompt_format.read(tmp_path / "a")[0].auto_insert_empty_system
+    assert tokenization.prompt_format.read(tmp_path / "a")[0].auto_insert_empty_system
     found = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert found["base_model_name_or_path"] == str(model) and found["revision"] is None
 
@@ -642,10 +659,12 @@ def test_a_run_from_an_export_says_where_it_asks_otherwise(tmp_path, caplog):
     """The export of a run with an empty system turn has it in its template, and needs the field no more."""
     model = write_model(tmp_path / "m", DEFAULT_SYSTEM)
     data_file = write_rows(tmp_path / "rows.jsonl", CHAT_ROWS)
-    loop.run(run_config(model, data_file, data__auto_insert_empty_system=True), tmp_path / "w", devices=_one_device())
+    trainer.run(
+        run_config(model, data_file, data__auto_insert_empty_system=True), tmp_path / "w", devices=_one_device()
+    )
     export.export(tmp_path / "w", tmp_path / "e", step=None, dtype=None)
     caplog.clear()
-    job.prepare(run_config(tmp_path / "e", data_file))
+    run_inputs.prepare(run_config(tmp_path / "e", data_file))
     assert "another prompt format" not in caplog.text
-    job.prepare(run_config(tmp_path / "e", data_file, tokenizer__chat_template="chatml"))
+    run_inputs.prepare(run_config(tmp_path / "e", data_file, tokenizer__chat_template="chatml"))
     assert "model.path was trained with another prompt format: chat template of" in caplog.text

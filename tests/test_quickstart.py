@@ -6,28 +6,29 @@ import json
 import math
 import re
 import shlex
-import sys
 
 import numpy as np
 import pytest
 import scipy.stats
 from absl import flags
-from ml_collections import config_flags
 
-from configs import quickstart as recipe
-from eval import (
-    intervals,
-    page,
+from fpo_jax import checkpoint, losses, tokenization
+from fpo_jax import config as configuration
+from fpo_jax.config import overrides
+from fpo_jax.configs import quickstart as recipe
+from fpo_jax.eval.pipeline.stages import StageError
+from fpo_jax.eval.quickstart import (
     quickstart,
     quickstart_configs,
     quickstart_model,
     quickstart_report,
     quickstart_summary,
 )
-from eval import quickstart_task as task
-from eval.stages import StageError
-from fpo_jax import chat, checkpoint, loop, losses, params
-from fpo_jax import config as configuration
+from fpo_jax.eval.quickstart import quickstart_task as task
+from fpo_jax.eval.report import html
+from fpo_jax.eval.stats import confidence_intervals
+from fpo_jax.models import params
+from fpo_jax.trainer import trainer
 from tests import paths, tolerances
 
 TINY = quickstart_configs.Scale(
@@ -122,7 +123,7 @@ def test_too_many_prompts_are_refused():
 @pytest.mark.parametrize(("successes", "count"), [(0, 7), (3, 7), (7, 7), (591, 1000)])
 def test_wilson_agrees_with_scipy(successes, count):
     expected = scipy.stats.binomtest(successes, count).proportion_ci(method="wilson")
-    low, high = intervals.wilson(successes, count)
+    low, high = confidence_intervals.wilson(successes, count)
     np.testing.assert_allclose((low, high), expected, rtol=tolerances.INTERVAL, atol=tolerances.INTERVAL)
     assert 0 <= low <= successes / count <= high <= 1
 
@@ -134,17 +135,17 @@ def test_paired_difference_agrees_with_numpy():
     spread = 1.959963984540054 * changes.std(ddof=1) / math.sqrt(50)
     expected = (changes.mean(), changes.mean() - spread, changes.mean() + spread)
     np.testing.assert_allclose(
-        intervals.paired_difference(before.tolist(), after.tolist()), expected, rtol=tolerances.INTERVAL
+        confidence_intervals.paired_difference(before.tolist(), after.tolist()), expected, rtol=tolerances.INTERVAL
     )
 
 
 def test_intervals_refuse_what_is_no_sample():
     with pytest.raises(ValueError, match="8 successes of 7 trials"):
-        intervals.wilson(8, 7)
+        confidence_intervals.wilson(8, 7)
     with pytest.raises(ValueError, match="0 successes of 0 trials"):
-        intervals.wilson(0, 0)
+        confidence_intervals.wilson(0, 0)
     with pytest.raises(ValueError, match="3 outcomes before and 2 after"):
-        intervals.paired_difference([True] * 3, [True] * 2)
+        confidence_intervals.paired_difference([True] * 3, [True] * 2)
 
 
 def test_answers_to_different_prompts_are_not_compared():
@@ -159,16 +160,16 @@ def test_answers_to_different_prompts_are_not_compared():
 def test_a_page_is_written_in_both_formats(tmp_path):
     (tmp_path / "p.png").write_bytes(b"PNG")
     blocks = [
-        page.Heading("A & B", 1),
-        page.Text("`x<y>` is **so**"),
-        page.Table(["", "n"], [["a", "1"]]),
-        page.Plot("p.png", "curve"),
-        page.Code("run <it>"),
+        html.Heading("A & B", 1),
+        html.Text("`x<y>` is **so**"),
+        html.Table(["", "n"], [["a", "1"]]),
+        html.Plot("p.png", "curve"),
+        html.Code("run <it>"),
     ]
-    assert page.markdown(blocks) == (
+    assert html.markdown(blocks) == (
         "# A & B\n\n`x<y>` is **so**\n\n|  | n |\n| :-- | --: |\n| a | 1 |\n\n![curve](p.png)\n\n```\nrun <it>\n```\n"
     )
-    text = page.html(blocks, tmp_path)
+    text = html.html(blocks, tmp_path)
     for part in (
         "<title>A &amp; B</title>",
         "<p><code>x&lt;y&gt;</code> is <strong>so</strong></p>",
@@ -187,7 +188,9 @@ def test_the_tokenizer_gives_the_rows_the_trainer_builds():
     ids = tokenizer("9081>")["input_ids"]
     assert ids == [1, 13, 4, 12, 5, 14]
     assert tokenizer.decode(ids[1:]) == "9081>"
-    ((row,),) = chat.raw_rows(chat.encoder(tokenizer), ["9081>"], [["0189"]], max_length=24, max_response_length=12)
+    ((row,),) = tokenization.raw_rows(
+        tokenization.encoder(tokenizer), ["9081>"], [["0189"]], max_length=24, max_response_length=12
+    )
     assert row.ids == [*ids, 4, 5, 12, 13, tokenizer.eos_token_id]
     assert (row.prompt_length, row.merged) == (len(ids), False)
 
@@ -310,8 +313,8 @@ def test_the_report_shows_the_numbers_of_the_files(finished):
 @pytest.mark.slow
 def test_finished_stages_are_not_done_again(finished, monkeypatch, capsys):
     workdir, summary = finished
-    monkeypatch.setattr(loop, "run", lambda *_: pytest.fail("trained again"))
-    monkeypatch.setattr(quickstart.sample, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    monkeypatch.setattr(trainer, "run", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(quickstart.sampler, "sample", lambda *_, **__: pytest.fail("sampled again"))
     other = workdir / "answers-after-other.jsonl"
     other.write_text((workdir / "answers-before.jsonl").read_text())
     again = quickstart.run(workdir, seed=3, divergence="alpha", scale=TINY)
@@ -334,21 +337,19 @@ def test_another_seed_is_refused_in_the_same_workdir(finished, capsys):
 
 
 @pytest.mark.slow
-def test_the_training_command_of_the_report_gives_the_configuration_that_was_used(finished, monkeypatch):
+def test_the_training_command_of_the_report_gives_the_configuration_that_was_used(finished):
     workdir, _ = finished
     text = (workdir / "report" / "report.md").read_text()
     (command,) = re.findall(r"```\n(python train.py --config configs/quickstart.py:alpha .*?)\n```", text, re.DOTALL)
     words = shlex.split(command.replace("\\\n", " "))
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
     at = words.index("--config")
     words[at + 1] = str(paths.REPO / words[at + 1])
-    monkeypatch.setattr(sys, "argv", words[1:])  # where config_flags looks for --config.key=value
-    values(words[1:])
+    values = overrides.flag_values(words[2:], "")
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    config = overrides.parse(values, words[2:], keys="", about=None)
     used = json.loads((workdir / "align-alpha" / "config.json").read_text())
     assert used.pop("resolved_loss")["name"] == "alpha"
-    assert configuration.difference(json.loads(values.config.to_json()), used) == []
+    assert configuration.difference(json.loads(config.to_json()), used) == []
 
 
 @pytest.mark.slow

@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from eval import jobfile
-from fpo_jax import checkpoint, hf, job, losses, metrics, model, params, shapes, step
+from fpo_jax import checkpoint, hf, losses, models, types
 from fpo_jax import config as configuration
+from fpo_jax.cli import jsonl_job
+from fpo_jax.models import params
+from fpo_jax.trainer import metric_logger, run_inputs, run_workdir, train_step
 from tests import batches, paths, tolerances
 
 VARIABLE = "FPO_SMOLLM2"
@@ -135,13 +137,13 @@ def called(*command):
 
 
 def generated(folder, model, conversations, *options):
-    """Return the lines of eval.generate."""
+    """Return the lines of fpo generate."""
     data, out = folder / "prompts.jsonl", folder / "answers.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
     data.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in conversations))
     given = ("--compute-dtype", "float32", "--keep-ids", 1, "--max-length", 256, *options)
-    called("-m", "eval.generate", "--model", model, "--data", data, "--out", out, *given)
-    return jobfile.read(out)
+    called("-m", "fpo_jax.cli.generate", "--model", model, "--data", data, "--out", out, *given)
+    return jsonl_job.read(out)
 
 
 def trained(folder, directory, pairs, steps, **changed):
@@ -179,7 +181,7 @@ def trained(folder, directory, pairs, steps, **changed):
 
 
 def exported(run, out, *options):
-    called("-m", "eval.export", "--workdir", run, "--out", out, "--dtype", "float32", *options)
+    called("-m", "fpo_jax.cli.export", "--workdir", run, "--out", out, "--dtype", "float32", *options)
     return out
 
 
@@ -187,11 +189,11 @@ def rows_of(run):
     """Return (ids, prompt length) of every row that a run trained on."""
     config = configuration.default()
     settings = json.loads((run / "config.json").read_text())
-    del settings[job.RESOLVED_LOSS]
+    del settings[run_workdir.RESOLVED_LOSS]
     for name, value in configuration.flatten(settings).items():
         *parents, last = name.split(".")
         setattr(configuration.value_at(config, ".".join(parents)) if parents else config, last, value)
-    prepared = job.prepare(config).train.prepared
+    prepared = run_inputs.prepare(config).train.prepared
     found = [prepared.row(index) for index in range(len(prepared.lengths_N))]
     return [(ids.tolist(), int(length)) for ids, length in found]
 
@@ -202,10 +204,10 @@ def rows_of(run):
 @functools.partial(jax.jit, static_argnames=("config", "adapter"))
 def our_logits(tree, tokens_T, *, config, adapter=None):
     tokens_NT = tokens_T[None]
-    hidden_NTD = model.hidden_states(
+    hidden_NTD = models.hidden_states(
         tree, tokens_NT, jnp.ones(tokens_NT.shape, bool), config=config, compute_dtype="float32", adapter=adapter
     )
-    return model.logits(tree, hidden_NTD[0], config=config)
+    return models.logits(tree, hidden_NTD[0], config=config)
 
 
 def their_logits(torch, model, ids):
@@ -286,7 +288,7 @@ def batch_of(groups):
         scored_NR[place, length - 1 : len(ids) - 1] = True
     predictors_NR = np.tile(np.arange(MAX_LENGTH - 1, dtype=np.int32), (len(rows), 1))
     rewards_BK = np.tile(np.array([[1.0, 0.0]], np.float32), (len(groups), 1))
-    return shapes.Batch(
+    return types.Batch(
         tokens_NT, valid_NT, predictors_NR, tokens_NT[:, 1:], scored_NR, rewards_BK, np.zeros_like(rewards_BK),
         np.ones(len(groups), np.float32), np.arange(len(groups), dtype=np.int32),
     )  # fmt: skip
@@ -314,7 +316,8 @@ def test_gradients_are_those_of_torch_in_float64(directory, tokenizer, pairs, ou
     loss = losses.resolve("simpo", beta=BETA, gamma_beta_ratio=MARGIN)
     batch = batch_of(groups)
     value = functools.partial(
-        step._objective, totals=step._totals(jax.tree.map(lambda leaf: leaf[None], batch), loss), batch_kl=None,
+        train_step._objective, batch_kl=None,
+        totals=train_step._totals(jax.tree.map(lambda leaf: leaf[None], batch), loss),
         scorer=batches.scorer(config, workspace_bytes=2**28), loss=loss, dropout_key=None,
     )  # fmt: skip
     (found, _), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(tree, batch)
@@ -350,7 +353,7 @@ def test_five_steps_are_those_of_torch(simpo, directory, pairs, tokenizer, torch
         adamw.step()
     adamw.zero_grad()
     del adamw  # three copies of the weights, before the run's are read
-    lines = [line for line in metrics.read(simpo / metrics.METRICS_FILE) if "loss" in line]
+    lines = [line for line in metric_logger.read(simpo / metric_logger.METRICS_FILE) if "loss" in line]
     assert_allclose([line["loss"] for line in lines], [loss for loss, _ in curve], rtol=0, atol=tolerances.REAL_LOSS)
     norms = [norm for _, norm in curve]
     assert_allclose([line["grad_norm"] for line in lines], norms, rtol=tolerances.REAL_GRADIENT)
@@ -410,13 +413,13 @@ def test_labels_are_the_scores_of_transformers(directory, pairs, torch, tmp_path
     data = tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps({"index": index, **line}) + "\n" for index, line in enumerate(lines)))
     called(
-        "-m", "eval.label", "--model", out, "--data", data, "--out", tmp_path / "labels.jsonl", "--batch-size", 2,
-        "--compute-dtype", "float32", "--max-length", 256,
+        "-m", "fpo_jax.cli.label", "--model", out, "--data", data, "--out", tmp_path / "labels.jsonl",
+        "--batch-size", 2, "--compute-dtype", "float32", "--max-length", 256,
     )  # fmt: skip
     tokenizer = auto_tokenizer(out)
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     judge = load(out, dtype="float32", attn_implementation="eager").eval()
-    for line, label in zip(lines, jobfile.read(tmp_path / "labels.jsonl"), strict=True):
+    for line, label in zip(lines, jsonl_job.read(tmp_path / "labels.jsonl"), strict=True):
         answers = [{"role": "assistant", "content": text} for text in line["completions"]]
         ids = [tokenizer.apply_chat_template([*line["prompt"], answer])["input_ids"] for answer in answers]
         expected = [their_logits(torch, judge, one).item() for one in ids]

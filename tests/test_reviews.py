@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fpo_jax import chat, data
-from fpo_jax.data import reviews
+from fpo_jax import data, tokenization
+from fpo_jax.data import imdb
 from tests import tiny
 from tests.paths import shared_data
 
@@ -15,7 +15,7 @@ def bytewise(tmp_path_factory):
     """A tokenizer of one token a byte."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny.write_tokenizer(folder)
-    return chat.load_tokenizer(folder)
+    return tokenization.load_tokenizer(folder)
 
 
 def read(folder, tokenizer, *rows, **options):
@@ -45,14 +45,16 @@ def test_a_character_of_several_tokens_is_not_cut(tmp_path, bytewise):
 
 def test_words_are_cut_where_the_model_s_own_tokens_end():
     """GPT-NeoX's tokens take the space before a word, as GPT-2's do."""
-    tokenizer = chat.load_tokenizer(shared_data("tokenizers", "gpt_neox_20B_tokenizer.json"), eos_token="<|endoftext|>")
+    tokenizer = tokenization.load_tokenizer(
+        shared_data("tokenizers", "gpt_neox_20B_tokenizer.json"), eos_token="<|endoftext|>"
+    )
     text = "This is one of the best films that I have ever seen, and I have seen many."
-    ((prompt, response),) = reviews.split([text], tokenizer)
+    ((prompt, response),) = imdb.split([text], tokenizer)
     assert prompt == "This is one of the best films that I have" and response == text[len(prompt) :]
-    encoder = chat.encoder(tokenizer)
-    (row,) = chat.raw_rows(encoder, [prompt], [[response]], max_length=64, max_response_length=50)[0]
-    assert row.prompt_length == reviews.PREFIX_TOKENS and not row.merged
-    assert row.ids[:-1] == chat.encode(encoder, [text])[0], "the pair is the review, token by token"
+    encoder = tokenization.encoder(tokenizer)
+    (row,) = tokenization.raw_rows(encoder, [prompt], [[response]], max_length=64, max_response_length=50)[0]
+    assert row.prompt_length == imdb.PREFIX_TOKENS and not row.merged
+    assert row.ids[:-1] == tokenization.encode(encoder, [text])[0], "the pair is the review, token by token"
 
 
 def test_labels_alternate_so_that_a_slice_has_both(tmp_path, bytewise):

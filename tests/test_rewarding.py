@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from eval import export
-from fpo_jax import attention, chat, checkpoint, data, hf, job, loop, losses, metrics, model, params, rewarding, step
+from fpo_jax import attention, checkpoint, data, hf, losses, models, tokenization, types
+from fpo_jax.inference import reward_model
+from fpo_jax.models import params
+from fpo_jax.optimizer import adamw
+from fpo_jax.trainer import best_checkpoint, export, metric_logger, run_inputs, train_step, trainer
 from tests import resuming, tiny, tolerances
 
 
@@ -51,7 +54,7 @@ def run(base, tmp_path_factory):
         train__keep_best="eval_rewards/accuracies",
     )
     workdir = tmp_path_factory.mktemp("run") / "w"
-    loop.run(c, workdir)
+    trainer.run(c, workdir)
     return workdir
 
 
@@ -64,7 +67,7 @@ def run(base, tmp_path_factory):
     ids=["EOS present", "EOS cut off", "EOS just fits"],
 )
 def test_the_score_stands_at_the_last_content_token(base, response, limit, last):
-    encoder = chat.encoder(chat.load_tokenizer(base / "model"), chat.PromptFormat(rule="raw"))
+    encoder = tokenization.encoder(tokenization.load_tokenizer(base / "model"), tokenization.PromptFormat(rule="raw"))
     tokenizer = encoder.tokenizer
     record = data.Record("q?", [response, " zz"], [1.0, 0.0], "here")
     prepared, _ = data.prepare([record], encoder, max_length=32, max_response_length=limit, reward_pad_id=0)
@@ -77,8 +80,8 @@ def test_the_score_stands_at_the_last_content_token(base, response, limit, last)
 
 
 def test_plain_text_loses_one_eos_and_a_conversation_its_pads(base):
-    tokenizer, row = chat.load_tokenizer(base / "model"), chat.Row([5, 6, 2, 2], 1)
-    raw, own = (chat.encoder(tokenizer, chat.PromptFormat(rule=rule)) for rule in ("raw", "chat"))
+    tokenizer, row = tokenization.load_tokenizer(base / "model"), tokenization.Row([5, 6, 2, 2], 1)
+    raw, own = (tokenization.encoder(tokenizer, tokenization.PromptFormat(rule=rule)) for rule in ("raw", "chat"))
     assert data.reward_row(row, raw, 0).ids == [5, 6, 2]  # a second EOS is content
     assert data.reward_row(row._replace(ids=[5, 6]), raw, 0).ids == [5, 6]
     assert data.reward_row(row._replace(ids=[2], prompt_length=1), raw, 0).ids == [2]
@@ -125,25 +128,27 @@ def test_more_than_two_candidates_compare_every_better_with_every_worse_one():
 
 def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
     """Two groups, and the same two beside a tied one: the same mean, the same gradient."""
-    inputs = job.prepare(reward_config(base / "model", base / "train.jsonl"))
+    inputs = run_inputs.prepare(reward_config(base / "model", base / "train.jsonl"))
     weights = hf.load_params(inputs.source, inputs.model_config, dtype="float32", key=jax.random.key(0))
-    scorer = rewarding.RewardScorer(inputs.model_config, "float32", "none", attention.Choice("xla", "test"))
+    scorer = reward_model.RewardScorer(inputs.model_config, "float32", "none", attention.Choice("xla", "test"))
     schedule = data.schedule(inputs.train.prepared, batch_size=3, buckets=(40,), seed=0)
     whole = data.batch_at(schedule, 0, np.arange(3))
     whole.rewards_BK[2] = 0.5
     first = jax.tree.map(lambda leaf: leaf[: len(leaf) * 2 // 3], whole)
 
     def gradient(batch):
-        totals = step._totals(step.stack_micro_batches(batch, accumulation=1), inputs.loss)
+        totals = train_step._totals(train_step.stack_micro_batches(batch, accumulation=1), inputs.loss)
         value = functools.partial(
-            step._objective, totals=totals, batch_kl=None, scorer=scorer, loss=inputs.loss, dropout_key=None
+            train_step._objective, totals=totals, batch_kl=None, scorer=scorer, loss=inputs.loss, dropout_key=None
         )
         return jax.jit(jax.grad(value, has_aux=True))(weights, batch)[0]
 
     assert np.abs(gradient(first)["score"]).max() > tolerances.DIFFERENT
     jax.tree.map(lambda a, b: assert_allclose(a, b, **tolerances.SAME_UPDATE), gradient(whole), gradient(first))
-    evaluate = jax.jit(functools.partial(step.eval_step, scorer=scorer, loss=inputs.loss))
-    with_tie, without = (metrics.means(jax.device_get(evaluate((weights, 0.0), batch))) for batch in (whole, first))
+    evaluate = jax.jit(functools.partial(train_step.eval_step, scorer=scorer, loss=inputs.loss))
+    with_tie, without = (
+        metric_logger.means(jax.device_get(evaluate((weights, 0.0), batch))) for batch in (whole, first)
+    )
     assert with_tie.keys() == without.keys()
     for name, value in without.items():
         assert_allclose(with_tie[name], value, err_msg=name, **tolerances.SAME_UPDATE)
@@ -176,20 +181,20 @@ def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
 )
 def test_what_does_not_fit_the_stage_is_refused(base, changed, message):
     with pytest.raises(ValueError, match=message):
-        job.check(reward_config(base / "model", base / "train.jsonl", **changed))
+        run_inputs.check(reward_config(base / "model", base / "train.jsonl", **changed))
 
 
 def test_a_metric_that_no_evaluation_has_is_refused_before_anything_is_read(base):
     c = reward_config(base / "absent", base / "train.jsonl", train__keep_best="eval_accuracy")
     with pytest.raises(ValueError, match=r"'eval_accuracy' is no metric of this run; choose from .*eval_loss"):
-        job.prepare(c)
+        run_inputs.prepare(c)
 
 
 # --- the run
 
 
 def test_a_reward_model_learns_what_is_preferred(run):
-    lines = metrics.read(run / metrics.METRICS_FILE)
+    lines = metric_logger.read(run / metric_logger.METRICS_FILE)
     held_out = [line["eval_rewards/accuracies"] for line in lines if "eval_loss" in line]
     assert held_out[-1] > 0.9 and held_out[0] < 0.8
     assert lines[-1]["eval_rewards/chosen"] > lines[-1]["eval_rewards/rejected"]
@@ -197,7 +202,7 @@ def test_a_reward_model_learns_what_is_preferred(run):
 
 
 def test_the_best_checkpoint_stays_beside_the_newest(run):
-    lines = metrics.read(run / metrics.METRICS_FILE)
+    lines = metric_logger.read(run / metric_logger.METRICS_FILE)
     scores = {line["step"]: line["eval_rewards/accuracies"] for line in lines if line.get("eval_loss") and line["step"]}
     _, meta = checkpoint.restore_params(run, "best")
     assert scores[meta["step"]] == max(scores.values())
@@ -207,7 +212,9 @@ def test_the_best_checkpoint_stays_beside_the_newest(run):
 @pytest.mark.slow  # two runs and a resumption
 def test_a_stopped_run_goes_on_to_the_bit_and_remembers_its_best(base, tmp_path, monkeypatch):
     """The best score stands before the stop: what came after must not take its place."""
-    monkeypatch.setitem(job.DIRECTIONS, "eval_rewards/rejected", 1.0)  # falls; nobody could ask for it otherwise
+    monkeypatch.setitem(
+        best_checkpoint.DIRECTIONS, "eval_rewards/rejected", 1.0
+    )  # falls; nobody could ask for it otherwise
     c = reward_config(
         base / "model",
         base / "train.jsonl",
@@ -245,39 +252,39 @@ def test_transformers_gives_the_same_scores(run, tmp_path, when):
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
     with torch.no_grad():
         expected = theirs(padded, attention_mask=mask).logits[:, 0].numpy()
-    ours = rewarding.Rewarder(tmp_path / "rm", max_length=64, compute_dtype="float32", batch_per_device=1)(rows)
+    ours = reward_model.Rewarder(tmp_path / "rm", max_length=64, compute_dtype="float32", batch_per_device=1)(rows)
     assert_allclose(ours, expected, rtol=0, atol=tolerances.PARITY_LOGITS)
 
 
 def test_a_reward_model_goes_on_training_and_is_no_language_model(run, base, tmp_path):
     export.export(run, tmp_path / "rm", step="best", dtype=None)
     assert hf.read_config(tmp_path / "rm").reward_head
-    again = loop.job.prepare(reward_config(tmp_path / "rm", base / "train.jsonl"))
+    again = run_inputs.prepare(reward_config(tmp_path / "rm", base / "train.jsonl"))
     weights = hf.load_params(again.source, again.model_config, dtype="float32")
     best, _ = checkpoint.restore_params(run, "best")
     np.testing.assert_array_equal(weights["score"], np.asarray(best["score"]))
     with pytest.raises(ValueError, match="is a reward model, and stage 'align' needs a language model"):
-        loop.job.prepare(tiny.config(tmp_path / "rm", base / "train.jsonl"))
+        run_inputs.prepare(tiny.config(tmp_path / "rm", base / "train.jsonl"))
     with pytest.raises(ValueError, match="is a language model; give a reward model"):
-        rewarding.Rewarder(base / "model", max_length=32, compute_dtype="float32", batch_per_device=1)
+        reward_model.Rewarder(base / "model", max_length=32, compute_dtype="float32", batch_per_device=1)
 
 
 def test_the_exported_pad_token_is_the_tokenizers(run, base):
     """transformers scores the last token that is no pad token, and users pad with the tokenizer's."""
     _, meta = checkpoint.restore_params(run, None)
     config = dataclasses.replace(hf.read_config(base / "model"), pad_id=None)
-    encoder = chat.resolve(Path(meta["model_dir"]))
-    assert job.reward_pad_id(encoder, config) == 0
+    encoder = tokenization.resolve(Path(meta["model_dir"]))
+    assert run_inputs.reward_pad_id(encoder, config) == 0
     encoder.tokenizer.pad_token = None
-    assert job.reward_pad_id(encoder, config) == 2  # EOS
+    assert run_inputs.reward_pad_id(encoder, config) == 2  # EOS
 
 
 def test_a_classifier_of_two_labels_is_refused(base):
     content = json.loads((base / "model" / "config.json").read_text())
     content["architectures"] = ["LlamaForSequenceClassification"]
     with pytest.raises(ValueError, match="a classifier of 2 labels is no reward model"):
-        model.from_hf_config(content)
-    assert model.from_hf_config(content | {"num_labels": 1}).reward_head
+        models.from_hf_config(content)
+    assert models.from_hf_config(content | {"num_labels": 1}).reward_head
 
 
 def test_a_new_head_depends_on_the_seed_alone(base):
@@ -300,15 +307,17 @@ def sft_config(base, **changed):
 
 
 def test_fine_tuning_takes_the_chosen_response_alone(base):
-    inputs = job.prepare(sft_config(base))
+    inputs = run_inputs.prepare(sft_config(base))
     assert inputs.train.prepared.group_size == 1 and inputs.train.prepared.groups == 64
     assert inputs.train.sample.endswith("!</s>⟧")
 
 
 def test_perplexity_is_the_exponential_of_the_mean_over_tokens(base, tmp_path):
     c = sft_config(base, train__max_steps=4, train__eval_groups=16, optim__learning_rate=1e-2)
-    loop.run(c, tmp_path / "w")
-    first, last = (line for line in metrics.read(tmp_path / "w" / metrics.METRICS_FILE) if "eval_loss" in line)
+    trainer.run(c, tmp_path / "w")
+    first, last = (
+        line for line in metric_logger.read(tmp_path / "w" / metric_logger.METRICS_FILE) if "eval_loss" in line
+    )
     assert_allclose(first["eval_perplexity"], np.exp(first["eval_sft_loss"]), rtol=1e-6)
     assert last["eval_perplexity"] < first["eval_perplexity"]
 
@@ -316,7 +325,7 @@ def test_perplexity_is_the_exponential_of_the_mean_over_tokens(base, tmp_path):
 def test_a_row_that_fills_the_window_is_trained_on(base):
     """The original masks a row without padding whole."""
     c = sft_config(base, data__max_length=12, data__max_response_length=8)
-    inputs = job.prepare(c)
+    inputs = run_inputs.prepare(c)
     prepared = inputs.train.prepared
     full = int(np.argmax(prepared.lengths_N))
     assert prepared.lengths_N[full] == 12
@@ -327,27 +336,27 @@ def test_a_row_that_fills_the_window_is_trained_on(base):
 
 def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
     """Two micro-batches with different numbers of tokens: the gradient is that of one batch."""
-    inputs = job.prepare(sft_config(base))
+    inputs = run_inputs.prepare(sft_config(base))
     schedule = data.schedule(inputs.train.prepared, batch_size=8, buckets=(40,), seed=0)
     batch = data.batch_at(schedule, 0, np.arange(8))
     weights = hf.load_params(inputs.source, inputs.model_config, dtype="float32")
-    scorer = step.Scorer(
+    scorer = train_step.Scorer(
         inputs.model_config, "float32", "none", attention.Choice("xla", "test"), "chunked", 2**20, temperature=1.0
     )
     found = []
     for accumulation in (1, 4):
-        stacked = step.stack_micro_batches(batch, accumulation=accumulation)
-        optimizer = loop.programs.optim.optimizer(
+        stacked = train_step.stack_micro_batches(batch, accumulation=accumulation)
+        optimizer = adamw.optimizer(
             lambda _: 1.0, b1=0.9, b2=0.9, eps=1.0, weight_decay=0.0, clip_norm=0.0,
             decay_mask=params.decay_mask(inputs.model_config),
         )  # fmt: skip
-        state = loop.shapes.TrainState(weights, optimizer.init(weights), jnp.int32(0))
+        state = types.TrainState(weights, optimizer.init(weights), jnp.int32(0))
         _, pairs = jax.jit(
-            lambda state, batch, optimizer=optimizer: step.train_step(
+            lambda state, batch, optimizer=optimizer: train_step.train_step(
                 state, batch, scorer=scorer, loss=inputs.loss, optimizer=optimizer, rate=lambda _: jnp.float32(1.0)
             )
         )(state, stacked)
-        found.append(metrics.means(jax.device_get(pairs)))
+        found.append(metric_logger.means(jax.device_get(pairs)))
     assert_allclose(found[0]["grad_norm"], found[1]["grad_norm"], rtol=1e-5)
     nll, tokens = found[0]["sft_loss"], batch.scored_NR.sum()
     assert tokens > 8 and nll > 0
@@ -366,7 +375,7 @@ def test_scores_of_every_family_equal_transformers(name, tmp_path):
     from tests import test_model
 
     published = test_model.VARIANTS[name] | {"eos_token_id": 2, "pad_token_id": 0}
-    config = dataclasses.replace(model.from_hf_config(published), reward_head=True)
+    config = dataclasses.replace(models.from_hf_config(published), reward_head=True)
     tree = test_model.random_params(config)
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(published))
@@ -379,6 +388,6 @@ def test_scores_of_every_family_equal_transformers(name, tmp_path):
     padded = torch.tensor([row + [0] * (9 - len(row)) for row in rows])
     with torch.no_grad():
         expected = theirs.eval()(padded, attention_mask=(padded != 0).long()).logits[:, 0].numpy()
-    ours = rewarding.Rewarder(tmp_path / "rm", max_length=16, compute_dtype="float32", batch_per_device=1)(rows)
+    ours = reward_model.Rewarder(tmp_path / "rm", max_length=16, compute_dtype="float32", batch_per_device=1)(rows)
     assert_allclose(ours, expected, rtol=0, atol=tolerances.PARITY_LOGITS)
     assert np.ptp(expected) > 0.01

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fpo_jax import attention, hf, model, params, sample, sharding
-from fpo_jax.model import caching
+from fpo_jax import attention, hf, models, sharding
+from fpo_jax.inference import sampler
+from fpo_jax.models import kv_cache, params
 from tests import paths, sampling_oracle, tolerances
 
 PAD, EOS = 0, 2
@@ -22,7 +23,7 @@ PROMPTS = [[1, 4, 5], [3], [6, 7, 8, 9, 10], [1, 9]]
 @functools.cache
 def tiny(seed=0, spread=0.5):
     """A random model over V=11 tokens; `spread` makes its distributions far from uniform."""
-    config = model.ModelConfig(
+    config = models.ModelConfig(
         family="llama",
         vocab_size=11,
         width=8,
@@ -41,17 +42,17 @@ def draw(prompts=PROMPTS, **changed):
     """Sample from the tiny model; tests share these sizes where they can, for each other one is a compilation."""
     config, weights = tiny()
     fields = {"max_new_tokens": 5, "temperature": 1.0, "stop_ids": (EOS,)}
-    fields |= {key: changed.pop(key) for key in list(changed) if key in sample.Decoding.__dataclass_fields__}
+    fields |= {key: changed.pop(key) for key in list(changed) if key in sampler.Decoding.__dataclass_fields__}
     options = {"seed": 7, "batch_size": 12, "window": 20} | changed
     weights = options.pop("params", weights)
-    return sample.sample(weights, prompts, config=config, decoding=sample.Decoding(**fields), **options)
+    return sampler.sample(weights, prompts, config=config, decoding=sampler.Decoding(**fields), **options)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _logits(weights, tokens_NT, *, config):
     valid_NT = jnp.ones(tokens_NT.shape, bool)  # causal: what stands behind a position does not matter
-    hidden_NTD = model.hidden_states(weights, tokens_NT, valid_NT, config=config, compute_dtype="float32")
-    return jnp.einsum("NTD,VD->NTV", hidden_NTD, model.head(weights, config=config), precision="highest")
+    hidden_NTD = models.hidden_states(weights, tokens_NT, valid_NT, config=config, compute_dtype="float32")
+    return jnp.einsum("NTD,VD->NTV", hidden_NTD, models.head(weights, config=config), precision="highest")
 
 
 def next_probabilities(tokens, *, temperature):
@@ -137,11 +138,11 @@ def test_the_other_prompts_and_their_order_change_not_a_bit(caplog):
     told = []
 
     def answers(order):
-        found = sample.sample(
+        found = sampler.sample(
             weights,
             [prompts[index] for index in order],
             config=config,
-            decoding=sample.Decoding(5, stop_ids=(EOS,)),
+            decoding=sampler.Decoding(5, stop_ids=(EOS,)),
             seed=3,
             num_return=2,
             batch_size=4,
@@ -182,14 +183,14 @@ def test_a_response_ends_with_eos_or_at_the_limit():
 def test_it_stops_as_soon_as_all_rows_have_ended():
     config, weights = tiny()
     first = int(next_probabilities([1], temperature=1.0).argmax())  # greedy decoding ends at its first token
-    drawn_PKS, finite_P = sample._respond(
+    drawn_PKS, finite_P = sampler._respond(
         weights,
         *(np.array([[1] + [PAD] * 15] * 2 + [[PAD] * 16], np.int32), np.array([1, 1, 0], np.int32)),  # a filler row
         np.zeros(3, np.int32),
         np.int32(0),
         jax.random.key(0),
         config=config,
-        decoding=sample.Decoding(8, temperature=0.0, stop_ids=(first,)),
+        decoding=sampler.Decoding(8, temperature=0.0, stop_ids=(first,)),
         returns=1,
         compute_dtype="float32",
         attention=None,
@@ -204,11 +205,11 @@ def test_stories_greedy_text_is_reproduced():
     expected = json.loads((folder / "expected_greedy.json").read_text())["greedy_ids"]
     config = hf.read_config(folder)
     weights = hf.load_params(folder, config, dtype="float32")
-    ((response,),) = sample.sample(
+    ((response,),) = sampler.sample(
         weights,
         [expected[:1]],
         config=config,
-        decoding=sample.Decoding(len(expected) - 1, temperature=0.0, stop_ids=(2,)),
+        decoding=sampler.Decoding(len(expected) - 1, temperature=0.0, stop_ids=(2,)),
         seed=0,
         batch_size=1,
     )
@@ -288,14 +289,14 @@ def test_hidden_states_against_the_cache_are_those_of_whole_rows(window, mesh):
         layout = sharding.make_layout(preset="fsdp", data=1, **mesh, devices=jax.devices()[:4])
     random = np.random.default_rng(0)
     tokens_NT, lengths_N = random.integers(3, 11, size=(4, 12)).astype(np.int32), np.array([1, 5, 7, 2], np.int32)
-    whole_NTD = model.hidden_states(
+    whole_NTD = models.hidden_states(
         weights, jnp.asarray(tokens_NT), jnp.ones((4, 12), bool), config=config, compute_dtype="float32"
     )
     options = {"config": config, "compute_dtype": "float32", "layout": layout}
-    hidden_ND, cache = jax.jit(functools.partial(model.prefill, positions=12, **options))(
+    hidden_ND, cache = jax.jit(functools.partial(models.prefill, positions=12, **options))(
         weights, tokens_NT[:, :8], lengths_N
     )
-    step = jax.jit(functools.partial(model.decode, **options))
+    step = jax.jit(functools.partial(models.decode, **options))
     for count in range(4):
         expected_ND = np.take_along_axis(np.asarray(whole_NTD), (lengths_N + count - 1)[:, None, None], axis=1)[:, 0]
         np.testing.assert_allclose(hidden_ND, expected_ND, rtol=0, atol=tolerances.CACHED)
@@ -314,8 +315,8 @@ def test_a_token_on_a_mesh_moves_no_row_of_the_cache():
     place = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(None, ("data", "fsdp"), None, "tensor"))
     room = jax.ShapeDtypeStruct((2, 20, 24, 2, 2), "float32", sharding=place)
     one = jax.ShapeDtypeStruct((20,), "int32", sharding=rows)
-    step = functools.partial(model.decode, config=config, compute_dtype="float32", layout=layout)
-    text = jax.jit(step).lower(placed, one, one, caching.Cache(room, room)).compile().as_text()
+    step = functools.partial(models.decode, config=config, compute_dtype="float32", layout=layout)
+    text = jax.jit(step).lower(placed, one, one, kv_cache.Cache(room, room)).compile().as_text()
     moves = re.findall(r"= \w+\[(\d+).* (?:all-gather|all-to-all|collective-permute)\(.*/while/body/(.*)", text)
     assert moves and not [place for first, place in moves if first == "20"]
 
@@ -349,7 +350,7 @@ def test_what_is_cut_is_what_transformers_cuts(options):
         theirs = generation.TopKLogitsWarper(options["top_k"])(None, theirs)
     if "top_p" in options:
         theirs = generation.TopPLogitsWarper(options["top_p"])(None, theirs)
-    ours = sample._cut(
+    ours = sampler._cut(
         jnp.asarray(logits_NV / options.get("temperature", 1.0)),
         top_k=options.get("top_k", 0),
         top_p=options.get("top_p", 1.0),

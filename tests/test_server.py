@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from eval import generate, jobfile
-from eval import server as servers
-from fpo_jax import execution
+from fpo_jax.cli import generate, jsonl_job
+from fpo_jax.cli import openai_client as servers
+from fpo_jax.distributed import preemption
 from tests.answer_server import AnswerServer
 
 KEY = "sk-very-secret"
@@ -153,7 +153,7 @@ def test_a_signal_keeps_what_is_under_way_and_asks_no_more(tmp_path, monkeypatch
         told.set()
         return "SIGTERM"
 
-    monkeypatch.setattr(execution.StopRequest, "agreed", agreed)
+    monkeypatch.setattr(preemption.StopRequest, "agreed", agreed)
     monkeypatch.setattr(servers, "_retry_after", lambda value: 30.0)
 
     def behave(number, body):
@@ -167,7 +167,7 @@ def test_a_signal_keeps_what_is_under_way_and_asks_no_more(tmp_path, monkeypatch
     server = AnswerServer(behave, lambda text: f"re: {text}")
     with server.served():
         started = time.perf_counter()
-        with pytest.raises(execution.Stopped, match="SIGTERM: 1 of 8 prompts are saved"):
+        with pytest.raises(preemption.Stopped, match="SIGTERM: 1 of 8 prompts are saved"):
             generate.run(options(tmp_path, server))
         assert time.perf_counter() - started < 20 and len(server.bodies) == 2
     assert json.loads((tmp_path / "o.jsonl.part").read_text())["completions"] == ["re: 1?"]
@@ -175,12 +175,12 @@ def test_a_signal_keeps_what_is_under_way_and_asks_no_more(tmp_path, monkeypatch
 
 def test_a_signal_does_not_wait_for_a_server_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setattr(servers, "GRACE_S", 0.3)
-    monkeypatch.setattr(execution.StopRequest, "agreed", lambda self: "SIGTERM")
+    monkeypatch.setattr(preemption.StopRequest, "agreed", lambda self: "SIGTERM")
     free = threading.Event()
     server = AnswerServer(lambda number, body: free.wait(20) and None, str)
     with server.served():
         started = time.perf_counter()
-        with pytest.raises(execution.Stopped, match="SIGTERM: 0 of 8 prompts are saved"):
+        with pytest.raises(preemption.Stopped, match="SIGTERM: 0 of 8 prompts are saved"):
             generate.run(options(tmp_path, server))
         assert time.perf_counter() - started < 5
         free.set()
@@ -283,7 +283,7 @@ def test_the_summary_counts_what_this_start_did(tmp_path, monkeypatch):
         refused[0] = False
         second = generate.run(options(tmp_path, server, num_return=3))
         assert (second.done_before, second.failed, second.completions, second.stopped) == (6, 0, 6, 6)
-    assert [line["index"] for line in jobfile.read(tmp_path / "o.jsonl")] == [*range(8)]
+    assert [line["index"] for line in jsonl_job.read(tmp_path / "o.jsonl")] == [*range(8)]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from fpo_jax import files, losses
+from fpo_jax import atomic_io, losses
 
 
 def test_a_wrong_shape_and_a_wrong_dtype_are_refused():
@@ -16,4 +16,4 @@ def test_a_wrong_shape_and_a_wrong_dtype_are_refused():
 
 
 def test_what_has_no_array_is_not_wrapped():
-    assert hasattr(losses.f_divergence, "__wrapped__") and not hasattr(files.write, "__wrapped__")
+    assert hasattr(losses.f_divergence, "__wrapped__") and not hasattr(atomic_io.write, "__wrapped__")

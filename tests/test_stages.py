@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from eval.stages import StageError, Stages
+from fpo_jax.eval.pipeline.stages import StageError, Stages
 
 
 @pytest.fixture

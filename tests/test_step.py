@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import logps, losses, model, optim, params, shapes, sharding, step
+from fpo_jax import logprobs, losses, models, sharding, types
+from fpo_jax.models import params
+from fpo_jax.optimizer import adamw
+from fpo_jax.trainer import train_step
 from tests import batches, tolerances
 
-CONFIG = model.ModelConfig(
+CONFIG = models.ModelConfig(
     family="llama", vocab_size=24, width=8, layers=1, heads=4, kv_heads=2, head_dim=4, ffn=16, max_positions=32,
     initializer_range=0.5,
 )  # fmt: skip
@@ -26,22 +29,22 @@ def batch_of(candidates=2, seed=0):
 def updated(loss, batch, *, accumulation=1, mesh=None, **scorer_options):
     """One update from fixed weights: (new parameters, optimiser state, metrics)."""
     weights = params.init(CONFIG, jax.random.key(0), "float32")
-    rate = optim.schedule(kind="constant", peak=1e-2, warmup=0, horizon=9)
-    optimizer = optim.optimizer(
+    rate = adamw.schedule(kind="constant", peak=1e-2, warmup=0, horizon=9)
+    optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
     )
     scorer = batches.scorer(CONFIG, temperature=loss.temperature, **scorer_options)
-    update = functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate)
-    state = shapes.TrainState(weights, optimizer.init(weights), jnp.int32(0))
+    update = functools.partial(train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate)
+    state = types.TrainState(weights, optimizer.init(weights), jnp.int32(0))
     if mesh is None:
         jitted = jax.jit(update)
     else:
         places = sharding.param_shardings(params.logical_axes(CONFIG), params.abstract(CONFIG, "float32"), mesh=mesh)
         moments = jax.tree.map(lambda _: sharding.replicated(mesh), state.opt_state)
-        jitted = step.jit_train_step(
-            update, mesh=mesh, state_shardings=shapes.TrainState(places, moments, sharding.replicated(mesh))
+        jitted = train_step.jit_train_step(
+            update, mesh=mesh, state_shardings=types.TrainState(places, moments, sharding.replicated(mesh))
         )
-    state, pairs = jitted(state, step.stack_micro_batches(batch, accumulation=accumulation))
+    state, pairs = jitted(state, train_step.stack_micro_batches(batch, accumulation=accumulation))
     return state, {name: float(total) / float(count) for name, (total, count) in pairs.items() if float(count)}
 
 
@@ -133,16 +136,16 @@ def test_one_candidate_is_plain_fine_tuning():
 def evaluated(loss, batch, logps_BK, lengths_BK):
     """eval_step's metrics with the model's log-probs replaced."""
 
-    class Given(step.Scorer):
+    class Given(train_step.Scorer):
         def __call__(self, *_):
-            return logps.ResponseLogps(
+            return logprobs.ResponseLogps(
                 jnp.asarray(logps_BK, jnp.float32).reshape(-1),
                 jnp.asarray(lengths_BK, jnp.float32).reshape(-1),
                 jnp.arange(np.size(logps_BK), dtype=jnp.float32),
             )
 
     scorer = Given(**vars(batches.scorer(CONFIG)))
-    pairs = jax.jit(functools.partial(step.eval_step, scorer=scorer, loss=loss))(({}, 0.0), batch)
+    pairs = jax.jit(functools.partial(train_step.eval_step, scorer=scorer, loss=loss))(({}, 0.0), batch)
     return {name: float(total) / float(count) for name, (total, count) in pairs.items() if float(count)}
 
 
@@ -176,6 +179,6 @@ def test_the_loss_runs_in_the_kernel_where_asked(fuse_loss):
     scorer = batches.scorer(CONFIG, implementation="pallas_tpu", interpret=True, fuse_loss=fuse_loss)
     weights = params.init(CONFIG, jax.random.key(0), "float32")
     loss = losses.resolve("jspo-pref")
-    operands = step._operands(batch_of(), None)
+    operands = train_step._operands(batch_of(), None)
     text = str(jax.make_jaxpr(lambda w: scorer.group_losses(w, batch_of(), operands, loss=loss)[0])(weights))
     assert "name=token_stats" in text and ("name=group_loss" in text) == fuse_loss

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from benchmarks import plans
-from fpo_jax import logps, losses, model, optim, params, programs, shapes, sharding, step, topologies
-from fpo_jax.plan import kept, sizes
+from fpo_jax import logprobs, losses, models, sharding, types
+from fpo_jax.models import params
+from fpo_jax.optimizer import adamw
+from fpo_jax.perf import hardware
+from fpo_jax.trainer import batch_shapes, kept_logits, steps, train_step
 from tests import batches
 
 pytestmark = pytest.mark.deviceless
@@ -33,15 +36,15 @@ pytestmark = pytest.mark.deviceless
 def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
     compiler = "libtpu" if target == "v5e-4" else "jax_cuda13_plugin"
     pytest.importorskip(compiler, reason=f"the compiler for {target} is not installed (make test-deviceless)")
-    devices = list(topologies.mesh(target).devices.flat)[: np.prod(sizes)]
+    devices = list(hardware.mesh(target).devices.flat)[: np.prod(sizes)]
     mesh = sharding.make_mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2], devices=devices)
-    config = model.ModelConfig(
+    config = models.ModelConfig(
         family="llama", vocab_size=512, width=128, layers=2, heads=4, kv_heads=2, head_dim=32, ffn=256, max_positions=64
     )
     loss, rows = losses.resolve("jspo-pref"), 16 * mesh.size
-    head = {"target": logps.Target.of(devices[0]), "dtype": "bfloat16", "head_dtype": "float32"}
-    shapes_ = logps.HeadShapes(rows * 29, config.width, config.vocab_size)
-    choice = logps.choose(**head, shapes=shapes_, placement=sharding.Layout(mesh).head)
+    head = {"target": logprobs.Target.of(devices[0]), "dtype": "bfloat16", "head_dtype": "float32"}
+    shapes_ = logprobs.HeadShapes(rows * 29, config.width, config.vocab_size)
+    choice = logprobs.choose(**head, shapes=shapes_, placement=sharding.Layout(mesh).head)
     assert choice.implementation == ("pallas_tpu" if target == "v5e-4" else "pallas_gpu") and not choice.interpret
     scorer = batches.scorer(
         config,
@@ -50,8 +53,8 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
         fuse_loss=choice.fuse_loss,
         layout=sharding.Layout(mesh),
     )
-    rate = optim.schedule(kind="constant", peak=1e-3, warmup=0, horizon=9)
-    optimizer = optim.optimizer(
+    rate = adamw.schedule(kind="constant", peak=1e-3, warmup=0, horizon=9)
+    optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(config)
     )
     weights = params.abstract(config, "float32")
@@ -63,11 +66,11 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
 
     weights = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), weights, places)
     moments = put(jax.eval_shape(optimizer.init, weights), alone)
-    state = shapes.TrainState(weights, moments, jax.ShapeDtypeStruct((), jnp.int32, sharding=alone))
+    state = types.TrainState(weights, moments, jax.ShapeDtypeStruct((), jnp.int32, sharding=alone))
     batch = batches.random_batch(groups=rows // 2, candidates=2, length=32, vocab=512)
-    batch = put(step.stack_micro_batches(batch, accumulation=2), sharding.batch_sharding(mesh, stacked=True))
-    update = functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate)
-    text = topologies.compile_for(update, state, batch).as_text()
+    batch = put(train_step.stack_micro_batches(batch, accumulation=2), sharding.batch_sharding(mesh, stacked=True))
+    update = functools.partial(train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate)
+    text = hardware.compile_for(update, state, batch).as_text()
     assert kernel in text and "group_loss" in text
 
 
@@ -80,18 +83,18 @@ TENSOR = {"mesh.fsdp": 1, "mesh.tensor": 8}
 def test_the_update_of_a_recipe_holds_the_loss_kernel(recipe, target, changes, layout, tmp_path):
     compiler = "jax_cuda13_plugin" if target.startswith("h") else "libtpu"
     pytest.importorskip(compiler, reason=f"the compiler for {target} is not installed (make test-deviceless)")
-    config = importlib.import_module(f"configs.{recipe}").get_config()
-    described = json.dumps(model.to_hf_config(plans.MODELS[plans.RECIPES[recipe]]))
+    config = importlib.import_module(f"fpo_jax.configs.{recipe}").get_config()
+    described = json.dumps(models.to_hf_config(plans.MODELS[plans.RECIPES[recipe]]))
     tmp_path.joinpath("config.json").write_text(described)
     changes = {**changes, "model.path": str(tmp_path), "data.layout": layout, "plan.groups": 1000}
     with config.unlocked():
         config.update_from_flattened_dict(changes)
-    mesh = sharding.make_layout(**config.mesh, devices=topologies.all_devices(target))
-    found = sizes.find(config, ways=mesh.row_ways)
-    made = programs.Programs(config, found.blueprint, mesh)
+    mesh = sharding.make_layout(**config.mesh, devices=hardware.all_devices(target))
+    found = batch_shapes.find(config, ways=mesh.row_ways)
+    made = steps.build(config, found.blueprint, mesh)
     per_device = config.train.micro_batch_per_device
-    batch = kept.abstract_batch(made, config, found.update, per_device, accumulation=found.accumulation)
-    update = kept.traced(made.train, made.abstract_state(), batch)
+    batch = kept_logits.abstract_batch(made, config, found.update, per_device, accumulation=found.accumulation)
+    update = kept_logits.traced(made.train, made.state.abstract(), batch)
     platform = "cuda" if target.startswith("h") else "tpu"
     text = update.lower(lowering_platforms=(platform,)).as_text()
     assert "group_loss" in text and ("mosaic_gpu" if platform == "cuda" else "token_stats") in text

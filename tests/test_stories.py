@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 from numpy.testing import assert_allclose
 
-from fpo_jax import hf, model
+from fpo_jax import hf, models
 from tests import paths, tolerances
 
 
@@ -28,8 +28,8 @@ def read(directory, name):
 
 @functools.partial(jax.jit, static_argnames=("config", "compute_dtype"))
 def logits(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32"):
-    hidden_NTD = model.hidden_states(tree, tokens_NT, valid_NT, config=config, compute_dtype=compute_dtype)
-    return hidden_NTD.astype(jnp.float32) @ model.head(tree, config=config).T
+    hidden_NTD = models.hidden_states(tree, tokens_NT, valid_NT, config=config, compute_dtype=compute_dtype)
+    return hidden_NTD.astype(jnp.float32) @ models.head(tree, config=config).T
 
 
 def token_logps(tree, config, ids, compute_dtype="float32"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fpo_jax import topologies
+from fpo_jax.perf import hardware
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_program_is_lowered_for_the_platform_of_its_devices(platform, capabili
         device.compute_capability = capability
     real = Mesh(np.array(jax.devices()[:1]), ("devices",))
     place = SimpleNamespace(devices=np.array([device]), abstract_mesh=real.abstract_mesh)
-    topologies.compile_traced(Traced(), place)
+    hardware.compile_traced(Traced(), place)
     assert seen == [lowered]
 
 
@@ -45,4 +45,4 @@ def test_a_program_is_lowered_for_the_platform_of_its_devices(platform, capabili
     ids=str,
 )
 def test_which_devices_links_join(device, group):
-    assert topologies.linked(SimpleNamespace(**device)) == group
+    assert hardware.linked(SimpleNamespace(**device)) == group

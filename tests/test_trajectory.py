@@ -7,7 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import hf, losses, optim, params, shapes, step
+from fpo_jax import hf, losses, types
+from fpo_jax.models import params
+from fpo_jax.optimizer import adamw
+from fpo_jax.trainer import train_step
 from tests import batches, tiny, tolerances
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch, which is not installed here")
@@ -64,12 +67,12 @@ def torch_trajectory(folder, recipe, options, micro_batches):
     temperature = options.get("temperature", 1.0)
     with torch.no_grad():
         references = [[torch_logps(model, micro, temperature)[0] for micro in update] for update in micro_batches]
-    adamw = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    torch_adamw = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     shape = lambda i: i / WARMUP if i < WARMUP else 0.5 * (1 + math.cos(math.pi * (i - WARMUP) / (STEPS - WARMUP)))  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, shape)
+    schedule = torch.optim.lr_scheduler.LambdaLR(torch_adamw, shape)
     curve = []
     for update, reference in zip(micro_batches, references, strict=True):
-        adamw.zero_grad()
+        torch_adamw.zero_grad()
         total_tokens = sum(micro.scored_NR.reshape(*micro.rewards_BK.shape, -1)[:, 0].sum() for micro in update)
         value = 0.0
         for micro, ref in zip(update, reference, strict=True):
@@ -80,7 +83,7 @@ def torch_trajectory(folder, recipe, options, micro_batches):
             part.backward()
             value += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        adamw.step()
+        torch_adamw.step()
         schedule.step()
         curve.append(value)
     return np.array(curve), {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
@@ -91,18 +94,18 @@ def our_trajectory(folder, recipe, options, micro_batches):
     weights = hf.load_params(folder, config, dtype="float32")
     loss = losses.resolve(recipe, **options)
     scorer = batches.scorer(config, temperature=loss.temperature)
-    rate = optim.schedule(kind="cosine", peak=RATE, warmup=WARMUP, horizon=STEPS)
-    optimizer = optim.optimizer(
+    rate = adamw.schedule(kind="cosine", peak=RATE, warmup=WARMUP, horizon=STEPS)
+    optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=CLIP, decay_mask=params.decay_mask(config)
     )
-    update = jax.jit(functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate))
-    score = jax.jit(functools.partial(step.score_step, scorer=scorer))
+    update = jax.jit(functools.partial(train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate))
+    score = jax.jit(functools.partial(train_step.score_step, scorer=scorer))
     stacked = []
     for micros in micro_batches:
         if loss.needs_reference:
             micros = [micro._replace(reference_logps_BK=np.asarray(score(weights, micro))) for micro in micros]
         stacked.append(jax.tree.map(lambda *leaves: np.stack(leaves), *micros))
-    state = shapes.TrainState(weights, optimizer.init(weights), np.int32(0))
+    state = types.TrainState(weights, optimizer.init(weights), np.int32(0))
     curve = []
     for batch in stacked:
         state, pairs = update(state, batch)

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fpo_jax import losses, model, optim, params, shapes, sharding, step
-from fpo_jax.kernels import pallas_tpu
+from fpo_jax import losses, models, sharding, types
+from fpo_jax.kernels.lm_head import pallas_tpu
+from fpo_jax.models import params
+from fpo_jax.optimizer import adamw
+from fpo_jax.trainer import train_step
 from tests import batches, test_layouts, tolerances
 
 STEPS, VOCAB = 20, 152
-CONFIG = model.ModelConfig(
+CONFIG = models.ModelConfig(
     family="llama", vocab_size=VOCAB, width=64, layers=1, heads=4, kv_heads=2, head_dim=16, ffn=96, max_positions=32,
     initializer_range=0.2,
 )  # fmt: skip
@@ -39,14 +42,14 @@ def trajectory(recipe, **scorer_options):
 
 def twenty_updates(weights, two, *, scorer, loss, accumulation):
     """Losses and final weights of updates on two batches in turn, where the weights live."""
-    rate = optim.schedule(kind="cosine", peak=3e-3, warmup=4, horizon=STEPS)
-    optimizer = optim.optimizer(
+    rate = adamw.schedule(kind="cosine", peak=3e-3, warmup=4, horizon=STEPS)
+    optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
     )
-    update = jax.jit(functools.partial(step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate))
-    state, curve = shapes.TrainState(weights, optimizer.init(weights), jnp.int32(0)), []
+    update = jax.jit(functools.partial(train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate))
+    state, curve = types.TrainState(weights, optimizer.init(weights), jnp.int32(0)), []
     for index in range(STEPS):
-        state, pairs = update(state, step.stack_micro_batches(two[index % 2], accumulation=accumulation))
+        state, pairs = update(state, train_step.stack_micro_batches(two[index % 2], accumulation=accumulation))
         curve.append(float(pairs["loss"][0]))
     return np.array(curve), params.flatten(state.params)
 

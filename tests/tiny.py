@@ -10,7 +10,9 @@ import tokenizers
 import transformers
 
 from fpo_jax import config as configuration
-from fpo_jax import job, model, params, programs, sharding
+from fpo_jax import models, sharding
+from fpo_jax.models import params
+from fpo_jax.trainer import run_inputs, run_schedule, steps
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>\n{{ m['content'] }}</s>\n{% endfor %}"
@@ -31,14 +33,14 @@ def write_tokenizer(folder: Path) -> int:
     return len(tokenizer)
 
 
-def write_model(folder: Path, *, seed: int = 0, family: str = "llama", **changed) -> model.ModelConfig:
+def write_model(folder: Path, *, seed: int = 0, family: str = "llama", **changed) -> models.ModelConfig:
     """Write a random model with the byte tokenizer as a Hugging Face directory."""
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder)
     options = {"vocab_size": size, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 8, "ffn": 24}
     options |= {"max_positions": 64, "bos_id": 1, "eos_ids": (2,), "pad_id": 0, "initializer_range": 0.3}
-    config = model.ModelConfig(family=family, **(options | changed))
-    (folder / "config.json").write_text(json.dumps(model.to_hf_config(config)))
+    config = models.ModelConfig(family=family, **(options | changed))
+    (folder / "config.json").write_text(json.dumps(models.to_hf_config(config)))
     weights = params.flatten(params.init(config, jax.random.key(seed), "float32"))
     tensors = {}
     for row in params.rows(config):
@@ -90,8 +92,8 @@ def config(model_dir: Path, data: Path, **changed):
     return c
 
 
-def built(config, *, devices: int = 1) -> tuple[job.Inputs, job.Plan, programs.Programs]:
+def built(config, *, devices: int = 1) -> tuple[run_inputs.Inputs, run_schedule.Plan, steps.Steps]:
     """Return what a run of the configuration reads, plans and compiles."""
-    inputs, layout = job.prepare(config), sharding.make_layout(**config.mesh, devices=jax.devices()[:devices])
-    plan = job.plan(config, inputs, devices=layout.row_ways)
-    return inputs, plan, programs.Programs(config, job.blueprint(config, inputs, plan), layout)
+    inputs, layout = run_inputs.prepare(config), sharding.make_layout(**config.mesh, devices=jax.devices()[:devices])
+    plan = run_schedule.plan(config, inputs, devices=layout.row_ways)
+    return inputs, plan, steps.build(config, run_schedule.blueprint(config, inputs, plan), layout)

@@ -14,11 +14,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from fpo_jax import model, params
+from fpo_jax import models
+from fpo_jax.models import params
 
 PERIOD = 8_388_593
 WORDS = {"bfloat16": (np.uint16, ml_dtypes.bfloat16, "BF16"), "float32": (np.uint32, np.float32, "F32")}
-MISTRAL_7B = model.ModelConfig(
+MISTRAL_7B = models.ModelConfig(
     family="mistral",
     vocab_size=32_000,
     width=4096,
@@ -47,7 +48,7 @@ class Noise:
         return self._twice[start % PERIOD :][:count].view(self._dtype)
 
 
-def plan(config: model.ModelConfig, *, dtype: str, shard_bytes: int) -> list[dict[str, tuple[int, tuple[int, ...]]]]:
+def plan(config: models.ModelConfig, *, dtype: str, shard_bytes: int) -> list[dict[str, tuple[int, tuple[int, ...]]]]:
     """Deal tensors out to shards in the order of published models: name -> (position of its noise, shape)."""
     itemsize, shards, filled, position = np.dtype(WORDS[dtype][0]).itemsize, [{}], 0, 0
     rows = sorted(params.rows(config), key=lambda row: row.path == "head")
@@ -67,11 +68,11 @@ def plan(config: model.ModelConfig, *, dtype: str, shard_bytes: int) -> list[dic
     return shards
 
 
-def write(directory: Path, config: model.ModelConfig, *, dtype: str, shard_bytes: int, seed: int = 0) -> None:
+def write(directory: Path, config: models.ModelConfig, *, dtype: str, shard_bytes: int, seed: int = 0) -> None:
     """Write config.json, the shards and their index."""
     directory.mkdir(parents=True)
     noise, (word, _, code) = Noise(dtype, seed), WORDS[dtype]
-    content = model.to_hf_config(config) | {"torch_dtype": dtype}
+    content = models.to_hf_config(config) | {"torch_dtype": dtype}
     (directory / "config.json").write_text(json.dumps(content))
     shards = plan(config, dtype=dtype, shard_bytes=shard_bytes)
     weight_map = {}
@@ -103,7 +104,7 @@ def main() -> None:
         default = getattr(MISTRAL_7B, field)
         parser.add_argument("--" + field.replace("_", "-"), type=type(default), default=default)
     options = vars(parser.parse_args())
-    config = model.ModelConfig(
+    config = models.ModelConfig(
         max_positions=MISTRAL_7B.max_positions, eos_ids=(2,), **{field: options[field] for field in fields}
     )
     write(options["directory"], config, dtype=options["dtype"], shard_bytes=options["shard_bytes"])

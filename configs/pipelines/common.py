@@ -3,8 +3,8 @@
 A pipeline is a ConfigDict. `sft`, `reward` and `align` are configurations of train.py without the keys that it fills in
 itself: where the data lie and how rows are cut (section `data`; where SFT or the reward model has other data,
 `demonstrations` or `judgements`), the tokenizer, which model a stage starts from, and the seed of the alignment
-(`seeds`). `sample` and `generate` are options of `eval.generate`. A stage is run if its section is there. `python -m
-eval.pipeline` runs it.
+(`seeds`). `sample` and `generate` are options of `fpo generate`. A stage is run if its section is there. `python -m
+fpo pipeline` runs it.
 """
 
 import copy

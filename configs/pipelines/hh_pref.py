@@ -1,14 +1,14 @@
 """HH with preference pairs, from the base model to the reward report: f-PO's `hh_pref` script and the stages before it.
 
-Command   python -m eval.pipeline --config configs/pipelines/hh_pref.py --workdir runs/hh_pref
+Command   fpo pipeline --config configs/pipelines/hh_pref.py --workdir runs/hh_pref
 Stages    SFT on the chosen responses; reward model, for the report; alignment to the pairs; 4 answers to 512 test
           prompts, scored
 Original  three repositories
 Expect    nothing published for this recipe
 """
 
-from configs import pythia_hh_pref, pythia_hh_reward, pythia_hh_sft
-from configs.pipelines import common
+from fpo_jax.configs import pythia_hh_pref, pythia_hh_reward, pythia_hh_sft
+from fpo_jax.configs.pipelines import common
 
 
 def get_config(loss: str = "alphapo-pref"):

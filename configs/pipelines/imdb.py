@@ -1,6 +1,6 @@
 """IMDB with an oracle, from the base model to the reward-KL report: the cheapest check of a whole alignment.
 
-Command   python -m eval.pipeline --config configs/pipelines/imdb.py --workdir runs/imdb
+Command   fpo pipeline --config configs/pipelines/imdb.py --workdir runs/imdb
 Stages    SFT on reviews; a sentiment classifier on their labels, the oracle; K = 2 samples of every prompt at
           temperature 0.8 with their log-odds; alignment to them; 4 answers to 512 test prompts;
           reward against KL(policy || SFT)
@@ -12,8 +12,8 @@ Sources   one set for all; `judgements` may name another for the oracle, so that
 Expect    nothing published for this recipe
 """
 
-from configs import imdb_reward, imdb_rw, imdb_sft
-from configs.pipelines import common
+from fpo_jax.configs import imdb_reward, imdb_rw, imdb_sft
+from fpo_jax.configs.pipelines import common
 
 
 def get_config(loss: str = "alphapo-rw"):

@@ -1,6 +1,6 @@
 """On-policy UltraFeedback: sample the model itself on UltraFeedback's prompts, rank, align to the best and the worst.
 
-Command   python -m eval.pipeline --config configs/pipelines/on_policy_ultrafeedback.py --workdir runs/on_policy
+Command   fpo pipeline --config configs/pipelines/on_policy_ultrafeedback.py --workdir runs/on_policy
           --config.reward_model=<sequence classifier>
 Stages    one sample of every unique prompt, sorted, with each of five seeds at temperature 0.8 and top-p 0.95; prompts
           whose five answers are all the same dropped; rewards; best against worst; alignment; answers to test prompts
@@ -11,8 +11,8 @@ Original  SimPO's recipe: vLLM, then ArmoRM-Llama3-8B (custom code, which is nev
 Expect    SimPO's sets made this way: AlpacaEval 2 LC 53.7 for Llama-3-8B-Instruct
 """
 
-from configs import llama3_instruct
-from configs.pipelines import common
+from fpo_jax.configs import llama3_instruct
+from fpo_jax.configs.pipelines import common
 
 
 def get_config(loss: str = "alphapo"):

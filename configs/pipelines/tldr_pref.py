@@ -1,14 +1,14 @@
 """TL;DR with comparisons, from the base model to the reward report: f-PO's `tldr_pref` script and the stages before it.
 
-Command   python -m eval.pipeline --config configs/pipelines/tldr_pref.py --workdir runs/tldr_pref
+Command   fpo pipeline --config configs/pipelines/tldr_pref.py --workdir runs/tldr_pref
 Stages    SFT on the filtered TL;DR summaries; reward model, for the report; alignment to the comparisons; 4 summaries
           of 512 test posts, scored
 Original  three repositories; it stops at 350 updates and then asks for ten checkpoints, of which it has made four
 Expect    nothing published for this recipe
 """
 
-from configs import pythia_tldr_pref, pythia_tldr_reward, pythia_tldr_sft
-from configs.pipelines import common
+from fpo_jax.configs import pythia_tldr_pref, pythia_tldr_reward, pythia_tldr_sft
+from fpo_jax.configs.pipelines import common
 
 
 def get_config(loss: str = "alphapo-pref"):

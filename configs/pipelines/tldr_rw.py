@@ -1,14 +1,14 @@
 """TL;DR with rewarded samples, from the base model to the reward report: f-PO's `tldr_rw` script and the stages before.
 
-Command   python -m eval.pipeline --config configs/pipelines/tldr_rw.py --workdir runs/tldr_rw
+Command   fpo pipeline --config configs/pipelines/tldr_rw.py --workdir runs/tldr_rw
 Stages    SFT on the filtered TL;DR summaries; reward model; K = 4 samples of every prompt at temperature 0.8, labelled;
           alignment to the rewards; 4 summaries of 512 test posts, scored
 Original  three repositories; its sampling script draws K = 2 of 512 prompts where the alignment needs 4 of all
 Expect    nothing published for this recipe
 """
 
-from configs import pythia_tldr_rw
-from configs.pipelines import common, tldr_pref
+from fpo_jax.configs import pythia_tldr_rw
+from fpo_jax.configs.pipelines import common, tldr_pref
 
 
 def get_config(loss: str = "alphapo-rw"):

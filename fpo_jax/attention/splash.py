@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-from fpo_jax import shapes
-from fpo_jax.attention import segments as segments_
+from fpo_jax import types
+from fpo_jax.attention import segment_mask as segments_
 
 LANES = 128
 MAX_BLOCK = 512
@@ -36,7 +36,7 @@ def attend(
     q_NTHC: jax.Array,
     k_NTGC: jax.Array,
     v_NTGC: jax.Array,
-    segments: shapes.Segments | None,
+    segments: types.Segments | None,
     *,
     scale: float,
     window: int | None,
@@ -103,7 +103,7 @@ def _masked(kernel: splash_attention_kernel.SplashAttentionKernel) -> splash_att
     return kernel
 
 
-def _mask(segments: shapes.Segments, padded: int, *, window: int | None) -> jax.Array:
+def _mask(segments: types.Segments, padded: int, *, window: int | None) -> jax.Array:
     """Return who sees whom in rows of `padded` positions; those that were added see each other, so that all see one."""
     wide = jax.tree.map(lambda x_NT: jnp.pad(x_NT, ((0, 0), (0, padded - x_NT.shape[1])), constant_values=-1), segments)
     return segments_.seen(wide, wide, window=window) & jnp.tri(padded, dtype=bool)

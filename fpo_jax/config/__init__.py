@@ -1,12 +1,12 @@
 """The configuration of a run.
 
-knobs    every knob with its default, unit and reason; which of them may change when a run resumes
+fields   every config field with its default and meaning; which of them may change when a run resumes
 checks   what is wrong with their values, one sentence each
 effects  which of them change nothing beside the others
 """
 
 from fpo_jax.config.checks import problems, raise_problems, row_slice, validate
-from fpo_jax.config.knobs import (
+from fpo_jax.config.fields import (
     FITTING,
     RESUMABLE,
     Config,

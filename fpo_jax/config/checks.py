@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fpo_jax.config.effects import idle_problems
-from fpo_jax.config.knobs import DTYPES, FORMATS, STAGES, Config, value_at
+from fpo_jax.config.fields import FIELDS, Config, value_at
 
 
 def validate(config: Config, *, extra: Iterable[str] = ()) -> None:
@@ -24,10 +24,10 @@ def problems(config: Config) -> list[str]:
     """List what is wrong with the values, one sentence each: fact, limit, remedy."""
     found: list[str] = []
 
-    def choice(path: str, allowed: Sequence[str]) -> None:
-        value = value_at(config, path)
-        if value not in allowed:
-            found.append(f"{path}={value!r} is not one of {', '.join(allowed)}.")
+    for field in FIELDS:
+        value = value_at(config, field.name)
+        if field.choices and value not in field.choices:
+            found.append(f"{field.name}={value!r} is not one of {', '.join(field.choices)}.")
 
     def number(path: str, low: float, *, exclusive: bool = False, high: float = math.inf) -> None:
         value = value_at(config, path)
@@ -43,18 +43,12 @@ def problems(config: Config) -> list[str]:
         if not value_at(config, path):
             found.append(f"{path} is empty; give {what}.")
 
-    choice("stage", STAGES)
     required("model.path", "a Hugging Face directory or hub name, e.g. --config.model.path=...")
     if not config.data.mixer:
         required("data.train", "a file, a directory or a hub name, e.g. --config.data.train=...")
     for name in ("train", "train_split", "train_rows") if config.data.mixer else ():
         if config.data[name]:
             found.append(f"data.{name}={config.data[name]!r} and data.mixer exclude each other; unset one.")
-    choice("model.param_dtype", DTYPES)
-    choice("model.compute_dtype", DTYPES)
-    choice("model.remat", ("none", "dots", "full", "offload"))
-    choice("model.attention", ("auto", "xla", "chunked", "cudnn", "mosaic", "splash"))
-    choice("model.dropout", ("refuse", "off"))
     number("lora.rank", 0)
     number("lora.alpha", 0.0, exclusive=True)
     if not 0 <= config.lora.dropout < 1:
@@ -63,19 +57,6 @@ def problems(config: Config) -> list[str]:
         re.compile(config.lora.modules)
     except re.error as error:
         found.append(f"lora.modules={config.lora.modules!r} is no regular expression: {error}.")
-    choice("data.format", FORMATS)
-    choice("data.rule", ("chat", "raw"))
-    choice("data.truncation", ("keep_end", "keep_start"))
-    choice("data.hh_split", ("last_turn", "first_difference"))
-    choice("data.on_empty_response", ("drop", "error"))
-    choice("data.on_long_prompt", ("truncate", "drop", "error"))
-    choice("data.on_identical", ("keep", "drop"))
-    choice("data.on_bad_row", ("error", "skip"))
-    choice("data.assistant_header", ("prompt", "completion"))
-    choice("data.append_eos", ("where_missing", "unless_last"))
-    choice("data.thoughts", ("refuse", "keep", "drop"))
-    choice("data.last_batch", ("drop", "pad"))
-    choice("data.layout", ("padded", "packed", "shared"))
     number("data.row_length", 2)
     for path in ("data.train_rows", "data.eval_rows"):
         try:
@@ -88,8 +69,6 @@ def problems(config: Config) -> list[str]:
         found.append(f"data.packing=True is for stage 'sft', not {config.stage!r}; unset it.")
     found += _layout_problems(config)
     found += _length_problems(config)
-    choice("optim.schedule", ("cosine", "linear", "constant"))
-    choice("optim.decay_over", ("run", "epochs"))
     number("optim.learning_rate", 0.0, exclusive=True)
     number("optim.warmup_fraction", 0.0, high=1.0)
     number("optim.warmup_steps", 0)
@@ -98,7 +77,6 @@ def problems(config: Config) -> list[str]:
             f"optim.warmup_steps={config.optim.warmup_steps} and optim.warmup_fraction={config.optim.warmup_fraction:g}"
             " are both set; set one (warmup_fraction=0 or warmup_steps=None)."
         )
-    choice("optim.state_dtype", DTYPES)
     for path in ("optim.b1", "optim.b2"):
         number(path, 0.0, high=1.0)
     number("optim.eps", 0.0, exclusive=True)
@@ -112,7 +90,6 @@ def problems(config: Config) -> list[str]:
     number("train.skip_spikes", 0.0)
     number("train.spike_window", 2)
     number("train.eval_every", 0)
-    choice("train.on_nonfinite", ("stop", "skip"))
     if config.train.keep_best and not (config.data.eval or config.answers.count):
         found.append(f"train.keep_best={config.train.keep_best!r} needs an evaluation; set data.eval.")
     if config.train.keep_best and not config.train.keep_best.startswith("eval_"):
@@ -123,15 +100,9 @@ def problems(config: Config) -> list[str]:
     number("answers.temperature", 0.0)
     number("answers.batch_per_device", 1)
     number("reference.batch_per_device", 1)
-    choice(
-        "kernel.implementation",
-        ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu", "pallas_triton"),
-    )
-    choice("kernel.fuse_loss", ("auto", "on", "off"))
     number("kernel.workspace_mib", 1)
     number("kernel.kept_logits_mib", 0)
     number("plan.groups", 1)
-    choice("mesh.preset", ("fsdp", "zero3", "zero2", "multi_gpu", "hybrid"))
     axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
     if any(axis is not None and (axis == 0 or axis < -1) for axis in axes) or axes.count(-1) > 1:
         found.append(
@@ -189,7 +160,7 @@ def _answers_problems(config: Config) -> list[str]:
     if config.lora.rank:
         found.append(
             f"answers.count={options.count}: answers are written by whole models, and"
-            f" lora.rank={config.lora.rank} trains an adapter; use 0, and eval.generate on the export."
+            f" lora.rank={config.lora.rank} trains an adapter; use 0, and fpo generate on the export."
         )
     return found
 

@@ -7,7 +7,7 @@ common. What depends on the loss, on the data or on the steps of the run is chec
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fpo_jax.config.knobs import Config, default, value_at
+from fpo_jax.config.fields import Config, default, value_at
 
 
 class Idle(NamedTuple):

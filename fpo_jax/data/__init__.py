@@ -14,7 +14,10 @@ batches      order of the groups, resumable cursor, static shapes -> `shapes.Bat
 """
 
 from fpo_jax.data.audit import Audit
-from fpo_jax.data.batches import (
+from fpo_jax.data.formats import Record, Records, read
+from fpo_jax.data.group_packing import scored_positions
+from fpo_jax.data.mixture import Part, mixture, parse
+from fpo_jax.data.sampler import (
     RowSizes,
     Schedule,
     batch_at,
@@ -28,11 +31,8 @@ from fpo_jax.data.batches import (
     steps_per_epoch,
     tokens_once,
 )
-from fpo_jax.data.layouts import scored_positions
-from fpo_jax.data.mixing import Part, mixture, parse
-from fpo_jax.data.packing import pack
-from fpo_jax.data.prepared import Prepared, best_only, masked_sample, prepare, reward_row
-from fpo_jax.data.records import Record, Records, read
+from fpo_jax.data.sequence_packing import pack
+from fpo_jax.data.tokenize import Prepared, best_only, masked_sample, prepare, reward_row
 
 __all__ = [
     "Audit",

@@ -4,14 +4,12 @@ What flows in: the prepared rows and what `prepare` noticed while building them.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fpo_jax import chat
-
-if TYPE_CHECKING:
-    from fpo_jax.data.prepared import Prepared
+from fpo_jax import tokenization
+from fpo_jax.data.tokenized import Prepared
 
 _EXAMPLES = 4  # sources named per reason in the text; the JSON has them all
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -147,9 +145,9 @@ class Audit(NamedTuple):
 
 
 def audit(
-    prepared: "Prepared",
+    prepared: Prepared,
     facts_N4: np.ndarray,
-    encoder: chat.Encoder,
+    encoder: tokenization.Encoder,
     *,
     rows_read: int,
     groups_formed: int,
@@ -205,7 +203,7 @@ def audit(
         ties=int(((prepared.rewards_BK == prepared.rewards_BK.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum()),
         pad=_pad_note(prepared.pad_id, encoder),
         prompt_format=encoder.format.text,
-        warnings=tuple(chat.warnings(encoder)),
+        warnings=tuple(tokenization.warnings(encoder)),
         lengths={
             "prompt": _lengths(prepared.prompt_lengths_N),
             "response": _lengths(scored_N),
@@ -217,14 +215,14 @@ def audit(
     )
 
 
-def _scored_ends(prepared: "Prepared", is_end_S: np.ndarray) -> np.ndarray:
+def _scored_ends(prepared: Prepared, is_end_S: np.ndarray) -> np.ndarray:
     """End tokens in the scored part of each row."""
     ends_so_far = np.concatenate([[0], np.cumsum(is_end_S)])
     begins_N = prepared.starts_N + prepared.prompt_lengths_N
     return ends_so_far[prepared.starts_N + prepared.lengths_N] - ends_so_far[begins_N]
 
 
-def _bos_counts(prepared: "Prepared", encoder: chat.Encoder) -> tuple[np.ndarray, np.ndarray]:
+def _bos_counts(prepared: Prepared, encoder: tokenization.Encoder) -> tuple[np.ndarray, np.ndarray]:
     """BOS tokens per row, and whether two follow each other: <|im_start|> as BOS opens every turn.
 
     One and none where BOS is also EOS and cannot be told from it.
@@ -238,7 +236,7 @@ def _bos_counts(prepared: "Prepared", encoder: chat.Encoder) -> tuple[np.ndarray
     return counts[0], counts[1] > 0
 
 
-def _pad_note(pad_id: int, encoder: chat.Encoder) -> str:
+def _pad_note(pad_id: int, encoder: tokenization.Encoder) -> str:
     same = " = EOS" if pad_id == encoder.eos_id else ""
     why = "" if encoder.tokenizer.pad_token_id == pad_id else " as the model knows no pad token"
     return f"id {pad_id}{same}{why}; filler only: masks come from lengths, EOS is scored"

@@ -18,8 +18,8 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from fpo_jax.data import sources
-from fpo_jax.data.records import Record, Records
+from fpo_jax.data import loading
+from fpo_jax.data.formats import Record, Records
 
 log = logging.getLogger("fpo_jax")
 
@@ -41,7 +41,7 @@ def check(entry: str) -> None:
     Raises:
         ValueError: not of that form.
     """
-    if sources.entry(entry) is None:
+    if loading.entry(entry) is None:
         raise ValueError(f"{entry!r} is not source=column or source@split=column.")
 
 
@@ -55,11 +55,11 @@ def texts(entry: str) -> list[str]:
         ValueError: no such source or column, or a value of another kind.
     """
     check(entry)
-    parts = sources.entry(entry)
+    parts = loading.entry(entry)
     assert parts is not None
     source, split, column = parts
     found: list[str] = []
-    for where, row in sources.rows(source, split=split, data_dir=None, revision=None):
+    for where, row in loading.rows(source, split=split, data_dir=None, revision=None):
         value = row.get(column) if isinstance(row, dict) else row
         values = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         if not values or (isinstance(value, list) and len(values) < len(value)):

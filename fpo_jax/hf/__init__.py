@@ -15,9 +15,8 @@ is never whole on the host, in either direction.
 """
 
 from fpo_jax.hf import companions
-from fpo_jax.hf.adapters import merged, write_peft
 from fpo_jax.hf.companions import end_ids
-from fpo_jax.hf.directory import (
+from fpo_jax.hf.hub import (
     COMPANIONS,
     INDEX,
     SINGLE,
@@ -27,8 +26,9 @@ from fpo_jax.hf.directory import (
     read_config,
     weights_fingerprint,
 )
-from fpo_jax.hf.reading import check_weights, load_params
-from fpo_jax.hf.writing import export
+from fpo_jax.hf.load import check_weights, load_params
+from fpo_jax.hf.peft import merged, write_peft
+from fpo_jax.hf.save import export
 
 __all__ = [
     "COMPANIONS",

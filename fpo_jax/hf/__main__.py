@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from fpo_jax import integrity
-from fpo_jax.hf import manifest
+from fpo_jax.checkpoint import integrity
+from fpo_jax.hf import digests
 
 
 def main(arguments: list[str]) -> int:
@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m fpo_jax.hf DIRECTORY", file=sys.stderr)
         return 2
     directory = Path(arguments[0])
-    if found := manifest.check(directory):
+    if found := digests.check(directory):
         print("\n".join(f"{directory}: {line}" for line in found), file=sys.stderr)
         return 1
     content = json.loads((directory / integrity.MANIFEST).read_text())

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import chat
-from fpo_jax.chat import prompt_format
-from fpo_jax.hf import directory as directories
+from fpo_jax import tokenization
+from fpo_jax.hf import hub as directories
+from fpo_jax.tokenization import prompt_format
 
 # of a tokenizer, and its chat templates, which are written anew where the training had another
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
@@ -43,7 +43,12 @@ def end_ids(directory: Path) -> tuple[int, ...]:
 
 
 def write(
-    source_dir: Path, encoder: chat.Encoder, *, out_dir: Path, example: Mapping[str, Any] | None, tokenizer: str = ""
+    source_dir: Path,
+    encoder: tokenization.Encoder,
+    *,
+    out_dir: Path,
+    example: Mapping[str, Any] | None,
+    tokenizer: str = "",
 ) -> None:
     """Write everything but the weights into an existing directory, as the training had it, and check it.
 
@@ -63,7 +68,9 @@ def write(
     check(out_dir)
 
 
-def write_tokenizer(encoder: chat.Encoder, source: Path, *, out_dir: Path, example: Mapping[str, Any] | None) -> None:
+def write_tokenizer(
+    encoder: tokenization.Encoder, source: Path, *, out_dir: Path, example: Mapping[str, Any] | None
+) -> None:
     """Write tokenizer, chat template and prompt format into an existing directory.
 
     Files of a directory with a tokenizer.json stay as they are, but for the chat template and EOS; of anything else
@@ -95,8 +102,8 @@ def check(directory: Path) -> None:
     settled, example = (None, None) if recorded is None else recorded
     if settled is None or example is None:
         return
-    tokenizer = chat.load_tokenizer(directory)
-    faults = chat.example_faults(chat.encoder(tokenizer, settled), example)
+    tokenizer = tokenization.load_tokenizer(directory)
+    faults = tokenization.example_faults(tokenization.encoder(tokenizer, settled), example)
     if faults:
         raise ValueError(
             f"transformers would not render {directory} as it was trained: {'; '.join(faults)}. Give the model's own"
@@ -104,18 +111,18 @@ def check(directory: Path) -> None:
         )
 
 
-def _write_template(encoder: chat.Encoder, out_dir: Path, example: Mapping[str, Any] | None) -> None:
+def _write_template(encoder: tokenization.Encoder, out_dir: Path, example: Mapping[str, Any] | None) -> None:
     """Write the template by which transformers renders what the training rendered, where the files have another."""
     settled, prefix = encoder.format, ""
     for name, value in settled.chat_template_kwargs.items():
         prefix += f"{{% if {name} is not defined %}}{{% set {name} = {_jinja(value)} %}}{{% endif %}}"
-    if settled.auto_insert_empty_system and chat.knows_system(settled.chat_template):
+    if settled.auto_insert_empty_system and tokenization.knows_system(settled.chat_template):
         prefix += _EMPTY_SYSTEM
     prefix += "\n" if prefix else ""  # which trim_blocks takes away, and not one of the template
     if settled.prepend_bos and encoder.adds_bos:
         prefix = _bos(encoder, prefix, example) + prefix
     text = prefix + settled.chat_template
-    there = chat.load_tokenizer(out_dir, eos_token=settled.eos_token)
+    there = tokenization.load_tokenizer(out_dir, eos_token=settled.eos_token)
     if there.chat_template and there.get_chat_template() == text:
         return
     for path in {path for pattern in _TEMPLATES for path in out_dir.glob(pattern)}:
@@ -125,16 +132,16 @@ def _write_template(encoder: chat.Encoder, out_dir: Path, example: Mapping[str, 
     path.write_text(directories.dumps(_read(path) | {"chat_template": text}), encoding="utf-8")
 
 
-def _bos(encoder: chat.Encoder, prefix: str, example: Mapping[str, Any] | None) -> str:
+def _bos(encoder: tokenization.Encoder, prefix: str, example: Mapping[str, Any] | None) -> str:
     """Return what a template has to write first, so that the plain tokenizer makes of it the BOS and what follows.
 
     A SentencePiece tokenizer puts a space before a text, and none behind a control token in it.
     """
     messages = [{"role": "user", "content": "x"}] if example is None else list(example["messages"])[:-1]
-    [wanted] = chat.generation_prompts(encoder, [messages])
+    [wanted] = tokenization.generation_prompts(encoder, [messages])
     for opening in ("", "{{ bos_token }}", "{{ bos_token + ' ' }}"):
         template = opening + prefix + encoder.format.chat_template
-        if chat.transformers_ids(encoder, messages, add_generation_prompt=True, template=template) == wanted:
+        if tokenization.transformers_ids(encoder, messages, add_generation_prompt=True, template=template) == wanted:
             return opening
     return "{{ bos_token }}"
 
@@ -148,7 +155,7 @@ def _jinja(value: Any) -> str:
     return "none" if value is None else json.dumps(value)
 
 
-def _write_ids(encoder: chat.Encoder, out_dir: Path) -> None:
+def _write_ids(encoder: tokenization.Encoder, out_dir: Path) -> None:
     """Let config.json and generation_config.json name every end token, EOS first, where they do not."""
     wanted = list(encoder.format.end_ids)
     for name in ("config.json", "generation_config.json"):

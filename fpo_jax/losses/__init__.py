@@ -3,18 +3,18 @@
     Candidates [B, K] -> scores -> p = softmax ┐
                       -> rewards -> target q   ┴-> D_f(p‖q) [B]
 
-Read `divergences.py` first: it is the paper's table. `python -m fpo_jax.losses` prints every row, name and option;
-`python -m fpo_jax.losses NAME key=value ...` what one name stands for.
+Read `f_divergences.py` first: it is the paper's table. `fpo losses` prints every row, name and option;
+`fpo losses NAME key=value ...` what one name stands for.
 Nothing here touches tokens, models or batches; the step averages over groups and adds the SFT term.
 """
 
 from fpo_jax.losses.described import IN_TRL, described, in_words
-from fpo_jax.losses.divergences import DIVERGENCES, Divergence, f_divergence
+from fpo_jax.losses.f_divergences import DIVERGENCES, Divergence, f_divergence
 from fpo_jax.losses.loss import Loss
-from fpo_jax.losses.names import PRESETS, Preset, carried_over, names_of, resolve
 from fpo_jax.losses.numerics import log_softmax
-from fpo_jax.losses.objectives import OBJECTIVES, Objective
 from fpo_jax.losses.options import OPTIONS, Option, options_of
+from fpo_jax.losses.preference_losses import OBJECTIVES, Objective
+from fpo_jax.losses.registry import PRESETS, Preset, carried_over, names_of, resolve
 from fpo_jax.losses.scores import SCORES, Candidates, Score, log_ratio_scores, mean_logp_scores, mean_logps
 from fpo_jax.losses.targets import TARGETS, TIE_POLICIES, Target, chosen_shares, preference_target, reward_target
 

@@ -1,17 +1,17 @@
 """Print every loss: names, equations, the options each one reads with their defaults, and what the options mean.
 
-`python -m fpo_jax.losses NAME [key=value ...]` prints what one name stands for, with every option filled in.
+`fpo losses NAME [key=value ...]` prints what one name stands for, with every option filled in.
 """
 
 import sys
 from collections.abc import Sequence
 
 from fpo_jax.losses.described import IN_TRL, in_words, settings
-from fpo_jax.losses.divergences import DIVERGENCES
+from fpo_jax.losses.f_divergences import DIVERGENCES
 from fpo_jax.losses.loss import Loss
-from fpo_jax.losses.names import PRESETS, names_of, resolve
-from fpo_jax.losses.objectives import LETTERS, OBJECTIVES
 from fpo_jax.losses.options import GENERAL, OPTIONS, Option, options_of
+from fpo_jax.losses.preference_losses import LETTERS, OBJECTIVES
+from fpo_jax.losses.registry import PRESETS, names_of, resolve
 from fpo_jax.losses.scores import SCORES
 from fpo_jax.losses.targets import TARGETS
 
@@ -45,6 +45,9 @@ def table() -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table or one loss; return the exit status."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     try:
         print(in_words(arguments[0], _resolved(*arguments)) if arguments else table())
     except ValueError as error:

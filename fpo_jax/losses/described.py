@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from fpo_jax.losses.divergences import DIVERGENCES
+from fpo_jax.losses.f_divergences import DIVERGENCES
 from fpo_jax.losses.loss import Loss
-from fpo_jax.losses.objectives import LETTERS, OBJECTIVES
+from fpo_jax.losses.preference_losses import LETTERS, OBJECTIVES
 from fpo_jax.losses.scores import SCORES
 from fpo_jax.losses.targets import TARGETS
 
@@ -37,7 +37,7 @@ def equation(loss: Loss) -> str:
 def described(loss: Loss) -> dict[str, Any]:
     """Return what a run records of its loss, as JSON values; an infinite option is text.
 
-    >>> from fpo_jax.losses.names import resolve
+    >>> from fpo_jax.losses.registry import resolve
     >>> record = described(resolve("ipo"))
     >>> record["name"], record["reference"], record["options"]["tau"]
     ('ipo', True, 0.1)

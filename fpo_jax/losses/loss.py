@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from fpo_jax.losses import numerics, targets
-from fpo_jax.losses.divergences import DIVERGENCES, f_divergence
-from fpo_jax.losses.objectives import OBJECTIVES, Objective, over_pairs, over_ranked_pairs
+from fpo_jax.losses.f_divergences import DIVERGENCES, f_divergence
+from fpo_jax.losses.preference_losses import OBJECTIVES, Objective, over_pairs, over_ranked_pairs
 from fpo_jax.losses.scores import SCORES, Candidates, Options, Score
-from fpo_jax.shapes import Array
+from fpo_jax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Loss:
 
     @property
     def sft_weight(self) -> float:
-        """Weight of the token-mean NLL of the chosen candidates that `step.py` adds."""
+        """Weight of the token-mean NLL of the chosen candidates that `train_step.py` adds."""
         return self.options.get("sft_weight", 0.0)
 
     @property
@@ -50,7 +50,7 @@ class Loss:
 
     @property
     def over_tokens(self) -> bool:
-        """Whether `step.py` divides the sum of the losses by the chosen tokens of the update instead of its groups."""
+        """Whether the train step divides the sum of the losses by its chosen tokens instead of its groups."""
         return self.name in OBJECTIVES and OBJECTIVES[self.name].over_tokens
 
     @property
@@ -87,10 +87,10 @@ class Loss:
             ValueError: fewer candidates than the loss compares, or fields of different shapes.
 
         >>> import numpy as np
-        >>> from fpo_jax.losses import names
+        >>> from fpo_jax.losses import registry
         >>> f = np.float32
         >>> pair = Candidates(f([[-1, -3]]), f([[-2, -2]]), f([[1, 1]]), f([[1, 0]]), f(0))  # log-ratios 1 and -1
-        >>> [round(float(x), 4) for x in names.resolve("dpo", beta_pi=0.5).loss(pair)]  # log(1 + exp(-0.5·2))
+        >>> [round(float(x), 4) for x in registry.resolve("dpo", beta_pi=0.5).loss(pair)]  # log(1 + exp(-0.5·2))
         [0.3133]
         """
         candidates = self._checked(candidates)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from fpo_jax.shapes import Array
+from fpo_jax.types import Array
 
 # exp(x) continues as its tangent above x = 30: 1e13 is beyond any useful loss, and value, gradient and squared gradient
 # norm still fit float32 at x = 1e4. Only terms that truly overflow (chi-squared, alpha outside [0, 1]) get there.

@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from fpo_jax.losses import divergences, objectives, scores, targets
+from fpo_jax.losses import f_divergences, preference_losses, scores, targets
 
 Value = float | bool | str
 
@@ -61,11 +61,13 @@ _ROWS = (
     Option("score", str, " | ".join(scores.SCORES), "log_ratio", "what p is the softmax of"),
     Option("alpha", float, "(-inf, inf)", 0.1, "α of the divergence; 0 is EXO, 1 is DPO"),
     Option("weight", float, "(0, 1)", 0.5, "weight of p in Jensen-Shannon's mixture"),
-    Option("epsilon", float, "[0, 0.5)", divergences.AUTHORS_EPSILON, "label of a rejected candidate; 0 = hard labels"),
+    Option(
+        "epsilon", float, "[0, 0.5)", f_divergences.AUTHORS_EPSILON, "label of a rejected candidate; 0 = hard labels"
+    ),
     Option("normalize", bool, "", False, "labels (1-ε, ε) that sum to 1 instead of (1, ε)"),
     Option("tie_policy", str, " | ".join(targets.TIE_POLICIES), "uniform", "which of equal best rewards is chosen"),
     Option("beta_r", float, "(0, inf)", 0.5, "temperature of the rewards in q; unit of a reward"),
-    Option("log_clamp", float, "[-inf, 0]", divergences.AUTHORS_LOG_CLAMP, "floor of log q, nats; -inf = none"),
+    Option("log_clamp", float, "[-inf, 0]", f_divergences.AUTHORS_LOG_CLAMP, "floor of log q, nats; -inf = none"),
     Option("beta_pi", float, "(0, inf)", 0.5, "scale of a log-ratio to the reference; DPO's β"),
     Option("beta", float, "(0, inf)", 2.0, "scale of a log-prob without reference"),
     Option("gamma_beta_ratio", float, "[0, inf)", 0.25, "γ/β, nats per token taken off the chosen candidate before β"),
@@ -93,12 +95,12 @@ def options_of(name: str, *, target: str = "preference", score: str = "log_ratio
     >>> list(options_of("ipo"))
     ['temperature', 'sft_weight', 'tie_policy', 'tau']
     """
-    if name in objectives.OBJECTIVES:
-        row = objectives.OBJECTIVES[name]
+    if name in preference_losses.OBJECTIVES:
+        row = preference_losses.OBJECTIVES[name]
         own = dict(row.options)
         names = (*(() if row.of_scores else (*GENERAL, "tie_policy")), *own)
     else:
-        divergence = divergences.DIVERGENCES[name]
+        divergence = f_divergences.DIVERGENCES[name]
         own = {**divergence.parameters, "epsilon": divergence.epsilon, "log_clamp": divergence.log_clamp}
         own |= {"target": target, "score": score}
         names = (

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from fpo_jax.losses import numerics
-from fpo_jax.shapes import Array
+from fpo_jax.types import Array
 
 Options = Mapping[str, Any]
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from fpo_jax.losses import numerics
-from fpo_jax.losses.divergences import AUTHORS_EPSILON, NO_CLAMP
-from fpo_jax.shapes import Array
+from fpo_jax.losses.f_divergences import AUTHORS_EPSILON, NO_CLAMP
+from fpo_jax.types import Array
 
 TIE_POLICIES = MappingProxyType(
     {

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from fpo_jax import flops, params, topologies
-from fpo_jax.plan import kept, remedies, roofline
-from fpo_jax.plan.compiled import UPDATE, Outcome
+from fpo_jax.models import params
+from fpo_jax.perf import flops, hardware
+from fpo_jax.plan import roofline, suggestions
+from fpo_jax.plan.compilation import UPDATE, Outcome
+from fpo_jax.trainer import kept_logits
 
 _GIB = 2**30
 
@@ -14,11 +16,11 @@ def text(
     target: str,
     outcome: Outcome,
     *,
-    capacity: topologies.Capacity | None,
+    capacity: hardware.Capacity | None,
     limit: int | None,
-    remedy: remedies.Remedy | None,
+    remedy: suggestions.Remedy | None,
     remedied: Outcome | None,
-    tried: Sequence[tuple[remedies.Remedy, int]],
+    tried: Sequence[tuple[suggestions.Remedy, int]],
 ) -> str:
     """Return the whole answer: what runs, memory, verdict, collectives, operations, time, assumptions."""
     assert outcome.layout.mesh is not None
@@ -93,11 +95,11 @@ def _verdict(outcome, capacity, limit, remedy, remedied, tried) -> str:
             lines.append(f"the first remedy that fits: {remedy.text}: {_gib(remedied.peak)} GiB")
         return "\n".join(lines)
     lines.append(f"fits: {_gib(outcome.peak)} GiB, {1 - outcome.peak / limit:.0%} free")
-    if share and outcome.peak > kept.PREALLOCATED * capacity.memory:
+    if share and outcome.peak > kept_logits.PREALLOCATED * capacity.memory:
         fraction = math.ceil(100 * outcome.peak / capacity.memory + 1) / 100
         lines.append(
-            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}: JAX takes {kept.PREALLOCATED:.0%} of a GPU by default,"
-            f" {_gib(int(kept.PREALLOCATED * capacity.memory))} GiB"
+            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}: JAX takes {kept_logits.PREALLOCATED:.0%} of a GPU by"
+            f" default, {_gib(int(kept_logits.PREALLOCATED * capacity.memory))} GiB"
         )
     return "\n".join(lines)
 
@@ -111,7 +113,7 @@ def _collectives(outcome: Outcome) -> str:
     return _table(rows)
 
 
-def _cost(outcome: Outcome, capacity: topologies.Capacity | None) -> str:
+def _cost(outcome: Outcome, capacity: hardware.Capacity | None) -> str:
     assert outcome.layout.mesh is not None
     sizes, devices = outcome.sizes, outcome.layout.mesh.size
     needed = _model_operations(outcome)

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fpo_jax import params, topologies
+from fpo_jax.models import params
+from fpo_jax.perf import hardware
 from fpo_jax.plan.collectives import SLICES, Collective, of_one_slice
-from fpo_jax.plan.compiled import Outcome
+from fpo_jax.plan.compilation import Outcome
 
 ASSUMPTIONS = (
     "matrix products run at the data sheet's dense bfloat16 rate, and the devices share them evenly",
@@ -42,11 +43,11 @@ class Estimate(NamedTuple):
         return max(self.compute, self.memory) + self.links
 
 
-def estimate(outcome: Outcome, capacity: topologies.Capacity) -> Estimate:
+def estimate(outcome: Outcome, capacity: hardware.Capacity) -> Estimate:
     """Return the seconds that a mean update takes at least in each resource."""
     assert outcome.layout.mesh is not None
     mesh = outcome.layout.mesh
-    linked = np.vectorize(topologies.linked)(of_one_slice(mesh).devices)
+    linked = np.vectorize(hardware.linked)(of_one_slice(mesh).devices)
     sent = sum(row.sent / _rate(row, mesh.axis_names, linked, capacity) for row in outcome.collectives)
     links = sent * outcome.sizes.filled
     return Estimate(
@@ -66,7 +67,7 @@ def memory_traffic(outcome: Outcome) -> int:
     return round(micro_batches * per_micro_batch) + 2 * outcome.state + outcome.gradients
 
 
-def _rate(row: Collective, axis_names: Sequence[str], linked: np.ndarray, capacity: topologies.Capacity) -> float:
+def _rate(row: Collective, axis_names: Sequence[str], linked: np.ndarray, capacity: hardware.Capacity) -> float:
     """Bytes/s of a device's slowest connection along the axes of a collective; `linked` has every device's group."""
     if SLICES in row.axes:
         return capacity.network

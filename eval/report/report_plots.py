@@ -1,0 +1,85 @@
+"""The report's plots: metrics of a run, or models of a pipeline, in; PNG files out. Needs matplotlib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fpo_jax.eval.quickstart.quickstart_plots import AFTER, BEFORE, STYLE, TEXT, curve
+
+HELD_OUT = "#d9822b"
+PANELS = (  # metric, title, unit, factor
+    ("loss", "Loss", "per group or token", 1),
+    ("rewards/margins", "Margin", "implied reward, chosen − rejected", 1),
+    ("rewards/accuracies", "Reward accuracy", "groups in the right order, %", 100),
+    ("reference_kl", "Log-ratio to the reference", "nats per response of the data (reference_kl)", 1),
+    ("perplexity", "Perplexity", "of held-out responses", 1),
+    ("answers/reward", "Reward of the answers", "reward model's score", 1),
+    ("answers/win_rate", "Win rate against the start", "%", 100),
+    ("answers/length", "Length of the answers", "tokens", 1),
+    ("grad_norm", "Gradient norm", "before clipping", 1),
+)
+
+
+class Point(NamedTuple):
+    """One model in a plane."""
+
+    name: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+def curves(path: Path, lines: Sequence[dict[str, Any]]) -> bool:
+    """Plot what a run's metrics have of PANELS; return whether there is anything."""
+    import matplotlib.pyplot as plt
+
+    shown = [panel for panel in PANELS if any(panel[0] in line or f"eval_{panel[0]}" in line for line in lines)]
+    if not shown:
+        return False
+    rows = -(-len(shown) // 3)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(rows, 3, figsize=(10.5, 3.1 * rows), layout="constrained", squeeze=False)
+        for panel in axes.flat[len(shown) :]:
+            panel.set_visible(False)
+        for panel, (name, title, unit, scale) in zip(axes.flat, shown, strict=False):
+            if any(line.get(name) is not None for line in lines):
+                curve(panel, lines, name, scale=scale, colour=AFTER, label="training batches")
+            points = [(x["step"], scale * x[f"eval_{name}"]) for x in lines if x.get(f"eval_{name}") is not None]
+            if points:
+                panel.plot(*zip(*points, strict=True), color=HELD_OUT, marker="o", markersize=4.5, label="evaluation")
+            panel.set_title(title)
+            panel.set_ylabel(unit)
+            panel.set_xlabel("update")
+        axes[0][0].legend(loc="best")
+        figure.savefig(path)
+        plt.close(figure)
+    return True
+
+
+def plane(path: Path, points: Sequence[Point], *, x: str, y: str, joined: bool) -> None:
+    """Plot models in a plane, the first of them as what the others are compared with.
+
+    Args:
+        path: PNG to write.
+        points: at least one.
+        x: label of the horizontal axis.
+        y: label of the vertical axis.
+        joined: they are one run's, in the order of its updates.
+    """
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(STYLE):
+        figure, panel = plt.subplots(figsize=(6.5, 4), layout="constrained")
+        if joined:
+            panel.plot([one.x for one in points], [one.y for one in points], color=AFTER, linewidth=1.2, alpha=0.5)
+        for place, one in enumerate(points):
+            spread = None if one.low is None or one.high is None else [[one.y - one.low], [one.high - one.y]]
+            colour = BEFORE if place == 0 else AFTER
+            panel.errorbar(one.x, one.y, yerr=spread, color=colour, marker="o", markersize=5, capsize=3)
+            panel.annotate(one.name, (one.x, one.y), textcoords="offset points", xytext=(6, 5), fontsize=8, color=TEXT)
+        panel.margins(0.15)
+        panel.set_xlabel(x)
+        panel.set_ylabel(y)
+        figure.savefig(path)
+        plt.close(figure)

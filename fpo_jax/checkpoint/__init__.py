@@ -1,0 +1,18 @@
+"""Checkpoints that survive kills and damage.
+
+manager     saves and restores train states, parameters and meta data
+integrity   digests of what was written, and their check
+disk_space  whether a save will fit
+"""
+
+from fpo_jax.checkpoint.manager import (
+    ATTEMPTS,
+    BEST,
+    FOLDER,
+    SOURCE_FOLDER,
+    Checkpointer,
+    SaveFailed,
+    restore_params,
+)
+
+__all__ = ["ATTEMPTS", "BEST", "FOLDER", "SOURCE_FOLDER", "Checkpointer", "SaveFailed", "restore_params"]

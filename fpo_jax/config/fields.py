@@ -1,0 +1,418 @@
+"""Every config field, once: type, default, what it means with its unit, its choices. Recipes in configs/ only override.
+
+`default()` returns the locked ConfigDict; a key that is not here is an error, and so is a value of another type.
+A field whose default is None or "" is unset; setting a loss option that the chosen loss does not use is an error.
+`fpo config` prints this table and docs/config.md holds it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import ml_collections
+from ml_collections import config_dict
+
+Config = Any  # an ml_collections.ConfigDict, whose attributes have no static types
+
+
+class Field(NamedTuple):
+    """One config field."""
+
+    name: str  # dotted
+    kind: type
+    default: object  # None = unset until a recipe or a user sets it
+    about: str
+    choices: tuple[str, ...] = ()  # of a str
+    resumes: str = ""  # MACHINE or HOST where a run may resume with another value
+
+    def shown(self) -> str:
+        """Return the default in words."""
+        return "unset" if self.default in (None, "", ()) else f"default {self.default}"
+
+    def meaning(self) -> str:
+        """Return what the field means, with its choices."""
+        return self.about + (f" One of {', '.join(self.choices)}." if self.choices else "")
+
+
+MACHINE = "machine"  # fits a run to its devices; the last bits of a sum may change, and what lora.dropout drops
+HOST = "host"  # changes no number of any step
+DTYPES = ("float32", "bfloat16")
+FORMATS = ("hh", "chat_pairs", "chat_groups", "json", "tldr", "tldr_sft", "imdb", "messages", "demonstrations")
+STAGES = ("sft", "reward", "align")
+REMAT = ("none", "dots", "full", "offload")
+ATTENTION = ("auto", "xla", "chunked", "cudnn", "mosaic", "splash")
+KERNELS = ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu", "pallas_triton")
+SCHEDULES = ("cosine", "linear", "constant")
+PRESETS = ("fsdp", "zero3", "zero2", "multi_gpu", "hybrid")
+
+# "(original)" marks what recipes of the original set; the defaults render conversations as transformers and vLLM do.
+FIELDS = (
+    Field("seed", int, 42, "Order of the data, and what is drawn: a new head, adapters, dropout."),
+    Field("stage", str, "align", "What is trained.", STAGES),
+    Field("model.path", str, "", "Hugging Face directory or hub name: weights, config and tokenizer."),
+    Field("model.revision", str, "", "Hub commit; empty = the hub's main."),
+    Field("model.param_dtype", str, "float32", "Master weights; bfloat16 ones are rounded stochastically.", DTYPES),
+    Field("model.compute_dtype", str, "bfloat16", "Matmul operands; softmax, norms and losses are float32.", DTYPES),
+    Field("model.remat", str, "full", "What the backward pass recomputes, from nothing to everything.", REMAT, MACHINE),
+    Field(
+        "model.dropout",
+        str,
+        "refuse",
+        "Drop-out that config.json names (GPT-2's embd_pdrop, ...) is not built: refuse the model, or train without.",
+        ("refuse", "off"),
+        HOST,
+    ),
+    Field("model.attention", str, "auto", "Implementation of attention.", ATTENTION, MACHINE),
+    Field("lora.rank", int, 0, "r of the adapters that are trained instead of the weights; 0 = train the weights."),
+    Field("lora.alpha", float, 16.0, "What an adapter adds is scaled by alpha / rank."),
+    Field("lora.dropout", float, 0.0, "Share of an adapter's inputs that is dropped in training."),
+    Field("lora.modules", str, "all-linear", "Regular expression over Hugging Face's matrix names: q_proj|v_proj."),
+    Field("tokenizer.path", str, "", "Directory or hub name; empty = model.path."),
+    Field("tokenizer.chat_template", str, "", "Named key, Jinja file or Jinja text; empty = the tokenizer's."),
+    Field("tokenizer.chat_template_kwargs", str, "", 'JSON object of template variables: {"enable_thinking": false}.'),
+    Field("tokenizer.eos_token", str, "", "Spelling; empty = the tokenizer's."),
+    Field("data.format", str, "json", "What the examples look like.", FORMATS),
+    Field("data.train", str, "", "File, directory or hub name."),
+    Field("data.train_split", str, "", "Split of a hub or saved data set; empty for a file."),
+    Field("data.train_rows", str, "", "Slice of the examples, 0:1600; empty = all."),
+    Field("data.mixer", tuple, (), "Instead of train, several sources: each source=fraction or source@split=fraction."),
+    Field(
+        "data.decontaminate",
+        tuple,
+        (),
+        "Benchmarks, each source=column or source@split=column: examples that repeat one are dropped.",
+    ),
+    Field("data.eval", str, "", "As data.train; empty = no evaluation on data."),
+    Field("data.eval_split", str, "", "As data.train_split."),
+    Field("data.eval_rows", str, "", "As data.train_rows."),
+    Field("data.subfolder", str, "", "Folder inside the hub repository (helpful-base)."),
+    Field("data.revision", str, "", "Commit of the hub repository; pin it for a repeatable run."),
+    Field(
+        "data.on_bad_row",
+        str,
+        "error",
+        "Examples that are not what the format says; at most 1 in 1,000 is skipped.",
+        ("error", "skip"),
+    ),
+    Field("data.rule", str, "chat", "Completions by a chat template, or as plain text.", ("chat", "raw")),
+    Field("data.max_length", int, 2048, "Tokens of prompt and completion."),
+    Field("data.max_prompt_length", int, 1800, "Tokens kept of a prompt when the sequence is too long (rule chat)."),
+    Field("data.max_response_length", int, None, "Tokens of a completion with its EOS (rule raw)."),
+    Field("data.truncation", str, "keep_end", "What stays of an over-long prompt.", ("keep_end", "keep_start")),
+    Field(
+        "data.truncate_together",
+        bool,
+        False,
+        "Rule chat: cut every completion of a group when the longest is too long (original).",
+    ),
+    Field(
+        "data.cut_prompts_together",
+        bool,
+        True,
+        "Rule raw: one prompt for all completions of a group; the original cuts each.",
+    ),
+    Field(
+        "data.assistant_header",
+        str,
+        "prompt",
+        "prompt: what add_generation_prompt writes belongs to it; completion: it is trained (original).",
+        ("prompt", "completion"),
+    ),
+    Field(
+        "data.append_eos",
+        str,
+        "where_missing",
+        "Where the template writes no end token, or unless it is the very last token (original).",
+        ("where_missing", "unless_last"),
+    ),
+    Field(
+        "data.auto_insert_empty_system",
+        bool,
+        False,
+        "Put an empty system turn first where the template has one (original).",
+    ),
+    Field(
+        "data.prepend_bos",
+        bool,
+        False,
+        "BOS first where the tokenizer opens texts with it and the template does not (original).",
+    ),
+    Field(
+        "data.thoughts",
+        str,
+        "refuse",
+        "The <think> parts of completions: keep trains them as part of the completion.",
+        ("refuse", "keep", "drop"),
+    ),
+    Field(
+        "data.hh_split",
+        str,
+        "last_turn",
+        "Where HH transcripts part; first_difference is the original's construction.",
+        ("last_turn", "first_difference"),
+    ),
+    Field(
+        "data.group_size",
+        int,
+        2,
+        "K: completions per group; examples with more are cut in consecutive groups; 1 = the best one.",
+    ),
+    Field("data.on_empty_response", str, "drop", "Groups with an empty completion.", ("drop", "error")),
+    Field("data.on_long_prompt", str, "truncate", "Groups with a long prompt.", ("truncate", "drop", "error")),
+    Field("data.on_identical", str, "keep", "Groups whose completions are all the same text.", ("keep", "drop")),
+    Field(
+        "data.packing",
+        bool,
+        False,
+        "Several short examples in a sequence of max_length, each attending to itself alone (stage sft).",
+    ),
+    Field(
+        "data.layout",
+        str,
+        "padded",
+        "padded: a completion per sequence; packed: whole groups; shared: the same, and a prompt stands once.",
+        ("padded", "packed", "shared"),
+        MACHINE,
+    ),
+    Field(
+        "data.row_length",
+        int,
+        None,
+        "Tokens of a sequence that holds groups; unset = the length that costs least.",
+        resumes=MACHINE,
+    ),
+    Field(
+        "data.buckets",
+        tuple,
+        (),
+        "Sequence lengths to compile for, ascending; empty = max_length alone.",
+        resumes=MACHINE,
+    ),
+    Field("data.shuffle", bool, True, "Draw a new order of the groups for every epoch."),
+    Field("data.last_batch", str, "drop", "The ragged last batch of an epoch.", ("drop", "pad")),
+    # An unset option takes the loss's own default; setting one that the loss does not use is an error.
+    Field("loss.name", str, "alpha", "What is minimised; `fpo losses` lists names, aliases and options."),
+    Field("loss.temperature", float, None, "Logits, the reference's too, are divided by it before the log-softmax."),
+    Field("loss.sft_weight", float, None, "Weight of an added token-mean NLL of the chosen completion."),
+    Field("loss.target", str, "", "Where q comes from: preference | rewards."),
+    Field("loss.score", str, "", "What p is the softmax of: log_ratio | mean_logp."),
+    Field("loss.alpha", float, None, "α of the alpha-divergence; 0 = EXO, 1 = DPO."),
+    Field("loss.weight", float, None, "Weight of p in the Jensen-Shannon mixture."),
+    Field(
+        "loss.epsilon", float, None, "Label of a rejected completion; the authors' code has exp(-10), their paper 1e-3."
+    ),
+    Field("loss.normalize", bool, None, "Labels (1-epsilon, epsilon) instead of (1, epsilon)."),
+    Field(
+        "loss.tie_policy", str, "", "Who is chosen among equal rewards: uniform | first | second (the authors' code)."
+    ),
+    Field("loss.beta_pi", float, None, "Scale of the log-ratio score."),
+    Field("loss.beta_r", float, None, "Temperature of the reward target; unit of a reward."),
+    Field("loss.log_clamp", float, None, "Floor of log q in nats; -inf = none."),
+    Field("loss.beta", float, None, "Scale of a log-prob without reference."),
+    Field("loss.gamma_beta_ratio", float, None, "gamma/beta, nats per token taken off the chosen one before beta."),
+    Field("loss.label_smoothing", float, None, "CPO, R-DPO, ...; the divergences have epsilon and normalize."),
+    Field("loss.tau", float, None, "IPO's regularisation."),
+    Field("loss.delta", float, None, "Margin of the hinge losses, nats."),
+    Field("loss.chosen_nll_weight", float, None, "RRHF, SLiC, CPO: weight of the chosen completion's summed NLL."),
+    Field("loss.odds_weight", float, None, "ORPO's weight of the odds ratio."),
+    Field("loss.length_penalty", float, None, "R-DPO's, logits per token."),
+    Field("loss.desirable_weight", float, None, "KTO's, of chosen completions."),
+    Field("loss.undesirable_weight", float, None, "KTO's, of rejected completions."),
+    Field("loss.reward_alpha", float, None, "α of AlphaPO (arXiv 2501.03884)."),
+    Field("loss.constraint_alpha", float, None, "α of f-DPO's constraint."),
+    Field("optim.learning_rate", float, 1e-6, "Peak."),
+    Field("optim.schedule", str, "cosine", "After a linear warm-up from 0.", SCHEDULES),
+    Field("optim.warmup_fraction", float, 0.0, "Of the total steps that the decay is over, rounded up to steps."),
+    Field("optim.warmup_steps", int, None, "Steps; instead of warmup_fraction."),
+    Field(
+        "optim.decay_over",
+        str,
+        "run",
+        "What the decay is over when max_steps stops the run before the epochs end.",
+        ("run", "epochs"),
+    ),
+    Field("optim.b1", float, 0.9, "Decay of AdamW's first moment."),
+    Field("optim.b2", float, 0.999, "Decay of AdamW's second moment."),
+    Field("optim.eps", float, 1e-8, "AdamW's, beside the root of the second moment."),
+    Field("optim.weight_decay", float, 0.0, "Decoupled; never on norms and biases."),
+    Field("optim.clip_norm", float, 1.0, "Largest global gradient norm; 0 = off."),
+    Field("optim.state_dtype", str, "float32", "AdamW's moments; bfloat16 ones are rounded stochastically.", DTYPES),
+    Field("optim.offload", bool, False, "Keep the moments in the host's memory between steps.", resumes=MACHINE),
+    Field("train.batch_size", int, 128, "Groups (with data.packing sequences) per step, over all devices."),
+    Field(
+        "train.micro_batch_per_device",
+        int,
+        2,
+        "Groups (with data.layout packed or shared: sequences of groups) per device and forward pass; accumulation"
+        " follows.",
+        resumes=MACHINE,
+    ),
+    Field("train.epochs", float, 1.0, "Epochs of the training data."),
+    Field("train.max_steps", int, None, "Steps; stops the run earlier."),
+    Field("train.eval_every", int, 400, "Steps; 0 = only at the start and the end."),
+    Field("train.eval_batch_per_device", int, 4, "Groups or sequences per device."),
+    Field("train.eval_groups", int, None, "Groups of the evaluation data, at equal distances; unset = all."),
+    Field("train.save_every", int, 100, "Steps between checkpoints.", resumes=HOST),
+    Field(
+        "train.async_save",
+        bool,
+        True,
+        "Write checkpoints beside the steps that follow. A SIGKILL then costs up to twice save_every steps, else once.",
+        resumes=HOST,
+    ),
+    Field("train.keep_checkpoints", int, 2, "Newest checkpoints that stay.", resumes=HOST),
+    Field(
+        "train.compilation_cache",
+        str,
+        "",
+        "Folder of compiled programs that later starts read; empty = compile anew.",
+        resumes=HOST,
+    ),
+    Field("train.keep_best", str, "", "Metric of an evaluation, such as eval_loss, whose best checkpoint stays too."),
+    Field(
+        "train.log_every", int, 5, "Steps between lines on the terminal; metrics.jsonl has every step.", resumes=HOST
+    ),
+    Field(
+        "train.on_nonfinite",
+        str,
+        "stop",
+        "What follows a loss or a gradient that is not finite: skip leaves the state as it was.",
+        ("stop", "skip"),
+        HOST,
+    ),
+    Field("train.max_nonfinite", int, 10, "Skipped steps in a row, spikes too, before the run stops.", resumes=HOST),
+    Field(
+        "train.skip_spikes",
+        float,
+        0.0,
+        "Skip a step whose loss or gradient norm lies so many standard deviations above the mean; 0 = off. 6 is rare by"
+        " chance: one normal number in 10^9.",
+    ),
+    Field("train.spike_window", int, 128, "Applied steps of that mean; none is skipped before them."),
+    Field("answers.count", int, 0, "Prompts that the model answers at every evaluation, into answers/; 0 = none."),
+    Field("answers.prompts", str, "", "File or hub name with a column prompt; empty = the prompts of data.eval."),
+    Field("answers.max_new_tokens", int, 128, "Tokens of a sample completion."),
+    Field("answers.temperature", float, 0.8, "Of the sampling; 0 = greedy."),
+    Field("answers.batch_per_device", int, 16, "Sample completions that a device draws together."),
+    Field(
+        "answers.reward_model",
+        str,
+        "",
+        "Its scores tell how often an answer beats the start's; loaded for that time only.",
+    ),
+    Field("reference.path", str, "", "Directory or hub name; empty = model.path before training."),
+    Field("reference.batch_per_device", int, 8, "Groups or sequences per device for its log-probs.", resumes=HOST),
+    Field("reference.cache_dir", str, "", "Folder of its log-probs, to share; empty = in the workdir.", resumes=HOST),
+    Field("kernel.implementation", str, "auto", "Kernel of the LM head's log-probs.", KERNELS, MACHINE),
+    Field(
+        "kernel.fuse_loss",
+        str,
+        "auto",
+        "The loss in that kernel too; the pallas_* implementations can.",
+        ("auto", "on", "off"),
+        MACHINE,
+    ),
+    Field(
+        "kernel.workspace_mib",
+        int,
+        192,
+        "Logits of one vocabulary block, per device; if all fit, one device keeps them.",
+        resumes=MACHINE,
+    ),
+    Field(
+        "kernel.kept_logits_mib",
+        int,
+        None,
+        "Logits that stay from the forward to the backward pass, per device; 0 = none, unset = where that is faster and"
+        " fits.",
+        resumes=MACHINE,
+    ),
+    Field("mesh.preset", str, "fsdp", "Axes of the mesh; those below replace the preset's.", PRESETS, MACHINE),
+    Field("mesh.data", int, None, "Devices along data; -1 = all that remain (at most one axis).", resumes=MACHINE),
+    Field("mesh.fsdp", int, None, "Devices along fsdp: parameters are sharded.", resumes=MACHINE),
+    Field("mesh.tensor", int, None, "Devices along tensor: heads and MLPs are sharded.", resumes=MACHINE),
+    Field(
+        "plan.groups",
+        int,
+        None,
+        "Of the training data (sequences of packed ones), for `fpo plan` where they are not at hand.",
+        resumes=HOST,
+    ),
+    Field("logging.tensorboard", bool, True, "Write event files, where tensorboardX is installed.", resumes=HOST),
+    Field("logging.wandb_project", str, "", "Project of Weights & Biases; empty = none.", resumes=HOST),
+)
+FITTING = frozenset(field.name for field in FIELDS if field.resumes == MACHINE)
+RESUMABLE = frozenset(field.name for field in FIELDS if field.resumes)
+_PAGE = """# Config fields
+
+`--config NAME_OR_FILE` takes a recipe, and `--config.FIELD=VALUE` changes one field of it; `=None` unsets a field whose
+default is unset and not text. A key that is not here is an error, and so is a field that the run would not read. This
+page is what `fpo config --markdown` prints; `(original)` marks what the recipes of the original code set.
+"""
+
+
+def default() -> Config:
+    """Return the locked default configuration; it needs model.path, data.train and loss options to run."""
+    config: Config = ml_collections.ConfigDict()
+    for field in FIELDS:
+        *section, name = field.name.split(".")
+        place = config
+        for part in section:
+            if part not in place:
+                place[part] = ml_collections.ConfigDict()
+            place = place[part]
+        place[name] = config_dict.placeholder(field.kind) if field.default is None else field.default
+    config.lock()
+    return config
+
+
+def page() -> str:
+    """Return docs/config.md."""
+    lines = [_PAGE, "| field | type | default | meaning |", "|---|---|---|---|"]
+    for field in FIELDS:
+        default = field.shown().replace("default ", "")
+        meaning = field.meaning().replace("|", "\\|")
+        lines.append(f"| `{field.name}` | {field.kind.__name__} | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Put the name of what an error is about in front of it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def loss_options(config: Config) -> dict[str, object]:
+    """Return the loss options that are set, without the name."""
+    return {key: value for key, value in config.loss.items() if key != "name" and value not in (None, "")}
+
+
+def difference(old: dict, new: dict, *, ignore: frozenset[str] = frozenset()) -> list[str]:
+    """List the dotted keys whose values differ between two nested dicts, as "key: old -> new"."""
+    flat_old, flat_new = flatten(old), flatten(new)
+    keys = sorted((flat_old.keys() | flat_new.keys()) - ignore)
+    missing = "(absent)"
+    pairs = ((key, flat_old.get(key, missing), flat_new.get(key, missing)) for key in keys)
+    return [f"{key}: {a!r} -> {b!r}" for key, a, b in pairs if a != b]
+
+
+def value_at(config: Config, path: str) -> Any:
+    """Return the value of a dotted key."""
+    value = config
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Return a nested dict as one, with dotted keys."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat

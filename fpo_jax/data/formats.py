@@ -1,0 +1,394 @@
+r"""Preference records from local files, saved data sets or the hub.
+
+What flows in: a source and the name of its format. What flows out: `Records`, each with its prompt, its K responses,
+their rewards and the file and line it came from, beside a list of what was dropped and why.
+
+    hh          columns chosen, rejected: whole transcripts ("\n\nHuman: ...\n\nAssistant: ...")
+    chat_pairs  columns chosen, rejected (and prompt, unused): message lists; the last turn is the response
+    chat_groups columns prompt, all_generated_responses, all_rm_scores: the answers of princeton-nlp's sets, rewarded
+    json        columns prompt, chosen, rejected (a pair), or prompt, completions, rewards (a group): texts or messages;
+                a row that has chosen and rejected is a pair, whatever else it has
+    tldr        columns info, summaries, choice: comparisons of summarize-from-feedback
+    tldr_sft    columns subreddit, title, post, summary: a demonstration
+    imdb        columns text, label: a review, cut into prompt and response, rewarded with 1 if it is positive, or 0
+    messages    column messages: a conversation (UltraChat); each of its assistant turns is a demonstration, given what
+                came before, so that all of them are trained on
+    demonstrations  columns prompt and completion (or chosen), texts or messages
+    prompts     column prompt: for generation, without responses
+
+Demonstrations have one response and are for fine-tuning (data.group_size=1); every other format serves it too, with the
+best response of each record.
+
+A text in a column `system` is read by every format whose prompt is messages: it becomes their first turn, unless they
+have a system turn. All other columns are noted as "column_not_used:NAME", with their rows.
+
+A file is JSON Lines, one JSON list, CSV or TSV (gzipped or not), Parquet or Arrow. Readers judge form only; what is
+empty, identical or too long is the business of `prepare`.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerFast
+
+from fpo_jax.data import columns, hh_rlhf, imdb, loading
+from fpo_jax.data.loading import BadRow
+
+Message = dict[str, str]
+
+MAX_PROBLEMS = 10  # bad rows named before giving up
+MAX_BAD_FRACTION = 0.001  # of the rows read; more than this is a wrong format, not damage
+
+
+class Record(NamedTuple):
+    """One prompt with its candidate responses."""
+
+    prompt: str | list[Message]
+    responses: Sequence[str | Message]
+    rewards: Sequence[float]  # one per response; a preference pair carries [1, 0]
+    source: str  # "file:line" or "name[index]", for every message about this record
+
+
+class Records(NamedTuple):
+    """What a reader made of a source: the records, and the rows it dropped or remarked on, by reason."""
+
+    rows: Sequence[Record]
+    dropped: Mapping[str, Sequence[str]] = MappingProxyType({})  # reason -> sources
+    noted: Mapping[str, Sequence[str]] = MappingProxyType({})  # odd, dropped or not
+
+
+def read(
+    source: str | Path,
+    *,
+    format: str,
+    split: str | None = None,
+    hh_split: str = "last_turn",
+    on_bad_row: str = "error",
+    start: int = 0,
+    stop: int | None = None,
+    data_dir: str | None = None,
+    revision: str | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Records:
+    """Read preference records.
+
+    Args:
+        source: a file; a directory (its files of one kind in the order of their names; where it has none, those in
+            folders below it, as in a copy of a hub data set; or what `datasets.save_to_disk` wrote); or a hub name
+            `owner/name`. A path that does not exist is an error.
+        format: one of those above.
+        split: of a hub name or saved data set; in a directory, the files named `split.*` or `split-*`, or in a folder
+            named `split`.
+        hh_split: `last_turn` or `first_difference` (see `transcripts`); for format `hh` only.
+        on_bad_row: `error` stops, naming the first ten; `skip` drops and counts them, up to one in a thousand
+            (a single one always).
+        start: first row to use, counted from 0 over the whole source.
+        stop: row before which to end; None = all.
+        data_dir: folder inside the hub repository ("helpful-base").
+        revision: commit of the hub repository; pin it for a run that must be repeatable.
+        tokenizer: of the model; format `imdb` counts a prompt's tokens with it, and nothing else does.
+
+    Returns:
+        The records in the order of the source; reviews in that of `reviews.alternating`, from `start` to `stop` of it.
+
+    Raises:
+        ValueError: no such source, a damaged file, bad rows (each as "file:line: fact"), no rows at all; no tokenizer
+            for reviews.
+    """
+    loading.check_choice("format", format, list(_PARSERS))
+    loading.check_choice("hh_split", hh_split, list(hh_rlhf.SPLITS))
+    loading.check_choice("on_bad_row", on_bad_row, ["error", "skip"])
+    if format != "hh" and hh_split != "last_turn":
+        raise ValueError(f"hh_split={hh_split!r} applies to format='hh' only, and format is {format!r}; leave it out")
+    if start < 0 or (stop is not None and stop <= start):
+        raise ValueError(f"start={start}, stop={stop} selects no rows; need 0 <= start < stop")
+    if format == "imdb" and tokenizer is None:
+        raise ValueError("format='imdb' cuts reviews by a model's tokens, and none is at hand; give a file of prompts")
+    parse, column_sets = _PARSERS[format]
+    found_rows = loading.rows(str(source), split=split, data_dir=data_dir, revision=revision)
+    rows: list[Record] = []
+    dropped: dict[str, list[str]] = {}
+    noted: dict[str, list[str]] = {}
+    problems: list[str] = []
+    count = 0
+    for where, row in itertools.islice(imdb.alternating(found_rows) if format == "imdb" else found_rows, start, stop):
+        count += 1
+        try:
+            used = columns.used(_columns(row), column_sets)
+            found = _with_system(parse(used, hh_split), row.get("system"))
+        except BadRow as problem:
+            problems.append(f"{where}: {problem}")
+            dropped.setdefault("bad_row", []).append(where)
+            if on_bad_row == "error" and len(problems) == MAX_PROBLEMS:
+                break
+            continue
+        if found.note:
+            noted.setdefault(found.note, []).append(where)
+        if isinstance(found, hh_rlhf.Dropped):
+            dropped.setdefault(found.reason, []).append(where)
+            continue
+        told = ["system"] if _says(found.prompt, row.get("system")) else []
+        for name in columns.unused(row, *used, *told):
+            noted.setdefault(columns.NOT_USED + name, []).append(where)
+        if found.more:
+            parts = [found, *found.more]
+            rows += [Record(*part[:3], f"{where}#{number}") for number, part in enumerate(parts)]
+        else:
+            rows.append(Record(found.prompt, found.responses, found.rewards, where))
+    _check_problems(problems, count, on_bad_row)
+    columns.warn(str(source), format, noted)
+    if count == 0:
+        raise ValueError(f"{source}: no rows" + (f" from row {start} on" if start else ""))
+    if format == "imdb" and tokenizer is not None:
+        rows = _cut_reviews(rows, tokenizer, dropped)
+    return Records(rows, dropped, noted)
+
+
+class _Parsed(NamedTuple):
+    prompt: str | list[Message]
+    responses: Sequence[str | Message]
+    rewards: Sequence[float]
+    note: str = ""
+    more: Sequence["_Parsed"] = ()  # other records of the same row
+
+
+def _with_system(found: _Parsed | hh_rlhf.Dropped, system: Any) -> _Parsed | hh_rlhf.Dropped:
+    """Open prompts of messages without a system turn with the text of the row's column `system`."""
+    if isinstance(found, hh_rlhf.Dropped) or not isinstance(system, str) or not system.strip():
+        return found
+    if isinstance(found.prompt, str) or any(turn["role"] == "system" for turn in found.prompt):
+        return found
+    first = {"role": "system", "content": _text(system, "system")}
+    opened, *more = (part._replace(prompt=[first, *part.prompt]) for part in (found, *found.more))
+    return opened._replace(more=more)
+
+
+def _says(prompt: str | list[Message], system: Any) -> bool:
+    """Return whether a prompt has the system turn."""
+    return isinstance(prompt, list) and {"role": "system", "content": system} in prompt
+
+
+def _parse_hh(row: dict[str, Any], hh_split: str) -> _Parsed | hh_rlhf.Dropped:
+    chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
+    try:
+        pair = hh_rlhf.SPLITS[hh_split](chosen, rejected)
+    except ValueError as error:
+        raise BadRow(str(error)) from error
+    note = "odd_turns" if hh_rlhf.has_odd_turns(chosen) or hh_rlhf.has_odd_turns(rejected) else ""
+    if isinstance(pair, hh_rlhf.Dropped):
+        return pair._replace(note=note)
+    return _Parsed(pair.prompt, [pair.chosen, pair.rejected], [1.0, 0.0], note)
+
+
+def _parse_chat_pairs(row: dict[str, Any], _: str) -> _Parsed | hh_rlhf.Dropped:
+    chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise BadRow(f"{name} must be a prompt and one assistant turn last, but its turns are {roles}")
+    if chosen[:-1] != rejected[:-1]:
+        return hh_rlhf.Dropped("prompts_differ")
+    return _Parsed(chosen[:-1], [chosen[-1], rejected[-1]], [1.0, 0.0])
+
+
+def _parse_json(row: dict[str, Any], _: str) -> _Parsed:
+    if "completions" in row:
+        responses, rewards = row["completions"], row["rewards"]
+        if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
+            raise BadRow("completions and rewards must be lists of one length")
+        if len(responses) < 2:
+            raise BadRow(f"{len(responses)} completions; a group needs at least 2")
+    else:
+        responses, rewards = [row["chosen"], row["rejected"]], [1.0, 0.0]
+    prompt = row["prompt"]
+    prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
+    read_responses = [_response(response, prompt, index) for index, response in enumerate(responses)]
+    if len({type(response) for response in read_responses}) > 1:
+        raise BadRow("some responses are texts and some are messages")
+    return _Parsed(prompt, read_responses, [_reward(reward, index) for index, reward in enumerate(rewards)])
+
+
+def _parse_chat_groups(row: dict[str, Any], _: str) -> _Parsed:
+    return _parse_json(
+        {"prompt": row["prompt"], "completions": row["all_generated_responses"], "rewards": row["all_rm_scores"]}, _
+    )
+
+
+def _tldr_prompt(post: dict[str, Any], name: str) -> str:
+    columns.require(post, "subreddit", "title", "post")
+    subreddit, title, text = (_text(post[key], f"{name}{key}") for key in ("subreddit", "title", "post"))
+    return f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {text}\nTL;DR:"
+
+
+def _parse_tldr(row: dict[str, Any], _: str) -> _Parsed | hh_rlhf.Dropped:
+    """Summaries follow the prompt after one space, stripped."""
+    summaries, choice = row["summaries"], row["choice"]
+    if not isinstance(row["info"], dict):
+        raise BadRow(f"info must be an object, not {_kind(row['info'])}")
+    if row["info"].get("post") is None:  # news articles of the same set have none
+        return hh_rlhf.Dropped("no_post")
+    if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(one, dict) for one in summaries):
+        raise BadRow("summaries must be a list of two objects with text")
+    if type(choice) is not int or choice not in (0, 1):
+        raise BadRow(f"choice must be 0 or 1, not {choice!r}")
+    texts = [" " + _text(one.get("text"), f"summaries[{index}].text").strip() for index, one in enumerate(summaries)]
+    return _Parsed(_tldr_prompt(row["info"], "info."), [texts[choice], texts[1 - choice]], [1.0, 0.0])
+
+
+def _parse_tldr_sft(row: dict[str, Any], _: str) -> _Parsed:
+    """The summary follows after one space, as in the comparisons; the original adds none."""
+    note = "leading_space" if _text(row["summary"], "summary").startswith(" ") else ""
+    return _Parsed(_tldr_prompt(row, ""), [" " + row["summary"].strip()], [1.0], note)
+
+
+def _parse_imdb(row: dict[str, Any], _: str) -> _Parsed | hh_rlhf.Dropped:
+    """The whole review is the response until `_cut_reviews` cuts it."""
+    text, label = imdb.clean(_text(row["text"], "text")), row["label"]
+    if type(label) is int and label == imdb.UNLABELLED:
+        return hh_rlhf.Dropped("unlabelled")
+    if type(label) not in (int, str) or label not in imdb.LABELS:
+        raise BadRow(f"label must be 0, 1, neg or pos, not {label!r}")
+    return _Parsed("", [text], [imdb.LABELS[label]])
+
+
+def _cut_reviews(
+    rows: Sequence[Record], tokenizer: PreTrainedTokenizerFast, dropped: dict[str, list[str]]
+) -> list[Record]:
+    """Give each review its prompt; one that is no longer than a prompt is dropped."""
+    cut = []
+    for row, (prompt, response) in zip(
+        rows, imdb.split([str(row.responses[0]) for row in rows], tokenizer), strict=True
+    ):
+        if response:
+            cut.append(row._replace(prompt=prompt, responses=[response]))
+        else:
+            dropped.setdefault("short_review", []).append(row.source)
+    return cut
+
+
+def _parse_messages(row: dict[str, Any], _: str) -> _Parsed:
+    turns = _messages(row["messages"], "messages")
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers or answers[0] == 0:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise BadRow(f"messages must be a prompt and an assistant turn after it, but its turns are {roles}")
+    first, *more = (_Parsed(turns[:index], [turns[index]], [1.0]) for index in answers)
+    return first._replace(more=more)
+
+
+def _parse_demonstrations(row: dict[str, Any], _: str) -> _Parsed:
+    name = "completion" if "completion" in row else "chosen"
+    prompt = row["prompt"]
+    prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
+    return _Parsed(prompt, [_response(row[name], prompt, 0)], [1.0])
+
+
+def _parse_prompts(row: dict[str, Any], _: str) -> _Parsed:
+    prompt = row["prompt"]
+    return _Parsed(_text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt"), [], [])
+
+
+class _Parser(NamedTuple):
+    parse: Callable[[dict[str, Any], str], _Parsed | hh_rlhf.Dropped]  # is given these columns and no other
+    columns: Sequence[tuple[str, ...]]  # sets of columns; the first of which a row has all says what it is
+
+
+_PARSERS: dict[str, _Parser] = {
+    "hh": _Parser(_parse_hh, [("chosen", "rejected")]),
+    "chat_pairs": _Parser(_parse_chat_pairs, [("chosen", "rejected")]),
+    "chat_groups": _Parser(_parse_chat_groups, [("prompt", "all_generated_responses", "all_rm_scores")]),
+    "json": _Parser(_parse_json, [("prompt", "chosen", "rejected"), ("prompt", "completions", "rewards")]),
+    "tldr": _Parser(_parse_tldr, [("info", "summaries", "choice")]),
+    "tldr_sft": _Parser(_parse_tldr_sft, [("subreddit", "title", "post", "summary")]),
+    "imdb": _Parser(_parse_imdb, [("text", "label")]),
+    "messages": _Parser(_parse_messages, [("messages",)]),
+    "demonstrations": _Parser(_parse_demonstrations, [("prompt", "completion"), ("prompt", "chosen")]),
+    "prompts": _Parser(_parse_prompts, [("prompt",)]),
+}
+FORMATS = tuple(name for name in _PARSERS if name != "prompts")  # that one can train on
+
+
+def _columns(row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise BadRow(f"a row must be a JSON object, not {_kind(row)}")
+    return row
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(f"{name} must be a text, not {_kind(value)}")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRow(f"{name} holds half a surrogate pair at character {error.start + 1}") from error
+    return value
+
+
+def _messages(value: Any, name: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{name} must be a list of messages, not {_kind(value)}")
+    return [_message(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
+
+
+def _message(turn: Any, name: str) -> Message:
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+        keys = f" with the keys {', '.join(turn)}" if isinstance(turn, dict) else ""
+        raise BadRow(f"{name} must be an object with role and content, not {_kind(turn)}{keys}")
+    if extra := [key for key, field in turn.items() if key not in ("role", "content") and field is not None]:
+        raise BadRow(f"{name} carries {', '.join(extra)}, which no template here would show; drop it first")
+    return {key: _text(turn[key], f"{name}.{key}") for key in ("role", "content")}
+
+
+def _response(value: Any, prompt: str | list[Message], index: int) -> str | Message:
+    """A response is a text, an assistant message, or a conversation that ends in one."""
+    name = f"response {index}"
+    if isinstance(value, str):
+        return _text(value, name)
+    turns = _messages(value if isinstance(value, list) else [value], name)
+    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if len(turns) > 1 and turns[:-1] != opening:
+        raise BadRow(f"{name} is a conversation that does not begin with the prompt")
+    if turns[-1]["role"] != "assistant":
+        raise BadRow(f"{name} must be an assistant turn, not one of role {turns[-1]['role']!r}")
+    return turns[-1]
+
+
+def _reward(value: Any, index: int) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRow(f"reward {index} must be a number, not {_kind(value)}")
+    try:
+        reward = float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        reward = math.inf
+    if not math.isfinite(reward):
+        raise BadRow(f"reward {index} is {reward}; rewards must be finite")
+    return reward
+
+
+def _check_problems(problems: list[str], count: int, on_bad_row: str) -> None:
+    many = len(problems) > max(1, MAX_BAD_FRACTION * count)
+    if not problems or (on_bad_row == "skip" and not many):
+        return
+    if len(problems) == 1:
+        raise ValueError(problems[0])
+    head = (
+        f"{len(problems)} of the first {count} rows are bad"
+        if on_bad_row == "error"
+        else (f"{len(problems)} of {count} rows are bad, and on_bad_row='skip' allows {MAX_BAD_FRACTION:.1%}")
+    )
+    raise ValueError("\n  ".join([f"{head}:", *problems[:MAX_PROBLEMS]]))
+
+
+def _kind(value: Any) -> str:
+    """Name what a value is; a fault found while parsing speaks for itself."""
+    if isinstance(value, BadRow):
+        raise value
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}
+    if isinstance(value, list) and not value:
+        return "an empty list"
+    return names.get(type(value), "a number")

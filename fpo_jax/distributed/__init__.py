@@ -1,0 +1,33 @@
+"""Several processes, one run: they start together, agree on what they run, and end together.
+
+startup     flags, environment or launcher -> `jax.distributed`
+agreement   what the processes tell each other over its key-value store: inputs, errors, stop requests
+ending      how a process leaves, and what the others do when one is gone
+witness     a tiny process that outlives this one and says what can be resumed
+
+In one process every function here does nothing, at no cost.
+"""
+
+from fpo_jax.distributed.consensus import Vote, agree, check_shared, from_first, share, together
+from fpo_jax.distributed.failure import LOST, finish, guard
+from fpo_jax.distributed.initialize import Settings, StartError, start
+from fpo_jax.distributed.process import Everywhere, count, first, index
+
+__all__ = [
+    "LOST",
+    "Everywhere",
+    "Settings",
+    "StartError",
+    "Vote",
+    "agree",
+    "check_shared",
+    "count",
+    "finish",
+    "first",
+    "from_first",
+    "guard",
+    "index",
+    "share",
+    "start",
+    "together",
+]

@@ -1,0 +1,162 @@
+"""How a process of several leaves, and what the others do when one is gone.
+
+A process that fails says so in the key-value store before it leaves, and a thread of every other one waits for that
+word: they end within seconds, also while their main thread waits in a collective. A process that dies without a word is
+found by its closed connections (gloo) or its missing heartbeat, upon which jax ends the others.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+from fpo_jax.distributed import consensus, exit_reporter, process, workdir_lock
+
+LOST = 70  # exit code: another process is gone
+FAILED = 1
+UNUSABLE = 2
+GRACE_S = 5.0  # for the main thread to end by itself once another process has failed
+LINGER_S = 10.0  # process 0 keeps the store so long for those who still want to read why
+
+_STATUS = re.compile(r"[A-Z][A-Z_]+: ")  # of a runtime error; jax raises some of them as ValueError
+_OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+
+_leaving = threading.Lock()
+_follower: threading.Thread | None = None
+_witness: subprocess.Popen | None = None
+_checkpoints = Path()
+
+
+def bequeath(words: str, workdir: Path) -> None:
+    """Have the witness say these words if this process is ended from C++ or killed."""
+    global _witness, _checkpoints
+    if _witness is None:
+        _checkpoints = workdir / "checkpoints"
+        command = [sys.executable, exit_reporter.__file__, str(_checkpoints)]
+        _witness = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    _say_to_witness(words)
+
+
+def watch(workdir: Path) -> None:
+    """Follow what the other processes say, from here to `finish` or `leave`."""
+    global _follower
+    bequeath(
+        f"{_me()} was ended from outside: killed here, or by jax because another process died or cannot be reached (the"
+        " lines above then say which).",
+        workdir,
+    )
+    _follower = threading.Thread(target=_follow, name="fpo_jax.distributed", daemon=True)
+    _follower.start()
+
+
+def finish() -> None:
+    """Part from the other processes in order: all of them come here, after a run or an error of `Everywhere`."""
+    if _follower is not None:
+        consensus.share("")
+        process.put(f"word/{process.index()}", "")
+        _follower.join()  # a thread that waits in C++ would abort the interpreter's end
+    _say_to_witness("")
+
+
+@contextlib.contextmanager
+def guard() -> Iterator[None]:
+    """End a process of several at once where its error is its own: no clean-up may wait for processes that are gone.
+
+    Errors that every process raises (`Everywhere`) pass, and so does every error of a process that is alone.
+    """
+    try:
+        yield
+    except process.Everywhere:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if process.count() == 1:
+            raise
+        code, text = _judged(error)
+        leave(code, f"{_me()}: {text}", tell=text)
+
+
+def leave(code: int, message: str, *, tell: str) -> NoReturn:
+    """End this process of several at once, without waiting for those that cannot go on.
+
+    Args:
+        code: the exit code.
+        message: for the standard error.
+        tell: what the other processes shall name as the reason for their end.
+    """
+    if not _leaving.acquire(blocking=False):
+        threading.Event().wait()  # another thread is ending this process
+    print(message, file=sys.stderr, flush=True)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone already
+        for other in range(process.count()):
+            process.put(f"word/{other}", json.dumps({"process": process.index(), "text": tell}))
+        process.put(f"left/{process.index()}", "")
+        end = time.monotonic() + LINGER_S
+        for other in range(1, process.count() if process.first() else 0):
+            process.get(f"left/{other}", timeout_s=max(0.0, end - time.monotonic()))
+    if process.first():
+        time.sleep(1.0)  # the last of them has its answer, and is gone
+    workdir_lock.release()
+    _say_to_witness("")  # this end is an orderly one
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)  # the usual way out waits up to five minutes for the other processes
+
+
+def _judged(error: BaseException) -> tuple[int, str]:
+    """Exit code and sentence for an error that this process alone may have."""
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    from_runtime = isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(first_line))
+    if from_runtime and not first_line.startswith(_OWN_FAULT):
+        return LOST, f"{_reason(first_line)} {exit_reporter.resumption(_checkpoints)}"
+    if isinstance(error, ValueError) and not from_runtime:
+        return UNUSABLE, str(error)
+    traceback.print_exception(error)
+    return FAILED, f"{type(error).__name__}: {first_line}"
+
+
+def _reason(first_line: str) -> str:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        if word := process.get(f"word/{process.index()}", timeout_s=1.0):
+            return _told(word)
+    return f"another process died or cannot be reached ({first_line})."
+
+
+def _follow() -> None:
+    """Wait until a process says that it failed, and end this one."""
+    try:
+        while (word := process.get(f"word/{process.index()}", timeout_s=3600.0)) is None:
+            pass
+    except jax.errors.JaxRuntimeError:
+        return  # process 0 is gone, and jax ends this process
+    if word and json.loads(word)["process"] != process.index():
+        time.sleep(GRACE_S)
+        leave(LOST, f"{_me()}: {_told(word)} {exit_reporter.resumption(_checkpoints)}", tell=_told(word))
+
+
+def _told(word: str) -> str:
+    failed = json.loads(word)
+    return f"process {failed['process']} ended: {failed['text']}"
+
+
+def _me() -> str:
+    return f"process {process.index()} of {process.count()}"
+
+
+def _say_to_witness(line: str) -> None:
+    if _witness is None:
+        return
+    assert _witness.stdin is not None
+    with contextlib.suppress(OSError):
+        _witness.stdin.write(line + "\n")
+        _witness.stdin.flush()

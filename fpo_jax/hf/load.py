@@ -1,0 +1,272 @@
+"""Safetensors -> parameter tree on its devices; the host holds one layer of one parameter at a time.
+
+    headers ──check──► name -> place in a file ──map, cut, cast──► one layer's slices ──► device shards
+
+Each process maps a tensor, copies the slices of its own devices out of it, each distinct slice once, and unmaps it.
+Layers are turned into our layout and stacked on the devices, in place.
+"""
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from fpo_jax import models, types
+from fpo_jax.hf import hub as directories
+from fpo_jax.models import params
+
+Index = tuple[slice, ...]
+
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+# Stacked parameters up to this size are stacked on the host: one transfer and nothing to compile for norms and biases,
+# and less memory than one layer of a model that is worth counting.
+_STACKED_ON_HOST_BYTES = 2**26
+_COMPARED_ROWS = 1024  # of a tied head and its embedding, at a time
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies on the disk."""
+
+    path: Path
+    offset: int
+    dtype: str  # as safetensors spells it
+    shape: tuple[int, ...]
+
+    def mapped(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Map the tensor in the given shape; pages count as memory of the process until the last view is gone."""
+        return np.memmap(self.path, np.dtype(_DTYPES[self.dtype]), "r", self.offset, shape)
+
+
+def check_weights(directory: Path, config: models.ModelConfig) -> None:
+    """Check names, shapes and dtypes of the safetensors against the config; reads their headers alone.
+
+    Raises:
+        ValueError: missing, unexpected, misshapen or non-float tensors, missing or damaged files; all of them at once.
+    """
+    located(directory, stored(directory, config))
+
+
+def load_params(
+    directory: Path,
+    config: models.ModelConfig,
+    *,
+    dtype: jax.typing.DTypeLike,
+    shardings: types.PyTree | None = None,
+    key: jax.Array | None = None,
+) -> types.PyTree:
+    """Read safetensors into a parameter tree on its devices, layer by layer; several processes read their own parts.
+
+    Args:
+        directory: model directory with safetensors.
+        config: its architecture, from read_config.
+        dtype: of the result; cast once, from the dtype on disk.
+        shardings: tree of NamedSharding or SingleDeviceSharding to place each parameter on, in any memory kind; None =
+            the default device.
+        key: draws the head of a new reward model, which the directory, a language model's, does not hold.
+
+    Returns:
+        Nested dict of jax.Array.
+
+    Raises:
+        ValueError: what check_weights raises, or a head that differs from the embedding it is tied to.
+    """
+    on_disk = stored(directory, config)
+    tensors = located(directory, on_disk)
+    _check_tied_head(directory, on_disk, tensors)
+    places = {} if shardings is None else params.flatten(shardings)
+    flat = {}
+    held = {row.path for row in params.rows(on_disk)}
+    for row in params.rows(config):
+        place = None if shardings is None else places[row.path]
+        if row.path not in held:
+            assert key is not None
+            flat[row.path] = jax.device_put(params.initial(row, config, key).astype(dtype), place)
+            continue
+        layers = [tensors[name] for name in row.hf_names()]
+        if row.stacked and row.size * np.dtype(dtype).itemsize > _STACKED_ON_HOST_BYTES:
+            flat[row.path] = _layer_by_layer(row, layers, np.dtype(dtype), place)
+        else:
+            flat[row.path] = _at_once(row, layers, np.dtype(dtype), place)
+    return params.nest(flat)
+
+
+def stored(directory: Path, config: models.ModelConfig) -> models.ModelConfig:
+    """Describe what the directory holds: a new reward model starts from a language model."""
+    if not config.reward_head:
+        return config
+    return dataclasses.replace(config, reward_head=directories.read_config(directory).reward_head)
+
+
+def _at_once(row: params.Row, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+    """Read a small parameter, or one without layers, in our layout."""
+
+    def read(index: Index) -> np.ndarray:
+        if not row.stacked:
+            return _copy(params.from_hf(row, layers[0].mapped(row.disk_shape)), index, dtype)
+        views = (params.from_hf(row, layer.mapped(row.disk_shape)) for layer in layers[index[0]])
+        return np.stack([_copy(view, index[1:], dtype) for view in views])
+
+    return _place(read, row.shape, place)
+
+
+def _layer_by_layer(row: params.Row, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+    """Read a stacked parameter: each layer goes to the devices as it lies on disk and is turned and stacked there."""
+    stacks_on, layer_on = _device_places(row, place)
+    stacked = jnp.zeros(row.shape, dtype, device=stacks_on)
+    for layer, tensor in enumerate(layers):
+        view = tensor.mapped(row.disk_shape)
+        placed = _place(functools.partial(_copy, view, dtype=dtype), row.disk_shape, layer_on)
+        stacked = _set_layer(stacked, placed, np.int32(layer), row=row, place=stacks_on)
+        del placed  # else it is held while the next layer is read
+        stacked.block_until_ready()  # else the host runs ahead and holds the layers that wait
+    return stacked if place == stacks_on else jax.device_put(stacked, place)
+
+
+def _device_places(row: params.Row, place: Sharding | None) -> tuple[Sharding | None, Sharding | None]:
+    """Return where a stacked parameter is put together, in device memory, and where a layer of it as on disk lands."""
+    if place is None:
+        return None, None
+    if place.memory_kind not in (None, "device"):
+        place = place.with_memory_kind("device")
+    if not isinstance(place, NamedSharding):
+        return place, place
+    axes = dict(zip(row.letters, (*place.spec, *[None] * len(row.letters)), strict=False))
+    return place, NamedSharding(place.mesh, PartitionSpec(*(axes[letter] for letter in row.disk_letters)))
+
+
+@functools.partial(jax.jit, static_argnames=("row", "place"), donate_argnums=0)
+def _set_layer(
+    stacked: jax.Array, tensor: jax.Array, layer: jax.Array, *, row: params.Row, place: Sharding | None
+) -> jax.Array:
+    updated = jax.lax.dynamic_update_index_in_dim(stacked, params.from_hf(row, tensor), layer, 0)
+    return updated if place is None else jax.lax.with_sharding_constraint(updated, place)
+
+
+def _place(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], place: Sharding | None) -> jax.Array:
+    """Make an array from `read(index)`, called once for each distinct slice that this process's devices hold."""
+    if place is None:
+        return jax.device_put(read(tuple(slice(0, size) for size in shape)))
+    owners: dict[tuple, list] = {}  # bounds of a slice -> its devices
+    indices = place.addressable_devices_indices_map(shape)
+    for device, index in indices.items():
+        assert index is not None  # it is for devices of other processes
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        owners.setdefault(bounds, []).append(device)
+    shards = {}
+    for bounds, devices in owners.items():
+        box = read(tuple(slice(*bound) for bound in bounds))
+        for device in devices:
+            shards[device] = jax.device_put(box, SingleDeviceSharding(device, memory_kind=place.memory_kind))
+    return jax.make_array_from_single_device_arrays(shape, place, [shards[device] for device in indices])
+
+
+def _copy(view: np.ndarray, index: Index, dtype: np.dtype) -> np.ndarray:
+    """Copy a slice of a mapped tensor into memory; the only place that reads weights for a device."""
+    return np.array(view[index], dtype)
+
+
+def located(directory: Path, config: models.ModelConfig) -> dict[str, Tensor]:
+    """Map every tensor name to its place, after checking names, shapes, dtypes and files.
+
+    Raises:
+        ValueError: as check_weights.
+    """
+    paths, headers, problems = directories.weight_files(directory), {}, []
+    for path in paths:
+        try:
+            headers[path] = _header(path)
+        except FileNotFoundError:
+            problems.append(f"{path.name}, named by the index, is missing")
+        except (safetensors.SafetensorError, HeaderError) as error:
+            problems.append(f"{path.name} is damaged or cut short ({error}); fetch it again")
+    tensors: dict[str, Tensor] = {}
+    for path, header in headers.items():
+        header = {params.full_hf_name(name, config): tensor for name, tensor in header.items()}
+        problems += [
+            f"{name} stands in several files, one of them {path.name}"
+            for name in sorted(header.keys() & tensors.keys())
+        ]
+        tensors |= header
+    if len(headers) == len(paths):
+        problems += _mismatches(tensors, config)
+    if problems:
+        shown = problems[:20] + [f"and {len(problems) - 20} more"] * (len(problems) > 20)
+        raise ValueError(f"the weights in {directory} do not fit its config: {'; '.join(shown)}.")
+    return tensors
+
+
+class HeaderError(ValueError):
+    """A header that the library would accept and that cannot be right."""
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """Read where the tensors of a file lie.
+
+    The library checks the header against the file: UTF-8, JSON, dtypes, sizes, offsets without a gap or an overlap. It
+    allows 100 MB, of which Python makes a gigabyte, and takes the last of two tensors with one name.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > directories.LARGEST_JSON:
+            raise HeaderError(f"its header claims {length:,} bytes, and at most {directories.LARGEST_JSON:,} are read")
+        with safetensors.safe_open(path, framework="np"):
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+    header.pop("__metadata__", None)
+    return {
+        name: Tensor(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]
+        raise HeaderError(f"its header names {twice[0]} twice")
+    return found
+
+
+def _mismatches(tensors: Mapping[str, Tensor], config: models.ModelConfig) -> list[str]:
+    expected = {name: row.hf_shape for row in params.rows(config) for name in row.hf_names()}
+    head_name = params.hf_head_name(config)
+    ignored = params.ignored_hf_names(config) | ({head_name} if config.tied_head else set())
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is unexpected" for name in sorted(tensors) if name not in expected and name not in ignored]
+    if config.tied_head and head_name in tensors:
+        expected[head_name] = expected[_embed_name(config)]
+    for name in expected:
+        if name not in tensors:
+            continue
+        found = tensors[name]
+        if found.shape != expected[name]:
+            problems.append(f"{name} has shape {found.shape}, the config asks for {expected[name]}")
+        if found.dtype not in _DTYPES:
+            problems.append(f"{name} is stored as {found.dtype}, supported are {', '.join(sorted(_DTYPES))}")
+    return problems
+
+
+def _check_tied_head(directory: Path, config: models.ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    head_name, embed_name = params.hf_head_name(config), _embed_name(config)
+    if not config.tied_head or head_name not in tensors:
+        return
+    for start in range(0, config.vocab_size, _COMPARED_ROWS):
+        head, embed = (tensors[name].mapped(tensors[name].shape) for name in (head_name, embed_name))
+        rows = slice(start, start + _COMPARED_ROWS)
+        if not np.array_equal(head[rows], embed[rows]):
+            raise ValueError(
+                f"the weights in {directory} do not fit its config: the config ties {head_name} to {embed_name}, but"
+                " the two differ."
+            )
+
+
+def _embed_name(config: models.ModelConfig) -> str:
+    return next(row.hf_name for row in params.rows(config) if row.path == "embed")

@@ -1,0 +1,1 @@
+"""What trained models do: sampler draws completions, reward_model scores them."""

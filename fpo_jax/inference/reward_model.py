@@ -1,0 +1,234 @@
+"""Reward models: a score for each row, from a bias-free head on the hidden state of its last token.
+
+    batch ──RewardScorer──► scores as `ResponseLogps`, so that train_step.py trains a reward model as it trains a policy
+    token rows ──Rewarder──► float32 scores of a model in a directory, batched over a mesh
+
+Rows end with the token at which the score stands (`data.reward_row`): plain text at its last token, a conversation
+where `transformers` reads it, at the last token of the template's text that is not the pad token.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpo_jax import attention, data, hf, logprobs, losses, models, sharding, tokenization, types
+from fpo_jax.models import params
+
+_UNCUT = 2**30  # tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardScorer:
+    """What is static about turning a batch into scores; in the place of `step.Scorer`."""
+
+    config: models.ModelConfig
+    compute_dtype: str
+    remat: str
+    attention: attention.Choice
+    layout: sharding.Layout = sharding.ONE_DEVICE
+    adapter: models.Adapter | None = None
+
+    def __call__(
+        self, params: types.PyTree, batch: types.Batch, *, dropout_key: jax.Array | None = None
+    ) -> logprobs.ResponseLogps:
+        """Run the model and read the score of every row in the place of its log-prob."""
+        if batch.ends_NP is None:
+            last_NP = jnp.max(jnp.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)[:, None]
+        else:
+            last_NP = jnp.asarray(batch.ends_NP)
+        scores_NP = self.scores(
+            params,
+            jnp.asarray(batch.tokens_NT),
+            jnp.asarray(batch.valid_NT),
+            last_NP,
+            segments=batch.segments,
+            dropout_key=dropout_key,
+        )
+        counts_NP = logprobs.sum_slots(
+            jnp.asarray(batch.scored_NR, scores_NP.dtype), batch.slots_NR, slots=scores_NP.shape[1]
+        )
+        return logprobs.ResponseLogps(scores_NP.reshape(-1), counts_NP.reshape(-1), None)
+
+    def group_losses(
+        self,
+        params: types.PyTree,
+        batch: types.Batch,
+        operands: losses.Candidates,
+        *,
+        loss: losses.Loss,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[types.Array, logprobs.ResponseLogps]:
+        """Run the model to the losses [B] of the groups, and the scores they come from."""
+        response = self(params, batch, dropout_key=dropout_key)
+        scores_BK = jnp.asarray(response.sum_N).reshape(batch.rewards_BK.shape)
+        return loss.of_logps(scores_BK, operands), response
+
+    def scores(
+        self,
+        params: types.PyTree,
+        tokens_NT: jax.Array,
+        valid_NT: jax.Array,
+        last_NP: jax.Array,
+        *,
+        segments: types.Segments | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Return the scores [N, P], float32, at P positions of each row."""
+        with jax.named_scope("model"):
+            hidden_NTD = models.hidden_states(
+                params,
+                tokens_NT,
+                valid_NT,
+                config=self.config,
+                compute_dtype=jnp.dtype(self.compute_dtype),
+                remat=self.remat,
+                attention=self.attention,
+                layout=self.layout,
+                adapter=self.adapter,
+                dropout_key=dropout_key,
+                segments=segments,
+            )
+        with jax.named_scope("score"):
+            return models.scores(params, hidden_NTD, last_NP)
+
+
+class Rewarder:
+    """A reward model on the devices of this process, ready to score rows."""
+
+    def __init__(self, source: Path, *, max_length: int, compute_dtype: str, batch_per_device: int):
+        """Read the model.
+
+        Args:
+            source: directory of a sequence-classification model with one label.
+            max_length: tokens of the longest row; rows are padded to it or to a half, a quarter, ... of it.
+            compute_dtype: of the forward pass; scores are float32.
+            batch_per_device: rows of a forward pass.
+
+        Raises:
+            ValueError: not a reward model, a window shorter than max_length, damaged weights.
+        """
+        self.config = hf.read_config(source)
+        if not self.config.reward_head:
+            raise ValueError(
+                f"{source} is a language model; give a reward model (…ForSequenceClassification, 1 label)."
+            )
+        if max_length > self.config.max_positions:
+            raise ValueError(
+                f"max_length={max_length} exceeds the window of {self.config.max_positions} tokens of {source}."
+            )
+        layout = sharding.make_layout(preset="fsdp", data=None, fsdp=None, tensor=None, devices=jax.local_devices())
+        assert layout.mesh is not None
+        self._lengths = _buckets(max_length)
+        self._rows = batch_per_device * layout.row_ways
+        self._place = sharding.batch_sharding(layout.mesh, stacked=False)
+        abstract = params.abstract(self.config, "float32")
+        places = sharding.param_shardings(params.logical_axes(self.config), abstract, mesh=layout.mesh)
+        self._params = hf.load_params(source, self.config, dtype=compute_dtype, shardings=places)
+        choice = attention.choose(
+            "auto",
+            platform=jax.default_backend(),
+            dtype=jnp.dtype(compute_dtype),
+            head_dim=self.config.head_dim,
+            heads=self.config.heads,
+            kv_heads=self.config.kv_heads,
+            positions=self._lengths,
+            sliding_window=self.config.sliding_window,
+            soft_cap=self.config.attention_soft_cap,
+            segments=False,
+            compute_capability=logprobs.Target.of(layout.mesh.devices.flat[0]).compute_capability,
+            layout=layout,
+        )
+        scorer = RewardScorer(self.config, compute_dtype, "none", choice, layout)
+        self._scores = jax.jit(scorer.scores, in_shardings=(places, self._place, self._place, self._place))
+
+    def __call__(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the scores of token rows, float32, in their order.
+
+        Raises:
+            ValueError: an empty or too long row, or a score that is not finite.
+        """
+        for index, row in enumerate(rows):
+            if not 0 < len(row) <= self._lengths[-1]:
+                raise ValueError(f"row {index} has {len(row)} tokens; need 1 to {self._lengths[-1]}.")
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))  # rows of one length together
+        found = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), self._rows):
+            indices = order[start : start + self._rows]
+            found[indices] = self._one([rows[index] for index in indices])
+        if not np.isfinite(found).all():
+            raise ValueError(f"row {int(np.argmin(np.isfinite(found)))} has a score that is not finite.")
+        return found
+
+    def _one(self, rows: list[Sequence[int]]) -> np.ndarray:
+        """Score at most a batch of rows, filled up with rows of one token."""
+        length = next(length for length in self._lengths if length >= len(rows[-1]))
+        tokens_NT = np.zeros((self._rows, length), np.int32)
+        lengths_N = np.ones(self._rows, np.int32)
+        for index, row in enumerate(rows):
+            tokens_NT[index, : len(row)] = row
+            lengths_N[index] = len(row)
+        valid_NT = np.arange(length) < lengths_N[:, None]
+        put = functools.partial(jax.device_put, device=self._place)
+        scores_N1 = self._scores(self._params, put(tokens_NT), put(valid_NT), put(lengths_N[:, None] - 1))
+        return np.asarray(scores_N1)[: len(rows), 0]
+
+
+def rows(
+    encoder: tokenization.Encoder,
+    prompts: Sequence[Any],
+    responses: Sequence[Sequence[Any]],
+    *,
+    pad_id: int | None,
+    window: int,
+) -> list[list[tokenization.Row]]:
+    """Build the rows of responses to prompts as a reward model's training builds them.
+
+    Args:
+        encoder: of the reward model, with its prompt format.
+        prompts: texts, or conversations for rule `chat`.
+        responses: of each prompt.
+        pad_id: `pad_token_id` of the reward model's config; None = it has none.
+        window: tokens of a row; a longer prompt loses its beginning.
+
+    Raises:
+        chat.Refused: a conversation that the template does not render.
+    """
+    if encoder.format.rule == "raw":
+        longest = window + 1  # the EOS is cut off below
+        most = max(1, window - 1)
+        groups = tokenization.raw_rows(
+            encoder, prompts, responses, max_length=longest, max_response_length=most, cut_prompts_together=False
+        )
+    else:
+        groups = tokenization.chat_rows(
+            encoder, prompts, responses, max_length=_UNCUT + 1, max_prompt_length=_UNCUT, ends=False
+        )
+    return [[_fit(data.reward_row(row, encoder, pad_id), window) for row in group] for group in groups]
+
+
+def _fit(row: tokenization.Row, window: int) -> tokenization.Row:
+    """Cut a row to the window: its response's end, where it fills the window alone, and its prompt's beginning."""
+    prompt, response = row.ids[: row.prompt_length], row.ids[row.prompt_length :]
+    kept = response[: max(window - 1, 1)]
+    head = prompt[max(0, len(prompt) - (window - len(kept))) :]
+    return row._replace(
+        ids=head + kept,
+        prompt_length=len(head),
+        prompt_cut=row.prompt_cut + len(prompt) - len(head),
+        response_cut=row.response_cut + len(response) - len(kept),
+    )
+
+
+def _buckets(longest: int) -> tuple[int, ...]:
+    """Return longest and its halves down to 64, ascending.
+
+    >>> _buckets(300)
+    (75, 150, 300)
+    """
+    return tuple(sorted({-(-longest // 2**k) for k in range(8) if longest // 2**k >= 64} | {longest}))

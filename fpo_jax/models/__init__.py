@@ -1,0 +1,30 @@
+"""Decoders: architectures, their parameters, and the functions that run them. Hugging Face checkpoints load into all.
+
+config       `ModelConfig`, from and to a `config.json`
+llama, gemma2, gpt2, gpt_neox  one file per family; transformer is the stack of layers, layers and rope what they share
+causal_lm    hidden states, prefill and decode, logits, a reward model's scores: functions of plain parameter trees
+param_table  a row per parameter: shape, axes, initialiser, Hugging Face name; params and lora read it
+kv_cache     what sampling keeps
+"""
+
+from fpo_jax.models.causal_lm import COMPUTE_DTYPES, decode, head, hidden_states, logits, prefill, scores
+from fpo_jax.models.config import FAMILIES, Adapter, ModelConfig, filler_id, from_hf_config, head_keys, to_hf_config
+from fpo_jax.models.rope import Rope
+
+__all__ = [
+    "COMPUTE_DTYPES",
+    "FAMILIES",
+    "Adapter",
+    "ModelConfig",
+    "Rope",
+    "decode",
+    "filler_id",
+    "from_hf_config",
+    "head",
+    "head_keys",
+    "hidden_states",
+    "logits",
+    "prefill",
+    "scores",
+    "to_hf_config",
+]

@@ -1,0 +1,45 @@
+"""The layer of GPT-2: LayerNorm, fused query-key-value, biases; positions are embedded, not rotated.
+
+h = x + attention(norm1(x));  y = h + mlp(norm2(h))
+"""
+
+import jax
+from flax import nnx
+from jaxtyping import Float
+
+from fpo_jax.models import config, gpt_neox, layers
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; query, key and value are one matmul, one after the other as on disk."""
+
+    def __init__(self, config: config.ModelConfig):
+        D, H, C = config.width, config.heads, config.head_dim
+        self.qkv = layers.parameter(D, 3, H, C)
+        self.qkv_bias = layers.parameter(3, H, C)
+        self.out = layers.parameter(H, C, D)
+        self.out_bias = layers.parameter(D)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
+        """Attend and project back."""
+        qkv_NT3HC = context.project("NTD,DSHC->NTSHC", x_NTD, self, "qkv")
+        q_NTHC, k_NTHC, v_NTHC = (context.pin_heads(qkv_NT3HC[:, :, part]) for part in range(3))
+        out_NTHC = context.pin_heads(context.attend(q_NTHC, k_NTHC, v_NTHC))
+        return context.project("NTHC,HCD->NTD", out_NTHC, self, "out")
+
+
+class Layer(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: config.ModelConfig):
+        self.attention_norm = layers.LayerNorm(config.width, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = layers.LayerNorm(config.width, config.norm_eps)
+        self.mlp = gpt_neox.MLP(config)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
+        """Apply attention, then the MLP, each on the normalised residual stream."""
+        with jax.named_scope("attention"):
+            x_NTD = context.pin_stream(x_NTD + self.attention(self.attention_norm(x_NTD), context))
+        with jax.named_scope("mlp"):
+            return context.pin_stream(x_NTD + self.mlp(self.mlp_norm(x_NTD), context))

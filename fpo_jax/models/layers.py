@@ -1,0 +1,137 @@
+"""What the decoder families share: parameter declarations, norms, activations, and the context of one forward pass.
+
+Modules here declare parameters by shape only. Values come from one place, the rows of params (initialised or read
+from safetensors), and enter by `nnx.merge`.
+"""
+
+import zlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float
+
+from fpo_jax import attention, sharding, types
+from fpo_jax.models import config, kv_cache, rope
+
+
+def parameter(*shape: int) -> nnx.Param:
+    """Declare a parameter by its shape; `nnx.merge` supplies the array."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over D, float32 inside, dtype kept."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = parameter(width)
+
+    def __call__(self, x: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
+        """Normalise the last axis."""
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(mean_square + self.eps) * self._factor()).astype(x.dtype)
+
+    def _factor(self) -> jax.Array:
+        return self.scale[...].astype(jnp.float32)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """Gemma's: the scale counts from one, so that weight 0 leaves a normalised value as it is."""
+
+    def _factor(self) -> jax.Array:
+        return 1.0 + self.scale[...].astype(jnp.float32)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over D, float32 inside, dtype kept."""
+
+    def __init__(self, width: int, eps: float):
+        self.eps = eps
+        self.scale = parameter(width)
+        self.bias = parameter(width)
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
+        """Normalise the last axis."""
+        wide_NTD = x_NTD.astype(jnp.float32)
+        centred_NTD = wide_NTD - jnp.mean(wide_NTD, axis=-1, keepdims=True)
+        variance_NT1 = jnp.mean(jnp.square(centred_NTD), axis=-1, keepdims=True)
+        scaled_NTD = centred_NTD * jax.lax.rsqrt(variance_NT1 + self.eps) * self.scale[...].astype(jnp.float32)
+        return (scaled_NTD + self.bias[...].astype(jnp.float32)).astype(x_NTD.dtype)
+
+
+class Context(NamedTuple):
+    """What every layer of one forward pass sees besides its input."""
+
+    valid_NT: jax.Array  # bool
+    rotation: tuple[jax.Array, jax.Array] | None  # cos and sin [X, T, P], float32, X is N or 1; None = no rotation
+    scale: float  # factor on the attention logits
+    sliding_window: int | None  # of the layer
+    soft_cap: float | None
+    attention: attention.Choice
+    layout: sharding.Layout
+    adapter: config.Adapter | None = None
+    dropout_key: jax.Array | None = None  # of the layer; None = nothing is dropped
+    segments: types.Segments | None = None  # of packed rows
+    slot: kv_cache.Recorder | kv_cache.Slot | None = None  # the layer's place in a cache, where there is one
+
+    def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
+        """Rotate queries and keys, then attend."""
+        if self.rotation is not None:
+            q_NTHC, k_NTGC = (rope.rotate(x, *self.rotation) for x in (q_NTHC, k_NTGC))
+        options = {"scale": self.scale, "sliding_window": self.sliding_window, "soft_cap": self.soft_cap}
+        if isinstance(self.slot, kv_cache.Slot):
+            return self.slot.attend(q_NTHC, k_NTGC, v_NTGC, **options)
+        if self.slot is not None:
+            self.slot.keys_NTGC, self.slot.values_NTGC = k_NTGC, v_NTGC
+        return attention.attend(
+            q_NTHC,
+            k_NTGC,
+            v_NTGC,
+            valid_NT=self.valid_NT,
+            segments=self.segments,
+            choice=self.attention,
+            layout=self.layout,
+            **options,
+        )
+
+    def project(self, equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
+        """Apply a matrix of a module, and its bias where it has one under the name `{name}_bias`.
+
+        Every matmul with a weight of a layer goes through here; so does what an adapter adds to it.
+        """
+        out = jnp.einsum(equation, x, getattr(module, name)[...].astype(x.dtype))
+        if self.adapter is not None and hasattr(module, f"{name}_lora_a"):
+            out += self._adapted(equation, x, module, name)
+        bias = getattr(module, f"{name}_bias", None)
+        return out if bias is None else out + bias[...].astype(x.dtype)
+
+    def _adapted(self, equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
+        """Return alpha/rank dropout(x) A B, through the rank: no matrix of the size of W is made."""
+        assert self.adapter is not None
+        given, result = equation.split("->")
+        read, weight = given.split(",")
+        inside = "".join(letter for letter in weight if letter not in result)
+        outside = "".join(letter for letter in weight if letter in result)
+        kept = "".join(letter for letter in read if letter not in inside)
+        a, b = (getattr(module, f"{name}_lora_{part}")[...].astype(x.dtype) for part in "ab")
+        if self.dropout_key is not None:
+            own = jax.random.fold_in(self.dropout_key, zlib.crc32(name.encode()))
+            keep = jax.random.bernoulli(own, 1.0 - self.adapter.dropout, x.shape)
+            x = jnp.where(keep, x / (1.0 - self.adapter.dropout), 0).astype(x.dtype)
+        low = jnp.einsum(f"{read},{inside}r->{kept}r", x, a)
+        return self.adapter.scale * jnp.einsum(f"{kept}r,r{outside}->{result}", low, b)
+
+    def pin_stream(self, x_NTD: jax.Array) -> jax.Array:
+        """State where the residual stream lives."""
+        return self.layout.pin(x_NTD, "rows", "stream", "width")
+
+    def pin_heads(self, x_NTHC: jax.Array) -> jax.Array:
+        """State where queries and attended values live."""
+        return self.layout.pin(x_NTHC, "rows", "positions", "heads", "head_dim")
+
+    def pin_mlp(self, x_NTF: jax.Array) -> jax.Array:
+        """State where the hidden units of an MLP live."""
+        return self.layout.pin(x_NTF, "rows", "positions", "mlp")

@@ -1,0 +1,160 @@
+"""Parameter trees: abstract, fresh, named, and from and to the layout of the disk, as `param_table.py` has the rows.
+
+A tree is a nested dict of arrays, layers stacked on a leading L axis. Abstract shapes, initial values, shardings, decay
+masks, counts, and both directions of the Hugging Face translation come from the rows; those of an adapter stand in
+`lora.py`. How bytes reach the disk is hf's business.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fpo_jax import types
+from fpo_jax.models.config import ModelConfig
+from fpo_jax.models.lora import adapter, adapter_rows, frozen_rows, trained_rows
+from fpo_jax.models.param_table import Row, full_hf_name, hf_head_name, ignored_hf_names, rows
+
+__all__ = [
+    "Row",
+    "abstract",
+    "adapter",
+    "adapter_rows",
+    "check",
+    "count",
+    "decay_mask",
+    "flatten",
+    "from_hf",
+    "frozen_rows",
+    "full_hf_name",
+    "hf_head_name",
+    "ignored_hf_names",
+    "init",
+    "initial",
+    "logical_axes",
+    "nest",
+    "rows",
+    "to_hf",
+    "trained_rows",
+    "union",
+]
+
+_Array = TypeVar("_Array", np.ndarray, jax.Array)
+_SLAB = 64  # rows that are turned at a time; a wide matrix turned at once misses every cache: three times slower
+
+
+def abstract(config: ModelConfig, dtype: jax.typing.DTypeLike) -> types.PyTree:
+    """Return the parameter tree as jax.ShapeDtypeStruct."""
+    return nest({row.path: jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype)) for row in rows(config)})
+
+
+def init(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike) -> types.PyTree:
+    """Draw fresh parameters: normal(0, initializer_range) matrices, norms of one, biases of zero.
+
+    Every parameter's key is folded from its path, so that adding a row changes no other. Jit it with out_shardings
+    to create a large model in place.
+
+    Args:
+        config: the architecture.
+        key: typed key from jax.random.key.
+        dtype: of the result; values are drawn in float32.
+    """
+    return nest({row.path: initial(row, config, key).astype(dtype) for row in rows(config)})
+
+
+def initial(row: Row, config: ModelConfig, key: jax.Array) -> jax.Array:
+    """Draw one parameter as `init` does, in float32."""
+    own_key = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
+    if row.init == "normal":
+        return config.initializer_range * jax.random.normal(own_key, row.shape, jnp.float32)
+    if row.init == "uniform":
+        bound = row.hf_shape[-1] ** -0.5
+        return jax.random.uniform(own_key, row.shape, jnp.float32, -bound, bound)
+    return {"ones": jnp.ones, "zeros": jnp.zeros}[row.init](row.shape, jnp.float32)
+
+
+def logical_axes(config: ModelConfig) -> types.PyTree:
+    """Return, per parameter, a tuple with one logical axis name or None per dimension."""
+    return nest({row.path: row.axes for row in rows(config)})
+
+
+def decay_mask(config: ModelConfig) -> types.PyTree:
+    """Return, per parameter, whether weight decay applies."""
+    return nest({row.path: row.decay for row in rows(config)})
+
+
+def count(config: ModelConfig) -> int:
+    """Return the number of parameters; a tied head counts once."""
+    return sum(row.size for row in rows(config))
+
+
+def from_hf(row: Row, tensor: _Array) -> _Array:
+    """Rearrange one tensor of the disk (one layer's where stacked) into our layout; a view of a NumPy array.
+
+    >>> row = Row("out", "HCD", "o_proj.weight", "D(HC)", "normal", True, shape=(2, 3, 5))
+    >>> from_hf(row, np.zeros((5, 6))).shape
+    (2, 3, 5)
+    """
+    ours = row.letters.removeprefix("L")
+    return tensor.reshape(row.disk_shape).transpose([row.disk_letters.index(letter) for letter in ours])
+
+
+def to_hf(row: Row, array: np.ndarray) -> np.ndarray:
+    """Rearrange our array (one layer's where stacked) into the layout of the disk; the inverse of from_hf."""
+    disk = np.empty(row.disk_shape, array.dtype)
+    ours = from_hf(row, disk)
+    for start in range(0, len(ours), _SLAB):
+        ours[start : start + _SLAB] = array[start : start + _SLAB]
+    return disk.reshape(row.hf_shape)
+
+
+def union(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one nested dict of the leaves of all; trees whose leaves have different paths."""
+    return nest({path: leaf for tree in trees for path, leaf in flatten(tree).items()})
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn {"layers/mlp/up": x} into {"layers": {"mlp": {"up": x}}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a nested dict into {path: leaf}; the inverse of nest."""
+    return dict(_walk(tree, ""))
+
+
+def check(params: types.PyTree, config: ModelConfig) -> None:
+    """Verify that a tree has exactly the rows' paths and shapes.
+
+    Raises:
+        ValueError: every missing, unexpected or misshapen parameter.
+    """
+    found = flatten(params)
+    expected = {row.path: row.shape for row in rows(config)}
+    problems = [f"{path} is missing" for path in expected if path not in found]
+    problems += [f"{path} is unexpected" for path in found if path not in expected]
+    problems += [
+        f"{path} has shape {tuple(leaf.shape)}, expected {expected[path]}"
+        for path, leaf in found.items()
+        if path in expected and tuple(leaf.shape) != expected[path]
+    ]
+    if problems:
+        raise ValueError(f"these are not the parameters of this {config.family} model: " + "; ".join(problems) + ".")
+
+
+def _walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            yield from _walk(node, f"{prefix}{name}/")
+        else:
+            yield prefix + name, node

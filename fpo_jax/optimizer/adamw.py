@@ -1,0 +1,193 @@
+"""The learning-rate schedule and the optax chain: clip by global norm, then AdamW.
+
+Moments and weights may be kept in bfloat16 between updates; they are then rounded stochastically.
+
+The schedule is that of the trainers whose recipes we run (Hugging Face's): update i (from 0) uses the rate at i, so
+that the first update of a warm-up has rate 0.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from fpo_jax import types
+
+Keep = Bool[Array, ""] | bool  # whether an update is applied
+
+
+def warmup_steps(*, fraction: float, steps: int | None, horizon: int) -> int:
+    """Return the number of warm-up updates: `steps`, or ceil(fraction * horizon).
+
+    >>> warmup_steps(fraction=0.1, steps=None, horizon=477)
+    48
+    """
+    return steps if steps is not None else math.ceil(fraction * horizon)
+
+
+def schedule(*, kind: str, peak: float, warmup: int, horizon: int):
+    """Return step -> learning rate.
+
+    With progress t = (step - warmup) / (horizon - warmup) in [0, 1]:
+    cosine: peak * (1 + cos(pi t)) / 2; linear: peak * (1 - t); constant: peak. Below warmup: peak * step / warmup.
+
+    Args:
+        kind: cosine, linear or constant.
+        peak: highest rate.
+        warmup: updates of the linear rise from 0.
+        horizon: update at which cosine and linear reach 0; the rate stays 0 from there on.
+    """
+    decay = {
+        "cosine": lambda t: 0.5 * (1.0 + jnp.cos(jnp.pi * t)),
+        "linear": lambda t: 1.0 - t,
+        "constant": jnp.ones_like,
+    }[kind]
+
+    def rate(step: Int[Array, ""] | int) -> Float[Array, ""]:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup) / max(1, horizon - warmup), 0.0, 1.0)
+        return peak * jnp.where(step < warmup, step / max(1, warmup), decay(progress))
+
+    return rate
+
+
+def optimizer(
+    rate,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+    decay_mask: types.PyTree,
+    state_dtype: str = "float32",
+) -> optax.GradientTransformationExtraArgs:
+    """Return clipping by the global norm (off when clip_norm is 0) followed by AdamW with decoupled weight decay.
+
+    Where the argument `keep` of its `update` is False the state stays as it was, and the updates mean nothing.
+
+    Args:
+        rate: step -> learning rate, from `schedule`.
+        b1: decay of the first moment, in [0, 1).
+        b2: decay of the second moment, in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: applied where decay_mask is True.
+        clip_norm: largest global gradient norm.
+        decay_mask: tree of bool like the parameters (params.decay_mask).
+        state_dtype: of the moments between updates; an update itself is float32.
+    """
+    clip = _clip(clip_norm) if clip_norm else optax.identity()
+    decay = optax.add_decayed_weights(weight_decay, decay_mask)
+    adamw = optax.chain(_adam(b1, b2, eps), decay, _keeping(optax.scale_by_learning_rate(rate)))
+    return _stored_in(optax.chain(clip, adamw), jnp.dtype(state_dtype))
+
+
+def kept(fresh: types.PyTree, old: types.PyTree, keep: Keep) -> types.PyTree:
+    """Return `fresh`, or `old` where the update is not applied."""
+    return jax.tree.map(lambda new, was: jnp.where(keep, new, was), fresh, old)
+
+
+def updates_applied(opt_state: types.PyTree) -> Int[Array, ""]:
+    """Return the number of updates that the optimiser has applied: what the schedule counts."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+
+
+def apply_updates(params: types.PyTree, updates: types.PyTree, key: jax.Array) -> types.PyTree:
+    """Add float32 updates to the parameters, in the parameters' dtype.
+
+    A bfloat16 weight is rounded stochastically: its neighbours are 2^-8 apart relative to it, an update of AdamW is the
+    learning rate, and rounding to nearest would lose every one of them.
+    """
+    exact = jax.tree.map(lambda x, update: x.astype(jnp.float32) + update, params, updates)
+    return _stored(exact, params, key)
+
+
+def stochastic_round(x: Float[Array, "..."], key: jax.Array) -> Float[Array, "..."]:
+    """Round float32 to one of its two bfloat16 neighbours, so that the mean over keys is x.
+
+    P(up) = (x - down) / (up - down). What is not finite stays what it is.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # bfloat16 drops the last 16 bits
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    # Without the guard a NaN could lose the bits that tell it from infinity.
+    return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    """Multiply by min(1, limit / global norm), one number.
+
+    optax divides every entry by the norm; as a division is not done twice for the two moments, the compiler would
+    write the clipped gradients to memory first.
+    """
+
+    def update(grads, state, params=None):
+        scale = jnp.minimum(1.0, limit / optax.global_norm(grads))
+        return jax.tree.map(lambda grad: grad * scale, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)  # pyright: ignore[reportArgumentType]
+
+
+def _keeping(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Leave the state as it was where `keep` is False."""
+
+    def update(grads, state, params=None, *, keep: Keep = True, **_):
+        updates, fresh = inner.update(grads, state, params)
+        return updates, kept(fresh, state, keep)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_adam, but that its direction is that of the moments which stay where `keep` is False.
+
+    A direction of the fresh moments would need the old ones after the kept ones are written in their place, and the
+    compiler would copy both in every update.
+    """
+    inner = optax.scale_by_adam(b1, b2, eps)
+
+    def update(grads, state, params=None, *, keep: Keep = True, **_):
+        _, fresh = inner.update(grads, state, params)
+        count, mu, nu = kept(fresh, state, keep)
+        mean = optax.tree_utils.tree_bias_correction(mu, b1, count)
+        square = optax.tree_utils.tree_bias_correction(nu, b2, count)
+        direction = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mean, square)
+        return direction, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _stored_in(inner: optax.GradientTransformationExtraArgs, dtype: jnp.dtype) -> optax.GradientTransformationExtraArgs:
+    """Keep the floating-point states of `inner` in `dtype` between updates, and hand them to it in float32."""
+
+    def wanted(state, as_dtype):
+        def one(x):
+            return jax.ShapeDtypeStruct(x.shape, as_dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+
+        return jax.tree.map(one, state)
+
+    def init(params):
+        return jax.tree.map(lambda x, to: x.astype(to.dtype), state := inner.init(params), wanted(state, dtype))
+
+    def update(grads, state, params=None, **extra):
+        exact = jax.tree.map(lambda x, to: x.astype(to.dtype), state, wanted(state, jnp.float32))
+        updates, exact = inner.update(grads, exact, params, **extra)
+        key = jax.random.fold_in(jax.random.key(_STATE_STREAM), updates_applied(state))
+        return updates, _stored(exact, wanted(state, dtype), key)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+_STATE_STREAM = 1  # keeps the rounding of states independent of that of weights
+
+
+def _stored(exact: types.PyTree, like: types.PyTree, key: jax.Array) -> types.PyTree:
+    """Bring float32 leaves to the dtypes of `like`, each rounded with a key of its own."""
+    leaves, structure = jax.tree.flatten(exact)
+    found = []
+    for index, (leaf, to) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True)):
+        narrow = leaf.dtype == jnp.float32 and to.dtype == jnp.bfloat16
+        found.append(stochastic_round(leaf, jax.random.fold_in(key, index)) if narrow else leaf.astype(to.dtype))
+    return jax.tree.unflatten(structure, found)

@@ -1,0 +1,78 @@
+"""What to change, in which order, when a configuration does not fit.
+
+Smaller batches of the programs that are too large, then more recomputation, then moments in bfloat16, then moments in
+the host's memory, each keeping what came before; then more devices of the same kind, with the smaller batches alone.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from fpo_jax import config as configuration
+from fpo_jax.perf import hardware
+from fpo_jax.plan.compilation import EVALUATION, REFERENCE, REFERENCE_EVAL, UPDATE
+
+_BATCHES = {
+    UPDATE: "train.micro_batch_per_device",
+    EVALUATION: "train.eval_batch_per_device",
+    REFERENCE: "reference.batch_per_device",
+    REFERENCE_EVAL: "reference.batch_per_device",
+}
+_MEMORY = (("model.remat", "full"), ("optim.state_dtype", "bfloat16"), ("optim.offload", True))  # of the update
+_DOUBLINGS = 3  # up to eight times the devices
+
+
+class Remedy(NamedTuple):
+    """Another way to run the same job."""
+
+    target: str
+    changes: Mapping[str, object]  # dotted key -> value
+
+    @property
+    def text(self) -> str:
+        """As arguments of `fpo plan`."""
+        return " ".join(
+            [f"--target {self.target}", *(f"--config.{key}={value}" for key, value in self.changes.items())]
+        )
+
+
+def ladder(
+    config: configuration.Config, target: str, too_large: Sequence[str], *, host_memory: bool = True
+) -> Iterator[Remedy]:
+    """Yield what to try, one after the other.
+
+    Args:
+        config: that does not fit.
+        target: what it does not fit on.
+        too_large: names of the programs that need too much.
+        host_memory: whether the target's compiler can show what keeping moments there saves.
+    """
+    changes: dict[str, object] = {}
+    knobs = {knob: int(configuration.value_at(config, knob)) for knob in (_BATCHES[name] for name in too_large)}
+    while any(size > 1 for size in knobs.values()):
+        knobs = {knob: max(1, size // 2) for knob, size in knobs.items()}
+        changes |= {knob: size for knob, size in knobs.items() if size != configuration.value_at(config, knob)}
+        yield Remedy(target, dict(changes))
+    if UPDATE in too_large:
+        for knob, value in _MEMORY:
+            if configuration.value_at(config, knob) != value and (host_memory or knob != "optim.offload"):
+                changes[knob] = value
+                yield Remedy(target, dict(changes))
+    more: str | None = target
+    for _ in range(_DOUBLINGS):
+        more = hardware.larger(more)
+        if more is None:
+            return
+        yield Remedy(more, {key: value for key, value in changes.items() if key in _BATCHES.values()})
+
+
+def changed(config: configuration.Config, changes: Mapping[str, object]) -> configuration.Config:
+    """Return a copy of a configuration with other values for some dotted keys."""
+    other = copy.deepcopy(config)
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = other
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return other

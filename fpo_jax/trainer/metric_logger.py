@@ -1,0 +1,182 @@
+"""(sum, count) pairs to numbers, and the writers that keep them.
+
+`metrics.jsonl` holds what the mathematics determines, one line per update or evaluation, so that a resumed run writes
+the same bytes as an uninterrupted one; what depends on the machine (times, rates) goes to `timing.jsonl`.
+"""
+
+import html
+import importlib.util
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fpo_jax import atomic_io
+
+METRICS_FILE = "metrics.jsonl"
+TIMING_FILE = "timing.jsonl"
+WANDB_FILE = "wandb_id.txt"
+SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")
+
+
+def means(pairs: Mapping[str, tuple]) -> dict[str, float]:
+    """Turn (sum, count) pairs into means; a name with count 0 has no value and is left out.
+
+    >>> means({"loss": (3.0, 2.0), "absent": (0.0, 0.0)})
+    {'loss': 1.5}
+    """
+    numbers = {name: (float(total), float(count)) for name, (total, count) in pairs.items()}
+    return {name: total / count for name, (total, count) in numbers.items() if count}
+
+
+def add(first: Mapping[str, tuple] | None, second: Mapping[str, tuple]) -> dict[str, tuple]:
+    """Add two sets of (sum, count) pairs on the host, in float64."""
+    host = {name: tuple(np.float64(np.asarray(part)) for part in pair) for name, pair in second.items()}
+    if first is None:
+        return host
+    return {name: (first[name][0] + pair[0], first[name][1] + pair[1]) for name, pair in host.items()}
+
+
+def shown(numbers: Mapping[str, float]) -> str:
+    """The few that a reader watches, as one line of text.
+
+    >>> shown({"loss": 0.25, "sft_loss": 2.0, "grad_norm": 12.0})
+    'loss 0.25  grad_norm 12'
+    """
+    return "  ".join(f"{name} {numbers[name]:.4g}" for name in SHOWN if name in numbers)
+
+
+class Silent:
+    """Writes nothing: the writers of every process but the first."""
+
+    def write(self, *_: object, **__: object) -> None:
+        """Drop a line."""
+
+    def table(self, *_: object) -> None:
+        """Drop a table."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Writers:
+    """jsonl always; TensorBoard where tensorboardX is installed; W&B when a project is named."""
+
+    def __init__(self, workdir: Path, *, resume_step: int, tensorboard: bool, wandb_project: str | None, config: dict):
+        """Open the files, dropping lines after `resume_step` that an interrupted run wrote."""
+        self._files = {name: _open_until(workdir / name, resume_step) for name in (METRICS_FILE, TIMING_FILE)}
+        self._tensorboard = None
+        if tensorboard and importlib.util.find_spec("tensorboardX"):
+            import tensorboardX
+
+            self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._wandb = None
+        if wandb_project is not None:
+            try:
+                import wandb  # pyright: ignore[reportMissingImports]
+            except ImportError:
+                raise ValueError(
+                    f"logging.wandb_project={wandb_project!r} needs the wandb package; install fpo_jax[wandb] or unset"
+                    " it."
+                ) from None
+            self._wandb = wandb.init(
+                project=wandb_project,
+                dir=str(workdir),
+                config=config,
+                id=_wandb_id(workdir),
+                name="/".join(workdir.absolute().parts[-2:]),
+                resume="allow",
+            )
+
+    def write(
+        self,
+        step: int,
+        numbers: Mapping[str, float],
+        *,
+        timing: bool = False,
+        rows: Sequence[int] | None = None,
+        why: str = "nonfinite",
+    ) -> None:
+        """Append one line; a number that is not finite is null there and left out elsewhere.
+
+        Args:
+            step: updates so far.
+            numbers: metric name -> value.
+            timing: the numbers depend on the machine.
+            rows: data rows of an update that was not applied, written as `WHY_rows`.
+            why: nonfinite or spike.
+        """
+        file = self._files[TIMING_FILE if timing else METRICS_FILE]
+        line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+        file.write(json.dumps({"step": step, **line, **({} if rows is None else {f"{why}_rows": list(rows)})}) + "\n")
+        file.flush()
+        numbers = {name: number for name, number in numbers.items() if math.isfinite(number)}
+        if self._tensorboard is not None:
+            for name, number in numbers.items():
+                self._tensorboard.add_scalar(name, number, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(numbers), step=step)
+
+    def table(self, step: int, name: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Show texts in TensorBoard and W&B; the files do not hold them."""
+        if self._tensorboard is not None:
+            lines = [header, ["---"] * len(header), *([_cell(text) for text in row] for row in rows)]
+            self._tensorboard.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+        if self._wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            self._wandb.log({name: wandb.Table(columns=list(header), data=[list(row) for row in rows])}, step=step)
+
+    def sync(self) -> None:
+        """Bring the files to the disk; called before a checkpoint that relies on them commits."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Flush and close all writers."""
+        for file in self._files.values():
+            file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read(path: Path) -> list[dict]:
+    """Read a jsonl file of ours; a last line cut short by a kill is left out."""
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def has_evaluation(path: Path, step: int) -> bool:
+    """Return whether the file holds the evaluation after an update."""
+    return path.exists() and any(line["step"] == step and any(map(_of_evaluation, line)) for line in read(path))
+
+
+def _wandb_id(workdir: Path) -> str:
+    """Return the id of the run in a workdir, made once: folder names come again, in sweeps and in pipelines."""
+    path = workdir / WANDB_FILE
+    if not path.exists():
+        atomic_io.write(path, secrets.token_hex(8) + "\n")
+    return path.read_text().strip()
+
+
+def _of_evaluation(name: str) -> bool:
+    return name.startswith("eval_")
+
+
+def _cell(text: str) -> str:
+    """Return a text as a cell of a Markdown table, which no text can leave."""
+    return html.escape(text, quote=False).replace("|", "&#124;").replace("\n", "<br>")
+
+
+def _open_until(path: Path, last_step: int):
+    kept = [line for line in read(path) if line["step"] <= last_step] if path.exists() else []
+    return atomic_io.write(path, "".join(json.dumps(line) + "\n" for line in kept)).open("a")

@@ -1,0 +1,295 @@
+"""What a run reads: checked configuration, model description, tokenised data. Touches no device, writes nothing."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from fpo_jax import config as configuration
+from fpo_jax import data, hf, losses, models, tokenization
+from fpo_jax.data import decontamination
+from fpo_jax.models import params
+from fpo_jax.trainer import best_checkpoint, reward_labels
+
+log = logging.getLogger("fpo_jax")
+
+
+class Dataset(NamedTuple):
+    """Token rows, what was found while making them, and one decoded row with its scored part marked."""
+
+    prepared: data.Prepared
+    audit: data.Audit
+    sample: str
+
+
+class Reference(NamedTuple):
+    """A reference that is not the model a run starts from."""
+
+    source: Path
+    model_config: models.ModelConfig
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it touches a device."""
+
+    loss: losses.Loss
+    source: Path
+    model_config: models.ModelConfig
+    train: Dataset
+    evaluation: Dataset | None
+    reference: Reference | None = None  # None = the model of `source`, or none needed
+    encoder: tokenization.Encoder | None = None  # tokenizer and prompt format; None where rows were made without
+
+
+def prepare(config: configuration.Config) -> Inputs:
+    """Check the configuration and read model config, tokenizer and data; touches no device and writes nothing."""
+    loss = check(config)
+    source = hf.local_dir(config.model.path, revision=config.model.revision or None)
+    model_config = read_model(config, source)
+    adapter(config, model_config)
+    hf.check_weights(source, model_config)
+    reference = None
+    if loss.needs_reference and config.reference.path:
+        with configuration.about("reference.path"):
+            other = hf.local_dir(config.reference.path)
+            reference = Reference(other, read_reference(config, other))
+            hf.check_weights(*reference)
+    encoder = read_encoder(config, source)
+    inputs = Inputs(loss, source, model_config, *read_data(config, encoder, model_config), reference, encoder)
+    check_reference_ids(inputs)
+    reward_labels.check(loss, inputs.train.prepared, None if inputs.evaluation is None else inputs.evaluation.prepared)
+    return inputs
+
+
+def check(config: configuration.Config) -> losses.Loss:
+    """Return the loss of a configuration.
+
+    Raises:
+        ValueError: with everything that is wrong with the configuration.
+    """
+    problems, loss = [], None
+    try:
+        loss = losses.resolve(config.loss.name, **configuration.loss_options(config))
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        problems += _stage_problems(config, loss)
+    configuration.validate(config, extra=problems)
+    assert loss is not None
+    return loss
+
+
+def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str]:
+    """List what does not fit the stage, and entries of a mixture that are none."""
+    found = best_checkpoint.problems(config, loss)
+    for entry in config.data.mixer:
+        try:
+            data.parse(entry)
+        except ValueError as error:
+            found.append(f"data.mixer: {error}")
+    for entry in config.data.decontaminate:
+        try:
+            decontamination.check(entry)
+        except ValueError as error:
+            found.append(f"data.decontaminate: {error}")
+    if config.stage == "sft" and loss.name != "sft":
+        found.append(f"loss.name={config.loss.name!r} does not belong to stage 'sft'; use 'sft'.")
+    if loss.of_scores != (config.stage == "reward"):
+        fitting = "bradley_terry or binary_cross_entropy" if config.stage == "reward" else "a loss of log-probs"
+        found.append(f"loss.name={config.loss.name!r} does not belong to stage {config.stage!r}; use {fitting}.")
+    if config.data.group_size < loss.minimum_candidates:
+        found.append(
+            f"data.group_size={config.data.group_size} leaves nothing to compare, and loss {config.loss.name!r} needs"
+            f" {loss.minimum_candidates}."
+        )
+    if config.stage != "align" and loss.minimum_candidates == 1 and config.data.group_size != 1:
+        found.append(
+            f"data.group_size={config.data.group_size}: loss {config.loss.name!r} in stage {config.stage!r} trains on"
+            " one response of each prompt and would ignore the others; use 1."
+        )
+    unused = {f"reference.{key}": f"loss {config.loss.name!r}" for key in ("path", "batch_per_device", "cache_dir")}
+    unused = {} if loss.needs_reference else unused
+    if config.stage == "sft":
+        unused["loss.tie_policy"] = "stage 'sft'"
+    if config.stage == "reward":
+        names = ("implementation", "fuse_loss", "workspace_mib", "kept_logits_mib")
+        unused |= dict.fromkeys((f"kernel.{name}" for name in names), "stage 'reward'")
+    default = configuration.default()
+    for key, why in unused.items():
+        value = configuration.value_at(config, key)
+        if value != configuration.value_at(default, key):
+            found.append(f"{key}={value!r} is not used by {why}; unset it.")
+    return found
+
+
+def read_model(config: configuration.Config, source: Path) -> models.ModelConfig:
+    """Read the description of the model in a directory, and check that the rows fit its window."""
+    model_config = hf.read_config(source)
+    if config.stage == "reward":
+        models.filler_id(model_config)
+        model_config = dataclasses.replace(model_config, reward_head=True)
+    elif model_config.reward_head:
+        raise ValueError(f"{source} is a reward model, and stage {config.stage!r} needs a language model.")
+    if model_config.dropout and config.model.dropout == "refuse":
+        named = ", ".join(f"{key}={share:g}" for key, share in model_config.dropout)
+        raise ValueError(
+            f"config.json of {source} names drop-out ({named}), and nothing is dropped in training here; set"
+            " model.dropout=off to train without it."
+        )
+    _check_rows(config, source, model_config)
+    return model_config
+
+
+def read_reference(config: configuration.Config, source: Path) -> models.ModelConfig:
+    """Read the description of a reference of its own, and check that it can score the rows."""
+    model_config = hf.read_config(source)
+    if model_config.reward_head:
+        raise ValueError(f"{source} is a reward model; give a language model.")
+    _check_rows(config, source, model_config)
+    return model_config
+
+
+def check_reference_ids(inputs: Inputs) -> None:
+    """Refuse a reference of its own that has no embedding for a token of the data."""
+    for dataset in (inputs.train, inputs.evaluation):
+        if inputs.reference is None or dataset is None:
+            continue
+        most, known = int(dataset.prepared.tokens_S.max()), inputs.reference.model_config.vocab_size
+        if most >= known:
+            raise ValueError(
+                f"reference.path: the data hold token {most}, and {inputs.reference.source} has {known} embeddings;"
+                " give a reference that shares the tokenizer of model.path."
+            )
+
+
+def _check_rows(config: configuration.Config, source: Path, model_config: models.ModelConfig) -> None:
+    """Refuse a model that cannot run the rows as they are laid out."""
+    if (config.data.packing or config.data.layout != "padded") and model_config.rope.type == "dynamic":
+        raise ValueError(
+            f"the rotary frequencies of {source} depend on a row's length (rope type 'dynamic'), which packed texts"
+            " share; set data.packing=False and data.layout='padded'."
+        )
+    if config.data.max_length > model_config.max_positions:
+        raise ValueError(
+            f"data.max_length={config.data.max_length} exceeds the model's window of {model_config.max_positions}"
+            f" tokens ({source}); use at most {model_config.max_positions}."
+        )
+
+
+LIMITS = ("max_length", "max_prompt_length", "max_response_length", "truncation")
+
+
+def read_encoder(config: configuration.Config, source: Path) -> tokenization.Encoder:
+    """Read the tokenizer of a run, the model's unless the configuration names another, and settle its prompt format."""
+    tokenizer = tokenization.load_tokenizer(
+        config.tokenizer.path or source,
+        chat_template=config.tokenizer.chat_template or None,
+        eos_token=config.tokenizer.eos_token or None,
+    )
+    options = config.data
+    settled = tokenization.PromptFormat(
+        rule=options.rule,
+        chat_template_kwargs=tokenization.parse_kwargs(config.tokenizer.chat_template_kwargs),
+        auto_insert_empty_system=options.auto_insert_empty_system,
+        prepend_bos=options.prepend_bos,
+        assistant_header=options.assistant_header,
+        append_eos=options.append_eos,
+        thoughts=options.thoughts,
+        limits={name: options[name] for name in LIMITS},
+    )
+    encoder = tokenization.encoder(tokenizer, settled, end_ids=hf.end_ids(source))
+    if tokenization.prompt_format.read(source) is not None and not tokenization.render_alike(
+        encoder, before := tokenization.resolve(source)
+    ):
+        told = before.format.text, encoder.format.text
+        log.warning("model.path was trained with another prompt format: %s; this run goes on with: %s", *told)
+    return encoder
+
+
+def read_data(
+    config: configuration.Config, encoder: tokenization.Encoder, model_config: models.ModelConfig
+) -> tuple[Dataset, Dataset | None]:
+    """Read the training and the evaluation data with the run's tokenizer and prompt format."""
+    hf.check_vocabulary(len(encoder.tokenizer), model_config)
+    train = _dataset(config, "train", encoder, model_config)
+    evaluation = _dataset(config, "eval", encoder, model_config) if config.data.eval else None
+    return train, evaluation
+
+
+def reward_pad_id(encoder: tokenization.Encoder, model_config: models.ModelConfig) -> int:
+    """Return the pad token of a reward model that is trained here: its tokenizer's, where the model knows that one."""
+    pad_id = encoder.tokenizer.pad_token_id
+    if isinstance(pad_id, int) and pad_id < model_config.vocab_size:
+        return pad_id
+    return models.filler_id(model_config)
+
+
+def _dataset(
+    config: configuration.Config, name: str, encoder: tokenization.Encoder, model_config: models.ModelConfig
+) -> Dataset:
+    """Read and tokenise the train or eval data."""
+    options, tokenizer = config.data, encoder.tokenizer
+    rows = configuration.row_slice(options[f"{name}_rows"])
+
+    def read(part: data.Part) -> data.Records:
+        return data.read(
+            part.source,
+            format=options.format,
+            split=part.split or None,
+            hh_split=options.hh_split,
+            on_bad_row=options.on_bad_row,
+            start=rows.start or 0,
+            stop=rows.stop,
+            data_dir=options.subfolder or None,
+            revision=options.revision or None,
+            tokenizer=tokenizer,
+        )
+
+    if name == "train" and options.mixer:
+        records = data.mixture([data.parse(entry) for entry in options.mixer], read)
+    else:
+        records = read(data.Part(options[name], options[f"{name}_split"], 1.0))
+    if name == "train" and options.decontaminate:
+        texts = [text for entry in options.decontaminate for text in decontamination.comparable(entry)]
+        records = decontamination.clean(records, texts)
+    if options.group_size == 1:
+        records = data.best_only(records)
+    of_rule = {"cut_prompts_together": options.cut_prompts_together}
+    if options.rule == "chat":
+        of_rule = {"max_prompt_length": options.max_prompt_length, "truncate_together": options.truncate_together}
+    prepared, audit = data.prepare(
+        records,
+        encoder,
+        max_length=options.max_length,
+        max_response_length=options.max_response_length,
+        group_size=options.group_size,
+        truncation_mode=options.truncation,
+        on_bad_row=options.on_bad_row,
+        on_empty_response=options.on_empty_response,
+        on_long_prompt=options.on_long_prompt,
+        on_identical=options.on_identical,
+        buckets=buckets(config),
+        vocab_size=model_config.vocab_size,
+        reward_pad_id=reward_pad_id(encoder, model_config) if config.stage == "reward" else None,
+        most=config.train.eval_groups if name == "eval" else None,
+        **of_rule,
+    )
+    sample = data.masked_sample(prepared, tokenizer)
+    if options.packing:
+        prepared = data.pack(prepared, length=options.max_length)
+        audit = audit.with_packed(prepared.groups, length=options.max_length)
+    return Dataset(prepared, audit, sample)
+
+
+def adapter(config: configuration.Config, model_config: models.ModelConfig) -> models.Adapter | None:
+    """Return the description of the adapter that is trained, or None.
+
+    Raises:
+        ValueError: the model has no matrix of the names asked for.
+    """
+    return params.adapter(model_config, **config.lora) if config.lora.rank else None
+
+
+def buckets(config: configuration.Config) -> tuple[int, ...]:
+    """Return the lengths T that rows are padded to, ascending."""
+    return tuple(config.data.buckets) or (config.data.max_length,)

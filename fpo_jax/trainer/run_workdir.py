@@ -1,0 +1,98 @@
+"""What makes a run the same run: its identity, and the workdir that is its own."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+
+from fpo_jax import __version__, atomic_io, checkpoint, hf, losses
+from fpo_jax import config as configuration
+from fpo_jax.trainer.run_inputs import Inputs
+
+RESOLVED_LOSS = "resolved_loss"  # key of config.json beside the configuration: the loss with all its options
+
+log = logging.getLogger("fpo_jax")
+
+
+def fingerprints(inputs: Inputs) -> dict[str, str]:
+    """Return what must be the same for a checkpoint to be resumed."""
+    found = {
+        "model": hf.weights_fingerprint(inputs.source),
+        "train data": inputs.train.prepared.fingerprint(),
+        "eval data": "" if inputs.evaluation is None else inputs.evaluation.prepared.fingerprint(),
+    }
+    if inputs.reference is not None:
+        found["reference"] = hf.weights_fingerprint(inputs.reference.source)
+    return found
+
+
+def identity(config: configuration.Config) -> dict[str, object]:
+    """Return what else every process of a run must have alike: the versions and every knob."""
+    return {"fpo_jax": __version__, "jax": jax.__version__} | configuration.flatten(config.to_dict())
+
+
+def keep_source(config: configuration.Config, workdir: Path, inputs: Inputs) -> None:
+    """Keep what an export carries beside the weights, as this run trains, so that it needs nothing else.
+
+    Raises:
+        ValueError: transformers, given these files, would not render a conversation as it is trained here.
+    """
+    target = workdir / checkpoint.SOURCE_FOLDER
+    if target.exists() and (workdir / "config.json").exists():
+        return
+    temporary = target.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        if inputs.encoder is None:
+            hf.copy_companions(inputs.source, temporary)
+        else:
+            example, tokenizer = inputs.train.audit.example, config.tokenizer.path
+            if example is None:
+                log.info(
+                    "no conversation of the data can be compared with what transformers makes of it: all are cut,"
+                    " spell control tokens or hold thoughts; the export goes unchecked"
+                )
+            hf.companions.write(inputs.source, inputs.encoder, out_dir=temporary, example=example, tokenizer=tokenizer)
+        shutil.rmtree(target, ignore_errors=True)  # of a start that was killed before the workdir became its own
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -> None:
+    """Write the run's identity into the workdir, or check that it is the same run's.
+
+    Raises:
+        ValueError: the workdir belongs to another configuration, or its loss had other defaults; lists what differs.
+    """
+    path = workdir / "config.json"
+    mine, loss = json.loads(config.to_json()), losses.described(inputs.loss)
+    if path.exists():
+        before = json.loads(path.read_text())
+        loss_before = before.pop(RESOLVED_LOSS, None)
+        changed = configuration.difference(before, mine, ignore=configuration.RESUMABLE)
+        if loss_before is None:
+            log.info("%s does not say which loss ran with which defaults; they are now those named below", path)
+        elif not changed:  # the same settings, of which another version may make another loss
+            was, now = ({key: one[key] for key in ("name", "options")} for one in (loss_before, loss))
+            changed = configuration.difference({RESOLVED_LOSS: was}, {RESOLVED_LOSS: now})
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run with another configuration:\n  "
+                + "\n  ".join(changed)
+                + "\nuse another --workdir, or give the old values to go on with that run."
+            )
+        for line in configuration.difference(before, mine):
+            known = line.partition(":")[0] in configuration.FITTING
+            log.info("this start has %s%s", line, "; sums may round differently" if known else "")
+    elif workdir.is_dir() and (workdir / checkpoint.FOLDER).exists():
+        raise ValueError(f"{workdir} holds checkpoints but no config.json; use another --workdir.")
+    workdir.mkdir(parents=True, exist_ok=True)
+    atomic_io.write(path, json.dumps(mine | {RESOLVED_LOSS: loss}, indent=2) + "\n")
+    audits = {"train": inputs.train.audit.as_dict()}
+    if inputs.evaluation is not None:
+        audits["eval"] = inputs.evaluation.audit.as_dict()
+    atomic_io.write(workdir / "audit.json", json.dumps(audits, indent=2) + "\n")

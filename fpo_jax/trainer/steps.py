@@ -1,0 +1,127 @@
+"""The jitted steps of a run, built once from its configuration before any weight is read."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from fpo_jax import config as configuration
+from fpo_jax import models, sharding, types
+from fpo_jax.models import params
+from fpo_jax.optimizer import adamw, skip_step
+from fpo_jax.trainer import compiled_step, device_batch, forward_fns, run_schedule, train_state, train_step
+
+
+class Steps(NamedTuple):
+    """What a run computes, each step compiled once per batch shape, and where its arrays live.
+
+    Each step has the attention of its own sequences; `score` runs the model below the adapter, or a reference of its
+    own.
+    """
+
+    train: compiled_step.Program  # (state, batch) -> state, metrics
+    evaluate: compiled_step.Program  # ((params, batch_kl), batch) -> metrics
+    score: compiled_step.Program  # (params, batch) -> log-probs [B, K]
+    state: train_state.StateSharding
+    batches: device_batch.BatchSharding
+    layout: sharding.Layout
+    scorer: train_step.AnyScorer  # of `train`
+    choices: list[str]  # of implementations, with their reasons
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh of `layout`."""
+        assert self.layout.mesh is not None
+        return self.layout.mesh
+
+
+def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layout: sharding.Layout) -> Steps:
+    """Settle implementations and shardings, and jit the steps; compiles nothing.
+
+    Raises:
+        ValueError: the mesh does not divide the parameters; an implementation cannot run here.
+    """
+    assert layout.mesh is not None
+    mesh, dtype = layout.mesh, config.model.compute_dtype
+    rate = adamw.schedule(
+        kind=config.optim.schedule,
+        peak=config.optim.learning_rate,
+        warmup=blueprint.warmup,
+        horizon=blueprint.horizon,
+    )
+    guard = _guard(config)
+    trained = params.trained_rows(blueprint.model_config, blueprint.adapter)
+    optimizer = adamw.optimizer(
+        rate,
+        b1=config.optim.b1,
+        b2=config.optim.b2,
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+        clip_norm=config.optim.clip_norm,
+        decay_mask=params.nest({row.path: row.decay for row in trained}),
+        state_dtype=config.optim.state_dtype,
+    )
+    optimizer = guard.watching(optimizer)
+    scorer, choices = forward_fns.of_updates(config, blueprint, layout)
+    evaluation_scorer, reference_scorer, told = forward_fns.of_passes(config, blueprint, layout, scorer)
+    state = train_state.StateSharding(config, blueprint, mesh, optimizer)
+    train = functools.partial(
+        train_step.train_step,
+        scorer=scorer,
+        loss=blueprint.loss,
+        optimizer=optimizer,
+        rate=rate,
+        places=_places(blueprint.model_config, layout, state, compute_dtype=dtype),
+        guard=guard,
+    )
+    evaluate = functools.partial(train_step.eval_step, scorer=evaluation_scorer, loss=blueprint.loss)
+    evaluated = (state.all_params(state.shardings), sharding.replicated(mesh))
+    score = functools.partial(train_step.score_step, scorer=reference_scorer)
+    jitted = {
+        "train_step": train_step.jit_train_step(train, mesh=mesh, state_shardings=state.shardings),
+        "eval_step": train_step.jit_eval_step(evaluate, mesh=mesh, first_shardings=evaluated),
+        "reference pass": train_step.jit_eval_step(score, mesh=mesh, first_shardings=state.reference),
+    }
+    first, second, third = (compiled_step.Program(name, step) for name, step in jitted.items())
+    batches = device_batch.BatchSharding(config, layout)
+    return Steps(first, second, third, state, batches, layout, scorer, [*choices, *told])
+
+
+def _places(
+    model_config: models.ModelConfig, layout: sharding.Layout, state: train_state.StateSharding, *, compute_dtype: str
+) -> train_step.Places:
+    """Where the parts of an update hand over their results."""
+    assert layout.mesh is not None
+    on_device = jax.tree.map(lambda place: place.with_memory_kind("device"), state.shardings.opt_state)
+    gather = lambda weights: weights  # noqa: E731
+    if layout.gather == "update":
+        gather = functools.partial(
+            _gather_layers, model_config=model_config, mesh=layout.mesh, compute_dtype=compute_dtype
+        )
+    return train_step.Places(
+        gather=gather,
+        cut=lambda grads: jax.lax.with_sharding_constraint(grads, state.params),
+        fetch=lambda opt_state: jax.tree.map(jax.device_put, opt_state, on_device),
+    )
+
+
+def _gather_layers(
+    weights: types.PyTree, *, model_config: models.ModelConfig, mesh: Mesh, compute_dtype: str
+) -> types.PyTree:
+    """Hold the layers' weights whole along fsdp. Matrices are cast first, as every use of them does."""
+    whole = sharding.param_shardings(
+        params.logical_axes(model_config), weights, mesh=mesh, rules=sharding.GATHERED_RULES
+    )
+    is_matrix = params.decay_mask(model_config)
+
+    def gathered(x, place, matrix):
+        return jax.lax.with_sharding_constraint(x.astype(compute_dtype) if matrix else x, place)
+
+    return {**weights, "layers": jax.tree.map(gathered, weights["layers"], whole["layers"], is_matrix["layers"])}
+
+
+def _guard(config: configuration.Config) -> skip_step.Guard:
+    train = config.train
+    weight = train.max_nonfinite if train.on_nonfinite == "stop" else 1
+    return skip_step.Guard(train.max_nonfinite, weight=weight, sigmas=train.skip_spikes, window=train.spike_window)

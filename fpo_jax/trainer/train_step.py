@@ -1,0 +1,356 @@
+"""The update and the evaluation of one batch: pure functions, jitted once per batch shape.
+
+    batch [A micro-batches] -> scan: hidden states -> log-probs -> losses -> gradients (float32 sums) -> AdamW
+
+Every mean is taken over the whole update, not over a micro-batch, so that the number of micro-batches changes nothing
+but rounding. An update whose loss, gradient or reference is not finite leaves the state as it was, and so does what
+`guards` adds.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from fpo_jax import attention, logprobs, losses, models, sharding, types
+from fpo_jax.inference import reward_model
+from fpo_jax.models import params as trees
+from fpo_jax.optimizer import adamw, skip_step
+from fpo_jax.trainer import metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """What is static about turning a batch into log-probs; calling it gives ResponseLogps over the N rows."""
+
+    config: models.ModelConfig
+    compute_dtype: str
+    remat: str
+    attention: attention.Choice
+    implementation: str
+    workspace_bytes: int
+    temperature: float
+    kept_bytes: int | None = None  # for logits that stay from the forward to the backward pass
+    fuse_loss: bool = False  # run the loss in the kernel of the log-probs, where it is differentiated
+    interpret: bool = False  # emulate that kernel
+    layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
+    adapter: models.Adapter | None = None
+
+    def __call__(self, params: types.PyTree, batch: types.Batch) -> logprobs.ResponseLogps:
+        """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
+        inputs = self._inputs(params, batch)
+        with jax.named_scope("logps"):
+            return logprobs.response_logps(*inputs, slots_NR=batch.slots_NR, slots=_slots(batch), **self._options())
+
+    def group_losses(
+        self,
+        params: types.PyTree,
+        batch: types.Batch,
+        operands: losses.Candidates,
+        *,
+        loss: losses.Loss,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[types.Array, logprobs.ResponseLogps]:
+        """Run the model to the losses [B] of the groups, and the log-probs they come from."""
+        inputs = self._inputs(params, batch, dropout_key)
+        with jax.named_scope("loss"):
+            return logprobs.response_losses(
+                *inputs,
+                operands,
+                group_loss=loss.of_logps,
+                groups=(batch.rewards_BK.shape[0], batch.rewards_BK.shape[1]),
+                slots_NR=batch.slots_NR,
+                fuse_loss=self.fuse_loss,
+                **self._options(),
+            )
+
+    def _options(self) -> dict:
+        return {
+            "temperature": self.temperature,
+            "softcap": self.config.final_soft_cap,
+            "implementation": self.implementation,
+            "interpret": self.interpret,
+            "workspace_bytes": self.workspace_bytes,
+            "kept_bytes": self.kept_bytes,
+            "placement": self.layout.head,
+        }
+
+    def _inputs(
+        self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, types.Array, types.Array, types.Array]:
+        """Hidden states, head and scored positions: what every function of `logps` starts with."""
+        with jax.named_scope("model"):
+            hidden_NTD = models.hidden_states(
+                params,
+                jnp.asarray(batch.tokens_NT),
+                jnp.asarray(batch.valid_NT),
+                config=self.config,
+                compute_dtype=jnp.dtype(self.compute_dtype),
+                remat=self.remat,
+                attention=self.attention,
+                layout=self.layout,
+                adapter=self.adapter,
+                dropout_key=dropout_key,
+                segments=batch.segments,
+            )
+        head_VD = models.head(params, config=self.config)
+        return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
+
+
+AnyScorer = Scorer | reward_model.RewardScorer
+
+
+class Places(NamedTuple):
+    """Where the results between the parts of an update live on a mesh; each maps a tree to the same tree, placed."""
+
+    gather: Callable  # parameters -> what the micro-batches differentiate: the same, or gathered once an update
+    cut: Callable  # gradients -> where the parameters live
+    fetch: Callable  # optimiser state -> the devices, from the host where it is kept there
+
+
+def train_step(
+    state: types.TrainState,
+    batch: types.Batch,
+    *,
+    scorer: AnyScorer,
+    loss: losses.Loss,
+    optimizer: optax.GradientTransformationExtraArgs,
+    rate: Callable,
+    places: Places | None = None,
+    guard: skip_step.Guard | None = None,
+) -> tuple[types.TrainState, metrics.Pairs]:
+    """Apply one update of the A micro-batches in `batch` (every leaf has a leading A).
+
+    objective = sum_b w_b L_b / sum_b w_b + sft_weight * sum_b NLL_b / sum_b tokens_b  (second sum: chosen responses)
+
+    A loss over tokens (`sft`) has sum_b tokens_b below its own sum as well.
+
+    Args:
+        state: parameters, optimiser state and count.
+        batch: the micro-batches.
+        scorer: how a batch becomes log-probs.
+        loss: what is minimised.
+        optimizer: from `optim.optimizer`.
+        rate: the schedule in it, for the metrics.
+        places: where the intermediate results live; None on one device.
+        guard: what is not applied besides; it needs `state.skipped`. None = nothing.
+
+    Returns:
+        The new state (unchanged but for `step` and `skipped` where the update is not applied) and metrics as
+        (sum, count).
+    """
+    totals = _totals(batch, loss)
+    weights, frozen = state.params, state.frozen
+    if places:
+        weights, frozen = (places.gather(weights), None) if frozen is None else (weights, places.gather(frozen))
+    whole = (lambda trained: trained) if frozen is None else (lambda trained: trees.union(frozen, trained))
+    batch_kl = _batch_kl(whole(weights), batch, scorer=scorer, weight=totals[0]) if loss.needs_batch_kl else None
+    key = jax.random.fold_in(jax.random.key(_DROPOUT_STREAM), state.step) if _drops(scorer) else None
+
+    def objective(trained, micro, number, *, totals, batch_kl):
+        own = None if key is None else jax.random.fold_in(key, number)
+        return _objective(
+            whole(trained), micro, totals=totals, batch_kl=batch_kl, scorer=scorer, loss=loss, dropout_key=own
+        )
+
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+
+    def add(carry, micro, number):
+        (value, pairs), grads = differentiate(weights, micro, number, totals=totals, batch_kl=batch_kl)
+        grads = places.cut(grads) if places else grads
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs))
+
+    def accumulate(carry, numbered):
+        micro, number = numbered
+        if micro.slots_NR is None:
+            return add(carry, micro, number), None
+        # Groups fill more rows in one update than in another; what is left of them costs nothing.
+        filled = jnp.any(micro.weight_B > 0)
+        return jax.lax.cond(filled, add, lambda carry, micro, number: carry, carry, micro, number), None
+
+    if batch.weight_B.shape[0] == 1:  # nothing to add up: no second tree of gradients
+        (value, pairs), grads = differentiate(
+            weights, jax.tree.map(lambda leaf: leaf[0], batch), jnp.int32(0), totals=totals, batch_kl=batch_kl
+        )
+        value, grads, pairs = jax.tree.map(_wide, (value, grads, pairs))
+    else:
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+            _carry_shapes(differentiate, weights, batch, totals, batch_kl),
+        )
+        numbers = jnp.arange(batch.weight_B.shape[0])
+        (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, (batch, numbers))
+    with jax.named_scope("optimizer"):
+        grads = places.cut(grads) if places else grads
+        old_state = places.fetch(state.opt_state) if places else state.opt_state
+        applied = adamw.updates_applied(old_state)
+        grad_norm = optax.global_norm(grads)
+        # An infinite reference leaves a loss that is finite: the candidate has no share in its group any more.
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(batch.reference_logps_BK).all()
+        keep, spike = finite, None
+        if guard is not None:
+            keep &= state.skipped < guard.most
+            if guard.sigmas:
+                spike = finite & guard.spike(old_state, value, grad_norm)
+                keep &= ~spike
+        observed = {"value": value, "grad_norm": grad_norm} if spike is not None else {}
+        updates, opt_state = optimizer.update(grads, old_state, state.params, keep=keep, **observed)
+        fresh = adamw.apply_updates(state.params, updates, jax.random.fold_in(jax.random.key(0), applied))
+        params = adamw.kept(fresh, state.params, keep)
+    one = jnp.float32(1.0)
+    pairs |= {
+        "loss": (value, one),
+        "grad_norm": (grad_norm, one),
+        "learning_rate": (rate(applied), one),
+        "nonfinite": (1.0 - finite.astype(jnp.float32), one),
+    }
+    if spike is not None:
+        pairs["spike"] = (spike.astype(jnp.float32), one)
+    skipped = state.skipped
+    if guard is not None:
+        skipped = guard.in_a_row(skipped, applied=keep, finite=finite)
+    return types.TrainState(params, opt_state, state.step + 1, state.frozen, skipped), pairs
+
+
+def eval_step(
+    evaluated: tuple[types.PyTree, types.Array], batch: types.Batch, *, scorer: AnyScorer, loss: losses.Loss
+) -> metrics.Pairs:
+    """Return the metrics of one batch of B groups as (sum, count), `loss` (without the SFT term) among them.
+
+    Args:
+        evaluated: the weights, and the mean of logp - reference logp over the whole evaluation (its `reference_kl`),
+            which a loss with a batch statistic (KTO) reads.
+        batch: the groups.
+        scorer: how a batch becomes log-probs.
+        loss: what is minimised.
+    """
+    params, batch_kl = evaluated
+    response = scorer(params, batch)
+    candidates = _candidates(batch, response, batch_kl)
+    losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
+    pairs = metrics.pairs(batch, response, candidates, losses_B, loss)
+    groups = jnp.sum(batch.weight_B * loss.counted(batch.rewards_BK))
+    count = pairs["sft_loss"][1] if loss.over_tokens else groups
+    return pairs | {"loss": (jnp.sum(batch.weight_B * losses_B), count)}
+
+
+def score_step(params: types.PyTree, batch: types.Batch, *, scorer: AnyScorer) -> jax.Array:
+    """Return the summed log-probs [B, K], float32: the reference pass."""
+    return jnp.asarray(scorer(params, batch).sum_N).reshape(batch.rewards_BK.shape)
+
+
+def jit_train_step(step: Callable, *, mesh: Mesh, state_shardings: types.TrainState) -> jax.stages.Wrapped:
+    """Jit `step(state, batch)` over the mesh, donating the state."""
+    return jax.jit(
+        step,
+        in_shardings=(state_shardings, sharding.batch_sharding(mesh, stacked=True)),
+        out_shardings=(state_shardings, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def jit_eval_step(step: Callable, *, mesh: Mesh, first_shardings: types.PyTree) -> jax.stages.Wrapped:
+    """Jit `step(first, batch)` over the mesh; the result is replicated."""
+    return jax.jit(
+        step,
+        in_shardings=(first_shardings, sharding.batch_sharding(mesh, stacked=False)),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def stack_micro_batches(batch: types.Batch, *, accumulation: int) -> types.Batch:
+    """Cut a batch into A micro-batches of consecutive groups: every leaf gets a leading A."""
+    return jax.tree.map(lambda leaf: leaf.reshape(accumulation, leaf.shape[0] // accumulation, *leaf.shape[1:]), batch)
+
+
+_DROPOUT_STREAM = 2  # keeps what adapters drop independent of other noise
+
+
+def _drops(scorer: AnyScorer) -> bool:
+    return scorer.adapter is not None and scorer.adapter.dropout > 0
+
+
+def _objective(params, batch: types.Batch, *, totals, batch_kl, scorer: AnyScorer, loss: losses.Loss, dropout_key):
+    operands = _operands(batch, batch_kl)
+    losses_B, response = scorer.group_losses(params, batch, operands, loss=loss, dropout_key=dropout_key)
+    candidates = _candidates(batch, response, batch_kl)
+    with jax.named_scope("objective"):
+        losses_B = jnp.where(batch.weight_B > 0, losses_B, 0.0)
+        groups, tokens = totals
+        value = jnp.sum(batch.weight_B * losses_B) / (tokens if loss.over_tokens else groups)
+        pairs = metrics.pairs(batch, response, candidates, losses_B, loss)
+        if loss.sft_weight:
+            value += loss.sft_weight * pairs["sft_loss"][0] / tokens
+    return value, jax.lax.stop_gradient(pairs)
+
+
+def _candidates(batch: types.Batch, response: logprobs.ResponseLogps, batch_kl) -> losses.Candidates:
+    shape_BK = batch.rewards_BK.shape
+    return _operands(batch, batch_kl)._replace(
+        logps_BK=response.sum_N.reshape(shape_BK), lengths_BK=response.count_N.astype(jnp.float32).reshape(shape_BK)
+    )
+
+
+def _operands(batch: types.Batch, batch_kl) -> losses.Candidates:
+    """What the loss of a batch reads besides the log-probs, which are 0 here."""
+    shape_BK = batch.rewards_BK.shape
+    return losses.Candidates(
+        logps_BK=jnp.zeros(shape_BK, jnp.float32),
+        reference_logps_BK=batch.reference_logps_BK,
+        lengths_BK=_lengths_BK(batch),
+        rewards_BK=batch.rewards_BK,
+        batch_kl=jnp.float32(0.0) if batch_kl is None else batch_kl,
+    )
+
+
+def _lengths_BK(batch: types.Batch) -> jax.Array:
+    """Scored tokens of every candidate, float32; axes before the rows stay."""
+    lengths_NP = logprobs.sum_slots(jnp.asarray(batch.scored_NR, jnp.float32), batch.slots_NR, slots=_slots(batch))
+    return lengths_NP.reshape(batch.rewards_BK.shape)
+
+
+def _slots(batch: types.Batch) -> int:
+    """Candidates that a row has places for."""
+    return batch.rewards_BK.size // math.prod(batch.scored_NR.shape[:-1])
+
+
+def _totals(batch: types.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array]:
+    """Groups and chosen tokens of the whole update: the denominators that make any micro-batch split equal."""
+    rewards_BK = batch.rewards_BK.reshape(-1, batch.rewards_BK.shape[-1])
+    lengths_BK = _lengths_BK(batch).reshape(rewards_BK.shape)
+    zeros_BK = jnp.zeros_like(lengths_BK)
+    chosen_BK = loss.chosen(losses.Candidates(zeros_BK, zeros_BK, lengths_BK, rewards_BK, jnp.float32(0.0)))
+    weight_B = batch.weight_B.reshape(-1)
+    groups = jnp.sum(weight_B * loss.counted(rewards_BK))
+    tokens = jnp.sum(weight_B[:, None] * chosen_BK * lengths_BK)
+    return jnp.maximum(groups, 1.0), jnp.maximum(tokens, 1.0)
+
+
+def _batch_kl(params, batch: types.Batch, *, scorer: AnyScorer, weight) -> jax.Array:
+    """Mean of logp - reference logp over every candidate of the update, by a forward pass of its own."""
+
+    def add(total, micro):
+        ratio_BK = score_step(params, micro, scorer=scorer) - micro.reference_logps_BK
+        return total + jnp.sum(micro.weight_B[:, None] * ratio_BK), None
+
+    total, _ = jax.lax.scan(add, jnp.float32(0.0), batch)
+    return total / (weight * batch.rewards_BK.shape[-1])
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _carry_shapes(differentiate, params, batch, totals, batch_kl):
+    micro = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    (value, pairs), grads = jax.eval_shape(
+        functools.partial(differentiate, totals=totals, batch_kl=batch_kl), params, micro, number
+    )
+    return value, grads, pairs

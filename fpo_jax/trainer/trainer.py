@@ -1,0 +1,295 @@
+"""Trains a model: reference log-probs, steps, evaluations, checkpoints. The impure end of everything.
+
+The workdir holds: config.json, audit.json, metrics.jsonl, timing.jsonl, reference/, checkpoints/, model_source/.
+Starting again with the same workdir resumes from the newest checkpoint, bit for bit on the same devices. Of several
+processes all compute, and the first alone writes the files, but for its part of the checkpoints.
+"""
+
+import contextlib
+import functools
+import logging
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from fpo_jax import checkpoint, data, distributed, sharding
+from fpo_jax import config as configuration
+from fpo_jax.distributed import exit_reporter, preemption, workdir_lock
+from fpo_jax.perf import hardware, profiler
+from fpo_jax.trainer import (
+    batch_shapes,
+    callbacks,
+    compiled_step,
+    export,
+    kept_logits,
+    metric_logger,
+    reference_files,
+    reference_logprobs,
+    run_inputs,
+    run_schedule,
+    run_summary,
+    run_workdir,
+    sample_completions,
+    train_step,
+)
+from fpo_jax.trainer.callbacks import NonFinite
+
+__all__ = ["NonFinite", "Trainer", "run"]
+
+log = logging.getLogger("fpo_jax")
+
+
+def run(
+    config: configuration.Config, workdir: Path, *, devices: Sequence | None = None, profile: range = range(0)
+) -> None:
+    """Train as configured, stopping for SIGTERM and SIGINT with everything saved; arguments and errors of `Trainer`."""
+    with preemption.StopRequest(begun=False) as stop:
+        Trainer(config, workdir, devices=devices, profile=profile, stop=stop).train()
+
+
+class Trainer:
+    """Trains one model as a configuration says.
+
+        trainer = fpo_jax.Trainer(fpo_jax.load_config("mistral_base"), "runs/mistral")
+        trainer.train()
+        trainer.save_pretrained("exported")
+
+    Making one reads data and tokenizer and settles every choice; it touches no weight and writes nothing.
+    """
+
+    def __init__(
+        self,
+        config: configuration.Config,
+        workdir: Path | str,
+        *,
+        devices: Sequence | None = None,
+        profile: range = range(0),
+        stop: preemption.StopRequest | None = None,
+        extra: Sequence[callbacks.Callback] = (),
+    ):
+        """Read the inputs, make the mesh, and jit the steps.
+
+        Args:
+            config: from `fpo_jax.load_config` or a file of configs/.
+            workdir: the run's folder; made when absent, resumed when not.
+            devices: what to build the mesh of; None = all of them.
+            profile: numbers of the steps to trace into `workdir/profile`.
+            stop: what turns signals into a request, entered by the caller; None = signals end the process.
+            extra: callbacks of your own, called after ours.
+
+        Raises:
+            ValueError: the configuration, the data or the model cannot be used; nothing has been changed.
+        """
+        self.config, self.workdir = config, Path(workdir)
+        self._extra, stop = tuple(extra), stop or preemption.StopRequest()
+        with distributed.together():
+            inputs = run_inputs.prepare(config)
+            self._fingerprints = run_workdir.fingerprints(inputs)
+        compiled_step.keep_compiled(config.train.compilation_cache)
+        distributed.agree(run_workdir.identity(config) | self._fingerprints)
+        stop.begin(lambda: exit_reporter.resumption(self.workdir / checkpoint.FOLDER))
+        with distributed.together():
+            layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
+            schedule = run_schedule.plan(config, inputs, devices=layout.row_ways)
+            trace = profiler.Trace(profile, self.workdir, last=schedule.steps)
+            assert layout.mesh is not None
+            holds = hardware.capacity(layout.mesh.devices.flat[0])
+            steps = kept_logits.steps_of(
+                config,
+                run_schedule.blueprint(config, inputs, schedule),
+                layout,
+                largest=batch_shapes.largest(schedule.schedule, schedule.steps),
+                accumulation=schedule.accumulation,
+                capacity=holds,
+            )
+            self._answers = None
+            if config.answers.count:
+                self._answers = sample_completions.Answers(config, self.workdir, inputs, layout=steps.layout)
+        meter = profiler.Meter(
+            inputs.model_config,
+            devices=steps.mesh.size,
+            peak=None if holds is None or config.model.compute_dtype == "float32" else holds.flops,
+            extra_forward=inputs.loss.needs_batch_kl,
+            adapted=steps.state.adapted,
+        )
+        self._trace = trace
+        self._positions = steps.batches.positions(schedule.schedule.parts, accumulation=schedule.accumulation)
+        self._run = callbacks.Run(config, inputs, schedule, steps, stop, meter)
+
+    def train(self) -> None:
+        """Train to the end, resuming from the newest checkpoint of the workdir.
+
+        Raises:
+            ValueError: another run is in the workdir; what it reads has changed since; it does not fit.
+            preemption.Stopped: a signal asked to stop; the state is saved.
+            NonFinite: loss or gradient not finite; what the last applied step left is saved.
+            checkpoint.SaveFailed: the disk takes no checkpoint.
+        """
+        run, total = self._run, self._run.schedule.steps
+        with self._opened() as checkpointer:
+            last = self._newest(checkpointer)
+            due = last is None or self._lacks_evaluation(last)
+            if last is not None and last >= total and not due:
+                log.info("finished: %s holds step %d of %d", self.workdir, last, total)
+                return
+            evaluating = self._load(checkpointer, last)
+            with self._writing(last):
+                if due:
+                    saved = "nothing had been updated" if last is None else f"step {last} is saved"
+                    check = functools.partial(run.stop.check, f"{saved}; the same command goes on.")
+                    evaluating.evaluate(run, last or 0, check)
+                self._loop(checkpointer)
+                run.writers.write(total, run.meter.overall(), timing=True)
+        log.info("since the start: %s", profiler.shown(run.meter.overall()))
+        log.info(
+            "compilations: train %d, eval %d, reference %d; peak host memory %s",
+            run.steps.train.compilations,
+            run.steps.evaluate.compilations,
+            run.steps.score.compilations,
+            compiled_step.mib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the metrics of the evaluation data, and of sample completions, under the newest checkpoint.
+
+        Without a checkpoint they are those of the model that the run starts from. Nothing is logged as a step's.
+        """
+        with self._opened() as checkpointer:
+            last = self._newest(checkpointer)
+            return self._load(checkpointer, last).evaluate(self._run, last or 0)
+
+    def save_pretrained(
+        self, directory: Path | str, *, step: int | str | None = None, dtype: str | None = None
+    ) -> None:
+        """Write a checkpoint as a Hugging Face model directory; arguments and errors as those of `export.export`."""
+        log.info(export.export(self.workdir, Path(directory), step=step, dtype=dtype))
+
+    def _loop(self, checkpointer: checkpoint.Checkpointer) -> None:
+        """Take every step that is left; whatever else happens is a callback's."""
+        run, total = self._run, self._run.schedule.steps
+        assert run.state is not None
+        run.clock.restart()
+        try:
+            for step in range(int(run.state.step) + 1, total + 1):
+                run.call("on_step_begin", step)
+                with run.clock.part("data"):
+                    batch = self._batch(step)
+                run.state, pairs = run.steps.train(run.state, batch)
+                run.call("on_step_end", step, pairs)
+                if run.asked and (step < total or not run.whole):
+                    checkpointer.wait()
+                    raise preemption.Stopped(f"{run.asked}: saved step {step} of {total}; the same command goes on.")
+            checkpointer.wait()
+        except Exception as error:
+            run.call("on_error", error)
+            raise
+        finally:
+            run.call("on_train_end")
+
+    def _batch(self, step: int):
+        """Return the micro-batches of a step, on the devices."""
+        schedule = self._run.schedule
+        batch = data.batch_at(schedule.schedule, step - 1, self._positions)
+        batch = reference_files.attach(batch, self._run.references[0])
+        stacked = train_step.stack_micro_batches(batch, accumulation=schedule.accumulation)
+        return self._run.steps.batches.place(stacked, stacked=True)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[checkpoint.Checkpointer]:
+        """Hold the workdir for this run alone, and open its checkpoints."""
+        run, train = self._run, self.config.train
+        with contextlib.ExitStack() as held:
+            with distributed.together():
+                if distributed.first():
+                    held.enter_context(workdir_lock.hold(self.workdir))
+                    run_workdir.keep_source(self.config, self.workdir, run.inputs)
+                    run_workdir.claim_workdir(self.config, self.workdir, run.inputs)
+            distributed.check_shared(self.workdir)
+            run.stop.connect(run.steps.mesh)
+            run_summary.announce(self.config, run.inputs, run.schedule, run.steps)
+            keep = {"keep": train.keep_checkpoints, "keep_best": bool(train.keep_best)}
+            checkpointer = held.enter_context(contextlib.closing(checkpoint.Checkpointer(self.workdir, **keep)))
+            with distributed.guard():
+                yield checkpointer
+
+    def _newest(self, checkpointer: checkpoint.Checkpointer) -> int | None:
+        """Return the newest step, which every process has and which was trained on what is read now."""
+        last = checkpointer.latest_step()
+        distributed.agree({"newest checkpoint": last, "updates of the run": self._run.schedule.steps})
+        if last is not None:
+            meta = checkpointer.meta(last)
+            with distributed.together():
+                self._check_same(meta)
+        return last
+
+    def _load(self, checkpointer: checkpoint.Checkpointer, last: int | None) -> callbacks.Evaluating:
+        """Load or resume the state, compute the reference's log-probs, and set up the callbacks."""
+        run, state = self._run, self._run.steps.state
+        with distributed.together():
+            checkpointer.check_space(state.abstract())
+        weights = state.load(run.inputs.source)
+        reference = reference_logprobs.ReferencePass(
+            self.config, self.workdir, run.inputs, run.schedule, run.steps, run.stop, run.meter
+        )
+        run.references = reference(weights, fingerprints=self._fingerprints)
+        if last is None:
+            run.state = state.init(weights)
+        else:
+            if not state.adapted:
+                weights = None  # the reference; the policy comes from the checkpoint
+            restored = checkpointer.restore(last, state.abstract())
+            skipped = min(run.skipped, self.config.train.max_nonfinite - 1)
+            run.state = state.resume(restored, weights, skipped=skipped)
+            log.info("resumed from step %d of %d", last, run.schedule.steps)
+        evaluating = callbacks.Evaluating(run)
+        run.callbacks = (
+            *([callbacks.SampleCompletions(self._answers)] if self._answers else []),
+            callbacks.MetricLogging(run),
+            callbacks.Profiling(self._trace),
+            callbacks.Preemption(),
+            evaluating,
+            callbacks.Checkpointing(checkpointer, self._fingerprints),
+            *self._extra,
+        )
+        return evaluating
+
+    @contextlib.contextmanager
+    def _writing(self, last: int | None) -> Iterator[None]:
+        """Open the metric logger of the first process, after the lines of the step that is resumed."""
+        with distributed.together():
+            if distributed.first():
+                self._run.writers = metric_logger.Writers(
+                    self.workdir,
+                    resume_step=-1 if last is None else last,
+                    tensorboard=self.config.logging.tensorboard,
+                    wandb_project=self.config.logging.wandb_project or None,
+                    config=self.config.to_dict(),
+                )
+        with contextlib.closing(self._run.writers):
+            yield
+        self._run.writers = metric_logger.Silent()
+
+    def _lacks_evaluation(self, step: int) -> bool:
+        """Whether a signal came in the evaluation after a step that is saved."""
+        schedule, every = self._run.schedule, self.config.train.eval_every
+        due = step == schedule.steps or bool(every and step % every == 0)
+        if not due or (schedule.evaluation is None and self._answers is None):
+            return False
+        metrics_file = self.workdir / metric_logger.METRICS_FILE
+        lacks = distributed.first() and not metric_logger.has_evaluation(metrics_file, step)
+        return any(distributed.share("lacks" if lacks else ""))
+
+    def _check_same(self, meta: dict) -> None:
+        """Refuse to go on with other content; what the checkpoint counted goes on."""
+        before, run = meta["fingerprints"], self._run
+        changed = [name for name, now in self._fingerprints.items() if before.get(name, now) != now]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} changed since step {meta['step']} of {self.workdir}: the content is not what the"
+                " run began with. Restore it, or use another --workdir."
+            )
+        run.skipped = meta["nonfinite_in_a_row"]
+        run.best = -math.inf if meta["best"] is None else meta["best"]
