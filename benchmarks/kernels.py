@@ -162,7 +162,6 @@ def our_candidates() -> dict:
         found[name] = ours(name) if here else f"runs on a {needs.upper()}"
         if here:
             inside[f"{name}, loss inside"] = functools.partial(fused_loss, name, None)
-        if here and name != "pallas_tpu_lean":
             inside[f"{name}, loss inside, logits kept"] = functools.partial(fused_loss, name, KEEP)
 
     def rival(implementation):

@@ -123,7 +123,7 @@ FIELDS = {
     "kernel.implementation": ("chunked", REWARD, "is not used by stage 'reward'"),
     "kernel.fuse_loss": ("off", REWARD, "is not used by stage 'reward'"),
     "kernel.workspace_mib": (9, {"kernel.implementation": "reference"}, "which holds all logits at once"),
-    "kernel.kept_logits_mib": (9, {"kernel.implementation": "pallas_tpu_lean"}, "which holds no logits"),
+    "kernel.kept_logits_mib": (9, {"kernel.implementation": "reference"}, "which holds all logits at once"),
     "mesh.preset": EVEN_SO + "beside axes of the user's own it says when weights are gathered",
     "mesh.data": ALWAYS,
     "mesh.fsdp": ALWAYS,

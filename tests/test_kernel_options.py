@@ -26,8 +26,8 @@ NUMBERS = {  # options that change what comes out
     "vocab_size": {"vocab_size": 300},
 }
 COSTS = {  # options that change how it is computed, and the implementations that have nothing they could change
-    "workspace_bytes": ({"workspace_bytes": 2**20}, {"reference", "pallas_tpu_lean"}),
-    "kept_bytes": ({"kept_bytes": 2**30}, {"reference", "pallas_tpu_lean"}),
+    "workspace_bytes": ({"workspace_bytes": 2**20}, {"reference"}),
+    "kept_bytes": ({"kept_bytes": 2**30}, {"reference"}),
     "vocab_block": ({"vocab_block": 128}, {"reference"}),
     "placement": ({"placement": Placement(MESH, ("data",))}, {"reference"}),  # XLA partitions it
     "interpret": (None, {"reference", "chunked"}),  # nothing to emulate

@@ -19,7 +19,6 @@ MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 
 ENGINES = {
     "chunked": chunked.token_stats,
     "pallas_tpu": pallas_tpu.token_stats,
-    "pallas_tpu_lean": pallas_tpu.lean_token_stats,
     "pallas_triton": pallas_triton.token_stats,
 }
 

@@ -304,8 +304,8 @@ def test_a_request_is_kept():
     assert dense.reason == (
         "requested: holds 500.0 MiB of logits (4096 tokens x 32000 entries); loss apart: reference has no kernel for it"
     )
-    lean = logprobs.choose(**{**HERE, "target": TARGETS["v5p"]}, requested="pallas_tpu_lean")
-    assert lean == logprobs.Choice("pallas_tpu_lean", True, False, "requested; loss inside")
+    tpu = logprobs.choose(**{**HERE, "target": TARGETS["v5p"]}, requested="pallas_tpu")
+    assert tpu == logprobs.Choice("pallas_tpu", True, False, "requested; loss inside")
     emulated = logprobs.choose(**HERE, requested="pallas_tpu")
     assert emulated.interpret and "emulated on the CPU: for tests, very slow" in emulated.reason
 

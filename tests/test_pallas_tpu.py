@@ -12,7 +12,6 @@ from fpo_jax.kernels.lm_head import pallas_tpu
 from fpo_jax.kernels.lm_head.spec import HeadSpec
 from tests import jaxpr_tools, test_kernels, tolerances
 
-KERNELS = {"pallas_tpu": pallas_tpu.token_stats, "pallas_tpu_lean": pallas_tpu.lean_token_stats}
 CASES = [
     (1000, {}),
     (1024, {}),
@@ -30,12 +29,11 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize(("V", "options"), CASES, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_values_and_gradients_match_float64(name, V, options, dtype, small_tiles):
+def test_values_and_gradients_match_float64(V, options, dtype, small_tiles):
     """300 tokens in tiles of 128: two whole ones and one that ends inside."""
     spec = HeadSpec(**options, want_entropy=True, want_argmax=True, interpret=True)
     args = test_kernels.inputs(V, tokens=300 if V < 2000 else 130, vocab_size=spec.vocab_size, dtype=dtype)
-    results = test_kernels.run(KERNELS[name], *args, spec=spec)
+    results = test_kernels.run(pallas_tpu.token_stats, *args, spec=spec)
     assert all(x.dtype == jnp.float32 for x in results[0])
     assert results[1].dtype == results[2].dtype == dtype
     gradients = tolerances.KERNEL_GRADIENT_F32 if dtype == "float32" else tolerances.KERNEL_GRADIENT_BF16
@@ -44,12 +42,11 @@ def test_values_and_gradients_match_float64(name, V, options, dtype, small_tiles
     )
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_float32_master_head_is_cast_tile_by_tile(name, small_tiles):
+def test_float32_master_head_is_cast_tile_by_tile(small_tiles):
     hidden_ND, _, targets_N, cotangents = test_kernels.inputs(300, dtype="bfloat16")
     _, head_VD, _, _ = test_kernels.inputs(300)
     spec = HeadSpec(compute_dtype="bfloat16", interpret=True)
-    results = test_kernels.run(KERNELS[name], hidden_ND, head_VD, targets_N, cotangents, spec=spec)
+    results = test_kernels.run(pallas_tpu.token_stats, hidden_ND, head_VD, targets_N, cotangents, spec=spec)
     assert results[1].dtype == jnp.bfloat16 and results[2].dtype == jnp.float32
     expected = test_kernels.oracle(hidden_ND, head_VD.astype(jnp.bfloat16), targets_N, cotangents, spec=spec)
     test_kernels.assert_matches_oracle(
@@ -78,10 +75,9 @@ def raced(function):
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "vocab_size": 333}], ids=str)
 def test_no_race_between_two_cores(options, small_tiles):
-    """Every kernel: forward, dhidden, dhead."""
     spec = HeadSpec(**options, want_entropy=True)
     args = test_kernels.inputs(384, tokens=256, width=128, vocab_size=spec.vocab_size)
-    found, results = raced(lambda: test_kernels.run(pallas_tpu.lean_token_stats, *args, spec=spec))
+    found, results = raced(lambda: test_kernels.run(pallas_tpu.token_stats, *args, spec=spec))
     assert not found
     test_kernels.assert_matches_oracle(
         results,
@@ -110,20 +106,19 @@ def test_the_race_detector_sees_a_race():
     assert raced(racy)[0]
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_no_array_of_logits(name, small_tiles):
+def test_no_array_of_logits(small_tiles):
     """A tile of 128 by 128 is the largest thing with a vocabulary in it, forward and backward."""
     spec = HeadSpec(interpret=True, vocab_size=1203, want_entropy=True)
     hidden_ND, head_VD, targets_N, cotangents = test_kernels.inputs(**test_kernels.SIZES, vocab_size=1203)
-    function = functools.partial(test_kernels.weighted, KERNELS[name], targets_N, cotangents, spec)
+    function = functools.partial(test_kernels.weighted, pallas_tpu.token_stats, targets_N, cotangents, spec)
     elements = test_kernels.SIZES["tokens"] * test_kernels.SIZES["V"]
     for function_ in (function, jax.value_and_grad(function, (0, 1))):
         assert not jaxpr_tools.arrays_in_jaxpr(function_, hidden_ND, head_VD, elements=elements)
 
 
 def test_what_does_not_fit_is_refused():
-    assert pallas_tpu.unsupported(width=4096, head_dtype="float32", dtype="bfloat16", backward=True) == ""
-    wide = pallas_tpu.unsupported(width=65536, head_dtype="bfloat16", dtype="bfloat16", backward=False)
+    assert pallas_tpu.unsupported(width=4096, head_dtype="float32", dtype="bfloat16") == ""
+    wide = pallas_tpu.unsupported(width=65536, head_dtype="bfloat16", dtype="bfloat16")
     assert wide == "D=65536: the smallest tile of the forward kernel takes 64 MiB of VMEM, 58 MiB are there"
     with jax.enable_x64(True), pytest.raises(ValueError, match="float64 operands; the TPU kernels .* use the impl"):
         args = test_kernels.inputs(300, dtype="float64")

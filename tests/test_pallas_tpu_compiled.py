@@ -20,7 +20,6 @@ FORWARD_BYTES = 20 * MIB  # the issue's limit for forward and loss; measured 0.0
 # Workspace of 192 MiB, dhidden of 128, a block of the head; a copy of the larger heads would be 1,002 and 1,750.
 # Measured 142 to 289; with a float32 head to 352 (v7x, libtpu 0.0.52) or 481 (v7x, libtpu 0.0.50, which buffers more).
 BACKWARD_BYTES = 512 * MIB
-LEAN_BYTES = 1 * MIB  # both passes in kernels; measured 0.05 to 0.3
 
 
 @pytest.fixture(autouse=True)
@@ -59,15 +58,10 @@ def test_forward_needs_no_memory(target, D, V, options):
 @pytest.mark.parametrize("head_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("D", "V", "options"), HEADS[1:], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-def test_gradients_need_a_workspace_or_nothing(target, D, V, options, head_dtype):
+def test_gradients_need_a_workspace(target, D, V, options, head_dtype):
     """Neither a copy of the head in bfloat16 nor a padded one for the odd vocabulary."""
     mixed = compiled(target, pallas_tpu.token_stats, D, V, backward=True, head_dtype=head_dtype, **options)
     assert temporaries(mixed) < BACKWARD_BYTES
-    lean = compiled(target, pallas_tpu.lean_token_stats, D, V, backward=True, head_dtype=head_dtype, **options)
-    assert temporaries(lean) < LEAN_BYTES
-    assert {name for name in ("token_stats", "dhidden", "dhead") if name in lean.as_text()} == {
-        "token_stats", "dhidden", "dhead"
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("width", [5120, 8192, 16384])
@@ -75,12 +69,7 @@ def test_gradients_need_a_workspace_or_nothing(target, D, V, options, head_dtype
 def test_tiles_of_wide_models_fit_in_vmem(target, width):
     """64 MiB on these two; the compiler refuses what does not fit."""
     for dtype in ("bfloat16", "float32"):
-        compiled(target, pallas_tpu.lean_token_stats, width, 2048, tokens=1024, backward=True, head_dtype=dtype)
-
-
-def test_frozen_head_drops_its_kernel():
-    program = compiled("v5e-4", pallas_tpu.lean_token_stats, 256, 2048, tokens=1024, backward=True, argnums=(0,))
-    assert "dhidden" in program.as_text() and "dhead" not in program.as_text()
+        compiled(target, pallas_tpu.token_stats, width, 2048, tokens=1024, backward=True, head_dtype=dtype)
 
 
 @pytest.mark.parametrize("kernel", [chunked.token_stats, pallas_tpu.token_stats], ids=["chunked", "pallas_tpu"])

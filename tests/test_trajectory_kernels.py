@@ -24,7 +24,6 @@ KERNELS = {
     "dense": {"implementation": "reference"},
     "TPU kernel": {"implementation": "pallas_tpu", "interpret": True},
     "TPU kernel with the loss in it": {"implementation": "pallas_tpu", "fuse_loss": True, "interpret": True},
-    "TPU kernels forward and backward": {"implementation": "pallas_tpu_lean", "interpret": True},
     "Triton kernel": {"implementation": "pallas_triton", "interpret": True},
 }
 

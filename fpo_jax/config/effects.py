@@ -101,11 +101,6 @@ IDLE = (
         lambda c: c.kernel.implementation == "reference",
         "by kernel.implementation='reference', which holds all logits at once; unset it",
     ),
-    Idle(
-        ("kernel.kept_logits_mib",),
-        lambda c: c.kernel.implementation == "pallas_tpu_lean",
-        "by kernel.implementation='pallas_tpu_lean', which holds no logits; unset it",
-    ),
 )
 
 

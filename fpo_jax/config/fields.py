@@ -41,7 +41,7 @@ FORMATS = ("hh", "chat_pairs", "chat_groups", "json", "tldr", "tldr_sft", "imdb"
 STAGES = ("sft", "reward", "align")
 REMAT = ("none", "dots", "full", "offload")
 ATTENTION = ("auto", "xla", "chunked", "cudnn", "mosaic", "splash")
-KERNELS = ("auto", "reference", "chunked", "pallas_tpu", "pallas_tpu_lean", "pallas_gpu", "pallas_triton")
+KERNELS = ("auto", "reference", "chunked", "pallas_tpu", "pallas_gpu", "pallas_triton")
 SCHEDULES = ("cosine", "linear", "constant")
 PRESETS = ("fsdp", "zero3", "zero2", "multi_gpu", "hybrid")
 

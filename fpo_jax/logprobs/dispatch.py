@@ -19,20 +19,17 @@ IMPLEMENTATIONS = {
     "reference": reference.token_stats,
     "chunked": chunked.token_stats,
     "pallas_tpu": pallas_tpu.token_stats,
-    "pallas_tpu_lean": pallas_tpu.lean_token_stats,
     "pallas_gpu": pallas_gpu.token_stats,
     "pallas_triton": pallas_triton.token_stats,
 }
 ENGINES: dict[str, blocks.Engine] = {
     "chunked": chunked.ENGINE,
     "pallas_tpu": pallas_tpu.ENGINE,
-    "pallas_tpu_lean": pallas_tpu.LEAN_ENGINE,
     "pallas_gpu": pallas_gpu.ENGINE,
     "pallas_triton": pallas_triton.ENGINE,
 }
 PLATFORMS = {  # the others run everywhere
     "pallas_tpu": "tpu",
-    "pallas_tpu_lean": "tpu",
     "pallas_gpu": "gpu",
     "pallas_triton": "gpu",
 }
@@ -173,8 +170,7 @@ def _obstacle(implementation: str, *, target: Target, shapes: HeadShapes, dtype,
     if needs == "tpu":
         if target.platform == "tpu" and not target.device_kind.startswith(TPU_KINDS):
             return f"{target.device_kind or 'this TPU'} is not one of v5e, v5p, v6e, v7x"
-        lean = implementation == "pallas_tpu_lean"
-        return pallas_tpu.unsupported(width=shapes.width, head_dtype=head_dtype, dtype=dtype, backward=lean)
+        return pallas_tpu.unsupported(width=shapes.width, head_dtype=head_dtype, dtype=dtype)
     if implementation == "pallas_triton":
         return pallas_triton.unsupported(
             width=shapes.width,

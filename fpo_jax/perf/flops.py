@@ -144,8 +144,6 @@ KERNELS = {
     "dlogits": (1, "head"),
     "token_stats": (1, "head"),  # pallas_tpu
     "group_loss": (0, "head"),  # a few numbers per token
-    "dhidden": (2, "head"),  # pallas_tpu_lean: each recomputes the logits
-    "dhead": (2, "head"),
     "dot_product_attention_fwd_wrapper": (2, "NTHC"),
     "dot_product_attention_bwd_wrapper": (5, "NTHC"),  # the scores again, dv, dp, dq, dk
     "chunked_attention_fwd": (2, "XNGRQC"),  # of packed rows a bound: what lies outside a group is passed over

@@ -1,8 +1,8 @@
 """`token_stats` in Pallas for TPUs: logits live in VMEM only, one tile at a time.
 
-In: hidden states, head, targets. Out: `TokenStats`. `token_stats` runs the forward pass as one kernel and the backward
-pass as XLA blocks (8NDV floating-point operations in all, a workspace of `spec.workspace_bytes`); `lean_token_stats`
-runs both as kernels (10NDV, no workspace). Runs on v5e, v5p, v6e and v7x; anywhere else with `spec.interpret`.
+In: hidden states, head, targets. Out: `TokenStats`. The forward pass is one kernel, the backward pass XLA blocks (8NDV
+floating-point operations in all, a workspace of `spec.workspace_bytes`). Runs on v5e, v5p, v6e and v7x; anywhere else
+with `spec.interpret`.
 
 A tile of logits is [W, M], vocabulary down and tokens across, so that every per-token number is a row vector: the
 softmax reduces over sublanes, and [1, N] arrays need no lane padding. The head is read as it is, [V, D]: no padded
@@ -41,45 +41,35 @@ def token_stats(
     return blocks.token_stats(hidden_ND, head_VD, targets_N, spec=spec, engine=ENGINE)
 
 
-def lean_token_stats(
-    hidden_ND: specs.Array, head_VD: specs.Array, targets_N: specs.Array, *, spec: specs.HeadSpec
-) -> specs.TokenStats:
-    """Compute the same with the backward pass in kernels too: two more products of logits, no workspace."""
-    return blocks.token_stats(hidden_ND, head_VD, targets_N, spec=spec, engine=LEAN_ENGINE)
-
-
-def unsupported(*, width: int, head_dtype, dtype, backward: bool) -> str:
+def unsupported(*, width: int, head_dtype, dtype) -> str:
     """Return why these kernels cannot run, in words; "" where they can.
 
     Args:
         width: D.
         head_dtype: of the head in memory.
         dtype: of the operands.
-        backward: whether the gradients are kernels too.
     """
     if jnp.dtype(dtype).name not in ("bfloat16", "float32"):
         return f"{jnp.dtype(dtype).name} operands; the TPU kernels multiply bfloat16 or float32"
-    passes = ("forward", "dhidden", "dhead") if backward else ("forward",)
-    for name in passes:
-        if _tiles(name, width, head_dtype, dtype) is None:
-            smallest = _vmem_bytes(name, *TILES[-1], width, head_dtype, dtype)
-            return (
-                f"D={width}: the smallest tile of the {name} kernel takes {smallest / 2**20:.0f} MiB of VMEM, "
-                f"{(VMEM_BYTES - VMEM_MARGIN) / 2**20:.0f} MiB are there"
-            )
+    if _tiles(width, head_dtype, dtype) is None:
+        smallest = _vmem_bytes(*TILES[-1], width, head_dtype, dtype)
+        return (
+            f"D={width}: the smallest tile of the forward kernel takes {smallest / 2**20:.0f} MiB of VMEM, "
+            f"{(VMEM_BYTES - VMEM_MARGIN) / 2**20:.0f} MiB are there"
+        )
     return ""
 
 
-def _obstacle(hidden_ND, head_VD, spec: specs.HeadSpec, *, backward: bool) -> str:
+def _obstacle(hidden_ND, head_VD, spec: specs.HeadSpec) -> str:
     operand = specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
-    return unsupported(width=hidden_ND.shape[1], head_dtype=head_VD.dtype, dtype=operand, backward=backward)
+    return unsupported(width=hidden_ND.shape[1], head_dtype=head_VD.dtype, dtype=operand)
 
 
 def forward_block(
     hidden_MD, head_WD, targets_M, first, last, *, spec: specs.HeadSpec, running: blocks.Partials | None = None
 ) -> blocks.Partials:
     """Fold the rows [first, last) of a block of the head into the running softmax, in place, in one kernel."""
-    call = Call.of("forward", hidden_MD, head_WD, (targets_M,), (first, last))
+    call = Call.of(hidden_MD, head_WD, targets_M, (first, last))
     row = jax.ShapeDtypeStruct((1, hidden_MD.shape[0]), jnp.float32)
     before = () if running is None else running
     partials_1M = pl.pallas_call(
@@ -116,7 +106,7 @@ def write(references, values) -> None:
 def fold_tile(partials, window, hidden, head, targets, *, call, spec: specs.HeadSpec) -> blocks.Partials:
     """Fold a tile of logits into the running softmax held in `partials`; every field is [1, M]."""
     max_1M, sum_1M, target_logit_1M, centred_1M = (reference[...] for reference in partials)
-    logits_WM, _, columns_WM = _logits(window, hidden, head, call=call, spec=spec)
+    logits_WM, columns_WM = _logits(window, hidden, head, call=call, spec=spec)
     new_max_1M = jnp.maximum(max_1M, jnp.max(logits_WM, axis=0, keepdims=True))
     shift_1M, shifted_WM = max_1M - new_max_1M, logits_WM - new_max_1M
     scale_1M, exp_WM = jnp.exp(shift_1M), jnp.exp(shifted_WM)
@@ -128,141 +118,55 @@ def fold_tile(partials, window, hidden, head, targets, *, call, spec: specs.Head
     return blocks.Partials(new_max_1M, sum_1M, target_logit_1M, centred_1M)
 
 
-def backward_block(
-    hidden_MD, head_WD, targets_M, lse_M, dtarget_M, dlse_M, first, last, *, spec: specs.HeadSpec, dtypes
-) -> tuple[jax.Array, jax.Array]:
-    """Return dhidden and dhead through a block of the head: a kernel each, and each recomputes the logits."""
-    rows_M = (targets_M, lse_M, dtarget_M, dlse_M)
-    gradients = []
-    for name, kernel, operand, dtype in (
-        ("dhidden", _dhidden_kernel, hidden_MD, dtypes[0]),
-        ("dhead", _dhead_kernel, head_WD, dtypes[1]),
-    ):
-        call = Call.of(name, hidden_MD, head_WD, rows_M, (first, last))
-        tile_shape = (call.tokens if name == "dhidden" else call.rows, operand.shape[1])
-        gradients.append(
-            pl.pallas_call(
-                functools.partial(kernel, call=call, spec=spec),
-                grid=call.grid,
-                in_specs=call.in_specs,
-                out_specs=pl.BlockSpec(tile_shape, lambda i, j: (i, 0)),
-                out_shape=jax.ShapeDtypeStruct(operand.shape, dtype),
-                scratch_shapes=[pltpu.VMEM(tile_shape, jnp.float32)],
-                compiler_params=parameters("parallel", "arbitrary"),
-                interpret=spec.interpret,
-                name=name,
-            )(*call.inputs)
-        )
-    return gradients[0], gradients[1]
-
-
-def _dhidden_kernel(window, hidden, head, targets, lse, dtarget, dlse, out, total, *, call, spec):
-    """Sum dlogits^T . head over the tiles of the head."""
-    dlogits_WM = _dlogits(window, hidden, head, targets, lse, dtarget, dlse, call=call, spec=spec)
-    head_WD = _inside(head[...], pl.program_id(1) * call.rows, call.row_total).astype(dlogits_WM.dtype)
-    _accumulate(total, out, specs.product(dlogits_WM, head_WD, 0, 0))
-
-
-def _dhead_kernel(window, hidden, head, targets, lse, dtarget, dlse, out, total, *, call, spec):
-    """Sum dlogits . hidden over the tiles of tokens."""
-    dlogits_WM = _dlogits(window, hidden, head, targets, lse, dtarget, dlse, call=call, spec=spec)
-    hidden_MD = _inside(hidden[...], pl.program_id(1) * call.tokens, call.token_total)
-    _accumulate(total, out, specs.product(dlogits_WM, hidden_MD, 1, 0))
-
-
-def _dlogits(window, hidden, head, targets, lse, dtarget, dlse, *, call, spec: specs.HeadSpec):
-    """Gradient of the raw products of a tile, rounded to operands; 0 outside the window and beyond the tokens."""
-    logits_WM, slope_WM, columns_WM = _logits(window, hidden, head, call=call, spec=spec)
-    dlogits_WM = dlse[...] * jnp.exp(logits_WM - lse[...])
-    dlogits_WM = (dlogits_WM + jnp.where(columns_WM == targets[...], dtarget[...], 0)) * slope_WM
-    tokens_WM = pl.program_id(call.token_axis) * call.tokens + lax.broadcasted_iota(jnp.int32, logits_WM.shape, 1)
-    counts_WM = (columns_WM >= window[0]) & (columns_WM < window[1]) & (tokens_WM < call.token_total)
-    return jnp.where(counts_WM, dlogits_WM, 0).astype(hidden.dtype)
-
-
 def _logits(window, hidden, head, *, call, spec: specs.HeadSpec):
-    """Logits of a tile, their slopes, and the columns of the block they belong to."""
+    """Logits of a tile, and the columns of the block they belong to."""
     raw_WM = specs.product(head[...].astype(hidden.dtype), hidden[...], 1, 1)
-    columns_WM = pl.program_id(1 - call.token_axis) * call.rows + lax.broadcasted_iota(jnp.int32, raw_WM.shape, 0)
-    logits_WM, slope_WM = specs.cap(raw_WM, spec)
+    columns_WM = pl.program_id(1) * call.rows + lax.broadcasted_iota(jnp.int32, raw_WM.shape, 0)
+    logits_WM, _ = specs.cap(raw_WM, spec)
     counts_WM = (columns_WM >= window[0]) & (columns_WM < window[1])
-    return jnp.where(counts_WM, logits_WM, blocks.MASKED_LOGIT), slope_WM, columns_WM
-
-
-def _inside(tile, first, total):
-    """Zero the rows of a tile that lie beyond the array: there is anything in them, NaN included."""
-    rows = first + lax.broadcasted_iota(jnp.int32, tile.shape, 0)
-    return jnp.where(rows < total, tile, 0)
-
-
-def _accumulate(total, out, more) -> None:
-    """Add to a float32 sum over the inner grid axis, and write it out at the end."""
-    inner = pl.program_id(1)
-
-    @pl.when(inner == 0)
-    def _():
-        total[...] = jnp.zeros_like(total)
-
-    total[...] += more
-
-    @pl.when(inner == pl.num_programs(1) - 1)
-    def _():
-        out[...] = total[...].astype(out.dtype)
+    return jnp.where(counts_WM, logits_WM, blocks.MASKED_LOGIT), columns_WM
 
 
 class Call(NamedTuple):
-    """How a kernel walks the plane: tiles of tokens by tiles of the head, the axis it sums over inside."""
+    """How the kernel walks the plane: tiles of tokens by tiles of the head, the head inside."""
 
-    tokens: int  # in a tile
     rows: int  # of the head in a tile
-    token_total: int
-    row_total: int
-    token_axis: int  # of the grid
     grid: tuple[int, int]
     in_specs: list
     inputs: tuple
     row_spec: pl.BlockSpec  # of a [1, N] array
 
     @staticmethod
-    def of(name: str, hidden_MD, head_WD, rows_M, window) -> "Call":
-        """Cut the plane for the kernel `name`; `rows_M` are its per-token inputs, `window` the columns that count."""
+    def of(hidden_MD, head_WD, targets_M, window) -> "Call":
+        """Cut the plane; `window` are the rows of the head that count."""
         (token_total, width), row_total = hidden_MD.shape, head_WD.shape[0]
-        tiles = _tiles(name, width, head_WD.dtype, hidden_MD.dtype)
+        tiles = _tiles(width, head_WD.dtype, hidden_MD.dtype)
         assert tiles is not None, "check() comes first"
         tokens, rows = min(tiles[0], token_total), min(tiles[1], row_total)
-        token_axis = 1 if name == "dhead" else 0
-        counts = pl.cdiv(token_total, tokens), pl.cdiv(row_total, rows)
-
-        def at(axis, *index):
-            """A block that follows one axis of the grid."""
-            return lambda i, j: tuple((i, j)[axis] if k is None else k for k in index)
-
-        row_spec = pl.BlockSpec((1, tokens), at(token_axis, 0, None))
+        row_spec = pl.BlockSpec((1, tokens), lambda i, j: (0, i))
         in_specs = [
             pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((tokens, width), at(token_axis, None, 0)),
-            pl.BlockSpec((rows, width), at(1 - token_axis, None, 0)),
-            *[row_spec] * len(rows_M),
+            pl.BlockSpec((tokens, width), lambda i, j: (i, 0)),
+            pl.BlockSpec((rows, width), lambda i, j: (j, 0)),
+            row_spec,
         ]
-        inputs = (jnp.array(window, jnp.int32), hidden_MD, head_WD, *(x_M[None] for x_M in rows_M))
-        grid = counts[::-1] if token_axis else counts
-        return Call(tokens, rows, token_total, row_total, token_axis, grid, in_specs, inputs, row_spec)
+        inputs = (jnp.array(window, jnp.int32), hidden_MD, head_WD, targets_M[None])
+        return Call(rows, (pl.cdiv(token_total, tokens), pl.cdiv(row_total, rows)), in_specs, inputs, row_spec)
 
 
-def _tiles(name: str, width: int, head_dtype, dtype) -> tuple[int, int] | None:
-    """Largest (tokens, head rows) of TILES that a kernel has room for in VMEM; None if not even the smallest."""
+def _tiles(width: int, head_dtype, dtype) -> tuple[int, int] | None:
+    """Largest (tokens, head rows) of TILES that the kernel has room for in VMEM; None if not even the smallest."""
     for tokens, rows in TILES:
-        if _vmem_bytes(name, tokens, rows, width, head_dtype, dtype) <= VMEM_BYTES - VMEM_MARGIN:
+        if _vmem_bytes(tokens, rows, width, head_dtype, dtype) <= VMEM_BYTES - VMEM_MARGIN:
             return tokens, rows
     return None
 
 
-def _vmem_bytes(name: str, tokens: int, rows: int, width: int, head_dtype, dtype) -> int:
-    """VMEM of one kernel: operands and result twice (the pipeline), a float32 sum, and four tiles of logits."""
+def _vmem_bytes(tokens: int, rows: int, width: int, head_dtype, dtype) -> int:
+    """VMEM of the kernel: operands twice (the pipeline), and four tiles of logits."""
     operand, head = jnp.dtype(dtype).itemsize, jnp.dtype(head_dtype).itemsize
     cast = 0 if operand == head else rows * width * operand
-    total = {"forward": 0, "dhidden": tokens, "dhead": rows}[name] * width * 4
-    return 2 * width * (tokens * operand + rows * head) + cast + 3 * total + 4 * tokens * rows * 4
+    return 2 * width * (tokens * operand + rows * head) + cast + 4 * tokens * rows * 4
 
 
 def parameters(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
@@ -285,13 +189,5 @@ ENGINE = chunked.engine(
     plan_forward=_plan_whole,
     plan_backward=chunked.plan,
     loss_parameters=LOSS_PARAMETERS,
-    obstacle=functools.partial(_obstacle, backward=False),
-)
-LEAN_ENGINE = blocks.Engine(
-    forward_block,
-    backward_block,
-    _plan_whole,
-    _plan_whole,
-    loss_parameters=LOSS_PARAMETERS,
-    obstacle=functools.partial(_obstacle, backward=True),
+    obstacle=_obstacle,
 )

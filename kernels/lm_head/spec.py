@@ -103,7 +103,7 @@ class HeadSpec:
             On one device, `chunked` keeps the whole plane from the forward to the backward pass where it fits.
         kept_bytes: bound on a whole plane of logits that is kept from the forward to the backward pass, with what the
             backward pass needs beside it, per device: two products less, on any mesh, for any implementation but the
-            lean one and the reference. 0: the logits are always computed again. None: as `workspace_bytes` says.
+            reference. 0: the logits are always computed again. None: as `workspace_bytes` says.
         vocab_block: rows of the head per block; the tokens are then cut to fit the budget. None: as many as fit.
         placement: where tokens and head live on a mesh; None for one device, or to leave the partitioning to XLA,
             which it can do for `chunked` alone.
