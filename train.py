@@ -5,7 +5,8 @@ The program is `fpo_jax/cli/train.py`, with its flags and exit codes; where the 
 
 import sys
 
-from fpo_jax.cli import train
+from fpo_jax.cli import process, train
 
 if __name__ == "__main__":
+    process.without_torch()
     sys.exit(train.main())

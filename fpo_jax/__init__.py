@@ -9,9 +9,13 @@ trainer.save_pretrained("exported")
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Trainer", "__version__", "load_config"]
+__all__ = ["CausalLM", "Trainer", "__version__", "load_config"]
 
-_PLACES = {"Trainer": "fpo_jax.trainer.trainer", "load_config": "fpo_jax.config.overrides"}
+_PLACES = {
+    "CausalLM": "fpo_jax.inference.causal_lm",
+    "Trainer": "fpo_jax.trainer.trainer",
+    "load_config": "fpo_jax.config.overrides",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ import runpy
 import sys
 
 from fpo_jax import __version__
+from fpo_jax.cli import process
 
 PROGRAMS = {  # name -> module, what it does
     "train": ("fpo_jax.cli.train", "train a model: SFT, a reward model, or a preference loss"),
@@ -26,6 +27,12 @@ PROGRAMS = {  # name -> module, what it does
 }
 
 
+def command() -> None:
+    """Be the command `fpo`."""
+    process.without_torch()
+    main()
+
+
 def main() -> None:
     """Run the program that the command line names."""
     name, *rest = sys.argv[1:] or ["--help"]
@@ -43,4 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -252,7 +252,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     eos_ids = config.eos_ids
     keys["eos_token_id"] = None if not eos_ids else eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
     if config.query_scale is not None:
-        keys["query_pre_attn_scalar"] = config.query_scale**-2
+        scalar = config.query_scale**-2
+        keys["query_pre_attn_scalar"] = round(scalar) if math.isclose(scalar, round(scalar)) else scalar
     keys |= {key: 0.0 for key, absent in _DROPOUT_OF[config.family].items() if absent} | dict(config.dropout)
     if config.learned_positions:
         return {"model_type": config.family, **keys, **head_keys(config)}
