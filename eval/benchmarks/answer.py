@@ -91,7 +91,7 @@ def run(options: Options) -> list[Path]:
 
     Raises:
         ValueError: an option, the questions or the model cannot be used.
-        execution.Stopped: a signal; what was answered is saved.
+        preemption.Stopped: a signal; what was answered is saved.
     """
     temperature, max_new_tokens = _decoding(options)
     questions = _questions(options, temperature)

@@ -99,7 +99,7 @@ def run(options: Options) -> dict[str, Any]:
 
     Raises:
         ValueError: an option, an answer file or the judge cannot be used.
-        execution.Stopped: a signal; the replies so far are kept.
+        preemption.Stopped: a signal; the replies so far are kept.
     """
     kind = _check(options)
     pairs, unmatched = _pairs(options)

@@ -81,7 +81,7 @@ def run(options: Options) -> Summary:
 
     Raises:
         ValueError: an option, the data or the model cannot be used; or the file belongs to another job.
-        execution.Stopped: a signal; what was answered is saved.
+        preemption.Stopped: a signal; what was answered is saved.
     """
     decoding = _decoding(options, ())
     check(options)

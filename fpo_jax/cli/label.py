@@ -79,7 +79,7 @@ def run(options: Options) -> Summary:
 
     Raises:
         ValueError: an option, the data or the model cannot be used; or the file belongs to another job.
-        execution.Stopped: a signal; what was scored is saved.
+        preemption.Stopped: a signal; what was scored is saved.
     """
     _check(options)
     lines = _lines(options.data)

@@ -1,7 +1,7 @@
 """Config fields that would change nothing beside the others: one table, each entry with what makes it so and a remedy.
 
 Only a value that differs from its default is refused, and none that a recipe sets to say what its family of runs has in
-common. What depends on the loss, on the data or on the steps of the run is checked in `job`, where these are known.
+common. What depends on the loss, on the data or on the steps of the run is checked in `trainer`, where these are known.
 """
 
 from collections.abc import Callable

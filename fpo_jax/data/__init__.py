@@ -1,16 +1,13 @@
-"""Records -> prepared token rows -> batches. NumPy on the host; no JAX arrays, no torch.
+"""Examples -> tokenised groups -> batches. NumPy on the host; no JAX arrays, no torch.
 
-sources      files, saved data sets and hub names -> rows
-records      rows of a named format -> `Records`
-transcripts  HH-RLHF transcripts -> prompt and two responses
-reviews      movie reviews -> prompt, response and label
-prepared     records -> `Prepared` (flat token storage) with an `Audit` of everything cut, dropped or odd
-packing      short texts of `Prepared` packed into rows
-audit        what the audit counts, as text and as JSON
-mixing       several sources as one
-decontamination  records that repeat a benchmark are dropped
-layouts      whole groups packed into rows, their prompts standing once
-batches      order of the groups, resumable cursor, static shapes -> `shapes.Batch`
+loading            files, saved data sets and hub names -> rows; tabular_files and columns read and name them
+formats            rows of a named format -> `Records`; hh_rlhf and imdb are two of them
+mixture            several sources as one
+decontamination    records that repeat a benchmark are dropped
+tokenize           records -> `Prepared` (tokenized), with an `Audit` (audit) of everything cut, dropped or odd
+sequence_packing   short texts packed into sequences
+group_packing      whole groups packed into sequences, their prompts standing once
+sampler            order of the groups, resumable cursor, static shapes -> `types.Batch`
 """
 
 from fpo_jax.data.audit import Audit

@@ -1,9 +1,11 @@
 """Several processes, one run: they start together, agree on what they run, and end together.
 
-startup     flags, environment or launcher -> `jax.distributed`
-agreement   what the processes tell each other over its key-value store: inputs, errors, stop requests
-ending      how a process leaves, and what the others do when one is gone
-witness     a tiny process that outlives this one and says what can be resumed
+initialize     flags, environment or launcher -> `jax.distributed`
+consensus      what the processes tell each other over its key-value store: inputs, errors, stop requests
+failure        how a process leaves, and what the others do when one is gone
+exit_reporter  a tiny process that outlives this one and says what can be resumed
+preemption     SIGTERM and SIGINT stop a run once its state is saved
+workdir_lock   a workdir takes one run at a time
 
 In one process every function here does nothing, at no cost.
 """

@@ -2,12 +2,12 @@
 
     directory ──read_config──► ModelConfig      directory ──load_params──► params      params ──export──► directory
 
-directory    files and companions of a model directory, hub downloads, fingerprint
-reading      safetensors -> sharded parameters, one layer at a time; the check of names, shapes and dtypes
+hub          files and companions of a model directory, hub downloads, fingerprint
+load         safetensors -> sharded parameters, one layer at a time; the check of names, shapes and dtypes
 companions   what stands beside the weights, as the training had it, and its check against transformers
-adapters     an adapter with its base as one model, or as PEFT's directory
-writing      parameters -> safetensors, one tensor at a time
-manifest     digests of what was written, and their check: `python -m fpo_jax.hf DIRECTORY`
+peft         an adapter with its base as one model, or as PEFT's directory
+save         parameters -> safetensors, one tensor at a time
+digests      digests of what was written, and their check: `python -m fpo_jax.hf DIRECTORY`
 
 Weights are safetensors only, one file or shards with an index, and cross through the rows of params; torch and
 pickle are never involved. Every problem of a directory is reported at once, before a single weight is placed. A model

@@ -25,7 +25,7 @@ class Loss:
 
     @property
     def temperature(self) -> float:
-        """Logits of policy and reference are divided by it before the log-softmax, in `logps`."""
+        """Logits of policy and reference are divided by it before the log-softmax, in `logprobs`."""
         return self.options.get("temperature", 1.0)
 
     @property

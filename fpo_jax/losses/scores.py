@@ -1,7 +1,7 @@
 """The scores s of the K candidates, p = softmax(s): log-probs in, one number per candidate out.
 
 Log-probs come in already summed over the tokens of a response and already at the sampling temperature: logits are
-divided by it before their log-softmax, in `logps`.
+divided by it before their log-softmax, in `logprobs`.
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
 """Conversation or plain text -> token ids and the length of the prompt. No JAX, no torch.
 
-prompt_format  how a prompt and its completions become ids: the record that runs and exports carry
-resolving      what a user says and what a directory records -> one encoder; what of a template will surprise
-templates      chat templates by name
-rendering      a template and conversations -> texts, in a process of its own with bounded time and memory
-tokenizer      load a tokenizer; encode so that text in the data can never become a control token
-thoughts       the marks of thoughts, and texts without them
-texts          the texts of a prompt and of its completions; what a template may not lose
-rules          the two ways of building rows (`raw`, `chat`)
-cutting        rows cut to a window
+prompt_format     how a prompt and its completions become ids: the record that runs and exports carry
+resolve           what a user says and what a directory records -> one encoder; what of a template will surprise
+chat_templates    chat templates by name
+template_sandbox  a template and conversations -> texts, in a process of its own with bounded time and memory
+tokenizer         load a tokenizer; encode so that text in the data can never become a control token
+thinking          the marks of thoughts, and texts without them
+completion_texts  the texts of a prompt and of its completions; what a template may not lose
+encode            the two ways of building token ids (`raw`, `chat`)
+truncation        token ids cut to a window
 """
 
 from fpo_jax.tokenization import prompt_format

@@ -50,11 +50,11 @@ class ReferencePass:
 
         Args:
             weights: of the run's starting model; another one is read where the configuration names it.
-            fingerprints: of the files of both, from `job.fingerprints`.
+            fingerprints: of the files of both, from `run_workdir.fingerprints`.
 
         Raises:
             ValueError: a file is damaged or belongs to another model; a log-prob is not finite.
-            execution.Stopped: a signal asked to stop.
+            preemption.Stopped: a signal asked to stop.
         """
         if not any(self._passes):
             return None, None

@@ -4,7 +4,7 @@
 
 Every mean is taken over the whole update, not over a micro-batch, so that the number of micro-batches changes nothing
 but rounding. An update whose loss, gradient or reference is not finite leaves the state as it was, and so does what
-`guards` adds.
+`skip_step` adds.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ class Scorer:
     def _inputs(
         self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, types.Array, types.Array, types.Array]:
-        """Hidden states, head and scored positions: what every function of `logps` starts with."""
+        """Hidden states, head and scored positions: what every function of `logprobs` starts with."""
         with jax.named_scope("model"):
             hidden_NTD = models.hidden_states(
                 params,
