@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fpo_jax import config, losses
-from fpo_jax.trainer import best_checkpoint, evaluator, metrics, run_inputs
+from fpo_jax.trainer import best_checkpoint, metrics, run_inputs
 
 WITH_ANSWERS = {"answers.count": 3, "answers.prompts": "p"}
 OF_SCORES = {"stage": "reward"}
@@ -32,7 +32,7 @@ def written(c, loss):
     ones_BK = np.ones(shape, np.float32)
     candidates = losses.Candidates(-ones_BK, -ones_BK, ones_BK, rewards_BK, np.float32(0))
     found = {"loss", *metrics.pairs(batch, response, candidates, np.ones(2, np.float32), loss)}
-    if c.stage == "sft":  # evaluation.py adds it
+    if c.stage == "sft":  # evaluator.py adds it
         found.add("perplexity")
     return {f"eval_{name}" for name in found}
 
@@ -107,7 +107,5 @@ def test_what_tells_no_best_checkpoint_is_refused_with_what_does(name, changed, 
 )
 def test_the_better_number_has_the_higher_score(name, better, worse):
     c = configured({"train.keep_best": name})
-    scores = [
-        evaluator.Evaluation.score(types.SimpleNamespace(_config=c), {name: number}) for number in (better, worse)
-    ]  # pyright: ignore[reportArgumentType]
+    scores = [best_checkpoint.score(c, {name: number}) for number in (better, worse)]
     assert scores[0] > scores[1] > -math.inf

@@ -19,7 +19,7 @@ class Job:
 
 
 def run(work, *arguments):
-    return args.run(Job, work, arguments, program="eval.job", about="what it does")
+    return args.run(Job, work, arguments, program="fpo job", about="what it does")
 
 
 def test_fields_are_options():

@@ -57,7 +57,7 @@ def test_a_pass_with_longer_rows_has_an_attention_of_its_own(root):
             (kept.evaluate, kept.state.abstract_evaluated()),
             (kept.score, kept.state.abstract_reference()),
         ):
-            batch = kept.abstract_batch(2, group_size=2, length=512, scored=64, places=2)
+            batch = kept.batches.abstract(2, group_size=2, length=512, scored=64, places=2)
             logits = "512x512xf32" in program.jitted.lower(first, batch).as_text()
             assert logits == whole, program.name  # all logits of a row at once, or blocks of them
 

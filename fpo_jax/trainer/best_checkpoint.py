@@ -34,6 +34,20 @@ UNDIRECTED = {
 }
 
 
+def score(config: configuration.Config, found: dict[str, float]) -> float | None:
+    """Return what tells the best checkpoint, higher is better; None where the run keeps none.
+
+    Raises:
+        ValueError: the evaluation does not have the metric, as no pair of its data has a preference.
+    """
+    name = config.train.keep_best
+    if not name:
+        return None
+    if name not in found:
+        raise ValueError(f"train.keep_best={name!r} is no metric of this run; choose from {', '.join(found)}.")
+    return DIRECTIONS[name] * found[name]
+
+
 def problems(config: configuration.Config, loss: losses.Loss) -> list[str]:
     """List what keeps `train.keep_best` from telling a best checkpoint: no such metric, or one without a direction."""
     name, written = config.train.keep_best, names(config, loss)

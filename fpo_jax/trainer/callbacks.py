@@ -285,15 +285,8 @@ class Checkpointing(Callback):
         self._score = None
 
     def on_evaluate(self, run: Run, step: int, found: dict[str, float], check: Callable[[], None]) -> None:
-        """Keep what tells the best checkpoint, higher is better.
-
-        Raises:
-            ValueError: the evaluation does not have the metric, as no pair of its data has a preference.
-        """
-        name = run.config.train.keep_best
-        if name and name not in found:
-            raise ValueError(f"train.keep_best={name!r} is no metric of this run; choose from {', '.join(found)}.")
-        self._score = best_checkpoint.DIRECTIONS[name] * found[name] if name else None
+        """Keep what tells the best checkpoint; errors as those of `best_checkpoint.score`."""
+        self._score = best_checkpoint.score(run.config, found)
 
     def on_step_end(self, run: Run, step: int, pairs: metrics.Pairs) -> None:
         """Save where it is due."""
