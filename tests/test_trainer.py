@@ -46,8 +46,8 @@ def test_what_a_trainer_does_and_tells(inputs, tmp_path):
     trainer = made(inputs, tmp_path / "w", extra=[told])
     trainer.train()
     assert told.events == [
-        ("evaluation", 0, True), ("step", 1, 1), ("evaluation", 2, True), ("save", 2), ("step", 2, 2), ("evaluation", 3, True),
-        ("save", 3), ("step", 3, 3), ("end",),
+        ("evaluation", 0, True), ("step", 1, 1), ("evaluation", 2, True), ("save", 2), ("step", 2, 2),
+        ("evaluation", 3, True), ("save", 3), ("step", 3, 3), ("end",),
     ]  # fmt: skip
     lines = [line for line in metric_logger.read(tmp_path / "w" / metric_logger.METRICS_FILE) if "eval_loss" in line]
     assert [line["step"] for line in lines] == [0, 2, 3]
