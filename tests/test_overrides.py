@@ -35,7 +35,7 @@ UNSET = placeholders(configuration.default())
 def given(file, *settings):
     """The configuration of a command line, as train.py and fpo pipeline read it."""
     arguments = ["--config", str(REPO / "configs" / file), *(f"--config.{setting}" for setting in settings)]
-    return overrides.parse(overrides.flag_values(arguments, ""), arguments, keys="a file", about=None)
+    return overrides.parse(overrides.flag_values(arguments), arguments, keys="a file", about=None)
 
 
 def both(file, keys):

@@ -344,7 +344,7 @@ def test_the_training_command_of_the_report_gives_the_configuration_that_was_use
     words = shlex.split(command.replace("\\\n", " "))
     at = words.index("--config")
     words[at + 1] = str(paths.REPO / words[at + 1])
-    values = overrides.flag_values(words[2:], "")
+    values = overrides.flag_values(words[2:])
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     config = overrides.parse(values, words[2:], keys="", about=None)
     used = json.loads((workdir / "align-alpha" / "config.json").read_text())

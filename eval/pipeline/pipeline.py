@@ -322,7 +322,7 @@ def _files(splits: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    values = overrides.flag_values(arguments, "A recipe's name, or a file; override with --config.key=value.")
+    values = overrides.flag_values(arguments)
     flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.", flag_values=values)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     keys = "the recipe's file in configs/pipelines/, with configs/pipelines/common.py,"

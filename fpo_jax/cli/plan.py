@@ -15,7 +15,7 @@ from fpo_jax.config import overrides
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan of the command line's run; return the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    values = overrides.flag_values(arguments, "A recipe's name, or a file; override with --config.key=value.")
+    values = overrides.flag_values(arguments)
     flags.DEFINE_string("target", "here", "h100:4, h100:2x8, v5e-16, v5p-2x8, ..., here.", flag_values=values)
     try:
         config = overrides.parse(values, arguments, keys="`fpo config`", about=__doc__)

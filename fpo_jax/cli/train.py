@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: list[str]) -> tuple[object, flags.FlagValues, range]:
     """Parse the flags; a key that does not exist or a value of another type ends the program with one sentence."""
-    values = overrides.flag_values(arguments, "A recipe's name, or a file; override with --config.key=value.")
+    values = overrides.flag_values(arguments)
     of: Any = {"flag_values": values}
     flags.DEFINE_string("workdir", "", "Folder for checkpoints, metrics and logs; resumes what it holds.", **of)
     flags.DEFINE_string("distributed", "auto", "auto: as the launcher or the flags below say; on; off: alone.", **of)

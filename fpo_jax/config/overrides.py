@@ -34,16 +34,16 @@ _PARSERS = {
 }
 
 
-def flag_values(arguments: list[str], about: str) -> flags.FlagValues:
+def flag_values(arguments: list[str]) -> flags.FlagValues:
     """Return the flags of a program with --config among them, to which it adds its own.
 
     Args:
         arguments: of the command line, without the program; --config.key=value are looked for in them.
-        about: what --help says of --config.
     """
     for kind, parser in _PARSERS.items():
         config_flags.register_flag_parser_for_type(kind, parser())
     values = flags.FlagValues()
+    about = "A recipe's name, or a file; override with --config.key=value."
     config_flags.DEFINE_config_file(NAME, help_string=about, flag_values=values, sys_argv=["", *arguments])
     return values
 
@@ -96,7 +96,7 @@ def load_config(recipe: str, changes: Sequence[str] = ()) -> Any:
         ValueError: an unknown recipe or field, or a value of another type; one sentence.
     """
     arguments = [f"--{NAME}={recipe}", *(f"--{NAME}.{change}" for change in changes)]
-    return parse(flag_values(arguments, ""), arguments, keys="`fpo config`", about=None)
+    return parse(flag_values(arguments), arguments, keys="`fpo config`", about=None)
 
 
 def recipes() -> list[str]:

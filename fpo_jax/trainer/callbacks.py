@@ -64,6 +64,11 @@ class Run:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
 
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation belongs to a step."""
+        every = self.config.train.eval_every
+        return step == self.schedule.steps or bool(every and step % every == 0)
+
     def weights(self) -> types.PyTree:
         """Return all weights that a forward pass reads."""
         assert self.state is not None
@@ -223,11 +228,6 @@ class Evaluating(Callback):
             run.config, run.inputs.loss, run.schedule.evaluation, run.steps, run.references[1]
         )
 
-    def due(self, run: Run, step: int) -> bool:
-        """Whether an evaluation belongs to a step."""
-        every = run.config.train.eval_every
-        return step == run.schedule.steps or bool(every and step % every == 0)
-
     def evaluate(self, run: Run, step: int, check: Callable[[], None] | None = None) -> dict[str, float]:
         """Evaluate and tell every callback what was found.
 
@@ -249,7 +249,7 @@ class Evaluating(Callback):
     def on_step_end(self, run: Run, step: int, pairs: metrics.Pairs) -> None:
         """Evaluate where it is due; a signal ends it, and the checkpoint that follows knows."""
         run.whole = True
-        if self.due(run, step):
+        if run.evaluates(step):
             run.call("on_flush")
             try:
                 self.evaluate(run, step)

@@ -274,9 +274,7 @@ class Trainer:
 
     def _lacks_evaluation(self, step: int) -> bool:
         """Whether a signal came in the evaluation after a step that is saved."""
-        schedule, every = self._run.schedule, self.config.train.eval_every
-        due = step == schedule.steps or bool(every and step % every == 0)
-        if not due or (schedule.evaluation is None and self._answers is None):
+        if not self._run.evaluates(step) or (self._run.schedule.evaluation is None and self._answers is None):
             return False
         metrics_file = self.workdir / metric_logger.METRICS_FILE
         lacks = distributed.first() and not metric_logger.has_evaluation(metrics_file, step)
