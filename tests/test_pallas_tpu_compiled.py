@@ -73,9 +73,13 @@ def test_tiles_of_wide_models_fit_in_vmem(target, width):
 
 
 @pytest.mark.parametrize("kernel", [chunked.token_stats, pallas_tpu.token_stats], ids=["chunked", "pallas_tpu"])
-@pytest.mark.parametrize(("axes", "limit"), [((1, 8, 1), 230), ((1, 1, 8), 230), ((2, 2, 2), 230)], ids=str)
+@pytest.mark.parametrize(("axes", "limit"), [((1, 8, 1), 384), ((1, 1, 8), 230), ((2, 2, 2), 480)], ids=str)
 def test_a_cut_head_is_streamed(kernel, axes, limit):
-    """Per device: no whole head (1,002 MiB of it), 8,192 tokens a data shard; measured 192 to 225."""
+    """Per device: no whole head (1,002 MiB of it), 8,192 tokens a data shard; measured 352, 192 to 225, 448.
+
+    dhidden is 128 MiB, and as much again where `tensor` sums it. The rest is the workspace of 192 MiB and blocks of the
+    head: along fsdp one is on its way in and one on its way out while a third is computed.
+    """
     devices = hardware.mesh("v5e-8").devices
     mesh = Mesh(np.reshape(devices, axes), ("data", "fsdp", "tensor"))
     placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp")
