@@ -73,7 +73,7 @@ def load_and_export(model: Path, out: Path, *, mesh: tuple[int, ...], dtype: str
     """Load a directory onto a mesh of all devices and write it again."""
     config = hf.read_config(model)
     grid = sharding.make_mesh(**dict(zip(AXES, mesh, strict=True)), devices=jax.devices())
-    places = sharding.param_shardings(params.logical_axes(config), params.abstract(config, dtype), mesh=grid)
+    places = params.shardings(config, mesh=grid)
     with Memory() as loading:
         weights = hf.load_params(model, config, dtype=dtype, shardings=places)
     report = {"load": loading.report()}
@@ -92,7 +92,9 @@ def export_checkpoint(workdir: Path, out: Path) -> dict:
 def limit(model: Path, dtype: str) -> int:
     """Return the bytes of 1.5 times the largest shard file and one layer."""
     config = hf.read_config(model)
-    layer = sum(row.size // config.layers for row in params.rows(config) if row.stacked) * np.dtype(dtype).itemsize
+    layer = (
+        sum(entry.size // config.layers for entry in params.entries(config) if entry.stacked) * np.dtype(dtype).itemsize
+    )
     return int(1.5 * max(path.stat().st_size for path in model.glob("*.safetensors"))) + layer
 
 

@@ -36,19 +36,19 @@ def write(folder: Path, config: models.ModelConfig, *, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tiny.write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(models.to_hf_config(config)))
-    rows = [(name, row) for row in params.rows(config) for name in row.hf_names()]
+    entries = [(name, entry) for entry in params.entries(config) for name in entry.hf_names()]
 
     def draw(number: int) -> np.ndarray:
-        _, row = rows[number]
-        if row.init != "normal":
-            return np.ones(row.hf_shape, ml_dtypes.bfloat16)
-        values = np.random.default_rng([seed, number]).standard_normal(row.hf_shape, np.float32)
+        _, entry = entries[number]
+        if entry.init != "normal":
+            return np.ones(entry.hf_shape, ml_dtypes.bfloat16)
+        values = np.random.default_rng([seed, number]).standard_normal(entry.hf_shape, np.float32)
         values *= np.float32(config.initializer_range)
         return values.astype(ml_dtypes.bfloat16)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        drawn = pool.map(draw, range(len(rows)))
-    names = (name for name, _ in rows)
+        drawn = pool.map(draw, range(len(entries)))
+    names = (name for name, _ in entries)
     safetensors.numpy.save_file(dict(zip(names, drawn, strict=True)), folder / hf.SINGLE, metadata={"format": "pt"})
 
 

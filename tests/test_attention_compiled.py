@@ -269,7 +269,7 @@ def test_a_decoder_with_a_cut_stream_runs_the_kernel(target, names, sizes):
     )
     layout = make_layout(target, sizes)
     weights = params.abstract(config, "float32")
-    places = sharding.param_shardings(params.logical_axes(config), weights, mesh=layout.mesh)
+    places = params.shardings(config, mesh=layout.mesh)
     weights = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), weights, places)
     rows = sharding.batch_sharding(layout.mesh, stacked=False)
     choice = attention.choose(

@@ -42,7 +42,7 @@ def updater(*, devices, guard=None, spoil=None):
     if devices > 1:
         mesh = sharding.make_mesh(data=1, fsdp=devices, tensor=1, devices=jax.devices()[:devices])
         layout = sharding.Layout(mesh)
-        cut = sharding.param_shardings(params.logical_axes(CONFIG), params.abstract(CONFIG, "float32"), mesh=mesh)
+        cut = params.shardings(CONFIG, mesh=mesh)
         weights = jax.device_put(weights, cut)
 
     def spoiled(grads):

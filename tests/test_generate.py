@@ -319,9 +319,7 @@ def test_a_signal_saves_the_batch_and_the_same_command_goes_on(folder, answered,
 
 def _one_device(config):
     layout = sharding.make_layout(preset="multi_gpu", data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
-    return layout, sharding.param_shardings(
-        params.logical_axes(config), params.abstract(config, "float32"), mesh=layout.mesh
-    )
+    return layout, params.shardings(config, mesh=layout.mesh)
 
 
 def test_the_command_line(folder, tmp_path):

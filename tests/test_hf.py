@@ -46,9 +46,9 @@ def tensors_of(config, dtype="float32", seed=0):
     """Random tensors under their Hugging Face names."""
     rng = np.random.default_rng(seed)
     return {
-        name: rng.normal(size=row.hf_shape).astype(DTYPES[dtype])
-        for row in params.rows(config)
-        for name in row.hf_names()
+        name: rng.normal(size=entry.hf_shape).astype(DTYPES[dtype])
+        for entry in params.entries(config)
+        for name in entry.hf_names()
     }
 
 
@@ -163,7 +163,7 @@ def test_load_casts_once_and_places_on_the_mesh(tmp_path):
     source = write(tmp_path / "source", config, tensors)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
     abstract = params.abstract(config, "bfloat16")
-    places = sharding.param_shardings(params.logical_axes(config), abstract, mesh=mesh)
+    places = params.shardings(config, mesh=mesh)
     tree = load(source, config, "bfloat16", shardings=places)
     assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree) == abstract
     assert jax.tree.map(lambda x: x.sharding, tree) == places

@@ -59,7 +59,7 @@ def source_of(folder, config, dtype="bfloat16", shard_bytes=10_000):
 def places_of(config, mesh):
     devices = jax.devices()[: math.prod(mesh)]
     grid = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, mesh, strict=True)), devices=devices)
-    return sharding.param_shardings(params.logical_axes(config), params.abstract(config, "float32"), mesh=grid)
+    return params.shardings(config, mesh=grid)
 
 
 def tensors_of(folder):
@@ -257,7 +257,7 @@ read, copy = [], load._copy
 load._copy = lambda *args, **kwargs: read.append(copy(*args, **kwargs)) or read[-1]
 config = hf.read_config(Path(source))
 mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices())
-places = sharding.param_shardings(params.logical_axes(config), params.abstract(config, "bfloat16"), mesh=mesh)
+places = params.shardings(config, mesh=mesh)
 tree = hf.load_params(Path(source), config, dtype="bfloat16", shardings=places)
 rename = Path.rename
 Path.rename = lambda *paths: (time.sleep(1), rename(*paths))  # the other process has to wait for the directory
@@ -291,7 +291,7 @@ def test_two_processes_read_their_own_parts_and_one_writes(tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     # the mesh cuts D of every matrix between the two; norms are on both
-    vectors = sum(row.size for row in params.rows(LLAMA) if row.letters in ("D", "LD"))
+    vectors = sum(entry.size for entry in params.entries(LLAMA) if entry.letters in ("D", "LD"))
     own = params.count(LLAMA) - (params.count(LLAMA) - vectors) // 2
     for stdout, _ in outputs:
         assert json.loads(stdout.splitlines()[-1]) == {"read": 2 * own, "there": True}

@@ -53,8 +53,8 @@ def random_adapter(c, adapter, seed=1):
     random = np.random.default_rng(seed)
     return params.nest(
         {
-            row.path: jnp.asarray(random.normal(size=row.shape) * 0.2, jnp.float32)
-            for row in params.adapter_rows(c, adapter)
+            entry.path: jnp.asarray(random.normal(size=entry.shape) * 0.2, jnp.float32)
+            for entry in params.adapter_entries(c, adapter)
         }
     )
 
@@ -97,9 +97,9 @@ def test_peft_reads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
     )(added)
     flat = params.flatten(gradient)
     named = {key.replace(".default", ""): value for key, value in wrapped.named_parameters()}
-    for row in params.adapter_rows(c, adapter):
-        for layer, key in enumerate(row.hf_names()):
-            found = params.to_hf(row, np.asarray(flat[row.path][layer]))
+    for entry in params.adapter_entries(c, adapter):
+        for layer, key in enumerate(entry.hf_names()):
+            found = params.to_hf(entry, np.asarray(flat[entry.path][layer]))
             wanted = named[key].grad.numpy()
             assert_allclose(found, wanted, rtol=0, atol=tolerances.PARITY_GRADIENT * np.abs(wanted).max(), err_msg=key)
 
@@ -118,7 +118,7 @@ def test_merged_equals_unmerged(name, tmp_path):
     ours = logits(params.union(tree, added), jnp.asarray(TOKENS_NT), config=c, adapter=adapter)
     merged = logits(read, jnp.asarray(TOKENS_NT), config=c, adapter=None)
     assert_allclose(merged, ours, rtol=0, atol=tolerances.MERGED)
-    untouched = [row.path for row in params.rows(c) if f"{row.path}_lora_a" not in params.flatten(added)]
+    untouched = [entry.path for entry in params.entries(c) if f"{entry.path}_lora_a" not in params.flatten(added)]
     for path in untouched:
         np.testing.assert_array_equal(params.flatten(read)[path], params.flatten(tree)[path], err_msg=path)
 

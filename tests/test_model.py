@@ -129,12 +129,12 @@ def random_params(config, seed=0, dtype="float32"):
     """Weights large enough that every part of the model shows in the logits; norms and biases are random too."""
     rng = np.random.default_rng(seed)
     flat = {}
-    for row in params.rows(config):
-        if row.init == "normal":
-            fan_in = config.width if row.path in ("embed", "head") else np.prod(row.hf_shape[1:])
-            flat[row.path] = rng.normal(size=row.shape) * (1.0 if row.path == "embed" else 1.5 / np.sqrt(fan_in))
+    for entry in params.entries(config):
+        if entry.init == "normal":
+            fan_in = config.width if entry.path in ("embed", "head") else np.prod(entry.hf_shape[1:])
+            flat[entry.path] = rng.normal(size=entry.shape) * (1.0 if entry.path == "embed" else 1.5 / np.sqrt(fan_in))
         else:
-            flat[row.path] = (row.init == "ones") + 0.3 * rng.normal(size=row.shape)
+            flat[entry.path] = (entry.init == "ones") + 0.3 * rng.normal(size=entry.shape)
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), params.nest(flat))
 
 
@@ -224,10 +224,10 @@ def test_parity_with_transformers(tmp_path, name):
     differentiate = jax.jit(jax.value_and_grad(next_token_logps), static_argnums=(1, 2), compiler_options=QUICK)
     value, grads = differentiate(tree, config, WITH_GRADIENT[name])
     assert_allclose(value, total.item(), rtol=tolerances.PARITY_GRADIENT)
-    for row in params.rows(config):
-        layers = [params.from_hf(row, theirs.pop(hf_name)) for hf_name in row.hf_names()]
-        expected_grad = np.stack(layers) if row.stacked else layers[0]
-        found_grad = np.asarray(params.flatten(grads)[row.path])
+    for entry in params.entries(config):
+        layers = [params.from_hf(entry, theirs.pop(hf_name)) for hf_name in entry.hf_names()]
+        expected_grad = np.stack(layers) if entry.stacked else layers[0]
+        found_grad = np.asarray(params.flatten(grads)[entry.path])
         scale = np.abs(expected_grad).max()
         assert scale > 0
         assert_allclose(found_grad / scale, expected_grad / scale, rtol=0, atol=tolerances.PARITY_GRADIENT)
@@ -455,7 +455,7 @@ def test_bfloat16_compute(name):
 def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
     config = models.from_hf_config(LLAMA | {"hidden_size": 32, "vocab_size": 40})
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()[:8])
-    places = sharding.param_shardings(params.logical_axes(config), params.abstract(config, "float32"), mesh=mesh)
+    places = params.shardings(config, mesh=mesh)
     rows = sharding.batch_sharding(mesh, stacked=False)
     tree = random_params(config)
     batch = jnp.asarray(MORE_TOKENS_NT), jnp.asarray(MORE_VALID_NT)

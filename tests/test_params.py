@@ -40,7 +40,7 @@ def test_rows_cover_the_module_tree_exactly(config):
 
 @each_config
 def test_every_tree_has_the_same_paths(config):
-    paths = [row.path for row in params.rows(config)]
+    paths = [entry.path for entry in params.entries(config)]
     assert len(set(paths)) == len(paths)
     for tree in (
         params.logical_axes(config),
@@ -64,13 +64,13 @@ def test_count_of_llama_by_hand():
 
 @each_config
 def test_axes_are_known_to_sharding_and_vectors_over_width_stay_whole(config):
-    for row in params.rows(config):
-        assert len(row.axes) == len(row.shape)
-        assert set(row.axes) <= {*sharding.RULES, None}
-        if row.letters in ("D", "LD"):
-            assert row.axes[-1] is None
+    for entry in params.entries(config):
+        assert len(entry.axes) == len(entry.shape)
+        assert set(entry.axes) <= {*sharding.RULES, None}
+        if entry.letters in ("D", "LD"):
+            assert entry.axes[-1] is None
         else:
-            assert [axis for axis, letter in zip(row.axes, row.letters, strict=True) if letter == "D"] in (
+            assert [axis for axis, letter in zip(entry.axes, entry.letters, strict=True) if letter == "D"] in (
                 [],
                 ["embed"],
             )
@@ -88,38 +88,38 @@ def test_attention_kernels_name_their_heads():
 
 @each_config
 def test_decay_is_for_matrices_only(config):
-    for row in params.rows(config):
-        is_matrix = not row.path.endswith(("/scale", "bias"))
-        assert row.decay == is_matrix
-        assert row.init == ("normal" if is_matrix else "ones" if row.path.endswith("/scale") else "zeros")
+    for entry in params.entries(config):
+        is_matrix = not entry.path.endswith(("/scale", "bias"))
+        assert entry.decay == is_matrix
+        assert entry.init == ("normal" if is_matrix else "ones" if entry.path.endswith("/scale") else "zeros")
 
 
 @each_config
 def test_import_after_export_is_the_identity(config):
     rng = np.random.default_rng(0)
-    for row in params.rows(config):
-        ours = rng.normal(size=row.shape[1:] if row.stacked else row.shape)
-        disk = params.to_hf(row, ours)
-        assert disk.shape == row.hf_shape
+    for entry in params.entries(config):
+        ours = rng.normal(size=entry.shape[1:] if entry.stacked else entry.shape)
+        disk = params.to_hf(entry, ours)
+        assert disk.shape == entry.hf_shape
         assert disk.flags.c_contiguous
-        assert_array_equal(params.from_hf(row, disk), ours)
-        assert_array_equal(params.to_hf(row, params.from_hf(row, disk)), disk)
+        assert_array_equal(params.from_hf(entry, disk), ours)
+        assert_array_equal(params.to_hf(entry, params.from_hf(entry, disk)), disk)
 
 
 def test_layouts_against_indices_drawn_by_hand():
-    by_path = {row.path: row for row in params.rows(LLAMA)}
+    by_path = {entry.path: entry for entry in params.entries(LLAMA)}
     disk = np.arange(24 * 12).reshape(24, 12)  # [H*C, D]
     assert params.from_hf(by_path["layers/attention/query"], disk)[7, 5, 2] == disk[5 * 4 + 2, 7]
     disk = np.arange(12 * 24).reshape(12, 24)  # [D, H*C]
     assert params.from_hf(by_path["layers/attention/out"], disk)[5, 2, 7] == disk[7, 5 * 4 + 2]
-    neox = {row.path: row for row in params.rows(CONFIGS["gpt_neox"])}
+    neox = {entry.path: entry for entry in params.entries(CONFIGS["gpt_neox"])}
     disk = np.arange(36 * 12).reshape(36, 12)  # [H, (q, k, v), C] x D
     assert params.from_hf(neox["layers/attention/qkv"], disk)[7, 2, 1, 3] == disk[2 * 12 + 1 * 4 + 3, 7]
 
 
 @each_config
 def test_hf_names_are_unique_and_disjoint_from_the_ignored_buffers(config):
-    names = [name for row in params.rows(config) for name in row.hf_names()]
+    names = [name for entry in params.entries(config) for name in entry.hf_names()]
     assert len(set(names)) == len(names)
     assert not set(names) & params.ignored_hf_names(config)
     assert (params.hf_head_name(config) in names) is not config.tied_head
@@ -129,14 +129,14 @@ def test_init_has_the_asked_deviation_and_is_stable():
     wide = dataclasses.replace(LLAMA, width=96, heads=8, kv_heads=4, head_dim=12, ffn=200, initializer_range=0.05)
     draw = jax.jit(params.init, static_argnums=(0, 2))
     tree = draw(wide, jax.random.key(3), "float32")
-    for row in params.rows(wide):
-        values = np.asarray(params.flatten(tree)[row.path])
-        if row.init == "normal":
+    for entry in params.entries(wide):
+        values = np.asarray(params.flatten(tree)[entry.path])
+        if entry.init == "normal":
             assert_allclose(values.std(), 0.05, rtol=tolerances.INIT_DEVIATION)
         else:
-            assert np.all(values == (row.init == "ones"))
+            assert np.all(values == (entry.init == "ones"))
     again = params.flatten(draw(dataclasses.replace(wide, tied_head=True), jax.random.key(3), "float32"))
-    for path, values in again.items():  # without the head's row, every other parameter is what it was
+    for path, values in again.items():  # without the head's entry, every other parameter is what it was
         assert_allclose(values, params.flatten(tree)[path], rtol=tolerances.FLOAT32)
     other = draw(wide, jax.random.key(4), "float32")
     assert not np.array_equal(other["embed"], tree["embed"])

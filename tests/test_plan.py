@@ -83,15 +83,15 @@ def test_micro_batches_without_groups_cost_nothing(folder):
 def test_state_and_batch_are_what_the_shapes_say(planned):
     outcome, config = planned.outcome, planned.outcome.sizes.blueprint.model_config
     on_device = 0
-    for row in params.rows(config):
-        cut = 2 if "D" in row.letters and row.axes[row.letters.index("D")] == "embed" else 1
-        on_device += 4 * math.prod(row.shape) // cut
+    for entry in params.entries(config):
+        cut = 2 if "D" in entry.letters and entry.axes[entry.letters.index("D")] == "embed" else 1
+        on_device += 4 * math.prod(entry.shape) // cut
     assert outcome.parameters == outcome.gradients == on_device
-    # two moments; the counters of AdamW, the schedule and the state, and of updates skipped in a row
+    # two moments; the counters of AdamW, the schedule and the state, and of updates skipped in a entry
     assert outcome.state == 3 * on_device + 4 * 4
     update = outcome.programs[0]
-    rows, T, R = 16 // 8, 40, outcome.sizes.update.scored
-    batch = rows * (T * (4 + 1) + R * (4 + 4 + 1)) + 1 * (2 * 4 + 2 * 4 + 4 + 4)
+    entries, T, R = 16 // 8, 40, outcome.sizes.update.scored
+    batch = entries * (T * (4 + 1) + R * (4 + 4 + 1)) + 1 * (2 * 4 + 2 * 4 + 4 + 4)
     assert (update.name, update.arguments, update.beside) == ("update", outcome.state + batch, 0)
     assert update.temporaries > outcome.gradients
 

@@ -297,7 +297,7 @@ def batch_of(groups):
 def by_their_names(tree, config):
     """Yield (their name, array in their layout) of every parameter."""
     flat = params.flatten(tree)
-    for entry in params.rows(config):
+    for entry in params.entries(config):
         array = np.asarray(flat[entry.path])
         for layer, name in enumerate(entry.hf_names()):
             yield name, params.to_hf(entry, array[layer] if entry.stacked else array)

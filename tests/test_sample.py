@@ -310,7 +310,7 @@ def test_a_token_on_a_mesh_moves_no_row_of_the_cache():
     layout = sharding.make_layout(preset="fsdp", data=1, fsdp=4, tensor=2, devices=jax.devices())
     config = dataclasses.replace(config, vocab_size=12)
     weights = params.init(config, jax.random.key(0), "float32")
-    placed = jax.device_put(weights, sharding.param_shardings(params.logical_axes(config), weights, mesh=layout.mesh))
+    placed = jax.device_put(weights, params.shardings(config, mesh=layout.mesh))
     rows = sharding.batch_sharding(layout.mesh, stacked=False)
     place = jax.sharding.NamedSharding(layout.mesh, jax.sharding.PartitionSpec(None, ("data", "fsdp"), None, "tensor"))
     room = jax.ShapeDtypeStruct((2, 20, 24, 2, 2), "float32", sharding=place)
@@ -324,7 +324,7 @@ def test_a_token_on_a_mesh_moves_no_row_of_the_cache():
 def test_a_mesh_changes_no_token():
     config, weights = tiny()
     layout = sharding.make_layout(preset="fsdp", data=2, fsdp=4, tensor=1, devices=jax.devices())  # V = 11 is odd
-    places = sharding.param_shardings(params.logical_axes(config), weights, mesh=layout.mesh)
+    places = params.shardings(config, mesh=layout.mesh)
     placed = jax.device_put(weights, places)
     assert draw(params=placed, num_return=3, layout=layout, batch_size=16) == draw(num_return=3)
 

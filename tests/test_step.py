@@ -39,7 +39,7 @@ def updated(loss, batch, *, accumulation=1, mesh=None, **scorer_options):
     if mesh is None:
         jitted = jax.jit(update)
     else:
-        places = sharding.param_shardings(params.logical_axes(CONFIG), params.abstract(CONFIG, "float32"), mesh=mesh)
+        places = params.shardings(CONFIG, mesh=mesh)
         moments = jax.tree.map(lambda _: sharding.replicated(mesh), state.opt_state)
         jitted = train_step.jit_train_step(
             update, mesh=mesh, state_shardings=types.TrainState(places, moments, sharding.replicated(mesh))

@@ -58,7 +58,7 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(config)
     )
     weights = params.abstract(config, "float32")
-    places = sharding.param_shardings(params.logical_axes(config), weights, mesh=mesh)
+    places = params.shardings(config, mesh=mesh)
     alone = sharding.replicated(mesh)
 
     def put(tree, place):

@@ -137,9 +137,9 @@ def test_twenty_updates_match_pytorch(name, tmp_path):
     ours, our_weights, config = our_trajectory(tmp_path / "model", recipe, options, micro_batches)
     assert theirs[-2] < theirs[0]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerances.TRAJECTORY_LOSS)
-    for row in params.rows(config):
-        for layer, hf_name in enumerate(row.hf_names()):
-            array = np.asarray(our_weights[row.path])
-            ours_hf = params.to_hf(row, array[layer] if row.stacked else array)
+    for entry in params.entries(config):
+        for layer, hf_name in enumerate(entry.hf_names()):
+            array = np.asarray(our_weights[entry.path])
+            ours_hf = params.to_hf(entry, array[layer] if entry.stacked else array)
             error = np.abs(ours_hf - their_weights[hf_name]).max() / np.abs(their_weights[hf_name]).max()
             assert error < tolerances.TRAJECTORY_WEIGHTS, (hf_name, error)

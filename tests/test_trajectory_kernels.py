@@ -69,7 +69,7 @@ def of_shared_rows(recipe, *, sizes=None, **scorer_options):
         axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
         mesh = sharding.make_mesh(**axes, devices=jax.devices()[: np.prod(sizes)])
         grid = sharding.Layout(mesh)
-        weights = jax.device_put(weights, sharding.param_shardings(params.logical_axes(CONFIG), weights, mesh=mesh))
+        weights = jax.device_put(weights, params.shardings(CONFIG, mesh=mesh))
         two = jax.device_put(two, sharding.batch_sharding(mesh, stacked=False))
     scorer = batches.scorer(CONFIG, temperature=loss.temperature, layout=grid, **scorer_options)
     return twenty_updates(weights, two, scorer=scorer, loss=loss, accumulation=1)

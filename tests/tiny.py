@@ -43,10 +43,10 @@ def write_model(folder: Path, *, seed: int = 0, family: str = "llama", **changed
     (folder / "config.json").write_text(json.dumps(models.to_hf_config(config)))
     weights = params.flatten(params.init(config, jax.random.key(seed), "float32"))
     tensors = {}
-    for row in params.rows(config):
-        for layer, name in enumerate(row.hf_names()):
-            array = np.asarray(weights[row.path])
-            tensors[name] = np.ascontiguousarray(params.to_hf(row, array[layer] if row.stacked else array))
+    for entry in params.entries(config):
+        for layer, name in enumerate(entry.hf_names()):
+            array = np.asarray(weights[entry.path])
+            tensors[name] = np.ascontiguousarray(params.to_hf(entry, array[layer] if entry.stacked else array))
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return config
 

@@ -51,13 +51,15 @@ class Noise:
 def plan(config: models.ModelConfig, *, dtype: str, shard_bytes: int) -> list[dict[str, tuple[int, tuple[int, ...]]]]:
     """Deal tensors out to shards in the order of published models: name -> (position of its noise, shape)."""
     itemsize, shards, filled, position = np.dtype(WORDS[dtype][0]).itemsize, [{}], 0, 0
-    rows = sorted(params.rows(config), key=lambda row: row.path == "head")
-    of_layer = [[row for row in rows if row.stacked]] * config.layers
-    names = [(row.hf_name, row.hf_shape) for row in rows if not row.stacked and row.path == "embed"]
+    entries = sorted(params.entries(config), key=lambda entry: entry.path == "head")
+    of_layer = [[entry for entry in entries if entry.stacked]] * config.layers
+    names = [(entry.hf_name, entry.hf_shape) for entry in entries if not entry.stacked and entry.path == "embed"]
     names += [
-        (row.hf_name.format(layer=layer), row.hf_shape) for layer, stacked in enumerate(of_layer) for row in stacked
+        (entry.hf_name.format(layer=layer), entry.hf_shape)
+        for layer, stacked in enumerate(of_layer)
+        for entry in stacked
     ]
-    names += [(row.hf_name, row.hf_shape) for row in rows if not row.stacked and row.path != "embed"]
+    names += [(entry.hf_name, entry.hf_shape) for entry in entries if not entry.stacked and entry.path != "embed"]
     for name, shape in names:
         size = math.prod(shape) * itemsize
         if shards[-1] and filled + size > shard_bytes:

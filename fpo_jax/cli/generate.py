@@ -163,8 +163,7 @@ def _placed(config: models.ModelConfig, *, tensor: int) -> tuple[sharding.Layout
     """Lay out copies of the weights, each on `tensor` devices: cut over more, every token would gather them."""
     layout = sharding.make_layout(preset="multi_gpu", data=None, fsdp=None, tensor=tensor, devices=jax.devices())
     assert layout.mesh is not None
-    abstract = params.abstract(config, "float32")
-    return layout, sharding.param_shardings(params.logical_axes(config), abstract, mesh=layout.mesh)
+    return layout, params.shardings(config, mesh=layout.mesh)
 
 
 def _with_server(options: Options, prompts: list[_Prompt], decoding: sampler.Decoding) -> Summary:

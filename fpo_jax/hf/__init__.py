@@ -9,7 +9,7 @@ peft         an adapter with its base as one model, or as PEFT's directory
 save         parameters -> safetensors, one tensor at a time
 digests      digests of what was written, and their check: `python -m fpo_jax.hf DIRECTORY`
 
-Weights are safetensors only, one file or shards with an index, and cross through the rows of params; torch and
+Weights are safetensors only, one file or shards with an index, and cross through the entries of params; torch and
 pickle are never involved. Every problem of a directory is reported at once, before a single weight is placed. A model
 is never whole on the host, in either direction.
 """

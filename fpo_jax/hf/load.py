@@ -84,18 +84,18 @@ def load_params(
     _check_tied_head(directory, on_disk, tensors)
     places = {} if shardings is None else params.flatten(shardings)
     flat = {}
-    held = {row.path for row in params.rows(on_disk)}
-    for row in params.rows(config):
-        place = None if shardings is None else places[row.path]
-        if row.path not in held:
+    held = {entry.path for entry in params.entries(on_disk)}
+    for entry in params.entries(config):
+        place = None if shardings is None else places[entry.path]
+        if entry.path not in held:
             assert key is not None
-            flat[row.path] = jax.device_put(params.initial(row, config, key).astype(dtype), place)
+            flat[entry.path] = jax.device_put(params.initial(entry, config, key).astype(dtype), place)
             continue
-        layers = [tensors[name] for name in row.hf_names()]
-        if row.stacked and row.size * np.dtype(dtype).itemsize > _STACKED_ON_HOST_BYTES:
-            flat[row.path] = _layer_by_layer(row, layers, np.dtype(dtype), place)
+        layers = [tensors[name] for name in entry.hf_names()]
+        if entry.stacked and entry.size * np.dtype(dtype).itemsize > _STACKED_ON_HOST_BYTES:
+            flat[entry.path] = _layer_by_layer(entry, layers, np.dtype(dtype), place)
         else:
-            flat[row.path] = _at_once(row, layers, np.dtype(dtype), place)
+            flat[entry.path] = _at_once(entry, layers, np.dtype(dtype), place)
     return params.nest(flat)
 
 
@@ -106,32 +106,32 @@ def stored(directory: Path, config: models.ModelConfig) -> models.ModelConfig:
     return dataclasses.replace(config, reward_head=directories.read_config(directory).reward_head)
 
 
-def _at_once(row: params.Row, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+def _at_once(entry: params.Entry, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:
     """Read a small parameter, or one without layers, in our layout."""
 
     def read(index: Index) -> np.ndarray:
-        if not row.stacked:
-            return _copy(params.from_hf(row, layers[0].mapped(row.disk_shape)), index, dtype)
-        views = (params.from_hf(row, layer.mapped(row.disk_shape)) for layer in layers[index[0]])
+        if not entry.stacked:
+            return _copy(params.from_hf(entry, layers[0].mapped(entry.disk_shape)), index, dtype)
+        views = (params.from_hf(entry, layer.mapped(entry.disk_shape)) for layer in layers[index[0]])
         return np.stack([_copy(view, index[1:], dtype) for view in views])
 
-    return _place(read, row.shape, place)
+    return _place(read, entry.shape, place)
 
 
-def _layer_by_layer(row: params.Row, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+def _layer_by_layer(entry: params.Entry, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:
     """Read a stacked parameter: each layer goes to the devices as it lies on disk and is turned and stacked there."""
-    stacks_on, layer_on = _device_places(row, place)
-    stacked = jnp.zeros(row.shape, dtype, device=stacks_on)
+    stacks_on, layer_on = _device_places(entry, place)
+    stacked = jnp.zeros(entry.shape, dtype, device=stacks_on)
     for layer, tensor in enumerate(layers):
-        view = tensor.mapped(row.disk_shape)
-        placed = _place(functools.partial(_copy, view, dtype=dtype), row.disk_shape, layer_on)
-        stacked = _set_layer(stacked, placed, np.int32(layer), row=row, place=stacks_on)
+        view = tensor.mapped(entry.disk_shape)
+        placed = _place(functools.partial(_copy, view, dtype=dtype), entry.disk_shape, layer_on)
+        stacked = _set_layer(stacked, placed, np.int32(layer), entry=entry, place=stacks_on)
         del placed  # else it is held while the next layer is read
         stacked.block_until_ready()  # else the host runs ahead and holds the layers that wait
     return stacked if place == stacks_on else jax.device_put(stacked, place)
 
 
-def _device_places(row: params.Row, place: Sharding | None) -> tuple[Sharding | None, Sharding | None]:
+def _device_places(entry: params.Entry, place: Sharding | None) -> tuple[Sharding | None, Sharding | None]:
     """Return where a stacked parameter is put together, in device memory, and where a layer of it as on disk lands."""
     if place is None:
         return None, None
@@ -139,15 +139,15 @@ def _device_places(row: params.Row, place: Sharding | None) -> tuple[Sharding | 
         place = place.with_memory_kind("device")
     if not isinstance(place, NamedSharding):
         return place, place
-    axes = dict(zip(row.letters, (*place.spec, *[None] * len(row.letters)), strict=False))
-    return place, NamedSharding(place.mesh, PartitionSpec(*(axes[letter] for letter in row.disk_letters)))
+    axes = dict(zip(entry.letters, (*place.spec, *[None] * len(entry.letters)), strict=False))
+    return place, NamedSharding(place.mesh, PartitionSpec(*(axes[letter] for letter in entry.disk_letters)))
 
 
-@functools.partial(jax.jit, static_argnames=("row", "place"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("entry", "place"), donate_argnums=0)
 def _set_layer(
-    stacked: jax.Array, tensor: jax.Array, layer: jax.Array, *, row: params.Row, place: Sharding | None
+    stacked: jax.Array, tensor: jax.Array, layer: jax.Array, *, entry: params.Entry, place: Sharding | None
 ) -> jax.Array:
-    updated = jax.lax.dynamic_update_index_in_dim(stacked, params.from_hf(row, tensor), layer, 0)
+    updated = jax.lax.dynamic_update_index_in_dim(stacked, params.from_hf(entry, tensor), layer, 0)
     return updated if place is None else jax.lax.with_sharding_constraint(updated, place)
 
 
@@ -236,7 +236,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _mismatches(tensors: Mapping[str, Tensor], config: models.ModelConfig) -> list[str]:
-    expected = {name: row.hf_shape for row in params.rows(config) for name in row.hf_names()}
+    expected = {name: entry.hf_shape for entry in params.entries(config) for name in entry.hf_names()}
     head_name = params.hf_head_name(config)
     ignored = params.ignored_hf_names(config) | ({head_name} if config.tied_head else set())
     problems = [f"{name} is missing" for name in expected if name not in tensors]
@@ -269,4 +269,4 @@ def _check_tied_head(directory: Path, config: models.ModelConfig, tensors: Mappi
 
 
 def _embed_name(config: models.ModelConfig) -> str:
-    return next(row.hf_name for row in params.rows(config) if row.path == "embed")
+    return next(entry.hf_name for entry in params.entries(config) if entry.path == "embed")

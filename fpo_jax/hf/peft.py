@@ -21,16 +21,16 @@ from fpo_jax.models import params
 class _Stored:
     """One parameter of a directory, read where it is asked for, with what an adapter adds."""
 
-    def __init__(self, row: params.Row, layers: list[load.Tensor], pair: tuple[Any, Any] | None, scale: float):
-        self.shape = row.shape
-        self._row, self._layers, self._pair, self._scale = row, layers, pair, scale
+    def __init__(self, entry: params.Entry, layers: list[load.Tensor], pair: tuple[Any, Any] | None, scale: float):
+        self.shape = entry.shape
+        self._entry, self._layers, self._pair, self._scale = entry, layers, pair, scale
 
     def __getitem__(self, index: int | slice) -> np.ndarray:
-        if not self._row.stacked:
-            view = params.from_hf(self._row, self._layers[0].mapped(self._row.disk_shape))
+        if not self._entry.stacked:
+            view = params.from_hf(self._entry, self._layers[0].mapped(self._entry.disk_shape))
             return np.array(view[index])
         assert isinstance(index, int)
-        base = params.from_hf(self._row, self._layers[index].mapped(self._row.disk_shape))
+        base = params.from_hf(self._entry, self._layers[index].mapped(self._entry.disk_shape))
         if self._pair is None:
             return np.array(base)
         a, b = (np.asarray(part[index], np.float32) for part in self._pair)
@@ -52,13 +52,13 @@ def merged(
     own = params.flatten(adapter_params)
     tensors = load.located(base, load.stored(base, config))
     found: dict[str, Any] = {}
-    for row in params.rows(config):
-        if row.path in own:
-            found[row.path] = own[row.path]
+    for entry in params.entries(config):
+        if entry.path in own:
+            found[entry.path] = own[entry.path]
             continue
-        a, b = own.get(f"{row.path}_lora_a"), own.get(f"{row.path}_lora_b")
-        layers = [tensors[name] for name in row.hf_names()]
-        found[row.path] = _Stored(row, layers, None if a is None else (a, b), adapter.scale)
+        a, b = own.get(f"{entry.path}_lora_a"), own.get(f"{entry.path}_lora_b")
+        layers = [tensors[name] for name in entry.hf_names()]
+        found[entry.path] = _Stored(entry, layers, None if a is None else (a, b), adapter.scale)
     return params.nest(found)
 
 
@@ -90,14 +90,14 @@ def write_peft(
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not an empty directory; choose another or remove it.")
     own, tensors = params.flatten(adapter_params), {}
-    for row in params.adapter_rows(config, adapter):
-        for layer, name in enumerate(row.hf_names()):
-            tensors[name] = np.ascontiguousarray(params.to_hf(row, np.asarray(own[row.path][layer])))
+    for entry in params.adapter_entries(config, adapter):
+        for layer, name in enumerate(entry.hf_names()):
+            tensors[name] = np.ascontiguousarray(params.to_hf(entry, np.asarray(own[entry.path][layer])))
     if config.reward_head:
         tensors["base_model.model.score.weight"] = np.asarray(own["score"])
     if bad := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
         raise ValueError(f"{bad[0]} has values that are not finite; the adapter is broken.")
-    modules = sorted({row.hf_name.split(".lora_")[0] for row in params.adapter_rows(config, adapter)})
+    modules = sorted({entry.hf_name.split(".lora_")[0] for entry in params.adapter_entries(config, adapter)})
     content = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.reward_head else "CAUSAL_LM",

@@ -30,13 +30,13 @@ class _Piece(NamedTuple):
     """One tensor on disk."""
 
     name: str
-    row: params.Row
+    entry: params.Entry
     layer: int | None  # None = the parameter has no layers
 
     @property
     def size(self) -> int:
         """Number of values."""
-        return math.prod(self.row.hf_shape)
+        return math.prod(self.entry.hf_shape)
 
 
 def export(
@@ -80,7 +80,7 @@ def export(
         _write(flat, config, out_dir, source_dir, dtype, max_shard_bytes)
     else:
         for piece in [piece for shard in _shards(config, dtype, max_shard_bytes) for piece in shard]:
-            for _ in _blocks(flat[piece.row.path], piece, dtype):
+            for _ in _blocks(flat[piece.entry.path], piece, dtype):
                 pass
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"export to {out_dir}")
@@ -123,14 +123,14 @@ def _write_weights(
         with digests.Writer(directory / name) as file:
             file.header(_header(shard, dtype))
             for piece in shard:
-                file.tensor(_blocks(flat[piece.row.path], piece, dtype))
+                file.tensor(_blocks(flat[piece.entry.path], piece, dtype))
         files[name] = file
     if not single:
         count = params.count(config)
         metadata = {"total_parameters": count, "total_size": count * dtype.itemsize}
         (directory / directories.INDEX).write_text(directories.dumps({"metadata": metadata, "weight_map": weight_map}))
     return {
-        name: file.written((piece.name, _DTYPES[dtype.name], piece.row.hf_shape) for piece in shard)
+        name: file.written((piece.name, _DTYPES[dtype.name], piece.entry.hf_shape) for piece in shard)
         for (name, file), shard in zip(files.items(), shards, strict=True)
     }
 
@@ -139,9 +139,9 @@ def _shards(config: models.ModelConfig, dtype: np.dtype, limit: int) -> list[lis
     """Deal the tensors out to files of at most `limit` bytes, each sorted by name as safetensors sorts them."""
     shards: list[list[_Piece]] = [[]]
     filled = 0
-    for row in params.rows(config):
-        for layer, name in enumerate(row.hf_names()):
-            piece = _Piece(name, row, layer if row.stacked else None)
+    for entry in params.entries(config):
+        for layer, name in enumerate(entry.hf_names()):
+            piece = _Piece(name, entry, layer if entry.stacked else None)
             size = piece.size * dtype.itemsize
             if shards[-1] and filled + size > limit:
                 shards.append([])
@@ -157,7 +157,7 @@ def _header(shard: list[_Piece], dtype: np.dtype) -> bytes:
     end = 0
     for piece in shard:
         start, end = end, end + piece.size * dtype.itemsize
-        header[piece.name] = {"dtype": _DTYPES[dtype.name], "shape": piece.row.hf_shape, "data_offsets": [start, end]}
+        header[piece.name] = {"dtype": _DTYPES[dtype.name], "shape": piece.entry.hf_shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -168,9 +168,9 @@ def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[memoryvi
 
     Rows come in the order of the disk, because layouts without layers start with the same axis on both sides.
     """
-    row = piece.row
+    entry = piece.entry
     if piece.layer is None:
-        total, rows = row.shape[0], max(1, _BLOCK_VALUES * row.shape[0] // row.size)
+        total, rows = entry.shape[0], max(1, _BLOCK_VALUES * entry.shape[0] // entry.size)
         indices = [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
     else:
         indices = [piece.layer]
@@ -182,7 +182,7 @@ def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[memoryvi
             raise ValueError(
                 f"{piece.name} has values that are not finite in {dtype.name}; the model is broken or needs bfloat16."
             )
-        turned = params.to_hf(row if row.stacked else dataclasses.replace(row, shape=block.shape), block)
+        turned = params.to_hf(entry if entry.stacked else dataclasses.replace(entry, shape=block.shape), block)
         del block, fetched
         yield turned.reshape(-1).view(np.uint8).data
 

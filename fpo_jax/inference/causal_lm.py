@@ -54,7 +54,7 @@ class CausalLM(transformer.Decoder):
                 raise ValueError(
                     "a model needs rngs to draw its parameters; give rngs=nnx.Rngs(0), or from_pretrained."
                 )
-            places = _places(config, dtype, mesh)
+            places = _places(config, mesh)
             parameters = jax.jit(lambda key: params.init(config, key, dtype), out_shardings=places)(rngs.params())
         assert parameters is not None
         state = nnx.state(self, nnx.Param)
@@ -83,7 +83,7 @@ class CausalLM(transformer.Decoder):
         """
         source = hf.local_dir(name_or_path, revision=revision)
         config = hf.read_config(source)
-        weights = hf.load_params(source, config, dtype=dtype, shardings=_places(config, dtype, mesh))
+        weights = hf.load_params(source, config, dtype=dtype, shardings=_places(config, mesh))
         model = cls(config, mesh=mesh, parameters=weights)
         model._source = str(source)
         return model
@@ -175,7 +175,5 @@ class CausalLM(transformer.Decoder):
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
 
-def _places(config: models.ModelConfig, dtype: jax.typing.DTypeLike, mesh: Mesh | None) -> types.PyTree | None:
-    if mesh is None:
-        return None
-    return sharding.param_shardings(params.logical_axes(config), params.abstract(config, dtype), mesh=mesh)
+def _places(config: models.ModelConfig, mesh: Mesh | None) -> types.PyTree | None:
+    return None if mesh is None else params.shardings(config, mesh=mesh)

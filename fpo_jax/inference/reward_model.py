@@ -127,8 +127,7 @@ class Rewarder:
         self._lengths = _buckets(max_length)
         self._rows = batch_per_device * layout.row_ways
         self._place = sharding.batch_sharding(layout.mesh, stacked=False)
-        abstract = params.abstract(self.config, "float32")
-        places = sharding.param_shardings(params.logical_axes(self.config), abstract, mesh=layout.mesh)
+        places = params.shardings(self.config, mesh=layout.mesh)
         self._params = hf.load_params(source, self.config, dtype=compute_dtype, shardings=places)
         choice = attention.choose(
             "auto",

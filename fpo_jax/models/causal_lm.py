@@ -42,7 +42,7 @@ def hidden_states(
     mean nothing.
 
     Args:
-        params: nested dict of arrays with the rows of params, any float dtype; cast to compute_dtype at use.
+        params: nested dict of arrays with the entries of params, any float dtype; cast to compute_dtype at use.
         tokens_NT: token ids; ids outside the vocabulary at valid positions give NaN.
         valid_NT: True = a real token; no True after a False.
         config: the architecture; static.

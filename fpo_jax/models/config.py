@@ -66,8 +66,8 @@ class Adapter:
     rank: int  # r
     alpha: float
     dropout: float
-    # matrices of a layer that have one: (path in the layer, shape of A, shape of B); from params.adapter
-    targets: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    # paths of the matrices that have one, from params.adapter
+    targets: tuple[str, ...]
 
     @property
     def scale(self) -> float:

@@ -17,12 +17,12 @@ class Layer(nnx.Module):
     """One decoder layer."""
 
     def __init__(self, config: config.ModelConfig):
-        self.attention_norm = layers.OffsetRMSNorm(config.width, config.norm_eps)
+        self.attention_norm = layers.OffsetRMSNorm(config.norm_eps)
         self.attention = llama.Attention(config)
-        self.attention_out_norm = layers.OffsetRMSNorm(config.width, config.norm_eps)
-        self.mlp_norm = layers.OffsetRMSNorm(config.width, config.norm_eps)
+        self.attention_out_norm = layers.OffsetRMSNorm(config.norm_eps)
+        self.mlp_norm = layers.OffsetRMSNorm(config.norm_eps)
         self.mlp = llama.MLP(config)
-        self.mlp_out_norm = layers.OffsetRMSNorm(config.width, config.norm_eps)
+        self.mlp_out_norm = layers.OffsetRMSNorm(config.norm_eps)
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply attention, then the MLP, each normalised before and after."""

@@ -13,13 +13,6 @@ from fpo_jax.models import config, gpt_neox, layers
 class Attention(nnx.Module):
     """Multi-head attention; query, key and value are one matmul, one after the other as on disk."""
 
-    def __init__(self, config: config.ModelConfig):
-        D, H, C = config.width, config.heads, config.head_dim
-        self.qkv = layers.parameter(D, 3, H, C)
-        self.qkv_bias = layers.parameter(3, H, C)
-        self.out = layers.parameter(H, C, D)
-        self.out_bias = layers.parameter(D)
-
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
         qkv_NT3HC = context.project("NTD,DSHC->NTSHC", x_NTD, self, "qkv")
@@ -32,9 +25,9 @@ class Layer(nnx.Module):
     """One decoder layer."""
 
     def __init__(self, config: config.ModelConfig):
-        self.attention_norm = layers.LayerNorm(config.width, config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = layers.LayerNorm(config.width, config.norm_eps)
+        self.attention_norm = layers.LayerNorm(config.norm_eps)
+        self.attention = Attention()
+        self.mlp_norm = layers.LayerNorm(config.norm_eps)
         self.mlp = gpt_neox.MLP(config)
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:

@@ -14,13 +14,6 @@ from fpo_jax.models import activations, config, layers
 class Attention(nnx.Module):
     """Multi-head attention; query, key and value are one matmul, as on disk."""
 
-    def __init__(self, config: config.ModelConfig):
-        D, H, C = config.width, config.heads, config.head_dim
-        self.qkv = layers.parameter(D, H, 3, C)
-        self.qkv_bias = layers.parameter(H, 3, C)
-        self.out = layers.parameter(H, C, D)
-        self.out_bias = layers.parameter(D)
-
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
         qkv_NTH3C = context.project("NTD,DHSC->NTHSC", x_NTD, self, "qkv")
@@ -34,10 +27,6 @@ class MLP(nnx.Module):
 
     def __init__(self, config: config.ModelConfig):
         self.activation = config.activation
-        self.up = layers.parameter(config.width, config.ffn)
-        self.up_bias = layers.parameter(config.ffn)
-        self.down = layers.parameter(config.ffn, config.width)
-        self.down_bias = layers.parameter(config.width)
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply down(act(up(x)))."""
@@ -51,9 +40,9 @@ class Layer(nnx.Module):
 
     def __init__(self, config: config.ModelConfig):
         self.parallel_residual = config.parallel_residual
-        self.attention_norm = layers.LayerNorm(config.width, config.norm_eps)
-        self.attention = Attention(config)
-        self.mlp_norm = layers.LayerNorm(config.width, config.norm_eps)
+        self.attention_norm = layers.LayerNorm(config.norm_eps)
+        self.attention = Attention()
+        self.mlp_norm = layers.LayerNorm(config.norm_eps)
         self.mlp = MLP(config)
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:

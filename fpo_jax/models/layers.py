@@ -1,7 +1,7 @@
-"""What the decoder families share: parameter declarations, norms, activations, and the context of one forward pass.
+"""What the decoder families share: norms, and the context of one forward pass.
 
-Modules here declare parameters by shape only. Values come from one place, the rows of params (initialised or read
-from safetensors), and enter by `nnx.merge`.
+No module here or in a family's file states the shape of a parameter: the entries of `param_table` do, and
+`transformer.Decoder` hangs each at its path.
 """
 
 import zlib
@@ -16,17 +16,13 @@ from fpo_jax import attention, sharding, types
 from fpo_jax.models import config, kv_cache, rope
 
 
-def parameter(*shape: int) -> nnx.Param:
-    """Declare a parameter by its shape; `nnx.merge` supplies the array."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.float32))
-
-
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over D, float32 inside, dtype kept."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, float32 inside, dtype kept."""
 
-    def __init__(self, width: int, eps: float):
+    scale: nnx.Param
+
+    def __init__(self, eps: float):
         self.eps = eps
-        self.scale = parameter(width)
 
     def __call__(self, x: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
         """Normalise the last axis."""
@@ -48,10 +44,11 @@ class OffsetRMSNorm(RMSNorm):
 class LayerNorm(nnx.Module):
     """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over D, float32 inside, dtype kept."""
 
-    def __init__(self, width: int, eps: float):
+    scale: nnx.Param
+    bias: nnx.Param
+
+    def __init__(self, eps: float):
         self.eps = eps
-        self.scale = parameter(width)
-        self.bias = parameter(width)
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
         """Normalise the last axis."""

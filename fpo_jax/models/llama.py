@@ -17,19 +17,10 @@ class Attention(nnx.Module):
     """Grouped-query attention: H query heads share G key/value heads."""
 
     def __init__(self, config: config.ModelConfig):
-        D, H, G, C = config.width, config.heads, config.kv_heads, config.head_dim
-        self.query = layers.parameter(D, H, C)
-        self.key = layers.parameter(D, G, C)
-        self.value = layers.parameter(D, G, C)
-        self.out = layers.parameter(H, C, D)
-        if config.family == "qwen2":
-            self.query_bias = layers.parameter(H, C)
-            self.key_bias = layers.parameter(G, C)
-            self.value_bias = layers.parameter(G, C)
         self.normalizes_heads = config.family == "qwen3"
         if self.normalizes_heads:
-            self.query_norm = layers.RMSNorm(C, config.norm_eps)
-            self.key_norm = layers.RMSNorm(C, config.norm_eps)
+            self.query_norm = layers.RMSNorm(config.norm_eps)
+            self.key_norm = layers.RMSNorm(config.norm_eps)
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
@@ -47,9 +38,6 @@ class MLP(nnx.Module):
 
     def __init__(self, config: config.ModelConfig):
         self.activation = config.activation
-        self.gate = layers.parameter(config.width, config.ffn)
-        self.up = layers.parameter(config.width, config.ffn)
-        self.down = layers.parameter(config.ffn, config.width)
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply down(act(gate(x)) * up(x))."""
@@ -63,9 +51,9 @@ class Layer(nnx.Module):
     """One decoder layer."""
 
     def __init__(self, config: config.ModelConfig):
-        self.attention_norm = layers.RMSNorm(config.width, config.norm_eps)
+        self.attention_norm = layers.RMSNorm(config.norm_eps)
         self.attention = Attention(config)
-        self.mlp_norm = layers.RMSNorm(config.width, config.norm_eps)
+        self.mlp_norm = layers.RMSNorm(config.norm_eps)
         self.mlp = MLP(config)
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:

@@ -1,4 +1,4 @@
-"""ONE ROW PER PARAMETER: path, shape, logical axes, Hugging Face name, layout on disk, initialisation, weight decay.
+"""ONE ENTRY PER PARAMETER: path, shape, logical axes, Hugging Face name, layout on disk, initialisation, weight decay.
 
 Nothing else in the project names a parameter of a model. Layouts are spelled in the letters of types.py, a digit being
 a literal size. `letters` is our array, stacked: "LDHC" = [L, D, H, C]. `hf_letters` is one layer's tensor on disk,
@@ -25,7 +25,7 @@ _NO_PARENTHESES = str.maketrans("", "", "()")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Entry:
     """One parameter."""
 
     path: str  # "layers/attention/query": keys of the nested dict
@@ -71,13 +71,13 @@ class Row:
         return [self.hf_name.format(layer=layer) for layer in range(self.shape[0])] if self.stacked else [self.hf_name]
 
 
-def rows(config: ModelConfig) -> tuple[Row, ...]:
-    """Return the rows of a model, from the embedding to the head."""
-    return _rows(config)
+def entries(config: ModelConfig) -> tuple[Entry, ...]:
+    """Return the entries of a model, from the embedding to the head."""
+    return _entries(config)
 
 
 @functools.lru_cache(maxsize=32)
-def _rows(config: ModelConfig) -> tuple[Row, ...]:
+def _entries(config: ModelConfig) -> tuple[Entry, ...]:
     sizes = {
         "L": config.layers,
         "D": config.width,
@@ -91,9 +91,9 @@ def _rows(config: ModelConfig) -> tuple[Row, ...]:
     table = _FAMILIES[config.family](config)
     return tuple(
         dataclasses.replace(
-            row, shape=tuple(sizes.get(letter) or int(letter) for letter in row.letters), axes=_logical_axes(row)
+            entry, shape=tuple(sizes.get(letter) or int(letter) for letter in entry.letters), axes=_logical_axes(entry)
         )
-        for row in table
+        for entry in table
     )
 
 
@@ -122,19 +122,19 @@ def groups(letters: str) -> Iterator[str]:
         yield group
 
 
-def _matrix(path: str, letters: str, hf_name: str, hf_letters: str) -> Row:
-    return Row(path, letters, hf_name, hf_letters, init="normal", decay=True)
+def _matrix(path: str, letters: str, hf_name: str, hf_letters: str) -> Entry:
+    return Entry(path, letters, hf_name, hf_letters, init="normal", decay=True)
 
 
-def _bias(path: str, letters: str, hf_name: str, hf_letters: str) -> Row:
-    return Row(path, letters, hf_name, hf_letters, init="zeros", decay=False)
+def _bias(path: str, letters: str, hf_name: str, hf_letters: str) -> Entry:
+    return Entry(path, letters, hf_name, hf_letters, init="zeros", decay=False)
 
 
-def _scale(path: str, letters: str, hf_name: str) -> Row:
-    return Row(path, letters, hf_name, "D", init="ones", decay=False)
+def _scale(path: str, letters: str, hf_name: str) -> Entry:
+    return Entry(path, letters, hf_name, "D", init="ones", decay=False)
 
 
-def _llama(config: ModelConfig) -> list[Row]:
+def _llama(config: ModelConfig) -> list[Entry]:
     at = "model.layers.{layer}."
     table = [
         _matrix("embed", "VD", "model.embed_tokens.weight", "VD"),
@@ -152,7 +152,7 @@ def _llama(config: ModelConfig) -> list[Row]:
     return [*table, *_head(config)]
 
 
-def _qwen2(config: ModelConfig) -> list[Row]:
+def _qwen2(config: ModelConfig) -> list[Entry]:
     at = "model.layers.{layer}.self_attn."
     biases = [
         _bias("layers/attention/query_bias", "LHC", at + "q_proj.bias", "(HC)"),
@@ -162,16 +162,16 @@ def _qwen2(config: ModelConfig) -> list[Row]:
     return [*_llama(config), *biases]
 
 
-def _qwen3(config: ModelConfig) -> list[Row]:
+def _qwen3(config: ModelConfig) -> list[Entry]:
     at = "model.layers.{layer}.self_attn."
     norms = [
-        Row("layers/attention/query_norm/scale", "LC", at + "q_norm.weight", "C", init="ones", decay=False),
-        Row("layers/attention/key_norm/scale", "LC", at + "k_norm.weight", "C", init="ones", decay=False),
+        Entry("layers/attention/query_norm/scale", "LC", at + "q_norm.weight", "C", init="ones", decay=False),
+        Entry("layers/attention/key_norm/scale", "LC", at + "k_norm.weight", "C", init="ones", decay=False),
     ]
     return [*_llama(config), *norms]
 
 
-def _gemma2(config: ModelConfig) -> list[Row]:
+def _gemma2(config: ModelConfig) -> list[Entry]:
     """Scales count from one, so that they start at zero."""
     at = "model.layers.{layer}."
     names = {
@@ -182,10 +182,10 @@ def _gemma2(config: ModelConfig) -> list[Row]:
         "final_norm/scale": "model.norm.weight",
     }
     norms = [_bias(path, "LD" if path.startswith("layers") else "D", name, "D") for path, name in names.items()]
-    return [*(row for row in _llama(config) if row.path not in names), *norms]
+    return [*(entry for entry in _llama(config) if entry.path not in names), *norms]
 
 
-def _gpt2(config: ModelConfig) -> list[Row]:
+def _gpt2(config: ModelConfig) -> list[Entry]:
     """Matrices lie on disk as they are multiplied: input axis first."""
     at = "transformer.h.{layer}."
     table = [
@@ -209,7 +209,7 @@ def _gpt2(config: ModelConfig) -> list[Row]:
     return [*table, *_head(config)]
 
 
-def _gpt_neox(config: ModelConfig) -> list[Row]:
+def _gpt_neox(config: ModelConfig) -> list[Entry]:
     at = "gpt_neox.layers.{layer}."
     table = [
         _matrix("embed", "VD", "gpt_neox.embed_in.weight", "VD"),
@@ -231,14 +231,14 @@ def _gpt_neox(config: ModelConfig) -> list[Row]:
     return [*table, *_head(config)]
 
 
-def _head(config: ModelConfig) -> list[Row]:
+def _head(config: ModelConfig) -> list[Entry]:
     """What turns hidden states into what the model says, where that is not the embedding again."""
     if config.reward_head:  # starts as torch starts a linear layer
-        return [Row("score", "1D", "score.weight", "1D", init="uniform", decay=True)]
+        return [Entry("score", "1D", "score.weight", "1D", init="uniform", decay=True)]
     return [] if config.tied_head else [_matrix("head", "VD", hf_head_name(config), "VD")]
 
 
-_FAMILIES: dict[str, Callable[[ModelConfig], list[Row]]] = {
+_FAMILIES: dict[str, Callable[[ModelConfig], list[Entry]]] = {
     "llama": _llama,
     "mistral": _llama,
     "qwen2": _qwen2,
@@ -263,7 +263,7 @@ _BUFFERS = {
 }
 
 
-def _logical_axes(row: Row) -> tuple[str | None, ...]:
+def _logical_axes(entry: Entry) -> tuple[str | None, ...]:
     """Name the axes; a vector over D stays whole, since cutting a few KiB saves nothing and costs a collective."""
-    vector = len(row.letters.removeprefix("L")) == 1
-    return tuple(None if vector and letter == "D" else AXES.get(letter) for letter in row.letters)
+    vector = len(entry.letters.removeprefix("L")) == 1
+    return tuple(None if vector and letter == "D" else AXES.get(letter) for letter in entry.letters)

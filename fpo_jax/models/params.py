@@ -1,7 +1,7 @@
-"""Parameter trees: abstract, fresh, named, and from and to the layout of the disk, as `param_table.py` has the rows.
+"""Parameter trees: abstract, fresh, named, and from and to the layout of the disk, as `param_table.py` has the entries.
 
 A tree is a nested dict of arrays, layers stacked on a leading L axis. Abstract shapes, initial values, shardings, decay
-masks, counts, and both directions of the Hugging Face translation come from the rows; those of an adapter stand in
+masks, counts, and both directions of the Hugging Face translation come from the entries; those of an adapter stand in
 `lora.py`. How bytes reach the disk is hf's business.
 """
 
@@ -12,23 +12,25 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from fpo_jax import types
+from fpo_jax import sharding, types
 from fpo_jax.models.config import ModelConfig
-from fpo_jax.models.lora import adapter, adapter_rows, frozen_rows, trained_rows
-from fpo_jax.models.param_table import Row, full_hf_name, hf_head_name, ignored_hf_names, rows
+from fpo_jax.models.lora import adapter, adapter_entries, frozen_entries, trained_entries
+from fpo_jax.models.param_table import Entry, entries, full_hf_name, hf_head_name, ignored_hf_names
 
 __all__ = [
-    "Row",
+    "Entry",
     "abstract",
     "adapter",
-    "adapter_rows",
+    "adapter_entries",
     "check",
     "count",
     "decay_mask",
+    "entries",
     "flatten",
     "from_hf",
-    "frozen_rows",
+    "frozen_entries",
     "full_hf_name",
     "hf_head_name",
     "ignored_hf_names",
@@ -36,9 +38,9 @@ __all__ = [
     "initial",
     "logical_axes",
     "nest",
-    "rows",
+    "shardings",
     "to_hf",
-    "trained_rows",
+    "trained_entries",
     "union",
 ]
 
@@ -48,13 +50,13 @@ _SLAB = 64  # rows that are turned at a time; a wide matrix turned at once misse
 
 def abstract(config: ModelConfig, dtype: jax.typing.DTypeLike) -> types.PyTree:
     """Return the parameter tree as jax.ShapeDtypeStruct."""
-    return nest({row.path: jax.ShapeDtypeStruct(row.shape, jnp.dtype(dtype)) for row in rows(config)})
+    return nest({entry.path: jax.ShapeDtypeStruct(entry.shape, jnp.dtype(dtype)) for entry in entries(config)})
 
 
 def init(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike) -> types.PyTree:
     """Draw fresh parameters: normal(0, initializer_range) matrices, norms of one, biases of zero.
 
-    Every parameter's key is folded from its path, so that adding a row changes no other. Jit it with out_shardings
+    Every parameter's key is folded from its path, so that adding an entry changes no other. Jit it with out_shardings
     to create a large model in place.
 
     Args:
@@ -62,53 +64,58 @@ def init(config: ModelConfig, key: jax.Array, dtype: jax.typing.DTypeLike) -> ty
         key: typed key from jax.random.key.
         dtype: of the result; values are drawn in float32.
     """
-    return nest({row.path: initial(row, config, key).astype(dtype) for row in rows(config)})
+    return nest({entry.path: initial(entry, config, key).astype(dtype) for entry in entries(config)})
 
 
-def initial(row: Row, config: ModelConfig, key: jax.Array) -> jax.Array:
+def initial(entry: Entry, config: ModelConfig, key: jax.Array) -> jax.Array:
     """Draw one parameter as `init` does, in float32."""
-    own_key = jax.random.fold_in(key, zlib.crc32(row.path.encode()))
-    if row.init == "normal":
-        return config.initializer_range * jax.random.normal(own_key, row.shape, jnp.float32)
-    if row.init == "uniform":
-        bound = row.hf_shape[-1] ** -0.5
-        return jax.random.uniform(own_key, row.shape, jnp.float32, -bound, bound)
-    return {"ones": jnp.ones, "zeros": jnp.zeros}[row.init](row.shape, jnp.float32)
+    own_key = jax.random.fold_in(key, zlib.crc32(entry.path.encode()))
+    if entry.init == "normal":
+        return config.initializer_range * jax.random.normal(own_key, entry.shape, jnp.float32)
+    if entry.init == "uniform":
+        bound = entry.hf_shape[-1] ** -0.5
+        return jax.random.uniform(own_key, entry.shape, jnp.float32, -bound, bound)
+    return {"ones": jnp.ones, "zeros": jnp.zeros}[entry.init](entry.shape, jnp.float32)
 
 
 def logical_axes(config: ModelConfig) -> types.PyTree:
     """Return, per parameter, a tuple with one logical axis name or None per dimension."""
-    return nest({row.path: row.axes for row in rows(config)})
+    return nest({entry.path: entry.axes for entry in entries(config)})
+
+
+def shardings(config: ModelConfig, *, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> types.PyTree:
+    """Return, per parameter, its NamedSharding; arguments and errors as those of `sharding.param_shardings`."""
+    return sharding.param_shardings(logical_axes(config), abstract(config, "float32"), mesh=mesh, rules=rules)
 
 
 def decay_mask(config: ModelConfig) -> types.PyTree:
     """Return, per parameter, whether weight decay applies."""
-    return nest({row.path: row.decay for row in rows(config)})
+    return nest({entry.path: entry.decay for entry in entries(config)})
 
 
 def count(config: ModelConfig) -> int:
     """Return the number of parameters; a tied head counts once."""
-    return sum(row.size for row in rows(config))
+    return sum(entry.size for entry in entries(config))
 
 
-def from_hf(row: Row, tensor: _Array) -> _Array:
+def from_hf(entry: Entry, tensor: _Array) -> _Array:
     """Rearrange one tensor of the disk (one layer's where stacked) into our layout; a view of a NumPy array.
 
-    >>> row = Row("out", "HCD", "o_proj.weight", "D(HC)", "normal", True, shape=(2, 3, 5))
-    >>> from_hf(row, np.zeros((5, 6))).shape
+    >>> entry = Entry("out", "HCD", "o_proj.weight", "D(HC)", "normal", True, shape=(2, 3, 5))
+    >>> from_hf(entry, np.zeros((5, 6))).shape
     (2, 3, 5)
     """
-    ours = row.letters.removeprefix("L")
-    return tensor.reshape(row.disk_shape).transpose([row.disk_letters.index(letter) for letter in ours])
+    ours = entry.letters.removeprefix("L")
+    return tensor.reshape(entry.disk_shape).transpose([entry.disk_letters.index(letter) for letter in ours])
 
 
-def to_hf(row: Row, array: np.ndarray) -> np.ndarray:
+def to_hf(entry: Entry, array: np.ndarray) -> np.ndarray:
     """Rearrange our array (one layer's where stacked) into the layout of the disk; the inverse of from_hf."""
-    disk = np.empty(row.disk_shape, array.dtype)
-    ours = from_hf(row, disk)
+    disk = np.empty(entry.disk_shape, array.dtype)
+    ours = from_hf(entry, disk)
     for start in range(0, len(ours), _SLAB):
         ours[start : start + _SLAB] = array[start : start + _SLAB]
-    return disk.reshape(row.hf_shape)
+    return disk.reshape(entry.hf_shape)
 
 
 def union(*trees: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,13 +141,13 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(params: types.PyTree, config: ModelConfig) -> None:
-    """Verify that a tree has exactly the rows' paths and shapes.
+    """Verify that a tree has exactly the entries' paths and shapes.
 
     Raises:
         ValueError: every missing, unexpected or misshapen parameter.
     """
     found = flatten(params)
-    expected = {row.path: row.shape for row in rows(config)}
+    expected = {entry.path: entry.shape for entry in entries(config)}
     problems = [f"{path} is missing" for path in expected if path not in found]
     problems += [f"{path} is unexpected" for path in found if path not in expected]
     problems += [

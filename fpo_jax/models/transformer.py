@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from fpo_jax import attention, sharding, types
-from fpo_jax.models import config, gemma2, gpt2, gpt_neox, kv_cache, layers, llama, rope
+from fpo_jax.models import config, gemma2, gpt2, gpt_neox, kv_cache, layers, llama, lora, param_table, rope
 
 # family -> (one layer, the norm after the last layer)
 _FAMILIES: dict[str, tuple[Callable, Callable]] = {
@@ -48,20 +48,20 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 class Decoder(nnx.Module):
-    """A causal decoder without its LM head's matmul; declares parameters by shape, holds none."""
+    """A causal decoder without its LM head's matmul; its parameters are shapes until arrays take their place."""
+
+    embed: nnx.Param
+    positions: nnx.Param
 
     def __init__(self, config: config.ModelConfig, adapter: config.Adapter | None = None):
         layer, norm = _FAMILIES[config.family]
         self.config, self.adapter = config, adapter
-        self.embed = layers.parameter(config.vocab_size, config.width)
-        if config.learned_positions:
-            self.positions = layers.parameter(config.max_positions, config.width)
-        self.layers = _stacked(_with_adapter(layer(config), adapter), config.layers)
-        self.final_norm = norm(config.width, config.norm_eps)
-        if config.reward_head:
-            self.score = layers.parameter(1, config.width)
-        elif not config.tied_head:
-            self.head = layers.parameter(config.vocab_size, config.width)
+        self.layers = layer(config)
+        self.final_norm = norm(config.norm_eps)
+        for entry in param_table.entries(config) + lora.adapter_entries(config, adapter):
+            *parents, name = entry.path.split("/")
+            module = functools.reduce(getattr, parents, self)
+            setattr(module, name, nnx.Param(jax.ShapeDtypeStruct(entry.shape, jnp.float32)))
 
     def __call__(
         self,
@@ -195,19 +195,3 @@ class Decoder(nnx.Module):
 def graph(config: config.ModelConfig, adapter: config.Adapter | None = None) -> nnx.GraphDef:
     """Return the static half of the decoder; merging it with a nested dict of arrays gives a callable module."""
     return nnx.split(Decoder(config, adapter))[0]
-
-
-def _with_adapter(layer: nnx.Module, adapter: config.Adapter | None) -> nnx.Module:
-    """Declare A and B beside each matrix that has them."""
-    for path, a_shape, b_shape in () if adapter is None else adapter.targets:
-        *parents, name = path.split("/")
-        module = functools.reduce(getattr, parents, layer)
-        setattr(module, f"{name}_lora_a", layers.parameter(*a_shape))
-        setattr(module, f"{name}_lora_b", layers.parameter(*b_shape))
-    return layer
-
-
-def _stacked(layer: nnx.Module, count: int) -> nnx.Module:
-    """Give every parameter of a declared layer a leading axis of `count`."""
-    graphdef, state = nnx.split(layer)
-    return nnx.merge(graphdef, jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), state))

@@ -58,7 +58,7 @@ def forward(config: models.ModelConfig, done: Work) -> int:
     2 P tokens + 4 L H C pairs + 2 D V scored, with P the weights of the layers' matrices; a reward model's head costs
     nothing that counts.
     """
-    matrices = sum(math.prod(row.shape) for row in params.rows(config) if row.stacked and row.decay)
+    matrices = sum(math.prod(entry.shape) for entry in params.entries(config) if entry.stacked and entry.decay)
     attention = 4 * config.layers * config.heads * config.head_dim
     head = 0 if config.reward_head else 2 * config.width * config.vocab_size * done.scored
     return 2 * matrices * done.tokens + attention * done.pairs + head

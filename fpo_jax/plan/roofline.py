@@ -59,7 +59,7 @@ def memory_traffic(outcome: Outcome) -> int:
     """Return the bytes that an update moves through a device's memory, activations left out."""
     assert outcome.layout.mesh is not None
     config, model_config = outcome.config, outcome.sizes.blueprint.model_config
-    matrices = sum(math.prod(row.shape) for row in params.rows(model_config) if row.stacked and row.decay)
+    matrices = sum(math.prod(entry.shape) for entry in params.entries(model_config) if entry.stacked and entry.decay)
     weights = matrices * jax.numpy.dtype(config.model.compute_dtype).itemsize // outcome.layout.mesh.shape["tensor"]
     passes = 3 if config.model.remat == "none" else 4  # forward, again, and two products per weight backward
     per_micro_batch = passes * weights + 2 * outcome.gradients

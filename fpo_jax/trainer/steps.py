@@ -51,7 +51,7 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         horizon=blueprint.horizon,
     )
     guard = _guard(config)
-    trained = params.trained_rows(blueprint.model_config, blueprint.adapter)
+    trained = params.trained_entries(blueprint.model_config, blueprint.adapter)
     optimizer = adamw.optimizer(
         rate,
         b1=config.optim.b1,
@@ -59,7 +59,7 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         eps=config.optim.eps,
         weight_decay=config.optim.weight_decay,
         clip_norm=config.optim.clip_norm,
-        decay_mask=params.nest({row.path: row.decay for row in trained}),
+        decay_mask=params.nest({entry.path: entry.decay for entry in trained}),
         state_dtype=config.optim.state_dtype,
     )
     optimizer = guard.watching(optimizer)
@@ -110,9 +110,7 @@ def _gather_layers(
     weights: types.PyTree, *, model_config: models.ModelConfig, mesh: Mesh, compute_dtype: str
 ) -> types.PyTree:
     """Hold the layers' weights whole along fsdp. Matrices are cast first, as every use of them does."""
-    whole = sharding.param_shardings(
-        params.logical_axes(model_config), weights, mesh=mesh, rules=sharding.GATHERED_RULES
-    )
+    whole = params.shardings(model_config, mesh=mesh, rules=sharding.GATHERED_RULES)
     is_matrix = params.decay_mask(model_config)
 
     def gathered(x, place, matrix):

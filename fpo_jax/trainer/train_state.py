@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from fpo_jax import config as configuration
-from fpo_jax import hf, models, sharding, types
+from fpo_jax import hf, sharding, types
 from fpo_jax.models import params
 from fpo_jax.trainer import run_schedule
 
@@ -32,19 +32,19 @@ class StateSharding:
             ValueError: the mesh does not divide the parameters.
         """
         self._mesh, self._model, self._adapter = mesh, blueprint.model_config, blueprint.adapter
-        self._trained = params.trained_rows(self._model, blueprint.adapter)
-        self._frozen = params.frozen_rows(self._model, blueprint.adapter)
+        self._trained = params.trained_entries(self._model, blueprint.adapter)
+        self._frozen = params.frozen_entries(self._model, blueprint.adapter)
         self._seed = config.seed  # of a reward model's new head, and of an adapter
         self._dtype, self._optimizer = jnp.dtype(config.model.param_dtype), optimizer
         self.params = self._placed(self._trained)
         self._reference = blueprint.reference or self._model
         with configuration.about("reference.path"):  # any other model is placed by now
-            self.reference = self._model_shardings(self._reference)
+            self.reference = params.shardings(self._reference, mesh=self._mesh)
         self.shardings = self._state_shardings(offload=config.optim.offload)
 
     def load(self, source: Path) -> types.PyTree:
         """Read the run's model from a Hugging Face directory onto the mesh."""
-        places, key = self._model_shardings(self._model), jax.random.key(self._seed)
+        places, key = params.shardings(self._model, mesh=self._mesh), jax.random.key(self._seed)
         return hf.load_params(source, self._model, dtype=self._dtype, shardings=places, key=key)
 
     def load_reference(self, source: Path) -> types.PyTree:
@@ -127,18 +127,14 @@ class StateSharding:
         frozen = None if self._adapter is None else self._placed(self._frozen)
         return types.TrainState(self.params, moments, alone, frozen, alone)
 
-    def _model_shardings(self, config: models.ModelConfig) -> types.PyTree:
-        abstract = params.abstract(config, self._dtype)
-        return sharding.param_shardings(params.logical_axes(config), abstract, mesh=self._mesh)
-
-    def _abstract(self, rows: Sequence[params.Row]) -> types.PyTree:
+    def _abstract(self, entries: Sequence[params.Entry]) -> types.PyTree:
         """Return shapes and dtypes; what is trained beside frozen weights is float32, whatever they are."""
-        dtype = jnp.dtype(jnp.float32) if self._adapter is not None and rows is self._trained else self._dtype
-        return params.nest({row.path: jax.ShapeDtypeStruct(row.shape, dtype) for row in rows})
+        dtype = jnp.dtype(jnp.float32) if self._adapter is not None and entries is self._trained else self._dtype
+        return params.nest({entry.path: jax.ShapeDtypeStruct(entry.shape, dtype) for entry in entries})
 
-    def _placed(self, rows: Sequence[params.Row]) -> types.PyTree:
-        axes = params.nest({row.path: row.axes for row in rows})
-        return sharding.param_shardings(axes, self._abstract(rows), mesh=self._mesh)
+    def _placed(self, entries: Sequence[params.Entry]) -> types.PyTree:
+        axes = params.nest({entry.path: entry.axes for entry in entries})
+        return sharding.param_shardings(axes, self._abstract(entries), mesh=self._mesh)
 
 
 def bytes_on_device(tree: types.PyTree) -> int:
