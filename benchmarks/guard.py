@@ -24,7 +24,7 @@ import numpy as np
 from fpo_jax import attention, losses, models, types
 from fpo_jax.models import params
 from fpo_jax.optimizer import adamw, skip_step
-from fpo_jax.trainer import train_step
+from fpo_jax.trainer import forward, train_step
 
 VOCAB = 2048
 
@@ -55,7 +55,7 @@ def made(config: models.ModelConfig, example: types.Batch, *, guard: skip_step.G
         rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(config)
     )
     optimizer = optimizer if guard is None else guard.watching(optimizer)
-    scorer = train_step.Scorer(
+    forward_fn = forward.PolicyForward(
         config=config,
         compute_dtype="float32",
         remat="none",
@@ -66,7 +66,7 @@ def made(config: models.ModelConfig, example: types.Batch, *, guard: skip_step.G
     )
     loss = losses.resolve("alphapo-pref")
     update = functools.partial(
-        train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate, guard=guard
+        train_step.train_step, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate, guard=guard
     )
     weights = params.init(config, jax.random.key(0), "float32")
     state = types.TrainState(

@@ -56,7 +56,7 @@ class Updates:
             if number == 1:  # the first one is compiled
                 started = time.perf_counter()
             placed = self.programs.batches.place(data.batch_at(batches, number), stacked=False)
-            scores, ids = jax.device_get(self.programs.score(weights, placed)), data.group_ids(batches, number)
+            scores, ids = jax.device_get(self.programs.logprobs(weights, placed)), data.group_ids(batches, number)
             if keep:
                 self._references[ids[ids >= 0]] = scores[ids >= 0]
             scored += int(np.count_nonzero(ids >= 0)) if number else 0

@@ -1,9 +1,9 @@
-"""Batches and scorers that tests build by hand."""
+"""Batches and forward functions that tests build by hand."""
 
 import numpy as np
 
 from fpo_jax import attention, types
-from fpo_jax.trainer import train_step
+from fpo_jax.trainer import forward
 
 
 def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed: int = 0, rewards=None) -> types.Batch:
@@ -34,8 +34,8 @@ def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed:
     )  # fmt: skip
 
 
-def scorer(config, **changed) -> train_step.Scorer:
-    """Return a float32 scorer of a tiny model."""
+def forward_fn(config, **changed) -> forward.PolicyForward:
+    """Return a float32 forward function of a tiny model."""
     options = {
         "compute_dtype": "float32",
         "remat": "none",
@@ -43,4 +43,4 @@ def scorer(config, **changed) -> train_step.Scorer:
         "implementation": "chunked",
     }
     options |= {"workspace_bytes": 2**20, "temperature": 1.0}
-    return train_step.Scorer(config=config, **(options | changed))
+    return forward.PolicyForward(config=config, **(options | changed))

@@ -15,7 +15,7 @@ import pytest
 from fpo_jax import checkpoint, data, losses, sharding, types
 from fpo_jax.models import params
 from fpo_jax.optimizer import adamw, skip_step
-from fpo_jax.trainer import compiled_step, metric_logger, reference_files, train_step, trainer
+from fpo_jax.trainer import compiled_step, metric_logger, reference_logprobs, train_step, trainer
 from tests import batches, compiling, faults, resuming, tiny
 from tests.paths import REPO
 from tests.test_step import CONFIG, batch_of
@@ -49,12 +49,12 @@ def updater(*, devices, guard=None, spoil=None):
         return grads if spoil is None else {**grads, "embed": jax.tree.map(spoil, grads["embed"])}
 
     places = train_step.Places(gather=lambda x: x, cut=spoiled, fetch=lambda x: x)
-    scorer = batches.scorer(CONFIG, temperature=loss.temperature, layout=layout)
+    forward_fn = batches.forward_fn(CONFIG, temperature=loss.temperature, layout=layout)
 
     @jax.jit
     def update(state, batch):
         return train_step.train_step(
-            state, batch, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate, places=places, guard=guard
+            state, batch, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate, places=places, guard=guard
         )
 
     counter = None if guard is None else jnp.int32(0)
@@ -158,7 +158,7 @@ def config(inputs, **changed):
 
 def spoil_updates(monkeypatch, numbers, value):
     """Add a value to a reference log-prob of the updates of these numbers, from 1."""
-    batch_at, filled, current = data.batch_at, reference_files.attach, [0]
+    batch_at, filled, current = data.batch_at, reference_logprobs.attach, [0]
 
     def numbered(schedule, number, positions):
         current[0] = number + 1
@@ -171,7 +171,7 @@ def spoil_updates(monkeypatch, numbers, value):
         return batch
 
     monkeypatch.setattr(data, "batch_at", numbered)
-    monkeypatch.setattr(reference_files, "attach", with_reference)
+    monkeypatch.setattr(reference_logprobs, "attach", with_reference)
 
 
 def weights(workdir, number=None):
@@ -217,9 +217,9 @@ def test_a_run_that_stops_has_saved_what_the_last_applied_update_left(
 def test_a_stored_reference_that_is_not_finite_is_refused(tmp_path):
     logps = np.zeros((5, 2), np.float32)
     logps[3, 1] = np.nan
-    reference_files.save(tmp_path / "r.safetensors", logps, {})
+    reference_logprobs.save(tmp_path / "r.safetensors", logps, {})
     with pytest.raises(ValueError, match=r"r.safetensors are not finite for 1 of 5 groups \(first: \[3\]\); delete"):
-        reference_files.load(tmp_path / "r.safetensors")
+        reference_logprobs.load(tmp_path / "r.safetensors")
 
 
 # with DPO, whose loss knows no bound
@@ -301,7 +301,7 @@ def test_the_same_seed_gives_the_same_bytes_under_any_hash_seed(inputs, tmp_path
         done = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         references = [
-            reference_files.load(path).tobytes() for path in sorted((tmp_path / seed / "reference").iterdir())
+            reference_logprobs.load(path).tobytes() for path in sorted((tmp_path / seed / "reference").iterdir())
         ]
         files = [(tmp_path / seed / name).read_bytes() for name in (metric_logger.METRICS_FILE, "audit.json")]
         found.append([weights(tmp_path / seed)[1], *files, *references])

@@ -167,9 +167,9 @@ def test_a_kernel_without_a_formula_is_an_error(monkeypatch):
 @pytest.mark.parametrize("config", [LLAMA, NEOX], ids=lambda config: config.family)
 def test_a_traced_forward_pass_is_the_closed_form_but_for_causality(config):
     batch = batches.random_batch(groups=3, candidates=2, length=10, vocab=11)
-    scorer = batches.scorer(config, implementation="reference")
+    forward_fn = batches.forward_fn(config, implementation="reference")
     weights = params.init(config, jax.random.key(0), "float32")
     done = flops.work([10] * 6, [batch.targets_NR.shape[1]] * 6, sliding_window=None)
     unmasked = done._replace(pairs=6 * 10 * 10)  # XLA attention computes every pair
     mean_logits = 2 * 6 * 8  # a metric: the mean hidden state of each row times the mean row of the head
-    assert traced(lambda w: scorer(w, batch), weights) == flops.forward(config, unmasked) + mean_logits
+    assert traced(lambda w: forward_fn(w, batch), weights) == flops.forward(config, unmasked) + mean_logits

@@ -194,14 +194,14 @@ def test_log_probs_and_gradients_are_those_of_rows_of_their_own(family, candidat
     plain, packed, _ = both(prepared, layout)
     assert packed.tokens_NT.size < plain.tokens_NT.size or layout == "packed"
     implementation = "chunked" if config.attention_soft_cap else "xla"
-    scorer = batches.scorer(config, attention=attention.Choice(implementation, "for the test"))
+    forward_fn = batches.forward_fn(config, attention=attention.Choice(implementation, "for the test"))
     random = np.random.default_rng(1)
     weight_BK = random.normal(size=(7, candidates)).astype(np.float32)
 
     @functools.partial(jax.jit, static_argnums=2)
     def run(weights, batch, order):
         def total(weights):
-            logps_BK = scorer(weights, batch).sum_N.reshape(batch.rewards_BK.shape)
+            logps_BK = forward_fn(weights, batch).sum_N.reshape(batch.rewards_BK.shape)
             logps_BK = logps_BK[jnp.array(order)]
             return jnp.sum(weight_BK * logps_BK), logps_BK
 
@@ -230,7 +230,7 @@ def test_an_update_is_that_of_the_padded_layout(name):
     plain, packed, schedule = both(prepared_groups(8, 2), "shared")
     empty = group_packing.assemble(schedule.prepared, schedule.rows.packing, [[]] * 2)
     packed = jax.tree.map(lambda *parts: np.concatenate(parts), packed, empty)
-    scorer = batches.scorer(config)
+    forward_fn = batches.forward_fn(config)
     optimizer = adamw.optimizer(
         lambda count: 1.0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip_norm=0.0, decay_mask=None,
         state_dtype="float32",
@@ -239,7 +239,7 @@ def test_an_update_is_that_of_the_padded_layout(name):
     for batch, accumulation in ((plain, 4), (packed, len(packed.tokens_NT) // 2)):
         state = types.TrainState(weights, optimizer.init(weights), jnp.int32(0))
         update = functools.partial(
-            train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=lambda count: 1.0
+            train_step.train_step, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=lambda count: 1.0
         )
         reference_logps_BK = np.where(batch.row_ids_B[:, None] >= 0, -10.0 - batch.row_ids_B[:, None], 0)
         batch = batch._replace(

@@ -18,7 +18,7 @@ import safetensors.numpy
 from fpo_jax import checkpoint, config, hf
 from fpo_jax.cli import export
 from fpo_jax.distributed import preemption
-from fpo_jax.trainer import metric_logger, reference_files, run_inputs, run_workdir, trainer
+from fpo_jax.trainer import metric_logger, reference_logprobs, run_inputs, run_workdir, trainer
 from tests import compiling, resuming, tiny
 from tests.paths import REPO
 
@@ -256,9 +256,9 @@ def test_a_stopped_reference_pass_goes_on_where_it_was(inputs, tmp_path, monkeyp
             run(small_passes, tmp_path / "cut")
     part = next((tmp_path / "cut" / "reference").glob("train-*.part"))
     assert np.isnan(safetensors.numpy.load_file(part)["reference_logps"][:, 0]).tolist() == [False] * 12 + [True] * 12
-    scored, compute = [], reference_files.compute
+    scored, compute = [], reference_logprobs.compute
     monkeypatch.setattr(
-        reference_files,
+        reference_logprobs,
         "compute",
         lambda found, **of: compute((scored.append(ids) or (ids, x) for ids, x in found), **of),
     )

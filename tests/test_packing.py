@@ -117,10 +117,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def gradient(config, batch, implementation):
     """Token mean of the batch and its gradient."""
     loss, weights = losses.resolve("sft"), params.init(config, jax.random.key(1), "float32")
-    scorer = batches.scorer(config, attention=attention.Choice(implementation, "test"))
+    forward_fn = batches.forward_fn(config, attention=attention.Choice(implementation, "test"))
     totals = train_step._totals(train_step.stack_micro_batches(batch, accumulation=1), loss)
     value = functools.partial(
-        train_step._objective, totals=totals, batch_kl=None, scorer=scorer, loss=loss, dropout_key=None
+        train_step._objective, totals=totals, batch_kl=None, forward_fn=forward_fn, loss=loss, dropout_key=None
     )
     (mean, pairs), grads = jax.jit(jax.value_and_grad(value, has_aux=True))(weights, batch)
     return float(mean), metric_logger.means(jax.device_get(pairs)), jax.device_get(params.flatten(grads))

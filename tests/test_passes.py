@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from fpo_jax import attention, data, hf, models, types
 from fpo_jax.data import group_packing
 from fpo_jax.plan import compilation
-from fpo_jax.trainer import metric_logger, reference_files, run_inputs, run_schedule, run_summary, trainer
+from fpo_jax.trainer import metric_logger, reference_logprobs, run_inputs, run_schedule, run_summary, trainer
 from tests import batches, tiny, tolerances
 
 ONE = {"mesh__data": 1, "mesh__fsdp": 1, "train__max_steps": 1, "train__eval_every": 0}
@@ -55,7 +55,7 @@ def test_a_pass_with_longer_rows_has_an_attention_of_its_own(root):
     for kept, whole in ((usual, True), (made, False)):
         for program, first in (
             (kept.evaluate, kept.state.abstract_evaluated()),
-            (kept.score, kept.state.abstract_reference()),
+            (kept.logprobs, kept.state.abstract_reference()),
         ):
             batch = kept.batches.abstract(2, group_size=2, length=512, scored=64, places=2)
             logits = "512x512xf32" in program.jitted.lower(first, batch).as_text()
@@ -87,7 +87,7 @@ def test_sets_whose_rows_have_room_for_other_numbers_of_groups_share_no_program(
     config.data.layout, config.data.row_length = "padded", None
     trainer.run(config, tmp_path / "padded", devices=jax.devices()[:1])
     kept = [next((tmp_path / name / "reference").glob("eval-*.safetensors")) for name in ("w", "padded")]
-    assert_allclose(*map(reference_files.load, kept), rtol=tolerances.SHARED_RUN)
+    assert_allclose(*map(reference_logprobs.load, kept), rtol=tolerances.SHARED_RUN)
 
 
 def test_rows_too_short_for_the_evaluation_data_are_told_before_the_workdir_is_taken(root, tmp_path):
@@ -199,7 +199,7 @@ def test_the_loss_of_an_evaluation_by_kto_is_its_equation(root, tmp_path):
     ratios = []
     for number in range(plan.evaluation.steps_per_epoch):
         batch = made.batches.place(data.batch_at(plan.evaluation, number), stacked=False)
-        ratios.append(np.float64(made.score(policy, batch)) - np.float64(made.score(other, batch)))
+        ratios.append(np.float64(made.logprobs(policy, batch)) - np.float64(made.logprobs(other, batch)))
     ratios_BK, best_BK = np.concatenate(ratios), np.asarray(inputs.evaluation.prepared.rewards_BK) > 0
     beta, rate = config.loss.beta_pi, lambda x: 1 / (1 + np.exp(-x))
     z = max(0.0, beta * ratios_BK.mean())
@@ -261,14 +261,14 @@ def test_a_reference_of_another_family_scores_with_its_own_attention_and_head(ro
     assert " xla " in attends[""] and " chunked " in attends["reference pass: "], made.choices
     weights = made.state.load_reference(tmp_path / "other")
     scored = (
-        (data.group_ids(plan.references[0], number), made.score(weights, data.batch_at(plan.references[0], number)))
+        (data.group_ids(plan.references[0], number), made.logprobs(weights, data.batch_at(plan.references[0], number)))
         for number in range(plan.references[0].steps_per_epoch)
     )
-    found = reference_files.compute(
+    found = reference_logprobs.compute(
         ((ids, np.asarray(logps)) for ids, logps in scored), groups=inputs.train.prepared.groups
     )
     in_blocks = attention.Choice("chunked", "for the test")
-    alone = batches.scorer(hf.read_config(tmp_path / "other"), attention=in_blocks)
+    alone = batches.forward_fn(hf.read_config(tmp_path / "other"), attention=in_blocks)
     for group in (0, 7):
         schedule = data.schedule(inputs.train.prepared, batch_size=1, buckets=(40,), seed=0, shuffle=False)
         expected = alone(weights, types.Batch(*data.batch_at(schedule, group))).sum_N

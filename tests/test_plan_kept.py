@@ -20,7 +20,7 @@ def root(tmp_path_factory):
 
 
 def settled(root, *, memory: float | None = GIB, flops=1e12, bandwidth=1e12, **changed):
-    """The scorer of updates, and what was said of the logits, on two devices with such a data sheet."""
+    """The forward function of train steps, and what was said of the logits, on two devices with such a data sheet."""
     config = tiny.config(root, root / "pairs.jsonl", mesh__data=1, kernel__workspace_mib=1, **changed)
     inputs = run_inputs.prepare(config)
     layout = sharding.make_layout(**config.mesh, devices=jax.devices()[:2])
@@ -33,13 +33,13 @@ def settled(root, *, memory: float | None = GIB, flops=1e12, bandwidth=1e12, **c
         accumulation=plan.accumulation,
         capacity=None if memory is None else hardware.Capacity(int(memory), flops, bandwidth, 1e9, 1e9),
     )
-    return made.scorer, [line for line in made.choices if line.startswith("logits: ")]
+    return made.forward_fn, [line for line in made.choices if line.startswith("logits: ")]
 
 
 def test_kept_where_it_is_faster_and_fits(root):
-    scorer, said = settled(root)
+    forward_fn, said = settled(root)
     (line,) = said
-    assert line.startswith("logits: kept for the backward pass, ") and scorer.kept_bytes > 0
+    assert line.startswith("logits: kept for the backward pass, ") and forward_fn.kept_bytes > 0
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_kept_where_it_is_faster_and_fits(root):
     ids=str,
 )
 def test_computed_again_where_not_and_the_reason_is_said(root, sheet, reason):
-    scorer, (line,) = settled(root, **sheet)
+    forward_fn, (line,) = settled(root, **sheet)
     assert line.startswith("logits: computed again in the backward pass; ") and reason in line
-    assert not scorer.kept_bytes
+    assert not forward_fn.kept_bytes
 
 
 @pytest.mark.parametrize(
@@ -67,5 +67,5 @@ def test_computed_again_where_not_and_the_reason_is_said(root, sheet, reason):
     ids=str,
 )
 def test_nothing_is_decided_where_it_is_told_or_cannot_be_known(root, changed, kept_bytes):
-    scorer, said = settled(root, **changed)
-    assert said == [] and scorer.kept_bytes == kept_bytes
+    forward_fn, said = settled(root, **changed)
+    assert said == [] and forward_fn.kept_bytes == kept_bytes

@@ -318,7 +318,7 @@ def test_gradients_are_those_of_torch_in_float64(directory, tokenizer, pairs, ou
     value = functools.partial(
         train_step._objective, batch_kl=None,
         totals=train_step._totals(jax.tree.map(lambda leaf: leaf[None], batch), loss),
-        scorer=batches.scorer(config, workspace_bytes=2**28), loss=loss, dropout_key=None,
+        forward_fn=batches.forward_fn(config, workspace_bytes=2**28), loss=loss, dropout_key=None,
     )  # fmt: skip
     (found, _), gradient = jax.jit(jax.value_and_grad(value, has_aux=True))(tree, batch)
     total = 0.0

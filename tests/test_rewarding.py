@@ -15,7 +15,7 @@ from fpo_jax import attention, checkpoint, data, hf, losses, models, tokenizatio
 from fpo_jax.inference import reward_model
 from fpo_jax.models import params
 from fpo_jax.optimizer import adamw
-from fpo_jax.trainer import best_checkpoint, export, metric_logger, run_inputs, train_step, trainer
+from fpo_jax.trainer import best_checkpoint, export, forward, metric_logger, run_inputs, train_step, trainer
 from tests import resuming, tiny, tolerances
 
 
@@ -130,7 +130,7 @@ def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
     """Two groups, and the same two beside a tied one: the same mean, the same gradient."""
     inputs = run_inputs.prepare(reward_config(base / "model", base / "train.jsonl"))
     weights = hf.load_params(inputs.source, inputs.model_config, dtype="float32", key=jax.random.key(0))
-    scorer = reward_model.RewardScorer(inputs.model_config, "float32", "none", attention.Choice("xla", "test"))
+    forward_fn = forward.RewardForward(inputs.model_config, "float32", "none", attention.Choice("xla", "test"))
     schedule = data.schedule(inputs.train.prepared, batch_size=3, buckets=(40,), seed=0)
     whole = data.batch_at(schedule, 0, np.arange(3))
     whole.rewards_BK[2] = 0.5
@@ -139,13 +139,18 @@ def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
     def gradient(batch):
         totals = train_step._totals(train_step.stack_micro_batches(batch, accumulation=1), inputs.loss)
         value = functools.partial(
-            train_step._objective, totals=totals, batch_kl=None, scorer=scorer, loss=inputs.loss, dropout_key=None
+            train_step._objective,
+            totals=totals,
+            batch_kl=None,
+            forward_fn=forward_fn,
+            loss=inputs.loss,
+            dropout_key=None,
         )
         return jax.jit(jax.grad(value, has_aux=True))(weights, batch)[0]
 
     assert np.abs(gradient(first)["score"]).max() > tolerances.DIFFERENT
     jax.tree.map(lambda a, b: assert_allclose(a, b, **tolerances.SAME_UPDATE), gradient(whole), gradient(first))
-    evaluate = jax.jit(functools.partial(train_step.eval_step, scorer=scorer, loss=inputs.loss))
+    evaluate = jax.jit(functools.partial(train_step.eval_step, forward_fn=forward_fn, loss=inputs.loss))
     with_tie, without = (
         metric_logger.means(jax.device_get(evaluate((weights, 0.0), batch))) for batch in (whole, first)
     )
@@ -340,7 +345,7 @@ def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
     schedule = data.schedule(inputs.train.prepared, batch_size=8, buckets=(40,), seed=0)
     batch = data.batch_at(schedule, 0, np.arange(8))
     weights = hf.load_params(inputs.source, inputs.model_config, dtype="float32")
-    scorer = train_step.Scorer(
+    forward_fn = forward.PolicyForward(
         inputs.model_config, "float32", "none", attention.Choice("xla", "test"), "chunked", 2**20, temperature=1.0
     )
     found = []
@@ -353,7 +358,12 @@ def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
         state = types.TrainState(weights, optimizer.init(weights), jnp.int32(0))
         _, pairs = jax.jit(
             lambda state, batch, optimizer=optimizer: train_step.train_step(
-                state, batch, scorer=scorer, loss=inputs.loss, optimizer=optimizer, rate=lambda _: jnp.float32(1.0)
+                state,
+                batch,
+                forward_fn=forward_fn,
+                loss=inputs.loss,
+                optimizer=optimizer,
+                rate=lambda _: jnp.float32(1.0),
             )
         )(state, stacked)
         found.append(metric_logger.means(jax.device_get(pairs)))

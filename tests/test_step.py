@@ -10,7 +10,7 @@ import pytest
 from fpo_jax import logprobs, losses, models, sharding, types
 from fpo_jax.models import params
 from fpo_jax.optimizer import adamw
-from fpo_jax.trainer import train_step
+from fpo_jax.trainer import forward, train_step
 from tests import batches, tolerances
 
 CONFIG = models.ModelConfig(
@@ -26,15 +26,15 @@ def batch_of(candidates=2, seed=0):
     return batch._replace(reference_logps_BK=(-20.0 + noise).astype(np.float32))
 
 
-def updated(loss, batch, *, accumulation=1, mesh=None, **scorer_options):
+def updated(loss, batch, *, accumulation=1, mesh=None, **forward_options):
     """One update from fixed weights: (new parameters, optimiser state, metrics)."""
     weights = params.init(CONFIG, jax.random.key(0), "float32")
     rate = adamw.schedule(kind="constant", peak=1e-2, warmup=0, horizon=9)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
     )
-    scorer = batches.scorer(CONFIG, temperature=loss.temperature, **scorer_options)
-    update = functools.partial(train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate)
+    forward_fn = batches.forward_fn(CONFIG, temperature=loss.temperature, **forward_options)
+    update = functools.partial(train_step.train_step, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate)
     state = types.TrainState(weights, optimizer.init(weights), jnp.int32(0))
     if mesh is None:
         jitted = jax.jit(update)
@@ -127,7 +127,7 @@ def test_one_candidate_is_plain_fine_tuning():
     loss = losses.resolve("sft")
     batch = batch_of(candidates=1)
     _, numbers = updated(loss, batch)
-    response = jax.jit(batches.scorer(CONFIG))(params.init(CONFIG, jax.random.key(0), "float32"), batch)
+    response = jax.jit(batches.forward_fn(CONFIG))(params.init(CONFIG, jax.random.key(0), "float32"), batch)
     expected = -np.sum(np.asarray(response.sum_N)) / np.sum(np.asarray(response.count_N))
     np.testing.assert_allclose(numbers["loss"], expected, rtol=tolerances.FLOAT32)
     assert "rewards/margins" not in numbers
@@ -136,7 +136,7 @@ def test_one_candidate_is_plain_fine_tuning():
 def evaluated(loss, batch, logps_BK, lengths_BK):
     """eval_step's metrics with the model's log-probs replaced."""
 
-    class Given(train_step.Scorer):
+    class Given(forward.PolicyForward):
         def __call__(self, *_):
             return logprobs.ResponseLogps(
                 jnp.asarray(logps_BK, jnp.float32).reshape(-1),
@@ -144,8 +144,8 @@ def evaluated(loss, batch, logps_BK, lengths_BK):
                 jnp.arange(np.size(logps_BK), dtype=jnp.float32),
             )
 
-    scorer = Given(**vars(batches.scorer(CONFIG)))
-    pairs = jax.jit(functools.partial(train_step.eval_step, scorer=scorer, loss=loss))(({}, 0.0), batch)
+    forward_fn = Given(**vars(batches.forward_fn(CONFIG)))
+    pairs = jax.jit(functools.partial(train_step.eval_step, forward_fn=forward_fn, loss=loss))(({}, 0.0), batch)
     return {name: float(total) / float(count) for name, (total, count) in pairs.items() if float(count)}
 
 
@@ -176,9 +176,9 @@ def test_length_normalised_losses_show_mean_logps():
 
 @pytest.mark.parametrize("fuse_loss", [False, True])
 def test_the_loss_runs_in_the_kernel_where_asked(fuse_loss):
-    scorer = batches.scorer(CONFIG, implementation="pallas_tpu", interpret=True, fuse_loss=fuse_loss)
+    forward_fn = batches.forward_fn(CONFIG, implementation="pallas_tpu", interpret=True, fuse_loss=fuse_loss)
     weights = params.init(CONFIG, jax.random.key(0), "float32")
     loss = losses.resolve("jspo-pref")
     operands = train_step._operands(batch_of(), None)
-    text = str(jax.make_jaxpr(lambda w: scorer.group_losses(w, batch_of(), operands, loss=loss)[0])(weights))
+    text = str(jax.make_jaxpr(lambda w: forward_fn.group_losses(w, batch_of(), operands, loss=loss)[0])(weights))
     assert "name=token_stats" in text and ("name=group_loss" in text) == fuse_loss

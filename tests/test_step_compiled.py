@@ -46,7 +46,7 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
     shapes_ = logprobs.HeadShapes(rows * 29, config.width, config.vocab_size)
     choice = logprobs.choose(**head, shapes=shapes_, placement=sharding.Layout(mesh).head)
     assert choice.implementation == ("pallas_tpu" if target == "v5e-4" else "pallas_gpu") and not choice.interpret
-    scorer = batches.scorer(
+    forward_fn = batches.forward_fn(
         config,
         compute_dtype="bfloat16",
         implementation=choice.implementation,
@@ -69,7 +69,7 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
     state = types.TrainState(weights, moments, jax.ShapeDtypeStruct((), jnp.int32, sharding=alone))
     batch = batches.random_batch(groups=rows // 2, candidates=2, length=32, vocab=512)
     batch = put(train_step.stack_micro_batches(batch, accumulation=2), sharding.batch_sharding(mesh, stacked=True))
-    update = functools.partial(train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate)
+    update = functools.partial(train_step.train_step, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate)
     text = hardware.compile_for(update, state, batch).as_text()
     assert kernel in text and "group_loss" in text
 

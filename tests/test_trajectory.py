@@ -93,13 +93,15 @@ def our_trajectory(folder, recipe, options, micro_batches):
     config = hf.read_config(folder)
     weights = hf.load_params(folder, config, dtype="float32")
     loss = losses.resolve(recipe, **options)
-    scorer = batches.scorer(config, temperature=loss.temperature)
+    forward_fn = batches.forward_fn(config, temperature=loss.temperature)
     rate = adamw.schedule(kind="cosine", peak=RATE, warmup=WARMUP, horizon=STEPS)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=CLIP, decay_mask=params.decay_mask(config)
     )
-    update = jax.jit(functools.partial(train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate))
-    score = jax.jit(functools.partial(train_step.score_step, scorer=scorer))
+    update = jax.jit(
+        functools.partial(train_step.train_step, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate)
+    )
+    score = jax.jit(functools.partial(train_step.logprob_step, forward_fn=forward_fn))
     stacked = []
     for micros in micro_batches:
         if loss.needs_reference:

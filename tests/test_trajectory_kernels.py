@@ -29,23 +29,25 @@ KERNELS = {
 
 
 @functools.cache
-def trajectory(recipe, **scorer_options):
+def trajectory(recipe, **forward_options):
     """Losses and final weights of twenty updates on two alternating batches."""
     loss = losses.resolve(recipe)
-    scorer = batches.scorer(CONFIG, temperature=loss.temperature, **scorer_options)
+    forward_fn = batches.forward_fn(CONFIG, temperature=loss.temperature, **forward_options)
     weights = params.init(CONFIG, jax.random.key(0), "float32")
     two = [batches.random_batch(groups=4, candidates=2, length=17, vocab=VOCAB, seed=seed) for seed in (0, 1)]
     two = [batch._replace(reference_logps_BK=np.full((4, 2), -45.0, np.float32)) for batch in two]
-    return twenty_updates(weights, two, scorer=scorer, loss=loss, accumulation=2)
+    return twenty_updates(weights, two, forward_fn=forward_fn, loss=loss, accumulation=2)
 
 
-def twenty_updates(weights, two, *, scorer, loss, accumulation):
+def twenty_updates(weights, two, *, forward_fn, loss, accumulation):
     """Losses and final weights of updates on two batches in turn, where the weights live."""
     rate = adamw.schedule(kind="cosine", peak=3e-3, warmup=4, horizon=STEPS)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
     )
-    update = jax.jit(functools.partial(train_step.train_step, scorer=scorer, loss=loss, optimizer=optimizer, rate=rate))
+    update = jax.jit(
+        functools.partial(train_step.train_step, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate)
+    )
     state, curve = types.TrainState(weights, optimizer.init(weights), jnp.int32(0)), []
     for index in range(STEPS):
         state, pairs = update(state, train_step.stack_micro_batches(two[index % 2], accumulation=accumulation))
@@ -54,7 +56,7 @@ def twenty_updates(weights, two, *, scorer, loss, accumulation):
 
 
 @functools.cache
-def of_shared_rows(recipe, *, sizes=None, **scorer_options):
+def of_shared_rows(recipe, *, sizes=None, **forward_options):
     """The same of rows in which groups share their prompts, on a mesh of so many devices along its axes."""
     loss, weights = losses.resolve(recipe), params.init(CONFIG, jax.random.key(0), "float32")
     grid = sharding.ONE_DEVICE
@@ -71,8 +73,8 @@ def of_shared_rows(recipe, *, sizes=None, **scorer_options):
         grid = sharding.Layout(mesh)
         weights = jax.device_put(weights, params.shardings(CONFIG, mesh=mesh))
         two = jax.device_put(two, sharding.batch_sharding(mesh, stacked=False))
-    scorer = batches.scorer(CONFIG, temperature=loss.temperature, layout=grid, **scorer_options)
-    return twenty_updates(weights, two, scorer=scorer, loss=loss, accumulation=1)
+    forward_fn = batches.forward_fn(CONFIG, temperature=loss.temperature, layout=grid, **forward_options)
+    return twenty_updates(weights, two, forward_fn=forward_fn, loss=loss, accumulation=1)
 
 
 def assert_same(ours, theirs):

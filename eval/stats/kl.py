@@ -35,7 +35,7 @@ from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import jsonl_job
 from fpo_jax.eval.stats import confidence_intervals
-from fpo_jax.trainer import reference_files, run_schedule, steps
+from fpo_jax.trainer import reference_logprobs, run_schedule, steps
 
 log = logging.getLogger("fpo_jax")
 
@@ -202,9 +202,9 @@ def _logprobs(source: Path, prepared: data.Prepared, settings: dict[str, Any], p
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for number in range(schedule.steps_per_epoch):
             placed = compiled.batches.place(data.batch_at(schedule, number, positions), stacked=False)
-            yield data.group_ids(schedule, number), jax.device_get(compiled.score(weights, placed))
+            yield data.group_ids(schedule, number), jax.device_get(compiled.logprobs(weights, placed))
 
-    return reference_files.compute(batches(), groups=prepared.groups)
+    return reference_logprobs.compute(batches(), groups=prepared.groups)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

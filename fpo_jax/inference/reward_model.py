@@ -1,13 +1,11 @@
-"""Reward models: a score for each row, from a bias-free head on the hidden state of its last token.
+"""A reward model that is read: a score for each row, from a bias-free head on the hidden state of its last token.
 
-    batch ──RewardScorer──► scores as `ResponseLogps`, so that train_step.py trains a reward model as it trains a policy
     token rows ──Rewarder──► float32 scores of a model in a directory, batched over a mesh
 
 Rows end with the token at which the score stands (`data.reward_row`): plain text at its last token, a conversation
 where `transformers` reads it, at the last token of the template's text that is not the pad token.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,85 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpo_jax import attention, data, hf, logprobs, losses, models, sharding, tokenization, types
+from fpo_jax import attention, data, hf, logprobs, models, sharding, tokenization
 from fpo_jax.models import params
 
 _UNCUT = 2**30  # tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class RewardScorer:
-    """What is static about turning a batch into scores; in the place of `step.Scorer`."""
-
-    config: models.ModelConfig
-    compute_dtype: str
-    remat: str
-    attention: attention.Choice
-    layout: sharding.Layout = sharding.ONE_DEVICE
-    adapter: models.Adapter | None = None
-
-    def __call__(
-        self, params: types.PyTree, batch: types.Batch, *, dropout_key: jax.Array | None = None
-    ) -> logprobs.ResponseLogps:
-        """Run the model and read the score of every row in the place of its log-prob."""
-        if batch.ends_NP is None:
-            last_NP = jnp.max(jnp.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)[:, None]
-        else:
-            last_NP = jnp.asarray(batch.ends_NP)
-        scores_NP = self.scores(
-            params,
-            jnp.asarray(batch.tokens_NT),
-            jnp.asarray(batch.valid_NT),
-            last_NP,
-            segments=batch.segments,
-            dropout_key=dropout_key,
-        )
-        counts_NP = logprobs.sum_slots(
-            jnp.asarray(batch.scored_NR, scores_NP.dtype), batch.slots_NR, slots=scores_NP.shape[1]
-        )
-        return logprobs.ResponseLogps(scores_NP.reshape(-1), counts_NP.reshape(-1), None)
-
-    def group_losses(
-        self,
-        params: types.PyTree,
-        batch: types.Batch,
-        operands: losses.Candidates,
-        *,
-        loss: losses.Loss,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[types.Array, logprobs.ResponseLogps]:
-        """Run the model to the losses [B] of the groups, and the scores they come from."""
-        response = self(params, batch, dropout_key=dropout_key)
-        scores_BK = jnp.asarray(response.sum_N).reshape(batch.rewards_BK.shape)
-        return loss.of_logps(scores_BK, operands), response
-
-    def scores(
-        self,
-        params: types.PyTree,
-        tokens_NT: jax.Array,
-        valid_NT: jax.Array,
-        last_NP: jax.Array,
-        *,
-        segments: types.Segments | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Return the scores [N, P], float32, at P positions of each row."""
-        with jax.named_scope("model"):
-            hidden_NTD = models.hidden_states(
-                params,
-                tokens_NT,
-                valid_NT,
-                config=self.config,
-                compute_dtype=jnp.dtype(self.compute_dtype),
-                remat=self.remat,
-                attention=self.attention,
-                layout=self.layout,
-                adapter=self.adapter,
-                dropout_key=dropout_key,
-                segments=segments,
-            )
-        with jax.named_scope("score"):
-            return models.scores(params, hidden_NTD, last_NP)
 
 
 class Rewarder:
@@ -143,8 +66,21 @@ class Rewarder:
             compute_capability=logprobs.Target.of(layout.mesh.devices.flat[0]).compute_capability,
             layout=layout,
         )
-        scorer = RewardScorer(self.config, compute_dtype, "none", choice, layout)
-        self._scores = jax.jit(scorer.scores, in_shardings=(places, self._place, self._place, self._place))
+
+        def scores(weights, tokens_NT, valid_NT, last_N1):
+            hidden_NTD = models.hidden_states(
+                weights,
+                tokens_NT,
+                valid_NT,
+                config=self.config,
+                compute_dtype=compute_dtype,
+                remat="none",
+                attention=choice,
+                layout=layout,
+            )
+            return models.scores(weights, hidden_NTD, last_N1)
+
+        self._scores = jax.jit(scores, in_shardings=(places, self._place, self._place, self._place))
 
     def __call__(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """Return the scores of token rows, float32, in their order.

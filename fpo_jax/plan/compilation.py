@@ -154,7 +154,7 @@ def _runs(config, sizes: sizes_.Sizes, made: steps.Steps, state, accumulation: i
     for name, shape in ((REFERENCE, sizes.scoring), (REFERENCE_EVAL, sizes.scoring_eval)):
         if shape is not None:
             scored = batch(shape, config.reference.batch_per_device)
-            yield name, made.score, made.state.abstract_reference(), scored, beside
+            yield name, made.logprobs, made.state.abstract_reference(), scored, beside
 
 
 def _compile(name: str, traced: jax.stages.Traced, first, batch, beside: int, start: float) -> tuple[Program, str]:

@@ -3,10 +3,10 @@
 trainer           the run: its inputs, mesh and steps, and the loop
 callbacks         what happens beside the steps: logging, profiling, evaluation, checkpoints, preemption
 train_step        the train, evaluation and reference step of one batch: pure functions
-steps             these, jitted for a run: with forward_fns (which attention and head), compiled_step, kept_logits
+steps             these, jitted for a run: with forward (log-probs or scores of a batch), compiled_step, kept_logits
 train_state, device_batch  where the state and the batches live on the mesh
 run_inputs, run_schedule, batch_shapes, run_workdir  what a run reads, its order and sizes, what makes it the same run
-reference_logprobs, reference_files  log-probs under the reference: computed once, kept on disk
+reference_logprobs  log-probs under the reference: computed once, kept on disk
 evaluator, sample_completions, best_checkpoint, reward_labels  evaluations
 metrics, metric_logger, run_summary  what is observed, where it is written, what a run says first
 export            a checkpoint as a Hugging Face directory

@@ -10,7 +10,7 @@ import numpy as np
 
 from fpo_jax import config as configuration
 from fpo_jax import data, losses, types
-from fpo_jax.trainer import metric_logger, reference_files, steps
+from fpo_jax.trainer import metric_logger, reference_logprobs, steps
 
 log = logging.getLogger("fpo_jax")
 
@@ -47,7 +47,7 @@ class Evaluation:
             total = None
             for index in range(batches.steps_per_epoch):
                 check()
-                batch = reference_files.attach(data.batch_at(batches, index, positions), self._references)
+                batch = reference_logprobs.attach(data.batch_at(batches, index, positions), self._references)
                 placed = self._steps.batches.place(batch, stacked=False)
                 pairs = self._steps.evaluate((weights, np.float32(batch_kl)), placed)
                 total = metric_logger.add(total, jax.device_get(pairs))

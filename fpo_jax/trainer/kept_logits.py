@@ -12,7 +12,7 @@ import jax
 from fpo_jax import config as configuration
 from fpo_jax import sharding, types
 from fpo_jax.perf import hardware
-from fpo_jax.trainer import compiled_step, forward_fns, run_schedule, steps
+from fpo_jax.trainer import compiled_step, forward, run_schedule, steps
 from fpo_jax.trainer.batch_shapes import Shape
 
 PREALLOCATED = 0.75  # of a GPU's memory, which JAX takes unless it is told otherwise
@@ -43,7 +43,7 @@ def steps_of(
         ValueError: as `steps.build`.
     """
     made = steps.build(config, blueprint, layout)
-    wanted = forward_fns.kept_logits(config, blueprint, layout)
+    wanted = forward.kept_logits(config, blueprint, layout)
     frozen = blueprint.adapter is not None  # needs as few products without
     if config.kernel.kept_logits_mib is not None or wanted is None or capacity is None or frozen:
         return made

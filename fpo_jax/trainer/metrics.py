@@ -23,7 +23,7 @@ def pairs(
 
     Args:
         batch: the groups; those of weight 0 are padding and count nowhere.
-        response: what the scorer gave for them.
+        response: what the forward function gave for them.
         candidates: the same as the loss reads it, [B, K].
         losses_B: the loss of every group.
         loss: what is minimised.

@@ -1,22 +1,30 @@
-"""The reference pass of a run: log-probs of the train and eval groups under the frozen reference, on every process.
+"""Log-probs under the frozen reference: computed once before the first step, kept on disk, verified at every start.
 
-All processes compute and verify; process 0 alone touches the files, and the others get their content from it.
+The file is named by a fingerprint of everything that matters (weights, tokens, masks, temperature, dtype), so that
+neither another data set nor another model can be taken for it, and a resumed run never uses its own weights as the
+reference. The reference is not in memory while training. All processes compute and verify; process 0 alone touches the
+files, and the others get their content from it.
 """
 
+import hashlib
+import json
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
 import tqdm
 
 from fpo_jax import config as configuration
 from fpo_jax import data, distributed, types
 from fpo_jax.distributed import preemption
 from fpo_jax.perf import profiler
-from fpo_jax.trainer import reference_files, run_inputs, run_schedule, steps
+from fpo_jax.trainer import run_inputs, run_schedule, steps
 
 log = logging.getLogger("fpo_jax")
 
@@ -67,16 +75,16 @@ class ReferencePass:
             None if evaluation is None else self._of("eval", evaluation, weights, fingerprint),
         )
 
-    def _of(self, name: str, batches: data.Schedule, weights: types.PyTree, fingerprint: str) -> np.ndarray:
-        config, prepared, program = self._config, batches.prepared, self._steps.score
+    def _of(self, name: str, batches: data.Schedule, weights: types.PyTree, weights_fingerprint: str) -> np.ndarray:
+        config, prepared, program = self._config, batches.prepared, self._steps.logprobs
         parts = {
-            "weights": fingerprint,
+            "weights": weights_fingerprint,
             "data": prepared.fingerprint(),
             "temperature": self._inputs.loss.temperature,
             "param_dtype": config.model.param_dtype,
             "compute_dtype": config.model.compute_dtype,
         }
-        path = self._folder / f"{name}-{reference_files.fingerprint(parts)[:16]}.safetensors"
+        path = self._folder / f"{name}-{fingerprint(parts)[:16]}.safetensors"
         positions = self._steps.batches.positions(batches.parts)
 
         def scored(numbers: Iterable[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -88,12 +96,10 @@ class ReferencePass:
         if not any(distributed.share("there" if distributed.first() and path.exists() else "")):
             self._compute(name, path, parts, batches, scored)
         with distributed.together():
-            mine = (
-                reference_files.load(path) if distributed.first() else np.zeros(prepared.rewards_BK.shape, np.float32)
-            )
+            mine = load(path) if distributed.first() else np.zeros(prepared.rewards_BK.shape, np.float32)
         stored = distributed.from_first(mine)
-        again = scored(reference_files.verification_steps(batches.steps_per_epoch))
-        off = reference_files.verify(stored, again, rtol=REFERENCE_RTOL[config.model.compute_dtype], path=path)
+        again = scored(verification_steps(batches.steps_per_epoch))
+        off = verify(stored, again, rtol=REFERENCE_RTOL[config.model.compute_dtype], path=path)
         log.info("reference log-probs of %s: %s, verified to %.2g nats", name, path.name, off)
         return stored
 
@@ -103,7 +109,7 @@ class ReferencePass:
         """Score what an earlier start has not, keeping what there is every KEEP_EVERY_S seconds and at the end."""
         prepared = batches.prepared
         known = np.full(prepared.rewards_BK.shape, np.nan, np.float32)
-        found = reference_files.load_part(path) if distributed.first() else None
+        found = load_part(path) if distributed.first() else None
         known = np.array(distributed.from_first(known if found is None or found.shape != known.shape else found))
         missing_B = np.asarray(np.isnan(known).any(axis=1))
         ids = [data.group_ids(batches, number) for number in range(batches.steps_per_epoch)]
@@ -124,16 +130,16 @@ class ReferencePass:
 
         def keep() -> None:
             if distributed.first():
-                reference_files.save_part(path, known, parts)
+                save_part(path, known, parts)
 
         bar = tqdm.tqdm(kept_on_the_way(), f"reference {name}", len(numbers), disable=not preemption.progress_shown())
         try:
-            computed = reference_files.compute(iter(bar), groups=prepared.groups, known=known)
+            computed = compute(iter(bar), groups=prepared.groups, known=known)
         except preemption.Stopped:
             keep()
             raise
         if distributed.first():
-            reference_files.save(path, computed, parts)
+            save(path, computed, parts)
         seconds = time.perf_counter() - started
         rates = self._meter.reference((data.row_sizes(batches, number) for number in numbers), seconds=seconds)
         log.info(
@@ -143,3 +149,151 @@ class ReferencePass:
             seconds,
             profiler.shown(rates),
         )
+
+
+def fingerprint(parts: Mapping[str, object]) -> str:
+    """Return a sha256 over the named parts; equal parts in any order give the same text."""
+    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
+
+
+def compute(
+    scored: Iterable[tuple[np.ndarray, np.ndarray]], *, groups: int, known: np.ndarray | None = None
+) -> np.ndarray:
+    """Put the scores of all batches in the order of the data.
+
+    Args:
+        scored: of each batch, where its groups belong [B] (-1 is padding) and their summed log-probs [B, K].
+        groups: number of groups in the data.
+        known: what is there already [groups, K], float32, NaN where nothing is; it is filled in place.
+
+    Returns:
+        Summed log-probs [groups, K], float32.
+
+    Raises:
+        ValueError: a log-prob is not finite, naming the groups.
+    """
+    result = known
+    for ids_B, logps_BK in scored:
+        result = np.full((groups, logps_BK.shape[1]), np.nan, np.float32) if result is None else result
+        result[ids_B[ids_B >= 0]] = logps_BK[ids_B >= 0]
+    assert result is not None
+    bad = np.flatnonzero(~np.isfinite(result).all(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"the reference gives log-probs that are not finite for {bad.size} of {groups} groups (first:"
+            f" {bad[:5].tolist()}); check that the model's weights are finite and that its dtype fits."
+        )
+    return result
+
+
+def attach(batch: types.Batch, logps: np.ndarray | None) -> types.Batch:
+    """Fill the log-probs of a batch's groups in; padding groups keep zeros.
+
+    Args:
+        batch: on the host.
+        logps: of all groups of the data [groups, K]; None = the loss needs none, and the batch stays as it is.
+    """
+    if logps is None:
+        return batch
+    real_B = batch.row_ids_B >= 0
+    logps_BK = np.where(real_B[:, None], logps[np.where(real_B, batch.row_ids_B, 0)], np.float32(0))
+    return batch._replace(reference_logps_BK=logps_BK)
+
+
+def save(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:
+    """Write the log-probs with their parts and digest; the file appears whole or not at all."""
+    _write(path, logps, parts)
+    part_of(path).unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """Return where an unfinished pass keeps what it has."""
+    return path.with_suffix(".part")
+
+
+def save_part(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:
+    """Write what a pass has so far, NaN where nothing is; `path` is that of the whole."""
+    _write(part_of(path), logps, parts)
+
+
+def load_part(path: Path) -> np.ndarray | None:
+    """Read what an unfinished pass left; None where that is nothing, or damaged and so worth nothing."""
+    try:
+        logps, digest = _read(part_of(path))
+    except (FileNotFoundError, safetensors.SafetensorError):
+        return None
+    return logps if _digest(logps) == digest else None
+
+
+def _write(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    metadata = {"parts": json.dumps(dict(parts), sort_keys=True), "sha256": _digest(logps)}
+    safetensors.numpy.save_file({"reference_logps": logps}, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+def _read(path: Path) -> tuple[np.ndarray, str | None]:
+    """Return the log-probs and the digest that they were written with."""
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return file.get_tensor("reference_logps"), (file.metadata() or {}).get("sha256")
+
+
+def load(path: Path) -> np.ndarray:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or holds what is not finite; the remedy is to delete it.
+    """
+    remedy = f"delete {path} and start again: it is computed anew."
+    try:
+        logps, digest = _read(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"the reference log-probs in {path} cannot be read ({error}); {remedy}") from None
+    if _digest(logps) != digest:
+        raise ValueError(f"the reference log-probs in {path} do not match their digest; {remedy}")
+    if bad := np.flatnonzero(~np.isfinite(logps).all(axis=1)).tolist():
+        raise ValueError(
+            f"the reference log-probs in {path} are not finite for {len(bad)} of {len(logps)} groups (first:"
+            f" {bad[:5]}); {remedy}"
+        )
+    return logps
+
+
+def verify(stored: np.ndarray, scored: Iterable[tuple[np.ndarray, np.ndarray]], *, rtol: float, path: Path) -> float:
+    """Compare the scores of a few groups with what the file holds; returns the largest absolute difference in nats.
+
+    Args:
+        stored: what the file holds, [groups, K].
+        scored: as in `compute`.
+        rtol: allowed difference relative to 1 + |log-prob|.
+        path: named in the error.
+
+    Raises:
+        ValueError: they differ by more.
+    """
+    worst = 0.0
+    for ids_B, logps_BK in scored:
+        fresh_BK = np.asarray(logps_BK, np.float32)[ids_B >= 0]
+        difference_BK = np.abs(stored[ids_B[ids_B >= 0]] - fresh_BK)
+        worst = max(worst, float(difference_BK.max(initial=0.0)))
+        if not (difference_BK <= rtol * (1.0 + np.abs(fresh_BK))).all():
+            raise ValueError(
+                f"the reference log-probs in {path} are {worst:.3g} nats off those the reference model gives now"
+                f" (allowed: {rtol:g} relative); the file belongs to another model or is damaged: delete it to compute"
+                " it anew."
+            )
+    return worst
+
+
+def verification_steps(steps: int) -> list[int]:
+    """Return the batches to score again: first, middle and last.
+
+    >>> verification_steps(101), verification_steps(1)
+    ([0, 50, 100], [0])
+    """
+    return sorted({0, (steps - 1) // 2, steps - 1})
+
+
+def _digest(logps: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(logps).tobytes()).hexdigest()

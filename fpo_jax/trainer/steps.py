@@ -10,23 +10,23 @@ from fpo_jax import config as configuration
 from fpo_jax import models, sharding, types
 from fpo_jax.models import params
 from fpo_jax.optimizer import adamw, skip_step
-from fpo_jax.trainer import compiled_step, device_batch, forward_fns, run_schedule, train_state, train_step
+from fpo_jax.trainer import compiled_step, device_batch, forward, run_schedule, train_state, train_step
 
 
 class Steps(NamedTuple):
     """What a run computes, each step compiled once per batch shape, and where its arrays live.
 
-    Each step has the attention of its own sequences; `score` runs the model below the adapter, or a reference of its
+    Each step has the attention of its own sequences; `logprobs` runs the model below the adapter, or a reference of its
     own.
     """
 
     train: compiled_step.Program  # (state, batch) -> state, metrics
     evaluate: compiled_step.Program  # ((params, batch_kl), batch) -> metrics
-    score: compiled_step.Program  # (params, batch) -> log-probs [B, K]
+    logprobs: compiled_step.Program  # (params, batch) -> log-probs [B, K]
     state: train_state.StateSharding
     batches: device_batch.BatchSharding
     layout: sharding.Layout
-    scorer: train_step.AnyScorer  # of `train`
+    forward_fn: forward.AnyForward  # of `train`
     choices: list[str]  # of implementations, with their reasons
 
     @property
@@ -63,21 +63,21 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         state_dtype=config.optim.state_dtype,
     )
     optimizer = guard.watching(optimizer)
-    scorer, choices = forward_fns.of_updates(config, blueprint, layout)
-    evaluation_scorer, reference_scorer, told = forward_fns.of_passes(config, blueprint, layout, scorer)
+    forward_fn, choices = forward.for_steps(config, blueprint, layout)
+    eval_forward_fn, reference_forward_fn, told = forward.for_passes(config, blueprint, layout, forward_fn)
     state = train_state.StateSharding(config, blueprint, mesh, optimizer)
     train = functools.partial(
         train_step.train_step,
-        scorer=scorer,
+        forward_fn=forward_fn,
         loss=blueprint.loss,
         optimizer=optimizer,
         rate=rate,
         places=_places(blueprint.model_config, layout, state, compute_dtype=dtype),
         guard=guard,
     )
-    evaluate = functools.partial(train_step.eval_step, scorer=evaluation_scorer, loss=blueprint.loss)
+    evaluate = functools.partial(train_step.eval_step, forward_fn=eval_forward_fn, loss=blueprint.loss)
     evaluated = (state.all_params(state.shardings), sharding.replicated(mesh))
-    score = functools.partial(train_step.score_step, scorer=reference_scorer)
+    score = functools.partial(train_step.logprob_step, forward_fn=reference_forward_fn)
     jitted = {
         "train_step": train_step.jit_train_step(train, mesh=mesh, state_shardings=state.shardings),
         "eval_step": train_step.jit_eval_step(evaluate, mesh=mesh, first_shardings=evaluated),
@@ -85,7 +85,7 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
     }
     first, second, third = (compiled_step.Program(name, step) for name, step in jitted.items())
     batches = device_batch.BatchSharding(config, layout)
-    return Steps(first, second, third, state, batches, layout, scorer, [*choices, *told])
+    return Steps(first, second, third, state, batches, layout, forward_fn, [*choices, *told])
 
 
 def _places(

@@ -7,9 +7,7 @@ but rounding. An update whose loss, gradient or reference is not finite leaves t
 `skip_step` adds.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,92 +16,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fpo_jax import attention, logprobs, losses, models, sharding, types
-from fpo_jax.inference import reward_model
+from fpo_jax import logprobs, losses, sharding, types
 from fpo_jax.models import params as trees
 from fpo_jax.optimizer import adamw, skip_step
-from fpo_jax.trainer import metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class Scorer:
-    """What is static about turning a batch into log-probs; calling it gives ResponseLogps over the N rows."""
-
-    config: models.ModelConfig
-    compute_dtype: str
-    remat: str
-    attention: attention.Choice
-    implementation: str
-    workspace_bytes: int
-    temperature: float
-    kept_bytes: int | None = None  # for logits that stay from the forward to the backward pass
-    fuse_loss: bool = False  # run the loss in the kernel of the log-probs, where it is differentiated
-    interpret: bool = False  # emulate that kernel
-    layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
-    adapter: models.Adapter | None = None
-
-    def __call__(self, params: types.PyTree, batch: types.Batch) -> logprobs.ResponseLogps:
-        """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
-        inputs = self._inputs(params, batch)
-        with jax.named_scope("logps"):
-            return logprobs.response_logps(*inputs, slots_NR=batch.slots_NR, slots=_slots(batch), **self._options())
-
-    def group_losses(
-        self,
-        params: types.PyTree,
-        batch: types.Batch,
-        operands: losses.Candidates,
-        *,
-        loss: losses.Loss,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[types.Array, logprobs.ResponseLogps]:
-        """Run the model to the losses [B] of the groups, and the log-probs they come from."""
-        inputs = self._inputs(params, batch, dropout_key)
-        with jax.named_scope("loss"):
-            return logprobs.response_losses(
-                *inputs,
-                operands,
-                group_loss=loss.of_logps,
-                groups=(batch.rewards_BK.shape[0], batch.rewards_BK.shape[1]),
-                slots_NR=batch.slots_NR,
-                fuse_loss=self.fuse_loss,
-                **self._options(),
-            )
-
-    def _options(self) -> dict:
-        return {
-            "temperature": self.temperature,
-            "softcap": self.config.final_soft_cap,
-            "implementation": self.implementation,
-            "interpret": self.interpret,
-            "workspace_bytes": self.workspace_bytes,
-            "kept_bytes": self.kept_bytes,
-            "placement": self.layout.head,
-        }
-
-    def _inputs(
-        self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, types.Array, types.Array, types.Array]:
-        """Hidden states, head and scored positions: what every function of `logprobs` starts with."""
-        with jax.named_scope("model"):
-            hidden_NTD = models.hidden_states(
-                params,
-                jnp.asarray(batch.tokens_NT),
-                jnp.asarray(batch.valid_NT),
-                config=self.config,
-                compute_dtype=jnp.dtype(self.compute_dtype),
-                remat=self.remat,
-                attention=self.attention,
-                layout=self.layout,
-                adapter=self.adapter,
-                dropout_key=dropout_key,
-                segments=batch.segments,
-            )
-        head_VD = models.head(params, config=self.config)
-        return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
-
-
-AnyScorer = Scorer | reward_model.RewardScorer
+from fpo_jax.trainer import forward, metrics
 
 
 class Places(NamedTuple):
@@ -118,7 +34,7 @@ def train_step(
     state: types.TrainState,
     batch: types.Batch,
     *,
-    scorer: AnyScorer,
+    forward_fn: forward.AnyForward,
     loss: losses.Loss,
     optimizer: optax.GradientTransformationExtraArgs,
     rate: Callable,
@@ -134,7 +50,7 @@ def train_step(
     Args:
         state: parameters, optimiser state and count.
         batch: the micro-batches.
-        scorer: how a batch becomes log-probs.
+        forward_fn: how a batch becomes log-probs.
         loss: what is minimised.
         optimizer: from `optim.optimizer`.
         rate: the schedule in it, for the metrics.
@@ -150,13 +66,15 @@ def train_step(
     if places:
         weights, frozen = (places.gather(weights), None) if frozen is None else (weights, places.gather(frozen))
     whole = (lambda trained: trained) if frozen is None else (lambda trained: trees.union(frozen, trained))
-    batch_kl = _batch_kl(whole(weights), batch, scorer=scorer, weight=totals[0]) if loss.needs_batch_kl else None
-    key = jax.random.fold_in(jax.random.key(_DROPOUT_STREAM), state.step) if _drops(scorer) else None
+    batch_kl = (
+        _batch_kl(whole(weights), batch, forward_fn=forward_fn, weight=totals[0]) if loss.needs_batch_kl else None
+    )
+    key = jax.random.fold_in(jax.random.key(_DROPOUT_STREAM), state.step) if _drops(forward_fn) else None
 
     def objective(trained, micro, number, *, totals, batch_kl):
         own = None if key is None else jax.random.fold_in(key, number)
         return _objective(
-            whole(trained), micro, totals=totals, batch_kl=batch_kl, scorer=scorer, loss=loss, dropout_key=own
+            whole(trained), micro, totals=totals, batch_kl=batch_kl, forward_fn=forward_fn, loss=loss, dropout_key=own
         )
 
     differentiate = jax.value_and_grad(objective, has_aux=True)
@@ -219,7 +137,11 @@ def train_step(
 
 
 def eval_step(
-    evaluated: tuple[types.PyTree, types.Array], batch: types.Batch, *, scorer: AnyScorer, loss: losses.Loss
+    evaluated: tuple[types.PyTree, types.Array],
+    batch: types.Batch,
+    *,
+    forward_fn: forward.AnyForward,
+    loss: losses.Loss,
 ) -> metrics.Pairs:
     """Return the metrics of one batch of B groups as (sum, count), `loss` (without the SFT term) among them.
 
@@ -227,11 +149,11 @@ def eval_step(
         evaluated: the weights, and the mean of logp - reference logp over the whole evaluation (its `reference_kl`),
             which a loss with a batch statistic (KTO) reads.
         batch: the groups.
-        scorer: how a batch becomes log-probs.
+        forward_fn: how a batch becomes log-probs.
         loss: what is minimised.
     """
     params, batch_kl = evaluated
-    response = scorer(params, batch)
+    response = forward_fn(params, batch)
     candidates = _candidates(batch, response, batch_kl)
     losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
     pairs = metrics.pairs(batch, response, candidates, losses_B, loss)
@@ -240,9 +162,9 @@ def eval_step(
     return pairs | {"loss": (jnp.sum(batch.weight_B * losses_B), count)}
 
 
-def score_step(params: types.PyTree, batch: types.Batch, *, scorer: AnyScorer) -> jax.Array:
+def logprob_step(params: types.PyTree, batch: types.Batch, *, forward_fn: forward.AnyForward) -> jax.Array:
     """Return the summed log-probs [B, K], float32: the reference pass."""
-    return jnp.asarray(scorer(params, batch).sum_N).reshape(batch.rewards_BK.shape)
+    return jnp.asarray(forward_fn(params, batch).sum_N).reshape(batch.rewards_BK.shape)
 
 
 def jit_train_step(step: Callable, *, mesh: Mesh, state_shardings: types.TrainState) -> jax.stages.Wrapped:
@@ -272,13 +194,15 @@ def stack_micro_batches(batch: types.Batch, *, accumulation: int) -> types.Batch
 _DROPOUT_STREAM = 2  # keeps what adapters drop independent of other noise
 
 
-def _drops(scorer: AnyScorer) -> bool:
-    return scorer.adapter is not None and scorer.adapter.dropout > 0
+def _drops(forward_fn: forward.AnyForward) -> bool:
+    return forward_fn.adapter is not None and forward_fn.adapter.dropout > 0
 
 
-def _objective(params, batch: types.Batch, *, totals, batch_kl, scorer: AnyScorer, loss: losses.Loss, dropout_key):
+def _objective(
+    params, batch: types.Batch, *, totals, batch_kl, forward_fn: forward.AnyForward, loss: losses.Loss, dropout_key
+):
     operands = _operands(batch, batch_kl)
-    losses_B, response = scorer.group_losses(params, batch, operands, loss=loss, dropout_key=dropout_key)
+    losses_B, response = forward_fn.group_losses(params, batch, operands, loss=loss, dropout_key=dropout_key)
     candidates = _candidates(batch, response, batch_kl)
     with jax.named_scope("objective"):
         losses_B = jnp.where(batch.weight_B > 0, losses_B, 0.0)
@@ -311,13 +235,10 @@ def _operands(batch: types.Batch, batch_kl) -> losses.Candidates:
 
 def _lengths_BK(batch: types.Batch) -> jax.Array:
     """Scored tokens of every candidate, float32; axes before the rows stay."""
-    lengths_NP = logprobs.sum_slots(jnp.asarray(batch.scored_NR, jnp.float32), batch.slots_NR, slots=_slots(batch))
+    lengths_NP = logprobs.sum_slots(
+        jnp.asarray(batch.scored_NR, jnp.float32), batch.slots_NR, slots=forward.slots_per_sequence(batch)
+    )
     return lengths_NP.reshape(batch.rewards_BK.shape)
-
-
-def _slots(batch: types.Batch) -> int:
-    """Candidates that a row has places for."""
-    return batch.rewards_BK.size // math.prod(batch.scored_NR.shape[:-1])
 
 
 def _totals(batch: types.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array]:
@@ -332,11 +253,11 @@ def _totals(batch: types.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array
     return jnp.maximum(groups, 1.0), jnp.maximum(tokens, 1.0)
 
 
-def _batch_kl(params, batch: types.Batch, *, scorer: AnyScorer, weight) -> jax.Array:
+def _batch_kl(params, batch: types.Batch, *, forward_fn: forward.AnyForward, weight) -> jax.Array:
     """Mean of logp - reference logp over every candidate of the update, by a forward pass of its own."""
 
     def add(total, micro):
-        ratio_BK = score_step(params, micro, scorer=scorer) - micro.reference_logps_BK
+        ratio_BK = logprob_step(params, micro, forward_fn=forward_fn) - micro.reference_logps_BK
         return total + jnp.sum(micro.weight_B[:, None] * ratio_BK), None
 
     total, _ = jax.lax.scan(add, jnp.float32(0.0), batch)

@@ -26,7 +26,6 @@ from fpo_jax.trainer import (
     export,
     kept_logits,
     metric_logger,
-    reference_files,
     reference_logprobs,
     run_inputs,
     run_schedule,
@@ -148,7 +147,7 @@ class Trainer:
             "compilations: train %d, eval %d, reference %d; peak host memory %s",
             run.steps.train.compilations,
             run.steps.evaluate.compilations,
-            run.steps.score.compilations,
+            run.steps.logprobs.compilations,
             compiled_step.mib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024),
         )
 
@@ -193,7 +192,7 @@ class Trainer:
         """Return the micro-batches of a step, on the devices."""
         schedule = self._run.schedule
         batch = data.batch_at(schedule.schedule, step - 1, self._positions)
-        batch = reference_files.attach(batch, self._run.references[0])
+        batch = reference_logprobs.attach(batch, self._run.references[0])
         stacked = train_step.stack_micro_batches(batch, accumulation=schedule.accumulation)
         return self._run.steps.batches.place(stacked, stacked=True)
 

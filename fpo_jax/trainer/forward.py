@@ -1,0 +1,308 @@
+"""Forward functions: batch -> log-probs or scores of its completions, for a policy and for a reward model.
+
+    PolicyForward   hidden states -> LM head kernel -> log-probs, and the losses where the kernel has them
+    RewardForward   hidden states -> scores in the place of log-probs
+
+`for_steps` and `for_passes` make those of a run: which attention and which head run, and why. No device is asked but
+for its description.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fpo_jax import attention, logprobs, losses, models, sharding, types
+from fpo_jax import config as configuration
+from fpo_jax.trainer import run_schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyForward:
+    """Everything static about turning a batch into log-probs; calling it gives ResponseLogps of the N completions."""
+
+    config: models.ModelConfig
+    compute_dtype: str
+    remat: str
+    attention: attention.Choice
+    implementation: str
+    workspace_bytes: int
+    temperature: float
+    kept_bytes: int | None = None  # for logits that stay from the forward to the backward pass
+    fuse_loss: bool = False  # run the loss in the kernel of the log-probs, where it is differentiated
+    interpret: bool = False  # emulate that kernel
+    layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
+    adapter: models.Adapter | None = None
+
+    def __call__(self, params: types.PyTree, batch: types.Batch) -> logprobs.ResponseLogps:
+        """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
+        inputs = self._inputs(params, batch)
+        with jax.named_scope("logps"):
+            return logprobs.response_logps(
+                *inputs, slots_NR=batch.slots_NR, slots=slots_per_sequence(batch), **self._options()
+            )
+
+    def group_losses(
+        self,
+        params: types.PyTree,
+        batch: types.Batch,
+        operands: losses.Candidates,
+        *,
+        loss: losses.Loss,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[types.Array, logprobs.ResponseLogps]:
+        """Run the model to the losses [B] of the groups, and the log-probs they come from."""
+        inputs = self._inputs(params, batch, dropout_key)
+        with jax.named_scope("loss"):
+            return logprobs.response_losses(
+                *inputs,
+                operands,
+                group_loss=loss.of_logps,
+                groups=(batch.rewards_BK.shape[0], batch.rewards_BK.shape[1]),
+                slots_NR=batch.slots_NR,
+                fuse_loss=self.fuse_loss,
+                **self._options(),
+            )
+
+    def _options(self) -> dict:
+        return {
+            "temperature": self.temperature,
+            "softcap": self.config.final_soft_cap,
+            "implementation": self.implementation,
+            "interpret": self.interpret,
+            "workspace_bytes": self.workspace_bytes,
+            "kept_bytes": self.kept_bytes,
+            "placement": self.layout.head,
+        }
+
+    def _inputs(
+        self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, types.Array, types.Array, types.Array]:
+        """Hidden states, head and scored positions: what every function of `logprobs` starts with."""
+        with jax.named_scope("model"):
+            hidden_NTD = models.hidden_states(
+                params,
+                jnp.asarray(batch.tokens_NT),
+                jnp.asarray(batch.valid_NT),
+                config=self.config,
+                compute_dtype=jnp.dtype(self.compute_dtype),
+                remat=self.remat,
+                attention=self.attention,
+                layout=self.layout,
+                adapter=self.adapter,
+                dropout_key=dropout_key,
+                segments=batch.segments,
+            )
+        head_VD = models.head(params, config=self.config)
+        return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardForward:
+    """Everything static about turning a batch into scores; calling it gives them in the place of log-probs."""
+
+    config: models.ModelConfig
+    compute_dtype: str
+    remat: str
+    attention: attention.Choice
+    layout: sharding.Layout = sharding.ONE_DEVICE
+    adapter: models.Adapter | None = None
+
+    def __call__(
+        self, params: types.PyTree, batch: types.Batch, *, dropout_key: jax.Array | None = None
+    ) -> logprobs.ResponseLogps:
+        """Run the model and read the score of every row in the place of its log-prob."""
+        if batch.ends_NP is None:
+            last_NP = jnp.max(jnp.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)[:, None]
+        else:
+            last_NP = jnp.asarray(batch.ends_NP)
+        scores_NP = self.scores(
+            params,
+            jnp.asarray(batch.tokens_NT),
+            jnp.asarray(batch.valid_NT),
+            last_NP,
+            segments=batch.segments,
+            dropout_key=dropout_key,
+        )
+        counts_NP = logprobs.sum_slots(
+            jnp.asarray(batch.scored_NR, scores_NP.dtype), batch.slots_NR, slots=scores_NP.shape[1]
+        )
+        return logprobs.ResponseLogps(scores_NP.reshape(-1), counts_NP.reshape(-1), None)
+
+    def group_losses(
+        self,
+        params: types.PyTree,
+        batch: types.Batch,
+        operands: losses.Candidates,
+        *,
+        loss: losses.Loss,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[types.Array, logprobs.ResponseLogps]:
+        """Run the model to the losses [B] of the groups, and the scores they come from."""
+        response = self(params, batch, dropout_key=dropout_key)
+        scores_BK = jnp.asarray(response.sum_N).reshape(batch.rewards_BK.shape)
+        return loss.of_logps(scores_BK, operands), response
+
+    def scores(
+        self,
+        params: types.PyTree,
+        tokens_NT: jax.Array,
+        valid_NT: jax.Array,
+        last_NP: jax.Array,
+        *,
+        segments: types.Segments | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Return the scores [N, P], float32, at P positions of each row."""
+        with jax.named_scope("model"):
+            hidden_NTD = models.hidden_states(
+                params,
+                tokens_NT,
+                valid_NT,
+                config=self.config,
+                compute_dtype=jnp.dtype(self.compute_dtype),
+                remat=self.remat,
+                attention=self.attention,
+                layout=self.layout,
+                adapter=self.adapter,
+                dropout_key=dropout_key,
+                segments=segments,
+            )
+        with jax.named_scope("score"):
+            return models.scores(params, hidden_NTD, last_NP)
+
+
+AnyForward = PolicyForward | RewardForward
+
+
+def for_steps(
+    config: configuration.Config, blueprint: run_schedule.Blueprint, layout: sharding.Layout
+) -> tuple[AnyForward, list[str]]:
+    """Settle the forward function of train steps; returns the choices and their reasons as text."""
+    model_config, dtype = blueprint.model_config, config.model.compute_dtype
+    attends = _attention(config, model_config, blueprint.lengths, layout)
+    gathered = f"weights: {sharding.GATHER[layout.gather]}"
+    attended = f"attention: {attends.implementation} ({attends.reason})"
+    choices = [gathered, attended, *_left_out(model_config)]
+    if model_config.reward_head:
+        forward_fn = RewardForward(model_config, dtype, config.model.remat, attends, layout, adapter=blueprint.adapter)
+        return forward_fn, [*choices, "head: one score at the last token of a row, float32"]
+    head, kept = _head(config, blueprint, model_config, layout), config.kernel.kept_logits_mib
+    sizes = {
+        "workspace_bytes": config.kernel.workspace_mib * 2**20,
+        "kept_bytes": None if kept is None else kept * 2**20,
+    }
+    frozen = blueprint.adapter is not None
+    explained = logprobs.explain(**head, fuse_loss=config.kernel.fuse_loss, frozen=frozen, **sizes)
+    choice = logprobs.choose(**head, fuse_loss=config.kernel.fuse_loss)
+    forward_fn = PolicyForward(
+        config=model_config,
+        compute_dtype=dtype,
+        remat=config.model.remat,
+        attention=attends,
+        implementation=choice.implementation,
+        fuse_loss=choice.fuse_loss,
+        interpret=choice.interpret,
+        **sizes,
+        temperature=blueprint.loss.temperature,
+        layout=layout,
+        adapter=blueprint.adapter,
+    )
+    return forward_fn, [*choices, explained]
+
+
+def kept_logits(config: configuration.Config, blueprint: run_schedule.Blueprint, layout: sharding.Layout) -> int | None:
+    """Return the bytes on each device that keeping the logits of an update takes; None where they cannot be kept."""
+    if blueprint.model_config.reward_head:
+        return None
+    return logprobs.kept_if_unlimited(**_head(config, blueprint, blueprint.model_config, layout))
+
+
+def _left_out(model_config: models.ModelConfig) -> list[str]:
+    """Say which drop-out of config.json is not done; `job.read_model` has refused it where nobody asked for that."""
+    named = ", ".join(f"{key}={share:g}" for key, share in model_config.dropout)
+    return [f"drop-out: none, by model.dropout=off; config.json names {named}"] if named else []
+
+
+def for_passes(
+    config: configuration.Config,
+    blueprint: run_schedule.Blueprint,
+    layout: sharding.Layout,
+    forward_fn: AnyForward,
+) -> tuple[AnyForward, AnyForward, list[str]]:
+    """Settle those of evaluations and of reference log-probs; describes what differs from train steps."""
+    told = []
+
+    def attention_of(name: str, model_config: models.ModelConfig, lengths: tuple[int, ...]) -> attention.Choice:
+        choice = _attention(config, model_config, lengths or blueprint.lengths, layout)
+        if choice != forward_fn.attention:
+            told.append(f"{name}: attention: {choice.implementation} ({choice.reason})")
+        return choice
+
+    with configuration.about("evaluations"):
+        attends = attention_of("evaluations", blueprint.model_config, blueprint.evaluation_lengths)
+    eval_forward_fn = dataclasses.replace(forward_fn, attention=attends)
+    other = blueprint.reference
+    described = other or blueprint.model_config
+    with configuration.about("reference pass" if other is None else "reference.path"):
+        attends = attention_of("reference pass", described, blueprint.reference_lengths)
+        reference_forward_fn = dataclasses.replace(forward_fn, config=described, attention=attends, adapter=None)
+        if isinstance(reference_forward_fn, PolicyForward) and other is not None:
+            head = logprobs.choose(**_head(config, blueprint, other, layout), fuse_loss="off")
+            if head.implementation != reference_forward_fn.implementation:
+                told.append(f"reference pass: log-probs: {head.implementation} ({head.reason})")
+            reference_forward_fn = dataclasses.replace(
+                reference_forward_fn, implementation=head.implementation, interpret=head.interpret
+            )
+    return eval_forward_fn, reference_forward_fn, told
+
+
+def _attention(
+    config: configuration.Config, model_config: models.ModelConfig, lengths: tuple[int, ...], layout: sharding.Layout
+) -> attention.Choice:
+    assert layout.mesh is not None
+    target = logprobs.Target.of(layout.mesh.devices.flat[0])
+    return attention.choose(
+        config.model.attention,
+        platform=target.platform,
+        dtype=config.model.compute_dtype,
+        head_dim=model_config.head_dim,
+        heads=model_config.heads,
+        kv_heads=model_config.kv_heads,
+        positions=lengths,
+        sliding_window=model_config.sliding_window,
+        soft_cap=model_config.attention_soft_cap,
+        segments=config.data.packing or config.data.layout != "padded",
+        shared=config.data.layout == "shared",
+        compute_capability=target.compute_capability,
+        layout=layout,
+    )
+
+
+def _head(
+    config: configuration.Config,
+    blueprint: run_schedule.Blueprint,
+    model_config: models.ModelConfig,
+    layout: sharding.Layout,
+) -> dict[str, Any]:
+    """Facts for the choice of the head, at the sizes of an update."""
+    assert layout.mesh is not None
+    slotted = config.data.layout != "padded"
+    rows = config.train.micro_batch_per_device * layout.row_ways * (1 if slotted else config.data.group_size)
+    return {
+        "target": logprobs.Target.of(layout.mesh.devices.flat[0]),
+        "shapes": logprobs.HeadShapes(
+            tokens=rows * blueprint.scored, width=model_config.width, vocab=model_config.vocab_size
+        ),
+        "dtype": config.model.compute_dtype,
+        "head_dtype": config.model.param_dtype,
+        "requested": config.kernel.implementation,
+        "placement": layout.head,
+    }
+
+
+def slots_per_sequence(batch: types.Batch) -> int:
+    """Candidates that a row has places for."""
+    return batch.rewards_BK.size // math.prod(batch.scored_NR.shape[:-1])
