@@ -10,15 +10,28 @@ Original  2 GPUs x 32 x 4 accumulated; binary cross-entropy on a bias-free head;
 Expect    nothing published for this recipe
 """
 
-from fpo_jax.configs import imdb_sft
+from fpo_jax import recipes
 
 
 def get_config():
     """Return the locked configuration."""
-    c = imdb_sft.get_config()
+    c = recipes.exo()
     c.stage = "reward"
+    c.model.path = "openai-community/gpt2-large"
+    c.model.dropout = "off"  # its config names 0.1, which the original's runs have
+    c.data.format = "imdb"
+    c.data.train = c.data.eval = "stanfordnlp/imdb"
+    c.data.train_split, c.data.eval_split = "train", "test"
+    c.data.max_response_length = 500
+    c.data.group_size = 1
     c.loss.name = "binary_cross_entropy"
-    c.train.batch_size = 256
+    c.optim.learning_rate = 1e-5
     c.train.eval_every = 98  # once an epoch
+    c.train.eval_groups = 3_200  # 100 batches of 4 GPUs x 8
+    c.train.save_every = 100
+    c.train.keep_checkpoints = 1
     c.train.keep_best = "eval_rewards/accuracies"
+    c.train.batch_size = 256
+    c.train.epochs = 5.0
+    c.plan.groups = 25_000
     return c

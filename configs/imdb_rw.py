@@ -10,19 +10,24 @@ Expect    nothing published for this recipe
 """
 
 from fpo_jax import recipes
-from fpo_jax.configs import pythia_hh_rw
 
 
 def get_config(loss: str = "alphapo-rw"):
     """Return the locked configuration; `configs/imdb_rw.py:exo-rw` is the same recipe with another loss."""
-    c = pythia_hh_rw.get_config()
-    c.model.path = "openai-community/gpt2-large"  # the recipe starts from its SFT checkpoint: override
+    c = recipes.exo()
+    c.model.path = "openai-community/gpt2-large"
     c.model.dropout = "off"  # its config names 0.1, which the original's runs have
+    c.data.format = "json"
     c.data.train = "data/imdb_rw/train.json"
     c.data.eval = "data/imdb_rw/test.json"
     c.data.max_response_length = 500
     c.data.group_size = 2
-    c.loss.beta_pi = c.loss.beta_r = 0.1
+    c.loss.name = "alphapo-rw"
+    c.loss.alpha = 0.1
+    c.loss.beta_pi = 0.1
+    c.loss.beta_r = 0.1
+    c.loss.temperature = 0.8  # logits of policy and reference are divided by it, as in the original
+    c.optim.learning_rate = 1e-6
     c.train.batch_size = 64
     c.train.max_steps = 200
     c.train.eval_every = c.train.save_every = 20

@@ -8,18 +8,26 @@ Original  2 GPUs x 16 x 4 accumulated, fp16 (here bfloat16); rows of 512 and res
 Expect    nothing published but the models that follow
 """
 
-from fpo_jax.configs import pythia_hh_sft
+from fpo_jax import recipes
 
 
 def get_config():
     """Return the locked configuration."""
-    c = pythia_hh_sft.get_config()
+    c = recipes.exo()
+    c.stage = "sft"
     c.model.path = "openai-community/gpt2-large"
     c.model.dropout = "off"  # its config names 0.1, which the original's runs have
     c.data.format = "imdb"
-    c.data.hh_split, c.data.subfolder = "last_turn", ""
     c.data.train = c.data.eval = "stanfordnlp/imdb"
+    c.data.train_split, c.data.eval_split = "train", "test"
     c.data.max_response_length = 500
+    c.data.group_size = 1
+    c.loss.name = "sft"
+    c.optim.learning_rate = 1e-5
+    c.train.eval_every = 0  # perplexity at the start and at the end
+    c.train.eval_groups = 3_200  # 100 batches of 4 GPUs x 8
+    c.train.save_every = 100
+    c.train.keep_checkpoints = 1
     c.train.epochs = 5.0
     c.plan.groups = 25_000
     return c

@@ -7,18 +7,23 @@ Expect    SimPO with learning rate 7e-7 instead of 6e-7, to within 0.7 % of the 
 """
 
 from fpo_jax import recipes
-from fpo_jax.configs import mistral_base
 
 
 def get_config(loss: str = "alphapo"):
     """Return the locked configuration; `configs/llama3_base.py:sigmoid` is the same recipe with SimPO's loss."""
-    c = mistral_base.get_config()
+    c = recipes.simpo()
     c.model.path = "princeton-nlp/Llama-3-Base-8B-SFT"
     c.tokenizer.chat_template = "llama3"
+    c.data.train = c.data.eval = "HuggingFaceH4/ultrafeedback_binarized"
+    c.data.train_split, c.data.eval_split = "train_prefs", "test_prefs"
     c.data.max_length = 2048
     c.data.max_prompt_length = 1800
+    c.loss.name = "alphapo"
+    c.loss.tie_policy = "second"  # of equal rewards the second is trained on as the chosen
+    c.loss.alpha = 0.99
     c.loss.beta = 2.0
     c.loss.gamma_beta_ratio = 0.5
     c.optim.learning_rate = 7e-7
+    c.plan.groups = 61_135
     recipes.use_loss(c, loss)
     return c

@@ -7,19 +7,24 @@ Expect    SimPO with beta 2.6 instead of 2.5, to within 0.7 % of the loss for ma
 """
 
 from fpo_jax import recipes
-from fpo_jax.configs import llama3_base
 
 
 def get_config(loss: str = "alphapo"):
     """Return the locked configuration; `configs/llama3_instruct.py:sigmoid` is the same recipe with SimPO's loss."""
-    c = llama3_base.get_config()
+    c = recipes.simpo()
     c.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
+    c.tokenizer.chat_template = "llama3"
     c.data.train = c.data.eval = "princeton-nlp/llama3-ultrafeedback"
     c.data.train_split, c.data.eval_split = "train", "test"
+    c.data.max_length = 2048
+    c.data.max_prompt_length = 1800
     c.data.append_eos = "where_missing"  # EOS is <|eot_id|>, which the template writes: the original appends none
-    c.plan.groups = 59_876
+    c.loss.name = "alphapo"
+    c.loss.tie_policy = "second"  # of equal rewards the second is trained on as the chosen
+    c.loss.alpha = 0.99
     c.loss.beta = 2.6
     c.loss.gamma_beta_ratio = 0.55
     c.optim.learning_rate = 1e-6
+    c.plan.groups = 59_876
     recipes.use_loss(c, loss)
     return c

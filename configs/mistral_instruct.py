@@ -7,22 +7,23 @@ Expect    alpha = 0.925 down-weights badly mis-ranked pairs against SimPO (gradi
 """
 
 from fpo_jax import recipes
-from fpo_jax.configs import mistral_base
 
 
 def get_config(loss: str = "alphapo"):
     """Return the locked configuration; `configs/mistral_instruct.py:sigmoid` is the same recipe with SimPO's loss."""
-    c = mistral_base.get_config()
+    c = recipes.simpo()
     c.model.path = "mistralai/Mistral-7B-Instruct-v0.2"
     c.tokenizer.chat_template = "mistral"
     c.data.train = c.data.eval = "princeton-nlp/mistral-instruct-ultrafeedback"
     c.data.train_split, c.data.eval_split = "train", "test"
-    c.plan.groups = 59_700  # about
     c.data.max_length = 2048
     c.data.max_prompt_length = 1800
+    c.loss.name = "alphapo"
+    c.loss.tie_policy = "second"  # of equal rewards the second is trained on as the chosen
     c.loss.alpha = 0.925
     c.loss.beta = 2.5
     c.loss.gamma_beta_ratio = 0.12
     c.optim.learning_rate = 6e-7
+    c.plan.groups = 59_700  # about
     recipes.use_loss(c, loss)
     return c

@@ -10,15 +10,24 @@ Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); starts from 
 Expect    nothing published for this recipe
 """
 
-from fpo_jax.configs import pythia_hh_sft
+from fpo_jax import recipes
 
 
 def get_config():
     """Return the locked configuration."""
-    c = pythia_hh_sft.get_config()
+    c = recipes.exo()
     c.stage = "reward"
-    c.data.group_size = 2
+    c.data.format = "hh"
+    c.data.train = c.data.eval = "Anthropic/hh-rlhf"
+    c.data.subfolder = "helpful-base"
+    c.data.train_split, c.data.eval_split = "train", "test"
+    c.data.hh_split = "first_difference"  # how the original builds prompt and responses
     c.loss.name = "bradley_terry"
+    c.optim.learning_rate = 1e-5
     c.train.eval_every = 100
+    c.train.eval_groups = 3_200  # 100 batches of 4 GPUs x 8
+    c.train.save_every = 100
+    c.train.keep_checkpoints = 1
     c.train.keep_best = "eval_rewards/accuracies"
+    c.plan.groups = 43_835
     return c

@@ -9,19 +9,21 @@ Expect    nothing published for this recipe; docs/lab-notes/ has our runs on sma
 """
 
 from fpo_jax import recipes
-from fpo_jax.configs import pythia_hh_pref
 
 
 def get_config(loss: str = "alphapo-rw"):
     """Return the locked configuration; `configs/pythia_hh_rw.py:exo-rw` is the same recipe with another loss."""
-    c = pythia_hh_pref.get_config("alphapo-rw")
+    c = recipes.exo()
     c.data.format = "json"
-    c.data.hh_split, c.data.subfolder = "last_turn", ""
-    c.data.train_split = c.data.eval_split = ""
     c.data.train = "data/hh_rw/train.json"
     c.data.eval = "data/hh_rw/test.json"
     c.data.group_size = 4
+    c.loss.name = "alphapo-rw"
+    c.loss.alpha = 0.1
     c.loss.beta_pi = 0.35
     c.loss.beta_r = 0.1
+    c.loss.temperature = 0.8  # logits of policy and reference are divided by it, as in the original
+    c.optim.learning_rate = 1e-6
+    c.plan.groups = 43_835
     recipes.use_loss(c, loss)
     return c

@@ -7,17 +7,24 @@ Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); a row withou
 Expect    nothing published but the models that follow
 """
 
-from fpo_jax.configs import pythia_hh_pref
+from fpo_jax import recipes
 
 
 def get_config():
     """Return the locked configuration."""
-    c = pythia_hh_pref.get_config("sft")
+    c = recipes.exo()
     c.stage = "sft"
+    c.data.format = "hh"
+    c.data.train = c.data.eval = "Anthropic/hh-rlhf"
+    c.data.subfolder = "helpful-base"
+    c.data.train_split, c.data.eval_split = "train", "test"
+    c.data.hh_split = "first_difference"  # how the original builds prompt and responses
     c.data.group_size = 1
+    c.loss.name = "sft"
     c.optim.learning_rate = 1e-5
     c.train.eval_every = 0  # perplexity at the start and at the end
     c.train.eval_groups = 3_200  # 100 batches of 4 GPUs x 8
     c.train.save_every = 100
     c.train.keep_checkpoints = 1
+    c.plan.groups = 43_835
     return c

@@ -9,21 +9,22 @@ Expect    nothing published for this recipe; docs/lab-notes/ has our runs on sma
 """
 
 from fpo_jax import recipes
-from fpo_jax.configs import pythia_hh_pref
 
 
 def get_config(loss: str = "alphapo-pref"):
     """Return the locked configuration; `configs/pythia_tldr_pref.py:exo-pref` is the same recipe with another loss."""
-    c = pythia_hh_pref.get_config()
+    c = recipes.exo()
     c.data.format = "json"
-    c.data.hh_split, c.data.subfolder = "last_turn", ""
-    c.data.train_split = c.data.eval_split = ""
     c.data.train = "data/tldr/train.json"
     c.data.eval = "data/tldr/test.json"
     c.data.max_length = 650
     c.data.max_response_length = 75
+    c.loss.name = "alphapo-pref"
+    c.loss.tie_policy = "second"  # of equal rewards the second is trained on as the chosen
     c.loss.alpha = 0.025
     c.loss.beta_pi = 0.3
+    c.loss.temperature = 0.8  # logits of policy and reference are divided by it, as in the original
+    c.optim.learning_rate = 1e-6
     c.train.max_steps = 350
     c.train.eval_every = 72  # the original's checkpoint interval: 290 micro-steps
     c.train.save_every = 72

@@ -8,16 +8,24 @@ Original  as pythia_hh_reward with rows of 650 and summaries of 75 tokens; here 
 Expect    nothing published for this recipe
 """
 
-import copy
-
-from fpo_jax.configs import pythia_hh_reward, pythia_tldr_pref
+from fpo_jax import recipes
 
 
 def get_config():
     """Return the locked configuration."""
-    c = pythia_hh_reward.get_config()
-    source, group_size = pythia_tldr_pref.get_config().data, c.data.group_size
-    c.data = copy.deepcopy(source)
-    c.data.group_size = group_size
+    c = recipes.exo()
+    c.stage = "reward"
+    c.data.format = "json"
+    c.data.train = "data/tldr/train.json"
+    c.data.eval = "data/tldr/test.json"
+    c.data.max_length = 650
+    c.data.max_response_length = 75
+    c.loss.name = "bradley_terry"
+    c.optim.learning_rate = 1e-5
+    c.train.eval_every = 100
+    c.train.eval_groups = 3_200  # 100 batches of 4 GPUs x 8
+    c.train.save_every = 100
+    c.train.keep_checkpoints = 1
+    c.train.keep_best = "eval_rewards/accuracies"
     c.plan.groups = 92_858
     return c

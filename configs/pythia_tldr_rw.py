@@ -9,16 +9,26 @@ Expect    nothing published for this recipe; docs/lab-notes/ has our runs on sma
 """
 
 from fpo_jax import recipes
-from fpo_jax.configs import pythia_tldr_pref
 
 
 def get_config(loss: str = "alphapo-rw"):
     """Return the locked configuration; `configs/pythia_tldr_rw.py:exo-rw` is the same recipe with another loss."""
-    c = pythia_tldr_pref.get_config("alphapo-rw")
+    c = recipes.exo()
+    c.data.format = "json"
     c.data.train = "data/tldr_rw/train.json"
     c.data.eval = "data/tldr_rw/test.json"
+    c.data.max_length = 650
+    c.data.max_response_length = 75
     c.data.group_size = 4
+    c.loss.name = "alphapo-rw"
+    c.loss.alpha = 0.025
     c.loss.beta_pi = 0.5
     c.loss.beta_r = 0.1
+    c.loss.temperature = 0.8  # logits of policy and reference are divided by it, as in the original
+    c.optim.learning_rate = 1e-6
+    c.train.max_steps = 350
+    c.train.eval_every = 72  # the original's checkpoint interval: 290 micro-steps
+    c.train.save_every = 72
+    c.plan.groups = 92_858
     recipes.use_loss(c, loss)
     return c

@@ -8,17 +8,24 @@ Original  as pythia_hh_sft with rows of 650 and summaries of 75 tokens; the summ
 Expect    nothing published but the models that follow
 """
 
-from fpo_jax.configs import pythia_hh_sft
+from fpo_jax import recipes
 
 
 def get_config():
     """Return the locked configuration."""
-    c = pythia_hh_sft.get_config()
+    c = recipes.exo()
+    c.stage = "sft"
     c.data.format = "tldr_sft"
-    c.data.hh_split, c.data.subfolder = "last_turn", ""
     c.data.train = c.data.eval = "UCL-DARK/openai-tldr-filtered"
     c.data.train_split, c.data.eval_split = "train", "test"
     c.data.max_length = 650
     c.data.max_response_length = 75
+    c.data.group_size = 1
+    c.loss.name = "sft"
+    c.optim.learning_rate = 1e-5
+    c.train.eval_every = 0  # perplexity at the start and at the end
+    c.train.eval_groups = 3_200  # 100 batches of 4 GPUs x 8
+    c.train.save_every = 100
+    c.train.keep_checkpoints = 1
     c.plan.groups = 116_722
     return c

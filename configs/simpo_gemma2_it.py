@@ -9,17 +9,20 @@ Expect    the SimPO paper reports AlpacaEval 2 LC 72.4, WR 65.9, Arena-Hard 59.1
 """
 
 from fpo_jax import recipes
-from fpo_jax.configs import llama3_instruct
 
 
 def get_config(loss: str = "sigmoid"):
     """Return the locked configuration; another loss may take SimPO's place."""
-    c = llama3_instruct.get_config()
+    c = recipes.simpo()
     c.model.path = "google/gemma-2-9b-it"
     c.tokenizer.chat_template = "gemma2"
-    c.data.append_eos = "unless_last"  # <eos> behind <end_of_turn> and a newline, all of them scored
     c.data.train = c.data.eval = "princeton-nlp/gemma2-ultrafeedback-armorm"
-    c.plan.groups = None
+    c.data.train_split, c.data.eval_split = "train", "test"
+    c.data.max_length = 2048
+    c.data.max_prompt_length = 1800
+    c.data.append_eos = "unless_last"  # <eos> behind <end_of_turn> and a newline, all of them scored
+    c.loss.name = "sigmoid"
+    c.loss.tie_policy = "second"  # of equal rewards the second is trained on as the chosen
     c.loss.beta = 10.0
     c.loss.gamma_beta_ratio = 0.5
     c.optim.learning_rate = 8e-7

@@ -7,15 +7,22 @@ Expect    the SimPO paper reports AlpacaEval 2 LC 53.7, WR 47.5, Arena-Hard 36.5
 """
 
 from fpo_jax import recipes
-from fpo_jax.configs import llama3_instruct
 
 
 def get_config(loss: str = "sigmoid"):
     """Return the locked configuration; another loss may take SimPO's place."""
-    c = llama3_instruct.get_config()
+    c = recipes.simpo()
+    c.model.path = "meta-llama/Meta-Llama-3-8B-Instruct"
+    c.tokenizer.chat_template = "llama3"
     c.data.train = c.data.eval = "princeton-nlp/llama3-ultrafeedback-armorm"
-    c.plan.groups = None
+    c.data.train_split, c.data.eval_split = "train", "test"
+    c.data.max_length = 2048
+    c.data.max_prompt_length = 1800
+    c.data.append_eos = "where_missing"  # EOS is <|eot_id|>, which the template writes: the original appends none
+    c.loss.name = "sigmoid"
+    c.loss.tie_policy = "second"  # of equal rewards the second is trained on as the chosen
     c.loss.beta = 10.0
     c.loss.gamma_beta_ratio = 0.3
+    c.optim.learning_rate = 1e-6
     recipes.use_loss(c, loss)
     return c

@@ -3,8 +3,8 @@
 A pipeline is a ConfigDict. `sft`, `reward` and `align` are configurations of train.py without the keys that it fills in
 itself: where the data lie and how rows are cut (section `data`; where SFT or the reward model has other data,
 `demonstrations` or `judgements`), the tokenizer, which model a stage starts from, and the seed of the alignment
-(`seeds`). `sample` and `generate` are options of `fpo generate`. A stage is run if its section is there. `python -m
-fpo pipeline` runs it.
+(`seeds`). `sample` and `generate` are options of `fpo generate`. A stage is run if its section is there.
+`fpo pipeline` runs it.
 """
 
 import copy
@@ -31,9 +31,8 @@ def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, rewa
     c: Any = ml_collections.ConfigDict()
     c.base = base  # Hugging Face directory or hub name
     c.reward_model = reward_model  # "" = the one that stage `reward` trains
-    c.losses = (
-        align.loss.name,
-    )  # one alignment each; another loss than the recipe's has the options that mean the same
+    # one alignment each; another loss than the recipe's has the options that mean the same
+    c.losses = (align.loss.name,)
     c.seeds = (align.seed,)  # one alignment each: order of the data, and of nothing else
     c.pairing = (
         ""  # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
