@@ -34,9 +34,8 @@ def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, rewa
     # one alignment each; another loss than the recipe's has the options that mean the same
     c.losses = (align.loss.name,)
     c.seeds = (align.seed,)  # one alignment each: order of the data, and of nothing else
-    c.pairing = (
-        ""  # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
-    )
+    # "" = align to all samples with their rewards | best_worst = to the best and the worst of each prompt
+    c.pairing = ""
     c.measure_kl = False  # KL(aligned || start) of every alignment, on its answers; they must be drawn untruncated
     c.tokenizer = copy.deepcopy(align.tokenizer)
     c.data = _only(align.data, (*SOURCE, *ROWS))

@@ -33,9 +33,8 @@ class ResponseLogps(NamedTuple):
 
     sum_N: Array  # log-prob of the response in nats; 0 for a row without a scored position
     count_N: Array  # scored positions
-    mean_logit_N: (
-        Array | None
-    )  # mean over scored positions of the mean raw logit; no gradient; None for a soft-capped head
+    # mean over scored positions of the mean raw logit; no gradient; None for a soft-capped head
+    mean_logit_N: Array | None
 
 
 def response_logps(

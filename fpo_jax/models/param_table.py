@@ -32,9 +32,8 @@ class Entry:
     letters: str  # layout here
     hf_name: str  # "{layer}" stands for the layer's number
     hf_letters: str  # layout of one layer on disk
-    init: (
-        str  # "normal" (standard deviation config.initializer_range), "uniform" (1/sqrt(its inputs)), "ones" or "zeros"
-    )
+    # "normal" (standard deviation config.initializer_range), "uniform" (1/sqrt(its inputs)), "ones" or "zeros"
+    init: str
     decay: bool  # whether weight decay applies: matrices yes, norms and biases no
     shape: tuple[int, ...] = ()
     axes: tuple[str | None, ...] = ()  # logical axes for sharding.py, None = every device holds all of it

@@ -29,9 +29,8 @@ class Guard:
 
     most: int  # updates not applied in a row: nothing is applied any more, until the host has stopped the run
     weight: int = 1  # that one update which is not finite counts for: `most` where the first of them stops the run
-    sigmas: float = (
-        0.0  # a spike's loss or gradient norm lies so many standard deviations above the mean; 0 = no spikes
-    )
+    # a spike's loss or gradient norm lies so many standard deviations above the mean; 0 = no spikes
+    sigmas: float = 0.0
     window: int = 1  # W, the applied updates that mean and deviation are taken over
 
     def watching(self, optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:

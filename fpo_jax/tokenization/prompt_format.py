@@ -33,9 +33,8 @@ class PromptFormat:
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # {"enable_thinking": False}
     auto_insert_empty_system: bool = False  # put an empty system turn first where the template knows such turns
     prepend_bos: bool = False  # put BOS first where the tokenizer opens texts with it and the template does not
-    assistant_header: str = (
-        "prompt"  # to which part of a sequence the header of an answer belongs; trained in completion
-    )
+    # to which part of a sequence the header of an answer belongs; trained in completion
+    assistant_header: str = "prompt"
     append_eos: str = "where_missing"  # where the template writes no end token | unless the last token is EOS
     thoughts: str = "refuse"  # refuse | keep | drop the thought parts of completions
     eos_token: str = ""  # spelling

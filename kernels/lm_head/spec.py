@@ -35,9 +35,8 @@ class TokenStats(NamedTuple):
     target_logit_N: Array  # z[target]
     lse_N: Array  # log sum_v exp z[v], natural log
     entropy_N: Array | None  # -sum_v p[v] log p[v] in nats, p = softmax(z); None unless asked for
-    is_argmax_N: (
-        Array | None
-    )  # 1.0 where no logit is above the target's (a tie counts), else 0.0; None unless asked for
+    # 1.0 where no logit is above the target's (a tie counts), else 0.0; None unless asked for
+    is_argmax_N: Array | None
 
 
 @dataclasses.dataclass(frozen=True)
