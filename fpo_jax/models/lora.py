@@ -33,8 +33,10 @@ def adapter(config: ModelConfig, *, rank: int, alpha: float, dropout: float, mod
 
 def adapter_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...]:
     """Return the entries of an adapter: A [L, inputs, r] and B [L, r, outputs] of each matrix, under PEFT's names."""
+    if of is None:
+        return ()
     found = []
-    for entry in () if of is None else [entry for entry in entries(config) if entry.path in of.targets]:
+    for entry in (entry for entry in entries(config) if entry.path in of.targets):
         inside, outside = _inputs_and_outputs(entry, config)
         name = f"base_model.model.{entry.hf_name.removesuffix('.weight')}"
         sizes = dict(zip(entry.letters, entry.shape, strict=True)) | {"r": of.rank}
