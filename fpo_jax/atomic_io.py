@@ -1,17 +1,34 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and stay when the power goes.
 
+What is written lies beside its place until it is on the disk, and is then moved there. What a killed writer left beside
+it has one name, so that the next writer of the same place replaces it; a folder's writer holds a lock, which the kernel
+drops however its process ends.
+"""
+
+import contextlib
+import errno
+import fcntl
 import json
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_LOCK = "lock"  # beside what is not finished
+_NO_FLOCK = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 
 def write(path: Path, text: str) -> Path:
-    """Write a text beside its place, move it there, and return the place; missing folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    return temporary.replace(path)
+    """Write a text, and return its place; missing folders are made."""
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write bytes, and return their place; missing folders are made."""
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
+    return path
 
 
 def write_json(path: Path, value: Any) -> Path:
@@ -19,6 +36,108 @@ def write_json(path: Path, value: Any) -> Path:
     return write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_lines(path: Path, rows: Iterable[Any]) -> Path:
-    """Write JSON Lines."""
-    return write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def temporary(path: Path) -> Path:
+    """Return where a file lies until it is whole."""
+    return path.with_name(path.name + ".tmp")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give the place at which to write a file; it is moved to `path` at the end, and removed after an error."""
+    make_folder(path.parent)
+    beside = temporary(path)
+    try:
+        yield beside
+        _sync(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def vacant(folder: Path) -> Path:
+    """Return where a new folder will lie: where a link leads, if that is what it is.
+
+    Raises:
+        ValueError: something is there that is no empty folder, or over which no folder can be moved.
+    """
+    try:
+        place = folder.resolve()
+        used = place.exists() and (not place.is_dir() or any(place.iterdir()))
+    except (OSError, RuntimeError) as error:  # a circle of links, or nothing that this user may see
+        raise ValueError(f"{folder} cannot be looked into ({error}); choose another.") from None
+    if used:
+        raise ValueError(f"{folder} exists and is not an empty directory; choose another or remove it.")
+    if place.is_mount():
+        raise ValueError(f"{folder} is where a disk is mounted, and cannot be replaced; name a new folder in it.")
+    return place
+
+
+@contextlib.contextmanager
+def writing_folder(folder: Path) -> Iterator[Path]:
+    """Give a new folder in which to write; it is moved to `folder` at the end, and removed after an error.
+
+    Raises:
+        ValueError: `folder` is not vacant, or another process is writing it.
+    """
+    place = vacant(folder)
+    beside = place.with_name(f".{place.name}.partial")
+    make_folder(beside)
+    with (beside / _LOCK).open("a") as lock:
+        _take_over(beside, lock, folder)
+        try:
+            new = beside / place.name
+            new.mkdir()
+            yield new
+            sync_tree(new)
+            new.rename(place)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    _sync(place.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and its missing parents, and bring their names to the disk."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in reversed(missing):
+        _sync(one.parent)
+
+
+def sync_tree(folder: Path) -> None:
+    """Bring a folder with all that is in it to the disk; what is in it first."""
+    for where, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _sync(Path(where, name))
+        _sync(Path(where))
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some file systems sync no folder
+            raise
+    finally:
+        os.close(number)
+
+
+def _take_over(beside: Path, lock: IO[str], folder: Path) -> None:
+    """Make an unfinished folder this process's own, with nothing in it."""
+    left = [one for one in beside.iterdir() if one.name != _LOCK]
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder} is being written by another process; wait for it, or choose another.") from None
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        if left:
+            raise ValueError(
+                f"{beside} is unfinished, and its disk does not tell whether its writer still runs; once it is certain"
+                " that it has ended, remove that folder."
+            ) from None
+    for one in left:
+        shutil.rmtree(one)

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, losses
-from fpo_jax.cli import generate, jsonl_job
+from fpo_jax import checkpoint, jsonl, losses
+from fpo_jax.cli import generate
 from fpo_jax.eval.report import report
 from fpo_jax.trainer import export, metric_logger, run_inputs, sample_completions
 from tests import resuming, tiny
@@ -71,7 +71,7 @@ def test_the_best_checkpoint_is_the_one_that_wins_most(trained):
 
 
 def test_the_answers_of_the_start_are_the_samplers(trained, base, tmp_path):  # noqa: F811
-    prompts = [line["prompt"] for line in jsonl_job.read(base / "held_out.jsonl")][:6]
+    prompts = [line["prompt"] for line in jsonl.read(base / "held_out.jsonl")][:6]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     given = {"max_new_tokens": 5, "temperature": 0.8, "seed": 42, "max_length": 40, "compute_dtype": "float32"}
     given["rule"] = "raw"
@@ -80,7 +80,7 @@ def test_the_answers_of_the_start_are_the_samplers(trained, base, tmp_path):  # 
     )
     generate.run(options)
     ours = sample_completions.read(trained / "answers", 0)
-    assert [[line["completion"]] for line in ours] == [line["completions"] for line in jsonl_job.read(options.out)]
+    assert [[line["completion"]] for line in ours] == [line["completions"] for line in jsonl.read(options.out)]
 
 
 def test_a_stopped_run_writes_the_same(base, judge, tmp_path, monkeypatch, trained):  # noqa: F811
@@ -170,7 +170,7 @@ def test_the_page_needs_no_other_file_and_no_model_s_text_is_markup(trained, tmp
     shutil.copytree(trained, tmp_path / "w", ignore=shutil.ignore_patterns("checkpoints"))
     for number in (0, 6):
         path = tmp_path / "w" / "answers" / f"{number}.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         for line in lines:
             line["completion"] = "<script>alert(1)</script> | **bold** `code`\nnext"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))

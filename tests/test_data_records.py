@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 import pytest
 
-from fpo_jax import data
-from fpo_jax.data import formats, hh_rlhf, loading
+from fpo_jax import data, jsonl
+from fpo_jax.data import formats, hh_rlhf
 from tests.paths import shared_data
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -517,7 +517,7 @@ class TestSources:
             data.read("owner/name", format="json", split="train")
 
     def test_bad_row_knows_its_line(self):
-        assert loading.BadRow("x", 3).line == 3 and loading.BadRow("x").line == 1
+        assert jsonl.BadRow("x", 3).line == 3 and jsonl.BadRow("x").line == 1
 
 
 # --- formats with one response, or more than two

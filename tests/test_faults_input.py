@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fpo_jax import data, tokenization
+from fpo_jax import data, jsonl, tokenization
 from fpo_jax.data import loading
 from tests import real_tokenizers
 from tests.paths import shared_data
@@ -249,12 +249,12 @@ def test_a_line_of_ten_gigabytes_in_ten_megabytes_is_refused_in_bounded_memory(t
         Path("/proc/self/clear_refs").write_text("5")
         before, start = peak_bytes(), time.process_time()
         assert re.search(r"bomb\.jsonl\.gz:2: the line is longer than 67,108,864 bytes", outcome(path, "json", policy))
-        assert peak_bytes() - before < 5 * loading.LONGEST_LINE and time.process_time() - start < 10
+        assert peak_bytes() - before < 5 * jsonl.LONGEST_LINE and time.process_time() - start < 10
 
 
 def test_a_list_without_an_end_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "LARGEST_LIST", 2**20)
-    monkeypatch.setattr(loading, "LONGEST_LINE", 2**10)
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", 2**10)
     long = tmp_path / "long.jsonl"
     long.write_bytes(b"[" + b",\n".join([encoded(SOUND["json"])] * 5000) + b"]")
     assert outcome(long, "json", "error")[1] == []

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, hf, sharding, tokenization
+from fpo_jax import checkpoint, hf, jsonl, sharding, tokenization
 from fpo_jax.cli import generate, jsonl_job, label
 from fpo_jax.cli import openai_client as servers
 from fpo_jax.distributed import preemption
@@ -53,7 +53,7 @@ def answered(folder, tmp_path_factory):
 
 def test_lines_hold_prompts_and_what_the_sampler_drew(folder, answered):
     out, summary = answered
-    lines = jsonl_job.read(out)
+    lines = jsonl.read(out)
     assert [line["prompt"] for line in lines] == PROMPTS and [line["index"] for line in lines] == [*range(6)]
     assert lines[2]["source"].endswith("prompts.jsonl:3")
     assert (summary.prompts, summary.completions, summary.done_before) == (6, 12, 0)
@@ -95,7 +95,7 @@ def test_it_goes_on_behind_a_half_written_line(folder, answered, tmp_path):
     assert summary.done_before == 2 and out.read_bytes() == b"".join(whole)
     out.unlink()
     (tmp_path / "answers.jsonl.part").write_bytes(whole[4][:25] + b"\n" + whole[1])
-    with pytest.raises(ValueError, match=r"answers.jsonl.part:1: not a line of this job"):
+    with pytest.raises(ValueError, match=r"answers.jsonl.part:1: broken JSON: .*put the line right"):
         generate.run(options(folder, out))
 
 
@@ -112,16 +112,16 @@ def test_a_long_prompt_loses_its_beginning_as_tokens(folder, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": long}) + "\n" + json.dumps({"prompt": long[-34:]}) + "\n")
     run_with = options(folder, tmp_path / "o.jsonl", data=str(tmp_path / "p.jsonl"), temperature=0.0, num_return=1)
     summary = generate.run(run_with)
-    cut, whole = jsonl_job.read(tmp_path / "o.jsonl")
+    cut, whole = jsonl.read(tmp_path / "o.jsonl")
     assert cut["completions"] == whole["completions"] and cut["prompt"] == long
     assert cut["prompt_cut"] == len(long) - 34 and "prompt_cut" not in whole and summary.cut == 1
 
 
 def test_stop_strings_end_a_response_before_them(folder, tmp_path, answered):
-    before = [text for line in jsonl_job.read(answered[0]) for text in line["completions"]]
+    before = [text for line in jsonl.read(answered[0]) for text in line["completions"]]
     stop = next(text[1] for text in before if len(text) > 2 and text[0] != text[1])
     generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=(stop,)))
-    lines = jsonl_job.read(tmp_path / "s.jsonl")
+    lines = jsonl.read(tmp_path / "s.jsonl")
     assert [text for line in lines for text in line["completions"]] == [text.split(stop)[0] for text in before]
     assert all(
         end == "stop"
@@ -135,12 +135,12 @@ def test_ids_tokens_and_finish_end_with_the_token_that_completes_a_stop_string(f
     """What follows a stop string was never drawn for the reader of the text: fpo kl would score it."""
     given = {"keep_ids": 1, "max_new_tokens": 12, "num_return": 3}
     generate.run(options(folder, tmp_path / "a.jsonl", **given))
-    free = jsonl_job.read(tmp_path / "a.jsonl")
+    free = jsonl.read(tmp_path / "a.jsonl")
     tokenizer = tokenization.load_tokenizer(folder / "model")
     stop = next(text[2:4] for line in free for text in line["completions"] if text[2:4].isascii() and len(text) > 5)
     summary = generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=("never", stop), **given))
     ended = 0
-    for line, before in zip(jsonl_job.read(tmp_path / "s.jsonl"), free, strict=True):
+    for line, before in zip(jsonl.read(tmp_path / "s.jsonl"), free, strict=True):
         for place, whole in enumerate(before["ids"]):
             ends = [
                 n for n in range(1, len(whole) + 1) if stop in tokenizer.decode(whole[:n], skip_special_tokens=True)
@@ -151,7 +151,7 @@ def test_ids_tokens_and_finish_end_with_the_token_that_completes_a_stop_string(f
             assert line["completions"][place] == (text.removesuffix(stop) if ends else text)
             assert line["finish"][place] == ("stop" if ends else before["finish"][place])
             ended += bool(ends) and len(kept) < len(whole)
-    assert ended and summary.tokens == sum(sum(line["tokens"]) for line in jsonl_job.read(tmp_path / "s.jsonl"))
+    assert ended and summary.tokens == sum(sum(line["tokens"]) for line in jsonl.read(tmp_path / "s.jsonl"))
 
 
 def test_a_stop_string_across_the_borders_of_tokens():
@@ -188,10 +188,10 @@ def test_a_stop_string_that_is_a_special_token_is_refused(folder, tmp_path):
 
 
 def test_another_stop_id_ends_a_response(folder, tmp_path, answered):
-    config, first = hf.read_config(folder / "model"), jsonl_job.read(answered[0])[0]
+    config, first = hf.read_config(folder / "model"), jsonl.read(answered[0])[0]
     others = tuple(set(range(config.vocab_size)) - {2})
     generate.run(options(folder, tmp_path / "s.jsonl", stop_ids=others))
-    lines = jsonl_job.read(tmp_path / "s.jsonl")
+    lines = jsonl.read(tmp_path / "s.jsonl")
     assert lines[0]["tokens"] == [1, 1] != first["tokens"] and lines[0]["finish"] == ["stop", "stop"]
 
 
@@ -205,7 +205,7 @@ def test_a_checkpoint_answers_as_its_export(base, tmp_path):  # noqa: F811
     shared = {"data": str(tmp_path / "p.jsonl"), "temperature": 0.0}
     generate.run(options(tmp_path, tmp_path / "a.jsonl", **shared))
     generate.run(options(tmp_path, tmp_path / "b.jsonl", model="", workdir=str(tmp_path / "run"), step="1", **shared))
-    assert jsonl_job.read(tmp_path / "a.jsonl") == jsonl_job.read(tmp_path / "b.jsonl")
+    assert jsonl.read(tmp_path / "a.jsonl") == jsonl.read(tmp_path / "b.jsonl")
     with pytest.raises(ValueError, match="only runs with train.keep_best have a best one"):
         checkpoint.restore_params(tmp_path / "run", "best")
 
@@ -269,7 +269,7 @@ def test_a_finished_file_that_lost_lines_is_refused(folder, answered, tmp_path):
     with pytest.raises(ValueError, match="answers.jsonl holds 5 of the 6 lines it had"):
         generate.run(options(folder, out))
     out.write_bytes(b"".join(whole)[:-9])
-    with pytest.raises(ValueError, match="answers.jsonl:6: not a line of this job"):
+    with pytest.raises(ValueError, match="answers.jsonl:6: broken JSON: .*put the line right"):
         generate.run(options(folder, out))
 
 
@@ -301,7 +301,7 @@ def test_the_summary_counts_what_this_start_did(folder, answered, tmp_path):
     whole = answered[0].read_bytes().splitlines(keepends=True)
     out.unlink()
     out.with_name("answers.jsonl.part").write_bytes(b"".join(whole[:5]))
-    again, last = generate.run(options(folder, out)), jsonl_job.read(answered[0])[5]
+    again, last = generate.run(options(folder, out)), jsonl.read(answered[0])[5]
     assert (again.done_before, again.completions, again.tokens) == (5, 2, sum(last["tokens"]))
     assert again.stopped == last["finish"].count("stop")
 
@@ -314,7 +314,7 @@ def test_a_signal_saves_the_batch_and_the_same_command_goes_on(folder, answered,
         with pytest.raises(preemption.Stopped, match=r"SIGTERM: 2 of 6 prompts are answered and saved"):
             generate.run(options(folder, out, batch_size=2))
     assert generate.run(options(folder, out)).done_before == 2
-    assert jsonl_job.read(out) == jsonl_job.read(answered[0])
+    assert jsonl.read(out) == jsonl.read(answered[0])
 
 
 def _one_device(config):
@@ -380,7 +380,7 @@ def test_a_server_that_fails_times_out_and_answers_garbage_loses_nothing(folder,
     with server.served():
         summary = served(folder, tmp_path / "o.jsonl", server, api_key_env="ANSWER_KEY")
     assert summary.failed == 0 and len(server.bodies) == 6 + len(how) and server.most_at_once <= 3
-    lines = jsonl_job.read(tmp_path / "o.jsonl")
+    lines = jsonl.read(tmp_path / "o.jsonl")
     assert [line["completions"] for line in lines] == [[f"re: {text}"] * 2 for text in PROMPTS]
     assert len({body["seed"] for body in server.bodies}) == 6 and server.bodies[0]["n"] == 2
     assert server.headers[0]["Authorization"] == "Bearer sk-very-secret"
@@ -401,7 +401,7 @@ def test_a_prompt_that_fails_for_good_is_asked_again_by_the_same_command(folder,
         asked = len(server.bodies)
         assert served(folder, tmp_path / "o.jsonl", server, rule="chat").done_before == 5
         assert len(server.bodies) == asked + 1
-    assert [line["completions"][0] for line in jsonl_job.read(tmp_path / "o.jsonl")] == list(map(str.upper, PROMPTS))
+    assert [line["completions"][0] for line in jsonl.read(tmp_path / "o.jsonl")] == list(map(str.upper, PROMPTS))
 
 
 def test_a_key_that_is_not_there_and_a_url_that_is_none(folder, tmp_path):
@@ -442,7 +442,7 @@ def completions(tmp_path_factory):
 
 def test_rewards_are_the_models_and_duplicates_and_ties_are_counted(judge, completions, tmp_path):
     summary = labelled(judge, completions, tmp_path / "l.jsonl")
-    lines = jsonl_job.read(tmp_path / "l.jsonl")
+    lines = jsonl.read(tmp_path / "l.jsonl")
     assert (summary.lines, summary.responses, summary.tied, summary.duplicates) == (3, 7, 1, 2)
     first = lines[0]["rewards"]
     assert first[0] == first[2] > first[1], "answers with ! are better"
@@ -458,7 +458,7 @@ def test_a_label_is_the_score_that_training_gives_the_same_row(judge, base, tmp_
     c = reward_config(judge, base / "held_out.jsonl", train__batch_size=8)
     prepared = run_inputs.prepare(c).train.prepared
     encoder = tokenization.encoder(tokenization.load_tokenizer(judge), tokenization.PromptFormat(rule="raw"))
-    pairs = jsonl_job.read(base / "held_out.jsonl")[:8]
+    pairs = jsonl.read(base / "held_out.jsonl")[:8]
     lines = [{"prompt": pair["prompt"], "completions": [pair["chosen"], pair["rejected"]]} for pair in pairs]
     prompts, completions = [line["prompt"] for line in lines], [line["completions"] for line in lines]
     groups = reward_model.rows(encoder, prompts, completions, pad_id=0, window=40)
@@ -480,7 +480,7 @@ def test_labels_of_another_tokenizer_are_another_job(judge, completions, tmp_pat
 
 def test_pairs_of_best_and_worst_leave_ties_out(judge, completions, tmp_path):
     summary = labelled(judge, completions, tmp_path / "p.jsonl", pairing="best_worst")
-    pairs = jsonl_job.read(tmp_path / "p.jsonl")
+    pairs = jsonl.read(tmp_path / "p.jsonl")
     assert summary.written == 2 and "2 pairs" in summary.text and "1 tied" in summary.text
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(" ab!", " ab."), (" cde!", " f.")]
     assert labelled(judge, completions, tmp_path / "p.jsonl", pairing="best_worst").written == 2
@@ -509,7 +509,7 @@ def test_a_signal_saves_what_is_scored(judge, completions, tmp_path, monkeypatch
     with pytest.raises(preemption.Stopped, match="SIGTERM: 1 of 3 lines are scored and saved"):
         labelled(judge, completions, tmp_path / "l.jsonl")
     assert labelled(judge, completions, tmp_path / "l.jsonl").lines == 3
-    assert [line["index"] for line in jsonl_job.read(tmp_path / "l.jsonl")] == [0, 1, 2]
+    assert [line["index"] for line in jsonl.read(tmp_path / "l.jsonl")] == [0, 1, 2]
 
 
 def test_scores_that_lost_a_line_are_refused(judge, completions, tmp_path):
@@ -531,7 +531,7 @@ def test_real_model_and_its_published_text(tmp_path):
             temperature=0.0, compute_dtype="float32", batch_size=1,
         )
     )  # fmt: skip
-    (line,) = jsonl_job.read(tmp_path / "o.jsonl")
+    (line,) = jsonl.read(tmp_path / "o.jsonl")
     text = line["prompt"] + line["completions"][0]
     assert expected["expected_text"].strip().startswith(text.strip()[:60])
 
@@ -552,4 +552,4 @@ def test_a_start_after_a_kill_at_the_very_end_takes_the_parts_away(tmp_path):
     out.write_bytes(b"".join(sorted(content.splitlines(keepends=True))))
     again = jsonl_job.JobFile(out, {"job": 1}, count=2)
     assert again.finished and again.done == {0, 1} and not part.exists()
-    assert [line["index"] for line in jsonl_job.read(out)] == [0, 1]
+    assert [line["index"] for line in jsonl.read(out)] == [0, 1]

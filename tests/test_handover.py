@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from fpo_jax import atomic_io, data
-from fpo_jax.cli import generate, jsonl_job, label
+from fpo_jax import data, jsonl
+from fpo_jax.cli import generate, label
 from fpo_jax.data import decontamination
 from fpo_jax.eval.judge import winrate
 from fpo_jax.eval.pipeline import pipeline
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     tiny.write_model(root / "policy", layers=1)
     tiny.write_model(root / "judge", layers=1, reward_head=True)
     rows = [{"prompt": prompt, "chosen": f" {number}", "rejected": " no"} for number, prompt in enumerate(PROMPTS)]
-    atomic_io.write_lines(root / "prompts.jsonl", rows)
+    jsonl.write(root / "prompts.jsonl", rows)
     drawn = {"model": str(root / "policy"), "data": str(root / "prompts.jsonl"), "rule": "chat", "max_length": 64}
     drawn |= {"num_return": SAMPLES, "max_new_tokens": NEW, "compute_dtype": "float32", "keep_ids": 1, "batch_size": 1}
     for seed in (0, 1):
@@ -56,7 +56,7 @@ def folder(tmp_path_factory):
         {"index": number, "prompt": prompt, "completion": " a", "finish": "stop", "tokens": 2, "reward": 0.5}
         for number, prompt in enumerate(PROMPTS)
     ]  # as fpo_jax/trainer/sample_completions.py writes them
-    atomic_io.write_lines(root / "answers.jsonl", answers)
+    jsonl.write(root / "answers.jsonl", answers)
     return root
 
 
@@ -86,7 +86,7 @@ def test_prompts_of_every_file(folder, name):
         json.dumps(p) for p in PROMPTS
     }
     plain = folder / f"{name}_plain.jsonl"
-    atomic_io.write_lines(plain, (line for line in lines(path) if isinstance(line["prompt"], str)))
+    jsonl.write(plain, (line for line in lines(path) if isinstance(line["prompt"], str)))
     assert set(decontamination.texts(f"{plain}=prompt")) <= {"one?", "six:"}
 
 
@@ -120,7 +120,7 @@ def test_completions_are_scored(folder, name):
     path = folder / f"{name}.jsonl"
     found = label._lines(path)
     assert [(line["prompt"], line["completions"]) for line in found] == [
-        (line["prompt"], line["completions"]) for line in jsonl_job.read(path)
+        (line["prompt"], line["completions"]) for line in jsonl.read(path)
     ]
 
 

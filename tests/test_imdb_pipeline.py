@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fpo_jax import hf
-from fpo_jax.cli import jsonl_job
+from fpo_jax import hf, jsonl
 from fpo_jax.configs.pipelines import imdb
 from fpo_jax.eval.pipeline import pipeline
 from fpo_jax.eval.stats import kl
@@ -77,5 +76,5 @@ def test_the_oracle_learns_from_its_own_reviews_and_scores_prompts_of_ten_tokens
     lines = [json.loads(line) for line in (oracle / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("eval_rewards/accuracies" in line for line in lines)
     (labelled,) = (root / "w").glob("label-*/train.jsonl")
-    rows = jsonl_job.read(labelled)
+    rows = jsonl.read(labelled)
     assert len(rows) == 16 and all(len(row["prompt"].encode()) == 10 and len(row["rewards"]) == 2 for row in rows)

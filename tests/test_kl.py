@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from fpo_jax import hf, models, tokenization
-from fpo_jax.cli import generate, jsonl_job
+from fpo_jax import hf, jsonl, models, tokenization
+from fpo_jax.cli import generate
 from fpo_jax.eval.stats import kl
 from tests import tiny, tolerances
 
@@ -48,7 +48,7 @@ def measured(root, out, **changed):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    return measured(folder, folder / "kl.jsonl"), jsonl_job.read(folder / "kl.jsonl")
+    return measured(folder, folder / "kl.jsonl"), jsonl.read(folder / "kl.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def enumerated(exact, text, ends=(EOS,)):
 
 def test_every_log_prob_is_that_of_the_drawn_tokens_at_the_sampling_temperature(folder, finished, exact):
     _, lines = finished
-    drawn = jsonl_job.read(folder / "answers.jsonl")
+    drawn = jsonl.read(folder / "answers.jsonl")
     assert [line["prompt"] for line in lines] == PROMPTS
     for line, source in zip(lines, drawn, strict=True):
         for name, key in (("policy", "logprobs"), ("reference", "reference_logprobs")):
@@ -114,14 +114,14 @@ def test_the_estimate_is_the_exact_divergence_within_its_standard_error(finished
 def test_what_follows_a_stop_string_is_not_scored(folder, exact, tmp_path):
     """The divergence is that of responses which end with the stop string's token, EOS or the longest length."""
     tokenizer = tokenization.load_tokenizer(folder / "policy")
-    firsts = [ids[0] for line in jsonl_job.read(folder / "answers.jsonl") for ids in line["ids"] if ids[0] != EOS]
+    firsts = [ids[0] for line in jsonl.read(folder / "answers.jsonl") for ids in line["ids"] if ids[0] != EOS]
     stop_id = max((token for token in set(firsts) if tokenizer.decode([token]).isascii()), key=firsts.count)
     stops = (tokenizer.decode([stop_id]),)
     generate.run(options(folder, tmp_path / "a.jsonl", stop_strings=stops))
     found = measured(folder, tmp_path / "kl.jsonl", data=tmp_path / "a.jsonl")
-    drawn = jsonl_job.read(tmp_path / "a.jsonl")
+    drawn = jsonl.read(tmp_path / "a.jsonl")
     assert sum([stop_id] == ids for line in drawn for ids in line["ids"]) > 20
-    for line, source in zip(jsonl_job.read(tmp_path / "kl.jsonl"), drawn, strict=True):
+    for line, source in zip(jsonl.read(tmp_path / "kl.jsonl"), drawn, strict=True):
         first_V, second_VV = exact["policy", line["prompt"]]
         ended = [ids[0] in (EOS, stop_id) for ids in source["ids"]]
         expected = [

@@ -13,6 +13,7 @@ from tests.paths import REPO
 LAYERS = [
     "types",
     "atomic_io",
+    "jsonl",
     "config",
     "tokenization",
     "distributed",

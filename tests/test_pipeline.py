@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from fpo_jax import jsonl
 from fpo_jax.checkpoint import integrity
-from fpo_jax.cli import jsonl_job
 from fpo_jax.configs.pipelines import common
 from fpo_jax.distributed import preemption
 from fpo_jax.eval.pipeline import pipeline, pipeline_report
@@ -62,7 +62,7 @@ def test_the_report_compares_every_alignment_with_the_start(finished):
     assert list(report) == ["start", "alphapo-rw-seed1234"]
     one = report["alphapo-rw-seed1234"]
     assert one["prompts"] == 4 and one["answers"] == 8
-    start, aligned = (jsonl_job.read(workdir / report[name]["file"]) for name in report)
+    start, aligned = (jsonl.read(workdir / report[name]["file"]) for name in report)
     means = [[sum(line["rewards"]) / 2 for line in lines] for lines in (start, aligned)]
     assert one["change"]["mean"] == pytest.approx(sum(b - a for a, b in zip(*means, strict=True)) / 4)
     won = [
@@ -288,7 +288,7 @@ def test_answers_of_several_seeds_are_one_line(tmp_path):
         ]
         (tmp_path / f"{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = pipeline.merge([tmp_path / "1.jsonl", tmp_path / "2.jsonl"], tmp_path / "o.jsonl")
-    (line,) = jsonl_job.read(tmp_path / "o.jsonl")
+    (line,) = jsonl.read(tmp_path / "o.jsonl")
     assert line["completions"] == ["a", "c"] and "1 dropped whose answers are all the same" in told
     (tmp_path / "3.jsonl").write_text('{"index":0,"prompt":"p1","completions":["a"],"finish":["stop"]}\n' * 2)
     with pytest.raises(ValueError, match="answer different prompts"):

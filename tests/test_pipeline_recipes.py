@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from fpo_jax import atomic_io, data, hf
-from fpo_jax.cli import jsonl_job
+from fpo_jax import data, hf, jsonl
 from fpo_jax.eval.pipeline import pipeline
 from tests import tiny
 from tests.test_imdb_pipeline import write_reviews
@@ -39,7 +38,7 @@ def write_rows(root):
         ],
     }
     for name, lines in rows.items():
-        atomic_io.write_lines(root / f"{name}.jsonl", lines)
+        jsonl.write(root / f"{name}.jsonl", lines)
     write_reviews(root / "imdb.jsonl", count=ROW, seed=0)
 
 
@@ -112,7 +111,7 @@ def test_on_policy_ultrafeedback_ends_in_a_report(root):
     """The model samples, a reward model ranks, the best and the worst are the pairs."""
     c = small(root, "on_policy_ultrafeedback", reward_model=str(root / "judge"))
     finished(root, c)
-    lines = jsonl_job.read(newest(root, "label") / "train.jsonl")
+    lines = jsonl.read(newest(root, "label") / "train.jsonl")
     assert lines and all(set(line) >= {"chosen", "rejected", "rewards"} for line in lines)
     assert hf.read_config(newest(root, "align") / "model").family == "llama"
 

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 from absl import flags
 
-from fpo_jax import checkpoint, losses, tokenization
+from fpo_jax import checkpoint, jsonl, losses, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.config import overrides
 from fpo_jax.configs import quickstart as recipe
@@ -238,13 +238,13 @@ def test_every_artefact_is_there(finished):
     c = quickstart_configs.alignment(workdir, seed=3, divergence="alpha", scale=TINY)
     for path in (c.model.path, c.data.train, c.data.eval):
         assert json.dumps(path)[1:-1].startswith(str(workdir))
-    groups = quickstart_summary.read(workdir / "data" / "groups.jsonl")
+    groups = jsonl.read(workdir / "data" / "groups.jsonl")
     assert len(groups) == TINY.aligned_prompts
     for group in groups:
         assert group["rewards"] == [odd_length(group["prompt"], text) for text in group["completions"]]
-    demonstrations = quickstart_summary.read(workdir / "data" / "demonstrations.jsonl")
+    demonstrations = jsonl.read(workdir / "data" / "demonstrations.jsonl")
     assert [group["prompt"] for group in groups] == [row["prompt"] for row in demonstrations[: len(groups)]]
-    held_out = {row["prompt"] for row in quickstart_summary.read(workdir / "data" / "held_out.jsonl")}
+    held_out = {row["prompt"] for row in jsonl.read(workdir / "data" / "held_out.jsonl")}
     assert not held_out & {row["prompt"] for row in demonstrations}
     for folder in ("start", "sft_model", "export-alpha"):
         names = {path.name for path in (workdir / folder).iterdir()}
@@ -266,7 +266,7 @@ def test_the_summary_has_its_fields_and_they_are_what_the_files_say(finished):
     )
     correct = {}
     for moment in ("before", "after"):
-        rows = quickstart_summary.read(workdir / summary["paths"][moment])
+        rows = jsonl.read(workdir / summary["paths"][moment])
         right = ["".join(sorted(row["prompt"][:-1])) for row in rows]
         correct[moment] = np.array([row["response"] == text for row, text in zip(rows, right, strict=True)])
         found = summary["success"][moment]
@@ -290,19 +290,16 @@ def test_the_report_shows_the_numbers_of_the_files(finished):
     workdir, summary = finished
     text = (workdir / "report" / "report.md").read_text()
     before, after = (
-        quickstart_summary.success(quickstart_summary.read(workdir / summary["paths"][moment]))
-        for moment in ("before", "after")
+        quickstart_summary.success(jsonl.read(workdir / summary["paths"][moment])) for moment in ("before", "after")
     )
     assert f"**{100 * before['rate']:.1f} % → {100 * after['rate']:.1f} %** of 30 held-out prompts" in text
     assert f"| correct | {before['correct']} of 30 | {after['correct']} of 30 |" in text
-    held_out = [
-        line for line in quickstart_summary.read(workdir / "align-alpha" / "metrics.jsonl") if "eval_loss" in line
-    ]
+    held_out = [line for line in jsonl.read(workdir / "align-alpha" / "metrics.jsonl") if "eval_loss" in line]
     assert (held_out[0]["step"], held_out[-1]["step"]) == (0, TINY.alignment_steps)
     assert f"| loss | {held_out[0]['eval_loss']:.4f} | {held_out[-1]['eval_loss']:.4f} |" in text
     audit = json.loads((workdir / "align-alpha" / "audit.json").read_text())
     assert f"| groups kept | {audit['train']['groups']} | {audit['eval']['groups']} |" in text
-    rows = quickstart_summary.read(workdir / summary["paths"]["after"])
+    rows = jsonl.read(workdir / summary["paths"]["after"])
     assert all(f"| `{row['prompt']}` |" in text for row in rows[: quickstart_report.SAMPLES_SHOWN])
     page = (workdir / "report" / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3
@@ -371,7 +368,7 @@ def test_transformers_reads_the_export_and_answers_the_same(finished):
     workdir, summary = finished
     theirs = transformers.AutoModelForCausalLM.from_pretrained(workdir / "export-alpha", dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "export-alpha")
-    for row in quickstart_summary.read(workdir / summary["paths"]["after"])[:4]:
+    for row in jsonl.read(workdir / summary["paths"]["after"])[:4]:
         ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
         written = theirs.generate(ids, do_sample=False, temperature=None, max_new_tokens=recipe.MAX_RESPONSE_LENGTH)
         response = [token for token in written[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id]

@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from fpo_jax import checkpoint, hf, losses, models, types
+from fpo_jax import checkpoint, hf, jsonl, losses, models, types
 from fpo_jax import config as configuration
-from fpo_jax.cli import jsonl_job
 from fpo_jax.models import params
 from fpo_jax.trainer import metric_logger, run_inputs, run_workdir, train_step
 from tests import batches, paths, tolerances
@@ -143,7 +142,7 @@ def generated(folder, model, conversations, *options):
     data.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in conversations))
     given = ("--compute-dtype", "float32", "--keep-ids", 1, "--max-length", 256, *options)
     called("-m", "fpo_jax.cli.generate", "--model", model, "--data", data, "--out", out, *given)
-    return jsonl_job.read(out)
+    return jsonl.read(out)
 
 
 def trained(folder, directory, pairs, steps, **changed):
@@ -419,7 +418,7 @@ def test_labels_are_the_scores_of_transformers(directory, pairs, torch, tmp_path
     tokenizer = auto_tokenizer(out)
     load = transformers.AutoModelForSequenceClassification.from_pretrained
     judge = load(out, dtype="float32", attn_implementation="eager").eval()
-    for line, label in zip(lines, jsonl_job.read(tmp_path / "labels.jsonl"), strict=True):
+    for line, label in zip(lines, jsonl.read(tmp_path / "labels.jsonl"), strict=True):
         answers = [{"role": "assistant", "content": text} for text in line["completions"]]
         ids = [tokenizer.apply_chat_template([*line["prompt"], answer])["input_ids"] for answer in answers]
         expected = [their_logits(torch, judge, one).item() for one in ids]

@@ -35,6 +35,7 @@ def base(tmp_path_factory):
         rows = [
             {"prompt": f"{i}: {words()}?", "chosen": f" {words()}!", "rejected": f" {words()}."} for i in range(count)
         ]
+        rows[2]["prompt"] += "\u2028\x85"  # no end of a line
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 

@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from fpo_jax.cli import generate, jsonl_job
+from fpo_jax import jsonl
+from fpo_jax.cli import generate
 from fpo_jax.cli import openai_client as servers
 from fpo_jax.distributed import preemption
 from tests.answer_server import AnswerServer
@@ -283,7 +284,7 @@ def test_the_summary_counts_what_this_start_did(tmp_path, monkeypatch):
         refused[0] = False
         second = generate.run(options(tmp_path, server, num_return=3))
         assert (second.done_before, second.failed, second.completions, second.stopped) == (6, 0, 6, 6)
-    assert [line["index"] for line in jsonl_job.read(tmp_path / "o.jsonl")] == [*range(8)]
+    assert [line["index"] for line in jsonl.read(tmp_path / "o.jsonl")] == [*range(8)]
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpo_jax import atomic_io
+from fpo_jax import atomic_io, jsonl
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
-from fpo_jax.cli import generate, generate_args, jsonl_job
+from fpo_jax.cli import generate, generate_args
 from fpo_jax.data import loading
 
 log = logging.getLogger("fpo_jax")
@@ -223,7 +223,7 @@ def _answers(
     """Answer some prompts, or read the answers there are; None where some are missing."""
     folder = options.out / "parts"
     path = folder / f"{part}.prompts.jsonl"
-    atomic_io.write_lines(path, ({"prompt": prompt} for prompt in prompts))
+    jsonl.write(path, ({"prompt": prompt} for prompt in prompts))
     settings = {field.name: getattr(options, field.name) for field in dataclasses.fields(generate_args.Answering)}
     settings |= {"temperature": temperature, "max_new_tokens": max_new_tokens, "rule": "chat"}
     if recipe := RECIPES.get(options.recipe):
@@ -236,7 +236,7 @@ def _answers(
     if summary.failed:
         log.warning("%d questions without an answer; the same command asks again", summary.failed)
         return None
-    return [line["completions"][0] for line in jsonl_job.read(job.out)]
+    return [line["completions"][0] for line in jsonl.read(job.out)]
 
 
 def _identity(name: str, question: Question, answers: list[str]) -> str:
@@ -289,9 +289,7 @@ _WRITERS: dict[str, Callable[[Path, str, list[Question], list[list[str]]], Path]
 def _write_lines(out: Path, name: str, lines: list[dict[str, Any]]) -> Path:
     """Write a model's answers; the time is that of the newest part, so that a second start writes the same file."""
     written = max(path.stat().st_mtime for path in (out / "parts").glob("*.jsonl") if "prompts" not in path.name)
-    return atomic_io.write_lines(
-        out / "model_answer" / f"{name}.jsonl", ({**line, "tstamp": written} for line in lines)
-    )
+    return jsonl.write(out / "model_answer" / f"{name}.jsonl", ({**line, "tstamp": written} for line in lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

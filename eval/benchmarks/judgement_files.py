@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import atomic_io
+from fpo_jax import atomic_io, jsonl
 from fpo_jax.data import loading
 
 # what only the judgements of one benchmark have, and who reads them; the first match counts
@@ -151,7 +151,7 @@ def show(report: Mapping[str, Any], *, table: str, remarks: Iterable[str], json:
 
 def _json_rows(path: Path) -> Iterable[Row]:
     for place, row in loading.rows(str(path), split=None, data_dir=None, revision=None):
-        if isinstance(row, loading.BadRow):
+        if isinstance(row, jsonl.BadRow):
             raise ValueError(f"{place}: {row}; cut the row off if its writer was killed, and judge it again.")
         if not isinstance(row, dict):
             raise ValueError(f"{place}: a row must be a JSON object, not {type(row).__name__}.")

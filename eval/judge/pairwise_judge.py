@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fpo_jax import jsonl
+
 FOLDER = Path(__file__).parent / "templates"
 PLACES = ("prompt", "first", "second")
 WIN, TIE, LOSS = 1.0, 0.5, 0.0  # of the candidate
@@ -158,24 +160,13 @@ class Store:
             ValueError: a line that is no reply, elsewhere than at the end.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._replies: dict[str, str] = {}
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = 0
-        for number, line in enumerate(lines, 1):
-            try:
-                one = json.loads(line)
-                if not line.endswith(b"\n"):
-                    raise ValueError
-                self._replies[str(one["key"])] = str(one["reply"])
-            except (ValueError, KeyError, TypeError):
-                if number < len(lines):
-                    raise ValueError(
-                        f"{path}:{number}: not a judge's reply; put it right, or delete the file."
-                    ) from None
-                break
-            whole += len(line)
+        found = jsonl.read_appended(path)
+        for number, one in enumerate(found.rows, 1):
+            if not isinstance(one.get("key"), str) or not isinstance(one.get("reply"), str):
+                raise ValueError(f"{path}:{number}: not a judge's reply; put it right, or delete the file.")
+        self._replies: dict[str, str] = {one["key"]: one["reply"] for one in found.rows}
         self._file = path.open("ab")
-        self._file.truncate(whole)
+        self._file.truncate(found.whole)
 
     def __enter__(self) -> "Store":
         return self
@@ -192,7 +183,7 @@ class Store:
 
     def add(self, key: str, reply: str) -> None:
         """Keep a reply."""
-        self._file.write(json.dumps({"key": key, "reply": reply}, ensure_ascii=False).encode() + b"\n")
+        self._file.write(jsonl.line({"key": key, "reply": reply}))
         self._file.flush()
         self._replies[key] = reply
 

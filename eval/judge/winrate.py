@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from fpo_jax import atomic_io, data, tokenization
+from fpo_jax import atomic_io, data, jsonl, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
-from fpo_jax.cli import generate, jsonl_job, label
+from fpo_jax.cli import generate, label
 from fpo_jax.cli import openai_client as servers
 from fpo_jax.data import formats, hh_rlhf
 from fpo_jax.distributed import preemption
@@ -241,7 +241,7 @@ def _pairs(options: Options) -> tuple[list[pairwise_judge.Pair], int]:
 
 
 def _answers(path: Path) -> list[dict[str, Any]]:
-    lines = jsonl_job.read(path)
+    lines = jsonl.read(path)
     for number, line in enumerate(lines, 1):
         texts = line.get("completions")
         if (
@@ -332,7 +332,7 @@ def _wanted(reply: str | None) -> bool:
 def _ask_model(options: Options, questions: list[pairwise_judge.Question]) -> dict[str, str]:
     """Let a causal model here reply, greedily."""
     path = options.out / "questions.jsonl"
-    atomic_io.write_lines(path, ({"prompt": question.text} for question in questions))
+    jsonl.write(path, ({"prompt": question.text} for question in questions))
     if not questions:
         return {}
     job = generate.Options(
@@ -349,7 +349,7 @@ def _ask_model(options: Options, questions: list[pairwise_judge.Question]) -> di
         compute_dtype=options.compute_dtype,
     )
     log.info("judge: %s", generate.run(job).text)
-    lines = jsonl_job.read(job.out)
+    lines = jsonl.read(job.out)
     return {question.key: line["completions"][0] for question, line in zip(questions, lines, strict=True)}
 
 
@@ -359,7 +359,7 @@ def _by_rewards(
     """Let the higher score win."""
     path = options.out / "pairs.jsonl"
     rows = [{"prompt": pair.prompt, "completions": [pair.candidate, pair.baseline]} for pair in pairs]
-    atomic_io.write_lines(path, rows)
+    jsonl.write(path, rows)
     job = label.Options(
         model=options.reward_model,
         data=path,
@@ -374,7 +374,7 @@ def _by_rewards(
     )
     log.info("judge: %s", label.run(job).text)
     found = []
-    for pair, line in zip(pairs, jsonl_job.read(job.out), strict=True):
+    for pair, line in zip(pairs, jsonl.read(job.out), strict=True):
         ours, theirs = line["rewards"]
         same = pairwise_judge.same(pair)
         outcome = (
@@ -425,7 +425,7 @@ def _write(
         said = [name for name, flag in flags.items() if flag]
         line = {**pair._asdict(), "outcome": decision.outcome, "why": decision.why}
         lines.append(line | ({"steering": said} if said else {}))
-    atomic_io.write_lines(out / "verdicts.jsonl", lines)
+    jsonl.write(out / "verdicts.jsonl", lines)
     atomic_io.write_json(out / "summary.json", summary)
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from fpo_jax import atomic_io, checkpoint, hf, recipes, tokenization
+from fpo_jax import checkpoint, hf, jsonl, recipes, tokenization
 from fpo_jax import config as configuration
-from fpo_jax.cli import generate, jsonl_job, label
+from fpo_jax.cli import generate, label
 from fpo_jax.config import overrides
 from fpo_jax.distributed import preemption
 from fpo_jax.eval.pipeline import pipeline_inputs, pipeline_report
@@ -277,7 +277,7 @@ def merge(parts: Sequence[Path], out: Path) -> str:
         ValueError: the parts are not of the same prompts in the same order.
     """
     kept, alike = [], 0
-    for lines in zip(*map(jsonl_job.read, parts), strict=True):
+    for lines in zip(*map(jsonl.read, parts), strict=True):
         if len({json.dumps(line["prompt"]) for line in lines}) > 1:
             raise ValueError(f"{', '.join(part.name for part in parts)} answer different prompts.")
         texts = [text for line in lines for text in line["completions"]]
@@ -285,7 +285,7 @@ def merge(parts: Sequence[Path], out: Path) -> str:
         if len(set(texts)) > 1:
             each = {key: [one for line in lines for one in line[key]] for key in _EACH if key in lines[0]}
             kept.append({**lines[0], **each})
-    atomic_io.write_lines(out, kept)
+    jsonl.write(out, kept)
     return f"{len(kept)} prompts of {len(parts)} seeds, {alike} dropped whose answers are all the same"
 
 

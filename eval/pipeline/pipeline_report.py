@@ -6,7 +6,6 @@ with, so that hard prompts do not widen the intervals. Win rates compare the ans
 higher reward wins; their intervals resample prompts.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo_jax import atomic_io
+from fpo_jax import atomic_io, jsonl
 from fpo_jax.eval.report import html
 from fpo_jax.eval.stats import confidence_intervals, kl, win_rates
 
@@ -33,9 +32,9 @@ def write(workdir: Path, scores: Mapping[str, Path], divergences: Mapping[str, P
     Raises:
         ValueError: files that answer different prompts.
     """
-    before = _rows(scores[START])
+    before = jsonl.read(scores[START])
     for name, path in scores.items():
-        rows = _rows(path)
+        rows = jsonl.read(path)
         if [row["prompt"] for row in rows] != [row["prompt"] for row in before]:
             raise ValueError(f"{path} and {scores[START]} answer different prompts; delete both folders and run again.")
         report[name] = summary(rows, before=None if name == START else before) | {"file": _relative(path, workdir)}
@@ -114,7 +113,7 @@ def cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def training(run: Path) -> str:
     """Say in a few words what a training run reached, from its metrics."""
-    lines = _rows(run / "metrics.jsonl")
+    lines = jsonl.read(run / "metrics.jsonl")
     updates = [line for line in lines if "loss" in line]
     told = f"{updates[-1]['step']} updates, loss {updates[0]['loss']:.3f} -> {updates[-1]['loss']:.3f}"
     evaluations = [line for line in lines if "eval_loss" in line]
@@ -135,7 +134,3 @@ def _kl(one: Mapping[str, Any]) -> str:
 
 def _relative(path: Path, workdir: Path) -> str:
     return path.relative_to(workdir).as_posix()
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo_jax import atomic_io, checkpoint, losses
+from fpo_jax import checkpoint, jsonl, losses
 from fpo_jax import config as configuration
 from fpo_jax.configs import quickstart as recipe
 from fpo_jax.distributed import preemption
@@ -182,8 +182,8 @@ class _Quickstart:
         ]
         for row in rows:
             row["rewards"] = [0.0] * DEMONSTRATIONS  # nobody checks a demonstration
-        atomic_io.write_lines(self.demonstrations, rows)
-        atomic_io.write_lines(self.held_out, [{"prompt": p, "answer": task.answer(p)} for p in prompts.held_out])
+        jsonl.write(self.demonstrations, rows)
+        jsonl.write(self.held_out, [{"prompt": p, "answer": task.answer(p)} for p in prompts.held_out])
         shutil.rmtree(self.start, ignore_errors=True)
         quickstart_model.write_start(self.start, seed=_seed(self.seed, "weights"))
         right = [task.reward(row["prompt"], text) for row in rows for text in row["completions"]]
@@ -194,7 +194,7 @@ class _Quickstart:
         """Train on the demonstrations and export the model that everything is measured against."""
         trainer.run(self.pretraining, self.sft)
         _export(self.sft, self.sft_model)
-        lines = quickstart_summary.read(self.sft / "metrics.jsonl")
+        lines = jsonl.read(self.sft / "metrics.jsonl")
         last = np.mean([line["loss"] for line in lines[-20:]])
         return f"{len(lines)} updates, loss {lines[0]['loss']:.2f} -> {last:.2f}"
 
@@ -206,7 +206,7 @@ class _Quickstart:
             (self.demonstrations, self.groups, self.scale.aligned_prompts),
             (self.held_out, self.held_out_groups, self.scale.held_out_groups),
         ):
-            prompts = [row["prompt"] for row in quickstart_summary.read(source)[:count]]
+            prompts = [row["prompt"] for row in jsonl.read(source)[:count]]
             responses = self.respond(model, prompts, purpose=target.stem, num_return=CANDIDATES)
             rows = [
                 {"prompt": prompt, "completions": texts, "rewards": [task.reward(prompt, text) for text in texts]}
@@ -217,14 +217,14 @@ class _Quickstart:
                     f"in each of {len(rows)} groups all {CANDIDATES} responses have the same reward, so there is"
                     " nothing to prefer; the pretrained model is too weak (raise pretraining_steps) or already perfect."
                 )
-            atomic_io.write_lines(target, rows)
+            jsonl.write(target, rows)
             rates.append(np.mean([row["rewards"] for row in rows]))
         return f"{CANDIDATES * self.scale.aligned_prompts:,} responses, {rates[0]:.1%} correct"
 
     def align(self) -> str:
         """Match the rewards, with the pretrained model as the reference."""
         trainer.run(self.alignment, self.aligned)
-        held_out = [line for line in quickstart_summary.read(self.aligned / "metrics.jsonl") if "eval_loss" in line]
+        held_out = [line for line in jsonl.read(self.aligned / "metrics.jsonl") if "eval_loss" in line]
         first, last = (line["eval_rewards/accuracies"] for line in (held_out[0], held_out[-1]))
         return f"{held_out[-1]['step']} updates, held-out reward accuracy {first:.2f} -> {last:.2f}"
 
@@ -243,7 +243,7 @@ class _Quickstart:
 
     def answer(self, model_dir: Path, target: Path) -> str:
         """Answer every held-out prompt once at TEMPERATURE and once greedily; the noise is the same for both models."""
-        prompts = [row["prompt"] for row in quickstart_summary.read(self.held_out)]
+        prompts = [row["prompt"] for row in jsonl.read(self.held_out)]
         model = quickstart_model.load(model_dir)
         sampled = self.respond(model, prompts, purpose="answers")
         greedy = self.respond(model, prompts, purpose="answers", temperature=0.0)
@@ -251,12 +251,12 @@ class _Quickstart:
             {"prompt": prompt, "response": text, "outcome": task.outcome(prompt, text), "greedy": best}
             for prompt, (text,), (best,) in zip(prompts, sampled, greedy, strict=True)
         ]
-        atomic_io.write_lines(target, rows)
+        jsonl.write(target, rows)
         return f"{quickstart_summary.success(rows)['rate']:.1%} of {len(rows):,} correct"
 
     def report(self, stages: Stages, summary: dict[str, Any]) -> str:
         """Fill `summary` from the files that the stages wrote, and write the report."""
-        before, after = quickstart_summary.read(self.before), quickstart_summary.read(self.after)
+        before, after = jsonl.read(self.before), jsonl.read(self.after)
         name = self.divergence
         done = ["task", "pretrain", "sample", f"align-{name}", f"export-{name}", "before", f"after-{name}"]
         records = {stage: stages[stage] for stage in done}
@@ -265,7 +265,7 @@ class _Quickstart:
             "divergence": name,
             **quickstart_summary.compare(before, after),
             "after_by_divergence": {
-                path.stem.removeprefix(AFTER): quickstart_summary.success(quickstart_summary.read(path))
+                path.stem.removeprefix(AFTER): quickstart_summary.success(jsonl.read(path))
                 for path in sorted(self.workdir.glob(f"{AFTER}*.jsonl"))
             },
             "mistake_rate": task.MISTAKE_RATE,

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fpo_jax.eval.quickstart import quickstart_plots, quickstart_summary
+from fpo_jax import jsonl
+from fpo_jax.eval.quickstart import quickstart_plots
 from fpo_jax.eval.quickstart import quickstart_task as task
 from fpo_jax.eval.report import html, report
 from fpo_jax.eval.report.html import Block, Code, Heading, Plot, Table, Text
@@ -19,8 +20,8 @@ def write(folder: Path, summary: dict[str, Any], *, workdir: Path) -> None:
     """Write summary.json, the plots, report.md and report.html into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: workdir / relative for name, relative in summary["paths"].items()}
-    pretraining = quickstart_summary.read(paths["pretraining"] / "metrics.jsonl")
-    alignment = quickstart_summary.read(paths["alignment"] / "metrics.jsonl")
+    pretraining = jsonl.read(paths["pretraining"] / "metrics.jsonl")
+    alignment = jsonl.read(paths["alignment"] / "metrics.jsonl")
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     quickstart_plots.success(folder / "success.png", summary["success"]["before"], summary["success"]["after"])
     quickstart_plots.alignment(folder / "alignment.png", alignment)
@@ -29,7 +30,7 @@ def write(folder: Path, summary: dict[str, Any], *, workdir: Path) -> None:
         *_result(summary),
         *_method(summary),
         *_training(alignment),
-        *_samples(quickstart_summary.read(paths["before"]), quickstart_summary.read(paths["after"])),
+        *_samples(jsonl.read(paths["before"]), jsonl.read(paths["after"])),
         *_audit(json.loads((paths["alignment"] / "audit.json").read_text())),
         *_costs(summary),
         *_commands(summary, workdir),

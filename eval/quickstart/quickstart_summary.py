@@ -1,7 +1,5 @@
 """Count what a quickstart achieved: answers to the held-out prompts in, rates with 95 % intervals out."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 from fpo_jax.eval.quickstart import quickstart_task as task
@@ -35,11 +33,6 @@ def success(answers: list[Answer]) -> dict[str, Any]:
         "by_digits": {count: _rate(rows) for count, rows in by_digits.items() if rows},
         "outcomes": {name: sum(row["outcome"] == name for row in answers) for name in task.OUTCOMES},
     }
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read a jsonl file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _correct(answers: list[Answer]) -> list[bool]:

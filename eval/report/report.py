@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import __version__, atomic_io, losses
+from fpo_jax import __version__, atomic_io, jsonl, losses
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
-from fpo_jax.cli import jsonl_job
 from fpo_jax.eval.pipeline import pipeline_report
 from fpo_jax.eval.report import html, report_plots
 from fpo_jax.eval.report.html import Block, Heading, Plot, Table, Text, Texts
@@ -331,7 +330,7 @@ def _answers_of_pipeline(workdir: Path, found: dict[str, Any], count: int) -> li
     if not count or len(names) < 2:
         return []
     best = max(names[1:], key=lambda name: found[name]["mean_reward"])
-    before, after = (jsonl_job.read(workdir / found[name]["file"]) for name in (names[0], best))
+    before, after = (jsonl.read(workdir / found[name]["file"]) for name in (names[0], best))
     rows = [
         [_prompt(a), *(f"{line['completions'][0]}\n\n[reward {line['rewards'][0]:.3g}]" for line in (a, b))]
         for a, b in zip(before[:count], after[:count], strict=True)

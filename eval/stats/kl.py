@@ -30,10 +30,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from fpo_jax import atomic_io, data, hf, losses, sharding, tokenization
 from fpo_jax import config as configuration
+from fpo_jax import data, hf, jsonl, losses, sharding, tokenization
 from fpo_jax.cli import args as command_line
-from fpo_jax.cli import jsonl_job
 from fpo_jax.eval.stats import confidence_intervals
 from fpo_jax.trainer import reference_logprobs, run_schedule, steps
 
@@ -81,20 +80,20 @@ def run(options: Options) -> Summary:
     policy, base = hf.local_dir(options.policy), hf.local_dir(options.reference)
     settings = _settings(options.data, policy)
     _check_tokenizers(policy, base)
-    lines = jsonl_job.read(options.data)
+    lines = jsonl.read(options.data)
     prepared = _prepared(options.data, lines, hf.read_config(policy).vocab_size)
     found = [_logprobs(source, prepared, settings, options.batch_size) for source in (policy, base)]
     rows = []
     for line, ours_K, theirs_K in zip(lines, *found, strict=True):
         head = {key: line[key] for key in ("index", "prompt", "completions")}
         rows.append(head | {"logprobs": ours_K.tolist(), "reference_logprobs": theirs_K.tolist()})
-    atomic_io.write_lines(options.out, rows)
+    jsonl.write(options.out, rows)
     return summary(options.out)
 
 
 def summary(path: Path) -> Summary:
     """Return the estimate from a file of `run`: the prompt is the unit of the interval."""
-    lines = jsonl_job.read(path)
+    lines = jsonl.read(path)
     means = [
         math.fsum(a - b for a, b in zip(line["logprobs"], line["reference_logprobs"], strict=True))
         / len(line["logprobs"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fpo_jax import atomic_io
+from fpo_jax import atomic_io, jsonl
 from fpo_jax import config as configuration
 
 
@@ -69,7 +69,7 @@ class JobFile:
     def append(self, line: dict[str, Any]) -> None:
         """Write the line of one item, which has its `index`, to the disk."""
         assert self._file is not None
-        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._file.write(jsonl.line(line))
         self._file.flush()
         self.done.add(line["index"])
 
@@ -80,63 +80,26 @@ class JobFile:
             ValueError: one is no line of this job; names it.
         """
         path = self.path if self.finished else self._part
-        return [_line(path, number, line) for number, line in enumerate(_split(path), 1)]
+        found = jsonl.read(path) if self.finished else jsonl.read_appended(path).rows
+        for number, line in enumerate(found, 1):
+            if type(line.get("index")) is not int:
+                raise ValueError(
+                    f"{path}:{number}: not a line of this job; put it right, or delete the file to start over."
+                )
+        return found
 
     def finish(self) -> None:
         """Make the finished file of all lines, in the order of their index."""
         assert self._file is not None
         self._file.close()
-        lines = sorted(_split(self._part), key=lambda line: json.loads(line)["index"])
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_bytes(b"".join(lines))
-        temporary.replace(self.path)
+        jsonl.write(self.path, sorted(self.lines(), key=lambda line: line["index"]))
         self._part.unlink()
         self.finished = True
 
     def _repair(self) -> None:
         """Cut off a last line that is not whole."""
-        *_, last = _split(self._part) or [b"\n"]
-        try:
-            _line(self._part, 0, last)
-        except ValueError:
-            if last.strip():
-                self.repaired = f"{self._part.name}: a half-written last line ({len(last)} bytes) is done again"
-                with self._part.open("r+b") as file:
-                    file.truncate(self._part.stat().st_size - len(last))
-
-
-def _split(path: Path) -> list[bytes]:
-    """Return the lines of a file with their ends; none where there is no file."""
-    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
-
-
-def _line(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-        if line.endswith(b"\n") and type(found["index"]) is int:
-            return found
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ValueError(f"{path}:{number}: not a line of this job; put it right, or delete the file to start over.")
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Read JSON Lines of objects.
-
-    Raises:
-        ValueError: the file is missing, or a line is no object; names the line.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing.")
-    found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            one = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: broken JSON ({error}).") from error
-        if not isinstance(one, dict):
-            raise ValueError(f"{path}:{number}: a line must be a JSON object.")
-        found.append(one)
-    return found
+        found = jsonl.read_appended(self._part)
+        if found.cut:
+            self.repaired = f"{self._part.name}: a half-written last line ({found.cut} bytes) is done again"
+            with self._part.open("r+b") as file:
+                file.truncate(found.whole)

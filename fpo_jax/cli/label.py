@@ -19,8 +19,8 @@ from typing import Any
 
 import tqdm
 
-from fpo_jax import atomic_io, hf, models, tokenization
 from fpo_jax import config as configuration
+from fpo_jax import hf, jsonl, models, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import jsonl_job
 from fpo_jax.distributed import preemption
@@ -109,12 +109,12 @@ def run(options: Options) -> Summary:
             _score(options, source, encoder, window, left, len(lines), file, stop)
         if not file.finished:
             file.finish()
-    found = jsonl_job.read(scored)
+    found = jsonl.read(scored)
     summary = _summary(found)
     if not options.pairing:
         return summary
     pairs = [pair for line in found if (pair := best_worst(line)) is not None]
-    atomic_io.write_lines(options.out, pairs)
+    jsonl.write(options.out, pairs)
     return dataclasses.replace(summary, written=len(pairs))
 
 
@@ -188,7 +188,7 @@ def _check(options: Options) -> None:
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Read prompts with their completions; other keys of a line are dropped but for its number and source."""
     found = []
-    for number, line in enumerate(jsonl_job.read(path)):
+    for number, line in enumerate(jsonl.read(path)):
         texts = line.get("completions")
         if "prompt" not in line or not isinstance(texts, list) or not texts:
             raise ValueError(f"{path}:{number + 1}: a line must have a prompt and a list of completions.")

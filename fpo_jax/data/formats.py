@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from fpo_jax.data import columns, hh_rlhf, imdb, loading
-from fpo_jax.data.loading import BadRow
+from fpo_jax.jsonl import BadRow
 
 Message = dict[str, str]
 

@@ -7,19 +7,15 @@ ValueError. A line ends at LF, never at U+2028, and what a file holds is told by
 The cells of a CSV file are texts, and an empty one is null.
 """
 
-import codecs
-import collections
 import csv
-import gzip
 import itertools
-import json
 import logging
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fpo_jax import jsonl
 from fpo_jax.data import tabular_files
 
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|gz|csv|tsv|txt|parquet|pq|arrow|feather|zip|zst|bz2|xz|xlsx?|tar|tgz)$")
@@ -27,23 +23,10 @@ _ABOUT = ("dataset_info.json", "dataset_infos.json")  # of a copy of a hub data 
 _ENTRY = re.compile(r"(?P<source>.+?)(@(?P<split>[^@=/]+))?=(?P<value>[^=]+)")
 log = logging.getLogger("fpo_jax")
 
-LONGEST_LINE = 2**26  # bytes of one row
-LARGEST_LIST = 2**30  # bytes of a JSON list, which is held as a whole; both count what a gzip stream unpacks to
+LARGEST_LIST = 2**30  # bytes of a JSON list, which is held as a whole; of a gzip stream those that it unpacks to
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _NAMED = 8  # files in a message
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-class BadRow(ValueError):
-    """A row that is not what its format says; `read` adds the file and line.
-
-    A fault inside JSON stands as a value of this type where the faulty value would be, so that it is reported with its
-    own row, and only if that value is used.
-    """
-
-    def __init__(self, fact: str, line: int = 1):
-        super().__init__(fact)
-        self.line = line  # within the text that was parsed, from 1
 
 
 def rows(source: str, *, split: str | None, data_dir: str | None, revision: str | None) -> Iterator[tuple[str, Any]]:
@@ -141,7 +124,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv_rows(path: Path, *, delimiter: str) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) of a table with a header."""
-    csv.field_size_limit(LONGEST_LINE)
+    csv.field_size_limit(jsonl.LONGEST_LINE)
     reader = csv.reader(_decoded(path), delimiter=delimiter, strict=True)
     header: list[str] = []
     begins = 1
@@ -153,7 +136,7 @@ def _csv_rows(path: Path, *, delimiter: str) -> Iterator[tuple[str, Any]]:
                 if len(set(header)) < len(header) or not all(header):
                     raise ValueError(f"{place}: the header needs one name for each column, none twice; it is {header}")
             elif cells and len(cells) != len(header):
-                yield place, BadRow(f"{len(cells)} cells under a header of {len(header)} columns")
+                yield place, jsonl.BadRow(f"{len(cells)} cells under a header of {len(header)} columns")
             elif cells:
                 yield place, {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
@@ -163,36 +146,31 @@ def _csv_rows(path: Path, *, delimiter: str) -> Iterator[tuple[str, Any]]:
 
 
 def _decoded(path: Path) -> Iterator[str]:
-    for number, line in _lines(path):
-        _check_length(path, number, line)
+    for number, line in jsonl.lines(path):
+        jsonl.check_length(path, number, line)
         try:
             yield line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); save the table as UTF-8") from error
 
 
-def _check_length(path: Path, number: int, line: bytes) -> None:
-    if len(line) > LONGEST_LINE:
-        raise ValueError(f"{path}:{number}: the line is longer than {LONGEST_LINE:,} bytes, which no row can be")
-
-
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) of a JSON list or of JSON Lines, whichever the first character says."""
-    lines = _lines(path)
+    lines = jsonl.lines(path)
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
         return
     number, line = first
     if line.lstrip().startswith(b"["):
-        whole = _loads(_joined(path, line, lines))
-        if isinstance(whole, BadRow):
+        whole = jsonl.parse(_joined(path, line, lines), strict=False)
+        if isinstance(whole, jsonl.BadRow):
             raise ValueError(f"{path}:{number + whole.line - 1}: {whole}")
         yield from ((f"{path}[{index}]", row) for index, row in enumerate(whole))
         return
     for number, line in itertools.chain([first], lines):
-        _check_length(path, number, line)
+        jsonl.check_length(path, number, line)
         if line.strip():
-            yield f"{path}:{number}", _loads(line.rstrip(b"\r\n"))
+            yield f"{path}:{number}", jsonl.parse(line.rstrip(b"\r\n"), strict=False)
 
 
 def _joined(path: Path, first: bytes, more: Iterator[tuple[int, bytes]]) -> bytes:
@@ -206,50 +184,6 @@ def _joined(path: Path, first: bytes, more: Iterator[tuple[int, bytes]]) -> byte
                 " line by line"
             )
     return b"".join(parts)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, line); a line beyond LONGEST_LINE comes in parts that are longer than that, bar the last."""
-    number, whole = 0, True
-    with path.open("rb") as plain:
-        gzipped = path.suffix == ".gz" or plain.peek(2)[:2] == b"\x1f\x8b"
-        stream = gzip.GzipFile(fileobj=plain) if gzipped else plain
-        try:
-            while line := stream.readline(LONGEST_LINE + 1):
-                opens, number = number == 0, number + whole
-                whole = line.endswith(b"\n")
-                yield number, line.removeprefix(codecs.BOM_UTF8) if opens else line
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            number -= not whole
-            raise ValueError(
-                f"{path}:{number + 1}: the gzip stream is cut or damaged after {number} whole lines ({error}); "
-                "fetch the file again"
-            ) from error
-
-
-def _loads(text: bytes) -> Any:
-    """Parse JSON, or return (not raise) the BadRow that says why it cannot be."""
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_constant)
-    except UnicodeDecodeError as error:
-        line, column = text.count(b"\n", 0, error.start), error.start - text.rfind(b"\n", 0, error.start)
-        return BadRow(f"not UTF-8: byte 0x{text[error.start]:02x} at byte {column} of the line", line + 1)
-    except json.JSONDecodeError as error:
-        return BadRow(f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}", error.lineno)
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, lists nested thousands deep
-        return BadRow(f"broken JSON: {error}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | BadRow:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
-    twice = [key for key, count in collections.Counter(key for key, _ in pairs).items() if count > 1]
-    return BadRow(f"the key {twice[0]!r} stands twice in one object")
-
-
-def _constant(name: str) -> BadRow:
-    return BadRow(f"{name} is not JSON")
 
 
 def entry(text: str) -> tuple[str, str | None, str] | None:

@@ -6,7 +6,6 @@ the same bytes as an uninterrupted one; what depends on the machine (times, rate
 
 import html
 import importlib.util
-import json
 import math
 import os
 import secrets
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fpo_jax import atomic_io
+from fpo_jax import atomic_io, jsonl
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -115,7 +114,7 @@ class Writers:
         """
         file = self._files[TIMING_FILE if timing else METRICS_FILE]
         line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        file.write(json.dumps({"step": step, **line, **({} if rows is None else {f"{why}_rows": list(rows)})}) + "\n")
+        file.write(jsonl.line({"step": step, **line, **({} if rows is None else {f"{why}_rows": list(rows)})}))
         file.flush()
         numbers = {name: number for name, number in numbers.items() if math.isfinite(number)}
         if self._tensorboard is not None:
@@ -151,8 +150,7 @@ class Writers:
 
 def read(path: Path) -> list[dict]:
     """Read a jsonl file of ours; a last line cut short by a kill is left out."""
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return jsonl.read_appended(path).rows
 
 
 def has_evaluation(path: Path, step: int) -> bool:
@@ -179,4 +177,4 @@ def _cell(text: str) -> str:
 
 def _open_until(path: Path, last_step: int):
     kept = [line for line in read(path) if line["step"] <= last_step] if path.exists() else []
-    return atomic_io.write(path, "".join(json.dumps(line) + "\n" for line in kept)).open("a")
+    return jsonl.write(path, kept).open("ab")

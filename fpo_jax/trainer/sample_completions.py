@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fpo_jax import atomic_io, data, distributed, hf, sharding, tokenization, types
 from fpo_jax import config as configuration
+from fpo_jax import data, distributed, hf, jsonl, sharding, tokenization, types
 from fpo_jax.inference import reward_model, sampler
 from fpo_jax.trainer import run_inputs
 
@@ -152,7 +152,7 @@ class Answers:
         }
 
     def _write(self, number: int, lines: list[dict]) -> None:
-        atomic_io.write_lines(self._folder / f"{number}.jsonl", lines)
+        jsonl.write(self._folder / f"{number}.jsonl", lines)
 
 
 def read(folder: Path, number: int) -> list[dict]:
@@ -164,7 +164,7 @@ def read(folder: Path, number: int) -> list[dict]:
     path = folder / f"{number}.jsonl"
     if not path.exists():
         raise ValueError(f"{path} is missing, and the answers of a later step are compared with it; put it back.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return jsonl.read(path)
 
 
 def _table(lines: list[dict]) -> Table:
