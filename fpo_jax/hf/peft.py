@@ -5,14 +5,13 @@ write_peft  adapter_config.json and adapter_model.safetensors
 """
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
-from fpo_jax import models, types
+from fpo_jax import atomic_io, models, types
 from fpo_jax.hf import companions, digests, load
 from fpo_jax.hf import hub as directories
 from fpo_jax.models import params
@@ -87,8 +86,7 @@ def write_peft(
         ValueError: out_dir is in use, a value is not finite, or transformers would not render a conversation as
             source_dir records it.
     """
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir} exists and is not an empty directory; choose another or remove it.")
+    out_dir = atomic_io.vacant(out_dir)
     own, tensors = params.flatten(adapter_params), {}
     for entry in params.adapter_entries(config, adapter):
         for layer, name in enumerate(entry.hf_names()):
@@ -113,14 +111,9 @@ def write_peft(
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    directories.copy_companions(source_dir, partial, leave_out=("config.json", "generation_config.json"))
-    companions.check(partial)
-    (partial / "adapter_config.json").write_text(directories.dumps(content))
-    safetensors.numpy.save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
-    digests.write(partial)
-    if out_dir.exists():
-        out_dir.rmdir()
-    partial.rename(out_dir)
+    with atomic_io.writing_folder(out_dir) as partial:
+        directories.copy_companions(source_dir, partial, leave_out=("config.json", "generation_config.json"))
+        companions.check(partial)
+        (partial / "adapter_config.json").write_text(directories.dumps(content))
+        safetensors.numpy.save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        digests.write(partial)

@@ -7,7 +7,6 @@ tensors of a checkpoint. Each block is fetched, cast, checked, turned into the l
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fpo_jax import models, types
+from fpo_jax import atomic_io, models, types
 from fpo_jax.hf import companions, digests
 from fpo_jax.hf import hub as directories
 from fpo_jax.models import params
@@ -67,8 +66,7 @@ def export(
         OSError: the disk failed on the way; nothing is left behind.
     """
     dtype = np.dtype(dtype)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir} exists and is not an empty directory; choose another or remove it.")
+    out_dir = atomic_io.vacant(out_dir)
     params.check(parameters, config)
     found = directories.read_config(source_dir)
     if config.reward_head:  # what a new reward model does not have from the language model it started from
@@ -90,24 +88,18 @@ def _write(
     flat: Mapping[str, Any], config: models.ModelConfig, out_dir: Path, source_dir: Path, dtype: np.dtype, limit: int
 ) -> None:
     """Write everything beside out_dir, then rename."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    atomic_io.make_folder(out_dir.parent)
     needed, free = params.count(config) * dtype.itemsize, shutil.disk_usage(out_dir.parent).free
     if needed > free:
         raise ValueError(
             f"{out_dir} needs {needed / 1e9:.1f} GB for the weights, its disk has {free / 1e9:.1f} GB free; make room,"
             " choose another disk or a smaller dtype."
         )
-    partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
+    with atomic_io.writing_folder(out_dir) as partial:
         directories.copy_companions(source_dir, partial)
         companions.check(partial)
         (partial / "config.json").write_text(directories.dumps(_exported_config(source_dir, config, dtype)))
         digests.write(partial, _write_weights(flat, config, partial, dtype, limit))
-        partial.rename(out_dir)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _write_weights(

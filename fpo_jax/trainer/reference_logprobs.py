@@ -9,7 +9,6 @@ files, and the others get their content from it.
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ import safetensors.numpy
 import tqdm
 
 from fpo_jax import config as configuration
-from fpo_jax import data, distributed, types
+from fpo_jax import atomic_io, data, distributed, types
 from fpo_jax.distributed import preemption
 from fpo_jax.perf import profiler
 from fpo_jax.trainer import run_inputs, run_schedule, steps
@@ -203,7 +202,8 @@ def attach(batch: types.Batch, logps: np.ndarray | None) -> types.Batch:
 def save(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:
     """Write the log-probs with their parts and digest; the file appears whole or not at all."""
     _write(path, logps, parts)
-    part_of(path).unlink(missing_ok=True)
+    for left in (part_of(path), atomic_io.temporary(part_of(path))):
+        left.unlink(missing_ok=True)
 
 
 def part_of(path: Path) -> Path:
@@ -226,11 +226,9 @@ def load_part(path: Path) -> np.ndarray | None:
 
 
 def _write(path: Path, logps: np.ndarray, parts: Mapping[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     metadata = {"parts": json.dumps(dict(parts), sort_keys=True), "sha256": _digest(logps)}
-    safetensors.numpy.save_file({"reference_logps": logps}, temporary, metadata=metadata)
-    temporary.replace(path)
+    with atomic_io.writing(path) as temporary:
+        safetensors.numpy.save_file({"reference_logps": logps}, temporary, metadata=metadata)
 
 
 def _read(path: Path) -> tuple[np.ndarray, str | None]:
