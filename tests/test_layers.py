@@ -12,6 +12,7 @@ from tests.paths import REPO
 # a folder, or a file at the top, imports only from those above it
 LAYERS = [
     "types",
+    "terminal",
     "atomic_io",
     "jsonl",
     "config",

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpo_jax import atomic_io, jsonl
+from fpo_jax import atomic_io, jsonl, terminal
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate, generate_args
@@ -300,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _work(options: Options) -> int:
     written = run(options)
     for path in written:
-        print(path)
+        terminal.say(path)
     return 0 if written else 1
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import atomic_io, jsonl
+from fpo_jax import atomic_io, jsonl, terminal
 from fpo_jax.data import loading
 
 # what only the judgements of one benchmark have, and who reads them; the first match counts
@@ -144,9 +144,9 @@ def show(report: Mapping[str, Any], *, table: str, remarks: Iterable[str], json:
     """Print what was scored, after writing all of it to the file `json`, "" for none."""
     if json:
         atomic_io.write_json(Path(json), report)
-    print(table)
+    terminal.say(table)
     for line in remarks:
-        print(line)
+        terminal.say(line)
 
 
 def _json_rows(path: Path) -> Iterable[Row]:

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from fpo_jax import atomic_io, data, jsonl, tokenization
+from fpo_jax import atomic_io, data, jsonl, terminal, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate, label
@@ -455,12 +455,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _work(options: Options) -> int:
     summary = run(options)
     if options.dry_run:
-        print("\n".join(f"{name} {value}" for name, value in summary.items()))
+        terminal.say("\n".join(f"{name} {value}" for name, value in summary.items()))
         return 0
-    print(table(summary))
+    terminal.say(table(summary))
     failures = summary["failures"]
     if failures:
-        print(f"winrate: {failures} comparisons without a verdict; the same command asks again.", file=sys.stderr)
+        terminal.refuse("winrate", f"{failures} comparisons without a verdict; the same command asks again.")
     return int(failures > 0)
 
 

@@ -10,7 +10,6 @@ configs/pipelines/ says which there are. Exit codes are those of train.py.
 """
 
 import json
-import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from fpo_jax import checkpoint, hf, jsonl, recipes, tokenization
+from fpo_jax import checkpoint, hf, jsonl, recipes, terminal, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import generate, label
 from fpo_jax.config import overrides
@@ -82,7 +81,7 @@ class Pipeline:
             "Write the report",
             lambda: pipeline_report.write(self.workdir, scores, divergences, report),
         )
-        print(pipeline_report.table(report))
+        terminal.say(pipeline_report.table(report))
         return report
 
     def _problems(self) -> list[str]:
@@ -324,16 +323,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     values = overrides.flag_values(arguments)
     flags.DEFINE_string("workdir", "", "Folder for everything; goes on with what it holds.", flag_values=values)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    terminal.log_to_stderr()
     keys = "the recipe's file in configs/pipelines/, with configs/pipelines/common.py,"
     try:
         config = overrides.parse(values, arguments, keys=keys, about=__doc__)
         if not values.workdir:
             raise ValueError("--workdir is missing; give the folder of the pipeline, new or to be gone on with.")
-        Pipeline(config, Path(values.workdir)).run()
+        with preemption.StopRequest(begun=False):  # where no stage has one of its own
+            Pipeline(config, Path(values.workdir)).run()
         return 0
-    except (ValueError, StageError, trainer.NonFinite, preemption.Stopped) as error:
-        print(f"pipeline: {error}", file=sys.stderr)
+    except (ValueError, OSError, StageError, trainer.NonFinite, preemption.Stopped) as error:
+        terminal.refuse("pipeline", error)
         return {trainer.NonFinite: 1, preemption.Stopped: 75}.get(type(error), 2)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo_jax import checkpoint, jsonl, losses
+from fpo_jax import checkpoint, jsonl, losses, terminal
 from fpo_jax import config as configuration
 from fpo_jax.configs import quickstart as recipe
 from fpo_jax.distributed import preemption
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         run(options.workdir, seed=options.seed, divergence=options.divergence)
-    except (ValueError, StageError, trainer.NonFinite) as error:
-        print(f"quickstart: {error}", file=sys.stderr)
+    except (ValueError, OSError, StageError, trainer.NonFinite) as error:
+        terminal.refuse("quickstart", error)
         return 2
     except preemption.Stopped as error:
-        print(f"quickstart: {error}", file=sys.stderr)
+        terminal.refuse("quickstart", error)
         return 75
     except KeyboardInterrupt:
         print("\nquickstart: interrupted; the same command goes on from the last finished stage.", file=sys.stderr)

@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from fpo_jax import __version__
+from fpo_jax import __version__, terminal
 from fpo_jax.cli import process
 
 PROGRAMS = {  # name -> module, what it does
@@ -45,7 +45,7 @@ def main() -> None:
         sys.argv = [f"fpo {name}", *rest]
         runpy.run_module(PROGRAMS[name][0], run_name="__main__")
     else:
-        print(f"fpo: {name!r} is not one of {', '.join(PROGRAMS)}.", file=sys.stderr)
+        terminal.refuse("fpo", f"{name!r} is not one of {', '.join(PROGRAMS)}.")
         sys.exit(2)
 
 

@@ -5,12 +5,12 @@
 
 import argparse
 import dataclasses
-import logging
-import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
+
+from fpo_jax import terminal
 
 _Options = TypeVar("_Options")
 
@@ -61,16 +61,28 @@ def run(
         about: as for parse.
 
     Returns:
-        That of `work`; 2 after a ValueError, 75 after a signal, each told in one line.
+        As `ended` says.
+    """
+    options = parse(kind, arguments, program=program, about=about)
+    return ended(program, lambda: work(options))
+
+
+def ended(program: str, work: Callable[[], int]) -> int:
+    """Do a program's work with its log on stderr; return the exit status.
+
+    Args:
+        program: how it is called.
+        work: does it, prints what it found, and returns the exit status.
+
+    Returns:
+        That of `work`; 2 after what is no fault of the program, 75 after a signal, each told in one sentence.
     """
     from fpo_jax.distributed import preemption  # brings jax, which --help does not need
 
-    options = parse(kind, arguments, program=program, about=about)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("fpo_jax").setLevel(logging.INFO)
+    terminal.log_to_stderr()
     try:
         with preemption.StopRequest(begun=False):  # until the job has one of its own
-            return work(options)
-    except (ValueError, preemption.Stopped) as error:
-        print(f"{program.removeprefix('fpo ')}: {error}", file=sys.stderr)
+            return work()
+    except (ValueError, OSError, preemption.Stopped) as error:
+        terminal.refuse(program.removeprefix("fpo "), error)
         return 75 if isinstance(error, preemption.Stopped) else 2

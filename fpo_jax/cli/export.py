@@ -8,20 +8,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fpo_jax import checkpoint
+from fpo_jax import checkpoint, terminal
+from fpo_jax.cli import args as command_line
 from fpo_jax.trainer import export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export as the command line says; return the exit status."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def work() -> int:
         line = export.export(options.workdir, options.out, step=options.step, dtype=options.dtype, lora=options.lora)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(line)
-    return 0
+        terminal.say(line)
+        return 0
+
+    return command_line.ended("fpo export", work)
 
 
 def _step(text: str) -> int | str:

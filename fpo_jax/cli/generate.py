@@ -30,7 +30,7 @@ import jax
 import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import checkpoint, data, hf, models, sharding, tokenization
+from fpo_jax import checkpoint, data, hf, models, sharding, terminal, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate_args, jsonl_job
@@ -412,9 +412,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _work(options: Options) -> int:
     summary = run(options)
-    print(f"{options.out}: {summary.text}")
+    terminal.say(f"{options.out}: {summary.text}")
     if summary.failed:
-        print(f"generate: {summary.failed} prompts without an answer; the same command asks again.", file=sys.stderr)
+        terminal.refuse("generate", f"{summary.failed} prompts without an answer; the same command asks again.")
     return int(summary.failed > 0)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import tqdm
 
 from fpo_jax import config as configuration
-from fpo_jax import hf, jsonl, models, tokenization
+from fpo_jax import hf, jsonl, models, terminal, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import jsonl_job
 from fpo_jax.distributed import preemption
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(options: Options) -> int:
-    print(f"{options.out}: {run(options).text}")
+    terminal.say(f"{options.out}: {run(options).text}")
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from fpo_jax import terminal
 from fpo_jax.config import overrides
 
 
@@ -22,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from fpo_jax import plan  # after the flags: a misspelt option answers at once
 
         return plan.main(config, values.target)
-    except ValueError as error:
-        print(f"plan: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        terminal.refuse("plan", error)
         return 2
 
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from absl import flags
 
+from fpo_jax import terminal
 from fpo_jax.config import overrides, row_slice
 
 _KEYS = "`fpo config`"
@@ -30,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None = those of this process.
     """
     config, options, profiled = _parse(sys.argv[1:] if arguments is None else list(arguments))
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("fpo_jax").setLevel(logging.INFO)
+    terminal.log_to_stderr()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _idle)  # while the imports below run; a run has handlers of its own
     from fpo_jax import checkpoint, distributed  # after the flags: a misspelt option answers at once
@@ -52,16 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workdir,
         )
         if not distributed.first():  # process 0 speaks for all; warnings say whose they are
-            logging.basicConfig(format=f"process {distributed.index()}: %(message)s", stream=sys.stderr, force=True)
+            terminal.log_to_stderr(prefix=f"process {distributed.index()}: ")
             logging.getLogger("fpo_jax").setLevel(logging.WARNING)
         with distributed.guard():
             trainer.run(config, workdir, profile=profiled)
         code = 0
-    except (ValueError, distributed.StartError, trainer.NonFinite, checkpoint.SaveFailed, preemption.Stopped) as error:
+    except (ValueError, OSError) as error:
+        _say(error)
+        code = 2
+    except (distributed.StartError, trainer.NonFinite, checkpoint.SaveFailed, preemption.Stopped) as error:
         _say(error)
         codes = {distributed.StartError: distributed.LOST, preemption.Stopped: 75}
-        codes |= {trainer.NonFinite: 1, checkpoint.SaveFailed: 1}
-        code = codes.get(type(error), 2)
+        code = codes.get(type(error), 1)
     distributed.finish()
     return code
 
@@ -102,7 +104,7 @@ def _idle(number: int, _frame: object) -> NoReturn:
 
 
 def _say(error: object) -> None:
-    print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+    terminal.refuse(Path(sys.argv[0]).name, error)
 
 
 if __name__ == "__main__":

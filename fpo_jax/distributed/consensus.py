@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fpo_jax import terminal
 from fpo_jax.distributed import process
 
 log = logging.getLogger("fpo_jax")
@@ -53,7 +54,7 @@ def together() -> Iterator[None]:
     The body must not wait for other processes itself: no collective, no barrier.
 
     Raises:
-        InputError: the body raised ValueError in some process; says which. One process alone raises its own error.
+        InputError: the body raised ValueError or OSError in some process; says which. One alone raises its own error.
     """
     if process.count() == 1:
         yield
@@ -61,8 +62,8 @@ def together() -> Iterator[None]:
     mine = ""
     try:
         yield
-    except ValueError as error:
-        mine = str(error) or repr(error)
+    except (ValueError, OSError) as error:
+        mine = terminal.sentence(error)
     texts = share(mine)
     if not any(texts):
         return

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import jax
 
+from fpo_jax import terminal
 from fpo_jax.distributed import consensus, exit_reporter, process, workdir_lock
 
 LOST = 70  # exit code: another process is gone
@@ -96,7 +97,7 @@ def leave(code: int, message: str, *, tell: str) -> NoReturn:
     """
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # another thread is ending this process
-    print(message, file=sys.stderr, flush=True)
+    print(terminal.shown(message), file=sys.stderr, flush=True)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone already
         for other in range(process.count()):
             process.put(f"word/{other}", json.dumps({"process": process.index(), "text": tell}))
@@ -119,9 +120,9 @@ def _judged(error: BaseException) -> tuple[int, str]:
     from_runtime = isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(first_line))
     if from_runtime and not first_line.startswith(_OWN_FAULT):
         return LOST, f"{_reason(first_line)} {exit_reporter.resumption(_checkpoints)}"
-    if isinstance(error, ValueError) and not from_runtime:
-        return UNUSABLE, str(error)
-    traceback.print_exception(error)
+    if isinstance(error, ValueError | OSError) and not from_runtime:
+        return UNUSABLE, terminal.sentence(error)
+    print(terminal.shown("".join(traceback.format_exception(error))), file=sys.stderr)
     return FAILED, f"{type(error).__name__}: {first_line}"
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
+from fpo_jax import terminal
 from fpo_jax.distributed import consensus, process
 
 log = logging.getLogger("fpo_jax")
@@ -72,7 +73,7 @@ class StopRequest:
                 name = signal.Signals(told[0]).name
                 if told[0] in _SIGNALS and seen:
                     words = f"{name}, the second signal: ended at once. {self.resumption()}\n"
-                    os.write(sys.stderr.fileno(), words.encode())
+                    os.write(sys.stderr.fileno(), terminal.shown(words).encode())
                     os._exit(128 + told[0])
                 if told[0] in _SIGNALS:
                     seen = True

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from fpo_jax import terminal
 from fpo_jax.checkpoint import integrity
 from fpo_jax.hf import digests
 
@@ -15,11 +16,13 @@ def main(arguments: list[str]) -> int:
         return 2
     directory = Path(arguments[0])
     if found := digests.check(directory):
-        print("\n".join(f"{directory}: {line}" for line in found), file=sys.stderr)
+        print("\n".join(terminal.shown(f"{directory}: {line}") for line in found), file=sys.stderr)
         return 1
     content = json.loads((directory / integrity.MANIFEST).read_text())
     size = sum(entry["bytes"] for entry in content["files"].values())
-    print(f"{directory}: {len(content['files'])} files, {len(content['tensors'])} tensors, {size:,} bytes as written")
+    terminal.say(
+        f"{directory}: {len(content['files'])} files, {len(content['tensors'])} tensors, {size:,} bytes as written"
+    )
     return 0
 
 

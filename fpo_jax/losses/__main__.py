@@ -6,6 +6,7 @@
 import sys
 from collections.abc import Sequence
 
+from fpo_jax import terminal
 from fpo_jax.losses.described import IN_TRL, in_words, settings
 from fpo_jax.losses.f_divergences import DIVERGENCES
 from fpo_jax.losses.loss import Loss
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         print(in_words(arguments[0], _resolved(*arguments)) if arguments else table())
     except ValueError as error:
-        print(f"losses: {error}", file=sys.stderr)
+        terminal.refuse("losses", error)
         return 2
     return 0
 
