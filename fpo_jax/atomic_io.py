@@ -36,6 +36,23 @@ def write_json(path: Path, value: Any) -> Path:
     return write(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is missing, or holds something else; names it.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); put a copy back, or begin again elsewhere.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object; put a copy back, or begin again elsewhere.")
+    return found
+
+
 def temporary(path: Path) -> Path:
     """Return where a file lies until it is whole."""
     return path.with_name(path.name + ".tmp")
@@ -48,12 +65,14 @@ def writing(path: Path) -> Iterator[Path]:
     beside = temporary(path)
     try:
         yield beside
-        _sync(beside)
+        sync(beside)
         beside.replace(path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a write's own names none
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def vacant(folder: Path) -> Path:
@@ -94,7 +113,7 @@ def writing_folder(folder: Path) -> Iterator[Path]:
             new.rename(place)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    _sync(place.parent)
+    sync(place.parent)
 
 
 def make_folder(folder: Path) -> None:
@@ -102,18 +121,26 @@ def make_folder(folder: Path) -> None:
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for one in reversed(missing):
-        _sync(one.parent)
+        sync(one.parent)
 
 
 def sync_tree(folder: Path) -> None:
     """Bring a folder with all that is in it to the disk; what is in it first."""
     for where, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync(Path(where, name))
-        _sync(Path(where))
+            sync(Path(where, name))
+        sync(Path(where))
 
 
-def _sync(path: Path) -> None:
+def sync_parents(path: Path) -> None:
+    """Bring the names of all folders above a path to the disk, whoever made them."""
+    for folder in path.absolute().parents:
+        with contextlib.suppress(PermissionError):  # not this user's: it was there before
+            sync(folder)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or the names in a folder, to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

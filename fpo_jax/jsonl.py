@@ -12,7 +12,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from fpo_jax import atomic_io
 
@@ -146,6 +146,16 @@ def line(row: Any) -> bytes:
     """Return a row as it is written; a number that is not finite is a fault of ours."""
     # what "backslashreplace" writes for half a surrogate pair is its escape in JSON
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def append(file: IO[bytes], row: Any) -> None:
+    """Write a row behind the others of an open file, to the disk's cache."""
+    try:
+        file.write(line(row))
+        file.flush()
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
 
 
 def write(path: Path, rows: Iterable[Any]) -> Path:

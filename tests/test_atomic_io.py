@@ -26,9 +26,14 @@ with atomic_io.writing_folder(Path(sys.argv[1])) as new:
 """
 
 
-def begun(place):
+# the same, as the programs do it
+PROGRAM = WRITER.replace("with atomic_io", "def work():\n  with atomic_io").replace("\n    ", "\n      ")
+PROGRAM += "from fpo_jax.cli import args\nsys.exit(args.ended('fpo x', work))\n"
+
+
+def begun(place, source=WRITER):
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, place], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", source, place], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "begun\n"
     return process
@@ -50,6 +55,15 @@ def test_what_a_killed_writer_left_is_gone_with_the_next_one_and_a_living_one_is
     write_whole(place)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in place.iterdir()] == ["a"] and (place / "a").read_text() == "whole"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_takes_away_what_was_written(tmp_path, number):
+    process = begun(tmp_path / "out", PROGRAM)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == 75 and "Traceback" not in said, said
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError(), KeyboardInterrupt()])

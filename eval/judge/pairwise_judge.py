@@ -183,8 +183,7 @@ class Store:
 
     def add(self, key: str, reply: str) -> None:
         """Keep a reply."""
-        self._file.write(jsonl.line({"key": key, "reply": reply}))
-        self._file.flush()
+        jsonl.append(self._file, {"key": key, "reply": reply})
         self._replies[key] = reply
 
 

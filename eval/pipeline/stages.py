@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import atomic_io
+from fpo_jax import atomic_io, terminal
 
 RECORD_FILE = "stages.json"
 DIGESTS_FILE = "digests.json"
@@ -65,18 +65,18 @@ class Stages:
         done = self._record.get(name)
         if done is not None and all(path.exists() for path in outputs):
             self._check_unchanged(name, done, described, outputs)
-            print(f"done before: {done['result']}", flush=True)
+            terminal.say(f"done before: {done['result']}")
             return
         entry = self._timed(name, work)
         self._record[name] = {"inputs": described, "outputs": self._digests(outputs), **entry}
         self._save()
-        print(f"{entry['seconds']:.1f} s: {entry['result']}", flush=True)
+        terminal.say(f"{entry['seconds']:.1f} s: {entry['result']}")
 
     def always(self, name: str, title: str, work: Callable[[], str]) -> None:
         """Do the work, whatever the record says."""
         self._announce(title)
         entry = self._timed(name, work)
-        print(f"{entry['seconds']:.1f} s: {entry['result']}", flush=True)
+        terminal.say(f"{entry['seconds']:.1f} s: {entry['result']}")
 
     def names(self) -> list[str]:
         """Return the finished stages in the order they were finished."""
@@ -88,7 +88,7 @@ class Stages:
 
     def _announce(self, title: str) -> None:
         self._number += 1
-        print(f"[{self._number}/{self._total}] {title} ... ", end="", flush=True)
+        print(terminal.shown(f"[{self._number}/{self._total}] {title} ... "), end="", flush=True)
 
     def _timed(self, name: str, work: Callable[[], str]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -97,7 +97,7 @@ class Stages:
                 result = work()
         except (ValueError, OSError) as error:
             print("failed", flush=True)
-            raise StageError(f"stage {name!r} failed: {error}\n(details: {self._log})") from error
+            raise StageError(f"stage {name!r} failed: {terminal.sentence(error)}\n(details: {self._log})") from error
         except BaseException as error:
             print("failed", flush=True)
             error.add_note(f"in stage {name!r} of {self._program}; details: {self._log}")
@@ -159,7 +159,7 @@ class Stages:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return atomic_io.read_json(path) if path.exists() else {}
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ def _logged(path: Path) -> Iterator[list[str]]:
     handlers, level = root.handlers, logger.level
     with path.open("a") as file, contextlib.redirect_stderr(file):
         to_file = logging.StreamHandler(file)
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        to_file.setFormatter(terminal.Formatter("%(asctime)s %(name)s: %(message)s"))
         root.handlers = [to_file, Collect()]
         logger.setLevel(logging.INFO)
         try:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import jsonl
+from fpo_jax import atomic_io, jsonl
 from fpo_jax.eval.quickstart import quickstart_plots
 from fpo_jax.eval.quickstart import quickstart_task as task
 from fpo_jax.eval.report import html, report
@@ -31,7 +31,7 @@ def write(folder: Path, summary: dict[str, Any], *, workdir: Path) -> None:
         *_method(summary),
         *_training(alignment),
         *_samples(jsonl.read(paths["before"]), jsonl.read(paths["after"])),
-        *_audit(json.loads((paths["alignment"] / "audit.json").read_text())),
+        *_audit(atomic_io.read_json(paths["alignment"] / "audit.json")),
         *_costs(summary),
         *_commands(summary, workdir),
     ]

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from fpo_jax import losses
+from fpo_jax import losses, terminal
 from fpo_jax.eval.quickstart import quickstart_plots
 from fpo_jax.eval.report import report
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report.require_matplotlib()
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        terminal.refuse("divergence_figure", error)
         return 2
     fits = [fit(member) for member in MEMBERS]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import __version__, atomic_io, jsonl, losses
+from fpo_jax import __version__, atomic_io, jsonl, losses, terminal
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.eval.pipeline import pipeline_report
@@ -46,7 +46,7 @@ def run(options: Options) -> Path:
     require_matplotlib()
     if options.samples < 0:
         raise ValueError(f"--samples={options.samples} must be at least 0.")
-    summaries = [_json(Path(folder) / "summary.json") for folder in options.winrate]
+    summaries = [atomic_io.read_json(Path(folder) / "summary.json") for folder in options.winrate]
     out = Path(options.out) if options.out else options.workdir / "report"
     if (options.workdir / metric_logger.METRICS_FILE).is_file():
         blocks, card = _of_run(options, summaries, out)
@@ -101,7 +101,8 @@ def audit(parts: dict[str, Any]) -> Table:
 
 def _of_run(options: Options, summaries: list[dict[str, Any]], out: Path) -> tuple[list[Block], str]:
     workdir = options.workdir
-    config, lines = _json(workdir / "config.json"), metric_logger.read(workdir / metric_logger.METRICS_FILE)
+    config = atomic_io.read_json(workdir / "config.json")
+    lines = metric_logger.read(workdir / metric_logger.METRICS_FILE)
     if not lines:
         raise ValueError(
             f"{workdir / metric_logger.METRICS_FILE} has no line yet; report when the run has made an update."
@@ -127,7 +128,7 @@ def _of_run(options: Options, summaries: list[dict[str, Any]], out: Path) -> tup
         Text("What differs from the default; everything else is as there."),
         settings,
     ]
-    parts = {name: part for name, part in _json(workdir / "audit.json").items() if part}
+    parts = {name: part for name, part in atomic_io.read_json(workdir / "audit.json").items() if part}
     blocks += [Heading("Audit of the data"), audit(parts), Heading("Time and speed"), costs]
     card = [Heading(workdir.name, 1), about, *result, *_rates(summaries), *loss, Heading("Training"), settings, costs]
     return blocks, _front_matter(config) + html.markdown(card)
@@ -273,7 +274,7 @@ def _front_matter(config: dict[str, Any]) -> str:
 
 def _of_pipeline(options: Options, summaries: list[dict[str, Any]], out: Path) -> list[Block]:
     workdir = options.workdir
-    found = _json(workdir / "report" / "report.json")
+    found = atomic_io.read_json(workdir / "report" / "report.json")
     out.mkdir(parents=True, exist_ok=True)
     blocks: list[Block] = [
         Heading(f"{workdir.name}: {len(found) - 1} alignments against their start", 1),
@@ -345,7 +346,7 @@ def _answers_of_pipeline(workdir: Path, found: dict[str, Any], count: int) -> li
 
 
 def _costs_of_pipeline(workdir: Path) -> list[Block]:
-    stages = _json(workdir / "stages.json")
+    stages = atomic_io.read_json(workdir / "stages.json")
     rows = [[name, f"{one['seconds']:,.1f} s", one["result"]] for name, one in stages.items()]
     total = sum(one["seconds"] for one in stages.values())
     return [
@@ -377,23 +378,13 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ValueError(f"{path} is missing.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; return the exit status."""
-    options = command_line.parse(Options, arguments, program="fpo report", about=__doc__)
-    try:
-        print(run(options))
-    except ValueError as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
+    return command_line.run(Options, _work, arguments, program="fpo report", about=__doc__)
+
+
+def _work(options: Options) -> int:
+    terminal.say(run(options))
     return 0
 
 

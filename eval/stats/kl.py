@@ -19,7 +19,6 @@ input cannot be used.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import sys
@@ -30,8 +29,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from fpo_jax import atomic_io, data, hf, jsonl, losses, sharding, terminal, tokenization
 from fpo_jax import config as configuration
-from fpo_jax import data, hf, jsonl, losses, sharding, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.eval.stats import confidence_intervals
 from fpo_jax.trainer import reference_logprobs, run_schedule, steps
@@ -108,7 +107,7 @@ def _settings(path: Path, policy: Path) -> dict[str, Any]:
     record = path.with_name(path.name + ".job.json")
     if not record.is_file():
         raise ValueError(f"{record} is missing; without it nobody knows how the samples were drawn: draw them anew.")
-    settings = json.loads(record.read_text(encoding="utf-8"))
+    settings = atomic_io.read_json(record)
     if not settings.get("keep_ids"):
         raise ValueError(f"{path} holds texts without token ids; draw the samples with --keep-ids 1.")
     if settings["model"] != hf.weights_fingerprint(policy):
@@ -212,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(options: Options) -> int:
-    print(f"{options.out}: {run(options).text}")
+    terminal.say(f"{options.out}: {run(options).text}")
     return 0
 
 

@@ -34,7 +34,7 @@ class JobFile:
         self.repaired = ""  # what was cut off, for the log
         job = json.loads(json.dumps(job))
         if self._job_path.exists():
-            changed = configuration.difference(json.loads(self._job_path.read_text()), job)
+            changed = configuration.difference(atomic_io.read_json(self._job_path), job)
             if changed:
                 raise ValueError(
                     f"{path} belongs to another job:\n  "
@@ -69,8 +69,7 @@ class JobFile:
     def append(self, line: dict[str, Any]) -> None:
         """Write the line of one item, which has its `index`, to the disk."""
         assert self._file is not None
-        self._file.write(jsonl.line(line))
-        self._file.flush()
+        jsonl.append(self._file, line)
         self.done.add(line["index"])
 
     def lines(self) -> list[dict[str, Any]]:

@@ -165,7 +165,10 @@ MOST_LAYERS = 10_000  # each has its own names and rows, so that the count is a 
 FAMILIES = tuple(_ARCHITECTURES)
 
 # key of config.json -> values that leave the forward and backward pass as built here; any other value is refused
+_DTYPES = (None, "auto", "float64", "float32", "float16", "bfloat16")  # names that a typo would turn into nothing
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "dtype": _DTYPES,
+    "torch_dtype": _DTYPES,
     "quantization_config": (None,),
     "mlp_bias": (None, False),
     "is_causal": (None, True),

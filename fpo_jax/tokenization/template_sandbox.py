@@ -57,12 +57,22 @@ def render(template: str, conversations: Sequence[Conversation], *, variables: M
     with _lock:
         found = _ask(line)
     if "kind" not in found:
+        _check_written(found["texts"])
         return found["texts"]
     if found["kind"] == "refused":
         raise Refused(found["fact"], len(found["texts"]))
     if found["kind"] == "broken":
         raise ValueError(f"chat_template is broken Jinja {found['fact']}")
     raise ValueError(f"the chat template {found['fact']}, and is refused; pass another chat_template.")
+
+
+def _check_written(texts: Sequence[str]) -> None:
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            "the chat template writes half a surrogate pair, which no tokenizer takes; pass another chat_template."
+        ) from None
 
 
 def _ask(question: bytes) -> dict:

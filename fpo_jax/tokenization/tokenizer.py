@@ -100,8 +100,8 @@ def load_tokenizer(
     path = Path(name_or_path).expanduser()
     try:
         tokenizer = _load(name_or_path, path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RecursionError) as error:
-        cause = " ".join(str(error).split())[:300]
+    except Exception as error:  # the libraries raise a dozen types, from Rust bare Exception; recursion is one too
+        cause = _broken(path) or " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"cannot load a tokenizer from {str(name_or_path)!r}: {cause}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
@@ -356,6 +356,16 @@ def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
         template_sandbox.render(str(tokenizer.chat_template), [asked], variables=tokenizer.special_tokens_map)
     except template_sandbox.Refused:
         pass  # sound Jinja that refuses this conversation; the real ones will tell
+
+
+def _broken(path: Path) -> str:
+    """Name the file of a directory that is no JSON; empty where all are."""
+    for file in sorted(path.glob("*.json")) if path.is_dir() else [path] if path.suffix == ".json" else []:
+        try:
+            json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            return f"{file.name} is not valid JSON ({error}); fetch it again"
+    return ""
 
 
 def _no_eos(name: str | Path) -> str:

@@ -57,7 +57,9 @@ def keep_source(config: configuration.Config, workdir: Path, inputs: Inputs) -> 
                 )
             hf.companions.write(inputs.source, inputs.encoder, out_dir=temporary, example=example, tokenizer=tokenizer)
         shutil.rmtree(target, ignore_errors=True)  # of a start that was killed before the workdir became its own
+        atomic_io.sync_tree(temporary)
         temporary.rename(target)
+        atomic_io.sync(workdir)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -71,7 +73,7 @@ def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -
     path = workdir / "config.json"
     mine, loss = json.loads(config.to_json()), losses.described(inputs.loss)
     if path.exists():
-        before = json.loads(path.read_text())
+        before = atomic_io.read_json(path)
         loss_before = before.pop(RESOLVED_LOSS, None)
         changed = configuration.difference(before, mine, ignore=configuration.RESUMABLE)
         if loss_before is None:
