@@ -24,7 +24,7 @@ from fpo_jax.hf import __main__ as checker
 from fpo_jax.hf import digests
 from fpo_jax.models import params
 from fpo_jax.trainer import trainer
-from tests import compiling, damage, resuming, tiny
+from tests import compiling, damage, forgetful_disk, resuming, tiny
 from tests.paths import REPO
 
 
@@ -115,6 +115,22 @@ class TestDamage:
     def test_missing_file_is_named(self, workdir, caplog, name):
         (newest(workdir) / name).unlink()
         assert_recovers(workdir, newest(workdir) / name, caplog, words=["is missing"])
+
+    @pytest.mark.parametrize("kept", ["sealed", "unsealed"])
+    def test_a_step_under_another_number_is_set_aside(self, workdir, caplog, kept):
+        """A copy is whole, and its digests are right; only its number is not."""
+        copy = workdir / checkpoint.FOLDER / "4"
+        shutil.copytree(newest(workdir), copy)
+        if kept == "unsealed":
+            for step in ("1", "2", "4"):
+                (workdir / checkpoint.FOLDER / step / integrity.MANIFEST).unlink()
+        with contextlib.closing(saver(workdir)) as one:
+            assert_holds(one, 2)
+        assert "checkpoint 4 of " in caplog.text and "it is step 2 under another number" in caplog.text
+        assert "4" not in listed(workdir) and "4.damaged" in listed(workdir)
+        (workdir / checkpoint.FOLDER / "4.damaged").rename(copy)
+        with pytest.raises(ValueError, match="checkpoint 4 .* is damaged: it is step 2 under another number"):
+            checkpoint.restore_params(workdir, 4)
 
     def test_half_written_step_is_named_and_its_files_counted(self, workdir, caplog):
         shutil.rmtree(newest(workdir) / "optimizer")
@@ -335,6 +351,39 @@ class TestFailedSave:
             one.commit(3, state(3), {})
         assert not (workdir / checkpoint.FOLDER).is_dir()
         one.close()
+
+
+class TestPower:
+    def test_a_power_cut_costs_at_most_what_was_not_committed(self, tmp_path, monkeypatch):
+        """After every sync the disk may forget all the rest; a committed step is restored to the bit."""
+        (tmp_path / "disk").mkdir()
+        committed = {}  # number of syncs -> the step that was safe from then on
+        with forgetful_disk.Disk(tmp_path / "disk", monkeypatch) as disk:
+            with contextlib.closing(saver(tmp_path / "disk" / "new" / "w", keep=1)) as one:
+                for step in (1, 2):
+                    one.commit(step, state(step, rows=4), {"note": "x"})
+                    committed[len(disk.syncs)] = step
+            assert len(disk.syncs) > 30
+            for count in range(min(committed), len(disk.syncs) + 1):
+                left = disk.rebuild(count, tmp_path / f"left{count}") / "new" / "w"
+                promised = max(step for synced, step in committed.items() if synced <= count)
+                choice = integrity.newest_good(left / checkpoint.FOLDER)
+                assert choice.verified and choice.step in (promised, promised + 1), (count, choice)
+        with contextlib.closing(saver(left)) as one:
+            assert one.latest_step() == 2 and one.meta(2)["note"] == "x"
+
+    @pytest.mark.faults  # a run
+    def test_a_run_goes_on_from_its_last_checkpoint(self, inputs, tmp_path, monkeypatch, caplog):
+        """Nothing that the resumption reads was left unsynced: identity, source, metrics, reference log-probs."""
+        caplog.set_level("INFO", "fpo_jax")
+        (tmp_path / "disk").mkdir()
+        with forgetful_disk.Disk(tmp_path / "disk", monkeypatch) as disk:
+            run(inputs, tmp_path / "disk" / "w")
+            left = disk.rebuild(len(disk.syncs), tmp_path / "left") / "w"
+        assert (left / "metrics.jsonl").read_bytes() == (tmp_path / "disk" / "w" / "metrics.jsonl").read_bytes()
+        assert resuming.outcome(left) == resuming.outcome(tmp_path / "disk" / "w")
+        run(inputs, left)
+        assert f"finished: {left} holds step 4 of 4" in caplog.text and "damaged" not in caplog.text
 
 
 class TestSpace:

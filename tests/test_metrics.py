@@ -36,6 +36,34 @@ def test_resume_drops_the_lines_of_updates_that_run_again(tmp_path):
     assert [line["step"] for line in metric_logger.read(tmp_path / metric_logger.TIMING_FILE)] == [0, 1, 2]
 
 
+def test_a_damaged_file_refuses_no_run_and_is_kept(tmp_path, caplog):
+    path = tmp_path / metric_logger.METRICS_FILE
+    first = writers(tmp_path)
+    for step in range(1, 5):
+        first.write(step, {"loss": 0.5})
+    first.write(4, {"eval_loss": 0.5})
+    first.close()
+    lines = path.read_bytes().split(b"\n")[:-1]
+    for damaged in (
+        b"\n".join([lines[0], b"\0" * 50, *lines[2:], b""]),
+        b"\n".join([lines[0], lines[1][:9] + lines[1][20:], *lines[2:], b""]),
+        b"\n".join([lines[0], b"{}", *lines[2:], b""]),
+    ):
+        path.write_bytes(damaged)
+        caplog.clear()
+        assert metric_logger.has_evaluation(path, 4) and not metric_logger.has_evaluation(path, 3)
+        writers(tmp_path, resume_step=4).close()
+        assert path.read_bytes().split(b"\n") == [lines[0], *lines[2:], b""]
+        assert (tmp_path / f"{path.name}.damaged").read_bytes() == damaged
+        assert f"{path}:2 is no line of a run; it is kept as {path.name}.damaged" in caplog.text
+        assert f"{path} lacks 1 of the 4 updates that the checkpoint holds" in caplog.text
+    path.write_bytes(b"\n".join(lines)[:30])  # cut off
+    caplog.clear()
+    assert not metric_logger.has_evaluation(path, 4)
+    writers(tmp_path, resume_step=4).close()
+    assert "lacks 3 of the 4 updates" in caplog.text and ".damaged" not in caplog.text
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
     log = writers(tmp_path, tensorboard=True)

@@ -19,10 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 import tensorstore
 import xxhash
 
+from fpo_jax import atomic_io
+
 log = logging.getLogger("fpo_jax")
 
 MANIFEST = "digests.json"
 _UNFINISHED = f".{MANIFEST}.tmp"
+_NUMBER = re.compile("0|[1-9][0-9]*")
 DAMAGED = ".damaged"  # behind the number of a step that is set aside
 FAST = "xxh3_128"  # finds faults of disks and memory, not forgers
 ALGORITHMS = {FAST: xxhash.xxh3_128, "sha256": hashlib.sha256}
@@ -76,10 +79,12 @@ def parse(path: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write a folder's manifest; it appears whole or not at all."""
+    """Write a folder's manifest; it appears whole or not at all, and stays when the power goes."""
     temporary = folder / _UNFINISHED
     temporary.write_text(render(content))
+    atomic_io.sync(temporary)
     temporary.rename(folder / MANIFEST)
+    atomic_io.sync(folder)
 
 
 def compare(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -103,7 +108,9 @@ def compare(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, s
 
 
 def seal(step: Path) -> None:
-    """Write the digests of every file of a committed step."""
+    """Write the digests of every file of a committed step, all of which is brought to the disk first."""
+    atomic_io.sync_tree(step)
+    atomic_io.sync(step.parent)
     paths = [path for path in step.rglob("*") if path.is_file() and path != step / MANIFEST]
     names = sorted(str(path.relative_to(step)) for path in paths)
     write(step, {"files": dict(zip(names, _each(lambda name: digest(step / name, FAST), names), strict=True))})
@@ -122,7 +129,7 @@ def sealed(step: Path) -> bool:
 
 def steps(folder: Path) -> list[int]:
     """Return the numbers of the committed steps, ascending."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.glob("*") if _NUMBER.fullmatch(path.name))
 
 
 def faults(step: Path, *, only: Sequence[str] = ()) -> str:
@@ -139,7 +146,8 @@ def faults(step: Path, *, only: Sequence[str] = ()) -> str:
     kept = {name: entry for name, entry in files.items() if not only or "/" not in name or name.split("/")[0] in only}
     wrong = compare(step, kept)
     told = [f"{name} {fault}{_whose(step, name)}" for name, fault in list(wrong.items())[:NAMED]]
-    return "; ".join([*told, *([f"and {len(wrong) - NAMED} more files"] if len(wrong) > NAMED else [])])
+    told += [f"and {len(wrong) - NAMED} more files"] if len(wrong) > NAMED else []
+    return "; ".join(told) or of_another(step)
 
 
 def newest_good(folder: Path, *, only: Sequence[str] = ()) -> Choice:
@@ -167,9 +175,10 @@ def newest_good(folder: Path, *, only: Sequence[str] = ()) -> Choice:
             wrong[number] = text
     for number in unsealed:
         lacking = [name for name in _ITEMS if not (folder / str(number) / name).exists()]
-        if not lacking:
+        fault = f"{', '.join(lacking)} missing" if lacking else of_another(folder / str(number))
+        if not fault:
             return Choice(number, False, {newer: text for newer, text in wrong.items() if newer > number})
-        wrong[number] = f"{', '.join(lacking)} missing"
+        wrong[number] = fault
     if wrong:
         listed = "\n  ".join(f"step {number}: {text}" for number, text in sorted(wrong.items()))
         raise ValueError(
@@ -185,6 +194,15 @@ def set_aside(folder: Path, number: int) -> Path:
     while target.exists():
         target, again = folder / f"{number}{DAMAGED}-{again}", again + 1
     return (folder / str(number)).rename(target)
+
+
+def of_another(step: Path) -> str:
+    """Say whether a step lies under another number than it was saved with; empty where it does not, or does not say."""
+    try:
+        number = json.loads((step / "meta" / "metadata").read_bytes()).get("step")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return "" if number in (None, int(step.name)) else f"it is step {number} under another number"
 
 
 def _each(act: Callable[[str], _T], names: Iterable[str]) -> list[_T]:

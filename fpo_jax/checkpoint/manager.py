@@ -7,7 +7,6 @@ that export reads them without the optimiser.
 """
 
 import asyncio
-import json
 import logging
 import math
 import shutil
@@ -19,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from fpo_jax import distributed, types
+from fpo_jax import atomic_io, distributed, types
 from fpo_jax.checkpoint import disk_space, integrity
 
 log = logging.getLogger("fpo_jax")
@@ -53,6 +52,8 @@ class Checkpointer:
         self._keep, self._keeps_best = keep, keep_best
         with distributed.together():
             if distributed.first():
+                atomic_io.make_folder(self._folder)
+                atomic_io.sync_parents(self._folder)
                 _recover(self._folder)
         stays: policies.PreservationPolicy = policies.LatestN(keep)
         score = None
@@ -242,9 +243,12 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """Commits by rename and seals the step, in the background and in process 0, before older steps are removed."""
 
     async def finalize(self) -> None:
-        """Commit an item or a step."""
+        """Commit an item or a step, whose files are on the disk before its name is, and its seal before it counts."""
+        step = self.get_final().name.isdigit()
+        if step:
+            await asyncio.to_thread(atomic_io.sync_tree, Path(self.get()))
         await super().finalize()
-        if self.get_final().name.isdigit():
+        if step:
             await asyncio.to_thread(integrity.seal, Path(self.get_final()))
 
 
@@ -292,7 +296,7 @@ def restore_params(workdir: Path, step: int | str | None) -> tuple[types.PyTree,
             _check_sound(folder, chosen, only=_EXPORTED)
         params = jax.tree.map(_open, manager.item_metadata(chosen)["params"].tree)
     source = workdir / SOURCE_FOLDER
-    meta |= {"model_dir": str(source), "hf_config": json.loads((source / "config.json").read_text())}
+    meta |= {"model_dir": str(source), "hf_config": atomic_io.read_json(source / "config.json")}
     return params, meta
 
 
@@ -324,7 +328,10 @@ def _check_sound(folder: Path, step: int, *, only: Sequence[str]) -> None:
     place = folder / str(step)
     if not integrity.sealed(place):
         log.warning("checkpoint %d of %s has no %s and is used unverified", step, folder, integrity.MANIFEST)
-    elif fault := integrity.faults(place, only=only):
+        fault = integrity.of_another(place)
+    else:
+        fault = integrity.faults(place, only=only)
+    if fault:
         raise ValueError(f"checkpoint {step} of {folder} is damaged: {fault}; put back a copy, or choose another step.")
 
 

@@ -29,14 +29,17 @@ def problems(config: Config) -> list[str]:
         if field.choices and value not in field.choices:
             found.append(f"{field.name}={value!r} is not one of {', '.join(field.choices)}.")
 
-    def number(path: str, low: float, *, exclusive: bool = False, high: float = math.inf) -> None:
+    def number(
+        path: str, low: float, *, exclusive: bool = False, high: float = math.inf, below: float = math.inf
+    ) -> None:
         value = value_at(config, path)
         if value is None:
             return
-        inside = (value > low if exclusive else value >= low) and value <= high
-        if not math.isfinite(value) or not inside:
+        inside = (value > low if exclusive else value >= low) and value <= high and value < below
+        if not inside:
             bound = f"{'greater than' if exclusive else 'at least'} {low:g}"
             bound += "" if high == math.inf else f" and at most {high:g}"
+            bound += "" if below == math.inf else f" and less than {below:g}"
             found.append(f"{path}={value!r} must be finite and {bound}.")
 
     def required(path: str, what: str) -> None:
@@ -78,7 +81,7 @@ def problems(config: Config) -> list[str]:
             " are both set; set one (warmup_fraction=0 or warmup_steps=None)."
         )
     for path in ("optim.b1", "optim.b2"):
-        number(path, 0.0, high=1.0)
+        number(path, 0.0, below=1.0)
     number("optim.eps", 0.0, exclusive=True)
     number("optim.weight_decay", 0.0)
     number("optim.clip_norm", 0.0)

@@ -108,6 +108,7 @@ class MetricLogging(Callback):
         self._pending: tuple[int, metrics.Pairs] | None = None
         self._compilations = run.steps.train.compilations
         self._bar: tqdm.tqdm | None = None
+        self._still = 0  # updates in a row whose gradient was nothing
 
     def on_step_end(self, run: Run, step: int, pairs: metrics.Pairs) -> None:
         """Write the step before, whose numbers arrived while this one was dispatched."""
@@ -137,9 +138,16 @@ class MetricLogging(Callback):
             run.writers.write(step, found)
 
     def on_train_end(self, run: Run) -> None:
-        """Close the progress bar."""
+        """Close the progress bar; tell where the run has stopped to learn."""
         if self._bar is not None:
             self._bar.close()
+        if self._still:
+            log.warning(
+                "the last %d of %d updates had a gradient norm of exactly 0 and taught nothing; where the loss is not"
+                " meant to reach its end, lower optim.learning_rate.",
+                self._still,
+                run.recorded,
+            )
 
     def _record(self, run: Run, step: int, pairs: metrics.Pairs) -> None:
         assert self._bar is not None
@@ -157,6 +165,7 @@ class MetricLogging(Callback):
         self._bar.update(1)
         run.skipped = run.skipped + 1 if bad or spike else 0
         run.recorded = step
+        self._still = self._still + 1 if numbers.get("grad_norm") == 0.0 else 0
         if groups is not None:
             self._skipped(run, step, numbers, groups, bad=bad)
         elif step % run.config.train.log_every == 0:

@@ -6,15 +6,20 @@ the same bytes as an uninterrupted one; what depends on the machine (times, rate
 
 import html
 import importlib.util
+import logging
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from fpo_jax import atomic_io, jsonl
+
+log = logging.getLogger("fpo_jax")
 
 METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
@@ -114,8 +119,7 @@ class Writers:
         """
         file = self._files[TIMING_FILE if timing else METRICS_FILE]
         line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
-        file.write(jsonl.line({"step": step, **line, **({} if rows is None else {f"{why}_rows": list(rows)})}))
-        file.flush()
+        jsonl.append(file, {"step": step, **line, **({} if rows is None else {f"{why}_rows": list(rows)})})
         numbers = {name: number for name, number in numbers.items() if math.isfinite(number)}
         if self._tensorboard is not None:
             for name, number in numbers.items():
@@ -155,7 +159,22 @@ def read(path: Path) -> list[dict]:
 
 def has_evaluation(path: Path, step: int) -> bool:
     """Return whether the file holds the evaluation after an update."""
-    return path.exists() and any(line["step"] == step and any(map(_of_evaluation, line)) for line in read(path))
+    return any(line["step"] == step and any(map(_of_evaluation, line)) for line in _readable(path)[0])
+
+
+def _readable(path: Path) -> tuple[list[dict], str]:
+    """Return the sound lines of a file, and what is wrong with the first other one; half a last line is no fault."""
+    found: list[dict] = []
+    faults: list[str] = []
+    for number, line in jsonl.lines(path) if path.exists() else ():
+        try:
+            row = jsonl.parse(line)
+            if type(row["step"]) is not int:
+                raise TypeError
+            found.append(row)
+        except (ValueError, KeyError, TypeError):
+            faults += [f"{path}:{number} is no line of a run"] if line.endswith(b"\n") else []
+    return found, faults[0] if faults else ""
 
 
 def _wandb_id(workdir: Path) -> str:
@@ -175,6 +194,16 @@ def _cell(text: str) -> str:
     return html.escape(text, quote=False).replace("|", "&#124;").replace("\n", "<br>")
 
 
-def _open_until(path: Path, last_step: int):
-    kept = [line for line in read(path) if line["step"] <= last_step] if path.exists() else []
+def _open_until(path: Path, last_step: int) -> IO[bytes]:
+    """Open a file behind the lines of the step that is resumed; a damaged one is kept beside, and refuses no run."""
+    lines, fault = _readable(path)
+    kept = [line for line in lines if line["step"] <= last_step]
+    if fault:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, aside)
+        log.warning("%s; it is kept as %s, and the run goes on with its %d sound lines", fault, aside.name, len(kept))
+    updates = {line["step"] for line in kept if not any(map(_of_evaluation, line))}
+    if missing := last_step - len(updates - {0}):
+        if missing > 0:
+            log.warning("%s lacks %d of the %d updates that the checkpoint holds", path, missing, last_step)
     return jsonl.write(path, kept).open("ab")
