@@ -2,12 +2,10 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -479,77 +477,10 @@ def test_run_on_a_full_disk_ends_with_its_exit_code_and_leaves_nothing_half_writ
     assert listed(tmp_path / "w") == []
 
 
-class TestLock:
-    OTHER = (
-        "import sys; from pathlib import Path; from fpo_jax.distributed import workdir_lock\n"
-        "with workdir_lock.hold(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
-    )
-
-    def other_run(self, workdir):
-        """A process that holds the lock until its input ends."""
-        command = [sys.executable, "-c", self.OTHER, str(workdir)]
-        process = subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "held\n"
-        return process
-
-    def test_second_run_is_refused_until_the_first_is_dead(self, tmp_path, caplog):
-        with self.other_run(tmp_path) as other:
-            with pytest.raises(ValueError, match=f"is in use by process {other.pid} of host .* on this host"):
-                workdir_lock.hold(tmp_path).__enter__()
-            other.kill()
-            other.wait()
-        with workdir_lock.hold(tmp_path):
-            assert f"process {other.pid} of host" in caplog.text and "taken over" in caplog.text
-        assert (tmp_path / workdir_lock.FILE).read_text() == "", "an orderly end leaves no claim"
-
-    def test_loop_refuses_a_workdir_in_use_before_it_writes(self, inputs, tmp_path):
-        with workdir_lock.hold(tmp_path / "w"), pytest.raises(ValueError, match="is in use by process"):
-            run(inputs, tmp_path / "w")
-        assert [path.name for path in (tmp_path / "w").iterdir()] == [workdir_lock.FILE]
-
-    def test_error_releases_it(self, tmp_path):
-        with pytest.raises(RuntimeError, match="fault"), workdir_lock.hold(tmp_path):
-            raise RuntimeError("fault")
-        with workdir_lock.hold(tmp_path):
-            pass
-
-    def claim(self, workdir, **changed):
-        owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": workdir_lock.started(os.getpid()),
-        } | changed
-        (workdir / workdir_lock.FILE).write_text(json.dumps(owner))
-
-    def test_another_hosts_claim_is_refused_with_the_remedy(self, tmp_path):
-        self.claim(tmp_path, host="elsewhere")
-        with pytest.raises(ValueError, match=r"locked by process \d+ of host elsewhere, .* delete .*lock.json"):
-            workdir_lock.hold(tmp_path).__enter__()
-
-    @pytest.mark.parametrize("flock", [True, False])
-    def test_claim_of_a_number_that_another_process_has_now_is_broken(self, tmp_path, monkeypatch, caplog, flock):
-        if not flock:
-            self.no_flock(monkeypatch)
-        self.claim(tmp_path, started="another-boot/17")
-        with workdir_lock.hold(tmp_path):
-            assert "taken over" in caplog.text
-
-    def test_without_flock_a_living_process_is_refused_and_a_dead_one_broken(self, tmp_path, monkeypatch, caplog):
-        self.no_flock(monkeypatch)
-        self.claim(tmp_path)
-        with pytest.raises(ValueError, match="is in use by process"):
-            workdir_lock.hold(tmp_path).__enter__()
-        dead = subprocess.Popen([sys.executable, "-c", ""])
-        dead.wait()
-        self.claim(tmp_path, pid=dead.pid, started="boot/17")
-        with workdir_lock.hold(tmp_path):
-            assert "taken over" in caplog.text
-
-    def no_flock(self, monkeypatch):
-        def unsupported(*_):
-            raise OSError(errno.ENOTSUP, "no locks here")
-
-        monkeypatch.setattr(fcntl, "flock", unsupported)
+def test_loop_refuses_a_workdir_in_use_before_it_writes(inputs, tmp_path):
+    with workdir_lock.hold(tmp_path / "w"), pytest.raises(ValueError, match="is in use by process"):
+        run(inputs, tmp_path / "w")
+    assert [path.name for path in (tmp_path / "w").iterdir()] == [workdir_lock.FILE]
 
 
 @pytest.fixture(scope="module")
