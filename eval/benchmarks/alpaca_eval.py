@@ -260,8 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(options: Options) -> int:
-    report = run(options)
-    judgement_files.show(report, table=table(report), remarks=remarks(report), json=options.json)
+    with judgement_files.reserved(options.json):
+        report = run(options)
+        judgement_files.show(report, table=table(report), remarks=remarks(report), json=options.json)
     if not options.difficulty:
         print("no length control: --difficulty=hub, or a path to df_gamed.csv, adds it.")
     return 1 if any(one["withheld"] for one in report["models"].values()) else 0

@@ -31,6 +31,7 @@ from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate, generate_args
 from fpo_jax.data import loading
+from fpo_jax.distributed import workdir_lock
 
 log = logging.getLogger("fpo_jax")
 
@@ -90,12 +91,17 @@ def run(options: Options) -> list[Path]:
         The file; empty where questions are left that the server did not answer.
 
     Raises:
-        ValueError: an option, the questions or the model cannot be used.
+        ValueError: an option, the questions or the model cannot be used; or another process writes the folder.
         preemption.Stopped: a signal; what was answered is saved.
     """
     temperature, max_new_tokens = _decoding(options)
     questions = _questions(options, temperature)
     name = _name(options)
+    with workdir_lock.hold(options.out, option="--out"):
+        return _run(options, name, questions, max_new_tokens)
+
+
+def _run(options: Options, name: str, questions: list[Question], max_new_tokens: int) -> list[Path]:
     answers: list[list[str]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         for group in sorted({question.temperature for question in questions}):
@@ -112,6 +118,7 @@ def run(options: Options) -> list[Path]:
                 return []
             for place, answer in zip(places, found, strict=True):
                 answers[place].append(answer)
+    workdir_lock.verify()
     return [_WRITERS[options.benchmark](options.out, name, questions, answers)]
 
 

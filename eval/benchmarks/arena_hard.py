@@ -259,8 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(options: Options) -> int:
-    report = run(options)
-    judgement_files.show(report, table=table(report), remarks=remarks(report), json=options.json)
+    with judgement_files.reserved(options.json):
+        report = run(options)
+        judgement_files.show(report, table=table(report), remarks=remarks(report), json=options.json)
     entries = report["categories"].values()
     return 1 if any(one["withheld"] for entry in entries for one in entry["models"].values()) else 0
 

@@ -4,6 +4,7 @@ A file is a JSON list, JSON Lines or, where it ends in .csv, a table with a head
 scorers share is here; what a judgement means is theirs.
 """
 
+import contextlib
 import csv
 import gzip
 import io
@@ -15,6 +16,7 @@ from typing import Any
 
 from fpo_jax import atomic_io, jsonl, terminal
 from fpo_jax.data import loading
+from fpo_jax.distributed import workdir_lock
 
 # what only the judgements of one benchmark have, and who reads them; the first match counts
 _SIGNS = (
@@ -138,6 +140,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         ).rstrip()
         for line in lines
     )
+
+
+def reserved(json: str) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes from the file `json`, "" for none."""
+    return workdir_lock.beside(Path(json), option="--json") if json else contextlib.nullcontext()
 
 
 def show(report: Mapping[str, Any], *, table: str, remarks: Iterable[str], json: str) -> None:

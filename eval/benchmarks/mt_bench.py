@@ -272,8 +272,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(options: Options) -> int:
-    report = run(options)
-    judgement_files.show(report, table=table(report), remarks=remarks(report), json=options.json)
+    with judgement_files.reserved(options.json):
+        report = run(options)
+        judgement_files.show(report, table=table(report), remarks=remarks(report), json=options.json)
     return 1 if any(one["withheld"] for models in report["judges"].values() for one in models.values()) else 0
 
 

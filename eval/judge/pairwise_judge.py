@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fpo_jax import jsonl
+from fpo_jax.distributed import workdir_lock
 
 FOLDER = Path(__file__).parent / "templates"
 PLACES = ("prompt", "first", "second")
@@ -183,6 +184,7 @@ class Store:
 
     def add(self, key: str, reply: str) -> None:
         """Keep a reply."""
+        workdir_lock.verify()
         jsonl.append(self._file, {"key": key, "reply": reply})
         self._replies[key] = reply
 

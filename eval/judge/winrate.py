@@ -19,12 +19,13 @@ Exit codes: 0 all compared; 1 comparisons are left without a verdict; 2 the inpu
 signal.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate, label
 from fpo_jax.cli import openai_client as servers
 from fpo_jax.data import formats, hh_rlhf
-from fpo_jax.distributed import preemption
+from fpo_jax.distributed import preemption, workdir_lock
 from fpo_jax.eval.judge import pairwise_judge
 from fpo_jax.eval.stats import win_rates
 
@@ -98,10 +99,15 @@ def run(options: Options) -> dict[str, Any]:
     """Compare what is not compared, write both files, and return the summary.
 
     Raises:
-        ValueError: an option, an answer file or the judge cannot be used.
+        ValueError: an option, an answer file or the judge cannot be used; or another process writes the folder.
         preemption.Stopped: a signal; the replies so far are kept.
     """
     kind = _check(options)
+    with workdir_lock.hold(options.out, option="--out"):
+        return _run(options, kind)
+
+
+def _run(options: Options, kind: str) -> dict[str, Any]:
     pairs, unmatched = _pairs(options)
     if kind == "reward_model":
         decisions, judge = _by_rewards(options, pairs)
@@ -270,7 +276,7 @@ def _distinct(asked: dict[int, list[pairwise_judge.Question]]) -> list[pairwise_
 
 def _dry_run(options: Options, asked: dict[int, list[pairwise_judge.Question]]) -> dict[str, Any]:
     """Count what a run would cost at most."""
-    with pairwise_judge.Store(_store(options)) as store:
+    with _store(options) as store:
         left = [question for question in _distinct(asked) if question.key not in store]
     texts = [question.text for question in left]
     if options.tokenizer:
@@ -287,8 +293,12 @@ def _dry_run(options: Options, asked: dict[int, list[pairwise_judge.Question]]) 
     }  # fmt: skip
 
 
-def _store(options: Options) -> Path:
-    return Path(options.store) if options.store else options.out / "replies.jsonl"
+@contextlib.contextmanager
+def _store(options: Options) -> Iterator[pairwise_judge.Store]:
+    """Open the replies there are, which two comparisons may share, one after the other."""
+    path = Path(options.store) if options.store else options.out / "replies.jsonl"
+    with workdir_lock.beside(path, option="--store"), pairwise_judge.Store(path) as store:
+        yield store
 
 
 def _sampling_fields(options: Options) -> dict[str, Any]:
@@ -311,7 +321,7 @@ def _ask_server(options: Options, questions: list[pairwise_judge.Question]) -> d
             return question, None
         return question, reply
 
-    with pairwise_judge.Store(_store(options)) as store, preemption.StopRequest() as stop:
+    with _store(options) as store, preemption.StopRequest() as stop:
         left = [question for question in questions if _wanted(store.get(question.key))]
         bar = tqdm.tqdm(total=len(left), unit="reply", disable=not preemption.progress_shown(), dynamic_ncols=True)
         with bar:
@@ -425,6 +435,7 @@ def _write(
         said = [name for name, flag in flags.items() if flag]
         line = {**pair._asdict(), "outcome": decision.outcome, "why": decision.why}
         lines.append(line | ({"steering": said} if said else {}))
+    workdir_lock.verify()
     jsonl.write(out / "verdicts.jsonl", lines)
     atomic_io.write_json(out / "summary.json", summary)
 

@@ -23,7 +23,7 @@ from fpo_jax import checkpoint, hf, jsonl, recipes, terminal, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import generate, label
 from fpo_jax.config import overrides
-from fpo_jax.distributed import preemption
+from fpo_jax.distributed import preemption, workdir_lock
 from fpo_jax.eval.pipeline import pipeline_inputs, pipeline_report
 from fpo_jax.eval.pipeline.stages import StageError, Stages
 from fpo_jax.eval.stats import kl
@@ -45,16 +45,20 @@ class Pipeline:
         configuration.raise_problems(self._problems())
         runs = len(config.losses) * len(config.seeds)
         sampled = 2 if "sample" in config else 0
-        total = ("sft" in config) + ("reward" in config) + sampled + 2 + (3 + config.measure_kl) * runs + 1
-        workdir.mkdir(parents=True, exist_ok=True)
-        self.stages = Stages(workdir, total=total, program="pipeline")
+        self.total = ("sft" in config) + ("reward" in config) + sampled + 2 + (3 + config.measure_kl) * runs + 1
 
     def run(self) -> dict[str, Any]:
         """Run the stages in order.
 
         Raises:
-            ValueError: a model or data that one of them could not use, before the first of them.
+            ValueError: a model or data that one of them could not use, before the first of them; or another process
+                runs them.
         """
+        with workdir_lock.hold(self.workdir):
+            self.stages = Stages(self.workdir, total=self.total, program="pipeline")
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         c = self.config
         stages = {name: self._section(name, model=c.base) for name in ("sft", "reward") if name in c}
         stages["align"] = self._alignment(c.losses[0], c.seeds[0], model=c.base, sources=dict(c.data.items()))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_jax import atomic_io, terminal
+from fpo_jax.distributed import workdir_lock
 
 RECORD_FILE = "stages.json"
 DIGESTS_FILE = "digests.json"
@@ -154,6 +155,7 @@ class Stages:
         return self._known[name][2]
 
     def _save(self) -> None:
+        workdir_lock.verify()
         _write(self._workdir / RECORD_FILE, self._record)
         _write(self._workdir / DIGESTS_FILE, self._known)
 

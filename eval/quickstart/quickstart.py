@@ -24,7 +24,7 @@ import numpy as np
 from fpo_jax import checkpoint, jsonl, losses, terminal
 from fpo_jax import config as configuration
 from fpo_jax.configs import quickstart as recipe
-from fpo_jax.distributed import preemption
+from fpo_jax.distributed import preemption, workdir_lock
 from fpo_jax.eval.pipeline.stages import StageError, Stages
 from fpo_jax.eval.quickstart import quickstart_configs, quickstart_model, quickstart_report, quickstart_summary
 from fpo_jax.eval.quickstart import quickstart_task as task
@@ -82,8 +82,8 @@ def run(workdir: Path, *, seed: int, divergence: str, scale: Scale | None = None
     program = _Quickstart(workdir, seed, divergence, scale or Scale())
     losses.resolve(divergence, **configuration.loss_options(program.alignment))
     report.require_matplotlib()
-    workdir.mkdir(parents=True, exist_ok=True)
-    return program.run()
+    with workdir_lock.hold(workdir):
+        return program.run()
 
 
 class _Quickstart:

@@ -10,7 +10,6 @@ calls "KL" and most literature "reverse KL". Writes divergences.png and divergen
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from fpo_jax import losses, terminal
+from fpo_jax import atomic_io, losses, terminal
+from fpo_jax.distributed import workdir_lock
 from fpo_jax.eval.quickstart import quickstart_plots
 from fpo_jax.eval.report import report
 
@@ -58,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         report.require_matplotlib()
+        with workdir_lock.hold(options.out, option="--out"):
+            fits = [fit(member) for member in MEMBERS]
+            draw(options.out / "divergences.png", fits)
+            atomic_io.write_json(options.out / "divergences.json", {"target": TARGET, "fits": fits})
     except ValueError as error:
         terminal.refuse("divergence_figure", error)
         return 2
-    fits = [fit(member) for member in MEMBERS]
-    options.out.mkdir(parents=True, exist_ok=True)
-    draw(options.out / "divergences.png", fits)
-    (options.out / "divergences.json").write_text(json.dumps({"target": TARGET, "fits": fits}, indent=2) + "\n")
     print(table(fits))
     return 0
 

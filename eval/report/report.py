@@ -18,6 +18,7 @@ from typing import Any
 from fpo_jax import __version__, atomic_io, jsonl, losses, terminal
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
+from fpo_jax.distributed import workdir_lock
 from fpo_jax.eval.pipeline import pipeline_report
 from fpo_jax.eval.report import html, report_plots
 from fpo_jax.eval.report.html import Block, Heading, Plot, Table, Text, Texts
@@ -48,6 +49,13 @@ def run(options: Options) -> Path:
         raise ValueError(f"--samples={options.samples} must be at least 0.")
     summaries = [atomic_io.read_json(Path(folder) / "summary.json") for folder in options.winrate]
     out = Path(options.out) if options.out else options.workdir / "report"
+    if not options.workdir.is_dir():
+        raise ValueError(f"{options.workdir} is not a directory; give the --workdir of a run or of a pipeline.")
+    with workdir_lock.hold(out, option="--out"):
+        return _write(options, summaries, out)
+
+
+def _write(options: Options, summaries: list[dict[str, Any]], out: Path) -> Path:
     if (options.workdir / metric_logger.METRICS_FILE).is_file():
         blocks, card = _of_run(options, summaries, out)
     elif (options.workdir / "stages.json").is_file():

@@ -32,6 +32,7 @@ import numpy as np
 from fpo_jax import atomic_io, data, hf, jsonl, losses, sharding, terminal, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
+from fpo_jax.distributed import workdir_lock
 from fpo_jax.eval.stats import confidence_intervals
 from fpo_jax.trainer import reference_logprobs, run_schedule, steps
 
@@ -72,10 +73,15 @@ def run(options: Options) -> Summary:
     """Score the samples under both models and write the file.
 
     Raises:
-        ValueError: an option, the samples or a model cannot be used.
+        ValueError: an option, the samples or a model cannot be used; or another process writes the file.
     """
     if options.batch_size < 1:
         raise ValueError(f"--batch-size={options.batch_size} must be at least 1.")
+    with workdir_lock.beside(options.out):
+        return _run(options)
+
+
+def _run(options: Options) -> Summary:
     policy, base = hf.local_dir(options.policy), hf.local_dir(options.reference)
     settings = _settings(options.data, policy)
     _check_tokenizers(policy, base)
@@ -86,6 +92,7 @@ def run(options: Options) -> Summary:
     for line, ours_K, theirs_K in zip(lines, *found, strict=True):
         head = {key: line[key] for key in ("index", "prompt", "completions")}
         rows.append(head | {"logprobs": ours_K.tolist(), "reference_logprobs": theirs_K.tolist()})
+    workdir_lock.verify()
     jsonl.write(options.out, rows)
     return summary(options.out)
 

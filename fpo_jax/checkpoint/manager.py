@@ -20,6 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from fpo_jax import atomic_io, distributed, types
 from fpo_jax.checkpoint import disk_space, integrity
+from fpo_jax.distributed import workdir_lock
 
 log = logging.getLogger("fpo_jax")
 
@@ -217,6 +218,7 @@ class Checkpointer:
 
     def _fail(self, step: int, error: Exception) -> None:
         """Remove what a failed save left, so that the next one has its place, and tell."""
+        workdir_lock.verify()  # or it is another run's
         self._failures += 1
         self._reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         if distributed.count() > 1:  # a process that failed meets the others at no barrier any more
@@ -244,6 +246,7 @@ class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         """Commit an item or a step, whose files are on the disk before its name is, and its seal before it counts."""
+        workdir_lock.verify()
         step = self.get_final().name.isdigit()
         if step:
             await asyncio.to_thread(atomic_io.sync_tree, Path(self.get()))

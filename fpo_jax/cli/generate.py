@@ -36,7 +36,7 @@ from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate_args, jsonl_job
 from fpo_jax.cli import openai_client as servers
 from fpo_jax.cli.generate_args import Options, check
-from fpo_jax.distributed import preemption
+from fpo_jax.distributed import preemption, workdir_lock
 from fpo_jax.inference import sampler
 from fpo_jax.models import params
 
@@ -80,14 +80,16 @@ def run(options: Options) -> Summary:
     """Do what is not done.
 
     Raises:
-        ValueError: an option, the data or the model cannot be used; or the file belongs to another job.
+        ValueError: an option, the data or the model cannot be used; the file belongs to another job, or another process
+            writes it.
         preemption.Stopped: a signal; what was answered is saved.
     """
     decoding = _decoding(options, ())
     check(options)
-    if options.server:
-        return _with_server(options, _prompts(options), decoding)
-    return _with_model(options)
+    with workdir_lock.beside(options.out):
+        if options.server:
+            return _with_server(options, _prompts(options), decoding)
+        return _with_model(options)
 
 
 def _with_model(options: Options) -> Summary:

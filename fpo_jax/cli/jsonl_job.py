@@ -12,6 +12,7 @@ from typing import Any
 
 from fpo_jax import atomic_io, jsonl
 from fpo_jax import config as configuration
+from fpo_jax.distributed import workdir_lock
 
 
 class JobFile:
@@ -69,6 +70,7 @@ class JobFile:
     def append(self, line: dict[str, Any]) -> None:
         """Write the line of one item, which has its `index`, to the disk."""
         assert self._file is not None
+        workdir_lock.verify()
         jsonl.append(self._file, line)
         self.done.add(line["index"])
 
@@ -91,6 +93,7 @@ class JobFile:
         """Make the finished file of all lines, in the order of their index."""
         assert self._file is not None
         self._file.close()
+        workdir_lock.verify()
         jsonl.write(self.path, sorted(self.lines(), key=lambda line: line["index"]))
         self._part.unlink()
         self.finished = True

@@ -23,7 +23,7 @@ from fpo_jax import config as configuration
 from fpo_jax import hf, jsonl, models, terminal, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import jsonl_job
-from fpo_jax.distributed import preemption
+from fpo_jax.distributed import preemption, workdir_lock
 from fpo_jax.inference import reward_model
 
 log = logging.getLogger("fpo_jax")
@@ -78,10 +78,16 @@ def run(options: Options) -> Summary:
     """Score what is not scored.
 
     Raises:
-        ValueError: an option, the data or the model cannot be used; or the file belongs to another job.
+        ValueError: an option, the data or the model cannot be used; the file belongs to another job, or another process
+            writes it.
         preemption.Stopped: a signal; what was scored is saved.
     """
     _check(options)
+    with workdir_lock.beside(options.out):
+        return _run(options)
+
+
+def _run(options: Options) -> Summary:
     lines = _lines(options.data)
     source = hf.local_dir(options.model, revision=options.revision or None)
     config = hf.read_config(source)
@@ -114,6 +120,7 @@ def run(options: Options) -> Summary:
     if not options.pairing:
         return summary
     pairs = [pair for line in found if (pair := best_worst(line)) is not None]
+    workdir_lock.verify()
     jsonl.write(options.out, pairs)
     return dataclasses.replace(summary, written=len(pairs))
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from fpo_jax import hf, models, sharding, types
+from fpo_jax.distributed import workdir_lock
 from fpo_jax.inference import sampler
 from fpo_jax.models import params, transformer
 
@@ -168,7 +169,8 @@ class CausalLM(transformer.Decoder):
             source = Path(self._source or folder)
             if not self._source:
                 (source / "config.json").write_text(json.dumps(models.to_hf_config(self.config)))
-            hf.export(weights, self.config, out_dir=Path(directory), source_dir=source, dtype=of_disk)
+            with workdir_lock.beside(Path(directory), option="directory"):
+                hf.export(weights, self.config, out_dir=Path(directory), source_dir=source, dtype=of_disk)
 
     def parameters(self) -> types.PyTree:
         """Return the parameters as the nested dict that the functions of `fpo_jax.models` take."""

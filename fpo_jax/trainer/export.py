@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fpo_jax import checkpoint, hf, models, tokenization
+from fpo_jax.distributed import workdir_lock
 from fpo_jax.models import params
 from fpo_jax.trainer import run_inputs
 
@@ -36,6 +37,11 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
     """
     if not workdir.is_dir():
         raise ValueError(f"{workdir} is not a directory; give the --workdir of a training run.")
+    with workdir_lock.beside(out):
+        return _export(workdir, out, step=step, dtype=dtype, lora=lora)
+
+
+def _export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | None, lora: str) -> str:
     tree, meta = checkpoint.restore_params(workdir, step)
     config = models.from_hf_config(meta["hf_config"])
     if tokenization.prompt_format.read(Path(meta["model_dir"])) is None:

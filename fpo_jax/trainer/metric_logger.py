@@ -18,6 +18,7 @@ from typing import IO
 import numpy as np
 
 from fpo_jax import atomic_io, jsonl
+from fpo_jax.distributed import workdir_lock
 
 log = logging.getLogger("fpo_jax")
 
@@ -117,6 +118,7 @@ class Writers:
             rows: data rows of an update that was not applied, written as `WHY_rows`.
             why: nonfinite or spike.
         """
+        workdir_lock.verify()
         file = self._files[TIMING_FILE if timing else METRICS_FILE]
         line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         jsonl.append(file, {"step": step, **line, **({} if rows is None else {f"{why}_rows": list(rows)})})
