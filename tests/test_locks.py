@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from fpo_jax.cli import __main__ as command
+from fpo_jax.cli import jsonl_job
 from fpo_jax.distributed import workdir_lock
+from fpo_jax.eval.judge import winrate
 from tests.paths import REPO
 
 
@@ -242,3 +247,68 @@ class TestLock:
             raise OSError(errno.ENOTSUP, "no locks here")
 
         monkeypatch.setattr(fcntl, "flock", unsupported)
+
+
+PROGRAMS = {  # module of a program -> its command line, to which the output is added, and how that is locked
+    "cli.generate": ("--model none --data none --max-new-tokens 4 --out", workdir_lock.beside),
+    "cli.label": ("--model none --data none --out", workdir_lock.beside),
+    "cli.export": ("--workdir . --out", workdir_lock.beside),
+    "eval.stats.kl": ("--policy none --reference none --data none --out", workdir_lock.beside),
+    "eval.benchmarks.answer": (
+        "--benchmark alpaca_eval --data {questions} --model none --temperature 0 --max-new-tokens 4 --out",
+        workdir_lock.hold,
+    ),
+    "eval.judge.winrate": ("--candidate none --baseline none --reward-model none --out", workdir_lock.hold),
+    "eval.report.report": ("--workdir . --out", workdir_lock.hold),
+    "eval.report.divergence_figure": ("--out", workdir_lock.hold),
+    "eval.pipeline.pipeline": (f"--config {REPO / 'configs/pipelines/hh_rw.py'} --workdir", workdir_lock.hold),
+    "eval.quickstart.quickstart": ("--workdir", workdir_lock.hold),
+    "eval.benchmarks.alpaca_eval": ("--annotations none --json", workdir_lock.beside),
+    "eval.benchmarks.arena_hard": ("--judgements none --json", workdir_lock.beside),
+    "eval.benchmarks.mt_bench": ("--judgements none --json", workdir_lock.beside),
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_second_start_of_a_program_is_refused_before_it_reads_a_model(tmp_path, capsys, name):
+    """Models and data that are not there would be told next."""
+    command, lock = PROGRAMS[name]
+    (tmp_path / "questions.jsonl").write_text('{"instruction": "q"}\n')
+    arguments = [*command.format(questions=tmp_path / "questions.jsonl").split(), str(tmp_path / "o")]
+    main = importlib.import_module(f"fpo_jax.{name}").main
+    with lock(tmp_path / "o"):
+        code = main(arguments)
+    said = capsys.readouterr().err.strip()
+    assert code == 2 and re.search(
+        rf"o is in use by process {os.getpid()} of host \S+ on this host; wait for it", said
+    ), said
+    assert "\n" not in said and [path.name for path in tmp_path.iterdir() if path.name != "questions.jsonl"] in (
+        [],
+        ["o"],
+    )
+
+
+def test_every_program_that_has_an_output_is_among_them():
+    """A new program needs an entry above, or is one of those that write nothing."""
+    silent = {"plan", "config", "losses"}
+    modules = {module.removeprefix("fpo_jax.") for name, (module, _) in command.PROGRAMS.items() if name not in silent}
+    assert modules == {*PROGRAMS, "cli.train"}  # whose lock tests/test_faults_storage.py tests
+
+
+def test_two_comparisons_do_not_write_one_file_of_replies(tmp_path):
+    options = winrate.Options(
+        candidate=tmp_path, baseline="b", out=tmp_path / "o", store=str(tmp_path / "shared.jsonl")
+    )
+    with winrate._store(options), pytest.raises(ValueError, match=r"shared.jsonl is in use by .* another --store"):
+        winrate._store(options).__enter__()
+
+
+def test_a_lost_lease_stops_a_job_before_its_next_line(tmp_path):
+    with jsonl_job.JobFile(tmp_path / "a.jsonl", {}, count=2) as file, workdir_lock.beside(tmp_path / "a.jsonl"):
+        file.append({"index": 0})
+        (tmp_path / ".a.jsonl.lock").unlink()
+        with pytest.raises(workdir_lock.LeaseLost):
+            file.append({"index": 1})
+        with pytest.raises(workdir_lock.LeaseLost):
+            file.finish()
+    assert (tmp_path / "a.jsonl.part").read_text().count("\n") == 1

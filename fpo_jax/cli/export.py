@@ -1,6 +1,8 @@
 """Convert a checkpoint of a run into a Hugging Face directory that transformers and vLLM read.
 
 fpo export --workdir runs/hh --out runs/hh/export [--step 400] [--dtype bfloat16]
+
+Exit codes: 0 written; 1 the disk failed; 2 the input cannot be used, or another process writes there.
 """
 
 import argparse
