@@ -108,6 +108,7 @@ FIELDS = {
     "train.keep_best": CHECKED + "what no evaluation of the run writes, or has no best (below)",
     "train.log_every": EVEN_SO + "beyond the run, no line comes to the terminal",
     "train.on_nonfinite": EVEN_SO + "numbers may or may not be finite",
+    "train.hang_timeout": EVEN_SO + "a run may or may not hang",
     "train.max_nonfinite": (3, {}, "is not used while train.on_nonfinite='stop' ends the run"),
     "train.skip_spikes": CHECKED + "a window that is never full (below)",
     "train.spike_window": (64, {}, "is not used while train.skip_spikes is 0; set it too"),

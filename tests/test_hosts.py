@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from fpo_jax import checkpoint, distributed, sharding
 from fpo_jax import config as configuration
-from fpo_jax.distributed import initialize
+from fpo_jax.distributed import failure, initialize
 from fpo_jax.trainer import device_batch, metric_logger, trainer
 from tests import compiling, tiny, tolerances
 from tests.paths import REPO
@@ -329,6 +329,45 @@ def test_failure_of_one_process_ends_one_that_waits_for_it(tmp_path):
     assert codes == [70, 1], job.text()
     assert "process 0 of 2: process 1 ended: KeyError: 'fault'" in job.text(0)
     assert "holds no complete checkpoint" in job.text(0) and "KeyError" in job.text(1)
+
+
+HANG = """
+from fpo_jax.distributed import watchdog
+with watchdog.watching(2, workdir / 'checkpoints'):
+    watchdog.moved()
+    if index == HUNG:
+        __import__('time').sleep(600)
+    distributed.from_first(np.zeros(1))
+"""
+
+
+@pytest.mark.parametrize("hung", [0, 1])
+def test_hang_of_a_process_that_lives_ends_all_and_shows_where_each_of_them_is(tmp_path, hung):
+    """One sleeps, the other waits for it in a collective; which of them notices first is chance."""
+    with drive(tmp_path, HANG.replace("HUNG", str(hung)).strip()) as job:
+        assert job.ends(timeout=BOUND_S) == [70, 70], job.text()
+    assert "nothing moved for" in job.text() and "so the run counts as hanging (train.hang_timeout)" in job.text()
+    for index in (0, 1):
+        assert "ts threads are at:" in job.text(index) and "Thread 0x" in job.text(index), job.text()
+        assert ("from_first" in job.text(index)) == (index != hung), job.text()
+        assert "the same command on every host" in job.text(index).splitlines()[-1]
+
+
+def test_a_save_that_fails_by_the_death_of_another_process_is_no_fault_of_its_own(monkeypatch):
+    """As gloo tells it, below what the checkpointer makes of it; a full disk is this process's own."""
+    monkeypatch.setattr(failure.process, "get", lambda key, timeout_s: None)  # nobody left a word
+    for reason, code in (
+        (RuntimeError("Gloo AllGather failed: [gloo/transport/tcp/pair.cc:547] Connection closed by peer"), 70),
+        (ValueError("UNAVAILABLE: recvmsg: Connection reset by peer"), 70),
+        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), 70),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1),
+        (OSError(28, "No space left on device"), 1),
+    ):
+        try:
+            raise checkpoint.SaveFailed("step 2 was not saved") from reason
+        except checkpoint.SaveFailed as error:
+            found, said = failure._judged(error)
+        assert found == code and ("another process died" in said) == (code == 70), said
 
 
 def test_killed_coordinator_ends_the_others_with_a_sentence(tmp_path):

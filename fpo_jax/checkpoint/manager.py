@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from fpo_jax import atomic_io, distributed, types
 from fpo_jax.checkpoint import disk_space, integrity
-from fpo_jax.distributed import workdir_lock
+from fpo_jax.distributed import watchdog, workdir_lock
 
 log = logging.getLogger("fpo_jax")
 
@@ -107,6 +107,7 @@ class Checkpointer:
         if more * each > free:
             log.warning(_short(self._folder, f"{more} more checkpoints ({kept} kept, one written)", more * each, free))
 
+    @watchdog.unhurried(watchdog.SAVE_S)
     def save(self, step: int, state: types.TrainState, meta: dict, *, score: float | None = None) -> None:
         """Write step `step` in the background; orbax has copied the state when this returns, so it may be donated.
 
@@ -202,6 +203,7 @@ class Checkpointer:
             if needed > free:
                 raise SaveFailed(_short(self._folder, f"step {step}", needed, free))
 
+    @watchdog.unhurried(watchdog.SAVE_S)
     def _settle(self) -> None:
         """Wait for the save that is being written, if there is one, and note how it ended."""
         if self._pending is None:

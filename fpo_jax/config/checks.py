@@ -53,6 +53,7 @@ def problems(config: Config) -> list[str]:
         if config.data[name]:
             found.append(f"data.{name}={config.data[name]!r} and data.mixer exclude each other; unset one.")
     number("lora.rank", 0)
+    number("train.hang_timeout", 0)
     number("lora.alpha", 0.0, exclusive=True)
     if not 0 <= config.lora.dropout < 1:
         found.append(f"lora.dropout={config.lora.dropout} must lie in [0, 1).")

@@ -280,6 +280,14 @@ FIELDS = (
         ("stop", "skip"),
         HOST,
     ),
+    Field(
+        "train.hang_timeout",
+        int,
+        None,
+        "Seconds without an update or a batch of an evaluation after which a run shows its stacks and ends with exit"
+        " code 70; 0 = never; unset = 20 times its slowest update, at least 600.",
+        resumes=HOST,
+    ),
     Field("train.max_nonfinite", int, 10, "Skipped steps in a row, spikes too, before the run stops.", resumes=HOST),
     Field(
         "train.skip_spikes",

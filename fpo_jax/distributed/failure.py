@@ -6,6 +6,7 @@ found by its closed connections (gloo) or its missing heartbeat, upon which jax 
 """
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -29,8 +30,10 @@ FAILED = 1
 UNUSABLE = 2
 GRACE_S = 5.0  # for the main thread to end by itself once another process has failed
 LINGER_S = 10.0  # process 0 keeps the store so long for those who still want to read why
+LAST_S = 30.0  # within which a process that leaves is gone
 
 _STATUS = re.compile(r"[A-Z][A-Z_]+: ")  # of a runtime error; jax raises some of them as ValueError
+_PEER = re.compile(r"\bGloo \w+ failed|\bNCCL\b|Connection (closed|reset) by peer|Socket closed")
 _OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 _leaving = threading.Lock()
@@ -87,26 +90,23 @@ def guard() -> Iterator[None]:
         leave(code, f"{_me()}: {text}", tell=text)
 
 
-def leave(code: int, message: str, *, tell: str) -> NoReturn:
-    """End this process of several at once, without waiting for those that cannot go on.
+def leave(code: int, message: str, *, tell: str, stacks: bool = False) -> NoReturn:
+    """End this process at once, without waiting for those of several that cannot go on.
 
     Args:
         code: the exit code.
         message: for the standard error.
         tell: what the other processes shall name as the reason for their end.
+        stacks: they shall show where they are, too.
     """
     if not _leaving.acquire(blocking=False):
         threading.Event().wait()  # another thread is ending this process
+    last = threading.Timer(LAST_S, os._exit, [code])  # the store, the disk or a stream may hang as well
+    last.daemon = True
+    last.start()
     print(terminal.shown(message), file=sys.stderr, flush=True)
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone already
-        for other in range(process.count()):
-            process.put(f"word/{other}", json.dumps({"process": process.index(), "text": tell}))
-        process.put(f"left/{process.index()}", "")
-        end = time.monotonic() + LINGER_S
-        for other in range(1, process.count() if process.first() else 0):
-            process.get(f"left/{other}", timeout_s=max(0.0, end - time.monotonic()))
-    if process.first():
-        time.sleep(1.0)  # the last of them has its answer, and is gone
+    if process.count() > 1:
+        _part(json.dumps({"process": process.index(), "text": tell, "stacks": stacks}))
     workdir_lock.release()
     _say_to_witness("")  # this end is an orderly one
     logging.shutdown()
@@ -114,16 +114,40 @@ def leave(code: int, message: str, *, tell: str) -> NoReturn:
     os._exit(code)  # the usual way out waits up to five minutes for the other processes
 
 
+def _part(word: str) -> None:
+    """Tell the other processes why this one leaves; process 0 stays until they have read it."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone already
+        for other in range(process.count()):
+            process.put(f"word/{other}", word)
+        process.put(f"left/{process.index()}", "")
+        end = time.monotonic() + LINGER_S
+        for other in range(1, process.count() if process.first() else 0):
+            process.get(f"left/{other}", timeout_s=max(0.0, end - time.monotonic()))
+    if process.first():
+        time.sleep(1.0)  # the last of them has its answer, and is gone
+
+
 def _judged(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence for an error that this process alone may have."""
-    first_line = (str(error).splitlines() or [type(error).__name__])[0]
-    from_runtime = isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(first_line))
-    if from_runtime and not first_line.startswith(_OWN_FAULT):
-        return LOST, f"{_reason(first_line)} {exit_reporter.resumption(_checkpoints)}"
-    if isinstance(error, ValueError | OSError) and not from_runtime:
+    cause: BaseException | None = error
+    while cause is not None:  # what a peer's death raised may lie below: a save that failed by it
+        line = _first_line(cause)
+        if _from_runtime(cause) and not line.startswith(_OWN_FAULT):
+            return LOST, f"{_reason(line)} {exit_reporter.resumption(_checkpoints)}"
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, ValueError | OSError) and not _from_runtime(error):
         return UNUSABLE, terminal.sentence(error)
     print(terminal.shown("".join(traceback.format_exception(error))), file=sys.stderr)
-    return FAILED, f"{type(error).__name__}: {first_line}"
+    return FAILED, f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _from_runtime(error: BaseException) -> bool:
+    line = _first_line(error)
+    return isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(line) or _PEER.search(line))
 
 
 def _reason(first_line: str) -> str:
@@ -141,6 +165,9 @@ def _follow() -> None:
     except jax.errors.JaxRuntimeError:
         return  # process 0 is gone, and jax ends this process
     if word and json.loads(word)["process"] != process.index():
+        if json.loads(word)["stacks"]:
+            print(terminal.shown(f"{_me()}: {_told(word)} Its threads are at:"), file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
         time.sleep(GRACE_S)
         leave(LOST, f"{_me()}: {_told(word)} {exit_reporter.resumption(_checkpoints)}", tell=_told(word))
 

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from fpo_jax import terminal
-from fpo_jax.distributed import consensus, process
+from fpo_jax.distributed import consensus, process, watchdog
 
 log = logging.getLogger("fpo_jax")
 
@@ -94,6 +94,7 @@ class StopRequest:
         Every process calls it at the same points. Of several processes it tells what they knew at the previous call,
         so that nobody waits for a device that is still busy.
         """
+        watchdog.moved()
         number = self._requested
         if self._vote is not None:
             number, self._cast = 0 if self._cast is None else int(self._cast), self._vote.cast(number)

@@ -16,7 +16,7 @@ import tqdm
 
 from fpo_jax import checkpoint, data, distributed, types
 from fpo_jax import config as configuration
-from fpo_jax.distributed import preemption
+from fpo_jax.distributed import preemption, watchdog
 from fpo_jax.perf import profiler
 from fpo_jax.trainer import (
     best_checkpoint,
@@ -53,6 +53,7 @@ class Run:
     writers: Writers = dataclasses.field(default_factory=metric_logger.Silent)
     clock: profiler.Split = dataclasses.field(default_factory=lambda: profiler.Split("data", "device"))
     callbacks: tuple["Callback", ...] = ()
+    extra: tuple["Callback", ...] = ()  # a user's, called after ours, which may take their time
     recorded: int = 0  # the last step whose numbers are known
     skipped: int = 0  # steps in a row that were not applied
     best: float = -math.inf  # score of the best checkpoint so far
@@ -63,6 +64,10 @@ class Run:
         """Call a method of every callback, in order."""
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
+        if self.extra:
+            with watchdog.unhurried():
+                for callback in self.extra:
+                    getattr(callback, event)(self, *arguments)
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation belongs to a step."""
@@ -155,6 +160,7 @@ class MetricLogging(Callback):
             numbers = metric_logger.means(jax.device_get(pairs))
         timing = run.clock.lap()
         batches = run.schedule.schedule
+        watchdog.measured(timing["seconds"])
         timing |= run.meter.update(data.row_sizes(batches, step - 1), seconds=timing["seconds"])
         bad = numbers.pop("nonfinite") > 0
         spike = numbers.get("spike", 0.0) > 0
@@ -248,6 +254,7 @@ class Evaluating(Callback):
         """
 
         def stop() -> None:
+            watchdog.moved()
             if not run.config.train.keep_best and (name := run.stop.agreed()):
                 raise preemption.Stopped(name)
 

@@ -9,6 +9,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from fpo_jax import types
+from fpo_jax.distributed import watchdog
 
 log = logging.getLogger("fpo_jax")
 
@@ -39,7 +40,8 @@ class Program:
         key = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
         if key not in self._compiled:
             start = time.perf_counter()
-            compiled = self._compile(first, batch)
+            with watchdog.unhurried():
+                compiled = self._compile(first, batch)
             seconds, memory = time.perf_counter() - start, compiled.memory_analysis()
             size = ""
             if memory is not None:

@@ -5,6 +5,7 @@ import logging
 from fpo_jax import config as configuration
 from fpo_jax import data, distributed, losses
 from fpo_jax.data import group_packing
+from fpo_jax.distributed import watchdog
 from fpo_jax.models import params
 from fpo_jax.trainer import compiled_step, run_inputs, run_schedule, steps
 
@@ -34,6 +35,7 @@ def announce(
             log.info("%s: %s", name, dataset.audit.text())
     if inputs.train.audit.ties:
         log.info(ties_in_words(inputs.loss, inputs.train.audit))
+    log.info(watchdog.in_words(config.train.hang_timeout))
     log.info("one row as the model gets it, scored tokens between ⟦ and ⟧:\n%s", inputs.train.sample)
     log.info(
         "plan: %d updates of %d groups (%d an epoch) in %d micro-batches each; warm-up %d, decay over %d; %d"

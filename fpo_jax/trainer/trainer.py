@@ -17,7 +17,7 @@ import jax
 
 from fpo_jax import checkpoint, data, distributed, sharding
 from fpo_jax import config as configuration
-from fpo_jax.distributed import exit_reporter, preemption, workdir_lock
+from fpo_jax.distributed import exit_reporter, preemption, watchdog, workdir_lock
 from fpo_jax.perf import hardware, profiler
 from fpo_jax.trainer import (
     batch_shapes,
@@ -210,6 +210,7 @@ class Trainer:
             run.stop.connect(run.steps.mesh)
             run_summary.announce(self.config, run.inputs, run.schedule, run.steps)
             keep = {"keep": train.keep_checkpoints, "keep_best": bool(train.keep_best)}
+            held.enter_context(watchdog.watching(train.hang_timeout, self.workdir / checkpoint.FOLDER))
             checkpointer = held.enter_context(contextlib.closing(checkpoint.Checkpointer(self.workdir, **keep)))
             with distributed.guard():
                 yield checkpointer
@@ -234,15 +235,16 @@ class Trainer:
             self.config, self.workdir, run.inputs, run.schedule, run.steps, run.stop, run.meter
         )
         run.references = reference(weights, fingerprints=self._fingerprints)
-        if last is None:
-            run.state = state.init(weights)
-        else:
-            if not state.adapted:
-                weights = None  # the reference; the policy comes from the checkpoint
-            restored = checkpointer.restore(last, state.abstract())
-            skipped = min(run.skipped, self.config.train.max_nonfinite - 1)
-            run.state = state.resume(restored, weights, skipped=skipped)
-            log.info("resumed from step %d of %d", last, run.schedule.steps)
+        with watchdog.unhurried():
+            if last is None:
+                run.state = state.init(weights)
+            else:
+                if not state.adapted:
+                    weights = None  # the reference; the policy comes from the checkpoint
+                restored = checkpointer.restore(last, state.abstract())
+                skipped = min(run.skipped, self.config.train.max_nonfinite - 1)
+                run.state = state.resume(restored, weights, skipped=skipped)
+                log.info("resumed from step %d of %d", last, run.schedule.steps)
         evaluating = callbacks.Evaluating(run)
         run.callbacks = (
             *([callbacks.SampleCompletions(self._answers)] if self._answers else []),
@@ -251,8 +253,8 @@ class Trainer:
             callbacks.Preemption(),
             evaluating,
             callbacks.Checkpointing(checkpointer, self._fingerprints),
-            *self._extra,
         )
+        run.extra = self._extra
         return evaluating
 
     @contextlib.contextmanager
