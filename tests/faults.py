@@ -2,6 +2,7 @@
 
 A fork is the program itself, with its own devices, signals and exit code; only the seconds of imports are spared, and
 those of tracing where a start before it with the same arguments left its executables (not at the point `compile`).
+Several processes of one run are forked together; the one that is struck may hang in place of a signal.
 What strikes it is told as JSON: a signal at the `count`-th call of a POINT or at the `count`-th operation on a file
 below `folder`, or without either, `delay` seconds after that (or after the start). `FPO_FAULT_SEED` replays the
 draws of a failed test, `FPO_FAULT_TRIALS` scales their number.
@@ -12,10 +13,12 @@ import gc
 import hashlib
 import importlib
 import json
+import math
 import os
 import pickle
 import pkgutil
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -92,6 +95,24 @@ class Zygote:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline()), log.read_text(errors="replace")
 
+    def run_together(
+        self, program: str, commands: list[list], logs: list[Path], faults: dict[int, dict], *, bound_s: float
+    ) -> list[tuple[int, str]]:
+        """Run processes of one run to their ends; as `run` for each of them.
+
+        One that still lives `bound_s` after the first of them has ended is killed, and its code is None. Where none is
+        left but stopped ones, they go on.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        jobs = [
+            {"program": program, "arguments": list(map(str, command)), "log": str(log), "fault": faults.get(number, {})}
+            for number, (command, log) in enumerate(zip(commands, logs, strict=True))
+        ]
+        self._process.stdin.write(json.dumps({"together": jobs, "bound_s": bound_s}) + "\n")
+        self._process.stdin.flush()
+        codes = json.loads(self._process.stdout.readline())
+        return [(code, log.read_text(errors="replace")) for code, log in zip(codes, logs, strict=True)]
+
 
 def digest(tree) -> str:
     """sha256 over the bytes of a tree's arrays, with their dtypes and shapes."""
@@ -133,13 +154,39 @@ def _serve() -> None:
     gc.freeze()  # or every fork walks, and by that copies, all that is imported
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _become(modules[job["program"]], job)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        replies.write(json.dumps(code) + "\n")
+        asked = json.loads(line)
+        children = []
+        for job in asked.get("together", [asked]):
+            children.append(os.fork())
+            if children[-1] == 0:
+                _become(modules[job["program"]], job)
+        codes = _ends(children, asked.get("bound_s", math.inf))
+        replies.write(json.dumps(codes if "together" in asked else codes[0]) + "\n")
         replies.flush()
+
+
+def _ends(children: list[int], bound_s: float) -> list[int | None]:
+    """Return the exit codes of all children, of which none outlives the first by more than the bound."""
+    codes: dict[int, int | None] = {}
+    stopped, end = set(), math.inf
+    while len(codes) < len(children):
+        child, status = os.waitpid(-1, os.WUNTRACED | (os.WNOHANG if end < math.inf else 0))
+        if child and os.WIFSTOPPED(status):
+            stopped.add(child)
+        elif child:
+            codes[child] = os.waitstatus_to_exitcode(status) if time.monotonic() < end else None
+            end = min(end, time.monotonic() + bound_s)
+        left = [one for one in children if one not in codes]
+        if stopped and set(left) <= stopped:
+            end, stopped = time.monotonic() + bound_s, set()
+            for one in left:
+                os.kill(one, signal.SIGCONT)
+        if time.monotonic() > end:
+            for one in left:
+                os.kill(one, signal.SIGKILL)
+        if not child:
+            time.sleep(0.01)
+    return [codes[child] for child in children]
 
 
 def _become(program, job: dict) -> None:
@@ -151,9 +198,11 @@ def _become(program, job: dict) -> None:
     code = 0
     try:
         if program.__name__ == "fpo_jax.cli.train":
-            if job["fault"].get("point") != "compile":
+            together = any(argument.startswith("--process_id") for argument in job["arguments"])
+            if job["fault"].get("point") != "compile" and not together:
                 _keep_executables(job["arguments"])
-            _log_groups(Path(job["arguments"][job["arguments"].index("--workdir") + 1]))
+            if not together:
+                _log_groups(Path(job["arguments"][job["arguments"].index("--workdir") + 1]))
             _arm(job["fault"])
             sys.argv = ["train.py"]
             code = program.main(job["arguments"])
@@ -225,7 +274,9 @@ def _arm(fault: dict) -> None:
     def strike() -> None:
         _calls[0] += 1
         if _calls[0] == fault.get("count", 1):
-            if fault.get("delay"):
+            if "hang" in fault:
+                time.sleep(10**6)
+            elif fault.get("delay"):
                 threading.Thread(target=_send, args=[fault], daemon=True).start()
             else:
                 _send(fault)

@@ -4,9 +4,10 @@ On several hosts run the same command on each: see docs/hosts.md. `fpo plan` say
 
 Exit codes: 0 finished; 1 loss or gradient not finite, a checkpoint could not be written, or a fault of the program; 2
 the input cannot be used or does not fit, or another run is in the workdir (the message says what to change); 70 another
-process of the run failed, died or never came (134, which is SIGABRT, where jax noticed first): the same command on
-every host goes on from the newest complete checkpoint; 75 stopped by a signal with everything saved: the same command
-goes on; 143 or 130: ended at once by a second signal.
+process of the run failed, died or never came (134, which is SIGABRT, where jax noticed first), or nothing moved for
+train.hang_timeout: the same command on every host goes on from the newest complete checkpoint; 75 stopped by a signal
+with everything saved: the same command goes on; 143 or 130: ended at once by a second signal; 137, of the shell, killed
+(mostly for memory). After 70, 75, 130, 134, 137 and 143 the same command goes on.
 """
 
 import logging
