@@ -37,7 +37,7 @@ POINTS = {
     "reference": "fpo_jax.trainer.reference_logprobs.compute",
     "reference written": "fpo_jax.trainer.reference_logprobs.save",
     "update": "fpo_jax.trainer.train_step.stack_micro_batches",
-    "evaluation": "fpo_jax.trainer.evaluator.Evaluation._of_data",
+    "evaluation": "fpo_jax.trainer.evaluator.Evaluation.__call__",
     "answers": "fpo_jax.inference.sampler.sample",
     "save": "fpo_jax.checkpoint.Checkpointer.save",
     "generate": "fpo_jax.cli.jsonl_job.JobFile.append",
@@ -198,6 +198,8 @@ def _become(program, job: dict) -> None:
     code = 0
     try:
         if program.__name__ == "fpo_jax.cli.train":
+            import jax
+
             together = any(argument.startswith("--process_id") for argument in job["arguments"])
             if job["fault"].get("point") != "compile" and not together:
                 _keep_executables(job["arguments"])
@@ -206,6 +208,8 @@ def _become(program, job: dict) -> None:
             _arm(job["fault"])
             sys.argv = ["train.py"]
             code = program.main(job["arguments"])
+            if together:
+                jax.distributed.shutdown()  # as the usual way out does, which `os._exit` below is not
         else:
             _arm(job["fault"])
             code = program.main(job["arguments"])

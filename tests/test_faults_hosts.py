@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import time
 
 import pytest
 
@@ -38,6 +39,7 @@ class Hosts:
             "train.batch_size": PAIRS, "train.micro_batch_per_device": 1, "train.epochs": float(STEPS),
             "train.save_every": SAVE_EVERY, "train.eval_every": 3, "train.eval_batch_per_device": 3,
             "logging.tensorboard": False, "train.hang_timeout": HANG_S if struck else 600,
+            "mesh.preset": "multi_gpu" if processes == 3 else "fsdp",
         }  # fmt: skip
         flags = [f"--config.{key}={value}" for key, value in options.items()]
         commands = [
@@ -86,12 +88,13 @@ def test_members_killed_stopped_or_hung_anywhere_end_all_and_the_run_goes_on(hos
         random, workdir = faults.draws("hosts", number), tmp_path / str(number)
         processes = random.choice([2, 2, 2, 3, 4])
         metrics, weighed = hosts.uninterrupted(processes)
+        started = time.monotonic()
         member, fault = random.randrange(processes), blow(random)
         codes, said = hosts.train(workdir, {member: fault}, processes=processes)
         context = (
             f"trial {number}: {processes} processes, {member} struck by {fault}: {codes}; {faults.replay('members')}"
         )
-        print(context)
+        print(f"{time.monotonic() - started:.0f} s", context)
         survivors = [
             code for index, code in enumerate(codes) if index != member or fault.get("signal") != signal.SIGKILL
         ]
