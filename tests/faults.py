@@ -141,7 +141,10 @@ def _serve() -> None:
 
     modules = {
         name: importlib.import_module(name)
-        for name in ("fpo_jax.cli.train", "fpo_jax.cli.generate", "fpo_jax.eval.judge.winrate")
+        for name in (
+            *("fpo_jax.cli.train", "fpo_jax.cli.generate", "fpo_jax.cli.label", "fpo_jax.cli.export"),
+            *("fpo_jax.eval.judge.winrate", "fpo_jax.eval.benchmarks.answer", "fpo_jax.eval.pipeline.pipeline"),
+        )
     }
     for late in ("fpo_jax.trainer.trainer", "jaxlib.mlir.dialects.mhlo"):  # imported by a run, by the first program
         importlib.import_module(late)

@@ -477,7 +477,10 @@ def test_run_on_a_full_disk_ends_with_its_exit_code_and_leaves_nothing_half_writ
     assert listed(tmp_path / "w") == []
 
 
-def test_loop_refuses_a_workdir_in_use_before_it_writes(inputs, tmp_path):
+def test_loop_refuses_a_workdir_in_use_before_it_reads_or_writes(inputs, tmp_path, monkeypatch):
+    with workdir_lock.hold(tmp_path / "w"), pytest.raises(ValueError, match="is in use by process"):
+        run(tmp_path, tmp_path / "w")  # where no model is
+    monkeypatch.setattr(workdir_lock, "peek", lambda folder: None)  # it began between our look and our claim
     with workdir_lock.hold(tmp_path / "w"), pytest.raises(ValueError, match="is in use by process"):
         run(inputs, tmp_path / "w")
     assert [path.name for path in (tmp_path / "w").iterdir()] == [workdir_lock.FILE]

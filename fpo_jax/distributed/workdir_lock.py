@@ -65,6 +65,18 @@ def beside(path: Path, *, option: str = "--out") -> Iterator[None]:
         yield
 
 
+def peek(folder: Path, *, option: str = "--workdir") -> None:
+    """Refuse at once what `hold` would refuse for certain, before anything expensive; nothing is made or taken.
+
+    Raises:
+        ValueError: a process of this machine holds the folder.
+    """
+    with contextlib.suppress(OSError):
+        owner = _owner(folder / FILE, folder, _read(folder / FILE))
+        if owner and owner["machine"] == _machine() and started(owner["pid"]) == owner["started"]:
+            raise ValueError(_refusal(folder, owner, option))
+
+
 def verify() -> None:
     """Check that everything this process holds is still its own: called before it writes.
 

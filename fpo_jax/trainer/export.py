@@ -6,7 +6,9 @@ tensor at a time, so that a model larger than the host's memory can be exported.
 """
 
 import dataclasses
+import glob
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
     if not workdir.is_dir():
         raise ValueError(f"{workdir} is not a directory; give the --workdir of a training run.")
     with workdir_lock.beside(out):
+        for left in out.parent.glob(f".{glob.escape(out.name)}.partial*"):  # of exports that were killed
+            shutil.rmtree(left)
         return _export(workdir, out, step=step, dtype=dtype, lora=lora)
 
 

@@ -80,11 +80,13 @@ class Trainer:
             extra: callbacks of your own, called after ours.
 
         Raises:
-            ValueError: the configuration, the data or the model cannot be used; nothing has been changed.
+            ValueError: the configuration, the data or the model cannot be used, or another run is in the workdir;
+                nothing has been changed.
         """
         self.config, self.workdir = config, Path(workdir)
         self._extra, stop = tuple(extra), stop or preemption.StopRequest()
         with distributed.together():
+            workdir_lock.peek(self.workdir)
             inputs = run_inputs.prepare(config)
             self._fingerprints = run_workdir.fingerprints(inputs)
         compiled_step.keep_compiled(config.train.compilation_cache)
