@@ -88,3 +88,48 @@ def test_a_program_killed_or_stopped_anywhere_leaves_its_output_whole_or_absent(
         assert not left, f"{context}: {left}"
         number += 1
     print(f"{killed} kills, {number} folders")
+
+
+def pipeline(site, workdir, fault=None):
+    """A recipe on tiny models, one update a stage."""
+    options = {
+        "base": site.root / "model", "data.format": "json", "data.train": site.root / "pairs.jsonl",
+        "data.eval": site.root / "pairs.jsonl", "data.train_split": "", "data.eval_split": "", "data.subfolder": "",
+        "data.hh_split": "last_turn", "data.max_length": 40, "data.max_response_length": 16,
+        "sample.max_new_tokens": 4, "sample.batch_size": 4, "generate.max_new_tokens": 4, "generate.num_prompts": 4,
+        "generate.num_return": 2, "generate.batch_size": 4,
+    }  # fmt: skip
+    each = {
+        "model.compute_dtype": "float32", "train.batch_size": 4, "train.micro_batch_per_device": 4,
+        "train.max_steps": 1, "train.eval_every": 0, "logging.tensorboard": False,
+    }  # fmt: skip
+    options |= {f"{section}.{name}": value for section in ("sft", "reward", "align") for name, value in each.items()}
+    command = ["--config", "configs/pipelines/hh_rw.py", "--workdir", workdir]
+    command += [f"--config.{name}={value}" for name, value in options.items()]
+    workdir.mkdir(exist_ok=True)
+    return site.zygote.run("fpo_jax.eval.pipeline.pipeline", command, site.root / "log", fault)
+
+
+@pytest.mark.faults  # two minutes
+def test_a_pipeline_killed_or_stopped_anywhere_goes_on_to_the_report_of_one_start(site, tmp_path):
+    code, said = pipeline(site, tmp_path / "whole", {"folder": str(tmp_path / "whole"), "count": 10**9})
+    assert code == 0, said
+    operations = int(said.rpartition("came by ")[2].split()[0])
+    expected = json.loads((tmp_path / "whole" / "report" / "report.json").read_text())
+    for number in range(faults.trials(2)):
+        random, workdir, told = faults.draws("pipeline", number), tmp_path / str(number), []
+        for _ in range(3):
+            how = random.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
+            fault = {"folder": str(workdir), "count": random.randint(1, operations), "signal": how}
+            code, said = pipeline(site, workdir, fault)
+            told.append((code, fault))
+            context = f"{told}; {faults.replay('pipeline_killed')}\n{said}"
+            assert code in (0, 75, -signal.SIGKILL, -signal.SIGTERM), context
+            stages = workdir / "stages.json"
+            assert not stages.exists() or json.loads(stages.read_text()), context
+        code, said = pipeline(site, workdir)
+        assert code == 0, f"{context}\n{said}"
+        found = json.loads((workdir / "report" / "report.json").read_text())
+        assert found == expected, context
+        left = [path for name in ("*.tmp", "*.part", ".*.lock", "lock.json") for path in workdir.rglob(name)]
+        assert not left, f"{context}: {left}"
