@@ -143,9 +143,18 @@ def parse(text: bytes, *, strict: bool = True) -> Any:
 
 
 def line(row: Any) -> bytes:
-    """Return a row as it is written; a number that is not finite is a fault of ours."""
+    """Return a row as it is written; a number that is not finite is a fault of ours.
+
+    Raises:
+        ValueError: it is longer than any reader takes.
+    """
     # what "backslashreplace" writes for half a surrogate pair is its escape in JSON
-    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+    if len(text) > LONGEST_LINE:
+        raise ValueError(
+            f"a row of {len(text):,} bytes is longer than the {LONGEST_LINE:,} of a line; ask for fewer texts in it."
+        )
+    return text
 
 
 def append(file: IO[bytes], row: Any) -> None:

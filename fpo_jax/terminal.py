@@ -61,6 +61,11 @@ def sentence(error: BaseException) -> str:
     return shown(str(error) or type(error).__name__, longest=LONGEST_ERROR)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library says, or the kind of its error where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def say(text: object) -> None:
     """Print a result."""
     print(shown(text, longest=None), flush=True)

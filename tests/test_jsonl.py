@@ -87,6 +87,14 @@ def test_half_a_last_line_is_told_apart(tmp_path):
     assert jsonl.read_appended(path).cut == 0 and jsonl.read_appended(tmp_path / "none.jsonl") == ([], 0, 0)
 
 
+def test_a_row_that_no_reader_would_take_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "LONGEST_LINE", 64)
+    jsonl.write(tmp_path / "a.jsonl", [{"a": "x" * 54}])
+    assert jsonl.read(tmp_path / "a.jsonl") == [{"a": "x" * 54}]
+    with pytest.raises(ValueError, match="a row of 65 bytes is longer than the 64 of a line; ask for fewer"):
+        jsonl.write(tmp_path / "a.jsonl", [{"a": "x" * 55}])
+
+
 def test_a_number_that_is_not_finite_is_never_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         jsonl.write(tmp_path / "a.jsonl", [{"a": 1.0}, {"a": float("nan")}])

@@ -19,6 +19,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
+from fpo_jax import terminal
 from fpo_jax.eval.benchmarks import judgement_files
 
 HUB, HUB_NAME, HUB_FILE = "hub", "tatsu-lab/alpaca_eval", "df_gamed.csv"
@@ -144,7 +145,7 @@ def _from_hub() -> Path:
     except OSError as error:
         raise ValueError(
             f"{HUB_FILE} of the hub data set {HUB_NAME} could not be fetched ({type(error).__name__}:"
-            f" {str(error).splitlines()[0]}); check the network, or download it elsewhere and give its path with"
+            f" {terminal.first_line(error)}); check the network, or download it elsewhere and give its path with"
             " --difficulty."
         ) from error
 

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fits = [fit(member) for member in MEMBERS]
             draw(options.out / "divergences.png", fits)
             atomic_io.write_json(options.out / "divergences.json", {"target": TARGET, "fits": fits})
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         terminal.refuse("divergence_figure", error)
         return 2
     print(table(fits))

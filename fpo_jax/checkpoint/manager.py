@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from fpo_jax import atomic_io, distributed, types
+from fpo_jax import atomic_io, distributed, terminal, types
 from fpo_jax.checkpoint import disk_space, integrity
 from fpo_jax.distributed import watchdog, workdir_lock
 
@@ -222,7 +222,7 @@ class Checkpointer:
         """Remove what a failed save left, so that the next one has its place, and tell."""
         workdir_lock.verify()  # or it is another run's
         self._failures += 1
-        self._reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        self._reason = terminal.first_line(error)
         if distributed.count() > 1:  # a process that failed meets the others at no barrier any more
             raise SaveFailed(f"step {step} was not saved to {self._folder}: {self._reason}") from error
         for path in self._folder.glob(f"{step}{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):

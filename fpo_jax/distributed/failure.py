@@ -131,22 +131,18 @@ def _judged(error: BaseException) -> tuple[int, str]:
     """Exit code and sentence for an error that this process alone may have."""
     cause: BaseException | None = error
     while cause is not None:  # what a peer's death raised may lie below: a save that failed by it
-        line = _first_line(cause)
+        line = terminal.first_line(cause)
         if _from_runtime(cause) and not line.startswith(_OWN_FAULT):
             return LOST, f"{_reason(line)} {exit_reporter.resumption(_checkpoints)}"
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, ValueError | OSError) and not _from_runtime(error):
         return UNUSABLE, terminal.sentence(error)
     print(terminal.shown("".join(traceback.format_exception(error))), file=sys.stderr)
-    return FAILED, f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return FAILED, f"{type(error).__name__}: {terminal.first_line(error)}"
 
 
 def _from_runtime(error: BaseException) -> bool:
-    line = _first_line(error)
+    line = terminal.first_line(error)
     return isinstance(error, jax.errors.JaxRuntimeError) or bool(_STATUS.match(line) or _PEER.search(line))
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 
+from fpo_jax import terminal
 from fpo_jax.distributed import failure, process
 
 log = logging.getLogger("fpo_jax")
@@ -82,7 +83,7 @@ def start(settings: Settings, workdir: Path) -> None:
             " --distributed=off to run in one process."
         ) from None
     except RuntimeError as error:  # JaxRuntimeError is one
-        raise StartError(f"{apart} ({str(error).splitlines()[0]})") from None
+        raise StartError(f"{apart} ({terminal.first_line(error)})") from None
     if process.count() > 1:
         failure.watch(workdir)
     else:

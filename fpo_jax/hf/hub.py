@@ -17,7 +17,7 @@ from typing import Any
 import huggingface_hub
 import huggingface_hub.errors
 
-from fpo_jax import models
+from fpo_jax import models, terminal
 from fpo_jax.tokenization import prompt_format
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -67,7 +67,7 @@ def local_dir(name_or_path: str | os.PathLike[str], *, revision: str | None = No
             at = "" if revision is None else f" at revision {revision}"
             raise ValueError(
                 f"{name_or_path} is no directory here and could not be fetched from the hub{at}"
-                f" ({type(error).__name__}: {str(error).splitlines()[0]}); check the spelling, the network, HF_TOKEN"
+                f" ({type(error).__name__}: {terminal.first_line(error)}); check the spelling, the network, HF_TOKEN"
                 " for gated models, or download it elsewhere and give its directory."
             ) from error
     check_links(path)

@@ -13,7 +13,7 @@ import huggingface_hub.errors
 import numpy as np
 
 from fpo_jax import config as configuration
-from fpo_jax import data, models
+from fpo_jax import data, models, terminal
 from fpo_jax.data import group_packing
 from fpo_jax.perf import flops
 from fpo_jax.trainer import run_inputs, run_schedule
@@ -118,7 +118,7 @@ def description(name_or_path: str, *, revision: str | None = None) -> Path:
     except (OSError, huggingface_hub.errors.HFValidationError) as error:
         raise ValueError(
             f"{name_or_path} is no directory here, and its config.json could not be fetched from the hub"
-            f" ({type(error).__name__}: {str(error).splitlines()[0]}); a plan needs only that file: give a directory"
+            f" ({type(error).__name__}: {terminal.first_line(error)}); a plan needs only that file: give a directory"
             " that holds it as model.path."
         ) from error
 
