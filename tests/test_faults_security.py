@@ -18,6 +18,7 @@ import time
 import urllib.parse
 from pathlib import Path
 
+import anyio
 import pytest
 
 from fpo_jax import hf, models, tokenization
@@ -271,7 +272,7 @@ def test_a_refusal_that_repeats_the_key_shows_no_part_of_it(monkeypatch, padding
 
     with AnswerServer(lambda *_: tell, str).served() as server:
         with pytest.raises(servers.Failed) as caught:
-            servers.Server(server.url, "m", secret, threading.Event()).ask("completions", {"prompt": "p"})
+            anyio.run(servers.Server(server.url, "m", secret, threading.Event()).ask, "completions", {"prompt": "p"})
     assert "status 400" in str(caught.value) and PART not in str(caught.value)
 
 
@@ -281,7 +282,7 @@ def test_an_answer_that_repeats_the_key_is_a_failure_and_a_word_is_no_key(monkey
         secret = servers.Secret("JUDGE_KEY")
         with AnswerServer(lambda *_: None, lambda _: reply).served() as server:
             asked = servers.Server(server.url, "m", secret, threading.Event(), attempts=1)
-            return asked.responses("p", {"n": 1})
+            return anyio.run(asked.responses, "p", {"n": 1})
 
     with pytest.raises(servers.Failed, match="repeats the key"):
         ask(KEY, f"Your key is {KEY}.")
@@ -291,6 +292,7 @@ def test_an_answer_that_repeats_the_key_is_a_failure_and_a_word_is_no_key(monkey
 JUDGE = """
 import logging, os, sys
 from pathlib import Path
+import anyio
 logging.basicConfig(level=logging.DEBUG)
 from fpo_jax.cli import openai_client
 from fpo_jax.eval.judge import winrate
@@ -302,7 +304,7 @@ print(options, winrate.run(options))
 key = openai_client.Secret("JUDGE_KEY")
 asked = openai_client.Server(url, "m", key, None, attempts=1)
 print(key, asked, flush=True)
-asked.ask("refuse", {"prompt": "REFUSE"})
+anyio.run(asked.ask, "refuse", {"prompt": "REFUSE"})
 """
 
 

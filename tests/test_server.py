@@ -5,6 +5,7 @@ import json
 import threading
 import time
 
+import anyio
 import pytest
 
 from fpo_jax import jsonl
@@ -22,7 +23,7 @@ def ask(behave, **changed):
     with server.served():
         given = {"timeout_s": 2.0, "attempts": 2} | changed
         patient = servers.Server(server.url, "m", given.pop("key", servers.Secret("")), threading.Event(), **given)
-        return patient.responses("one?", {"n": 1}), server
+        return anyio.run(patient.responses, "one?", {"n": 1}), server
 
 
 @pytest.fixture
@@ -65,9 +66,8 @@ def test_messages_of_another_form_fail(quick):
     for message in ("text", None, ["text"], {"content": None}):
         server = AnswerServer(lambda number, body, said=message: {"choices": [{"message": said}]}, str)
         with server.served(), pytest.raises(servers.Failed, match="the answer has 0 texts"):
-            servers.Server(server.url, "m", servers.Secret(""), threading.Event()).responses(
-                [{"role": "user", "content": "q"}], {"n": 1}
-            )
+            patient = servers.Server(server.url, "m", servers.Secret(""), threading.Event())
+            anyio.run(patient.responses, [{"role": "user", "content": "q"}], {"n": 1})
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -111,8 +111,55 @@ def test_keys_and_urls_that_cannot_be_used(monkeypatch):
     with pytest.raises(ValueError, match="--server holds a password") as caught:
         servers.checked_url("http://me:hunter2@host/v1")
     assert "hunter2" not in str(caught.value)
-    with pytest.raises(ValueError, match="is no URL"):
-        servers.checked_url("http:///v1")
+    for url in (
+        "http:///v1",
+        "http://[::1/v1",
+        "http://host:port/v1",
+        "http://host:99999/v1",
+        "ftp://host/v1",
+        "host:80",
+    ):
+        with pytest.raises(ValueError, match="is no URL.*write e.g. http"):
+            servers.checked_url(url)
+
+
+@pytest.mark.parametrize("host", ["judge.example.org", "10.0.0.3:8000", "[2001:db8::1]", "localhost.example.org"])
+def test_a_remote_server_without_encryption_is_told(caplog, host):
+    assert servers.checked_url(f"http://{host}/v1") == f"http://{host}/v1"
+    assert [line for line in caplog.messages if "is not encrypted" in line and "use https, or a tunnel" in line]
+    caplog.clear()
+    for url in (f"https://{host}/v1", "http://localhost:8000/v1", "http://127.0.0.1/v1", "http://[::1]:8000/v1"):
+        servers.checked_url(url)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("named", ["http_proxy", "HTTP_PROXY"])
+def test_the_environment_s_proxy_is_asked_unless_no_proxy_names_the_host(monkeypatch, named):
+    proxy = AnswerServer(lambda number, body: None, lambda text: f"by proxy: {text}")
+    monkeypatch.setenv("ALL_PROXY", "socks5://nowhere")  # never read
+    patient = servers.Server("http://judge.example.org/v1", "m", servers.Secret(""), threading.Event(), 5.0, 1)
+    with proxy.served():
+        for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(named, proxy.url.removeprefix("http://").removesuffix("/v1"))
+        servers._proxy.cache_clear()
+        assert anyio.run(patient.responses, "one?", {"n": 1}) == [("by proxy: one?", "stop")]
+        monkeypatch.setenv("no_proxy", "example.org")
+        servers._proxy.cache_clear()
+        with pytest.raises(servers.Failed, match="no answer in 1 attempts"):
+            anyio.run(patient.responses, "one?", {"n": 1})
+    servers._proxy.cache_clear()
+
+
+def test_a_refusal_tells_a_terminal_nothing(quick):
+    def tell(handler):
+        handler.send_response(400)
+        handler.end_headers()
+        handler.wfile.write(b"\x1b]52;c;cm0=\x07\x1b[2J no\r\n")
+
+    with pytest.raises(servers.Failed, match="status 400: ") as caught:
+        ask(lambda number, body: tell)
+    assert str(caught.value).isprintable()
 
 
 def test_it_waits_as_long_as_the_server_asks(monkeypatch):
@@ -122,7 +169,11 @@ def test_it_waits_as_long_as_the_server_asks(monkeypatch):
     assert servers._retry_after("1e9") == servers.LONGEST_WAIT_S
     assert [servers._retry_after(value) for value in (None, "", "soon", "-3", "nan")] == [0.0] * 5
     waited = []
-    monkeypatch.setattr(servers.Server, "_wait", lambda self, seconds: waited.append(seconds))
+
+    async def wait(self, seconds):
+        waited.append(seconds)
+
+    monkeypatch.setattr(servers.Server, "_wait", wait)
 
     def later(handler):
         handler.send_response(429)

@@ -77,7 +77,7 @@ class Options:
     server_api: str = "openai"  # which sampling fields are sent; vllm for a judge that a vLLM serves: neutral ones too
     api_key_env: str = ""
     concurrency: int = 16
-    timeout: float = 120.0  # seconds of silence within one request
+    timeout: float = 120.0  # seconds that one request may take, its whole reply included
     store: str = ""  # file of replies; "" = in out
     max_tokens: int = 300  # of a reply
     price_in: float = 0.0  # dollars per million tokens
@@ -313,9 +313,9 @@ def _ask_server(options: Options, questions: list[pairwise_judge.Question]) -> d
     asked = _sampling_fields(options)
     log.info("%s (server_api=%s) is sent %s", options.server, options.server_api, json.dumps(asked))
 
-    def ask(question: pairwise_judge.Question) -> tuple[pairwise_judge.Question, str | None]:
+    async def ask(question: pairwise_judge.Question) -> tuple[pairwise_judge.Question, str | None]:
         try:
-            [(reply, _)] = server.responses([{"role": "user", "content": question.text}], asked)
+            [(reply, _)] = await server.responses([{"role": "user", "content": question.text}], asked)
         except servers.Failed as error:
             log.warning("no reply: %s", error)
             return question, None

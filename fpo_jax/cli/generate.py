@@ -188,12 +188,12 @@ def _with_server(options: Options, prompts: list[_Prompt], decoding: sampler.Dec
     job |= {"server_api": options.server_api, "sent": asked}
     log.info("%s (server_api=%s) is sent %s", url, options.server_api, json.dumps(asked))
 
-    def answer(prompt: _Prompt) -> dict[str, Any] | str:
+    async def answer(prompt: _Prompt) -> dict[str, Any] | str:
         text = prompt.text
         if options.rule == "chat" and isinstance(text, str):
             text = [{"role": "user", "content": text}]
         try:
-            found = server.responses(text, asked | {"seed": options.seed + prompt.index})
+            found = await server.responses(text, asked | {"seed": options.seed + prompt.index})
         except servers.Failed as error:
             return f"{prompt.source}: {error}"
         completions, ends = [text for text, _ in found], [end for _, end in found]

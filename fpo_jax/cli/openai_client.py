@@ -1,31 +1,44 @@
 """Responses from an OpenAI-compatible server: prompts in, texts out, with retries.
 
-The key is read from the environment, sent in a header, and stands nowhere else: not in a message, a log or a file.
+What a server sends is a stranger's: a reply may take `timeout_s` and a bounded number of bytes, and where it is none it
+fails alone.
 """
 
 import email.utils
-import http.client
+import functools
+import ipaddress
+import itertools
 import json
-import os
-import queue
+import logging
+import math
 import random
 import re
+import ssl
 import threading
 import time
-import urllib.error
-import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple, TypeVar
+
+import anyio
+import httpx2 as httpx
+from anyio import from_thread
+
+from fpo_jax.cli.secret import Secret
+
+log = logging.getLogger(__name__)
+for _name in ("httpx2", "httpcore2"):  # they write a line for every request, and headers, which could repeat the key
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes that may pass
 REFUSED = (401, 403, 404)  # what every request would get: no such key, model or place
 LONGEST_WAIT_S = 60.0
 GRACE_S = 20.0  # that a stopped job waits for requests under way
 _POLL_S = 0.1
-HIDDEN = "***"
-SHORTEST_KEY = 16  # characters
-LONGEST_ANSWER = 2**16  # bytes that are read of a refusal
+LONGEST_REFUSAL = 2**16  # bytes that are read of it
+LONGEST_ANSWER = 2**20  # bytes that are read of it, and LONGEST_TOKEN more for each token asked for
+LONGEST_TOKEN = 64  # bytes; ten times what JSON needs for one
 APIS = ("vllm", "openai")
 # Fields that OpenAI refuses, with the values that change nothing. vLLM takes what a request does not say from the
 # model's generation_config.json, so neutral values are said too.
@@ -42,65 +55,6 @@ class Failed(Exception):
     """The server did not answer one request in all attempts, or refused it."""
 
 
-class Secret:
-    """A key that prints as ***, is never pickled, and has no attribute that holds it; `header` alone gives it away."""
-
-    __slots__ = ("_reveal",)
-
-    def __init__(self, variable: str):
-        """Read the key from an environment variable; "" = none is sent.
-
-        Raises:
-            ValueError: the variable is not set, or no header could carry what it holds.
-        """
-        value = os.environ.get(variable, "").strip() if variable else ""
-        if variable and not value:
-            raise ValueError(f"the environment variable {variable} is not set; export the server's key in it.")
-        if not (value.isascii() and all(character.isprintable() for character in value)):
-            raise ValueError(f"the environment variable {variable} holds characters that no header may have.")
-        self._reveal = lambda: value
-
-    def header(self) -> dict[str, str]:
-        """Return the header that carries it."""
-        return {"Authorization": f"Bearer {self._reveal()}"} if self._reveal() else {}
-
-    def hidden(self, text: str) -> str:
-        """Return a text without it, as it is or as JSON and URLs write it."""
-        for form in self._forms():
-            text = text.replace(form, HIDDEN)
-        return text
-
-    def stands_in(self, text: str) -> bool:
-        """Whether a text holds it; what is shorter than SHORTEST_KEY ("EMPTY") is no secret but a word."""
-        return len(self._reveal()) >= SHORTEST_KEY and any(form in text for form in self._forms())
-
-    def _forms(self) -> set[str]:
-        value = self._reveal()
-        return {value, json.dumps(value)[1:-1], urllib.parse.quote(value, safe="")} - {""}
-
-    def __repr__(self) -> str:
-        return HIDDEN
-
-    def __copy__(self) -> "Secret":
-        return self
-
-    def __deepcopy__(self, _memo: object) -> "Secret":
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a key is never pickled; read it from the environment where it is needed.")
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is a failure: it would take the key to another place, and a question asked by POST is not repeated."""
-
-    def redirect_request(self, *_args: object, **_options: object) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirects)
-
-
 class Server(NamedTuple):
     """Where to ask, and how patiently."""
 
@@ -108,52 +62,90 @@ class Server(NamedTuple):
     model: str  # as the server calls it
     key: Secret
     ended: threading.Event  # set = ask nothing again
-    timeout_s: float = 600.0  # of silence within one request
+    timeout_s: float = 600.0  # from the start of one request to the last byte of its reply
     attempts: int = 6
 
-    def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def ask(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Post a request and return the answer; failures that may pass are tried again after growing, random waits.
 
         Raises:
             Failed: no answer in all attempts, or the server refuses the request.
             ValueError: the server would refuse every request.
         """
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/{path}",
-            json.dumps({"model": self.model, **body}).encode(),
-            {"Content-Type": "application/json", **self.key.header()},
-        )
-        cause = ""
+        content = json.dumps({"model": self.model, **body}).encode()
+        longest = LONGEST_ANSWER + LONGEST_TOKEN * body.get("max_tokens", 0) * body.get("n", 1)
         for attempt in range(self.attempts):
             wait = min(LONGEST_WAIT_S, 2.0**attempt) * random.uniform(0.5, 1.0)
             try:
-                with _OPENER.open(request, timeout=self.timeout_s) as response:
-                    content = response.read()
-                answer = json.loads(content)
-                if self.key.stands_in(content.decode(errors="replace")) or self.key.stands_in(repr(answer)):
-                    raise Failed("the answer repeats the key, which no file may hold")
-                if isinstance(answer, dict):
-                    return answer
-                cause = "the answer is no JSON object"
-            except urllib.error.HTTPError as error:
-                with error:
-                    # hidden before it is cut: a cut through the key would show the first part of it
-                    said = self.key.hidden(error.read(LONGEST_ANSWER).decode(errors="replace"))
-                cause = f"status {error.code}: {said[:300]}"
-                if error.code in REFUSED:
-                    raise ValueError(
-                        f"{self.url} answers with {cause}; check --server, --server-model and the key."
-                    ) from None
-                if error.code not in RETRIED:
-                    raise Failed(cause + self._remedy(error.code, said, body)) from None
-                wait = max(wait, _retry_after(error.headers.get("Retry-After")))
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                cause = f"{type(error).__name__}: {error}"  # time-outs, broken connections, what is no HTTP or no JSON
-            if attempt + 1 == self.attempts or self._wait(wait):
+                with anyio.fail_after(self.timeout_s):
+                    reply, said = await self._post(path, content, longest)
+                if reply.is_success:
+                    return self._object(said)
+            except Failed:
+                raise
+            except TimeoutError:
+                cause = f"the answer is not whole after {self.timeout_s:g} s"
+            # whatever a stranger's bytes make of a library costs their own request and no other
+            except Exception as error:
+                cause = f"{type(error).__name__}: {error}"
+            else:
+                cause = self._refusal(reply.status_code, said, body)
+                wait = max(wait, _retry_after(reply.headers.get("Retry-After")))
+            if attempt + 1 == self.attempts or await self._wait(wait):
                 break
-        raise Failed(f"no answer in {attempt + 1} attempts; the last one: {self.key.hidden(cause)}")
+        raise Failed(f"no answer in {attempt + 1} attempts; the last one: {self._shown(cause)[:300]}")
 
-    def responses(self, prompt: str | list[dict[str, str]], options: dict[str, Any]) -> list[tuple[str, str]]:
+    async def _post(self, path: str, content: bytes, longest: int) -> tuple[httpx.Response, bytes]:
+        """Return a reply and its bytes, of a refusal the first ones. A redirect, which would take the key, is one.
+
+        The client is its own: nothing of another reply, no cookie and no byte too many, can reach this one.
+        """
+        url, read = httpx.URL(f"{self.url.rstrip('/')}/{path}"), bytearray()
+        # what is packed could be a bomb
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **self.key.header()}
+        options = {"trust_env": False, "proxy": _proxy(url), "verify": _trusted(), "timeout": None}
+        async with httpx.AsyncClient(**options) as client:
+            async with client.stream("POST", url, content=content, headers=headers) as reply:
+                async for chunk in reply.aiter_raw():
+                    read += chunk
+                    if not reply.is_success and len(read) > LONGEST_REFUSAL:
+                        break
+                    if len(read) > longest:
+                        raise ValueError(f"the answer is longer than {longest:,} bytes")
+                return reply, bytes(read[:longest])
+
+    def _object(self, content: bytes) -> dict[str, Any]:
+        """Return the JSON object of an answer.
+
+        Raises:
+            Failed: it repeats the key.
+            ValueError: it is none.
+            RecursionError: it is nested as deeply as no answer is.
+        """
+        answer = json.loads(content)
+        if self.key.stands_in(content.decode(errors="replace")) or self.key.stands_in(repr(answer)):
+            raise Failed("the answer repeats the key, which no file may hold")
+        if not isinstance(answer, dict):
+            raise ValueError("the answer is no JSON object")
+        return answer
+
+    def _refusal(self, code: int, content: bytes, body: dict[str, Any]) -> str:
+        """Return what to say of a refusal that may pass.
+
+        Raises:
+            Failed: it will not pass.
+            ValueError: every request would be refused.
+        """
+        # hidden before it is cut: a cut through the key would show the first part of it
+        said = self._shown(content.decode(errors="replace"))
+        cause = f"status {code}: {said[:300]}"
+        if code in REFUSED:
+            raise ValueError(f"{self.url} answers with {cause}; check --server, --server-model and the key.")
+        if code not in RETRIED:
+            raise Failed(cause + self._remedy(code, said, body))
+        return cause
+
+    async def responses(self, prompt: str | list[dict[str, str]], options: dict[str, Any]) -> list[tuple[str, str]]:
         """Return (text, finish reason) of each response to a text, or to a conversation.
 
         Raises:
@@ -161,7 +153,7 @@ class Server(NamedTuple):
             ValueError: as `ask`.
         """
         path, question = ("completions", "prompt") if isinstance(prompt, str) else ("chat/completions", "messages")
-        choices = self.ask(path, {question: prompt, **options}).get("choices")
+        choices = (await self.ask(path, {question: prompt, **options})).get("choices")
         found = [_choice(choice, "text" if isinstance(prompt, str) else "message") for choice in _list(choices)]
         texts = [one for one in found if one is not None]
         if len(texts) != options.get("n", 1):
@@ -184,9 +176,16 @@ class Server(NamedTuple):
             )
         return "; where it is a field that the server does not know, give --server-api=openai"
 
-    def _wait(self, seconds: float) -> bool:
+    async def _wait(self, seconds: float) -> bool:
         """Wait before the next attempt; return whether there shall be none."""
-        return self.ended.wait(seconds)
+        until = time.monotonic() + seconds
+        while not self.ended.is_set() and (left := until - time.monotonic()) > 0:
+            await anyio.sleep(min(left, _POLL_S))
+        return self.ended.is_set()
+
+    def _shown(self, text: str) -> str:
+        """Return a stranger's text without the key, and without characters that tell a terminal what to do."""
+        return "".join(one if one.isprintable() else repr(one)[1:-1] for one in self.key.hidden(text))
 
 
 def sampling_fields(
@@ -230,7 +229,7 @@ def sampling_fields(
 
 
 def each(
-    work: Callable[[_Item], _Result],
+    work: Callable[[_Item], Awaitable[_Result]],
     items: Iterable[_Item],
     *,
     workers: int,
@@ -245,53 +244,71 @@ def each(
     Raises:
         Exception: what `work` raised.
     """
-    results: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-    waiting, lock = iter(items), threading.Lock()
-
-    def take() -> None:
-        while not ended.is_set():
-            with lock:
-                item = next(waiting, results)  # `results` stands for none left: an item may be anything else
-            if item is results:
-                break
-            try:
-                results.put(("result", work(item)))  # pyright: ignore[reportArgumentType]
-            except BaseException as error:
-                ended.set()
-                results.put(("error", error))
-        results.put(("done", None))
-
-    # Daemons: a request that hangs must not keep a stopped program from ending.
-    for _ in range(workers):
-        threading.Thread(target=take, daemon=True).start()
-    running, until = workers, float("inf")
-    while running and time.monotonic() < until:
-        if not ended.is_set() and asked():
-            ended.set()
-            until = time.monotonic() + GRACE_S
+    waiting, until = iter(items), math.inf
+    under_way: set[futures.Future[_Result]] = set()
+    with from_thread.start_blocking_portal() as portal:
         try:
-            kind, value = results.get(timeout=_POLL_S)
-        except queue.Empty:
-            continue
-        if kind == "error":
-            raise value
-        if kind == "result":
-            yield value
-        running -= kind == "done"
+            while time.monotonic() < until:
+                if not ended.is_set() and asked():
+                    ended.set()
+                    until = time.monotonic() + GRACE_S
+                room = 0 if ended.is_set() else workers - len(under_way)
+                under_way |= {portal.start_task_soon(work, item) for item in itertools.islice(waiting, room)}
+                if not under_way:
+                    break
+                done, under_way = futures.wait(under_way, _POLL_S, futures.FIRST_COMPLETED)
+                for one in sorted(done, key=lambda one: one.exception() is not None):  # no result is lost to an error
+                    yield one.result()
+        finally:
+            ended.set()
+            for one in under_way:
+                one.cancel()
 
 
 def checked_url(url: str) -> str:
-    """Return the URL of a server.
+    """Return the URL of a server, and warn where everybody on the way could read what is sent.
 
     Raises:
         ValueError: not http or https, no host, or a password inside, which would stand in files and messages.
     """
-    parts = urllib.parse.urlparse(url)
-    if "@" in parts.netloc:
+    if "@" in url.partition("//")[2].partition("/")[0]:
         raise ValueError("--server holds a password; give the key with --api-key-env alone.")
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"--server={url!r} is no URL ({error}); write e.g. http://localhost:8000/v1.") from None
+    if parts.scheme not in ("http", "https") or not parts.host or (parts.port or 0) >= 2**16:
         raise ValueError(f"--server={url!r} is no URL; write e.g. http://localhost:8000/v1.")
+    if parts.scheme == "http" and not _here(parts.host):
+        log.warning(
+            "--server=%s is not encrypted: prompts, replies and the key can be read and changed on the way to %s;"
+            " use https, or a tunnel to localhost.",
+            url,
+            parts.host,
+        )
     return url
+
+
+def _here(host: str) -> bool:
+    """Whether a host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+@functools.cache
+def _proxy(url: httpx.URL) -> str | None:
+    """Return the proxy that the environment names for a URL (`https_proxy`, but for what `no_proxy` names)."""
+    if urllib.request.proxy_bypass(url.netloc.decode()):
+        return None
+    proxy = urllib.request.getproxies().get(url.scheme)
+    return proxy if not proxy or "://" in proxy else f"http://{proxy}"
+
+
+@functools.cache
+def _trusted() -> ssl.SSLContext:
+    return ssl.create_default_context()  # the machine's authorities, or those that SSL_CERT_FILE names
 
 
 def _says_unknown(said: str, name: str) -> bool:
@@ -309,12 +326,13 @@ def _choice(choice: Any, kind: str) -> tuple[str, str] | None:
     """Return text and finish reason of one choice; None where it is none."""
     if not isinstance(choice, dict):
         return None
-    text = choice.get(kind)
+    text, reason = choice.get(kind), choice.get("finish_reason") or ""
     if kind == "message":
         text = text.get("content") if isinstance(text, dict) else None
-    if not isinstance(text, str) or any("\ud800" <= character <= "\udfff" for character in text):
-        return None  # half a surrogate pair is no text: no file could hold it
-    return text, str(choice.get("finish_reason") or "")
+    for one in (text, reason):
+        if not isinstance(one, str) or any("\ud800" <= character <= "\udfff" for character in one):
+            return None  # half a surrogate pair is no text: no file could hold it
+    return text, reason
 
 
 def _retry_after(value: str | None) -> float:
