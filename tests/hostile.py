@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from tests import tokenizer_bombs
+
 CANARY = "canary"
 LOOP = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
 CALLS = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
@@ -285,6 +287,7 @@ CASES = {
         _template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), r"the chat template is nested too deeply"
     ),
     "a template that is no Jinja": Case(_template("{% for %}"), r"is broken Jinja at its line 1"),
+    **{name: Case(change, refusal) for name, (change, refusal) in tokenizer_bombs.BOMBS.items()},
 } | {f"a template that escapes: {name}": Case(_escape(text), _NO_ESCAPE) for name, text in ESCAPES.items()}
 
 

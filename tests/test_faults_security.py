@@ -20,6 +20,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+import tokenizers
 
 from fpo_jax import hf, models, tokenization
 from fpo_jax.cli import generate
@@ -97,6 +98,16 @@ def test_a_hostile_directory_is_refused_or_loads_harmlessly(sound, tmp_path, mon
     else:
         assert len(said) == 2 and all(re.search(case.refusal, one, re.DOTALL) for one in said), said
         assert all(len(one) < 3000 for one in said)
+
+
+def test_a_splitter_that_never_ends_is_told_in_a_sentence(sound):
+    """The library panics, which no `except Exception` sees; texts on which it ends are encoded."""
+    tokenizer = tokenization.load_tokenizer(sound / "model")
+    tokenizer.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    encoder = tokenization.encoder(tokenizer)
+    assert tokenization.encode(encoder, ["b"])
+    with pytest.raises(ValueError, match="own rules cannot be applied to a text .*take another tokenizer.json"):
+        tokenization.encode(encoder, ["a" * 60 + "b"])
 
 
 @pytest.mark.faults

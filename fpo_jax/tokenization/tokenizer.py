@@ -23,7 +23,7 @@ from google.protobuf import message as protobuf
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax.tokenization import chat_templates, template_sandbox, thinking
+from fpo_jax.tokenization import chat_templates, template_sandbox, thinking, tokenizer_limits
 from fpo_jax.tokenization.prompt_format import PromptFormat
 
 # noncharacters: no text may carry them (Unicode 16, section 23.7), so they delimit what must not be forged
@@ -37,10 +37,6 @@ _MARKER = re.compile("<[|｜].*[|｜]>")
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-
-LARGEST_FILE = 2**27  # bytes; the largest published tokenizer.json have a quarter of it
-_TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
-
 # what a tokenizer is told apart by, besides its vocabulary: spaces, capitals, digits, accents, scripts, line ends
 _PROBE = (
     "Ab cd  ef\n\n\tGhi, 12345.67e-8 don't 'll naïve ÀÉ\u0301 ﬁ ½ 中文 日本 العربية"
@@ -77,6 +73,7 @@ class Encoder(NamedTuple):
         return f"Encoder({self.tokenizer.name_or_path!r})"
 
 
+@tokenizer_limits.no_panic()
 def load_tokenizer(
     name_or_path: str | Path, *, chat_template: str | None = None, eos_token: str | None = None
 ) -> PreTrainedTokenizerFast:
@@ -120,6 +117,7 @@ def load_tokenizer(
     return tokenizer
 
 
+@tokenizer_limits.no_panic()
 def encoder(
     tokenizer: PreTrainedTokenizerFast, prompt_format: PromptFormat | None = None, *, end_ids: Sequence[int] = ()
 ) -> Encoder:
@@ -184,6 +182,7 @@ def encoder(
     )
 
 
+@tokenizer_limits.no_panic()
 def encode(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
     """Encode a batch of texts; nothing is added, and only aliases become control tokens."""
     return [encoding.ids for encoding in encoder.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -229,20 +228,9 @@ def spelt(encoder: Encoder, text: str) -> str:
     return text
 
 
-def _check_sizes(path: Path) -> None:
-    """Refuse what no tokenizer has: a file of its kinds that is huge, or none to be read from start to end."""
-    for entry in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if entry.suffix not in _TEXT_SUFFIXES or entry.is_dir() or not entry.exists():
-            continue
-        if not entry.is_file():
-            raise ValueError(f"{entry.name} is no regular file")
-        if (size := entry.stat().st_size) > LARGEST_FILE:
-            raise ValueError(f"{entry.name} has {size:,} bytes, and at most {LARGEST_FILE:,} are read")
-
-
 def _load(name_or_path: str | Path, path: Path) -> transformers.PreTrainedTokenizerBase:
     if path.exists():
-        _check_sizes(path)
+        tokenizer_limits.check(path)
     if path.is_file():
         return _from_file(path)
     if path.is_dir():
