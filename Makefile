@@ -1,13 +1,16 @@
 # make quickstart   create the environment and run the main job on a task made here (no download of data or weights)
 # make test         the same, then every test;  PYTHON=python3.12 uses another interpreter and environment
 # make test-faults   inject faults: flipped bits, full disks, killed runs (minutes)
+# make test-lowest   install the lowest releases that pyproject.toml allows, into an environment of their own; a smoke test
+# make lock          renew requirements/, the releases that are installed here;  LOCK= installs the newest instead
 # make test-deviceless   compile the kernels for TPUs and GPUs that are not here (installs their compilers, 2.1 GB)
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
+LOCK ?= $(wildcard requirements/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
 
-.PHONY: quickstart test tests test-faults test-deviceless lint format clean
+.PHONY: quickstart test tests test-faults test-lowest lock test-deviceless lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m eval.quickstart.quickstart --workdir $(WORKDIR)
@@ -20,6 +23,16 @@ tests: $(VENV)/installed-test
 test-faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults --durations=0 $(PYTEST_ARGS) \
 	  $$(grep -l 'mark.faults' tests/test_*.py)
+
+test-lowest: $(VENV)/installed-test
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-lowest
+	$(BIN)/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct --requirement pyproject.toml
+	PYTHONPATH=. $(VENV)-lowest/bin/python -m tests.smoke
+
+lock: $(VENV)/installed-test
+	for version in 3.11 3.12 3.13; do $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate \
+	  --custom-compile-command "make lock" --python-version $$version --extra report --extra eval --extra tensorboard \
+	  pyproject.toml --output-file requirements/python$$version.txt || exit 1; done
 
 # The two compilers cannot meet in one process: each has a folder of its own, outside of the environment.
 test-deviceless: $(VENV)/installed-compilers
@@ -37,10 +50,11 @@ format: $(VENV)/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v < (3, 11) and "fpo_jax needs Python 3.11 or newer, $(PYTHON) is %d.%d; run make PYTHON=python3.12" % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(LOCK),$(BIN)/python -m pip install --quiet --require-hashes --requirement $(LOCK),@echo "the newest releases are installed")
 	$(BIN)/python -m pip install --quiet --editable '.[report]'
 	@touch $@
 

@@ -13,6 +13,7 @@ from tests.paths import REPO
 LAYERS = [
     "types",
     "terminal",
+    "versions",
     "atomic_io",
     "jsonl",
     "config",

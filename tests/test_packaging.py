@@ -46,7 +46,11 @@ def test_top_level_is_fpo_jax_alone(wheel):
         assert linked and linked <= names, f"a module of {folder} is missing"
     packages = {path.relative_to(REPO).as_posix() for path in (REPO / "fpo_jax").rglob("*.py")}
     assert packages <= names, "a module is missing from the wheel"
-    assert {"fpo_jax/py.typed", "fpo_jax/eval/judge/templates/helpful.txt"} <= names
+    assert {
+        "fpo_jax/py.typed",
+        "fpo_jax/eval/judge/templates/helpful.txt",
+        "fpo_jax/requirements/python3.11.txt",
+    } <= names
 
 
 @pytest.fixture(scope="module")
