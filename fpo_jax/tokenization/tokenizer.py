@@ -349,7 +349,7 @@ def _check_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
 def _broken(path: Path) -> str:
     """Name the file of a directory that is no JSON; empty where all are, or are too large to be read only for this."""
     for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        if file.suffix != ".json" or not file.is_file() or file.stat().st_size > LARGEST_FILE // 4:
+        if file.suffix != ".json" or not file.is_file() or file.stat().st_size > tokenizer_limits.LARGEST_FILE:
             continue
         try:
             json.loads(file.read_bytes())
