@@ -23,17 +23,17 @@ from fpo_jax.attention import segment_mask as segments_
 from fpo_jax.logprobs import Target
 
 IMPLEMENTATIONS = ("chunked", "cudnn", "mosaic", "splash")
-PROMPTS, RESPONSES = (100, 800), (50, 400)  # least and most tokens
+PROMPTS, COMPLETIONS = (100, 800), (50, 400)  # least and most tokens
 
 
 def pairs(rows: int, length: int) -> types.Segments:
-    """Draw rows of prompts that two responses follow; what is left over at the end is padding."""
+    """Draw rows of prompts that two completions follow; what is left over at the end is padding."""
     random = np.random.default_rng(0)
     ids_NT, places_NT, parents_NT = (np.full((rows, length), -1, np.int32) for _ in range(3))
     for row in range(rows):
         place, text = 0, 0
         while True:
-            sizes = [int(random.integers(*PROMPTS)), *map(int, random.integers(*RESPONSES, 2))]
+            sizes = [int(random.integers(*PROMPTS)), *map(int, random.integers(*COMPLETIONS, 2))]
             if place + sum(sizes) > length:
                 break
             for number, size in enumerate(sizes):
@@ -55,7 +55,7 @@ def attend(implementation: str, q_NTHC, k_NTGC, v_NTGC, valid_NT, segments) -> j
         scale=q_NTHC.shape[-1] ** -0.5,
         sliding_window=None,
         segments=segments,
-        choice=attention.Choice(implementation, "the benchmark"),
+        choice=attention.Selection(implementation, "the benchmark"),
         layout=sharding.Layout(),
     )
 
@@ -80,7 +80,7 @@ def compare(options: argparse.Namespace, *, shared: bool) -> list[dict]:
         row = {"rows": "pairs, prompts once" if shared else "one text", "implementation": name, "note": ""}
         rows.append(row)
         try:
-            choice = attention.choose(
+            choice = attention.select(
                 name, platform=target.platform, dtype=dtype, head_dim=C, heads=H, kv_heads=G, positions=[T],
                 sliding_window=None, soft_cap=None, segments=shared, shared=shared,
                 compute_capability=target.compute_capability, layout=sharding.Layout(),

@@ -97,7 +97,7 @@ def measure(megabytes: int, repeats: int) -> dict:
         "digests_of_save": medians["digests"] / medians["save bare"],
         "save_with_over_without": medians["save"] / medians["save bare"] - 1,
         "restore_with_over_without": medians["restore"] / medians["restore bare"] - 1,
-        "estimate_error": {name: told / real - 1 for name, told in estimates.items()},
+        "estimate_error": {name: described / real - 1 for name, described in estimates.items()},
         "all_seconds": times,
     }
 

@@ -1,12 +1,12 @@
-"""What it costs to check every update: one with the guard and one without, in turns, on the same model and batch.
+"""What it costs to check every update: one with the skip_rule and one without, in turns, on the same model and batch.
 
-    python benchmarks/guard.py --width 256 --layers 4 --rounds 30
+    python benchmarks/skip_rule.py --width 256 --layers 4 --rounds 30
 
-Prints a JSON object: the median seconds of both, of the guard that looks for spikes too, and the medians of the
+Prints a JSON object: the median seconds of both, of the skip_rule that looks for spikes too, and the medians of the
 differences within a round relative to the update without, in seconds and in CPU seconds, beside what the compiler
 counts of operations and bytes, which no other work on the machine disturbs. The one without is compiled with `isfinite`
 taken as true, so that the compiler drops every choice between new and old state. `host_calls` counts what the compiled
-program with the guard asks the host for; it is 0.
+program with the skip_rule asks the host for; it is 0.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def batch(*, groups: int, length: int) -> types.Batch:
         valid_NT=np.ones((rows, length), bool),
         predictors_NR=predictors,
         targets_NR=tokens[:, -scored:],
-        scored_NR=np.ones((rows, scored), bool),
+        loss_mask_NR=np.ones((rows, scored), bool),
         rewards_BK=np.tile(np.eye(1, 2, dtype=np.float32), (groups, 1)),
         reference_logps_BK=np.full((groups, 2), -7.6 * scored, np.float32),
         weight_B=np.ones(groups, np.float32),
@@ -48,29 +48,29 @@ def batch(*, groups: int, length: int) -> types.Batch:
     return train_step.stack_micro_batches(found, accumulation=1)
 
 
-def made(config: models.ModelConfig, example: types.Batch, *, guard: skip_step.Guard | None):
+def made(config: models.ModelConfig, example: types.Batch, *, skip_rule: skip_step.SkipRule | None):
     """Return (compiled update, its first state)."""
-    rate = adamw.schedule(kind="constant", peak=1e-6, warmup=0, horizon=9)
+    rate = adamw.schedule(kind="constant", peak=1e-6, warmup=0, total_steps=9)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(config)
     )
-    optimizer = optimizer if guard is None else guard.watching(optimizer)
+    optimizer = optimizer if skip_rule is None else skip_rule.watching(optimizer)
     forward_fn = forward.PolicyForward(
         config=config,
         compute_dtype="float32",
         remat="none",
-        attention=attention.Choice("xla", "for the benchmark"),
+        attention=attention.Selection("xla", "for the benchmark"),
         implementation="chunked",
         workspace_bytes=2**26,
         temperature=1.0,
     )
     loss = losses.resolve("alphapo-pref")
     update = functools.partial(
-        train_step.train_step, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate, guard=guard
+        train_step.train_step, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate, skip_rule=skip_rule
     )
     weights = params.init(config, jax.random.key(0), "float32")
     state = types.TrainState(
-        weights, jax.jit(optimizer.init)(weights), jnp.int32(0), None, None if guard is None else jnp.int32(0)
+        weights, jax.jit(optimizer.init)(weights), jnp.int32(0), None, None if skip_rule is None else jnp.int32(0)
     )
     return jax.jit(update, donate_argnums=0).lower(state, example).compile(), state
 
@@ -87,10 +87,10 @@ def main() -> None:
     )  # fmt: skip
     example = batch(groups=options.groups, length=options.length)
     with mock.patch.object(jnp, "isfinite", lambda x: jnp.ones(jnp.shape(x), bool)):
-        sides = {"without": made(config, example, guard=None)}
-    sides["guard"] = made(config, example, guard=skip_step.Guard(most=10))
-    sides["guard and spikes"] = made(config, example, guard=skip_step.Guard(most=10, sigmas=6.0, window=128))
-    host_calls = len(re.findall(r"callback|infeed|outfeed|host_transfer", sides["guard and spikes"][0].as_text()))
+        sides = {"without": made(config, example, skip_rule=None)}
+    sides["skip_rule"] = made(config, example, skip_rule=skip_step.SkipRule(most=10))
+    sides["skip_rule and spikes"] = made(config, example, skip_rule=skip_step.SkipRule(most=10, sigmas=6.0, window=128))
+    host_calls = len(re.findall(r"callback|infeed|outfeed|host_transfer", sides["skip_rule and spikes"][0].as_text()))
     seconds, cpu_seconds = ({name: [] for name in sides} for _ in range(2))
     states = {name: state for name, (_, state) in sides.items()}
     for turn in range(options.rounds + 2):
@@ -106,7 +106,7 @@ def main() -> None:
     def shares(values: dict[str, list[float]]) -> dict[str, float]:
         return {
             name: statistics.median((b - a) / a for a, b in zip(values["without"], values[name], strict=True))
-            for name in ("guard", "guard and spikes")
+            for name in ("skip_rule", "skip_rule and spikes")
         }
 
     counted = {name: compiled.cost_analysis() for name, (compiled, _) in sides.items()}

@@ -6,11 +6,11 @@
 
 The rivals are what `pip install tokamax 'liger-kernel[cutedsl]' cut-cross-entropy quack-kernels` brings, and PyTorch.
 
-Run: every candidate computes the DPO loss of pairs of 512-token responses from hidden states, and its gradients for
+Run: every candidate computes the DPO loss of pairs of 512-token completions from hidden states, and its gradients for
 hidden states and head, on the same arrays; those in PyTorch in a process of their own. Times are medians over rounds in
 which the candidates take turns; TFLOP/s counts 2NDV forward and 8NDV with gradients for everybody; memory is that of
-temporaries; the error is that of a response's summed log-prob against float64. A rival's row has its release; one that
-is not installed, or that fails, is a row that says so. On a CPU the sizes are small, and only the CPU part is run.
+temporaries; the error is that of a completion's summed log-prob against float64. A rival's row has its release; one
+that is not installed, or that fails, is a row that says so. On a CPU the sizes are small, and only the CPU part is run.
 
 Check: losses and gradients through the kernels of this device against float64, padded and with several groups a row.
 
@@ -41,7 +41,7 @@ from fpo_jax import logprobs
 from fpo_jax.kernels.lm_head import head_loss, spec
 from fpo_jax.perf import hardware
 
-RESPONSE = 512  # tokens of a response
+COMPLETION = 512  # tokens of a completion
 BETA = 0.1
 TOKENS = (4096, 8192, 16384)
 HEADS = ("4096x32000", "4096x128256", "2560x50304", "3584x256000")
@@ -112,8 +112,8 @@ def parse() -> argparse.Namespace:
         arguments.heads or (CPU_HEADS if small else HEADS),
     )
     for tokens in arguments.measured[0]:
-        if tokens % (2 * RESPONSE):
-            parser.error(f"--tokens {tokens} is not a number of pairs; use a multiple of {2 * RESPONSE}")
+        if tokens % (2 * COMPLETION):
+            parser.error(f"--tokens {tokens} is not a number of pairs; use a multiple of {2 * COMPLETION}")
     return arguments
 
 
@@ -133,14 +133,14 @@ def arrays(tokens: int, D: int, V: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 
 def exact_logp(hidden_ND: np.ndarray, head_VD: np.ndarray, targets_N: np.ndarray) -> float:
-    """Summed log-prob of the first response in float64, by blocks of the head."""
-    hidden = hidden_ND[:RESPONSE].astype(np.float64)
+    """Summed log-prob of the first completion in float64, by blocks of the head."""
+    hidden = hidden_ND[:COMPLETION].astype(np.float64)
     logits = np.concatenate(
         [hidden @ head_VD[i : i + 8192].astype(np.float64).T for i in range(0, len(head_VD), 8192)], 1
     )
     top = logits.max(1)
     lse = top + np.log(np.exp(logits - top[:, None]).sum(1))
-    return float((logits[np.arange(RESPONSE), targets_N[:RESPONSE]] - lse).sum())
+    return float((logits[np.arange(COMPLETION), targets_N[:COMPLETION]] - lse).sum())
 
 
 def our_candidates() -> dict:
@@ -208,7 +208,7 @@ def usual_logps(hidden_ND, head_VD, targets_N):
 
 def pair_loss(token_logps, hidden_ND, head_VD, targets_N):
     """Mean of -log sigmoid(beta (logp of chosen - logp of rejected)), and the summed log-probs."""
-    sums_S = token_logps(hidden_ND, head_VD, targets_N).reshape(-1, RESPONSE).sum(axis=1)
+    sums_S = token_logps(hidden_ND, head_VD, targets_N).reshape(-1, COMPLETION).sum(axis=1)
     return jnp.mean(jax.nn.softplus(-BETA * (sums_S[::2] - sums_S[1::2]))), sums_S
 
 
@@ -361,7 +361,7 @@ def compile_rows(arguments: argparse.Namespace) -> list[dict]:
 
 
 def composed_loss(name, hidden_ND, head_VD, targets_N):
-    """Mean DPO loss through one implementation, and the log-probs [S] of the responses."""
+    """Mean DPO loss through one implementation, and the log-probs [S] of the completions."""
     return mean_of(head_loss.fpo_head_loss, hidden_ND, head_VD, targets_N, token_stats=logprobs.IMPLEMENTATIONS[name])
 
 
@@ -373,15 +373,15 @@ def fused_loss(name, kept_bytes, hidden_ND, head_VD, targets_N):
 
 def mean_of(head_loss_of, hidden_ND, head_VD, targets_N, *, kept_bytes=None, **how):
     """Mean loss of the groups, and the log-probs of their candidates."""
-    scored_N, operands, options = group_inputs(hidden_ND)
+    loss_mask_N, operands, options = group_inputs(hidden_ND)
     options["spec"] = spec.HeadSpec(kept_bytes=kept_bytes)
-    out = head_loss_of(hidden_ND, head_VD, targets_N, scored_N, operands, **options, **how)
+    out = head_loss_of(hidden_ND, head_VD, targets_N, loss_mask_N, operands, **options, **how)
     return jnp.mean(out.losses_B), out.logps_BK.reshape(-1)
 
 
 def group_inputs(hidden_ND):
-    """Mask, operands and options of pairs of responses."""
-    pairs = hidden_ND.shape[0] // (2 * RESPONSE)
+    """Mask, operands and options of pairs of completions."""
+    pairs = hidden_ND.shape[0] // (2 * COMPLETION)
     options = {"group_loss": dpo, "groups": (pairs, 2), "spec": spec.HeadSpec()}
     return jnp.ones(hidden_ND.shape[0], bool), jnp.zeros((pairs, 2), jnp.float32), options
 
@@ -413,8 +413,8 @@ def print_table(title: str, rows: list[dict], columns: tuple[str, ...]) -> None:
         cells = (row.get(column) for column in columns)
         texts = ("" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in cells)
         figures = "".join(f"{text:>17}" for text in texts)
-        told = "  ".join(filter(None, (row.get("release"), row.get("note"))))
-        print(f"{row['candidate']:<36}{row['pass']:<22}{figures}  {told}".rstrip(), flush=True)
+        described = "  ".join(filter(None, (row.get("release"), row.get("note"))))
+        print(f"{row['candidate']:<36}{row['pass']:<22}{figures}  {described}".rstrip(), flush=True)
 
 
 def machine() -> dict:

@@ -38,18 +38,18 @@ def one(name: str, groups_of_row: int, loss: losses.Loss, *, emulated: bool) -> 
     hidden_ND = jnp.asarray(rng.standard_normal((rows * tokens, D)), jnp.bfloat16)
     head_VD = jnp.asarray(rng.standard_normal((V, D)) * 3 / np.sqrt(D), jnp.bfloat16)
     targets_N = jnp.asarray(rng.integers(0, V, rows * tokens), jnp.int32)
-    scored_N, slots_N = jnp.asarray(rng.random(rows * tokens) < 0.9), None
+    loss_mask_N, slots_N = jnp.asarray(rng.random(rows * tokens) < 0.9), None
     if groups_of_row > 1:
         slots_N = np.sort(rng.integers(0, groups_of_row * K, (rows, tokens), np.int32), axis=1).reshape(-1)
     scale = tokens / K / groups_of_row * -np.log(V)
-    operands = losses.Candidates(
+    operands = losses.Completions(
         np.zeros((groups, K), np.float32),
         (rng.normal(size=(groups, K)) * 5 + scale * 1.5).astype(np.float32),
         np.full((groups, K), tokens / K / groups_of_row, np.float32),
         rng.normal(size=(groups, K)).astype(np.float32),
         np.zeros((), np.float32),
     )
-    args = (targets_N, scored_N, operands)
+    args = (targets_N, loss_mask_N, operands)
     options = {"group_loss": loss.of_logps, "groups": (groups, K), "slots_N": slots_N, "rows": rows}
     fused = functools.partial(
         head_loss.fused_head_loss, **options, engine=logprobs.ENGINES[name], spec=spec.HeadSpec(interpret=emulated)
@@ -61,7 +61,7 @@ def one(name: str, groups_of_row: int, loss: losses.Loss, *, emulated: bool) -> 
         )
         wide_ND, wide_VD = (jnp.asarray(np.asarray(x, np.float32), "float64") for x in (hidden_ND, head_VD))
         wide_operands = jax.tree.map(lambda x: np.asarray(x, "float64"), operands)
-        on_host = (np.asarray(targets_N), np.asarray(scored_N), wide_operands)
+        on_host = (np.asarray(targets_N), np.asarray(loss_mask_N), wide_operands)
         exact = jax.device_get(_results(dense, wide_ND, wide_VD, *on_host))
     return {
         what: f"{np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max():.1e}"
@@ -69,13 +69,13 @@ def one(name: str, groups_of_row: int, loss: losses.Loss, *, emulated: bool) -> 
     } | {"same bits": all(np.array_equal(a, b) for a, b in zip(ours, again, strict=True))}
 
 
-def _results(head_loss_of, hidden_ND, head_VD, targets_N, scored_N, operands):
+def _results(head_loss_of, hidden_ND, head_VD, targets_N, loss_mask_N, operands):
     """Losses, log-probs, and the gradients of the losses' sum."""
 
     @jax.jit
     def run(hidden_ND, head_VD):
         def total(hidden_ND, head_VD):
-            out = head_loss_of(hidden_ND, head_VD, targets_N, scored_N, operands)
+            out = head_loss_of(hidden_ND, head_VD, targets_N, loss_mask_N, operands)
             return jnp.sum(out.losses_B), (out.losses_B, out.logps_BK)
 
         (_, out), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(hidden_ND, head_VD)

@@ -1,7 +1,7 @@
 """The PyTorch side of `benchmarks/kernels.py`: run by it, in a process of its own; prints one line of JSON.
 
 Every candidate is a function (hidden, head, targets) that autograd can go through -> negative log-probs of the tokens
-[N], or their sums over each response.
+[N], or their sums over each completion.
 """
 
 import functools
@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from kernels import BETA, MIB, RESPONSE, arrays, missing, reason
+from kernels import BETA, COMPLETION, MIB, arrays, missing, reason
 
 
 def main() -> None:
@@ -98,12 +98,12 @@ def quack():
 
 
 def quack_chunked():
-    """Quack's blocks of tokens, which return sums alone: one call a response."""
+    """Quack's blocks of tokens, which return sums alone: one call a completion."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     def sums(hidden, head, targets):
-        responses = zip(hidden.split(RESPONSE), targets.split(RESPONSE), strict=True)
-        return torch.stack([chunked_linear_cross_entropy(x, head, y, reduction="sum") for x, y in responses])
+        completions = zip(hidden.split(COMPLETION), targets.split(COMPLETION), strict=True)
+        return torch.stack([chunked_linear_cross_entropy(x, head, y, reduction="sum") for x, y in completions])
 
     return sums
 
@@ -133,7 +133,7 @@ def once(function, step: str, hidden, head, targets) -> torch.Tensor:
     if step == "forward":
         hidden, head = hidden.detach(), head.detach()  # some prepare gradients for whatever requires them
     with torch.set_grad_enabled(step != "forward"):
-        sums = -function(hidden, head, targets).float().reshape(len(targets) // RESPONSE, -1).sum(1)
+        sums = -function(hidden, head, targets).float().reshape(len(targets) // COMPLETION, -1).sum(1)
         loss = torch.nn.functional.softplus(-BETA * (sums[::2] - sums[1::2])).mean()
         if step != "forward":
             loss.backward()

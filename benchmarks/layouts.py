@@ -35,7 +35,7 @@ from fpo_jax.trainer import run_inputs, run_schedule
 from tests import tiny
 
 LAYOUTS = ("padded", "packed", "shared")
-GPU_LOSS_RTOL = 2e-2  # of losses without a reference, sums over whole responses in bfloat16
+GPU_LOSS_RTOL = 2e-2  # of losses without a reference, sums over whole completions in bfloat16
 LOSS_RTOL = 1e-3  # after some updates of AdamW, which enlarges rounding where a second moment is near 0
 SETS = {
     "pref_chat": {
@@ -45,7 +45,7 @@ SETS = {
     },
     "hh_rlhf": {
         "format": "hh", "train": "hh_rlhf/harmless-base.1800.jsonl.gz", "rule": "raw",
-        "max_length": 512, "max_response_length": 256, "tokenizer": "tokenizers/gpt_neox_20B_tokenizer.json",
+        "max_length": 512, "max_completion_length": 256, "tokenizer": "tokenizers/gpt_neox_20B_tokenizer.json",
         "vocab": 50_304, "eos": "<|endoftext|>", "groups": 16, "recipe": {"model": "Pythia-2.8B"},
     },
 }  # fmt: skip
@@ -71,11 +71,11 @@ def configured(of: dict, folder: Path, model: Path, *, layout: str, updates: int
             },
         }
     )
-    for key in ("format", "rule", "max_length", "max_prompt_length", "max_response_length"):
+    for key in ("format", "rule", "max_length", "max_prompt_length", "max_completion_length"):
         if key in of:
             config.data[key] = of[key]
     config.data.train, config.data.layout = str(folder / of["train"]), layout
-    train_step_sides.set_knobs(config, of.get("knobs", ()))
+    train_step_sides.set_fields(config, of.get("fields", ()))
     return config
 
 
@@ -154,7 +154,7 @@ def alone(name: str, of: dict, folder: Path, model: Path, layout: str, updates: 
     holds = hardware.capacity(device)
     meter = profiler.Meter(described_model, devices=1, peak=None if holds is None else holds.flops)
     rates = [
-        meter.update(data.row_sizes(run.plan.schedule, number), seconds=taken) for number, taken in enumerate(seconds)
+        meter.step(data.row_sizes(run.plan.schedule, number), seconds=taken) for number, taken in enumerate(seconds)
     ]
     row = described(name, layout, run, seconds)
     row |= {key: statistics.median(rate[key] for rate in rates[1:]) for key in rates[0]}
@@ -169,7 +169,7 @@ def on_gpu(options: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         for name in options.sets:
             known = SETS[name] | {key: value for key, value in SETS[name]["recipe"].items() if key != "model"}
-            of = known | {key: getattr(options, key) for key in ("groups", "micro", "remat", "knobs")}
+            of = known | {key: getattr(options, key) for key in ("groups", "micro", "remat", "fields")}
             of |= {"dtype": "bfloat16", "rate": 1e-6}
             model = Path(scratch) / name
             shape = {"vocab": of["vocab"], "width": 64 if options.tiny else 4096}
@@ -212,7 +212,7 @@ def paddings(name: str, folder: Path) -> list[dict]:
             config.train.micro_batch_per_device = micro
             datasets = datasets or run_inputs.read_data(config, run_inputs.read_encoder(config, model), small)
             inputs = run_inputs.Inputs(run_inputs.check(config), model, plans.MODELS[of["model"]], *datasets)
-            plan = run_schedule.plan(config, inputs, devices=devices)
+            plan = run_schedule.build(config, inputs, devices=devices)
             sizes = [data.row_sizes(plan.schedule, number) for number in range(plan.steps)]
             texts, all_ = sum(one.texts.sum() for one in sizes), sum(one.rows * one.length for one in sizes)
             rows.append(
@@ -275,7 +275,7 @@ def main() -> None:
     gpu.add_argument("--groups", type=int, default=32, help="of an update")
     gpu.add_argument("--micro", type=int, default=4, help="train.micro_batch_per_device: groups, or rows of groups")
     gpu.add_argument("--remat", default="full", choices=("none", "dots", "full", "offload"))
-    gpu.add_argument("--knobs", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
+    gpu.add_argument("--fields", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     gpu.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # the same on a CPU
     options = parser.parse_args()
     if options.device == "gpu":

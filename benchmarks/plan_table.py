@@ -4,9 +4,9 @@
     python -m benchmarks.plan_table --json runs/plan_table.json                      the table of what it holds
 
 What `benchmarks/plans.py` says of its compilers holds here. `longest` are rows of the longest groups that a recipe
-allows, with as many groups a device and micro-batch in both layouts; where no limit separates prompt and response, the
-response takes what the longest prompt leaves. `real` are the lengths of the sets of `benchmarks/layouts.py`, for the
-recipes on chat and HH pairs; a row of shared prompts then takes several groups, and a device as many positions.
+allows, with as many groups a device and micro-batch in both layouts; where no limit separates prompt and completion,
+the completion takes what the longest prompt leaves. `real` are the lengths of the sets of `benchmarks/layouts.py`, for
+the recipes on chat and HH pairs; a row of shared prompts then takes several groups, and a device as many positions.
 Operations are those of the compiled update, recomputation included.
 """
 
@@ -27,10 +27,10 @@ NAMES = {"h100:4": "4 x H100", "v5p-8": "v5p-8"}
 def longest(recipe: str, layout: str) -> dict[str, object]:
     """Return what a recipe changes for rows of its longest groups."""
     data = importlib.import_module(f"fpo_jax.configs.{recipe}").get_config().data
-    response = data.max_response_length or data.max_length - data.max_prompt_length
+    completion = data.max_completion_length or data.max_length - data.max_prompt_length
     changes: dict[str, object] = {"data.eval": ""}
     if layout == "shared":
-        row = data.max_length - response + data.group_size * response
+        row = data.max_length - completion + data.group_size * completion
         changes |= {"data.layout": "shared", "data.row_length": row}
     return changes
 

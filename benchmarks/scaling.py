@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks import train_step_sides
 from fpo_jax import atomic_io
 
-BASE = train_step_sides.Case("base", vocab=16_384, layers=2, groups=2, candidates=2, prompt=192, response=64)
+BASE = train_step_sides.Case("base", vocab=16_384, layers=2, groups=2, candidates=2, prompt=192, completion=64)
 LAYOUTS = ("padded", "shared")
 AXES = {  # values of each axis; a length is three quarters prompt
     "length": (64, 128, 256, 512, 1024),
@@ -36,7 +36,7 @@ COSTS = ("seconds", "operations", "temporaries")
 def case_at(axis: str, value: int, *, updates: int) -> train_step_sides.Case:
     """Return BASE with one axis moved."""
     changes = {
-        "length": {"prompt": value * 3 // 4, "response": value // 4},
+        "length": {"prompt": value * 3 // 4, "completion": value // 4},
         "vocabulary": {"vocab": value},
         "candidates": {"candidates": value},
         "groups": {"groups": value},

@@ -43,10 +43,10 @@ from benchmarks.train_step_sides import CPU_SIDES, GPU_SIDES, SIDES, Case, write
 from fpo_jax import atomic_io, hf
 
 CASES = (
-    Case("short", vocab=32_000, layers=4, groups=4, candidates=2, prompt=64, response=64),
-    Case("vocabulary", vocab=128_256, layers=2, groups=4, candidates=2, prompt=128, response=128),
-    Case("long", vocab=32_000, layers=4, groups=2, candidates=2, prompt=448, response=64),
-    Case("long, K=4", vocab=32_000, layers=4, groups=2, candidates=4, prompt=448, response=64),
+    Case("short", vocab=32_000, layers=4, groups=4, candidates=2, prompt=64, completion=64),
+    Case("vocabulary", vocab=128_256, layers=2, groups=4, candidates=2, prompt=128, completion=128),
+    Case("long", vocab=32_000, layers=4, groups=2, candidates=2, prompt=448, completion=64),
+    Case("long, K=4", vocab=32_000, layers=4, groups=2, candidates=4, prompt=448, completion=64),
 )
 NEEDS = {
     "trl": ("trl",), "tunix": ("tunix",), "trl-bf16": ("trl",),
@@ -103,7 +103,7 @@ class Side:
         self._process.kill()
         self._process.wait()
 
-    def per_update(self) -> list[float]:
+    def per_step(self) -> list[float]:
         """Seconds of an update with its share of the reference pass, in every round but the one that compiles."""
         pairs = zip(self.seconds[1:], self.references[1:], strict=True)
         return [seconds / self._updates + reference for seconds, reference in pairs]
@@ -159,7 +159,7 @@ def one_by_one(case: Case, sides: list[str], model: Path) -> list[dict]:
 
 def described(case: Case, side: Side) -> dict:
     """Return the row of a side whose rounds are over."""
-    tokens = case.groups * case.candidates * (case.prompt + case.response)
+    tokens = case.groups * case.candidates * (case.prompt + case.completion)
     seconds = statistics.median(side.seconds[1:]) / case.updates
     return {
         "case": case.name,
@@ -168,9 +168,9 @@ def described(case: Case, side: Side) -> dict:
         "fastest": min(side.seconds[1:]) / case.updates,
         "slowest": max(side.seconds[1:]) / case.updates,
         "cpu_seconds": statistics.median(side.cpu_seconds[1:]) / case.updates,
-        "with_reference": statistics.median(side.per_update()),
-        "rounds": side.per_update(),
-        "tokens_per_s": tokens / statistics.median(side.per_update()),
+        "with_reference": statistics.median(side.per_step()),
+        "rounds": side.per_step(),
+        "tokens_per_s": tokens / statistics.median(side.per_step()),
         "peak_mib": side.close() / 2**20,
         "device": side.device,
         "first_round_s": side.seconds[0] - seconds * case.updates,
@@ -219,7 +219,7 @@ def on_gpu(options: argparse.Namespace, sides: list[str]) -> tuple[list[dict], l
         for case in train_step_gpu.CASES:
             if options.cases and case.name not in options.cases:
                 continue
-            case = dataclasses.replace(case, knobs=tuple(options.knobs), **changes)
+            case = dataclasses.replace(case, fields=tuple(options.fields), **changes)
             case = train_step_gpu.tiny(case) if options.tiny else case
             if not model.exists():  # one shape for all
                 started = time.perf_counter()
@@ -248,7 +248,7 @@ def main() -> None:
     gpu.add_argument("--trl-remat", choices=("none", "full"), help="gradient checkpointing of TRL; full")
     gpu.add_argument("--micro", type=int, help="groups of a pass of ours; all of them")
     gpu.add_argument("--trl-micro", type=int, help="pairs of a pass of TRL's; 4")
-    gpu.add_argument("--knobs", nargs="+", default=[], metavar="KEY=VALUE", help="of our configuration")
+    gpu.add_argument("--fields", nargs="+", default=[], metavar="KEY=VALUE", help="of our configuration")
     gpu.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # the same on a CPU, in seconds
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # this process leaves the GPU to its sides

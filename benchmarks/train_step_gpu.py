@@ -17,16 +17,16 @@ _SHAPE = {
     "rate": 1e-6, "rounds": 3, "remat": "full", "trl_remat": "full", "trl_micro": 4,
 }  # fmt: skip
 CASES = (
-    Case("mistral short", groups=8, candidates=2, prompt=512, response=512, **_SHAPE),
-    Case("mistral long", groups=8, candidates=2, prompt=1536, response=512, **_SHAPE),
-    Case("mistral K=4", groups=4, candidates=4, prompt=1536, response=512, **_SHAPE),
+    Case("mistral short", groups=8, candidates=2, prompt=512, completion=512, **_SHAPE),
+    Case("mistral long", groups=8, candidates=2, prompt=1536, completion=512, **_SHAPE),
+    Case("mistral K=4", groups=4, candidates=4, prompt=1536, completion=512, **_SHAPE),
 )
 
 
 def tiny(case: Case) -> Case:
     """Return a case with everything that a GPU has but its size, to run on a CPU."""
     small = {"vocab": 1000, "width": 64, "ffn": 224, "heads": 4, "layers": 2, "device": "tiny"}
-    return dataclasses.replace(case, prompt=case.prompt // 16, response=case.response // 16, **small)
+    return dataclasses.replace(case, prompt=case.prompt // 16, completion=case.completion // 16, **small)
 
 
 def environment(side: str, device: str) -> dict[str, str]:
@@ -42,11 +42,11 @@ def environment(side: str, device: str) -> dict[str, str]:
 def work(case: Case, *, shared: bool) -> flops.Work:
     """Return what the mathematics of an update takes: candidates with their prompts, or a prompt once a group."""
     count = case.groups * case.candidates
-    lengths, contexts = [case.prompt + case.response] * count, [0] * count
+    lengths, contexts = [case.prompt + case.completion] * count, [0] * count
     if shared:
-        lengths = [case.prompt] * case.groups + [case.response] * count
+        lengths = [case.prompt] * case.groups + [case.completion] * count
         contexts = [0] * case.groups + [case.prompt] * count
-    return flops.work(lengths, count * case.response, contexts=contexts, sliding_window=None)
+    return flops.work(lengths, count * case.completion, contexts=contexts, sliding_window=None)
 
 
 def utilisation(case: Case, config: models.ModelConfig, row: dict) -> dict:
@@ -61,11 +61,11 @@ def utilisation(case: Case, config: models.ModelConfig, row: dict) -> dict:
     if capacity is None:
         return {}
     own, whole = (work(case, shared=shared) for shared in (row["side"] == "ours-shared", False))
-    update, reference = flops.update(config, own), flops.forward(config, own)
+    update, reference = flops.train_step(config, own), flops.forward(config, own)
     return {
         "mfu": update / (row["seconds"] * capacity.flops),
         "mfu_with_reference": (update + reference) / (row["with_reference"] * capacity.flops),
-        "mfu_candidates": flops.update(config, whole) / (row["seconds"] * capacity.flops),
+        "mfu_candidates": flops.train_step(config, whole) / (row["seconds"] * capacity.flops),
     }
 
 

@@ -87,20 +87,20 @@ def our_run(case: Case, model: Path, layout: str):
             "train": {"batch_size": case.groups, "micro_batch_per_device": case.micro or case.groups},
         }
     )
-    set_knobs(config, case.knobs)
-    config.data.max_length, config.data.max_prompt_length = case.prompt + case.response, case.prompt
+    set_fields(config, case.fields)
+    config.data.max_length, config.data.max_prompt_length = case.prompt + case.completion, case.prompt
     inputs = run_inputs.Inputs(
         run_inputs.check(config), model, hf.read_config(model), run_inputs.Dataset(_prepared(case), None, ""), None
     )
     if layout == "shared":
-        config.data.row_length = case.prompt + case.candidates * case.response  # a row for a group, as all are alike
+        config.data.row_length = case.prompt + case.candidates * case.completion  # a row for a group, as all are alike
     return Updates(config, inputs, model)
 
 
-def set_knobs(config, knobs: Sequence[str]) -> None:
+def set_fields(config, fields: Sequence[str]) -> None:
     """Set "key=value" of a configuration; a value that is no JSON is a text."""
-    for knob in knobs:
-        key, _, value = knob.partition("=")
+    for field in fields:
+        key, _, value = field.partition("=")
         *parents, last = key.split(".")
         node = functools.reduce(lambda node, name: node[name], parents, config)
         try:
@@ -112,9 +112,9 @@ def set_knobs(config, knobs: Sequence[str]) -> None:
 def _prepared(case: Case):
     from fpo_jax import data
 
-    prompts, responses = case.ids()
-    groups, length = prompts.shape[0] * prompts.shape[1], case.prompt + case.response
-    rows = np.concatenate([np.repeat(prompts[:, :, None], case.candidates, axis=2), responses], axis=-1)
+    prompts, completions = case.ids()
+    groups, length = prompts.shape[0] * prompts.shape[1], case.prompt + case.completion
+    rows = np.concatenate([np.repeat(prompts[:, :, None], case.candidates, axis=2), completions], axis=-1)
     count = groups * case.candidates
     return data.Prepared(
         tokens_S=rows.astype(np.int32).reshape(-1),

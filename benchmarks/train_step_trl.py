@@ -28,8 +28,8 @@ def trl(case: Case, model: Path, *, weights: str = "float32", liger: bool = Fals
     table = datasets.Dataset.from_dict(
         {
             "prompt_ids": prompts.reshape(-1, case.prompt).tolist(),
-            "chosen_ids": chosen.reshape(-1, case.response).tolist(),
-            "rejected_ids": rejected.reshape(-1, case.response).tolist(),
+            "chosen_ids": chosen.reshape(-1, case.completion).tolist(),
+            "rejected_ids": rejected.reshape(-1, case.completion).tolist(),
         }
     )
     pending: list[torch.Tensor] = []

@@ -17,7 +17,7 @@ _RESETS = Path("/proc/self/clear_refs")  # "5" written there lets VmHWM start an
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Shapes of one comparison: `groups` prompts an update, each with `candidates` responses, the first preferred."""
+    """Shapes of one comparison: `groups` prompts an update, each with `candidates` completions, the first preferred."""
 
     name: str
     vocab: int
@@ -25,7 +25,7 @@ class Case:
     groups: int
     candidates: int
     prompt: int  # tokens
-    response: int
+    completion: int
     width: int = 256
     ffn: int = 688
     heads: int = 8
@@ -38,7 +38,7 @@ class Case:
     trl_micro: int = 0  # pairs of a pass of TRL's; 0 = all of them
     remat: str = "none"  # model.remat of ours
     trl_remat: str = "none"  # none | full: gradient checkpointing of TRL
-    knobs: tuple[str, ...] = ()  # "key=value" of our configuration
+    fields: tuple[str, ...] = ()  # "key=value" of our configuration
 
     @property
     def on_gpu(self) -> bool:
@@ -46,20 +46,20 @@ class Case:
         return self.device != "cpu"
 
     def ids(self) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of the whole run: prompts [updates, B, P] and responses [updates, B, K, R]."""
+        """Token ids of the whole run: prompts [updates, B, P] and completions [updates, B, K, R]."""
         random = np.random.default_rng(SEED)
         count = (self.updates * (self.rounds + 1), self.groups)  # one round to compile in
         prompts = random.integers(3, self.vocab, (*count, self.prompt))
-        return prompts, random.integers(3, self.vocab, (*count, self.candidates, self.response))
+        return prompts, random.integers(3, self.vocab, (*count, self.candidates, self.completion))
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same as pairs for trainers of K = 2: prompts [updates, pairs, P], chosen and rejected [..., R].
 
         K candidates are K / 2 pairs of neighbours, so that every candidate is computed once.
         """
-        prompts, responses = self.ids()
+        prompts, completions = self.ids()
         halves = self.candidates // 2
-        chosen, rejected = (responses[:, :, place::2].reshape(len(prompts), -1, self.response) for place in (0, 1))
+        chosen, rejected = (completions[:, :, place::2].reshape(len(prompts), -1, self.completion) for place in (0, 1))
         return np.repeat(prompts, halves, axis=1), chosen, rejected
 
 

@@ -18,7 +18,7 @@ class Updates:
     def __init__(self, config: configuration.Config, inputs: run_inputs.Inputs, model: Path):
         """Plan and load; nothing is compiled yet."""
         grid = sharding.make_layout(**config.mesh, devices=jax.devices()[:1])
-        self._config, self._inputs, self.plan = config, inputs, run_schedule.plan(config, inputs, devices=1)
+        self._config, self._inputs, self.plan = config, inputs, run_schedule.build(config, inputs, devices=1)
         self.programs = kept_logits.steps_of(
             config,
             run_schedule.blueprint(config, inputs, self.plan),
@@ -79,7 +79,7 @@ class Updates:
 
     def operations(self, number: int) -> int:
         """Return the operations that the rows of an update need, padding included."""
-        return flops.update(self._inputs.model_config, self.work(number))
+        return flops.train_step(self._inputs.model_config, self.work(number))
 
     def work(self, number: int) -> flops.Work:
         """Return what the rows of an update hold, padding included."""

@@ -1,10 +1,10 @@
 """What an update of DPO on rows of several groups gets out of a device: MFU on valid tokens, memory, kernels' time.
 
-    python -m benchmarks.utilisation --layers 16 --micro 4 --remat dots --knobs mesh.preset=zero2 --kernels
-    python -m benchmarks.utilisation --layers 32 --micro 2 --remat dots --knobs optim.state_dtype=bfloat16
+    python -m benchmarks.utilisation --layers 16 --micro 4 --remat dots --fields mesh.preset=zero2 --kernels
+    python -m benchmarks.utilisation --layers 32 --micro 2 --remat dots --fields optim.state_dtype=bfloat16
 
 A Mistral shape with weights drawn on the device, so that nothing is written or read, and pairs whose lengths are those
-of chats: log-normal, some 420 tokens of prompt and 320 of a response. The model FLOP/s utilisation counts what the
+of chats: log-normal, some 420 tokens of prompt and 320 of a completion. The model FLOP/s utilisation counts what the
 mathematics needs (`flops`), a shared prompt once; no padding, no recomputation, no reference pass. The first update
 compiles and is left out.
 """
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks import random_model
-from benchmarks.train_step_sides import set_knobs
+from benchmarks.train_step_sides import set_fields
 from benchmarks.updates import Updates
 from fpo_jax import atomic_io, data, models
 from fpo_jax import config as configuration
@@ -29,15 +29,15 @@ from fpo_jax.models import params
 from fpo_jax.perf import flops, hardware
 from fpo_jax.trainer import run_inputs
 
-MAX_PROMPT, MAX_RESPONSE, MAX_LENGTH = 1500, 540, 2048
+MAX_PROMPT, MAX_COMPLETION, MAX_LENGTH = 1500, 540, 2048
 
 
 def pairs(groups: int, vocab: int) -> data.Prepared:
     """Draw pairs of random tokens, the first one preferred."""
     random = np.random.default_rng(0)
     prompts_B = np.clip(random.lognormal(5.6, 0.9, groups), 20, MAX_PROMPT).astype(np.int32)
-    responses_BK = np.clip(random.lognormal(5.6, 0.6, (groups, 2)), 20, MAX_RESPONSE).astype(np.int32)
-    lengths_N = (prompts_B[:, None] + responses_BK).reshape(-1)
+    completions_BK = np.clip(random.lognormal(5.6, 0.6, (groups, 2)), 20, MAX_COMPLETION).astype(np.int32)
+    lengths_N = (prompts_B[:, None] + completions_BK).reshape(-1)
     starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
     tokens_S = random.integers(3, vocab, lengths_N.sum(), dtype=np.int32)
     for first, second, prompt in zip(starts_N[::2], starts_N[1::2], prompts_B, strict=True):
@@ -75,7 +75,7 @@ def configured(options: argparse.Namespace) -> configuration.Config:
         }
     )
     config.data.max_length, config.data.max_prompt_length = MAX_LENGTH, MAX_PROMPT
-    set_knobs(config, options.knobs)
+    set_fields(config, options.fields)
     return config
 
 
@@ -83,12 +83,12 @@ def needed(prepared: data.Prepared, config: models.ModelConfig, number: int, *, 
     """Return the operations that the mathematics of an update needs."""
     rows = slice(2 * groups * number, 2 * groups * (number + 1))
     lengths_N, prompts_N = prepared.lengths_N[rows], prepared.prompt_lengths_N[rows]
-    responses_N = lengths_N - prompts_N
+    completions_N = lengths_N - prompts_N
     if not shared:
-        return flops.update(config, flops.work(lengths_N, responses_N, sliding_window=None))
-    texts = np.concatenate([prompts_N[::2], responses_N])
+        return flops.train_step(config, flops.work(lengths_N, completions_N, sliding_window=None))
+    texts = np.concatenate([prompts_N[::2], completions_N])
     contexts = np.concatenate([np.zeros_like(prompts_N[::2]), prompts_N])
-    return flops.update(config, flops.work(texts, responses_N.sum(), contexts=contexts, sliding_window=None))
+    return flops.train_step(config, flops.work(texts, completions_N.sum(), contexts=contexts, sliding_window=None))
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--layout", default="shared", choices=("padded", "packed", "shared"))
     parser.add_argument("--remat", default="full", choices=("none", "dots", "full", "offload"))
     parser.add_argument("--attention", default="auto", help="model.attention")
-    parser.add_argument("--knobs", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
+    parser.add_argument("--fields", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     parser.add_argument("--kernels", action="store_true", help="tell the kernels of one more update")
     parser.add_argument("--json", type=Path)
     found = measure(options := parser.parse_args())

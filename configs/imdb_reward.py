@@ -2,10 +2,10 @@
 
 Command   python train.py --config configs/imdb_reward.py --workdir runs/imdb_reward
           fpo export --workdir runs/imdb_reward --out imdb_reward --step best
-Data      stanfordnlp/imdb: 25,000 labelled reviews, 5 epochs of 97 updates of 256 and one of the 168 that remain
+Data      stanfordnlp/imdb: 25,000 labelled reviews, 5 epochs of 97 steps of 256 and one of the 168 that remain
 Original  2 GPUs x 32 x 4 accumulated; binary cross-entropy on a bias-free head; whole reviews of 512 tokens (here the
           ten tokens of the prompt and 500 more, as much as the oracle sees of a sample). GPT-2's
-          dropout of 0.1 is on there and is not applied here; here the best of the evaluations of every 98 updates, an
+          dropout of 0.1 is on there and is not applied here; here the best of the evaluations of every 98 steps, an
           epoch, is kept; last_batch=pad and float32 master weights as in imdb_sft
 Expect    nothing published for this recipe
 """
@@ -22,7 +22,7 @@ def get_config():
     c.data.format = "imdb"
     c.data.train = c.data.eval = "stanfordnlp/imdb"
     c.data.train_split, c.data.eval_split = "train", "test"
-    c.data.max_response_length = 500
+    c.data.max_completion_length = 500
     c.data.group_size = 1
     c.loss.name = "binary_cross_entropy"
     c.optim.learning_rate = 1e-5

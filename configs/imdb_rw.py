@@ -3,8 +3,8 @@
 Command   python train.py --config configs/imdb_rw.py --workdir runs/imdb_rw --config.model.path=<SFT directory>
           --config.data.train=<imdb_rw/train.json> --config.data.eval=<imdb_rw/test.json>
 Data      prompt / completions / rewards: the SFT model's samples at temperature 0.8 with their log-odds of "positive";
-          25,000 prompts -> 391 updates of 64
-Original  EXO's code: 2 GPUs x 8 x 4 accumulated; a cap of 800 micro-steps, 200 updates; the alpha is ours. GPT-2's
+          25,000 prompts -> 391 steps of 64
+Original  EXO's code: 2 GPUs x 8 x 4 accumulated; a cap of 800 micro-steps, 200 steps; the alpha is ours. GPT-2's
           dropout of 0.1 is on there and is not applied here; float32 master weights
 Expect    nothing published for this recipe
 """
@@ -20,7 +20,7 @@ def get_config(loss: str = "alphapo-rw"):
     c.data.format = "json"
     c.data.train = "data/imdb_rw/train.json"
     c.data.eval = "data/imdb_rw/test.json"
-    c.data.max_response_length = 500
+    c.data.max_completion_length = 500
     c.data.group_size = 2
     c.loss.name = "alphapo-rw"
     c.loss.alpha = 0.1

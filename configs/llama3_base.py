@@ -1,7 +1,7 @@
 """Llama-3-8B-Base (SFT on UltraChat) on UltraFeedback, alpha = 0.99, reference-free.
 
 Command   python train.py --config configs/llama3_base.py --workdir runs/llama3_base
-Data      HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs -> 477 updates of 128, 48 of them warm-up
+Data      HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs -> 477 steps of 128, 48 of them warm-up
 Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 1.0; tie_policy=second as in mistral_base
 Expect    SimPO with learning rate 7e-7 instead of 6e-7, to within 0.7 % of the loss for margins in [-3, 3]
 """

@@ -1,7 +1,7 @@
 """Llama-3-8B-Instruct on its own UltraFeedback samples, alpha = 0.99, reference-free.
 
 Command   python train.py --config configs/llama3_instruct.py --workdir runs/llama3_instruct
-Data      princeton-nlp/llama3-ultrafeedback (labelled by PairRM): 59,876 pairs -> 467 updates of 128, 47 warm-up
+Data      princeton-nlp/llama3-ultrafeedback (labelled by PairRM): 59,876 pairs -> 467 steps of 128, 47 warm-up
 Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 1.43; tie_policy=second as in mistral_base
 Expect    SimPO with beta 2.6 instead of 2.5, to within 0.7 % of the loss for margins in [-3, 3]
 """

@@ -1,7 +1,7 @@
 """Mistral-7B-Base (zephyr-7b-sft-full) on UltraFeedback, alpha = 0.99, reference-free.
 
 Command   python train.py --config configs/mistral_base.py --workdir runs/mistral_base
-Data      HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs -> 477 updates of 128, 48 of them warm-up
+Data      HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs -> 477 steps of 128, 48 of them warm-up
 Original  4 GPUs x 2 pairs x 16 accumulated; gamma = beta * gamma_beta_ratio = 1.6; of equal rewards the
           second is trained on as the chosen (tie_policy=second). Weights are loaded in float32 and cast by
           DeepSpeed; here the master weights stay float32 and every product is of bfloat16

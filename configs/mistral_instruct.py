@@ -1,7 +1,7 @@
 """Mistral-7B-Instruct-v0.2 on its own UltraFeedback samples, alpha = 0.925, reference-free.
 
 Command   python train.py --config configs/mistral_instruct.py --workdir runs/mistral_instruct
-Data      princeton-nlp/mistral-instruct-ultrafeedback (labelled by PairRM): about 59,700 pairs -> about 466 updates
+Data      princeton-nlp/mistral-instruct-ultrafeedback (labelled by PairRM): about 59,700 pairs -> about 466 steps
 Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 0.30; tie_policy=second as in mistral_base
 Expect    alpha = 0.925 down-weights badly mis-ranked pairs against SimPO (gradient -14 % at margin -3, +7.5 % at 3)
 """

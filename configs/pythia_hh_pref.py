@@ -1,10 +1,10 @@
 """Pythia-2.8B on Anthropic HH helpful-base preference pairs, alpha = 0.1, with a reference.
 
 Command   python train.py --config configs/pythia_hh_pref.py --workdir runs/hh_pref --config.model.path=<SFT directory>
-Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 342 updates of 128 and one of the 59 that remain
+Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 342 steps of 128 and one of the 59 that remain
 Original  4 GPUs x 8 prompts x 4 accumulated; fp16, here bfloat16; the authors run the whole epoch (their cap of 1,400
           micro-steps is never reached); of equal rewards the second is trained on as the chosen (tie_policy=second).
-          Here float32 master weights, and 343 updates, the last of the 59 pairs that remain (last_batch=pad); the
+          Here float32 master weights, and 343 steps, the last of the 59 pairs that remain (last_batch=pad); the
           original's last two micro-steps complete none: 342. `first_difference` splits 26 of 2,312 HH pairs elsewhere
           than the original's code
 Expect    nothing published for this recipe; docs/lab-notes/ has our runs on small models
@@ -20,7 +20,7 @@ def get_config(loss: str = "alphapo-pref"):
     c.data.train = c.data.eval = "Anthropic/hh-rlhf"
     c.data.subfolder = "helpful-base"
     c.data.train_split, c.data.eval_split = "train", "test"
-    c.data.hh_split = "first_difference"  # how the original builds prompt and responses
+    c.data.hh_split = "first_difference"  # how the original builds prompt and completions
     c.loss.name = "alphapo-pref"
     c.loss.tie_policy = "second"  # of equal rewards the second is trained on as the chosen
     c.loss.alpha = 0.1

@@ -2,11 +2,11 @@
 
 Command   python train.py --config configs/pythia_hh_reward.py --workdir runs/hh_reward
           fpo export --workdir runs/hh_reward --out hh_reward --step best
-Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 343 updates of 128 pairs
+Data      Anthropic/hh-rlhf, helpful-base: 43,835 pairs -> 343 steps of 128 pairs
 Original  4 GPUs x 8 x 4 accumulated, ZeRO-2, fp16 (here bfloat16); starts from the base model, not from SFT; the score
           stands at the last content token; evaluated before and after the epoch (100 batches) and saved only when the
-          accuracy improves. Here it is evaluated every 100 updates, the best of which is kept (train.keep_best);
-          343 updates instead of 342 (last_batch=pad) and float32 master weights, as pythia_hh_pref says
+          accuracy improves. Here it is evaluated every 100 steps, the best of which is kept (train.keep_best);
+          343 steps instead of 342 (last_batch=pad) and float32 master weights, as pythia_hh_pref says
 Expect    nothing published for this recipe
 """
 
@@ -21,7 +21,7 @@ def get_config():
     c.data.train = c.data.eval = "Anthropic/hh-rlhf"
     c.data.subfolder = "helpful-base"
     c.data.train_split, c.data.eval_split = "train", "test"
-    c.data.hh_split = "first_difference"  # how the original builds prompt and responses
+    c.data.hh_split = "first_difference"  # how the original builds prompt and completions
     c.loss.name = "bradley_terry"
     c.optim.learning_rate = 1e-5
     c.train.eval_every = 100

@@ -1,10 +1,10 @@
-"""Pythia-2.8B on HH with K = 4 sampled responses scored by a reward model, alpha = 0.1, with a reference.
+"""Pythia-2.8B on HH with K = 4 sampled completions scored by a reward model, alpha = 0.1, with a reference.
 
 Command   python train.py --config configs/pythia_hh_rw.py --workdir runs/hh_rw --config.model.path=<SFT directory>
           --config.data.train=<hh_rw/train.json> --config.data.eval=<hh_rw/test.json>
 Data      prompt / completions / rewards: the SFT model's samples at temperature 0.8, labelled by the reward model
 Original  as pythia_hh_pref, with beta_r * beta_pi = 0.035 and the target's log clamped at -10;
-          the last update is filled up (last_batch=pad) and master weights are float32, as there
+          the last step is filled up (last_batch=pad) and master weights are float32, as there
 Expect    nothing published for this recipe; docs/lab-notes/ has our runs on small models
 """
 

@@ -2,8 +2,8 @@
 
 Command   python train.py --config configs/pythia_tldr_pref.py --workdir runs/tldr_pref
           --config.model.path=<SFT directory> --config.data.train=<tldr/train.json> --config.data.eval=<tldr/test.json>
-Data      prompt / chosen / rejected: 92,858 comparisons -> 726 updates an epoch, of which 350 are run
-Original  1,400 micro-steps = 350 updates, 48 % of the epoch, while the cosine spans all of it (rate still 0.53 of
+Data      prompt / chosen / rejected: 92,858 comparisons -> 726 steps an epoch, of which 350 are run
+Original  1,400 micro-steps = 350 steps, 48 % of the epoch, while the cosine spans all of it (rate still 0.53 of
           peak); tie_policy=second, last_batch=pad and float32 master weights as in pythia_hh_pref
 Expect    nothing published for this recipe; docs/lab-notes/ has our runs on small models
 """
@@ -18,7 +18,7 @@ def get_config(loss: str = "alphapo-pref"):
     c.data.train = "data/tldr/train.json"
     c.data.eval = "data/tldr/test.json"
     c.data.max_length = 650
-    c.data.max_response_length = 75
+    c.data.max_completion_length = 75
     c.loss.name = "alphapo-pref"
     c.loss.tie_policy = "second"  # of equal rewards the second is trained on as the chosen
     c.loss.alpha = 0.025

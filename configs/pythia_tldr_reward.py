@@ -2,9 +2,9 @@
 
 Command   python train.py --config configs/pythia_tldr_reward.py --workdir runs/tldr_reward
           fpo export --workdir runs/tldr_reward --out tldr_reward --step best
-Data      summarize_from_feedback comparisons: 92,858 pairs -> 726 updates of 128 pairs
+Data      summarize_from_feedback comparisons: 92,858 pairs -> 726 steps of 128 pairs
 Original  as pythia_hh_reward with rows of 650 and summaries of 75 tokens; here too it is evaluated every 100
-          updates, the best of which is kept, with last_batch=pad and float32 master weights
+          steps, the best of which is kept, with last_batch=pad and float32 master weights
 Expect    nothing published for this recipe
 """
 
@@ -19,7 +19,7 @@ def get_config():
     c.data.train = "data/tldr/train.json"
     c.data.eval = "data/tldr/test.json"
     c.data.max_length = 650
-    c.data.max_response_length = 75
+    c.data.max_completion_length = 75
     c.loss.name = "bradley_terry"
     c.optim.learning_rate = 1e-5
     c.train.eval_every = 100

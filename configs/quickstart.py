@@ -15,7 +15,7 @@ from typing import Any
 
 from fpo_jax import config as configuration
 
-MAX_LENGTH, MAX_RESPONSE_LENGTH = 24, 12  # tokens; BOS + 8 digits + ">" and an answer of 8 digits + EOS need 19
+MAX_LENGTH, MAX_COMPLETION_LENGTH = 24, 12  # tokens; BOS + 8 digits + ">" and an answer of 8 digits + EOS need 19
 
 
 def get_config(divergence: str = "alpha") -> Any:
@@ -77,7 +77,7 @@ def _tiny() -> Any:
     c.data.format = "json"
     c.data.rule = "raw"
     c.data.max_length = MAX_LENGTH
-    c.data.max_response_length = MAX_RESPONSE_LENGTH
+    c.data.max_completion_length = MAX_COMPLETION_LENGTH
     c.train.log_every = 20
     c.train.keep_checkpoints = 1
     c.logging.tensorboard = False

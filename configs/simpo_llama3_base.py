@@ -1,7 +1,7 @@
 """Llama-3-8B-Base (SFT on UltraChat) on UltraFeedback: SimPO's own recipe.
 
 Command   python train.py --config configs/simpo_llama3_base.py --workdir runs/simpo_llama3_base
-Data      HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs -> 477 updates of 128
+Data      HuggingFaceH4/ultrafeedback_binarized: 61,135 pairs -> 477 steps of 128
 Original  4 GPUs x 2 pairs x 16 accumulated; gamma = 1.0; tie_policy=second as in mistral_base
 Expect    the SimPO paper reports AlpacaEval 2 LC 22.0, WR 20.3, Arena-Hard 23.4
 """

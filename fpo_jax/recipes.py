@@ -15,9 +15,9 @@ def simpo() -> configuration.Config:
     # Spec 3.2 and 3.3; not how transformers does it.
     c.data.auto_insert_empty_system = True  # an empty system turn first, where the template has such turns
     c.data.prepend_bos = True  # BOS where the tokenizer opens texts with it, though the template does not write it
-    c.data.assistant_header = "completion"  # the assistant's header is trained and counts in a response's length
+    c.data.assistant_header = "completion"  # the assistant's header is trained and counts in a completion's length
     c.data.append_eos = "unless_last"  # behind </s> and a newline, a second </s>, all of them scored
-    c.data.truncate_together = True  # all responses of a pair are cut when the longer one overflows
+    c.data.truncate_together = True  # all completions of a pair are cut when the longer one overflows
     c.data.last_batch = "drop"
     c.optim.schedule = "cosine"
     c.optim.warmup_fraction = 0.1
@@ -35,8 +35,8 @@ def exo() -> configuration.Config:
     c.model.path = "EleutherAI/pythia-2.8b"  # alignments start from its SFT checkpoint: override
     c.data.rule = "raw"
     c.data.max_length = 512
-    c.data.max_response_length = 200
-    c.data.cut_prompts_together = False  # each response's row cuts the prompt for itself (spec 2.4)
+    c.data.max_completion_length = 200
+    c.data.cut_prompts_together = False  # each completion's row cuts the prompt for itself (spec 2.4)
     c.data.on_identical = "drop"
     c.data.last_batch = "pad"
     c.optim.schedule = "cosine"

@@ -58,14 +58,14 @@ class Preset(NamedTuple):
 
 GATHER = {
     "layer": "weights gathered over fsdp layer by layer, in every pass (ZeRO-3, FSDP)",
-    "update": "the layers' weights gathered over fsdp once an update, in the compute dtype (ZeRO-2)",
+    "step": "the layers' weights gathered over fsdp once a step, in the compute dtype (ZeRO-2)",
 }
 PER_HOST = 0  # as `data`: one replica per host, or per TPU slice where there are several
 
 PRESETS = {
     "fsdp": Preset(1, -1, 1, "layer"),  # everything cut over all devices: PyTorch FSDP's FULL_SHARD
     "zero3": Preset(1, -1, 1, "layer"),  # the same, under DeepSpeed's name
-    "zero2": Preset(1, -1, 1, "update"),  # less traffic where batches are accumulated, for the layers' weights whole
+    "zero2": Preset(1, -1, 1, "step"),  # less traffic where batches are accumulated, for the layers' weights whole
     "multi_gpu": Preset(-1, 1, 1, "layer"),  # replicas: everything whole on every device
     "hybrid": Preset(PER_HOST, -1, 1, "layer"),  # FSDP within a host or slice, replicas across the slower network
 }
@@ -84,11 +84,11 @@ class Layout:
         return self.mesh is None or self.mesh.size == 1
 
     @property
-    def row_ways(self) -> int:
+    def data_parallel_degree(self) -> int:
         """Ways that the rows of a batch are cut."""
         return self.ways("rows")
 
-    def pin(self, x: jax.Array, *axes: str) -> jax.Array:
+    def constrain(self, x: jax.Array, *axes: str) -> jax.Array:
         """State where an activation with these logical axes lives; one that the mesh does not divide stays whole."""
         if self.mesh is None or self.on_one_device:
             return x
@@ -112,7 +112,7 @@ class Layout:
 
 
 ONE_DEVICE = Layout()
-# What `Layout.gather` = "update" makes of the layers' weights: whole over fsdp, still cut over tensor.
+# What `Layout.gather` = "step" makes of the layers' weights: whole over fsdp, still cut over tensor.
 GATHERED_RULES: Rules = {**RULES, "embed": None}
 
 

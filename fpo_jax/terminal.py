@@ -73,8 +73,8 @@ def say(text: object) -> None:
 
 def refuse(program: str, error: object) -> None:
     """Print why a program ends, on its standard error."""
-    told = sentence(error) if isinstance(error, BaseException) else shown(error, longest=LONGEST_ERROR)
-    print(f"{program}: {told}", file=sys.stderr)
+    described = sentence(error) if isinstance(error, BaseException) else shown(error, longest=LONGEST_ERROR)
+    print(f"{program}: {described}", file=sys.stderr)
 
 
 class Formatter(logging.Formatter):

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 
 LEGEND = {
-    "A": "micro-batches accumulated into one update",
-    "B": "groups: one prompt with its K candidate responses",
-    "K": "candidates per group (2 for a preference pair)",
-    "N": "rows; one candidate each, N = B*K and row b*K + k is candidate k of group b, or groups packed into them",
-    "T": "tokens of a row, prompt and response, right-padded",
-    "R": "scored positions of a row (response tokens), right-padded",
+    "A": "micro-batches accumulated into one step",
+    "B": "groups: one prompt with its K completion completions",
+    "K": "completions per group (2 for a preference pair)",
+    "N": "rows; one completion each, N = B*K and row b*K + k is completion k of group b, or groups packed into them",
+    "T": "tokens of a row, prompt and completion, right-padded",
+    "R": "scored positions of a row (completion tokens), right-padded",
     "D": "model width",
     "V": "vocabulary",
     "L": "layers",
@@ -32,7 +32,7 @@ PyTree = Any
 class Segments(NamedTuple):
     """Who sees whom in rows that hold several texts. A segment's tokens are neighbours.
 
-    A token sees, of its own segment and of the segment that it follows, what stands before it: responses that follow
+    A token sees, of its own segment and of the segment that it follows, what stands before it: completions that follow
     one prompt see that prompt and nothing of each other.
     """
 
@@ -47,32 +47,32 @@ class Batch(NamedTuple):
     Row n predicts `targets_NR[n, r]` from the hidden state at `predictors_NR[n, r]`, which is the position
     of the token before the target. Only these R positions of T ever reach the LM head.
 
-    Rows hold one candidate each, or, with `slots_NR`, as many whole groups as find room: then B counts the N * S places
-    for groups, S in each row, and what stands in no group's place has weight 0.
+    Rows hold one completion each, or, with `slots_NR`, as many whole groups as find room: then B counts the N * S
+    places for groups, S in each row, and what stands in no group's place has weight 0.
     """
 
     tokens_NT: Array  # int32, right-padded with the pad id
     valid_NT: Array  # bool, True = a real token (never derived from token ids)
     predictors_NR: Array  # int32 in [0, T), 0 where not scored
     targets_NR: Array  # int32 token ids, 0 where not scored
-    scored_NR: Array  # bool, True = counts
+    loss_mask_NR: Array  # bool, True = counts
     rewards_BK: Array  # float32; preference data carries 1 for chosen, 0 for rejected
     reference_logps_BK: Array  # float32 summed log-probs under the reference; zeros when the loss needs none
     weight_B: Array  # float32, 1 = a real group, 0 = padding of a ragged last batch
     row_ids_B: Array  # int32, the group's position in the prepared data set (-1 for padding)
     segments: Segments | None = None  # of packed rows
-    slots_NR: Array | None = None  # int32 in [0, S*K), of rows of groups: the row's candidate that is scored here
-    ends_NP: Array | None = None  # int32, of the same rows, P = S*K: where each candidate's last token stands
+    slots_NR: Array | None = None  # int32 in [0, S*K), of rows of groups: the row's completion that is scored here
+    ends_NP: Array | None = None  # int32, of the same rows, P = S*K: where each completion's last token stands
 
 
 class TrainState(NamedTuple):
-    """What one update changes, and what a checkpoint holds besides the data cursor."""
+    """What one step changes, and what a checkpoint holds besides the data cursor."""
 
     params: PyTree  # nested dict of arrays, layers stacked on a leading L axis
     opt_state: PyTree
-    step: PyTree  # int32 scalar (or its shape, or its sharding): updates applied or skipped so far
-    frozen: PyTree = None  # parameters that no update changes; no checkpoint holds them
-    skipped: PyTree = None  # int32 scalar: updates not applied in a row (guards.Guard.in_a_row); None = not counted
+    step: PyTree  # int32 scalar (or its shape, or its sharding): steps applied or skipped so far
+    frozen: PyTree = None  # parameters that no step changes; no checkpoint holds them
+    skipped: PyTree = None  # int32 scalar: steps not applied in a row (skip_step.SkipRule.in_a_row); None = not counted
 
 
 if __name__ == "__main__":

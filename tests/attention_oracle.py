@@ -94,7 +94,7 @@ def program(case, implementation, layout):
         sliding_window=case.window,
         soft_cap=case.cap,
         segments=case.packed,
-        choice=attention.Choice(
+        choice=attention.Selection(
             implementation,
             reason="a test",
             interpret=implementation in ("mosaic", "splash") and jax.default_backend() == "cpu",

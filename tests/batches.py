@@ -6,10 +6,10 @@ from fpo_jax import attention, types
 from fpo_jax.trainer import forward
 
 
-def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed: int = 0, rewards=None) -> types.Batch:
+def random_batch(*, groups: int, completions: int, length: int, vocab: int, seed: int = 0, rewards=None) -> types.Batch:
     """Return rows of random tokens, prompts and lengths; the scored part follows each prompt."""
     random = np.random.default_rng(seed)
-    rows, width = groups * candidates, length - 3
+    rows, width = groups * completions, length - 3
     tokens = random.integers(3, vocab, (rows, length)).astype(np.int32)
     valid = np.zeros((rows, length), bool)
     predictors, targets = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
@@ -24,11 +24,11 @@ def random_batch(*, groups: int, candidates: int, length: int, vocab: int, seed:
         targets[row, :count] = tokens[row, prompt : prompt + count]
         scored[row, :count] = True
     if rewards is None:
-        rewards = np.tile(np.eye(1, candidates, dtype=np.float32), (groups, 1))
+        rewards = np.tile(np.eye(1, completions, dtype=np.float32), (groups, 1))
     return types.Batch(
         tokens, valid, predictors, targets, scored,
         np.asarray(rewards, np.float32),
-        np.zeros((groups, candidates), np.float32),
+        np.zeros((groups, completions), np.float32),
         np.ones(groups, np.float32),
         np.arange(groups, dtype=np.int32),
     )  # fmt: skip
@@ -39,7 +39,7 @@ def forward_fn(config, **changed) -> forward.PolicyForward:
     options = {
         "compute_dtype": "float32",
         "remat": "none",
-        "attention": attention.Choice("xla", "for the test"),
+        "attention": attention.Selection("xla", "for the test"),
         "implementation": "chunked",
     }
     options |= {"workspace_bytes": 2**20, "temperature": 1.0}

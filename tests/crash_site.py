@@ -40,7 +40,7 @@ class Site:
             "model.path": self.root / "model", "data.train": self.root / "pairs.jsonl",
             "data.eval": self.root / "pairs.jsonl", "data.format": "json", "data.hh_split": "last_turn",
             "data.subfolder": "", "data.train_split": "", "data.eval_split": "", "data.max_length": 40,
-            "data.max_response_length": 16, "model.compute_dtype": "float32", "optim.learning_rate": 3e-3,
+            "data.max_completion_length": 16, "model.compute_dtype": "float32", "optim.learning_rate": 3e-3,
             "train.batch_size": 4, "train.micro_batch_per_device": 2, "train.epochs": STEPS * 4 / PAIRS,
             "train.save_every": SAVE_EVERY, "train.eval_every": 3, "train.eval_batch_per_device": 6,
             "train.keep_checkpoints": keep_checkpoints, "train.async_save": async_save, "logging.tensorboard": False,
@@ -76,7 +76,7 @@ def saved(workdir):
 
 
 # how often a whole run comes by each point
-LAST = {"data": 2, "load": 1, "reference": 2, "reference written": 2, "update": STEPS, "evaluation": 3, "save": 3}
+LAST = {"data": 2, "load": 1, "reference": 2, "reference written": 2, "step": STEPS, "evaluation": 3, "save": 3}
 
 
 def stop(point, count, number=signal.SIGTERM, **more):

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def trials(count: int) -> Iterator[tuple[int, np.random.Generator]]:
-    """Yield seeds and their generators; FPO_FLIP_SEED and FPO_FLIP_TRIALS choose others."""
+    """Yield seeds and their generators; FPO_FLIP_SEED and FPO_FLIP_TRIALS select others."""
     first = int(os.environ.get("FPO_FLIP_SEED", 0))
     for seed in range(first, first + int(os.environ.get("FPO_FLIP_TRIALS", count))):
         yield seed, np.random.default_rng(seed)

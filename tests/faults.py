@@ -36,7 +36,7 @@ POINTS = {
     "compile": "fpo_jax.trainer.compiled_step.Program._compile",
     "reference": "fpo_jax.trainer.reference_logprobs.compute",
     "reference written": "fpo_jax.trainer.reference_logprobs.save",
-    "update": "fpo_jax.trainer.train_step.stack_micro_batches",
+    "step": "fpo_jax.trainer.train_step.stack_micro_batches",
     "evaluation": "fpo_jax.trainer.evaluator.Evaluation.__call__",
     "answers": "fpo_jax.inference.sampler.sample",
     "save": "fpo_jax.checkpoint.Checkpointer.save",
@@ -44,8 +44,8 @@ POINTS = {
     "judge": "fpo_jax.eval.judge.pairwise_judge.Store.add",
 }
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "shutil.rmtree")
-FREE = ("keep_checkpoints", "async_save")  # knobs that no program is compiled for
-TRAINED = "trained.jsonl"  # in the workdir: number and group ids of every update that was begun, in any start
+FREE = ("keep_checkpoints", "async_save")  # fields that no program is compiled for
+TRAINED = "trained.jsonl"  # in the workdir: number and group ids of every step that was begun, in any start
 
 
 def trials(usual: int) -> int:
@@ -126,7 +126,7 @@ def digest(tree) -> str:
 
 
 def trained(workdir: Path) -> list[tuple[int, list[int]]]:
-    """Number and group ids of the updates that were begun, in the order of time; a line cut by a kill is left out."""
+    """Number and group ids of the steps that were begun, in the order of time; a line cut by a kill is left out."""
     path = workdir / TRAINED
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [tuple(json.loads(line)) for line in lines]
@@ -262,7 +262,7 @@ def _log_groups(workdir: Path) -> None:
     @functools.wraps(inner)
     def logged(schedule, number, positions):
         batch = inner(schedule, number, positions)
-        if schedule.batch_size == 4:  # an update's; evaluations and the reference pass have other sizes here
+        if schedule.batch_size == 4:  # an step's; evaluations and the reference pass have other sizes here
             with (workdir / TRAINED).open("a") as file:
                 file.write(json.dumps([number + 1, sorted(batch.row_ids_B[batch.row_ids_B >= 0].tolist())]) + "\n")
         return batch

@@ -26,7 +26,7 @@ from tests import compiling, paths, tiny
 STEPS = 12
 RENAMED: dict[str, str] = {}  # metrics of the first record -> their names today
 COMMON = {
-    "data.format": "json", "data.max_length": 40, "data.max_response_length": 16, "data.subfolder": "",
+    "data.format": "json", "data.max_length": 40, "data.max_completion_length": 16, "data.subfolder": "",
     "data.train_split": "", "data.eval_split": "", "model.compute_dtype": "float32", "optim.learning_rate": 3e-3,
     "train.batch_size": 8, "train.micro_batch_per_device": 1, "train.max_steps": STEPS, "train.epochs": 4.0,
     "train.eval_every": 5, "train.eval_batch_per_device": 2, "train.eval_groups": 8, "train.save_every": 6,

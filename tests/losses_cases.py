@@ -36,20 +36,20 @@ def groups(dtype=np.float32, **replaced):
         "rewards_BK": np.array([[1.0, 0.25, 0.5], [-0.5, 2.0, 0.0]]),
         "batch_kl": np.array(0.75),
     }
-    return losses.Candidates(**{key: np.asarray(value, dtype) for key, value in {**fields, **replaced}.items()})
+    return losses.Completions(**{key: np.asarray(value, dtype) for key, value in {**fields, **replaced}.items()})
 
 
-def value_and_grad(loss, candidates):
+def value_and_grad(loss, completions):
     """Losses [B] and their gradients in logps_BK, as NumPy."""
-    return jax.tree.map(np.asarray, value_and_grad_traced(loss, candidates))
+    return jax.tree.map(np.asarray, value_and_grad_traced(loss, completions))
 
 
-def value_and_grad_traced(loss, candidates):
+def value_and_grad_traced(loss, completions):
     def total(logps_BK):
-        losses_B = loss.loss(candidates._replace(logps_BK=logps_BK))
+        losses_B = loss.loss(completions._replace(logps_BK=logps_BK))
         return jnp.sum(losses_B), losses_B
 
-    grads_BK, losses_B = jax.grad(total, has_aux=True)(jnp.asarray(candidates.logps_BK))
+    grads_BK, losses_B = jax.grad(total, has_aux=True)(jnp.asarray(completions.logps_BK))
     return losses_B, grads_BK
 
 

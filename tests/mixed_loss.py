@@ -17,16 +17,16 @@ class MixedLoss:
 
     def of_logps(self, logps_BK, operands):
         """Return each group's own loss; `operands` are those that the method of that name returns."""
-        candidates, entry_BK, unit_BK = operands
-        each_B = [loss.of_logps(logps_BK, candidates) for loss in self.entries]
+        completions, entry_BK, unit_BK = operands
+        each_B = [loss.of_logps(logps_BK, completions) for loss in self.entries]
         own_B = sum(jnp.where(entry_BK[:, 0] == index, loss_B, 0) for index, loss_B in enumerate(each_B))
         return own_B / unit_BK[:, 0]
 
-    def operands(self, candidates: losses.Candidates, logps_BK, *, of_group):
+    def operands(self, completions: losses.Completions, logps_BK, *, of_group):
         """Return the operands with which group b has the loss `entries[of_group[b]]`, at about these log-probs."""
         of_group = np.asarray(of_group)
         entry_BK = np.broadcast_to(of_group[:, None], logps_BK.shape).astype(np.float32)
-        plain = (candidates, entry_BK, np.ones(logps_BK.shape, np.float32))
+        plain = (completions, entry_BK, np.ones(logps_BK.shape, np.float32))
         slope_BK = np.abs(jax.grad(lambda logps_BK: jnp.sum(self.of_logps(logps_BK, plain)))(jnp.asarray(logps_BK)))
         units = np.array([slope_BK[of_group == index].max(initial=0) for index in range(len(self.entries))])
-        return candidates, entry_BK, np.broadcast_to(units[of_group][:, None], logps_BK.shape).astype(np.float32)
+        return completions, entry_BK, np.broadcast_to(units[of_group][:, None], logps_BK.shape).astype(np.float32)

@@ -17,7 +17,7 @@ def whole(config, workdir):
 
 
 def stopped(config, workdir, monkeypatch, *, after, then=None):
-    """Run, stop as by a signal during update `after`, and run again to the end, as configured `then` or as before."""
+    """Run, stop as by a signal during step `after`, and run again to the end, as configured `then` or as before."""
     begun = [0]
     with monkeypatch.context() as patch:
         patch.setattr(profiler.Trace, "before", lambda self, number: begun.append(number))

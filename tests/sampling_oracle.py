@@ -30,35 +30,35 @@ def sample(
     batch_size: int = 64,
     window: int | None = None,
     compute_dtype: jax.typing.DTypeLike = "float32",
-    attention: attention_module.Choice | None = None,
+    attention: attention_module.Selection | None = None,
 ) -> list[list[list[int]]]:
-    """Draw `num_return` responses to every prompt, token by token, from softmax(logits / temperature).
+    """Draw `num_return` completions to every prompt, token by token, from softmax(logits / temperature).
 
         token_t = argmax_v (logits[v] + temperature * g[v]),  g = Gumbel noise of (seed, prompt, return, t)
 
     which is an exact draw from the softmax (the Gumbel-max identity), and greedy decoding at temperature 0. The noise
-    depends on the prompt's index in `prompts` and on the return's number alone, so the responses do not depend on
+    depends on the prompt's index in `prompts` and on the return's number alone, so the completions do not depend on
     batch_size, and more returns leave the first ones as they were (up to rounding of another batch shape).
 
     Args:
         params: the model's parameters.
         prompts: token ids of each prompt, BOS included where the model wants one; at least one token each.
         config: the architecture.
-        max_new_tokens: tokens of a response at most, EOS included, >= 1.
+        max_new_tokens: tokens of a completion at most, EOS included, >= 1.
         temperature: >= 0; 1 = the model's own distribution, 0 = greedy.
-        eos_id: the token that ends a response.
+        eos_id: the token that ends a completion.
         pad_id: what stands right of a row's tokens; it is masked, so any id in the vocabulary will do.
         seed: of all noise, in [0, 2**32).
-        num_return: responses per prompt, >= 1.
+        num_return: completions per prompt, >= 1.
         batch_size: rows per forward pass; the last batch is padded to it.
-        window: tokens of a row, prompt and response; None = just enough for the longest prompt. Give it to share one
+        window: tokens of a row, prompt and completion; None = just enough for the longest prompt. Give it to share one
             compilation between calls.
         compute_dtype: of the forward pass; logits and noise are float32.
         attention: as for model.hidden_states.
 
     Returns:
-        responses[p][r]: token ids without the prompt, EOS included as the last one where the model wrote it; a
-        response without EOS was cut at max_new_tokens.
+        completions[p][r]: token ids without the prompt, EOS included as the last one where the model wrote it; a
+        completion without EOS was cut at max_new_tokens.
 
     Raises:
         ValueError: an option, an id or a length outside its range, or logits that are not finite.
@@ -76,12 +76,12 @@ def sample(
     if not needed <= window <= config.max_positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} need {needed} positions, window={window}"
-            f" and the model has {config.max_positions}; shorten the prompts, lower max_new_tokens, or choose a window"
+            f" and the model has {config.max_positions}; shorten the prompts, lower max_new_tokens, or select a window"
             " between the two."
         )
     # (prompt, return) of every row; rows of the padded end are (-1, 0)
     ids_M2 = [(index, number) for index in range(len(prompts)) for number in range(num_return)]
-    responses: list[list[list[int]]] = [[] for _ in prompts]
+    completions: list[list[list[int]]] = [[] for _ in prompts]
     for start in range(0, len(ids_M2), batch_size):
         ids_N2 = ids_M2[start : start + batch_size]
         padded_N2 = np.array(ids_N2 + [(-1, 0)] * (batch_size - len(ids_N2)), np.int32)
@@ -107,8 +107,8 @@ def sample(
                 f" its weights are finite and that they fit {jnp.dtype(compute_dtype).name}."
             )
         for (index, _), row, length in zip(ids_N2, tokens_NT.tolist(), lengths_N.tolist(), strict=False):
-            responses[index].append(_until_eos(row[length : length + max_new_tokens], eos_id))
-    return responses
+            completions[index].append(_until_eos(row[length : length + max_new_tokens], eos_id))
+    return completions
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "compute_dtype", "attention"))
@@ -124,7 +124,7 @@ def _extend(
     config: models.ModelConfig,
     steps: int,
     compute_dtype: str,
-    attention: attention_module.Choice | None,
+    attention: attention_module.Selection | None,
 ) -> tuple[Int[Array, "N T"], Bool[Array, ""]]:
     """Write up to `steps` tokens behind every row, until all rows of length > 0 have ended.
 

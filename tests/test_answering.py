@@ -28,46 +28,48 @@ def config(base, **changed):  # noqa: F811
         "train__eval_every": 2,
         "train__batch_size": 4,
         "optim__learning_rate": 1e-2,
-        "answers__count": 6,
-        "answers__max_new_tokens": 5,
-        "answers__batch_per_device": 8,
+        "completions__count": 6,
+        "completions__max_new_tokens": 5,
+        "completions__batch_per_device": 8,
     }
     return tiny.config(base / "model", base / "train.jsonl", **(given | changed))
 
 
 def numbers(workdir):
     lines = metric_logger.read(workdir / metric_logger.METRICS_FILE)
-    return {line["step"]: line for line in lines if "eval_answers/length" in line}
+    return {line["step"]: line for line in lines if "eval_completions/length" in line}
 
 
 @pytest.fixture(scope="module")
 def trained(base, judge, tmp_path_factory):  # noqa: F811
     workdir = tmp_path_factory.mktemp("trained") / "w"
-    resuming.whole(config(base, answers__reward_model=str(judge), train__keep_best="eval_answers/win_rate"), workdir)
+    resuming.whole(
+        config(base, completions__reward_model=str(judge), train__keep_best="eval_completions/win_rate"), workdir
+    )
     return workdir
 
 
 def test_the_metrics_are_those_of_the_lines(trained):
     found = numbers(trained)
-    assert list(found) == [0, 2, 4, 6] and found[0]["eval_answers/win_rate"] == 0.5
-    start = sample_completions.read(trained / "answers", 0)
+    assert list(found) == [0, 2, 4, 6] and found[0]["eval_completions/win_rate"] == 0.5
+    start = sample_completions.read(trained / "completions", 0)
     for number, line in found.items():
-        lines = sample_completions.read(trained / "answers", number)
+        lines = sample_completions.read(trained / "completions", number)
         assert [one["prompt"] for one in lines] == [one["prompt"] for one in start] and len(lines) == 6
         rewards = np.array([one["reward"] for one in lines])
         first = np.array([one["reward"] for one in start])
-        assert line["eval_answers/reward"] == pytest.approx(rewards.mean(), abs=1e-12)
-        assert line["eval_answers/win_rate"] == (np.sum(rewards > first) + 0.5 * np.sum(rewards == first)) / 6
-        assert line["eval_answers/length"] == np.mean([one["tokens"] for one in lines])
-        assert line["eval_answers/ended"] == np.mean([one["finish"] == "stop" for one in lines])
-    assert sample_completions.read(trained / "answers", 6) != start
+        assert line["eval_completions/reward"] == pytest.approx(rewards.mean(), abs=1e-12)
+        assert line["eval_completions/win_rate"] == (np.sum(rewards > first) + 0.5 * np.sum(rewards == first)) / 6
+        assert line["eval_completions/length"] == np.mean([one["tokens"] for one in lines])
+        assert line["eval_completions/ended"] == np.mean([one["finish"] == "stop" for one in lines])
+    assert sample_completions.read(trained / "completions", 6) != start
 
 
 def test_the_best_checkpoint_is_the_one_that_wins_most(trained):
     found = numbers(trained)
     _, meta = checkpoint.restore_params(trained, checkpoint.BEST)
-    best = max(found[number]["eval_answers/win_rate"] for number in (2, 4, 6))
-    assert found[meta["step"]]["eval_answers/win_rate"] == best
+    best = max(found[number]["eval_completions/win_rate"] for number in (2, 4, 6))
+    assert found[meta["step"]]["eval_completions/win_rate"] == best
 
 
 def test_the_answers_of_the_start_are_the_samplers(trained, base, tmp_path):  # noqa: F811
@@ -79,16 +81,16 @@ def test_the_answers_of_the_start_are_the_samplers(trained, base, tmp_path):  # 
         out=tmp_path / "a.jsonl", data=str(tmp_path / "p.jsonl"), model=str(base / "model"), batch_size=1, **given
     )
     generate.run(options)
-    ours = sample_completions.read(trained / "answers", 0)
+    ours = sample_completions.read(trained / "completions", 0)
     assert [[line["completion"]] for line in ours] == [line["completions"] for line in jsonl.read(options.out)]
 
 
 def test_a_stopped_run_writes_the_same(base, judge, tmp_path, monkeypatch, trained):  # noqa: F811
-    c = config(base, answers__reward_model=str(judge), train__keep_best="eval_answers/win_rate")
+    c = config(base, completions__reward_model=str(judge), train__keep_best="eval_completions/win_rate")
     resuming.stopped(c, tmp_path / "w", monkeypatch, after=3)
     assert resuming.outcome(tmp_path / "w") == resuming.outcome(trained)
     for number in (0, 2, 4, 6):
-        name = f"answers/{number}.jsonl"
+        name = f"completions/{number}.jsonl"
         assert (tmp_path / "w" / name).read_bytes() == (trained / name).read_bytes()
 
 
@@ -96,20 +98,22 @@ def test_answers_without_a_judge_and_without_evaluation_data_on_a_mesh(base, tmp
     from fpo_jax.trainer import trainer
 
     (tmp_path / "p.jsonl").write_text('{"prompt": "a?"}\n{"prompt": "a?"}\n{"prompt": "b?"}\n')
-    c = config(base, data__eval="", answers__prompts=str(tmp_path / "p.jsonl"), train__max_steps=1, train__batch_size=8)
+    c = config(
+        base, data__eval="", completions__prompts=str(tmp_path / "p.jsonl"), train__max_steps=1, train__batch_size=8
+    )
     trainer.run(c, tmp_path / "w")
-    assert [line["prompt"] for line in sample_completions.read(tmp_path / "w" / "answers", 1)] == ["a?", "b?"]
-    assert set(numbers(tmp_path / "w")[1]) == {"step", "eval_answers/length", "eval_answers/ended"}
+    assert [line["prompt"] for line in sample_completions.read(tmp_path / "w" / "completions", 1)] == ["a?", "b?"]
+    assert set(numbers(tmp_path / "w")[1]) == {"step", "eval_completions/length", "eval_completions/ended"}
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"answers__count": 0}, "answers.max_new_tokens=5 is not used while answers.count is 0"),
-        ({"data__eval": ""}, "answers.count=6 needs prompts; set answers.prompts or data.eval"),
+        ({"completions__count": 0}, "completions.max_new_tokens=5 is not used while completions.count is 0"),
+        ({"data__eval": ""}, "completions.count=6 needs prompts; set completions.prompts or data.eval"),
         ({"lora__rank": 2}, "lora.rank=2 trains an adapter"),
-        ({"answers__count": -1}, "answers.count=-1 must"),
-        ({"answers__temperature": -1.0}, "answers.temperature=-1"),
+        ({"completions__count": -1}, "completions.count=-1 must"),
+        ({"completions__temperature": -1.0}, "completions.temperature=-1"),
     ],
 )
 def test_settings_that_are_refused(base, changed, message):  # noqa: F811
@@ -121,16 +125,16 @@ def test_settings_that_are_refused(base, changed, message):  # noqa: F811
     ("changed", "message"),
     [
         (
-            {"answers__max_new_tokens": 40},
-            "answers.max_new_tokens=40 leaves no room for a prompt in data.max_length=40",
+            {"completions__max_new_tokens": 40},
+            "completions.max_new_tokens=40 leaves no room for a prompt in data.max_length=40",
         ),
-        ({"answers__reward_model": "the base"}, "is a language model; give a reward model"),
-        ({"answers__prompts": "nothing/here.jsonl"}, "no file or directory"),
+        ({"completions__reward_model": "the base"}, "is a language model; give a reward model"),
+        ({"completions__prompts": "nothing/here.jsonl"}, "no file or directory"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_written(base, tmp_path, changed, message):  # noqa: F811
-    if "answers__reward_model" in changed:
-        changed = {"answers__reward_model": str(base / "model")}
+    if "completions__reward_model" in changed:
+        changed = {"completions__reward_model": str(base / "model")}
     with pytest.raises(ValueError, match=message):
         resuming.whole(config(base, **changed), tmp_path / "w")
     assert not (tmp_path / "w").exists()
@@ -156,12 +160,13 @@ def reported(trained, tmp_path_factory):
 def test_the_page_has_what_the_files_say(trained, reported):
     text = (reported / "report.md").read_text()
     found = numbers(trained)
-    assert f"| answers/reward | {found[0]['eval_answers/reward']:.4g} | {found[6]['eval_answers/reward']:.4g} |" in text
+    first, last = (found[step]["eval_completions/reward"] for step in (0, 6))
+    assert f"| completions/reward | {first:.4g} | {last:.4g} |" in text
     assert "| ours.jsonl against theirs.jsonl | judge | 62.5% (50.0%, 75.0%) |" in text and "4 / 2 / 2 / 1" in text
-    assert "3 answers speak to the judge" in text and "| `answers.count` | `0` | `6` |" in text
+    assert "3 answers speak to the judge" in text and "| `completions.count` | `0` | `6` |" in text
     audit = json.loads((trained / "audit.json").read_text())
     assert f"| scored tokens | {audit['train']['scored_tokens']:,} | {audit['eval']['scored_tokens']:,} |" in text
-    assert "an update, median" in text and "| prompt | update 0 | update 6 |" in text
+    assert "a step, median" in text and "| prompt | step 0 | step 6 |" in text
 
 
 def test_the_page_needs_no_other_file_and_no_model_s_text_is_markup(trained, tmp_path):
@@ -169,7 +174,7 @@ def test_the_page_needs_no_other_file_and_no_model_s_text_is_markup(trained, tmp
 
     shutil.copytree(trained, tmp_path / "w", ignore=shutil.ignore_patterns("checkpoints"))
     for number in (0, 6):
-        path = tmp_path / "w" / "answers" / f"{number}.jsonl"
+        path = tmp_path / "w" / "completions" / f"{number}.jsonl"
         lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         for line in lines:
             line["completion"] = "<script>alert(1)</script> | **bold** `code`\nnext"

@@ -96,14 +96,14 @@ def test_what_cannot_be_replaced_is_refused_before_anything_is_written(tmp_path,
     monkeypatch.setattr(os.path, "ismount", lambda path: str(path).endswith("mounted"))
     monkeypatch.setattr(type(tmp_path), "is_mount", lambda path: path.name == "mounted")
     before = sorted(tmp_path.rglob("*"))
-    for name, told in {
+    for name, described in {
         "file": "exists and is not an empty directory",
         "link": "exists and is not an empty directory",
         "used": "exists and is not an empty directory",
         "circle": "cannot be looked into",
         "mounted": "is where a disk is mounted",
     }.items():
-        with pytest.raises(ValueError, match=f"{name} {told}"):
+        with pytest.raises(ValueError, match=f"{name} {described}"):
             write_whole(tmp_path / name)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -28,7 +28,7 @@ OPTIONS = {
 
 def skip_what_is_refused(implementation, case):
     if implementation == "xla" and case.cap is not None:
-        pytest.skip("JAX's own attention has no soft-cap; choose takes chunked")
+        pytest.skip("JAX's own attention has no soft-cap; select takes chunked")
 
 
 def assert_matches(results, expected, *, dtype, bounds=tolerances.ATTENTION):
@@ -158,7 +158,7 @@ def seen(implementation, *, valid, window=None, segments=None):
             scale=1.0,
             sliding_window=window,
             segments=segments,
-            choice=attention.Choice(implementation, reason="a test", interpret=implementation == "splash"),
+            choice=attention.Selection(implementation, reason="a test", interpret=implementation == "splash"),
             layout=ALONE,
         )
     )(nothing, nothing, jnp.eye(size)[None, :, None, :])
@@ -179,8 +179,8 @@ SHARING = ["xla", "chunked", "splash"]
 
 
 @pytest.mark.parametrize("implementation", SHARING)
-def test_responses_see_their_prompt_and_not_each_other(implementation):
-    """Two prompts; the first has two responses, whose windows of 3 count positions of the conversation."""
+def test_completions_see_their_prompt_and_not_each_other(implementation):
+    """Two prompts; the first has two completions, whose windows of 3 count positions of the conversation."""
     row = packed([0, 0, 1, 1, 2, 2, 3, 4], [0, 0, 0, 0, 0, 0, 3, 3])
     causal = [
         [1, 0, 0, 0, 0, 0, 0, 0],

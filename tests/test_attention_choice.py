@@ -1,4 +1,4 @@
-"""attention.choose: what `auto` picks where, what is refused, and that every choice can be made for absent hardware."""
+"""attention.select: what `auto` picks where, what is refused, and that every choice can be made for absent hardware."""
 
 import jax
 import numpy as np
@@ -22,8 +22,8 @@ FACTS = {
 }
 
 
-def choose(requested, **facts):
-    return attention.choose(requested, **{**FACTS, **facts})
+def select(requested, **facts):
+    return attention.select(requested, **{**FACTS, **facts})
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def choose(requested, **facts):
     ids=str,
 )
 def test_auto(facts, implementation, reason):
-    choice = choose("auto", **facts)
+    choice = select("auto", **facts)
     assert choice.implementation == implementation and not choice.interpret
     with pytest.raises(ValueError, match=reason):  # a pattern, as in the tests of errors
         raise ValueError(choice.reason)
@@ -110,14 +110,14 @@ def test_auto(facts, implementation, reason):
 )
 @needs_mosaic_gpu
 def test_auto_on_a_hopper_gpu(facts, implementation, reason):
-    choice = choose("auto", compute_capability="9.0", **facts)
+    choice = select("auto", compute_capability="9.0", **facts)
     assert choice.implementation == implementation and not choice.interpret
     assert reason in choice.reason
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax has the GPU kernels")
 def test_an_old_jax_has_no_mosaic():
-    choice = choose("auto", compute_capability="9.0", segments=True)
+    choice = select("auto", compute_capability="9.0", segments=True)
     assert choice.implementation == "cudnn" and "Mosaic attention needs jax 0.11" in choice.reason
 
 
@@ -132,16 +132,16 @@ def test_an_old_jax_has_no_mosaic():
     ],
 )
 def test_a_request_is_granted(requested, facts):
-    assert choose(requested, **facts) == attention.Choice(requested, "asked for by the configuration", False)
+    assert select(requested, **facts) == attention.Selection(requested, "asked for by the configuration", False)
 
 
 @needs_mosaic_gpu
 def test_mosaic_on_a_cpu_is_an_emulation():
-    assert choose("mosaic", platform="cpu", segments=True).interpret
+    assert select("mosaic", platform="cpu", segments=True).interpret
 
 
 def test_splash_on_a_cpu_is_an_emulation_and_says_so():
-    choice = choose("splash", platform="cpu", dtype="float32")
+    choice = select("splash", platform="cpu", dtype="float32")
     assert choice.interpret and "emulated on a CPU, very slow" in choice.reason
 
 
@@ -166,17 +166,17 @@ def test_splash_on_a_cpu_is_an_emulation_and_says_so():
 )
 def test_a_request_that_cannot_run_is_refused(requested, facts, message):
     with pytest.raises(ValueError, match=message):
-        choose(requested, **facts)
+        select(requested, **facts)
 
 
 def test_heads_on_a_mesh():
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(1, 2, 4), sharding.MESH_AXES)
     layout = sharding.Layout(mesh)
-    assert "key/value" not in choose("auto", layout=layout).reason
-    assert "2 key/value heads are whole on each of 4 devices" in choose("auto", kv_heads=2, layout=layout).reason
-    with pytest.raises(ValueError, match=r"6 attention heads are not divisible by mesh\.tensor=4; choose a divisor"):
-        choose("auto", heads=6, kv_heads=2, layout=layout)
+    assert "key/value" not in select("auto", layout=layout).reason
+    assert "2 key/value heads are whole on each of 4 devices" in select("auto", kv_heads=2, layout=layout).reason
+    with pytest.raises(ValueError, match=r"6 attention heads are not divisible by mesh\.tensor=4; select a divisor"):
+        select("auto", heads=6, kv_heads=2, layout=layout)
 
 
 def test_choices_are_static_arguments():
-    assert hash(choose("auto")) == hash(choose("auto"))
+    assert hash(select("auto")) == hash(select("auto"))

@@ -49,7 +49,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
     layout = make_layout(target, sizes)
     window, cap, shared = (options.get(name) for name in ("window", "cap", "shared"))
     segments = options.get("segments") or shared
-    choice = attention.choose(
+    choice = attention.select(
         "auto",
         platform=layout.mesh.devices.flat[0].platform,
         dtype=dtype,
@@ -272,7 +272,7 @@ def test_a_decoder_with_a_cut_stream_runs_the_kernel(target, names, sizes):
     places = params.shardings(config, mesh=layout.mesh)
     weights = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), weights, places)
     rows = sharding.batch_sharding(layout.mesh, stacked=False)
-    choice = attention.choose(
+    choice = attention.select(
         "auto",
         platform=layout.mesh.devices.flat[0].platform,
         dtype="bfloat16",

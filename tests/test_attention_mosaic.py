@@ -70,7 +70,7 @@ def test_stages_are_filled_again_and_nothing_races(monkeypatch):
 
 
 def random_rows(seed, N=3, T=256):
-    """Prompts and up to three responses of each, of random lengths; padding at the end."""
+    """Prompts and up to three completions of each, of random lengths; padding at the end."""
     rng = np.random.default_rng(seed)
     ids_NT, places_NT, parents_NT = np.full((N, T), -1), np.zeros((N, T), int), np.full((N, T), -1)
     for ids, places, parents in zip(ids_NT, places_NT, parents_NT, strict=True):

@@ -36,7 +36,7 @@ def learnt():
         def one(loss, logits_K):
             logps_BK = jax.nn.log_softmax(logits_K)[None]
             fixed = (REFERENCE_K[None], jnp.ones_like(logps_BK), REWARDS_K[None], jnp.float32(0))
-            return loss.loss(losses.Candidates(logps_BK, *fixed))[0]
+            return loss.loss(losses.Completions(logps_BK, *fixed))[0]
 
         return sum(one(loss, logits[key]) for key, loss in chosen.items())
 

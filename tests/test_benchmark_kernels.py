@@ -14,7 +14,7 @@ import pytest
 from tests import tolerances
 from tests.paths import REPO
 
-TOKENS, D, V = 1024, 24, 136  # two responses of 512 tokens
+TOKENS, D, V = 1024, 24, 136  # two completions of 512 tokens
 FIGURES = {"median_ms", "min_ms", "tflops", "logp_error"}
 RIVALS = ("tokamax", "Liger", "cut-cross-entropy", "quack")  # how exact they are is for the report to say
 JAX_HERE = {"naive, float32 logits", "chunked"}
@@ -72,10 +72,10 @@ assert tuple(kernels_torch.CANDIDATES) == kernels.IN_TORCH
 assert kernels_torch.candidate("quack chunked", "cpu") in ("not installed", "runs on a GPU")
 hidden, head, targets = (torch.from_numpy(x) for x in kernels.arrays(1024, 24, 136))
 of_tokens = kernels_torch.naive
-of_responses = lambda *args: of_tokens(*args).reshape(-1, kernels.RESPONSE).sum(1)
+of_completions = lambda *args: of_tokens(*args).reshape(-1, kernels.RESPONSE).sum(1)
 args = (hidden.requires_grad_(), head.requires_grad_(), targets.long())
 for step in ("forward", "forward and backward"):
-    first, second = (kernels_torch.once(function, step, *args) for function in (of_tokens, of_responses))
+    first, second = (kernels_torch.once(function, step, *args) for function in (of_tokens, of_completions))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 """
     environment = {**os.environ, "PYTHONPATH": str(REPO), "JAX_PLATFORMS": "cpu"}

@@ -8,9 +8,9 @@ from tests.paths import REPO
 
 ROUNDS = """
 from benchmarks.train_step_sides import Case, Turns
-turns = Turns(Case("", 9, layers=1, groups=1, candidates=2, prompt=4, response=4, updates=1))
-for update, mib in enumerate([256, 64, 32]):
-    turns.before(update)
+turns = Turns(Case("", 9, layers=1, groups=1, candidates=2, prompt=4, completion=4, updates=1))
+for step, mib in enumerate([256, 64, 32]):
+    turns.before(step)
     b"x" * (mib * 2**20)
 turns.done()
 """

@@ -9,7 +9,7 @@ import pytest
 from fpo_jax import config, losses
 from fpo_jax.trainer import best_checkpoint, metrics, run_inputs
 
-WITH_ANSWERS = {"answers.count": 3, "answers.prompts": "p"}
+WITH_ANSWERS = {"completions.count": 3, "completions.prompts": "p"}
 OF_SCORES = {"stage": "reward"}
 
 
@@ -28,10 +28,10 @@ def written(c, loss):
     shape = (2, size)
     rewards_BK = np.arange(2 * size, dtype=np.float32).reshape(shape) % 3
     batch = types.SimpleNamespace(weight_B=np.ones(2, np.float32), segments=None, slots_NR=None)
-    response = types.SimpleNamespace(mean_logit_N=np.ones(2 * size, np.float32))
+    completion = types.SimpleNamespace(mean_logit_N=np.ones(2 * size, np.float32))
     ones_BK = np.ones(shape, np.float32)
-    candidates = losses.Candidates(-ones_BK, -ones_BK, ones_BK, rewards_BK, np.float32(0))
-    found = {"loss", *metrics.pairs(batch, response, candidates, np.ones(2, np.float32), loss)}
+    completions = losses.Completions(-ones_BK, -ones_BK, ones_BK, rewards_BK, np.float32(0))
+    found = {"loss", *metrics.pairs(batch, completion, completions, np.ones(2, np.float32), loss)}
     if c.stage == "sft":  # evaluator.py adds it
         found.add("perplexity")
     return {f"eval_{name}" for name in found}
@@ -64,26 +64,26 @@ def test_the_names_are_those_that_an_evaluation_writes(changed):
     ("name", "changed", "message"),
     [
         (
-            "eval_answers/length",
+            "eval_completions/length",
             WITH_ANSWERS,
-            "is neither better for being more nor for being less; choose from eval_l",
+            "is neither better for being more nor for being less; select from eval_l",
         ),
-        ("eval_answers/ended", WITH_ANSWERS, "is neither"),
+        ("eval_completions/ended", WITH_ANSWERS, "is neither"),
         ("eval_reference_kl", {}, "is neither"),
         ("eval_rewards/rejected", {}, "is neither"),
         ("eval_lengths/chosen", {}, "is neither"),
-        ("eval_answers/win_rate", WITH_ANSWERS, "is no metric of this run; choose from eval_loss, "),
-        ("eval_perplexity", {}, "is no metric of this run; choose from eval_loss, eval_sft_loss, eval_f_divergence,"),
+        ("eval_completions/win_rate", WITH_ANSWERS, "is no metric of this run; select from eval_loss, "),
+        ("eval_perplexity", {}, "is no metric of this run; select from eval_loss, eval_sft_loss, eval_f_divergence,"),
         (
             "eval_rewards/accuracies",
             {"loss.name": "sft", "stage": "sft", "data.group_size": 1},
-            "choose from eval_loss, eval_sft_loss, eval_perplexity.",
+            "select from eval_loss, eval_sft_loss, eval_perplexity.",
         ),
         ("eval_group_kl", {"loss.name": "dpo-pref"}, "is no metric of this run"),
         (
             "eval_rewards/chosen",
             {"loss.name": "bradley_terry", **OF_SCORES},
-            "choose from eval_loss, eval_rewards/accuracies, eval_rewards/margins.",
+            "select from eval_loss, eval_rewards/accuracies, eval_rewards/margins.",
         ),
         ("eval_accuracy", {}, "is no metric of this run"),
     ],
@@ -102,7 +102,7 @@ def test_what_tells_no_best_checkpoint_is_refused_with_what_does(name, changed, 
         ("eval_perplexity", 3.0, 9.0),
         ("eval_group_kl", 0.1, 0.2),
         ("eval_rewards/accuracies", 0.9, 0.6),
-        ("eval_answers/win_rate", 0.7, 0.5),
+        ("eval_completions/win_rate", 0.7, 0.5),
     ],
 )
 def test_the_better_number_has_the_higher_score(name, better, worse):

@@ -1,4 +1,4 @@
-"""The two rules: what is encoded, where the response begins, what is cut; drawn literally."""
+"""The two rules: what is encoded, where the completion begins, what is cut; drawn literally."""
 
 import dataclasses
 import gzip
@@ -51,7 +51,9 @@ def same(encoder, row, tokens, mask):
 class TestRaw:
     def test_gpt_neox_literally(self, neox):
         prompt = "\n\nHuman: Hi <|endoftext|>\n\nAssistant:"
-        [rows] = tokenization.raw_rows(neox, [prompt], [[" Hello there.", " No"]], max_length=64, max_response_length=8)
+        [rows] = tokenization.raw_rows(
+            neox, [prompt], [[" Hello there.", " No"]], max_length=64, max_completion_length=8
+        )
         head = "Ċ Ċ Human : ĠHi Ġ< | end of text |> Ċ Ċ Ass istant :"
         same(neox, rows[0], head + " ĠHello Ġthere . <|endoftext|>", "0000000000000000" + "1111")
         same(neox, rows[1], head + " ĠNo <|endoftext|>", "0000000000000000" + "11")
@@ -60,31 +62,31 @@ class TestRaw:
 
     def test_bos_opens_the_row_where_the_tokenizer_opens_texts_with_it(self):
         encoder = toy(bos="<s>", adds_bos=True)
-        [[row]] = tokenization.raw_rows(encoder, ["an"], [[" an"]], max_length=9, max_response_length=4)
+        [[row]] = tokenization.raw_rows(encoder, ["an"], [[" an"]], max_length=9, max_completion_length=4)
         same(encoder, row, "<s> an Ġan </s>", "0011")
 
     def test_bos_survives_the_cutting_of_the_prompt(self):
         encoder = toy(bos="<s>", adds_bos=True)
-        [[row]] = tokenization.raw_rows(encoder, ["the the the a"], [[" an"]], max_length=5, max_response_length=4)
+        [[row]] = tokenization.raw_rows(encoder, ["the the the a"], [[" an"]], max_length=5, max_completion_length=4)
         same(encoder, row, "<s> Ġthe Ġa Ġan </s>", "00011")
         assert row.prompt_cut == 2
 
     def test_token_across_the_boundary_is_scored_and_reported(self, neox):
-        [[row]] = tokenization.raw_rows(neox, ["Assistant: "], [["Sure"]], max_length=9, max_response_length=4)
+        [[row]] = tokenization.raw_rows(neox, ["Assistant: "], [["Sure"]], max_length=9, max_completion_length=4)
         same(neox, row, "Ass istant : ĠSure <|endoftext|>", "00011")
         assert row.merged
 
     def test_max_prompt_length_and_truncation_mode(self):
         encoder = toy()
-        options = dict(max_length=20, max_response_length=4, max_prompt_length=2)
+        options = dict(max_length=20, max_completion_length=4, max_prompt_length=2)
         [[row]] = tokenization.raw_rows(encoder, ["the a an"], [[" an"]], **options)
         same(encoder, row, "Ġa Ġan Ġan </s>", "0011")
         [[row]] = tokenization.raw_rows(encoder, ["the a an"], [[" an"]], truncation_mode="keep_start", **options)
         same(encoder, row, "the Ġa Ġan </s>", "0011")
 
-    # prompt 1 2 3 4 of four tokens, response 5 6 7 + EOS 0: eight in all
+    # prompt 1 2 3 4 of four tokens, completion 5 6 7 + EOS 0: eight in all
     @pytest.mark.parametrize(
-        "max_length, max_response, ids, prompt, cuts",
+        "max_length, max_completion, ids, prompt, cuts",
         [
             (9, 5, [1, 2, 3, 4, 5, 6, 7, 0], 4, (0, 0)),
             (8, 4, [1, 2, 3, 4, 5, 6, 7, 0], 4, (0, 0)),  # fits exactly, in both limits
@@ -96,20 +98,22 @@ class TestRaw:
             (5, 1, [1, 2, 3, 4, 5], 4, (0, 3)),
         ],
     )
-    def test_cutting(self, max_length, max_response, ids, prompt, cuts):
-        row = tokenization.fit_raw([1, 2, 3, 4], [5, 6, 7, 0], max_length=max_length, max_response_length=max_response)
+    def test_cutting(self, max_length, max_completion, ids, prompt, cuts):
+        row = tokenization.fit_raw(
+            [1, 2, 3, 4], [5, 6, 7, 0], max_length=max_length, max_completion_length=max_completion
+        )
         assert row == tokenization.Row(ids, prompt, *cuts)
 
-    def test_response_that_fills_the_window_leaves_bos_alone(self):
-        row = tokenization.fit_raw([1, 2], [5, 6, 7], max_length=4, max_response_length=3, bos_id=9, adds_bos=True)
+    def test_completion_that_fills_the_window_leaves_bos_alone(self):
+        row = tokenization.fit_raw([1, 2], [5, 6, 7], max_length=4, max_completion_length=3, bos_id=9, adds_bos=True)
         assert row == tokenization.Row([9, 5, 6, 7], 1, 2, 0)
 
-    def test_leading_bos_of_a_response_is_dropped(self):
+    def test_leading_bos_of_a_completion_is_dropped(self):
         row = tokenization.fit_raw(
-            [1, 2], [0], max_length=9, max_response_length=4, bos_id=0
-        )  # BOS = EOS, empty response
+            [1, 2], [0], max_length=9, max_completion_length=4, bos_id=0
+        )  # BOS = EOS, empty completion
         assert row == tokenization.Row([1, 2], 2, 0, 0)
-        row = tokenization.fit_raw([1, 2], [3, 5, 4], max_length=9, max_response_length=2, bos_id=3)
+        row = tokenization.fit_raw([1, 2], [3, 5, 4], max_length=9, max_completion_length=2, bos_id=3)
         assert row == tokenization.Row([1, 2, 5, 4], 2, 0, 0)
 
 
@@ -203,7 +207,7 @@ class TestTexts:
     TURNS = ([{"role": "user", "content": " Hi\n"}], [{"role": "assistant", "content": " Yo \n"}])
 
     @pytest.mark.parametrize(
-        "name, prompt, response",
+        "name, prompt, completion",
         [
             ("llama3", "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>",
              "<|start_header_id|>assistant<|end_header_id|>\n\nYo<|eot_id|>"),
@@ -214,14 +218,14 @@ class TestTexts:
             ("gemma2", "<s><start_of_turn>user\nHi<end_of_turn>\n", "<start_of_turn>model\nYo<end_of_turn>\n"),
         ],
     )  # fmt: skip
-    def test_named_templates(self, name, prompt, response):
+    def test_named_templates(self, name, prompt, completion):
         encoder = toy(ORIGINAL, bos="<s>", template=tokenization.CHAT_TEMPLATES[name])
         got_prompt, _, [got_full] = tokenization.chat_texts(encoder, *self.TURNS)
         assert self.spelt(encoder, got_prompt) == prompt
-        assert self.spelt(encoder, got_full) == prompt + response
-        # f-PO's original renders the response as a conversation of its own and strips the BOS text: the same here
+        assert self.spelt(encoder, got_full) == prompt + completion
+        # f-PO's original renders the completion as a conversation of its own and strips the BOS text: the same here
         alone = encoder.tokenizer.apply_chat_template(self.TURNS[1], tokenize=False)
-        assert alone.removeprefix("<s>") == response
+        assert alone.removeprefix("<s>") == completion
 
     def test_mistral_folds_a_system_text_into_the_first_user_turn(self):
         prompt = [{"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")]
@@ -241,7 +245,7 @@ class TestTexts:
             assert self.spelt(encoder, text + header) == wanted + opens and header == (opens if settled else "")
             assert self.spelt(encoder, whole) == wanted + opens + "x<end_of_turn>\n"
 
-    def test_generation_prompt_begins_the_response(self):
+    def test_generation_prompt_begins_the_completion(self):
         for name in ("llama3", "zephyr", "chatml", "gemma2"):
             encoder = toy(NO_SYSTEM, bos="<s>", template=tokenization.CHAT_TEMPLATES[name])
             options = dict(tokenize=False, add_generation_prompt=True)
@@ -261,7 +265,7 @@ class TestTexts:
         text = tokenization.chat_texts(encoder, turns, ["x"]).prompt
         assert self.spelt(encoder, text) == "<|system|>\nBe brief.</s>\n<|user|>\n Hi\n</s>\n"
 
-    def test_header_repeated_in_every_rendering_stays_out_of_the_response(self):
+    def test_header_repeated_in_every_rendering_stays_out_of_the_completion(self):
         encoder = toy(bos="<s>", specials=["<|end|>"], template=DATED)
         prompt, _, [full] = tokenization.chat_texts(encoder, *self.TURNS)
         assert self.spelt(encoder, full)[len(self.spelt(encoder, prompt)) :] == "<|assistant|> Yo \n<|end|>"
@@ -301,7 +305,7 @@ class TestTexts:
 
 
 class TestFitChat:
-    # prompt 1 2 3 of three tokens, responses of two (4 5) and four (6 7 8 9): longest row seven
+    # prompt 1 2 3 of three tokens, completions of two (4 5) and four (6 7 8 9): longest row seven
     PROMPTS, ANSWERS = [[1, 2, 3]] * 2, [[4, 5], [6, 7, 8, 9]]
 
     @pytest.mark.parametrize(
@@ -340,8 +344,8 @@ class TestFitChat:
         prompts, answers = [[1] * 5] * 2, [[4, 5, 6], [7] * 6]
         together = tokenization.fit_chat(prompts, answers, truncate_together=True, **options)
         alone = tokenization.fit_chat(prompts, answers, **options)
-        assert [row.response_cut for row in together] == [2, 5]
-        assert [row.response_cut for row in alone] == [0, 2]
+        assert [row.completion_cut for row in together] == [2, 5]
+        assert [row.completion_cut for row in alone] == [0, 2]
 
     def test_keep_start(self):
         got = tokenization.fit_chat(
@@ -353,9 +357,9 @@ class TestFitChat:
         rows = tokenization.fit_chat([[1, 2, 3]] * 3, [[4], [5], [6, 7, 8]], max_length=5, max_prompt_length=1)
         assert [row.ids for row in rows] == [[3, 4], [3, 5], [3, 6, 7, 8]]
 
-    def test_max_response_length(self):
+    def test_max_completion_length(self):
         rows = tokenization.fit_chat(
-            self.PROMPTS, self.ANSWERS, max_length=6, max_prompt_length=2, max_response_length=3
+            self.PROMPTS, self.ANSWERS, max_length=6, max_prompt_length=2, max_completion_length=3
         )
         assert [row.ids for row in rows] == [[1, 2, 3, 4, 5], [1, 2, 3, 6, 7, 8]]  # now it fits, the prompt stays whole
 
@@ -365,13 +369,16 @@ class TestLimits:
         "limits, message",
         [
             (
-                dict(max_length=8, max_response_length=8),
-                r"max_response_length=8 with max_length=8 leaves no room .*at most 7",
+                dict(max_length=8, max_completion_length=8),
+                r"max_completion_length=8 with max_length=8 leaves no room .*at most 7",
             ),
-            (dict(max_length=8, max_response_length=0), r"max_response_length=0 must be at least 1"),
-            (dict(max_length=8, max_response_length=4, max_prompt_length=9), r"max_prompt_length=9 with max_length=8"),
+            (dict(max_length=8, max_completion_length=0), r"max_completion_length=0 must be at least 1"),
             (
-                dict(max_length=8, max_response_length=4, truncation_mode="end"),
+                dict(max_length=8, max_completion_length=4, max_prompt_length=9),
+                r"max_prompt_length=9 with max_length=8",
+            ),
+            (
+                dict(max_length=8, max_completion_length=4, truncation_mode="end"),
                 r"truncation_mode='end' is not one of keep",
             ),
         ],
@@ -397,10 +404,10 @@ TEXTS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters=
 
 
 class TestBoundary:
-    """Random unicode: nothing of the response is left unscored, nothing of the prompt is scored but a merged token."""
+    """Random unicode: nothing of the completion is left unscored, of the prompt only a merged token is."""
 
-    def check(self, encoder, prompt, response, normal):
-        [[row]] = tokenization.raw_rows(encoder, [prompt], [[response]], max_length=500, max_response_length=400)
+    def check(self, encoder, prompt, completion, normal):
+        [[row]] = tokenization.raw_rows(encoder, [prompt], [[completion]], max_length=500, max_completion_length=400)
         assert row.ids[-1] == encoder.eos_id and encoder.eos_id not in row.ids[:-1]
         body, scored = row.ids[:-1], row.ids[row.prompt_length : -1]
         if encoder.adds_bos:
@@ -409,12 +416,12 @@ class TestBoundary:
         def decode(ids):
             return encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-        texts = [prompt, prompt + response]
+        texts = [prompt, prompt + completion]
         prompt_ids, full_ids = tokenization.encode(encoder, texts)
-        if not encoder.pattern.search(prompt + response):  # hypothesis does try "</s>"
+        if not encoder.pattern.search(prompt + completion):  # hypothesis does try "</s>"
             assert [prompt_ids, full_ids] == encoder.tokenizer(texts, add_special_tokens=False)["input_ids"]
         assert body == full_ids
-        assert decode(body) == normal(prompt + response)
+        assert decode(body) == normal(prompt + completion)
         assert row.merged == (full_ids[: len(prompt_ids)] != prompt_ids)
         if not row.merged:
             assert scored == full_ids[len(prompt_ids) :]
@@ -424,23 +431,23 @@ class TestBoundary:
 
     @given(TEXTS, TEXTS)
     @settings(max_examples=150, deadline=None)
-    def test_byte_level(self, prompt, response):
-        self.check(_BYTES, prompt, response, lambda text: text)
+    def test_byte_level(self, prompt, completion):
+        self.check(_BYTES, prompt, completion, lambda text: text)
 
     @given(TEXTS, TEXTS)
     @settings(max_examples=150, deadline=None)
-    def test_gpt_neox(self, neox, prompt, response):
+    def test_gpt_neox(self, neox, prompt, completion):
         # its runs of spaces and its control tokens are spelt out again; anything else only passes through NFC
-        self.check(neox, prompt, response, lambda text: unicodedata.normalize("NFC", text))
+        self.check(neox, prompt, completion, lambda text: unicodedata.normalize("NFC", text))
 
     @given(TEXTS, TEXTS)
     @settings(max_examples=150, deadline=None)
-    def test_sentencepiece_with_bos(self, mistral, prompt, response):
+    def test_sentencepiece_with_bos(self, mistral, prompt, completion):
         # Metaspace writes a space for U+2581, and one before a text that does not begin with it is taken off again
         def normal(text):
             return text.replace("▁", " ").removeprefix(" ")
 
-        self.check(mistral, prompt, response, normal)
+        self.check(mistral, prompt, completion, normal)
 
     @pytest.fixture(scope="class")
     def mistral(self):
@@ -449,7 +456,7 @@ class TestBoundary:
     def test_hh_shape_never_merges(self, neox):
         prompts = ["\n\nHuman: Hi\n\nAssistant:"] * 3
         rows = tokenization.raw_rows(
-            neox, prompts, [[" Yes"], [" 1"], [" \n\nNo"]], max_length=60, max_response_length=40
+            neox, prompts, [[" Yes"], [" 1"], [" \n\nNo"]], max_length=60, max_completion_length=40
         )
         assert not any(row.merged for [row] in rows)
 

@@ -28,7 +28,7 @@ def transcripts(count):
 
 class TestLoading:
     def test_bare_json_needs_an_eos_token(self):
-        with pytest.raises(ValueError, match=r"names no EOS token, so no response .* pass eos_token="):
+        with pytest.raises(ValueError, match=r"names no EOS token, so no completion .* pass eos_token="):
             tokenization.load_tokenizer(real_tokenizers.path("neox"))
 
     def test_eos_token_must_be_in_the_vocabulary(self):
@@ -217,9 +217,9 @@ class TestControlTokens:
     def test_reserved_characters_are_refused(self, character):
         encoder = tokenization.encoder(toy_tokenizers.byte_bpe())
         with pytest.raises(ValueError, match=rf"noncharacter U\+{ord(character):04X} at position 3, .*remove it"):
-            tokenization.raw_rows(encoder, ["abc" + character], [["x", "y"]], max_length=9, max_response_length=4)
+            tokenization.raw_rows(encoder, ["abc" + character], [["x", "y"]], max_length=9, max_completion_length=4)
         with pytest.raises(ValueError, match=rf"noncharacter U\+{ord(character):04X} at position 0"):
-            tokenization.raw_rows(encoder, ["abc"], [["x", character]], max_length=9, max_response_length=4)
+            tokenization.raw_rows(encoder, ["abc"], [["x", character]], max_length=9, max_completion_length=4)
 
     @given(st.text(max_size=30))
     @settings(max_examples=150, deadline=None)

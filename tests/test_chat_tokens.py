@@ -6,7 +6,7 @@ import pytest
 from fpo_jax import tokenization
 from tests import real_tokenizers, toy_tokenizers
 
-# tokenizer and template; the prompt; the response, which begins with the assistant's header and is scored whole.
+# tokenizer and template; the prompt; the completion, which begins with the assistant's header and is scored whole.
 # Where a template's marks are no tokens of the vocabulary they are text, and may merge across the boundary: `|><`.
 ROWS = """
 neox llama3
@@ -114,7 +114,7 @@ TURN = [{"role": "user", "content": "Hi"}]
 
 
 def tokens_of(encoder):
-    """Tokens of the prompt and of the response."""
+    """Tokens of the prompt and of the completion."""
     [[row]] = tokenization.chat_rows(encoder, [TURN], [["Yes"]], max_length=200, max_prompt_length=100)
     tokens = encoder.tokenizer.convert_ids_to_tokens(row.ids)
     return " ".join(tokens[: row.prompt_length]), " ".join(tokens[row.prompt_length :])
@@ -127,15 +127,15 @@ def test_every_pair_is_drawn():
     assert [title for title, _, _ in BLOCKS] == pairs
 
 
-@pytest.mark.parametrize("title, prompt, response", BLOCKS, ids=[title for title, _, _ in BLOCKS])
-def test_tokens_of_a_conversation(title, prompt, response):
+@pytest.mark.parametrize("title, prompt, completion", BLOCKS, ids=[title for title, _, _ in BLOCKS])
+def test_tokens_of_a_conversation(title, prompt, completion):
     encoder = real_tokenizers.encoder(*title.split(), real_tokenizers.ORIGINAL)
-    assert tokens_of(encoder) == (prompt, response)
+    assert tokens_of(encoder) == (prompt, completion)
     bos = encoder.tokenizer.bos_token
     # phi-3 names a BOS and does not open texts with it: there the template alone can write it
     opens = bos is not None and (encoder.adds_bos or "bos_token" in encoder.tokenizer.chat_template)
-    assert prompt.split().count(bos) == opens and bos not in response.split()
-    assert response.split()[-1] == encoder.tokenizer.eos_token
+    assert prompt.split().count(bos) == opens and bos not in completion.split()
+    assert completion.split()[-1] == encoder.tokenizer.eos_token
 
 
 LLAMA3 = dict(
@@ -147,7 +147,7 @@ HEADER = "<|start_header_id|> <|end_header_id|> Ċ Ċ <|eot_id|>"
 
 
 @pytest.mark.parametrize(
-    "vocabulary, template, eos, prompt, response",
+    "vocabulary, template, eos, prompt, completion",
     [
         # Llama-3 as first published ends a text with another token than a turn, and it is added; later they are one
         (LLAMA3, "llama3", "<|end_of_text|>", f"<|begin_of_text|> {HEADER}", f"{HEADER} <|end_of_text|>"),
@@ -159,7 +159,7 @@ HEADER = "<|start_header_id|> <|end_header_id|> Ċ Ċ <|eot_id|>"
     ids=["llama3 old", "llama3 new", "gemma2", "qwen"],
 )  # fmt: skip
 @pytest.mark.parametrize("adds_bos", [False, True])
-def test_marks_that_are_tokens(vocabulary, template, eos, prompt, response, adds_bos):
+def test_marks_that_are_tokens(vocabulary, template, eos, prompt, completion, adds_bos):
     """One BOS, from the template or the tokenizer; EOS unless the row ends with it, where a newline after it counts."""
     if adds_bos and "bos" not in vocabulary:
         pytest.skip("Qwen has no BOS token")
@@ -170,4 +170,4 @@ def test_marks_that_are_tokens(vocabulary, template, eos, prompt, response, adds
         " ".join(t for t in part.split() if t in marks)
         for part in tokens_of(tokenization.encoder(tokenizer, real_tokenizers.ORIGINAL))
     ]
-    assert got == [prompt, response]
+    assert got == [prompt, completion]

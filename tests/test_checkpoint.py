@@ -49,7 +49,7 @@ def test_round_trip_keeps_bits_placement_and_meta(workdir):
 
 
 def test_state_may_be_donated_right_after_save(workdir):
-    """The writer works in the background while the next update reuses the buffers."""
+    """The writer works in the background while the next step reuses the buffers."""
     advance = jax.jit(lambda x: jax.tree.map(lambda leaf: leaf + 1, x), donate_argnums=0)
     state = placed_state(0.0)
     saver = checkpoint.Checkpointer(workdir, keep=20)

@@ -51,7 +51,7 @@ def test_unknown_key_and_wrong_type_are_errors():
         ("data.train_rows", "9:3", "selects no row"),
         ("data.train_rows", "a:b", "is not a row slice"),
         ("data.max_prompt_length", 4000, "use at most 2047"),
-        ("data.max_response_length", 5, "is not used by data.rule='chat'"),
+        ("data.max_completion_length", 5, "is not used by data.rule='chat'"),
         ("data.buckets", (512, 256, 2048), "must ascend"),
         ("optim.learning_rate", float("nan"), "must be finite and greater than 0"),
         ("optim.b2", 1.5, "less than 1"),
@@ -81,10 +81,10 @@ def test_all_problems_at_once_numbered():
     assert [line.split(".")[0].strip() for line in str(raised.value).splitlines()[1:]] == ["1", "2", "3"]
 
 
-def test_raw_rule_needs_a_response_length():
+def test_raw_rule_needs_a_completion_length():
     c = valid()
     c.data.rule = "raw"
-    assert "data.max_response_length=None" in config.problems(c)[0]
+    assert "data.max_completion_length=None" in config.problems(c)[0]
 
 
 def test_difference_names_dotted_keys_and_ignores_the_resumable():
@@ -117,7 +117,7 @@ SPEC_3_1 = {  # spec 3.1: max_length, max_prompt_length, beta, gamma/beta, learn
     "mistral_base": (1024, 512, 2.0, 0.8, 3e-7, 0.99),
     "mistral_instruct": (2048, 1800, 2.5, 0.12, 6e-7, 0.925),
 }
-SPEC_2_8 = {  # spec 2.8: max_length, max_response_length, group size, alpha, beta_r, beta_pi, loss, max_steps
+SPEC_2_8 = {  # spec 2.8: max_length, max_completion_length, group size, alpha, beta_r, beta_pi, loss, max_steps
     "pythia_hh_pref": (512, 200, 2, 0.1, None, 0.5, "alphapo-pref", None),
     "pythia_hh_rw": (512, 200, 4, 0.1, 0.1, 0.35, "alphapo-rw", None),
     "pythia_tldr_pref": (650, 75, 2, 0.025, None, 0.3, "alphapo-pref", 350),
@@ -136,7 +136,7 @@ SPEC_2_12 = {  # spec 2.12: stage, loss, learning rate, batch, epochs, max_steps
     "imdb_reward": ("reward", "binary_cross_entropy", 1e-5, 256, 5.0, None, 1),
     "imdb_rw": ("align", "alphapo-rw", 1e-6, 64, 1.0, 200, 2),
 }
-SPEC_2_5 = {  # spec 2.5, 2.6, 3.1: stage, loss, learning rate, max_length, response, batch, group size
+SPEC_2_5 = {  # spec 2.5, 2.6, 3.1: stage, loss, learning rate, max_length, completion, batch, group size
     "pythia_hh_sft": ("sft", "sft", 1e-5, 512, 200, 128, 1),
     "pythia_tldr_sft": ("sft", "sft", 1e-5, 650, 75, 128, 1),
     "pythia_hh_reward": ("reward", "bradley_terry", 1e-5, 512, 200, 128, 2),
@@ -148,7 +148,7 @@ SPEC_2_5 = {  # spec 2.5, 2.6, 3.1: stage, loss, learning rate, max_length, resp
 @pytest.mark.parametrize("name", SPEC_2_5)
 def test_recipes_of_the_stages_before_to_the_digit(name):
     c = importlib.import_module(f"fpo_jax.configs.{name}").get_config()
-    found = (c.stage, c.loss.name, c.optim.learning_rate, c.data.max_length, c.data.max_response_length)
+    found = (c.stage, c.loss.name, c.optim.learning_rate, c.data.max_length, c.data.max_completion_length)
     assert (*found, c.train.batch_size, c.data.group_size) == SPEC_2_5[name]
     assert (c.optim.schedule, c.optim.weight_decay, c.optim.clip_norm, c.train.epochs) == ("cosine", 0.0, 1.0, 1.0)
     if name.startswith("pythia"):
@@ -182,7 +182,7 @@ def test_alpha_po_recipes_to_the_digit(name):
 def test_pythia_recipes_to_the_digit(name):
     c = importlib.import_module(f"fpo_jax.configs.{name}").get_config()
     d, loss, o = c.data, c.loss, c.optim
-    found = (d.max_length, d.max_response_length, d.group_size, loss.alpha, loss.beta_r, loss.beta_pi, loss.name)
+    found = (d.max_length, d.max_completion_length, d.group_size, loss.alpha, loss.beta_r, loss.beta_pi, loss.name)
     assert (*found, c.train.max_steps) == SPEC_2_8[name]
     assert (d.rule, loss.temperature, o.b2, o.clip_norm, o.warmup_fraction, c.seed) == (
         "raw",
@@ -200,7 +200,7 @@ def test_imdb_recipes_to_the_digit(name):
     c = importlib.import_module(f"fpo_jax.configs.{name}").get_config()
     found = (c.stage, c.loss.name, c.optim.learning_rate, c.train.batch_size, c.train.epochs, c.train.max_steps)
     assert (*found, c.data.group_size) == SPEC_2_12[name]
-    assert (c.data.rule, c.data.max_length, c.data.max_response_length, c.seed) == ("raw", 512, 500, 1234)
+    assert (c.data.rule, c.data.max_length, c.data.max_completion_length, c.seed) == ("raw", 512, 500, 1234)
     assert c.data.format == ("json" if c.stage == "align" else "imdb")
     assert c.model.dropout == "off"  # GPT-2's config.json names drop-out of 0.1, which is not built
     if c.stage == "align":

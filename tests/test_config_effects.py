@@ -13,9 +13,9 @@ MACHINE = "how passes fit a machine, which may be stated whether they are made o
 OPTION = "losses.resolve refuses an option that the loss does not use (tests/test_losses_names.py)"
 EVEN_SO = "it does what it says: "
 
-RAW = {"data.rule": "raw", "data.max_response_length": 16}
+RAW = {"data.rule": "raw", "data.max_completion_length": 16}
 NO_LORA = "is not used while lora.rank is 0; set lora.rank"
-NO_ANSWERS = "is not used while answers.count is 0; set it"
+NO_ANSWERS = "is not used while completions.count is 0; set it"
 NO_EVAL = "is not used without data.eval; set that, or unset this"
 CONVERSATIONS = "is not used by data.rule='raw', which renders no conversation"
 FREE = {"loss.name": "sigmoid"}
@@ -55,7 +55,7 @@ FIELDS = {
     "data.rule": ALWAYS,
     "data.max_length": ALWAYS,
     "data.max_prompt_length": (9, RAW, "is not used by data.rule='raw' (prompts get what"),
-    "data.max_response_length": (9, {}, "is not used by data.rule='chat' (responses get"),
+    "data.max_completion_length": (9, {}, "is not used by data.rule='chat' (completions get"),
     "data.truncation": ("keep_start", {"data.on_long_prompt": "drop"}, "is not used by data.on_long_prompt='drop'"),
     "data.truncate_together": (True, RAW, CONVERSATIONS),
     "data.cut_prompts_together": (False, {}, "is not used by data.rule='chat'"),
@@ -66,7 +66,7 @@ FIELDS = {
     "data.thoughts": ("drop", RAW, CONVERSATIONS),
     "data.hh_split": ("first_difference", {}, "is not used by data.format='json', only by 'hh'"),
     "data.group_size": ALWAYS,
-    "data.on_empty_response": EVEN_SO + "rows may or may not be empty",
+    "data.on_empty_completion": EVEN_SO + "rows may or may not be empty",
     "data.on_long_prompt": EVEN_SO + "prompts may or may not be too long",
     "data.on_identical": SHARED + "of one completion there are no identical ones (pythia_hh_sft)",
     "data.packing": (True, {}, "is for stage 'sft', not 'align'; unset it"),
@@ -112,12 +112,12 @@ FIELDS = {
     "train.max_nonfinite": (3, {}, "is not used while train.on_nonfinite='stop' ends the run"),
     "train.skip_spikes": CHECKED + "a window that is never full (below)",
     "train.spike_window": (64, {}, "is not used while train.skip_spikes is 0; set it too"),
-    "answers.count": ALWAYS,
-    "answers.prompts": ("p", {}, NO_ANSWERS),
-    "answers.max_new_tokens": (9, {}, NO_ANSWERS),
-    "answers.temperature": (0.0, {}, NO_ANSWERS),
-    "answers.batch_per_device": (9, {}, NO_ANSWERS),
-    "answers.reward_model": ("r", {}, NO_ANSWERS),
+    "completions.count": ALWAYS,
+    "completions.prompts": ("p", {}, NO_ANSWERS),
+    "completions.max_new_tokens": (9, {}, NO_ANSWERS),
+    "completions.temperature": (0.0, {}, NO_ANSWERS),
+    "completions.batch_per_device": (9, {}, NO_ANSWERS),
+    "completions.reward_model": ("r", {}, NO_ANSWERS),
     "reference.path": ("m", FREE, "is not used by loss 'sigmoid'"),
     "reference.batch_per_device": (9, FREE, "is not used by loss 'sigmoid'"),
     "reference.cache_dir": ("d", FREE, "is not used by loss 'sigmoid'"),
@@ -182,8 +182,8 @@ def test_a_value_without_effect_is_refused_by_name_and_its_default_is_not(path):
     run_inputs.check(configured(others))
     with pytest.raises(ValueError, match="1 problem:") as raised:
         run_inputs.check(configured({**others, path: value}))
-    told = str(raised.value).splitlines()[1]
-    assert f"{path}={value!r} " in told and message in told
+    described = str(raised.value).splitlines()[1]
+    assert f"{path}={value!r} " in described and message in described
 
 
 def durations(steps_per_epoch=10, **changed):
@@ -268,5 +268,5 @@ def test_a_run_without_evaluation_says_so(tmp_path, caplog):
     for source, said in (("", True), (str(pairs), False)):
         c = tiny.config(tmp_path / "model", pairs, data__eval=source, train__eval_every=7)
         caplog.clear()
-        run_schedule.plan(c, run_inputs.prepare(c), devices=1)
-        assert ("no evaluation: neither data.eval nor answers.count is set" in caplog.text) == said
+        run_schedule.build(c, run_inputs.prepare(c), devices=1)
+        assert ("no evaluation: neither data.eval nor completions.count is set" in caplog.text) == said

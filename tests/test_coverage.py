@@ -1,4 +1,4 @@
-"""What the READMEs say runs where is what `choose` answers, and the loss is inside where it has to be."""
+"""What the READMEs say runs where is what `select` answers, and the loss is inside where it has to be."""
 
 import pytest
 

@@ -12,10 +12,10 @@ from tests import real_tokenizers
 from tests.paths import REPO, shared_data
 
 
-def random_set(groups=23, candidates=3, longest=40, seed=0):
+def random_set(groups=23, completions=3, longest=40, seed=0):
     """Rows of random lengths whose token ids tell the row and the position: row * 1000 + position + 1."""
     random = np.random.default_rng(seed)
-    lengths = random.integers(3, longest + 1, groups * candidates).astype(np.int32)
+    lengths = random.integers(3, longest + 1, groups * completions).astype(np.int32)
     prompts = np.array([random.integers(1, length) for length in lengths], np.int32)
     tokens = [row * 1000 + 1 + np.arange(length) for row, length in enumerate(lengths)]
     return Prepared(
@@ -23,7 +23,7 @@ def random_set(groups=23, candidates=3, longest=40, seed=0):
         starts_N=np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
         lengths_N=lengths,
         prompt_lengths_N=prompts,
-        rewards_BK=random.normal(size=(groups, candidates)).astype(np.float32),
+        rewards_BK=random.normal(size=(groups, completions)).astype(np.float32),
         sources=tuple(f"f:{group}" for group in range(groups)),
         pad_id=7,
     )
@@ -150,7 +150,7 @@ class TestProcesses:
             sizes = data.row_sizes(schedule, step)
             real_N = np.repeat(whole.row_ids_B >= 0, 3)
             np.testing.assert_array_equal(sizes.texts, whole.valid_NT.sum(axis=1)[real_N])
-            assert (sizes.responses, sizes.rows) == (whole.scored_NR.sum(), len(whole.tokens_NT))
+            assert (sizes.completion_tokens, sizes.rows) == (whole.loss_mask_NR.sum(), len(whole.tokens_NT))
             assert (sizes.length, sizes.scored) == (whole.tokens_NT.shape[1], whole.targets_NR.shape[1])
 
 
@@ -183,9 +183,9 @@ class TestBatch:
             batch.targets_NR[:, :3], [[13, 0, 0], [22, 23, 24], [32, 0, 0], [43, 0, 0], [0] * 3, [0] * 3]
         )
         np.testing.assert_array_equal(
-            batch.scored_NR[:, :3], [[T, F, F], [T, T, T], [T, F, F], [T, F, F], [F] * 3, [F] * 3]
+            batch.loss_mask_NR[:, :3], [[T, F, F], [T, T, T], [T, F, F], [T, F, F], [F] * 3, [F] * 3]
         )
-        assert batch.scored_NR.shape == (6, 5) and not batch.scored_NR[:, 3:].any()
+        assert batch.loss_mask_NR.shape == (6, 5) and not batch.loss_mask_NR[:, 3:].any()
         np.testing.assert_array_equal(batch.rewards_BK, [[1, 0], [0.25, 0.75], [0, 0]])
         np.testing.assert_array_equal(batch.weight_B, [1, 1, 0])
         np.testing.assert_array_equal(batch.row_ids_B, [0, 1, -1])
@@ -199,13 +199,13 @@ class TestBatch:
         for step in range(schedule.steps_per_epoch):
             batch = data.batch_at(schedule, step)
             for group, row_id in enumerate(batch.row_ids_B):
-                for candidate in range(3):
-                    n = group * 3 + candidate
-                    valid, scored = batch.valid_NT[n], batch.scored_NR[n]
+                for completion in range(3):
+                    n = group * 3 + completion
+                    valid, scored = batch.valid_NT[n], batch.loss_mask_NR[n]
                     if row_id < 0:
                         assert not valid.any() and not scored.any() and batch.weight_B[group] == 0
                         continue
-                    ids, prompt_length = prepared.row(int(row_id) * 3 + candidate)
+                    ids, prompt_length = prepared.row(int(row_id) * 3 + completion)
                     np.testing.assert_array_equal(batch.tokens_NT[n][valid], ids)
                     np.testing.assert_array_equal(batch.targets_NR[n][scored], ids[prompt_length:])
                     before = batch.tokens_NT[n][batch.predictors_NR[n]]
@@ -222,21 +222,21 @@ class TestBatch:
 
 class TestShapes:
     def test_known_before_the_first_step(self):
-        prepared = random_set(groups=200, candidates=2)
+        prepared = random_set(groups=200, completions=2)
         schedule = plan(prepared, batch_size=2, buckets=(8, 16, 24, 32, 40))
         shapes = data.batch_shapes(schedule, steps=250)
         seen = set()
         for step in range(250):
             batch = data.batch_at(schedule, step)
-            seen.add((batch.tokens_NT.shape[1], batch.scored_NR.shape[1]))
+            seen.add((batch.tokens_NT.shape[1], batch.loss_mask_NR.shape[1]))
         assert sorted(seen) == shapes and len(shapes) >= 4
         assert {length for length, _ in shapes} <= {8, 16, 24, 32, 40}
         assert data.batch_shapes(schedule, start=100, steps=1) == [
-            data.batch_at(schedule, 100).tokens_NT.shape[1:] + data.batch_at(schedule, 100).scored_NR.shape[1:]
+            data.batch_at(schedule, 100).tokens_NT.shape[1:] + data.batch_at(schedule, 100).loss_mask_NR.shape[1:]
         ]
 
     def test_smallest_bucket_of_the_global_batch(self):
-        prepared = random_set(groups=64, candidates=2)
+        prepared = random_set(groups=64, completions=2)
         schedule = plan(prepared, batch_size=4, buckets=(10, 20, 30, 40))
         longest = prepared.lengths_N.reshape(64, 2).max(axis=1)
         for step in range(16):
@@ -246,7 +246,7 @@ class TestShapes:
     def test_scored_positions_of_a_bucket(self):
         lengths = np.array([10, 10, 20, 20, 40, 40], np.int32)
         prompts = np.array([7, 1, 19, 10, 1, 30], np.int32)  # scored: 3 9 | 1 10 | 39 10
-        prepared = random_set(groups=3, candidates=2)._replace(
+        prepared = random_set(groups=3, completions=2)._replace(
             tokens_S=np.zeros(140, np.int32),
             starts_N=np.cumsum(lengths) - lengths,
             lengths_N=lengths,
@@ -280,14 +280,14 @@ class TestShapes:
 def test_real_rows_end_to_end():
     encoder = real_tokenizers.encoder("stories")
     records = data.read(shared_data("hh_rlhf", "harmless-base.1800.jsonl.gz"), format="hh", stop=64)
-    prepared, audit = data.prepare(records, encoder, max_length=256, max_response_length=96, vocab_size=512)
+    prepared, audit = data.prepare(records, encoder, max_length=256, max_completion_length=96, vocab_size=512)
     assert audit.double_bos == 0 and audit.no_bos == 0 and audit.groups == 64
     schedule = data.schedule(prepared, batch_size=16, buckets=(64, 128, 256), seed=1)
-    scored = sum(int(data.batch_at(schedule, step).scored_NR.sum()) for step in range(4))
+    scored = sum(int(data.batch_at(schedule, step).loss_mask_NR.sum()) for step in range(4))
     assert scored == audit.scored_tokens
     for step in range(4):
         batch = data.batch_at(schedule, step)
         first = batch.tokens_NT[:, 0]
         assert (first == encoder.bos_id).all() and (batch.tokens_NT[:, 1:] != encoder.bos_id).all()
         ends = batch.tokens_NT[np.arange(32), batch.valid_NT.sum(axis=1) - 1]
-        assert set(ends[batch.scored_NR.sum(axis=1) < 96]) == {encoder.eos_id}
+        assert set(ends[batch.loss_mask_NR.sum(axis=1) < 96]) == {encoder.eos_id}

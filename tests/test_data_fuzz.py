@@ -65,12 +65,12 @@ def damaged(draw, value):
 
 
 def sound(record):
-    turns = [*(record.prompt if isinstance(record.prompt, list) else [record.prompt]), *record.responses]
+    turns = [*(record.prompt if isinstance(record.prompt, list) else [record.prompt]), *record.completions]
     for turn in turns:
         assert isinstance(turn, str) or (set(turn) == {"role", "content"} and isinstance(turn["role"], str))
         (turn if isinstance(turn, str) else turn["content"]).encode("utf-8")
-    assert len({isinstance(response, dict) for response in record.responses}) <= 1
-    assert len(record.rewards) == len(record.responses)
+    assert len({isinstance(completion, dict) for completion in record.completions}) <= 1
+    assert len(record.rewards) == len(record.completions)
     assert all(type(reward) is float and math.isfinite(reward) for reward in record.rewards)
 
 

@@ -10,7 +10,7 @@ from fpo_jax.data import Record, Records
 from tests import real_tokenizers, toy_tokenizers
 from tests.paths import shared_data
 
-RAW = dict(max_length=40, max_response_length=12)
+RAW = dict(max_length=40, max_completion_length=12)
 CHAT = dict(max_length=40, max_prompt_length=20)
 HEAD = "\n\nHuman: Hi\n\nAssistant:"
 
@@ -40,9 +40,9 @@ class TestRows:
         encoder = tokenization.encoder(toy)
         for group, record in enumerate(records):
             head = tokenization.encode(encoder, [record.prompt])[0]
-            for candidate, response in enumerate(record.responses):
-                ids, prompt_length = prepared.row(group * 2 + candidate)
-                assert ids.tolist() == head + tokenization.encode(encoder, [response])[0] + [encoder.eos_id]
+            for completion, completion in enumerate(record.completions):
+                ids, prompt_length = prepared.row(group * 2 + completion)
+                assert ids.tolist() == head + tokenization.encode(encoder, [completion])[0] + [encoder.eos_id]
                 assert prompt_length == len(head)
         np.testing.assert_array_equal(prepared.rewards_BK, [[1, 0]] * 3)
         kinds = [array.dtype for array in prepared[:5]]
@@ -58,11 +58,11 @@ class TestRows:
 
     def test_group_size_must_divide(self, toy):
         record = Record(HEAD, [" a", " b", " c"], [1.0, 2.0, 3.0], "f:9")
-        with pytest.raises(ValueError, match=r"f:9: 3 responses with 3 rewards do not make groups of 2"):
+        with pytest.raises(ValueError, match=r"f:9: 3 completions with 3 rewards do not make groups of 2"):
             prepare([record], toy)
-        with pytest.raises(ValueError, match=r"f:9: 3 responses with 2 rewards"):
+        with pytest.raises(ValueError, match=r"f:9: 3 completions with 2 rewards"):
             prepare([record._replace(rewards=[1.0, 0.0])], toy, group_size=3)
-        with pytest.raises(ValueError, match=r"group_size=0 is no number of candidates"):
+        with pytest.raises(ValueError, match=r"group_size=0 is no number of completions"):
             prepare([record], toy, group_size=0)
         assert prepare([record], toy, group_size=1)[0].groups == 3  # demonstrations
 
@@ -76,8 +76,8 @@ class TestRows:
         prepared, _ = prepare(records, toy)
         alone = [prepare([record], toy)[0] for record in (records[255], records[256], records[599])]
         for group, single in zip((255, 256, 599), alone, strict=True):
-            for candidate in range(2):
-                np.testing.assert_array_equal(prepared.row(group * 2 + candidate)[0], single.row(candidate)[0])
+            for completion in range(2):
+                np.testing.assert_array_equal(prepared.row(group * 2 + completion)[0], single.row(completion)[0])
 
     def test_messages_need_the_chat_rule(self, toy):
         record = Record([{"role": "user", "content": "u"}], ["a", "b"], [1.0, 0.0], "f:4")
@@ -106,18 +106,20 @@ class TestRows:
 
 
 class TestPolicies:
-    def test_empty_responses(self, toy):
+    def test_empty_completions(self, toy):
         records = [pair(), pair("", source="f:2"), pair(rejected=" \n", source="f:3")]
         prepared, audit = prepare(records, toy)
-        assert prepared.groups == 1 and audit.dropped == {"empty_response": ("f:2", "f:3")}
-        with pytest.raises(ValueError, match=r"f:3: response 1 is empty; remove the row, or on_empty_response='drop'"):
-            prepare(records[2:], toy, on_empty_response="error")
+        assert prepared.groups == 1 and audit.dropped == {"empty_completion": ("f:2", "f:3")}
+        with pytest.raises(
+            ValueError, match=r"f:3: completion 1 is empty; remove the row, or on_empty_completion='drop'"
+        ):
+            prepare(records[2:], toy, on_empty_completion="error")
 
     @pytest.mark.parametrize("cut", [0, 1, 2])
     def test_long_prompts(self, toy, cut):
         record = pair(" a", " an", source="f:5")
         [[row], _] = tokenization.raw_rows(
-            tokenization.encoder(toy), [HEAD] * 2, [[" a"], [" an"]], max_length=90, max_response_length=9
+            tokenization.encoder(toy), [HEAD] * 2, [[" a"], [" an"]], max_length=90, max_completion_length=9
         )
         limits = dict(max_length=len(row.ids) - cut)
         kept, audit = prepare([record, pair(" a", " an", "an")], toy, **limits)
@@ -131,11 +133,11 @@ class TestPolicies:
         else:
             prepare([record], toy, on_long_prompt="error", **limits)
 
-    def test_identical_responses(self, toy):
+    def test_identical_completions(self, toy):
         same, long = pair(" Yes", " Yes", source="f:6"), pair(" Yes a", " Yes b", source="f:7")
-        prepared, audit = prepare([pair(), same, long], toy, max_response_length=3)
+        prepared, audit = prepare([pair(), same, long], toy, max_completion_length=3)
         assert audit.dropped == {"identical": ("f:6",), "identical_after_cut": ("f:7",)} and prepared.groups == 1
-        prepared, audit = prepare([pair(), same, long], toy, max_response_length=3, on_identical="keep")
+        prepared, audit = prepare([pair(), same, long], toy, max_completion_length=3, on_identical="keep")
         assert audit.noted == {"identical": ("f:6",), "identical_after_cut": ("f:7",)} and prepared.groups == 3
 
     def test_two_equal_of_three_are_not_identical(self, toy):
@@ -153,12 +155,12 @@ class TestPolicies:
             pair(*("an the a " * n for n in random.integers(0, 6, 2)), prompt="the " * random.integers(0, 30))
             for _ in range(300)
         ]
-        prepared, _ = prepare(records, toy, max_length=12, max_response_length=11)
+        prepared, _ = prepare(records, toy, max_length=12, max_completion_length=11)
         assert prepared.prompt_lengths_N.min() == 1
         assert (prepared.lengths_N > prepared.prompt_lengths_N).all() and prepared.lengths_N.max() == 12
 
     def test_nothing_left(self, toy):
-        with pytest.raises(ValueError, match=r"no group is left of 3 rows read: prompts_differ 1, empty_response 2"):
+        with pytest.raises(ValueError, match=r"no group is left of 3 rows read: prompts_differ 1, empty_completion 2"):
             prepare(Records([pair(""), pair(rejected=" ")], {"prompts_differ": ["f:9"]}), toy)
         with pytest.raises(ValueError, match=r"no group is left of 0 rows read: there were none"):
             prepare([], toy)
@@ -167,15 +169,15 @@ class TestPolicies:
         "options, message",
         [
             (dict(on_bad_row="drop"), r"on_bad_row='drop' is not one of error, skip"),
-            (dict(on_empty_response="skip"), r"on_empty_response='skip' is not one of drop, error"),
+            (dict(on_empty_completion="skip"), r"on_empty_completion='skip' is not one of drop, error"),
             (dict(on_long_prompt="cut"), r"on_long_prompt='cut' is not one of truncate, drop, error"),
             (dict(on_identical="error"), r"on_identical='error' is not one of drop, keep"),
             (dict(truncation_mode="left"), r"truncation_mode='left' is not one of keep_end, keep_start"),
             (
-                dict(max_response_length=None),
-                r"rule='raw' needs max_response_length, a number of tokens below max_length=40",
+                dict(max_completion_length=None),
+                r"rule='raw' needs max_completion_length, a number of tokens below max_length=40",
             ),
-            (dict(max_response_length=40), r"max_response_length=40 with max_length=40 leaves no room"),
+            (dict(max_completion_length=40), r"max_completion_length=40 with max_length=40 leaves no room"),
         ],
     )
     def test_options(self, toy, options, message):
@@ -214,35 +216,35 @@ class TestAudit:
     def test_gpt_neox_on_the_hh_rows(self):
         tokenizer = real_tokenizers.encoder("neox").tokenizer
         records = data.read(shared_data("hh_rlhf", "harmless-base.1800.jsonl.gz"), format="hh")
-        limits = dict(max_length=512, max_response_length=200, cut_prompts_together=False)
+        limits = dict(max_length=512, max_completion_length=200, cut_prompts_together=False)
         prepared, audit = data.prepare(records, raw(tokenizer), buckets=(128, 256, 512), **limits)
         found = {name: len(places) for name, places in (audit.dropped | audit.noted).items()}
-        assert found == {"prompts_differ": 2, "empty_response": 4, "odd_turns": 5}
+        assert found == {"prompts_differ": 2, "empty_completion": 4, "odd_turns": 5}
         counts = audit._asdict()
         expected = dict(rows_read=1800, groups_formed=1798, groups=1794, tokens=593105, scored_tokens=161587)
-        expected |= dict(prompts_cut=54, responses_cut=48, missing_eos=48, missing_eos_unexplained=0)
+        expected |= dict(prompts_cut=54, completions_cut=48, missing_eos=48, missing_eos_unexplained=0)
         expected |= dict(merged=0, double_bos=0, no_bos=0, ties=0)
         assert {name: counts[name] for name in expected} == expected
         assert [bucket[:2] for bucket in audit.buckets] == [(128, 733), (256, 664), (512, 397)]
-        assert audit.lengths["row"].most == 512 and audit.lengths["response"].most == 200
+        assert audit.lengths["row"].most == 512 and audit.lengths["completion"].most == 200
         assert sum(audit.lengths["prompt"].counts) == 3588
         once, twice = (data.prepare(records.rows[:90], raw(tokenizer), **limits)[0].fingerprint() for _ in range(2))
         assert once == twice != prepared.fingerprint()
         assert (prepared.tokens_S[prepared.starts_N + prepared.lengths_N - 1] == 0).sum() == 3588 - 48
 
     @pytest.mark.parametrize(
-        "name, template, prompts, responses, no_bos, scored",
+        "name, template, prompts, completions, no_bos, scored",
         [
             ("phi3", None, 95, 119, 0, 201682),
             ("mistral1", "mistral", 94, 95, 188, 197268),
             ("mistral1", "zephyr", 99, 103, 198, 200806),
         ],
     )
-    def test_chat_pairs(self, name, template, prompts, responses, no_bos, scored):
+    def test_chat_pairs(self, name, template, prompts, completions, no_bos, scored):
         encoder = real_tokenizers.encoder(name, template, real_tokenizers.ORIGINAL)
         records = data.read(shared_data("pref_chat", "ultrafeedback_shaped.jsonl.gz"), format="chat_pairs")
         prepared, audit = data.prepare(records, encoder, max_length=1024, max_prompt_length=512, truncate_together=True)
-        assert (audit.groups, audit.prompts_cut, audit.responses_cut) == (300, prompts, responses)
+        assert (audit.groups, audit.prompts_cut, audit.completions_cut) == (300, prompts, completions)
         assert (audit.double_bos, audit.no_bos, audit.missing_eos_unexplained, audit.merged) == (0, no_bos, 0, 0)
         assert audit.scored_tokens == scored and prepared.lengths_N.max() == 1024
         assert (prepared.lengths_N - prepared.prompt_lengths_N).min() > 1
@@ -258,13 +260,13 @@ class TestAudit:
             dropped={"prompts_differ": ["d/f:4"]},
             noted={"odd_turns": ["d/f:2", "d/f:4"]},
         )
-        options = dict(max_length=7, max_response_length=3, buckets=(5, 7))
+        options = dict(max_length=7, max_completion_length=3, buckets=(5, 7))
         prepared, audit = prepare(records, tokenizer, **options)
         # <s> a | an </s>   <s> a | the </s>   <s> a a a | an an an (EOS cut)   <s> a a a | the </s>
         # <s> a | " a" </s> and so on: the space at the end of the prompt merges, so it is scored
         assert prepared.lengths_N.tolist() == [4, 4, 7, 6, 4, 4]
         assert (audit.rows_read, audit.groups) == (4, 3)
-        assert (audit.responses_cut, audit.missing_eos, audit.prompts_cut) == (1, 1, 0)
+        assert (audit.completions_cut, audit.missing_eos, audit.prompts_cut) == (1, 1, 0)
         assert audit.merged == 2 and audit.no_bos == 0 and audit.double_bos == 0
         assert audit.buckets[1][:2] == (7, 1) and audit.buckets[1].padding == 1 - 13 / 14
         text = audit.text()
@@ -282,7 +284,7 @@ class TestAudit:
     def test_text_is_compact(self, toy):
         records = [pair(), *(pair("", source=f"some/long/path/file.jsonl.gz:{n}") for n in range(2, 9))]
         text = prepare(records, toy)[1].text()
-        assert "empty_response: file.jsonl.gz:2, 3, 4, 5, ..." in text
+        assert "empty_completion: file.jsonl.gz:2, 3, 4, 5, ..." in text
         assert max(map(len, text.splitlines())) < 120 and len(text.splitlines()) == 18
 
 
@@ -316,7 +318,7 @@ class TestMaskedSample:
         assert data.masked_sample(prepared, tokenizer) == "<s>\n\nHuman: Hi\n\nAssistant:⟦ Yes</s>⟧"
         assert data.masked_sample(prepared, tokenizer, group=1) == "<s>Why?⟦ Sure </s></s>⟧"
 
-    def test_sentencepiece_keeps_the_space_of_the_response(self):
+    def test_sentencepiece_keeps_the_space_of_the_completion(self):
         encoder = real_tokenizers.encoder("mistral1", "mistral", real_tokenizers.ORIGINAL)
         prepared, _ = data.prepare([pair("Yes", "No", "Hi")], encoder, **CHAT)
         assert data.masked_sample(prepared, encoder.tokenizer) == "<s> [INST] Hi [/INST]⟦ Yes </s>⟧"

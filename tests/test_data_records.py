@@ -53,24 +53,24 @@ class TestHH:
         assert {note: numbers(places) for note, places in records.noted.items()} == {
             "odd_turns": [667, 763, 1254, 1319, 1688]
         }
-        empty = [row.source for row in records.rows if not all(response.strip() for response in row.responses)]
+        empty = [row.source for row in records.rows if not all(completion.strip() for completion in row.completions)]
         assert numbers(empty) == [86, 516, 925, 1103]
-        assert records.rows[86].responses[0] == " " and records.rows[86].rewards == [1.0, 0.0]
+        assert records.rows[86].completions[0] == " " and records.rows[86].rewards == [1.0, 0.0]
 
     def test_shape_of_every_row(self, path):
         raw = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
         for row in data.read(path, format="hh").rows:
             [number] = numbers([row.source])
             assert row.prompt.startswith("\n\nHuman:") and row.prompt.endswith("\n\nAssistant:")
-            for name, response in zip(("chosen", "rejected"), row.responses, strict=True):
-                assert re.match(r" (\S|$)", response) and "\n\nHuman:" not in response
+            for name, completion in zip(("chosen", "rejected"), row.completions, strict=True):
+                assert re.match(r" (\S|$)", completion) and "\n\nHuman:" not in completion
                 if number not in (1254,):  # its answer began with two spaces
-                    assert row.prompt + response == raw[number][name]
+                    assert row.prompt + completion == raw[number][name]
 
     def test_prompt_is_not_the_common_prefix(self, path):
         beyond = 0
         for row in data.read(path, format="hh").rows:
-            beyond += row.responses[0][:2] == row.responses[1][:2] != " "
+            beyond += row.completions[0][:2] == row.completions[1][:2] != " "
             assert row.prompt.endswith("\n\nAssistant:")
         assert beyond == 331  # 18.4 % of the rows: answers that begin alike, a common prefix would be longer
 
@@ -78,11 +78,11 @@ class TestHH:
         records = data.read(path, format="hh", hh_split="first_difference")
         assert len(records.rows) == 1800 and not records.dropped
         assert numbers(records.noted["odd_turns"]) == [667, 763, 1254, 1319, 1688]
-        empty = [row.source for row in records.rows if not all(response.strip() for response in row.responses)]
+        empty = [row.source for row in records.rows if not all(completion.strip() for completion in row.completions)]
         assert numbers(empty) == [86, 516, 925, 1103]
         for row in records.rows:
             assert row.prompt.startswith("\n\nHuman: ") and row.prompt.endswith("\n\nAssistant:")
-            assert all(re.match(r" (\S|$)", response) for response in row.responses)
+            assert all(re.match(r" (\S|$)", completion) for completion in row.completions)
 
     def test_report_is_stable(self, path):
         assert data.read(path, format="hh") == data.read(path, format="hh")
@@ -110,7 +110,7 @@ class TestHH:
 
 class TestTranscripts:
     @pytest.mark.parametrize("gap", ["", " ", "  ", "\n\n"])
-    def test_response_begins_with_one_space(self, gap):
+    def test_completion_begins_with_one_space(self, gap):
         head = "\n\nHuman: a\n\nAssistant:"
         splits = [hh_rlhf.split_last_turn, *([hh_rlhf.split_first_difference] if gap else [])]
         for split in splits:  # the original, and so the second, wants a space after "Assistant:"
@@ -156,7 +156,7 @@ class TestChatPairs:
         assert {reason: len(places) for reason, places in records.noted.items()} == {"column_not_used:prompt": 300}
         assert {len(row.prompt) for row in records.rows} == {1, 2, 3, 5, 7, 9, 13}
         assert sum(row.prompt[0]["role"] == "system" for row in records.rows) == 80
-        assert all(row.responses[0]["role"] == row.responses[1]["role"] == "assistant" for row in records.rows)
+        assert all(row.completions[0]["role"] == row.completions[1]["role"] == "assistant" for row in records.rows)
 
     def test_one_pair(self, tmp_path):
         u, a, b = self.TURNS
@@ -216,13 +216,13 @@ class TestJson:
     )
     def test_a_row_with_chosen_and_rejected_is_a_pair_whatever_else_it_has(self, tmp_path, other):
         [row] = read_text(tmp_path, lines(PAIR | other)).rows
-        assert (row.responses, row.rewards) == (["c", "r"], [1.0, 0.0])
+        assert (row.completions, row.rewards) == (["c", "r"], [1.0, 0.0])
 
     def test_a_row_without_a_pair_is_a_group_whatever_else_it_has(self, tmp_path):
         group = rewarded(["a", "b"], [1, 2])
         for other in ({"chosen": None, "rejected": None}, {"chosen": "a"}):
             [row] = read_text(tmp_path, lines(group | other)).rows
-            assert (row.responses, row.rewards) == (["a", "b"], [1.0, 2.0])
+            assert (row.completions, row.rewards) == (["a", "b"], [1.0, 2.0])
 
     def test_pairs_and_rewards(self, tmp_path):
         rewarded = {"prompt": "p", "completions": ["a", "b", "c"], "rewards": [1, -0.5, 2e3]}
@@ -251,7 +251,7 @@ class TestJson:
             ),
         ).rows
         assert [row.prompt for row in rows] == [[u], [u], "u", [u]]
-        assert [row.responses for row in rows] == [[a, b], [a, b], [a, b], ["x", "y"]]
+        assert [row.completions for row in rows] == [[a, b], [a, b], [a, b], ["x", "y"]]
 
     @pytest.mark.parametrize(
         "row, message",
@@ -261,16 +261,16 @@ class TestJson:
             ({}, r"missing or null: prompt, chosen, rejected; wanted .*; found none"),
             (rewarded(["a", "b"], None), r"missing or null: rewards; wanted prompt, completions, rewards"),
             (PAIR | {"chosen": None}, r"missing or null: chosen"),
-            (PAIR | {"chosen": 3}, r"response 0\[0\] must be an object with role and content, not a number"),
+            (PAIR | {"chosen": 3}, r"completion 0\[0\] must be an object with role and content, not a number"),
             (PAIR | {"prompt": 3.5}, r"prompt must be a list of messages, not a number"),
             (rewarded(["a", "b"], [1]), r"completions and rewards must be lists of one length"),
             (rewarded("ab", [1, 2]), r"completions and rewards must be lists"),
             (rewarded(["a"], [1]), r"1 completions; a group needs at least 2"),
             (rewarded(["a", "b"], [1, "2"]), r"reward 1 must be a number, not a text"),
             (rewarded(["a", "b"], [1, True]), r"reward 1 must be a number, not true/false"),
-            (PAIR | {"rejected": ASSISTANT}, r"some responses are texts and some are messages"),
-            (PAIR | {"rejected": USER}, r"response 1 must be an assistant turn, not .* 'user'"),
-            (PAIR | {"chosen": [USER, ASSISTANT]}, r"response 0 is a conversation that does not begin with the prompt"),
+            (PAIR | {"rejected": ASSISTANT}, r"some completions are texts and some are messages"),
+            (PAIR | {"rejected": USER}, r"completion 1 must be an assistant turn, not .* 'user'"),
+            (PAIR | {"chosen": [USER, ASSISTANT]}, r"completion 0 is a conversation that does not begin with"),
             ([PAIR], r"a row must be a JSON object, not a list"),
             ("text", r"a row must be a JSON object, not a text"),
             (None, r"a row must be a JSON object, not null"),
@@ -310,7 +310,7 @@ class TestText:
 
     def test_line_of_ten_megabytes(self, tmp_path):
         rows = read_text(tmp_path, lines(PAIR, PAIR | {"chosen": "x" * 10_000_000}, PAIR)).rows
-        assert len(rows[1].responses[0]) == 10_000_000 and rows[2].source.endswith(":3")
+        assert len(rows[1].completions[0]) == 10_000_000 and rows[2].source.endswith(":3")
 
     @pytest.mark.parametrize(
         "line, message",
@@ -324,7 +324,7 @@ class TestText:
             (b'{"prompt": "p", "completions": ["a", "b"], "rewards": [1, NaN]}', r"NaN is not JSON"),
             (b'{"prompt": "p", "completions": ["a", "b"], "rewards": [1, -Infinity]}', r"-Infinity is not JSON"),
             (b'{"prompt": "p", "completions": ["a", "b"], "rewards": [1, 1e999]}', r"reward 1 is inf; rewards must be"),
-            (b'{"prompt": "p", "chosen": "\\ud800", "rejected": "r"}', r"response 0 holds half a surrogate pair"),
+            (b'{"prompt": "p", "chosen": "\\ud800", "rejected": "r"}', r"completion 0 holds half a surrogate pair"),
             (b'{"prompt": ' + b"[" * 100_000, r"broken JSON: "),
             (b'{"prompt": ' + b"1" * 5000 + b"}", r"broken JSON: Exceeds the limit"),
         ],
@@ -483,7 +483,7 @@ class TestSources:
     def test_saved_chat_pairs(self, tmp_path):
         u, a, b = TestChatPairs.TURNS
         datasets.Dataset.from_list([{"chosen": [u, a], "rejected": [u, b]}]).save_to_disk(str(tmp_path / "saved"))
-        assert data.read(tmp_path / "saved", format="chat_pairs").rows[0].responses == [a, b]
+        assert data.read(tmp_path / "saved", format="chat_pairs").rows[0].completions == [a, b]
 
     @pytest.mark.parametrize(
         "source",
@@ -520,7 +520,7 @@ class TestSources:
         assert jsonl.BadRow("x", 3).line == 3 and jsonl.BadRow("x").line == 1
 
 
-# --- formats with one response, or more than two
+# --- formats with one completion, or more than two
 
 POST = {"subreddit": "tifu", "title": "t", "post": "p"}
 TWO = [{"text": "a"}, {"text": "b"}]
@@ -567,7 +567,7 @@ def test_what_a_format_makes_of_a_row(tmp_path, format, row, expected):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     found = data.read(path, format=format)
-    assert [(r.prompt, list(r.responses), list(r.rewards)) for r in found.rows] == expected
+    assert [(r.prompt, list(r.completions), list(r.rewards)) for r in found.rows] == expected
     assert len({r.source for r in found.rows}) == len(expected)
 
 
@@ -665,7 +665,7 @@ def test_a_system_column_is_the_first_turn_of_a_prompt_of_messages(tmp_path, for
     plain = read_text(tmp_path, lines(row), format=format)
     found = read_text(tmp_path, lines(row | {"system": SYSTEM["content"]}), format=format)
     assert [one.prompt for one in found.rows] == [[SYSTEM, *one.prompt] for one in plain.rows]
-    assert [one.responses for one in found.rows] == [one.responses for one in plain.rows]
+    assert [one.completions for one in found.rows] == [one.completions for one in plain.rows]
     assert not found.noted and not caplog.messages
 
 

@@ -50,7 +50,7 @@ def read(path, **options):
 
 def plain(found):
     return [
-        dict(zip(("prompt", "chosen", "rejected"), (row.prompt, *row.responses), strict=True)) for row in found.rows
+        dict(zip(("prompt", "chosen", "rejected"), (row.prompt, *row.completions), strict=True)) for row in found.rows
     ]
 
 
@@ -75,9 +75,9 @@ def test_messages_lists_and_nulls_of_a_table(tmp_path):
     pairs = [{"chosen": TURNS, "rejected": OTHER, "score": 1.5}]
     for kind in ("parquet", "arrow"):
         [row] = read(write(tmp_path / f"g.{kind}", groups)).rows
-        assert (row.prompt, row.responses, row.rewards) == (TURNS[:1], ["x", "y"], [1.0, 2.0])
+        assert (row.prompt, row.completions, row.rewards) == (TURNS[:1], ["x", "y"], [1.0, 2.0])
         found = read(write(tmp_path / f"p.{kind}", pairs), format="chat_pairs")
-        assert found.rows[0].responses == [TURNS[1], OTHER[1]]
+        assert found.rows[0].completions == [TURNS[1], OTHER[1]]
         assert found.noted == {"column_not_used:score": [f"{tmp_path}/p.{kind}[0]"]}
     both = [groups[0] | {"chosen": None, "rejected": None}, {**ROWS[0], "prompt": TURNS[:1], "completions": None}]
     rows = read(write(tmp_path / "both.parquet", both)).rows

@@ -1,4 +1,4 @@
-"""Records that repeat a benchmark are dropped and counted, in whatever layout, in the prompt or in a response."""
+"""Records that repeat a benchmark are dropped and counted, in whatever layout, in the prompt or in a completion."""
 
 import json
 import unicodedata

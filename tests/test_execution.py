@@ -12,7 +12,7 @@ from fpo_jax.trainer import compiled_step
 from tests import batches
 from tests.paths import REPO
 
-BATCH = batches.random_batch(groups=2, candidates=2, length=13, vocab=24)
+BATCH = batches.random_batch(groups=2, completions=2, length=13, vocab=24)
 ARGUMENTS = 4 * 3 + sum(leaf.nbytes for leaf in jax.tree.leaves(BATCH))
 
 
@@ -20,7 +20,7 @@ def program():
     def total(first, batch: types.Batch):
         return first.sum() + sum(jax.numpy.sum(leaf) for leaf in jax.tree.leaves(batch))
 
-    return compiled_step.Program("the update", jax.jit(total, keep_unused=True))
+    return compiled_step.CompiledStep("the step", jax.jit(total, keep_unused=True))
 
 
 class Device:
@@ -38,7 +38,7 @@ def test_a_program_larger_than_a_device_is_refused(monkeypatch, limit, fits):
     if fits:
         assert np.isfinite(program()(first, BATCH))
     else:
-        with pytest.raises(ValueError, match=r"the update needs .* a device lends .*micro_batch_per_device.*fpo plan"):
+        with pytest.raises(ValueError, match=r"the step needs .* a device lends .*micro_batch_per_device.*fpo plan"):
             program()(first, BATCH)
 
 
@@ -58,7 +58,7 @@ def test_a_compiler_out_of_memory_says_what_to_do(text, refused):
             raise jax.errors.JaxRuntimeError(text)
 
     with pytest.raises(ValueError if refused else jax.errors.JaxRuntimeError) as caught:
-        compiled_step.Program("the update", Refusing())(np.zeros(3, np.float32), BATCH)
+        compiled_step.CompiledStep("the step", Refusing())(np.zeros(3, np.float32), BATCH)
     assert ("does not fit: RESOURCE_EXHAUSTED: Ran out" in str(caught.value)) == refused
     assert ("`fpo plan`" in str(caught.value)) == refused
 

@@ -32,16 +32,16 @@ def killing(random, site, workdir):
 @pytest.mark.faults  # a minute each
 @pytest.mark.parametrize("async_save", [True, False])
 def test_a_run_killed_anywhere_ends_as_an_uninterrupted_one(site, tmp_path, async_save):
-    """A kill costs one interval between saves; one more where a save may be under way beside the updates."""
+    """A kill costs one interval between saves; one more where a save may be under way beside the steps."""
     costs = SAVE_EVERY * (1 + async_save)
     killed, number, wanted = 0, 0, faults.trials(40)
     while killed < wanted:
-        random, workdir, told = faults.draws(f"kill {async_save}", number), tmp_path / str(number), []
+        random, workdir, described = faults.draws(f"kill {async_save}", number), tmp_path / str(number), []
         for _ in range(6):
             fault = killing(random, site, workdir)
             code, said = site.train(workdir, fault, async_save=async_save)
-            told.append((code, fault))
-            context = f"run {number}, {told}; {faults.replay('killed_anywhere')}"
+            described.append((code, fault))
+            context = f"run {number}, {described}; {faults.replay('killed_anywhere')}"
             assert code in (0, -signal.SIGKILL), f"{context}\n{said}"
             killed += code == -signal.SIGKILL
             steps = saved(workdir)
@@ -106,7 +106,7 @@ def test_judgements_killed_or_stopped_anywhere_ask_only_for_what_is_missing(site
     with server.served():
 
         def judge(out, fault=None):
-            options = {"--candidate": tmp_path / "a.jsonl", "--baseline": tmp_path / "b.jsonl", "--out": out}
+            options = {"--completion": tmp_path / "a.jsonl", "--baseline": tmp_path / "b.jsonl", "--out": out}
             options |= {"--template": "helpful", "--server": server.url, "--server-model": "m"}
             command = [part for pair in (options | {"--concurrency": workers}).items() for part in pair]
             return site.zygote.run("fpo_jax.eval.judge.winrate", command, site.root / "log", fault)
@@ -149,14 +149,14 @@ STOPS = {
     "weights": (stop("load", 1), None),
     "compiling the reference pass": (stop("compile", 1), None),
     "compiling the evaluation": (stop("compile", 2), None),
-    "compiling the update": (stop("compile", 3), 1),
+    "compiling the step": (stop("compile", 3), 1),
     "reference pass": (stop("reference", 1), None),
     "reference written": (stop("reference written", 2), None),
-    "evaluation before the first update": (stop("evaluation", 1), None),
-    "first update": (stop("update", 1), 1),
-    "update": (stop("update", 4), 4),
-    "update before an evaluation": (stop("update", 3), 3),
-    "last update": (stop("update", 6), 6),
+    "evaluation before the first step": (stop("evaluation", 1), None),
+    "first step": (stop("step", 1), 1),
+    "step": (stop("step", 4), 4),
+    "step before an evaluation": (stop("step", 3), 3),
+    "last step": (stop("step", 6), 6),
     "evaluation": (stop("evaluation", 2), 3),
     "last evaluation": (stop("evaluation", 3), 6),
     "save": (stop("save", 1), 2),
@@ -201,7 +201,7 @@ def test_a_signal_at_a_random_moment_saves_within_one_update(site, tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize(("point", "count"), [("compile", 3), ("update", 4), ("evaluation", 2), ("save", 2)])
+@pytest.mark.parametrize(("point", "count"), [("compile", 3), ("step", 4), ("evaluation", 2), ("save", 2)])
 def test_a_second_signal_ends_the_run_at_once_and_says_what_is_lost(site, tmp_path, point, count):
     code, said = site.train(tmp_path / "w", stop(point, count, times=2))
     newest = re.search(r"SIGTERM, the second signal: ended at once. (?:The newest .* step (\d)|.*no complete)", said)

@@ -35,7 +35,7 @@ class Hosts:
             "model.path": self.root / "model", "data.train": self.root / "pairs.jsonl",
             "data.eval": self.root / "pairs.jsonl", "data.format": "json", "data.hh_split": "last_turn",
             "data.subfolder": "", "data.train_split": "", "data.eval_split": "", "data.max_length": 40,
-            "data.max_response_length": 16, "model.compute_dtype": "float32", "optim.learning_rate": 3e-3,
+            "data.max_completion_length": 16, "model.compute_dtype": "float32", "optim.learning_rate": 3e-3,
             "train.batch_size": PAIRS, "train.micro_batch_per_device": 1, "train.epochs": float(STEPS),
             "train.save_every": SAVE_EVERY, "train.eval_every": 3, "train.eval_batch_per_device": 3,
             "logging.tensorboard": False, "train.hang_timeout": HANG_S if struck else 600,

@@ -279,8 +279,8 @@ def test_the_report_of_the_hh_file_is_the_same_byte_for_byte():
     def rows(places):
         return [int(place.rpartition(":")[2]) - 1 for place in places]
 
-    empty = [row.source for row in found.rows if not all(response.strip() for response in row.responses)]
-    same = [row.source for row in found.rows if row.responses[0] == row.responses[1]]
+    empty = [row.source for row in found.rows if not all(completion.strip() for completion in row.completions)]
+    same = [row.source for row in found.rows if row.completions[0] == row.completions[1]]
     report = {"read": len(found.rows), "empty": rows(empty), "identical": rows(same)}
     report |= {name: rows(places) for name, places in [*found.dropped.items(), *found.noted.items()]}
     assert json.dumps(report) == (
@@ -349,12 +349,12 @@ def texts(random, count):
 
 def check_boundaries(encoder, normal, random, count):
     """Rows of random pairs; returns how many tokens straddled a boundary."""
-    prompts, responses = texts(random, count), texts(random, count)
-    wholes = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    prompts, completions = texts(random, count), texts(random, count)
+    wholes = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     ids = tokenization.encode(encoder, [*prompts, *wholes])
     with mock.patch.object(tokenization.tokenizer, "encode", return_value=ids) as encode:  # most of the time, so once
         rows = tokenization.raw_rows(
-            encoder, prompts, [[one] for one in responses], max_length=500, max_response_length=400
+            encoder, prompts, [[one] for one in completions], max_length=500, max_completion_length=400
         )
     encode.assert_called_once_with(encoder, [*prompts, *wholes])
     prompt_ids, whole_ids = ids[:count], ids[count:]
@@ -371,7 +371,7 @@ def check_boundaries(encoder, normal, random, count):
     said = zip(decode(heads, skip_special_tokens=False), decode(bodies, skip_special_tokens=False), strict=True)
     for prompt, whole, [row], (head, body) in zip(prompts, wholes, rows, said, strict=True):
         assert body == normal(whole), repr(whole)
-        if not row.merged:  # the scored tokens spell the response, all of it, and nothing else
+        if not row.merged:  # the scored tokens spell the completion, all of it, and nothing else
             assert head == normal(prompt), repr((prompt, whole))
     return sum(row.merged for [row] in rows)
 

@@ -29,14 +29,14 @@ def one_leaf(where):
 
 
 @functools.cache
-def updater(*, devices, guard=None, spoil=None):
+def updater(*, devices, skip_rule=None, spoil=None):
     """(update(state, batch), fresh state) of the tiny model on one device or cut over eight."""
     loss, places = losses.resolve("alphapo-pref"), None
-    rate = adamw.schedule(kind="linear", peak=1e-2, warmup=0, horizon=9)
+    rate = adamw.schedule(kind="linear", peak=1e-2, warmup=0, total_steps=9)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
     )
-    optimizer = optimizer if guard is None else guard.watching(optimizer)
+    optimizer = optimizer if skip_rule is None else skip_rule.watching(optimizer)
     weights = params.init(CONFIG, jax.random.key(0), "float32")
     layout = sharding.ONE_DEVICE
     if devices > 1:
@@ -48,16 +48,23 @@ def updater(*, devices, guard=None, spoil=None):
     def spoiled(grads):
         return grads if spoil is None else {**grads, "embed": jax.tree.map(spoil, grads["embed"])}
 
-    places = train_step.Places(gather=lambda x: x, cut=spoiled, fetch=lambda x: x)
+    places = train_step.Resharding(gather=lambda x: x, cut=spoiled, fetch=lambda x: x)
     forward_fn = batches.forward_fn(CONFIG, temperature=loss.temperature, layout=layout)
 
     @jax.jit
     def update(state, batch):
         return train_step.train_step(
-            state, batch, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate, places=places, guard=guard
+            state,
+            batch,
+            forward_fn=forward_fn,
+            loss=loss,
+            optimizer=optimizer,
+            rate=rate,
+            places=places,
+            skip_rule=skip_rule,
         )
 
-    counter = None if guard is None else jnp.int32(0)
+    counter = None if skip_rule is None else jnp.int32(0)
     state = types.TrainState(weights, jax.jit(optimizer.init)(weights), jnp.int32(0), None, counter)
 
     def applied(state, batch):
@@ -76,7 +83,7 @@ def poisoned(kind):
 
 
 def kept(state):
-    """What an update that is not applied must leave: weights, moments and their counts."""
+    """What a step that is not applied must leave: weights, moments and their counts."""
     return faults.digest((state.params, state.opt_state))
 
 
@@ -88,18 +95,18 @@ POISONS = ["nan", "inf", "-inf", "a token outside the vocabulary"]
     "kind", [*POISONS[:1], *(pytest.param(kind, marks=pytest.mark.faults) for kind in POISONS[1:])]
 )
 def test_poison_changes_nothing_and_the_schedule_waits(kind, devices):
-    guard = skip_step.Guard(most=MOST)
-    update, state = updater(devices=devices, guard=guard)
+    skip_rule = skip_step.SkipRule(most=MOST)
+    update, state = updater(devices=devices, skip_rule=skip_rule)
     state, _ = update(state, batch_of())
     before = kept(state)
     for number in range(1, MOST):
         state, pairs = update(state, poisoned(kind))
         assert kept(state) == before and int(state.skipped) == number and float(pairs["nonfinite"][0]) == 1.0
-    assert int(state.step) == MOST, "updates skipped are counted"
+    assert int(state.step) == MOST, "steps skipped are counted"
     state, pairs = update(state, batch_of(seed=1))
-    assert int(state.skipped) == 0 and int(adamw.updates_applied(state.opt_state)) == 2 and kept(state) != before
-    rate = adamw.schedule(kind="linear", peak=1e-2, warmup=0, horizon=9)
-    assert float(pairs["learning_rate"][0]) == float(rate(1)), "the rate that the first skipped update had"
+    assert int(state.skipped) == 0 and int(adamw.steps_applied(state.opt_state)) == 2 and kept(state) != before
+    rate = adamw.schedule(kind="linear", peak=1e-2, warmup=0, total_steps=9)
+    assert float(pairs["learning_rate"][0]) == float(rate(1)), "the rate that the first skipped step had"
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(state))
 
 
@@ -107,7 +114,7 @@ def test_poison_changes_nothing_and_the_schedule_waits(kind, devices):
 @pytest.mark.parametrize("where", ["one leaf", "one shard"])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_gradient_that_is_not_finite_in_one_leaf_or_shard_is_applied_on_no_device(where, devices):
-    update, state = updater(devices=devices, guard=skip_step.Guard(most=MOST), spoil=one_leaf(where))
+    update, state = updater(devices=devices, skip_rule=skip_step.SkipRule(most=MOST), spoil=one_leaf(where))
     before = kept(state)
     state, pairs = update(state, batch_of())
     assert np.isfinite(float(pairs["loss"][0])) and float(pairs["nonfinite"][0]) == 1.0
@@ -118,7 +125,7 @@ def test_a_gradient_that_is_not_finite_in_one_leaf_or_shard_is_applied_on_no_dev
 
 @pytest.mark.parametrize(("weight", "bad"), [(1, MOST), (MOST, 1)])  # skip, stop
 def test_after_too_many_nothing_is_applied_until_the_run_has_stopped(weight, bad):
-    update, state = updater(devices=1, guard=skip_step.Guard(most=MOST, weight=weight))
+    update, state = updater(devices=1, skip_rule=skip_step.SkipRule(most=MOST, weight=weight))
     state, _ = update(state, batch_of())
     before = kept(state)
     for batch in [poisoned("nan")] * bad + [batch_of(seed=1)] * 2:
@@ -128,20 +135,20 @@ def test_after_too_many_nothing_is_applied_until_the_run_has_stopped(weight, bad
 
 
 def test_the_guard_asks_the_host_for_nothing():
-    update, state = updater(devices=1, guard=skip_step.Guard(most=MOST, sigmas=6.0, window=4))
+    update, state = updater(devices=1, skip_rule=skip_step.SkipRule(most=MOST, sigmas=6.0, window=4))
     text = str(jax.make_jaxpr(update)(state, batch_of()))
     assert not re.search("callback|infeed|outfeed", text), re.findall("[a-z_]*callback|infeed|outfeed", text)
 
 
 def test_the_guard_moves_no_byte(monkeypatch):
-    """An update that is chosen costs the memory traffic of one that is not: no moment is copied first."""
+    """A step that is chosen costs the memory traffic of one that is not: no moment is copied first."""
 
-    def moved(guard):
-        update, state = updater.__wrapped__(devices=1, guard=guard)  # traced anew
+    def moved(skip_rule):
+        update, state = updater.__wrapped__(devices=1, skip_rule=skip_rule)  # traced anew
         found = jax.jit(update, donate_argnums=0).lower(state, batch_of()).compile().cost_analysis()
         return found["bytes accessed"]
 
-    guarded = moved(skip_step.Guard(most=MOST))
+    guarded = moved(skip_step.SkipRule(most=MOST))
     monkeypatch.setattr(jnp, "isfinite", lambda x: jnp.ones(jnp.shape(x), bool))
     share = guarded / moved(None)
     assert share < 1.001, share
@@ -157,7 +164,7 @@ def config(inputs, **changed):
 
 
 def spoil_updates(monkeypatch, numbers, value):
-    """Add a value to a reference log-prob of the updates of these numbers, from 1."""
+    """Add a value to a reference log-prob of the steps of these numbers, from 1."""
     batch_at, filled, current = data.batch_at, reference_logprobs.attach, [0]
 
     def numbered(schedule, number, positions):
@@ -184,7 +191,7 @@ SELDOM = {"train__max_nonfinite": 2, "train__save_every": 99}
 
 @pytest.fixture(scope="module")
 def sound(inputs, tmp_path_factory):
-    """Outcomes of the first three updates, and of the whole run, where every number is finite."""
+    """Outcomes of the first three steps, and of the whole run, where every number is finite."""
     root = tmp_path_factory.mktemp("sound")
     for name, changed in {"three": {"train__max_steps": 3}, "whole": {}}.items():
         resuming.whole(config(inputs, **SELDOM, **changed), root / name)
@@ -200,7 +207,7 @@ def test_a_run_that_stops_has_saved_what_the_last_applied_update_left(
     workdir = tmp_path / "w"
     with monkeypatch.context() as patch:
         spoil_updates(patch, bad, np.nan)
-        for _ in range(2):  # the same command stops at the same update
+        for _ in range(2):  # the same command stops at the same step
             message = f"step {stops}: .* not applied; data: .*pairs.jsonl.* sound and holds what step 3 left"
             with pytest.raises(trainer.NonFinite, match=message):
                 resuming.whole(config(inputs, **changed), workdir)
@@ -242,7 +249,7 @@ def test_an_outlier_is_skipped_and_logged_and_the_run_resumes_to_the_bit(inputs,
     assert [line["step"] for line in lines if "spike_rows" in line] == [8] and len(lines[7]["spike_rows"]) == 4
     steps = [weights(tmp_path / "whole", number)[1] for number in range(2, 10)]
     assert steps[5] == steps[6], "step 8 leaves what step 7 left"
-    assert len(set(steps)) == len(steps) - 1, "every other update is applied"
+    assert len(set(steps)) == len(steps) - 1, "every other step is applied"
     for after in (6, 8):
         resuming.stopped(config(inputs, **SPIKES), tmp_path / f"w{after}", monkeypatch, after=after)
         assert resuming.outcome(tmp_path / f"w{after}") == resuming.outcome(tmp_path / "whole")
@@ -270,17 +277,17 @@ def test_without_an_outlier_or_a_full_window_skipping_changes_no_bit(inputs, tmp
 
 def test_a_spike_by_hand():
     """Losses 1, 2, 3, 4 with mean 2.5 and deviation sqrt(5)/2, gradient norms 10."""
-    guard = skip_step.Guard(most=9, sigmas=2.0, window=4)
-    optimizer = guard.watching(optax.with_extra_args_support(optax.adamw(1e-3)))
+    skip_rule = skip_step.SkipRule(most=9, sigmas=2.0, window=4)
+    optimizer = skip_rule.watching(optax.with_extra_args_support(optax.adamw(1e-3)))
     state = optimizer.init({"w": jnp.zeros(2)})
     grads = {"w": jnp.ones(2)}
     line = 2.5 + 2.0 * np.sqrt(5) / 2
     for number, value in enumerate([9.0, 1.0, 2.0, 3.0, 4.0]):  # the fifth takes the place of the first
-        assert not bool(guard.spike(state, jnp.float32(1e9), jnp.float32(1e9))) or number == 4
+        assert not bool(skip_rule.spike(state, jnp.float32(1e9), jnp.float32(1e9))) or number == 4
         _, state = optimizer.update(grads, state, grads, value=jnp.float32(value), grad_norm=jnp.float32(10.0))
     for value, norm, expected in [(line - 0.01, 10.0, False), (line + 0.01, 10.0, True), (1.0, 10.01, True)]:
-        assert bool(guard.spike(state, jnp.float32(value), jnp.float32(norm))) == expected
-    assert not bool(guard.spike(state, jnp.float32(-99.0), jnp.float32(0.0))), "lower is no spike"
+        assert bool(skip_rule.spike(state, jnp.float32(value), jnp.float32(norm))) == expected
+    assert not bool(skip_rule.spike(state, jnp.float32(-99.0), jnp.float32(0.0))), "lower is no spike"
 
 
 def test_a_window_without_skipping_is_refused(inputs):

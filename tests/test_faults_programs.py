@@ -39,7 +39,7 @@ PROGRAMS = {
     ),
     "winrate": (
         "fpo_jax.eval.judge.winrate",
-        "--candidate {root}/answers.jsonl --baseline {root}/baseline.jsonl --reward-model {root}/judge"
+        "--completion {root}/answers.jsonl --baseline {root}/baseline.jsonl --reward-model {root}/judge"
         " --compute-dtype float32",
         ["verdicts.jsonl", "summary.json"],
     ),
@@ -91,11 +91,11 @@ def test_a_program_killed_or_stopped_anywhere_leaves_its_output_whole_or_absent(
 
 
 def pipeline(site, workdir, fault=None):
-    """A recipe on tiny models, one update a stage."""
+    """A recipe on tiny models, one step a stage."""
     options = {
         "base": site.root / "model", "data.format": "json", "data.train": site.root / "pairs.jsonl",
         "data.eval": site.root / "pairs.jsonl", "data.train_split": "", "data.eval_split": "", "data.subfolder": "",
-        "data.hh_split": "last_turn", "data.max_length": 40, "data.max_response_length": 16,
+        "data.hh_split": "last_turn", "data.max_length": 40, "data.max_completion_length": 16,
         "sample.max_new_tokens": 4, "sample.batch_size": 4, "generate.max_new_tokens": 4, "generate.num_prompts": 4,
         "generate.num_return": 2, "generate.batch_size": 4,
     }  # fmt: skip
@@ -117,13 +117,13 @@ def test_a_pipeline_killed_or_stopped_anywhere_goes_on_to_the_report_of_one_star
     operations = int(said.rpartition("came by ")[2].split()[0])
     expected = json.loads((tmp_path / "whole" / "report" / "report.json").read_text())
     for number in range(faults.trials(2)):
-        random, workdir, told = faults.draws("pipeline", number), tmp_path / str(number), []
+        random, workdir, described = faults.draws("pipeline", number), tmp_path / str(number), []
         for _ in range(3):
             how = random.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
             fault = {"folder": str(workdir), "count": random.randint(1, operations), "signal": how}
             code, said = pipeline(site, workdir, fault)
-            told.append((code, fault))
-            context = f"{told}; {faults.replay('pipeline_killed')}\n{said}"
+            described.append((code, fault))
+            context = f"{described}; {faults.replay('pipeline_killed')}\n{said}"
             assert code in (0, 75, -signal.SIGKILL, -signal.SIGTERM), context
             stages = workdir / "stages.json"
             assert not stages.exists() or json.loads(stages.read_text()), context

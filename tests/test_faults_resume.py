@@ -1,4 +1,4 @@
-"""A run that is stopped has, after every update, the very state of the run that is not; a state moves to any mesh."""
+"""A run that is stopped has, after every step, the very state of the run that is not; a state moves to any mesh."""
 
 import collections
 import itertools
@@ -44,7 +44,7 @@ def inputs(tmp_path_factory):
 
 
 def config(inputs, name, **changed):
-    """Six updates of four pairs."""
+    """Six steps of four pairs."""
     stage = STAGES.get(name, "align")
     options = {"loss__name": name, "loss__beta_pi": None, "stage": stage, "data__eval": "", "train__eval_every": 0}
     options |= {"loss__alpha": 0.1 if name == "alpha" else None, "train__epochs": STEPS * 4 / 16}
@@ -56,12 +56,12 @@ def config(inputs, name, **changed):
 
 
 class Recorder:
-    """The digest of the state after every update, of any number of starts that share their compiled programs."""
+    """The digest of the state after every step, of any number of starts that share their compiled programs."""
 
     def __init__(self, monkeypatch):
         self.states, self.begun = {}, 0
         self.groups = collections.defaultdict(list)
-        self.saved, self.restored = {}, []  # of what a checkpoint holds: after every update; by every start
+        self.saved, self.restored = {}, []  # of what a checkpoint holds: after every step; by every start
         call, before = compiled_step.Program.__call__, profiler.Trace.before
         restore = checkpoint.Checkpointer.restore
 
@@ -88,7 +88,7 @@ class Recorder:
         monkeypatch.setattr(profiler.Trace, "before", begins)
 
     def run(self, c, workdir, *, until=None, devices=1, monkeypatch=None):
-        """Run, and stop as by a signal during update `until`."""
+        """Run, and stop as by a signal during step `until`."""
         if until is None:
             trainer.run(c, workdir, devices=jax.devices()[:devices])
             return

@@ -56,8 +56,8 @@ def processor_seconds():
 
 
 def prepared(directory, pairs):
-    """What train.py does with a directory before its first update."""
-    c = tiny.config(directory, pairs, data__rule="chat", data__max_prompt_length=24, data__max_response_length=None)
+    """What train.py does with a directory before its first step."""
+    c = tiny.config(directory, pairs, data__rule="chat", data__max_prompt_length=24, data__max_completion_length=None)
     inputs = run_inputs.prepare(c)
     return hf.load_params(inputs.source, inputs.model_config, dtype="float32")
 
@@ -293,7 +293,7 @@ def test_an_answer_that_repeats_the_key_is_a_failure_and_a_word_is_no_key(monkey
         secret = servers.Secret("JUDGE_KEY")
         with AnswerServer(lambda *_: None, lambda _: reply).served() as server:
             asked = servers.Server(server.url, "m", secret, threading.Event(), attempts=1)
-            return anyio.run(asked.responses, "p", {"n": 1})
+            return anyio.run(asked.completions, "p", {"n": 1})
 
     with pytest.raises(servers.Failed, match="repeats the key"):
         ask(KEY, f"Your key is {KEY}.")
@@ -309,7 +309,7 @@ from fpo_jax.cli import openai_client
 from fpo_jax.eval.judge import winrate
 openai_client.LONGEST_WAIT_S = 0.0
 url, folder = sys.argv[1], Path(sys.argv[2])
-options = winrate.Options(candidate=folder / "a.jsonl", baseline=str(folder / "b.jsonl"), out=folder / "o", server=url,
+options = winrate.Options(completion=folder / "a.jsonl", baseline=str(folder / "b.jsonl"), out=folder / "o", server=url,
                           template="helpful", server_model="m", concurrency=2, api_key_env="JUDGE_KEY")
 print(options, winrate.run(options))
 key = openai_client.Secret("JUDGE_KEY")
@@ -358,7 +358,7 @@ def test_a_training_run_writes_no_byte_of_the_environment_s_keys(sound, tmp_path
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
     flags = {"model.path": sound / "model", "data.train": sound / "pairs.jsonl", "data.eval": sound / "pairs.jsonl"}
     flags |= {"data.format": "json", "data.hh_split": "last_turn", "data.subfolder": "", "data.train_split": ""}
-    flags |= {"data.eval_split": "", "data.max_length": 40, "data.max_response_length": 16, "train.batch_size": 4}
+    flags |= {"data.eval_split": "", "data.max_length": 40, "data.max_completion_length": 16, "train.batch_size": 4}
     flags |= {"train.micro_batch_per_device": 2, "train.max_steps": 2, "logging.tensorboard": True}
     command = [sys.executable, "train.py", "--config=configs/pythia_hh_pref.py", f"--workdir={tmp_path / 'w'}"]
     command += [f"--config.{key}={value}" for key, value in flags.items()]

@@ -274,14 +274,14 @@ def breaking(monkeypatch, *, times, place="before"):
 
 
 def written(checkpointer):
-    """Wait for the writer, which updates as short as these would outrun."""
+    """Wait for the writer, which steps as short as these would outrun."""
     while checkpointer._manager.is_saving_in_progress():
         time.sleep(0.001)
     return True
 
 
 def settled(checkpointer):
-    """Ask as the updates do, once the writer is done."""
+    """Ask as the steps do, once the writer is done."""
     return written(checkpointer) and checkpointer.failing()
 
 
@@ -417,14 +417,14 @@ class TestSpace:
         folder = tmp_path / checkpoint.FOLDER
         with contextlib.closing(saver(tmp_path)) as one:
             for step in (1, 2):
-                told = disk_space.estimate(folder, values[:2])
+                described = disk_space.estimate(folder, values[:2])
                 one.commit(step, values, {})
                 real = sum(path.stat().st_size for path in damage.files(folder / str(step)))
-                assert abs(told / real - 1) < 0.05, (step, told, real)
+                assert abs(described / real - 1) < 0.05, (step, described, real)
 
 
 def run(inputs, workdir, **changed):
-    """Four updates on one device; a checkpoint after the second and the last."""
+    """Four steps on one device; a checkpoint after the second and the last."""
     options = {"train__batch_size": 4, "train__max_steps": 4, "train__save_every": 2, "data__eval": ""}
     c = tiny.config(inputs / "model", inputs / "pairs.jsonl", **(options | {"train__eval_every": 0} | changed))
     c.mesh.data = c.mesh.fsdp = c.mesh.tensor = 1
@@ -463,7 +463,7 @@ def test_run_on_a_full_disk_ends_with_its_exit_code_and_leaves_nothing_half_writ
     options = {
         "model.path": tmp_path / "model", "data.format": "json", "data.train": inputs / "pairs.jsonl", "data.eval": "",
         "data.hh_split": "last_turn", "data.subfolder": "", "data.train_split": "", "data.eval_split": "",
-        "data.max_length": 40, "data.max_response_length": 16, "train.batch_size": 4, "train.max_steps": 2,
+        "data.max_length": 40, "data.max_completion_length": 16, "train.batch_size": 4, "train.max_steps": 2,
         "train.micro_batch_per_device": 2, "train.save_every": 1, "logging.tensorboard": False,
     }  # fmt: skip
     flags = [f"--config.{key}={value}" for key, value in options.items()]
@@ -517,8 +517,8 @@ class TestExportManifest:
         damage.flip(path, 8 * path.stat().st_size - 1)
         assert checker.main([str(tmp_path / "out")]) == 1
         last = json.loads((exported / integrity.MANIFEST).read_text())["tensors"]
-        assert f"{path.name} is not what was written" in (told := capsys.readouterr().err)
-        assert "(tensor " in told and told.partition("(tensor ")[2].partition(")")[0] in last
+        assert f"{path.name} is not what was written" in (described := capsys.readouterr().err)
+        assert "(tensor " in described and described.partition("(tensor ")[2].partition(")")[0] in last
 
     def test_cut_removed_and_added_files(self, exported, tmp_path):
         shutil.copytree(exported, tmp_path / "out")
@@ -526,15 +526,17 @@ class TestExportManifest:
         os.truncate(first, 100)
         second.unlink()
         (tmp_path / "out" / hf.SINGLE).touch()
-        told = "\n".join(digests.check(tmp_path / "out"))
-        assert f"{first.name} has 100 bytes" in told and f"{second.name} is missing" in told
-        assert f"{hf.SINGLE} was not there" in told
+        described = "\n".join(digests.check(tmp_path / "out"))
+        assert f"{first.name} has 100 bytes" in described and f"{second.name} is missing" in described
+        assert f"{hf.SINGLE} was not there" in described
 
     @pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.faults)])
     def test_every_flipped_bit_is_detected(self, exported, tmp_path, count):
         shutil.copytree(exported, tmp_path / "out")
         for seed, random in damage.trials(count):
             path = damage.flip_somewhere(tmp_path / "out", random)
-            told = digests.check(tmp_path / "out")
-            assert len(told) == 1 and told[0].startswith(f"{path.relative_to(tmp_path / 'out')} "), damage.replay(seed)
+            described = digests.check(tmp_path / "out")
+            assert len(described) == 1 and described[0].startswith(f"{path.relative_to(tmp_path / 'out')} "), (
+                damage.replay(seed)
+            )
             shutil.copyfile(exported / path.relative_to(tmp_path / "out"), path)

@@ -53,8 +53,8 @@ def test_forward_of_a_gpt_neox_by_hand():
 
 def test_an_update_is_three_forward_passes_and_four_with_a_statistic_of_the_batch():
     done = flops.Work(7, 10, 5)
-    assert flops.update(LLAMA, done) == 3 * flops.forward(LLAMA, done)
-    assert flops.update(LLAMA, done, extra_forward=True) == 4 * flops.forward(LLAMA, done)
+    assert flops.train_step(LLAMA, done) == 3 * flops.forward(LLAMA, done)
+    assert flops.train_step(LLAMA, done, extra_forward=True) == 4 * flops.forward(LLAMA, done)
 
 
 def test_a_product_counts_the_contracted_and_the_remaining_axes():
@@ -166,7 +166,7 @@ def test_a_kernel_without_a_formula_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize("config", [LLAMA, NEOX], ids=lambda config: config.family)
 def test_a_traced_forward_pass_is_the_closed_form_but_for_causality(config):
-    batch = batches.random_batch(groups=3, candidates=2, length=10, vocab=11)
+    batch = batches.random_batch(groups=3, completions=2, length=10, vocab=11)
     forward_fn = batches.forward_fn(config, implementation="reference")
     weights = params.init(config, jax.random.key(0), "float32")
     done = flops.work([10] * 6, [batch.targets_NR.shape[1]] * 6, sliding_window=None)

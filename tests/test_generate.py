@@ -66,10 +66,10 @@ def test_lines_hold_prompts_and_what_the_sampler_drew(folder, answered):
         ),
         config=config, decoding=sampler.Decoding(6, stop_ids=(2,)), seed=0, num_return=2, batch_size=4,
     )  # fmt: skip
-    for line, responses in zip(lines, drawn, strict=True):
-        assert line["tokens"] == [len(ids) for ids in responses]
-        assert line["finish"] == ["stop" if ids[-1] == 2 else "length" for ids in responses]
-        assert line["completions"] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    for line, completions in zip(lines, drawn, strict=True):
+        assert line["tokens"] == [len(ids) for ids in completions]
+        assert line["finish"] == ["stop" if ids[-1] == 2 else "length" for ids in completions]
+        assert line["completions"] == [tokenizer.decode(ids, skip_special_tokens=True) for ids in completions]
 
 
 def test_a_finished_job_does_nothing_and_another_one_is_refused(folder, answered, monkeypatch):
@@ -117,7 +117,7 @@ def test_a_long_prompt_loses_its_beginning_as_tokens(folder, tmp_path):
     assert cut["prompt_cut"] == len(long) - 34 and "prompt_cut" not in whole and summary.cut == 1
 
 
-def test_stop_strings_end_a_response_before_them(folder, tmp_path, answered):
+def test_stop_strings_end_a_completion_before_them(folder, tmp_path, answered):
     before = [text for line in jsonl.read(answered[0]) for text in line["completions"]]
     stop = next(text[1] for text in before if len(text) > 2 and text[0] != text[1])
     generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=(stop,)))
@@ -184,10 +184,10 @@ def test_a_stop_string_that_is_a_special_token_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"'<s>' is a special token, which no text holds; give its id, --stop-ids 1\."):
         generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=("a", "<s>")))
     assert not list(tmp_path.iterdir())
-    generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=("</s>",)))  # ends a response as a stop id
+    generate.run(options(folder, tmp_path / "s.jsonl", stop_strings=("</s>",)))  # ends a completion as a stop id
 
 
-def test_another_stop_id_ends_a_response(folder, tmp_path, answered):
+def test_another_stop_id_ends_a_completion(folder, tmp_path, answered):
     config, first = hf.read_config(folder / "model"), jsonl.read(answered[0])[0]
     others = tuple(set(range(config.vocab_size)) - {2})
     generate.run(options(folder, tmp_path / "s.jsonl", stop_ids=others))
@@ -443,7 +443,7 @@ def completions(tmp_path_factory):
 def test_rewards_are_the_models_and_duplicates_and_ties_are_counted(judge, completions, tmp_path):
     summary = labelled(judge, completions, tmp_path / "l.jsonl")
     lines = jsonl.read(tmp_path / "l.jsonl")
-    assert (summary.lines, summary.responses, summary.tied, summary.duplicates) == (3, 7, 1, 2)
+    assert (summary.lines, summary.completions, summary.tied, summary.duplicates) == (3, 7, 1, 2)
     first = lines[0]["rewards"]
     assert first[0] == first[2] > first[1], "answers with ! are better"
     assert summary.mean_reward == pytest.approx(np.mean([r for line in lines for r in line["rewards"]]))

@@ -94,7 +94,7 @@ def as_printed(value, printed):
     assert_allclose(value, float(printed), rtol=0, atol=half_digit(printed))
 
 
-def candidates(logps, *, dtype, rewards, reference=None, lengths=None):
+def completions(logps, *, dtype, rewards, reference=None, lengths=None):
     """B groups that share rewards, reference and lengths."""
     logps = jnp.asarray(logps, dtype)
     shared = (
@@ -103,7 +103,7 @@ def candidates(logps, *, dtype, rewards, reference=None, lengths=None):
         rewards,
     )
     reference, lengths, rewards = (jnp.broadcast_to(jnp.asarray(x, dtype), logps.shape) for x in shared)
-    return losses.Candidates(logps, reference, lengths, rewards, jnp.zeros((), dtype))
+    return losses.Completions(logps, reference, lengths, rewards, jnp.zeros((), dtype))
 
 
 def losses_and_slopes(named_losses, logps, dtype, compiler=lambda f: f, **shared):
@@ -111,7 +111,7 @@ def losses_and_slopes(named_losses, logps, dtype, compiler=lambda f: f, **shared
 
     def one(loss, logps):
         def total(logps):
-            losses_B = loss.loss(candidates(logps, dtype=dtype, **shared))
+            losses_B = loss.loss(completions(logps, dtype=dtype, **shared))
             return jnp.sum(losses_B), losses_B
 
         grads, losses_B = jax.grad(total, has_aux=True)(logps)
@@ -168,7 +168,7 @@ def test_epsilon_table(row):
     loss = losses.resolve("alphapo-pref", alpha=float(row["a"]), epsilon=epsilon, beta_pi=1.0)
     columns = ("-1", "0", "2", "5")
     with jax.enable_x64(True):
-        values = loss.loss(candidates([(float(m), 0.0) for m in columns], dtype="float64", rewards=(1, 0)))
+        values = loss.loss(completions([(float(m), 0.0) for m in columns], dtype="float64", rewards=(1, 0)))
     for column, value in zip(columns, values, strict=True):
         as_printed(value, row[column])
 
@@ -239,7 +239,7 @@ def test_reference_free_table(row):
         if column == "alphapo":
             as_printed(in_scores[0], row["dm"])
         with jax.enable_x64(True):
-            group = candidates(logps, dtype="float64", rewards=(1, 0), lengths=lengths)
+            group = completions(logps, dtype="float64", rewards=(1, 0), lengths=lengths)
             rewards = np.asarray(named[column].implied_rewards(group))
         assert_allclose(rewards, [[number["rw"], number["rl"]]], rtol=tolerances.LOSS_FLOAT64, err_msg=column)
 

@@ -17,41 +17,41 @@ from tests import jaxpr_tools, test_kernels, test_pallas_tpu, tolerances
 from tests.mixed_loss import MixedLoss
 
 B, R, V, WIDTH = 3, 50, 257, 24
-FEW = 12  # tokens of a candidate whose log-prob, -80, float32 rounds to 4e-6
+FEW = 12  # tokens of a completion whose log-prob, -80, float32 rounds to 4e-6
 FUSED = functools.partial(head_loss.fused_head_loss, engine=pallas_tpu.ENGINE)
 COMPOSED = functools.partial(head_loss.fpo_head_loss, token_stats=chunked.token_stats)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Several tiles of tokens and of the head, none of which ends where a candidate does."""
+    """Several tiles of tokens and of the head, none of which ends where a completion does."""
     monkeypatch.setattr(pallas_tpu, "TILES", ((128, 128),))
 
 
 def inputs(K, *, seed=0, copies=1, R=R):
-    """What `copies` times B groups are made of; of each B, one candidate has no scored token and one group ties."""
+    """What `copies` times B groups are made of; of each B, one completion has no scored token and one group ties."""
     rng, groups = np.random.default_rng(seed), B * copies
     hidden_ND, head_VD, targets_N, _ = test_kernels.inputs(V, tokens=groups * K * R, width=WIDTH, seed=seed)
-    scored_NR = rng.random((groups * K, R)) < 0.7
-    scored_NR[1 :: B * K] = False
-    operands = losses.Candidates(
+    loss_mask_NR = rng.random((groups * K, R)) < 0.7
+    loss_mask_NR[1 :: B * K] = False
+    operands = losses.Completions(
         logps_BK=np.zeros((groups, K), np.float32),
         reference_logps_BK=(rng.normal(size=(groups, K)) * 5 - 6.4 * R).astype(np.float32),
-        lengths_BK=scored_NR.sum(1).reshape(groups, K).astype(np.float32),
+        lengths_BK=loss_mask_NR.sum(1).reshape(groups, K).astype(np.float32),
         rewards_BK=rng.normal(size=(groups, K)).astype(np.float32),
         batch_kl=np.float32(0.3),
     )
     operands.rewards_BK[2::B] = 1.0  # a tie
-    return hidden_ND, head_VD, targets_N, jnp.asarray(scored_NR.reshape(-1)), operands
+    return hidden_ND, head_VD, targets_N, jnp.asarray(loss_mask_NR.reshape(-1)), operands
 
 
 @functools.partial(jax.jit, static_argnames=("head_loss_of", "loss", "spec"))
-def run(head_loss_of, hidden_ND, head_VD, targets_N, scored_N, operands, *, loss, spec):
+def run(head_loss_of, hidden_ND, head_VD, targets_N, loss_mask_N, operands, *, loss, spec):
     """HeadLoss, and the gradients for cotangents of both losses and log-probs."""
     groups = jax.tree.leaves(operands)[0].shape
 
     def weighted(hidden_ND, head_VD):
-        args = (hidden_ND, head_VD, targets_N, scored_N, operands)
+        args = (hidden_ND, head_VD, targets_N, loss_mask_N, operands)
         out = head_loss_of(*args, group_loss=loss.of_logps, groups=groups, spec=spec)
         weights_B, weights_BK = 1.0 + jnp.arange(groups[0]) % B, jnp.cos(jnp.arange(float(groups[0] * groups[1])))
         return jnp.sum(out.losses_B * weights_B) + jnp.sum(out.logps_BK.reshape(-1) * weights_BK), out
@@ -161,9 +161,9 @@ def test_a_candidate_without_scored_tokens_has_logp_zero_and_no_gradient():
 
 @pytest.mark.parametrize("head_loss_of", [FUSED, COMPOSED], ids=["fused", "composed"])
 def test_a_scored_target_outside_the_vocabulary_is_nan_in_its_group_alone(head_loss_of):
-    hidden_ND, head_VD, targets_N, scored_N, operands = inputs(2)
-    first = int(np.flatnonzero(scored_N)[0])
-    args = (hidden_ND, head_VD, targets_N.at[first].set(V), scored_N, operands)
+    hidden_ND, head_VD, targets_N, loss_mask_N, operands = inputs(2)
+    first = int(np.flatnonzero(loss_mask_N)[0])
+    args = (hidden_ND, head_VD, targets_N.at[first].set(V), loss_mask_N, operands)
     out, _ = run(head_loss_of, *args, loss=losses.resolve("dpo"), spec=HeadSpec(interpret=head_loss_of is FUSED))
     np.testing.assert_array_equal(np.isnan(out.losses_B), [True, False, False])
 
@@ -197,7 +197,7 @@ def test_groups_spread_over_devices_equal_one_device(head_loss_of):
 
 def refused(head_loss_of=FUSED, groups=(B, 2), placement=None, rows=1, slots_N=None, **changed):
     """Call with something changed."""
-    names = ("hidden_ND", "head_VD", "targets_N", "scored_N", "operands")
+    names = ("hidden_ND", "head_VD", "targets_N", "loss_mask_N", "operands")
     args = {**dict(zip(names, inputs(2), strict=True)), **changed}
     spec = HeadSpec(interpret=True, placement=placement)
     options = {"groups": groups, "spec": spec, "rows": rows, "slots_N": slots_N}
@@ -210,8 +210,8 @@ MESH = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"groups": (7, 2)}, r"300 tokens do not divide into B\*K = 7\*2 candidates; pad them to R each"),
-        ({"scored_N": jnp.ones(300)}, r"scored is float32\[300\], not 300 bools"),
+        ({"groups": (7, 2)}, r"300 tokens do not divide into B\*K = 7\*2 completions; pad them to R each"),
+        ({"loss_mask_N": jnp.ones(300)}, r"scored is float32\[300\], not 300 bools"),
         ({"operands": np.ones(5)}, r"an operand has shape \(5,\); use \[B, K\] = \[3, 2\] or a scalar"),
         ({"placement": Placement(MESH, ("fsdp",))}, "3 rows of whole groups are not divisible by the 2 devices"),
         ({"slots_N": np.zeros(300, int), "rows": 2}, "300 tokens and 3 groups do not divide into 2 rows"),

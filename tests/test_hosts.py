@@ -25,7 +25,12 @@ from tests.paths import REPO
 
 STEPS = 40
 BOUND_S = 60  # a process ends so soon after another one; a busy machine needs more than the 10 s of the heartbeat
-ANSWERS = {"answers.count": 2, "answers.max_new_tokens": 4, "answers.temperature": 0.0, "answers.batch_per_device": 1}
+ANSWERS = {
+    "completions.count": 2,
+    "completions.max_new_tokens": 4,
+    "completions.temperature": 0.0,
+    "completions.batch_per_device": 1,
+}
 FSDP = {"mesh.fsdp": 4} | ANSWERS
 TENSOR = {"mesh.fsdp": 2, "mesh.tensor": 2, "optim.offload": True} | ANSWERS
 
@@ -43,7 +48,7 @@ def options(inputs, changed):
     return {
         "model.path": str(inputs / "model"), "data.format": "json", "data.train": str(inputs / "pairs.jsonl"),
         "data.eval": str(inputs / "pairs.jsonl"), "data.hh_split": "last_turn", "data.subfolder": "",
-        "data.train_split": "", "data.eval_split": "", "data.max_length": 40, "data.max_response_length": 16,
+        "data.train_split": "", "data.eval_split": "", "data.max_length": 40, "data.max_completion_length": 16,
         "model.compute_dtype": "float32", "optim.learning_rate": 3e-3, "train.batch_size": 8,
         "train.micro_batch_per_device": 1, "train.epochs": STEPS * 8 / 24, "train.save_every": 3,
         "train.eval_every": 10, "train.eval_batch_per_device": 2, "train.keep_checkpoints": 2,
@@ -257,7 +262,7 @@ from fpo_jax.distributed import preemption
 def refusal(check, *arguments):
     try:
         check(*arguments)
-    except distributed.Everywhere as error:
+    except distributed.CollectiveError as error:
         assert isinstance(error, ValueError)
         return str(error).split("\\n")
 
@@ -303,7 +308,7 @@ from tests.batches import random_batch
 mesh = Mesh(np.array(jax.devices())[[0, 2, 3, 1]].reshape(2, 2, 1), sharding.MESH_AXES)
 one = device_batch.BatchSharding(config.default(), sharding.Layout(mesh))
 assert one._blocks == device_batch.held_blocks(mesh, process=index) == [[0, 3], [1, 2]][index]
-whole = random_batch(groups=24, candidates=3, length=11, vocab=50)
+whole = random_batch(groups=24, completions=3, length=11, vocab=50)
 gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
 for accumulation in (1, 2, 3):
     positions = one.positions(24, accumulation=accumulation)
@@ -406,7 +411,7 @@ class TestChoose:
             "SLURM_PROCID": "0",
         }
         for environment in ({}, shell_in_allocation, {"OMPI_COMM_WORLD_SIZE": "1"}, {"JAX_PLATFORMS": "cpu"}):
-            assert initialize.choose(distributed.Settings(), environment) is None
+            assert initialize.select(distributed.Settings(), environment) is None
 
     def test_flags_or_variables(self):
         expected = {
@@ -414,21 +419,21 @@ class TestChoose:
             "cluster_detection_method": "deactivate",
         }  # fmt: skip
         variables = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:29500", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
-        assert initialize.choose(distributed.Settings(**PLAIN), {}) == expected
-        assert initialize.choose(distributed.Settings(process_id=1), variables) == expected, (
+        assert initialize.select(distributed.Settings(**PLAIN), {}) == expected
+        assert initialize.select(distributed.Settings(process_id=1), variables) == expected, (
             "a flag is before its variable"
         )
-        assert initialize.choose(distributed.Settings("off"), variables | SLURM) is None
+        assert initialize.select(distributed.Settings("off"), variables | SLURM) is None
 
     def test_launchers(self):
-        assert initialize.choose(distributed.Settings(), SLURM) == {}, "several tasks a node: one GPU each, as jax does"
+        assert initialize.select(distributed.Settings(), SLURM) == {}, "several tasks a node: one GPU each, as jax does"
         one_per_node = SLURM | {"SLURM_STEP_NUM_NODES": "4"}
-        assert initialize.choose(distributed.Settings(), one_per_node) == {"local_device_ids": []}
-        assert initialize.choose(distributed.Settings(), one_per_node | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == {}
+        assert initialize.select(distributed.Settings(), one_per_node) == {"local_device_ids": []}
+        assert initialize.select(distributed.Settings(), one_per_node | {"JAX_LOCAL_DEVICE_IDS": "0,1"}) == {}
         mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
-        assert initialize.choose(distributed.Settings(), mpi) == {"local_device_ids": []}
-        assert initialize.choose(distributed.Settings(coordinator="a:1"), SLURM) == {"coordinator_address": "a:1"}
-        assert initialize.choose(distributed.Settings("on"), {}) == {}, "jax looks for itself"
+        assert initialize.select(distributed.Settings(), mpi) == {"local_device_ids": []}
+        assert initialize.select(distributed.Settings(coordinator="a:1"), SLURM) == {"coordinator_address": "a:1"}
+        assert initialize.select(distributed.Settings("on"), {}) == {}, "jax looks for itself"
 
     @pytest.mark.parametrize(
         ("changed", "environment", "message"),
@@ -444,7 +449,7 @@ class TestChoose:
     )
     def test_half_given_or_wrong(self, changed, environment, message):
         with pytest.raises(ValueError, match=message):
-            initialize.choose(distributed.Settings(**(PLAIN | changed)), environment)
+            initialize.select(distributed.Settings(**(PLAIN | changed)), environment)
 
 
 class FakeDevice:

@@ -25,7 +25,7 @@ def write_reviews(path, *, count, seed):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The recipe with two updates a stage; the oracle has reviews of its own, of the fine-tuning's none."""
+    """The recipe with two steps a stage; the oracle has reviews of its own, of the fine-tuning's none."""
     root = tmp_path_factory.mktemp("imdb")
     tiny.write_model(
         root / "model", family="gpt2", layers=1, kv_heads=4, head_dim=4, activation="gelu_new", tied_head=True
@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
     c.base = str(root / "model")
     c.data.update({"train": str(root / "train.jsonl"), "eval": str(root / "eval.jsonl")})
     c.data.update({"train_split": "", "eval_split": "", "max_length": 40})
-    c.data.max_response_length = 16
+    c.data.max_completion_length = 16
     c.judgements.update({"format": "imdb", "train": str(root / "oracle.jsonl"), "eval": str(root / "eval.jsonl")})
     for section in ("sft", "reward", "align"):
         c[section].model.update({"compute_dtype": "float32", "remat": "none"})

@@ -61,7 +61,7 @@ def test_on_a_mesh_and_in_more_than_the_workspace_kept_only_where_asked(options,
 
 @pytest.mark.parametrize("name", [name for name in logprobs.ENGINES if name != "chunked"])
 def test_kernels_keep_nothing_unless_asked(name):
-    plan = functools.partial(logprobs.ENGINES[name].plan_kept, 1, 128, 64, "bfloat16", "bfloat16")
+    plan = functools.partial(logprobs.ENGINES[name].kept_tiles, 1, 128, 64, "bfloat16", "bfloat16")
     assert plan(spec=HeadSpec()) is None
     assert plan(spec=HeadSpec(kept_bytes=2**20))
 
@@ -103,7 +103,7 @@ def test_compiled_program_holds_no_more_than_planned(softcap, dtype):
     hidden_ND, head_VD, targets_N, cotangents = test_kernels.inputs(rows, tokens=tokens, width=D)
     function = functools.partial(test_kernels.weighted, chunked.token_stats, targets_N, cotangents, spec)
     compiled = jax.jit(jax.grad(function, (0, 1))).lower(hidden_ND.astype(dtype), head_VD).compile()
-    plan = chunked.plan_kept(tokens, rows, D, "float32", dtype, spec=spec)
+    plan = chunked.kept_tiles(tokens, rows, D, "float32", dtype, spec=spec)
     assert plan is not None
     beside = 2**20  # what is as long as N or V
     assert compiled.memory_analysis().temp_size_in_bytes <= plan.workspace_bytes + beside

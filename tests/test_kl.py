@@ -1,4 +1,4 @@
-"""The divergence from the reference: each log-prob and the estimate against the enumeration of all responses."""
+"""The divergence from the reference: each log-prob and the estimate against the enumeration of all completions."""
 
 import json
 import shutil
@@ -78,7 +78,7 @@ def log_softmax(x):
 
 
 def enumerated(exact, text, ends=(EOS,)):
-    """Mean and variance of log p - log q over all responses: an end, or any two tokens of which the first is none."""
+    """Mean and variance of log p - log q over all completions: an end, or any two tokens of which the first is none."""
     (p1_V, p2_VV), (q1_V, q2_VV) = exact["policy", text], exact["reference", text]
     goes_on_V = ~np.isin(np.arange(len(p1_V)), ends)
     weight_VV = np.exp(p1_V[:, None] + p2_VV)[goes_on_V]
@@ -99,7 +99,7 @@ def test_every_log_prob_is_that_of_the_drawn_tokens_at_the_sampling_temperature(
             first_V, second_VV = exact[name, line["prompt"]]
             expected = [first_V[ids[0]] + (second_VV[ids[0], ids[1]] if len(ids) > 1 else 0.0) for ids in source["ids"]]
             assert_allclose(line[key], expected, rtol=0, atol=tolerances.SAME_MATHS)
-    assert any(len(ids) == 1 for line in drawn for ids in line["ids"]), "some response is its EOS alone"
+    assert any(len(ids) == 1 for line in drawn for ids in line["ids"]), "some completion is its EOS alone"
 
 
 def test_the_estimate_is_the_exact_divergence_within_its_standard_error(finished, exact):
@@ -112,7 +112,7 @@ def test_the_estimate_is_the_exact_divergence_within_its_standard_error(finished
 
 
 def test_what_follows_a_stop_string_is_not_scored(folder, exact, tmp_path):
-    """The divergence is that of responses which end with the stop string's token, EOS or the longest length."""
+    """The divergence is that of completions which end with the stop string's token, EOS or the longest length."""
     tokenizer = tokenization.load_tokenizer(folder / "policy")
     firsts = [ids[0] for line in jsonl.read(folder / "answers.jsonl") for ids in line["ids"] if ids[0] != EOS]
     stop_id = max((token for token in set(firsts) if tokenizer.decode([token]).isascii()), key=firsts.count)

@@ -1,4 +1,4 @@
-"""Groups packed into rows, prompts standing once: the log-probs, gradients and runs of a row for each candidate."""
+"""Groups packed into rows, prompts standing once: the log-probs, gradients and runs of a row for each completion."""
 
 import functools
 import json
@@ -28,14 +28,14 @@ FAMILIES = {
 }
 
 
-def prepared_groups(count, candidates, *, seed=0, longest_prompt=20, longest_response=9, vocab=60, fork=0):
-    """Random groups; the last `fork` tokens of each prompt differ between its candidates."""
+def prepared_groups(count, completions, *, seed=0, longest_prompt=20, longest_completion=9, vocab=60, fork=0):
+    """Random groups; the last `fork` tokens of each prompt differ between its completions."""
     random = np.random.default_rng(seed)
     rows, prompts = [], []
     for _ in range(count):
         prompt = random.integers(3, vocab, random.integers(1 + fork, longest_prompt + 1))
-        for _ in range(candidates):
-            own = random.integers(3, vocab, fork + random.integers(1, longest_response + 1))
+        for _ in range(completions):
+            own = random.integers(3, vocab, fork + random.integers(1, longest_completion + 1))
             rows.append(np.concatenate([prompt[: len(prompt) - fork], own]).astype(np.int32))
             prompts.append(len(prompt))
     lengths = np.array([len(row) for row in rows], np.int32)
@@ -44,7 +44,7 @@ def prepared_groups(count, candidates, *, seed=0, longest_prompt=20, longest_res
         starts_N=np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
         lengths_N=lengths,
         prompt_lengths_N=np.array(prompts, np.int32),
-        rewards_BK=random.normal(size=(count, candidates)).astype(np.float32),
+        rewards_BK=random.normal(size=(count, completions)).astype(np.float32),
         sources=tuple(f"f:{index}" for index in range(count)),
         pad_id=0,
     )
@@ -90,7 +90,7 @@ def test_a_shared_row_to_the_letter():
     assert_array_equal(batch.valid_NT, [[True] * 8 + [False] * 2])
     assert_array_equal(batch.predictors_NR, [[1, 1, 3, 5, 5, 0]])
     assert_array_equal(batch.targets_NR, [[13, 14, 15, 22, 23, 0]])
-    assert_array_equal(batch.scored_NR, [[True] * 5 + [False]])
+    assert_array_equal(batch.loss_mask_NR, [[True] * 5 + [False]])
     assert_array_equal(batch.slots_NR, [[0, 1, 1, 2, 3, 0]])
     assert_array_equal(batch.ends_NP, [[2, 4, 6, 7, 0, 0]])
     assert_array_equal(batch.row_ids_B, [0, 1, -1])
@@ -120,7 +120,7 @@ def test_every_candidate_can_be_read_back(layout):
                 tokens, prompt = prepared.row(int(group) * K + k)
                 assert_array_equal(batch.tokens_NT[row, own], tokens)
                 assert_array_equal(batch.segments.positions_NT[row, own], np.arange(len(tokens)))
-                mine = batch.scored_NR[row] & (batch.slots_NR[row] == place * K + k)
+                mine = batch.loss_mask_NR[row] & (batch.slots_NR[row] == place * K + k)
                 assert_array_equal(batch.targets_NR[row, mine], tokens[prompt:])
                 assert_array_equal(batch.predictors_NR[row, mine], own[prompt - 1 : -1])
             found[number, int(group)] = True
@@ -143,9 +143,9 @@ def test_groups_of_an_update_are_those_of_the_padded_layout_on_any_number_of_pro
                 assert_array_equal(getattr(part, name), getattr(whole, name)[start::2])
         sizes = data.row_sizes(shared, number)
         filled = whole.valid_NT.any(axis=1).sum()
-        assert sizes.texts.sum() == whole.valid_NT.sum() and sizes.responses == whole.scored_NR.sum()
-        assert sizes.rows == -(-filled // 4) * 4 and sizes.candidates == data.row_sizes(plain, number).texts.sum()
-        assert data.tokens_once(plain, number) == sizes.texts.sum() < sizes.candidates
+        assert sizes.texts.sum() == whole.valid_NT.sum() and sizes.completions == whole.loss_mask_NR.sum()
+        assert sizes.rows == -(-filled // 4) * 4 and sizes.completions == data.row_sizes(plain, number).texts.sum()
+        assert data.tokens_once(plain, number) == sizes.texts.sum() < sizes.completions
 
 
 def test_a_pass_holds_every_group_once_and_pads_little():
@@ -179,24 +179,24 @@ def test_work_of_shared_prompts_is_counted_once():
 
 
 @pytest.mark.parametrize("layout", ["packed", "shared"])
-@pytest.mark.parametrize("candidates", [2, 4, 5])
+@pytest.mark.parametrize("completions", [2, 4, 5])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_and_gradients_are_those_of_rows_of_their_own(family, candidates, layout):
-    if family not in ("mistral", "gpt2") and (layout == "packed" or candidates != 4):
+def test_log_probs_and_gradients_are_those_of_rows_of_their_own(family, completions, layout):
+    if family not in ("mistral", "gpt2") and (layout == "packed" or completions != 4):
         pytest.skip("packed without sharing, and K but for 4: a window and learned positions alone")
-    if layout == "packed" and candidates != 4:
+    if layout == "packed" and completions != 4:
         pytest.skip("packed without sharing: K = 4 alone")
     options = {"vocab_size": 60, "width": 16, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "ffn": 24}
     options |= {"max_positions": 64, "eos_ids": (2,), "initializer_range": 0.3} | FAMILIES[family]
     config = models.ModelConfig(family=family, **options)
     weights = params.init(config, jax.random.key(0), "float32")
-    prepared = prepared_groups(7, candidates, fork=1 if candidates == 4 else 0)
+    prepared = prepared_groups(7, completions, fork=1 if completions == 4 else 0)
     plain, packed, _ = both(prepared, layout)
     assert packed.tokens_NT.size < plain.tokens_NT.size or layout == "packed"
     implementation = "chunked" if config.attention_soft_cap else "xla"
-    forward_fn = batches.forward_fn(config, attention=attention.Choice(implementation, "for the test"))
+    forward_fn = batches.forward_fn(config, attention=attention.Selection(implementation, "for the test"))
     random = np.random.default_rng(1)
-    weight_BK = random.normal(size=(7, candidates)).astype(np.float32)
+    weight_BK = random.normal(size=(7, completions)).astype(np.float32)
 
     @functools.partial(jax.jit, static_argnums=2)
     def run(weights, batch, order):
@@ -292,11 +292,11 @@ def test_a_run_is_that_of_the_padded_layout_on_one_device_and_on_eight_and_resum
 ):
     with caplog.at_level("INFO", logger="fpo_jax"):
         trainer.run(run_config(root), tmp_path / "padded", devices=jax.devices()[:1])
-    (told,) = (line for line in caplog.messages if line.startswith("plan: "))
+    (described,) = (line for line in caplog.messages if line.startswith("plan: "))
     inputs = run_inputs.prepare(run_config(root, data__layout="shared"))
     found = group_packing.sizes(inputs.train.prepared, shared=True)
     share = found.tokens_B.sum() / inputs.train.prepared.lengths_N.size / run_config(root).data.max_length
-    assert f"data.layout=shared would hold the same in {share:.0%} of the positions" in told, (told, share)
+    assert f"data.layout=shared would hold the same in {share:.0%} of the positions" in described, (described, share)
     shared = run_config(root, data__layout="shared", train__save_every=2, train__micro_batch_per_device=2)
     trainer.run(shared, tmp_path / "shared", devices=jax.devices()[:1])
     mesh = run_config(root, data__layout="shared", mesh__data=4, mesh__fsdp=2)
@@ -314,13 +314,13 @@ def test_passes_have_no_longer_rows_than_training(root, tmp_path):
     tiny.write_model(tmp_path / "model", layers=1, max_positions=2048)
     config = run_config(root, data__layout="shared", data__max_length=2048, train__max_steps=1)
     config.model.path = str(tmp_path / "model")
-    plan = run_schedule.plan(config, run_inputs.prepare(config), devices=1)
+    plan = run_schedule.build(config, run_inputs.prepare(config), devices=1)
     lengths = [one.buckets[-1] for one in (plan.evaluation, *plan.references)]
     assert max(lengths) <= plan.schedule.buckets[-1] < 384
 
 
 def test_rows_are_no_longer_than_kernels_take(root):
-    """Where no group is: five candidates of up to 2,048 tokens could take 10,240."""
+    """Where no group is: five completions of up to 2,048 tokens could take 10,240."""
     config = run_config(root, data__layout="shared", data__max_length=2048, data__group_size=5)
     described = run_inputs.read_model(run_config(root), root / "model")
     assert run_schedule._rows(config, described)["longest"] == attention.MAX_MASKED == 8192
@@ -343,7 +343,7 @@ def test_a_reward_model_trains_on_shared_prompts(root, tmp_path):
         ({"data__row_length": 64}, "data.row_length=64 is not used by data.layout='padded'"),
         ({"data__layout": "shared", "data__buckets": (40,)}, "data.buckets=.* is not used by data.layout='shared'"),
         ({"data__layout": "packed", "data__packing": True}, "data.packing=True and data.layout='packed' exclude"),
-        ({"data__layout": "shared", "data__group_size": 1}, "needs responses that share a prompt"),
+        ({"data__layout": "shared", "data__group_size": 1}, "needs completions that share a prompt"),
     ],
 )
 def test_what_does_not_go_with_a_layout_is_refused(root, changed, message):
@@ -354,4 +354,4 @@ def test_what_does_not_go_with_a_layout_is_refused(root, changed, message):
 def test_a_row_length_that_would_split_a_group_is_refused(root):
     config = run_config(root, data__layout="shared", data__row_length=16)
     with pytest.raises(ValueError, match="data.row_length=16 is shorter than the longest group of .* use at least"):
-        run_schedule.plan(config, run_inputs.prepare(config), devices=1)
+        run_schedule.build(config, run_inputs.prepare(config), devices=1)

@@ -199,9 +199,9 @@ class TestLock:
         (tmp_path / workdir_lock.FILE).write_bytes(content)
         with pytest.raises(
             ValueError, match="lock.json is not a lock that this version wrote.*delete that file"
-        ) as told:
+        ) as described:
             workdir_lock.hold(tmp_path).__enter__()
-        assert "\n" not in str(told.value) and (tmp_path / workdir_lock.FILE).read_bytes() == content
+        assert "\n" not in str(described.value) and (tmp_path / workdir_lock.FILE).read_bytes() == content
 
     @pytest.mark.parametrize("content", [b"", bytes(512)])
     def test_an_empty_lock_of_a_power_cut_is_free(self, quick, tmp_path, content):
@@ -218,9 +218,9 @@ class TestLock:
             workdir.mkdir()
             make = {"folder": Path.mkdir, "fifo": os.mkfifo, "dangling": lambda path: path.symlink_to("no/where")}[what]
             make(workdir / workdir_lock.FILE)
-        with pytest.raises(ValueError, match="cannot be locked: .*mend it, or use another --workdir") as told:
+        with pytest.raises(ValueError, match="cannot be locked: .*mend it, or use another --workdir") as described:
             workdir_lock.hold(workdir).__enter__()
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(described.value)
 
     @pytest.mark.parametrize("call", ["open", "pwrite", "fsync"])
     def test_a_disk_that_takes_no_lock_is_told_in_one_sentence(self, tmp_path, monkeypatch, call):
@@ -258,7 +258,7 @@ PROGRAMS = {  # module of a program -> its command line, to which the output is 
         "--benchmark alpaca_eval --data {questions} --model none --temperature 0 --max-new-tokens 4 --out",
         workdir_lock.hold,
     ),
-    "eval.judge.winrate": ("--candidate none --baseline none --reward-model none --out", workdir_lock.hold),
+    "eval.judge.winrate": ("--completion none --baseline none --reward-model none --out", workdir_lock.hold),
     "eval.report.report": ("--workdir . --out", workdir_lock.hold),
     "eval.report.divergence_figure": ("--out", workdir_lock.hold),
     "eval.pipeline.pipeline": (f"--config {REPO / 'configs/pipelines/hh_rw.py'} --workdir", workdir_lock.hold),
@@ -297,7 +297,7 @@ def test_every_program_that_has_an_output_is_among_them():
 
 def test_two_comparisons_do_not_write_one_file_of_replies(tmp_path):
     options = winrate.Options(
-        candidate=tmp_path, baseline="b", out=tmp_path / "o", store=str(tmp_path / "shared.jsonl")
+        completion=tmp_path, baseline="b", out=tmp_path / "o", store=str(tmp_path / "shared.jsonl")
     )
     with winrate._store(options), pytest.raises(ValueError, match=r"shared.jsonl is in use by .* another --store"):
         winrate._store(options).__enter__()

@@ -1,4 +1,4 @@
-"""Response log-probs: which positions count, what masked ones may hold, and how the implementation is chosen."""
+"""Completion log-probs: which positions count, what masked ones may hold, and how the implementation is chosen."""
 
 import functools
 
@@ -43,7 +43,7 @@ def oracle(hidden_NTD, head_VD, *, temperature=1.0, softcap=None, vocab_size=V):
 
 
 jitted = jax.jit(
-    logprobs.response_logps,
+    logprobs.completion_logps,
     static_argnames=(
         "temperature",
         "softcap",
@@ -56,10 +56,10 @@ jitted = jax.jit(
 )
 
 
-def response_logps(hidden_NTD, head_VD, *, scored_NR=SCORED_NR, **options):
+def completion_logps(hidden_NTD, head_VD, *, loss_mask_NR=SCORED_NR, **options):
     """The function under test, under jit, on the batch drawn above."""
     interpret = options.get("implementation") in logprobs.PLATFORMS
-    return jitted(hidden_NTD, head_VD, PREDICTORS_NR, TARGETS_NR, scored_NR, interpret=interpret, **options)
+    return jitted(hidden_NTD, head_VD, PREDICTORS_NR, TARGETS_NR, loss_mask_NR, interpret=interpret, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("temperature", "softcap", "implementation"))
@@ -67,7 +67,7 @@ def response_logps(hidden_NTD, head_VD, *, scored_NR=SCORED_NR, **options):
 def gradients(hidden_NTD, head_VD, predictors_NR=PREDICTORS_NR, targets_NR=TARGETS_NR, **options):
     """Gradients of a weighted sum of the rows' log-probs, and the log-probs."""
     options["interpret"] = options.get("implementation") in logprobs.PLATFORMS
-    result = logprobs.response_logps(hidden_NTD, head_VD, predictors_NR, targets_NR, SCORED_NR, **options)
+    result = logprobs.completion_logps(hidden_NTD, head_VD, predictors_NR, targets_NR, SCORED_NR, **options)
     return jnp.sum(result.sum_N * jnp.arange(1.0, N + 1)), result
 
 
@@ -80,7 +80,7 @@ OPTIONS = [{}, {"temperature": 0.8}, {"softcap": 2.0}, {"temperature": 1.7, "sof
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_drawn_batch_matches_float64(implementation, options):
     hidden_NTD, head_VD = inputs()
-    result = response_logps(hidden_NTD, head_VD, implementation=implementation, **options)
+    result = completion_logps(hidden_NTD, head_VD, implementation=implementation, **options)
     sum_N, count_N, mean_logit_N = oracle(hidden_NTD, head_VD, **options)
     np.testing.assert_allclose(result.sum_N, sum_N, rtol=tolerances.LOGPS)
     np.testing.assert_array_equal(result.count_N, count_N)
@@ -130,9 +130,9 @@ def test_what_is_not_scored_may_hold_anything(implementation, garbage):
 
 @pytest.mark.parametrize("implementation", FLOAT32)
 def test_row_without_a_scored_position_is_zero(implementation):
-    result = response_logps(*inputs(), implementation=implementation)
+    result = completion_logps(*inputs(), implementation=implementation)
     assert [float(x[2]) for x in result] == [0, 0, 0]
-    nothing = response_logps(*inputs(), implementation=implementation, scored_NR=np.zeros((N, R), bool))
+    nothing = completion_logps(*inputs(), implementation=implementation, loss_mask_NR=np.zeros((N, R), bool))
     for field in nothing:
         np.testing.assert_array_equal(field, 0)
 
@@ -140,7 +140,7 @@ def test_row_without_a_scored_position_is_zero(implementation):
 def test_padding_changes_nothing():
     """More tokens, more scored positions and more head rows, all padding."""
     hidden_NTD, head_VD = inputs()
-    expected = response_logps(hidden_NTD, head_VD)
+    expected = completion_logps(hidden_NTD, head_VD)
     pad_NR = ((0, 0), (0, 9))
     padded = jitted(
         jnp.pad(hidden_NTD, ((0, 0), (0, 6), (0, 0)), constant_values=5),
@@ -160,7 +160,7 @@ def test_scored_target_or_predictor_out_of_range_is_nan():
         {"targets_NR": np.where(TARGETS_NR == 9, V, TARGETS_NR)},
         {"predictors_NR": np.where(PREDICTORS_NR == 5, T, PREDICTORS_NR)},
     ):
-        arrays = {"predictors_NR": PREDICTORS_NR, "targets_NR": TARGETS_NR, "scored_NR": SCORED_NR, **wrong}
+        arrays = {"predictors_NR": PREDICTORS_NR, "targets_NR": TARGETS_NR, "loss_mask_NR": SCORED_NR, **wrong}
         sum_N = jitted(hidden_NTD, head_VD, **arrays).sum_N
         np.testing.assert_array_equal(np.isnan(sum_N), [False, True, False])
 
@@ -175,7 +175,7 @@ def test_kernels_get_zeros_and_legal_targets_where_not_scored(monkeypatch):
 
     monkeypatch.setitem(logprobs.IMPLEMENTATIONS, "reference", spy)
     targets_NR = np.where(SCORED_NR, TARGETS_NR, -100)
-    logprobs.response_logps(*inputs(), PREDICTORS_NR, targets_NR, SCORED_NR, implementation="reference")
+    logprobs.completion_logps(*inputs(), PREDICTORS_NR, targets_NR, SCORED_NR, implementation="reference")
     ((hidden_MD, targets_M),) = seen
     np.testing.assert_array_equal(targets_M, TARGETS_NR.ravel())
     np.testing.assert_array_equal(hidden_MD[~SCORED_NR.ravel()], 0)
@@ -183,7 +183,7 @@ def test_kernels_get_zeros_and_legal_targets_where_not_scored(monkeypatch):
 
 def test_mean_logit_carries_no_gradient():
     def mean_logit(hidden_NTD, head_VD):
-        return jnp.sum(response_logps(hidden_NTD, head_VD).mean_logit_N)
+        return jnp.sum(completion_logps(hidden_NTD, head_VD).mean_logit_N)
 
     for grad in jax.jit(jax.grad(mean_logit, (0, 1)))(*inputs()):
         np.testing.assert_array_equal(grad, 0)
@@ -192,7 +192,7 @@ def test_mean_logit_carries_no_gradient():
 def test_bfloat16_model_with_float32_master_head():
     hidden_NTD, _ = inputs("bfloat16")
     _, head_VD = inputs()
-    result = response_logps(hidden_NTD, head_VD)
+    result = completion_logps(hidden_NTD, head_VD)
     expected_N, _, _ = oracle(hidden_NTD, head_VD.astype(jnp.bfloat16))
     np.testing.assert_allclose(result.sum_N, expected_N, rtol=tolerances.LOGPS)
     assert [g.dtype for g in gradients(hidden_NTD, head_VD)[0]] == [jnp.bfloat16, jnp.float32]
@@ -208,7 +208,7 @@ def test_only_scored_positions_reach_the_head_and_no_logits_exist():
 
     def loss(hidden_NTD, head_VD, implementation):
         mask_NR = np.ones((rows, scored), bool)
-        result = logprobs.response_logps(
+        result = logprobs.completion_logps(
             hidden_NTD, head_VD, *batch, mask_NR, implementation=implementation, workspace_bytes=2**20
         )
         return jnp.sum(result.sum_N), result.mean_logit_N
@@ -232,7 +232,7 @@ def test_rows_sharded_over_eight_devices_equal_one():
     arrays = hidden_NTD, head_VD, predictors_NR, targets_NR, rng.random((16, R)) < 0.7
 
     def total(*arrays, placement):
-        return jnp.sum(logprobs.response_logps(*arrays, placement=placement).sum_N)
+        return jnp.sum(logprobs.completion_logps(*arrays, placement=placement).sum_N)
 
     def run(arrays, placement):
         return jax.jit(jax.value_and_grad(functools.partial(total, placement=placement), (0, 1)))(*arrays)
@@ -289,24 +289,24 @@ has_mosaic_gpu = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the 
     ids=str,
 )
 def test_choice_is_pure_and_gives_its_reason(target, change, implementation, reason):
-    choice = logprobs.choose(**{**HERE, "target": TARGETS[target], **change})
+    choice = logprobs.select(**{**HERE, "target": TARGETS[target], **change})
     assert choice.implementation == implementation and reason in choice.reason, choice
     assert choice.fuse_loss == ("loss inside" in choice.reason) and not choice.interpret
     if implementation != "chunked":
-        assert "loss inside" not in logprobs.choose(**{**HERE, "target": TARGETS[target]}, fuse_loss="off").reason
+        assert "loss inside" not in logprobs.select(**{**HERE, "target": TARGETS[target]}, fuse_loss="off").reason
 
 
 def test_a_request_is_kept():
-    assert logprobs.choose(**HERE, requested="chunked") == logprobs.Choice(
+    assert logprobs.select(**HERE, requested="chunked") == logprobs.Selection(
         "chunked", False, False, "requested; loss apart: chunked has no kernel for it"
     )
-    dense = logprobs.choose(**{**HERE, "dtype": "float32"}, requested="reference")
+    dense = logprobs.select(**{**HERE, "dtype": "float32"}, requested="reference")
     assert dense.reason == (
         "requested: holds 500.0 MiB of logits (4096 tokens x 32000 entries); loss apart: reference has no kernel for it"
     )
-    tpu = logprobs.choose(**{**HERE, "target": TARGETS["v5p"]}, requested="pallas_tpu")
-    assert tpu == logprobs.Choice("pallas_tpu", True, False, "requested; loss inside")
-    emulated = logprobs.choose(**HERE, requested="pallas_tpu")
+    tpu = logprobs.select(**{**HERE, "target": TARGETS["v5p"]}, requested="pallas_tpu")
+    assert tpu == logprobs.Selection("pallas_tpu", True, False, "requested; loss inside")
+    emulated = logprobs.select(**HERE, requested="pallas_tpu")
     assert emulated.interpret and "emulated on the CPU: for tests, very slow" in emulated.reason
 
 
@@ -315,15 +315,15 @@ def test_triton_runs_where_it_is_asked_for(target):
     """Any vocabulary, in float32 too, and any jax."""
     here = {**HERE, "target": TARGETS[target], "shapes": SHAPES._replace(vocab=50257), "jax_version": "0.10.2"}
     for dtype in ("bfloat16", "float32"):
-        choice = logprobs.choose(**{**here, "dtype": dtype}, requested="pallas_triton")
-        assert choice == logprobs.Choice("pallas_triton", True, False, "requested; loss inside")
-    assert "emulated" in logprobs.choose(**HERE, requested="pallas_triton").reason
+        choice = logprobs.select(**{**here, "dtype": dtype}, requested="pallas_triton")
+        assert choice == logprobs.Selection("pallas_triton", True, False, "requested; loss inside")
+    assert "emulated" in logprobs.select(**HERE, requested="pallas_triton").reason
     assert "logits on the chip only" in logprobs.explain(**here, requested="pallas_triton")
 
 
 @pytest.mark.parametrize("target", ["t4", "mi300"])
 def test_auto_does_not_name_a_kernel_that_cannot_run(target):
-    choice = logprobs.choose(**{**HERE, "target": TARGETS[target]})
+    choice = logprobs.select(**{**HERE, "target": TARGETS[target]})
     assert choice.implementation == "chunked" and "triton" not in choice.reason
 
 
@@ -332,8 +332,8 @@ def test_rows_on_one_device_decide():
     """32,008 rows are a multiple of 8; the half that each of two devices holds is not."""
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "tensor"))
     here = {**HERE, "target": TARGETS["h200"], "shapes": SHAPES._replace(vocab=32008)}
-    assert logprobs.choose(**here).implementation == "pallas_gpu"
-    choice = logprobs.choose(**here, placement=Placement(mesh, ("data",), "tensor"))
+    assert logprobs.select(**here).implementation == "pallas_gpu"
+    choice = logprobs.select(**here, placement=Placement(mesh, ("data",), "tensor"))
     assert choice.implementation == "chunked" and "16004 rows of the head are not a multiple of 8" in choice.reason
 
 
@@ -360,12 +360,12 @@ def test_rows_on_one_device_decide():
 )
 def test_choice_refuses_what_it_cannot_run(change, message):
     with pytest.raises(ValueError, match=message):
-        logprobs.choose(**{**HERE, **change})
+        logprobs.select(**{**HERE, **change})
 
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1", "0.13.0rc1", "1.0.0.dev20990101"])
 def test_newer_versions_are_accepted(version):
-    assert logprobs.choose(**{**HERE, "jax_version": version}).implementation == "chunked"
+    assert logprobs.select(**{**HERE, "jax_version": version}).implementation == "chunked"
 
 
 def test_this_device_describes_itself():
@@ -402,4 +402,4 @@ def test_explain_names_blocks_and_memory():
 )
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        response_logps(*inputs(), **options)
+        completion_logps(*inputs(), **options)

@@ -30,7 +30,7 @@ def command(inputs, workdir, **changed):
     options = {
         "model.path": inputs / "model", "data.format": "json", "data.train": inputs / "pairs.jsonl",
         "data.eval": inputs / "pairs.jsonl", "data.hh_split": "last_turn", "data.subfolder": "",
-        "data.train_split": "", "data.eval_split": "", "data.max_length": 40, "data.max_response_length": 16,
+        "data.train_split": "", "data.eval_split": "", "data.max_length": 40, "data.max_completion_length": 16,
         "model.compute_dtype": "float32", "optim.learning_rate": 3e-3, "train.batch_size": 4,
         "train.micro_batch_per_device": 2, "train.epochs": STEPS * 4 / 24, "train.save_every": 3,
         "train.eval_every": 10, "train.keep_checkpoints": 2, "logging.tensorboard": False,
@@ -105,7 +105,7 @@ def test_finished_run_does_nothing(inputs, tmp_path, caplog):
 def test_metrics_have_the_expected_names(inputs, tmp_path):
     run(small(inputs, train__max_steps=2, train__epochs=1.0), tmp_path)
     lines = metric_logger.read(tmp_path / metric_logger.METRICS_FILE)
-    assert [line["step"] for line in lines] == [0, 1, 2, 2]  # evaluation before, two updates, evaluation after
+    assert [line["step"] for line in lines] == [0, 1, 2, 2]  # evaluation before, two steps, evaluation after
     expected = {
         "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
         "logps/rejected", "logits/chosen", "logits/rejected", "sft_loss", "grad_norm", "learning_rate", "f_divergence",
@@ -296,9 +296,9 @@ def broken(inputs, tmp_path, case):
     if case == "missing column":
         data.write_text(good.replace('"rejected"', '"refused"'))
         return c, "rejected"
-    if case == "empty response":
+    if case == "empty completion":
         data.write_text(json.dumps({"prompt": "a", "chosen": "", "rejected": "b"}) + "\n")
-        c.data.on_empty_response = "error"
+        c.data.on_empty_completion = "error"
         return c, "data.jsonl:1"
     if case == "prompt longer than the window":
         data.write_text(json.dumps({"prompt": "a" * 99, "chosen": " b", "rejected": " c"}) + "\n")
@@ -314,7 +314,7 @@ def broken(inputs, tmp_path, case):
         tiny.write_tokenizer(tokenizer)
         (tokenizer / "chat_template.jinja").unlink()
         c.tokenizer.path, c.data.rule = str(tokenizer), "chat"
-        c.data.max_response_length, c.data.max_prompt_length = None, 20
+        c.data.max_completion_length, c.data.max_prompt_length = None, 20
         data.write_text(good)
         return c, "chat template"
     if case == "tokenizer larger than the model":
@@ -327,7 +327,7 @@ def broken(inputs, tmp_path, case):
 
 FAULTS = [
     "alpha is NaN", "unknown loss", "option of another loss", "missing file", "truncated gzip", "broken JSON line",
-    "missing column", "empty response", "prompt longer than the window", "window beyond the model's",
+    "missing column", "empty completion", "prompt longer than the window", "window beyond the model's",
     "chat rule without template", "tokenizer larger than the model",
 ]  # fmt: skip
 
@@ -424,7 +424,7 @@ def test_recipe_trains_a_small_model(name, inputs, wide, tmp_path):
 
 
 def test_every_knob_is_read():
-    """A knob that the loop never reads would be silently ignored."""
+    """A field that the loop never reads would be silently ignored."""
     files = (REPO / "fpo_jax" / "trainer").glob("*.py")
     tree = ast.parse("\n".join(path.read_text() for path in files))
     names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
@@ -433,6 +433,6 @@ def test_every_knob_is_read():
     whole = ("**config.mesh", "**config.lora", "loss_options(config)")
     assert all(text in ast.unparse(tree) for text in whole)
     for section in (name for name in c if hasattr(c[name], "items") and name not in {"loss", "mesh", "lora"}):
-        for knob in c[section]:
-            by_prefix = knob.startswith(("train", "eval")) and "_" + knob.partition("_")[2] in texts
-            assert knob in names or by_prefix or knob in {"train", "eval"}, f"{section}.{knob} is never read"
+        for field in c[section]:
+            by_prefix = field.startswith(("train", "eval")) and "_" + field.partition("_")[2] in texts
+            assert field in names or by_prefix or field in {"train", "eval"}, f"{section}.{field} is never read"

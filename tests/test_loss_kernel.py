@@ -47,7 +47,7 @@ def inputs(groups_of_row: int, *, seed=0):
     """Hidden states, head, targets, mask, operands, and the slots of rows that hold several groups."""
     rng, groups = np.random.default_rng(seed), ROWS * groups_of_row
     hidden_ND, head_VD, targets_N, _ = test_kernels.inputs(V, tokens=ROWS * T, width=WIDTH, seed=seed)
-    scored_N, slots_N = rng.random(ROWS * T) < 0.8, None
+    loss_mask_N, slots_N = rng.random(ROWS * T) < 0.8, None
     if groups_of_row == 1:
         candidates_N = np.arange(ROWS * T) // (T // K)
     else:  # completions of any length, one after the other; the last of a row has none
@@ -55,16 +55,16 @@ def inputs(groups_of_row: int, *, seed=0):
         candidates_N = np.repeat(np.arange(ROWS), T) * groups_of_row * K + slots_N
     logits_NV = np.asarray(hidden_ND, np.float64) @ np.asarray(head_VD, np.float64).T
     logps_N = logits_NV[np.arange(ROWS * T), targets_N] - np.log(np.exp(logits_NV).sum(1))
-    logps = np.bincount(candidates_N, scored_N * logps_N, minlength=groups * K).reshape(groups, K)
-    lengths = np.bincount(candidates_N, scored_N, minlength=groups * K).reshape(groups, K)
-    operands = losses.Candidates(
+    logps = np.bincount(candidates_N, loss_mask_N * logps_N, minlength=groups * K).reshape(groups, K)
+    lengths = np.bincount(candidates_N, loss_mask_N, minlength=groups * K).reshape(groups, K)
+    operands = losses.Completions(
         logps_BK=np.zeros((groups, K), np.float32),
         reference_logps_BK=(logps + 2 * rng.normal(size=(groups, K))).astype(np.float32),
         lengths_BK=lengths.astype(np.float32),
         rewards_BK=rng.normal(size=(groups, K)).astype(np.float32),
         batch_kl=np.float32(0.3),
     )
-    return (hidden_ND, head_VD, targets_N, jnp.asarray(scored_N), operands), slots_N
+    return (hidden_ND, head_VD, targets_N, jnp.asarray(loss_mask_N), operands), slots_N
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "loss", "spec", "frozen"))

@@ -54,8 +54,8 @@ def compiled(
     mesh, placement, engine = place(target, devices)
     spec, groups = HeadSpec(placement=placement, **spec), (G * devices, K)
 
-    def total(hidden_ND, head_VD, targets_N, scored_N, operands):
-        args = (hidden_ND, head_VD, targets_N, scored_N, operands)
+    def total(hidden_ND, head_VD, targets_N, loss_mask_N, operands):
+        args = (hidden_ND, head_VD, targets_N, loss_mask_N, operands)
         out = head_loss.fused_head_loss(*args, group_loss=loss.of_logps, groups=groups, spec=spec, engine=engine)
         return jnp.sum(out.losses_B)
 
@@ -65,7 +65,7 @@ def compiled(
     per_token = [
         array((tokens * devices, *more), dtype, "fsdp") for more, dtype in (((width,), "bfloat16"), ((), "int32"))
     ]
-    operands = losses.Candidates(*[array(groups, "float32", "fsdp")] * 4, array((), "float32"))
+    operands = losses.Completions(*[array(groups, "float32", "fsdp")] * 4, array((), "float32"))
     hidden, targets, scored = *per_token, array((tokens * devices,), "bool", "fsdp")
     function = jax.value_and_grad(total, (0, 1)) if backward else total
     args = (hidden, array((rows, width), head, None, "fsdp"), targets, scored, operands)
@@ -104,7 +104,7 @@ def test_kept_logits_take_what_is_planned(target, devices, head):
     program = compiled(target, losses.resolve("simpo"), backward=True, devices=devices, head=head, **keeping)
     _, placement, engine = place(target, devices)
     dtypes = jnp.dtype(head), jnp.dtype("bfloat16")
-    plan = engine.plan_kept(N, V, D, *dtypes, spec=HeadSpec(placement=placement, **keeping))
+    plan = engine.kept_tiles(N, V, D, *dtypes, spec=HeadSpec(placement=placement, **keeping))
     assert temporaries(program, target) == pytest.approx(plan.workspace_bytes, rel=0.02)
 
 

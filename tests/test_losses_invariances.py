@@ -44,7 +44,7 @@ def test_b_permuting_candidates_changes_nothing(name, parameters):
     for target in ("preference", "rewards"):
         loss = losses.resolve(name, target=target, **parameters)
         base = groups(np.float64)
-        permuted = losses.Candidates(*(x[:, order] for x in base[:-1]), base.batch_kl)
+        permuted = losses.Completions(*(x[:, order] for x in base[:-1]), base.batch_kl)
         values, grads = in_float64(value_and_grad, loss, base)
         permuted_values, permuted_grads = in_float64(value_and_grad, loss, permuted)
         assert_allclose(permuted_values, values, rtol=tolerances.EXACT64)
@@ -158,22 +158,22 @@ def test_i_gamma_enters_once_before_beta_on_the_chosen_only():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Candidates -> {loss: (losses, gradients)}: every loss, group by group under vmap, in one compiled program."""
+    """Completions -> {loss: (losses, gradients)}: every loss, group by group under vmap, in one compiled program."""
 
     @jax.jit
-    def run(candidates):
+    def run(completions):
         def one(loss, *fields):
-            group = losses.Candidates(*(x[None] for x in fields), candidates.batch_kl)
+            group = losses.Completions(*(x[None] for x in fields), completions.batch_kl)
             return jax.tree.map(lambda x: x[0], value_and_grad_traced(loss, group))
 
-        return {key: jax.vmap(functools.partial(one, loss))(*candidates[:-1]) for key, loss in LOSSES.items()}
+        return {key: jax.vmap(functools.partial(one, loss))(*completions[:-1]) for key, loss in LOSSES.items()}
 
     return run
 
 
 @pytest.fixture(scope="module")
-def at_long_responses(compiled):
-    """Log-probs of 0 to -1e4, an empty response, equal rewards, in float32."""
+def at_long_completions(compiled):
+    """Log-probs of 0 to -1e4, an empty completion, equal rewards, in float32."""
     results = []
     for m in (100.0, 1e4):
         for low in ([[0, -m, -m / 2], [-m, 0, -1]], [[0, 0, 0], [-m, -m, -m]]):
@@ -186,11 +186,11 @@ def at_long_responses(compiled):
 
 
 @pytest.mark.parametrize("key", LOSSES)
-def test_j_gradients_are_finite_at_margins_of_a_hundred_and_more(at_long_responses, key):
-    values, grads = at_long_responses[key]
+def test_j_gradients_are_finite_at_margins_of_a_hundred_and_more(at_long_completions, key):
+    values, grads = at_long_completions[key]
     assert np.all(np.isfinite(values)) and np.all(np.isfinite(grads))
     if LOSSES[key].length_normalized:
-        assert_array_equal(grads[:, 1], 0.0, "an empty response has no mean log-prob")
+        assert_array_equal(grads[:, 1], 0.0, "an empty completion has no mean log-prob")
 
 
 @each_divergence
@@ -213,17 +213,17 @@ def test_every_loss_under_jit_grad_and_vmap(compiled, key):
 def test_equal_rewards_push_towards_neither(loss):
     """By default a loss of a tied pair is even in the two, so that there is no gradient between equal ones."""
     tied = groups(np.float64, rewards_BK=np.ones((B, K)))
-    pair = losses.Candidates(*(x_BK[:, :2] for x_BK in tied[:-1]), tied.batch_kl)
-    swapped = losses.Candidates(*(x_BK[:, ::-1] for x_BK in pair[:-1]), tied.batch_kl)
+    pair = losses.Completions(*(x_BK[:, :2] for x_BK in tied[:-1]), tied.batch_kl)
+    swapped = losses.Completions(*(x_BK[:, ::-1] for x_BK in pair[:-1]), tied.batch_kl)
     assert_allclose(
         in_float64(loss.loss, pair), in_float64(loss.loss, swapped), rtol=tolerances.EXACT64, atol=tolerances.EXACT64
     )
-    alike = losses.Candidates(*(np.repeat(x_BK[:, :1], 2, axis=1) for x_BK in pair[:-1]), tied.batch_kl)
+    alike = losses.Completions(*(np.repeat(x_BK[:, :1], 2, axis=1) for x_BK in pair[:-1]), tied.batch_kl)
     _, slopes_BK = in_float64(value_and_grad, loss, alike)
     assert_allclose(slopes_BK[:, 0], slopes_BK[:, 1], rtol=tolerances.EXACT64, atol=tolerances.EXACT64)
 
 
 def test_a_tied_pair_costs_dpo_log_2():
     pair = groups(np.float64, rewards_BK=np.ones((B, K)))
-    pair = losses.Candidates(*(np.repeat(x_BK[:, :1], 2, axis=1) for x_BK in pair[:-1]), pair.batch_kl)
+    pair = losses.Completions(*(np.repeat(x_BK[:, :1], 2, axis=1) for x_BK in pair[:-1]), pair.batch_kl)
     assert_allclose(in_float64(losses.resolve("dpo").loss, pair), np.log(2), rtol=tolerances.EXACT64)

@@ -130,11 +130,11 @@ def hard_label_error(name):
 
 
 def test_too_few_candidates_and_unequal_shapes():
-    alone = losses.Candidates(*(x[:, :1] for x in groups()[:-1]), np.float32(0))
+    alone = losses.Completions(*(x[:, :1] for x in groups()[:-1]), np.float32(0))
     assert_allclose(losses.resolve("sft").loss(alone), [3.0, 4.0], rtol=tolerances.FLOAT32)
-    with pytest.raises(ValueError, match=r"K=1 candidates holds nothing to compare; 'ipo' needs K >= 2"):
+    with pytest.raises(ValueError, match=r"K=1 completions holds nothing to compare; 'ipo' needs K >= 2"):
         losses.resolve("ipo").loss(alone)
-    with pytest.raises(ValueError, match=r"candidates of different shapes: .*'rewards_BK': \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"completions of different shapes: .*'rewards_BK': \(2, 2\)"):
         losses.resolve("dpo").loss(groups(rewards_BK=np.ones((2, 2))))
 
 
@@ -214,9 +214,9 @@ def test_a_loss_is_a_static_argument():
     traced = []
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(loss, candidates):
+    def run(loss, completions):
         traced.append(loss)
-        return loss.loss(candidates)
+        return loss.loss(completions)
 
     by_two_names = losses.resolve("alphapo-rw", alpha=0.025), losses.resolve("alpha", target="rewards", alpha=0.025)
     for loss in by_two_names:

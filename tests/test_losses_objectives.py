@@ -58,11 +58,11 @@ def published(name, o, w, lo, z):
     }[name]()
 
 
-def published_group(name, o, candidates):
-    """[B]: the chosen candidate against each other one, averaged; a reward model's, every better against worse."""
-    rows = np.stack(candidates[:3], axis=-1).astype(np.float64)
+def published_group(name, o, completions):
+    """[B]: the chosen completion against each other one, averaged; a reward model's, every better against worse."""
+    rows = np.stack(completions[:3], axis=-1).astype(np.float64)
     out = []
-    for row_K3, rewards_K in zip(rows, candidates.rewards_BK, strict=True):
+    for row_K3, rewards_K in zip(rows, completions.rewards_BK, strict=True):
         best = int(np.argmax(rewards_K))
         others = [i for i in range(len(rewards_K)) if i != best]
         if name == "binary_cross_entropy":
@@ -72,7 +72,7 @@ def published_group(name, o, candidates):
         pairs = [(best, i) for i in others]
         if name == "bradley_terry":
             pairs = [(i, j) for i, j in np.ndindex(len(rewards_K), len(rewards_K)) if rewards_K[i] > rewards_K[j]]
-        drift = float(candidates.batch_kl)
+        drift = float(completions.batch_kl)
         out.append(np.mean([published(name, o, row_K3[win], row_K3[lose], drift) for win, lose in pairs]))
     return np.array(out)
 
@@ -105,7 +105,7 @@ def test_objectives_against_their_published_formulas(name, chosen_options):
 
 def test_objectives_of_pairs_against_their_published_formulas():
     """K = 2, which is what is published; f-DPO with the reverse KL is DPO."""
-    pair = losses.Candidates(*(x[:, :2] for x in groups()[:-1]), groups().batch_kl)
+    pair = losses.Completions(*(x[:, :2] for x in groups()[:-1]), groups().batch_kl)
     chosen = {str(case): losses.resolve(case[0], **case[1]) for case in OBJECTIVE_CASES}
     chosen["dpo"] = losses.resolve("dpo", beta_pi=0.1)
     results = jax.jit(lambda c: {key: loss.loss(c) for key, loss in chosen.items()})(pair)
@@ -116,7 +116,7 @@ def test_objectives_of_pairs_against_their_published_formulas():
 
 
 def test_dpo_side_losses_against_their_published_formulas():
-    pair = losses.Candidates(*(x[:, :2] for x in groups(np.float64)[:-1]), np.array(0.0))
+    pair = losses.Completions(*(x[:, :2] for x in groups(np.float64)[:-1]), np.array(0.0))
     lw, ll = np.array([-3.0, -2.5]), np.array([-7.0, -4.0])
     delta = lw - np.array([-4.5, -4.0]) - (ll - np.array([-5.0, -3.0]))
     mean = lw / [2, 2] - ll / [5, 3]
@@ -146,7 +146,7 @@ def test_kto_reads_the_kl_of_the_whole_update():
     loss, group = losses.resolve("kto", beta_pi=0.5), groups()
     assert loss.needs_batch_kl and not losses.resolve("dpo").needs_batch_kl
     whole, _ = value_and_grad(loss, group)
-    halves = [losses.Candidates(*(x[b : b + 1] for x in group[:-1]), group.batch_kl) for b in range(B)]
+    halves = [losses.Completions(*(x[b : b + 1] for x in group[:-1]), group.batch_kl) for b in range(B)]
     assert_allclose(whole, np.concatenate([value_and_grad(loss, half)[0] for half in halves]), rtol=tolerances.FLOAT32)
     for low in (-5.0, 0.0):
         clamped = loss.loss(group._replace(batch_kl=np.float32(low)))

@@ -1,4 +1,4 @@
-"""The same run on every mesh and with every way to save memory: equal losses over twenty updates."""
+"""The same run on every mesh and with every way to save memory: equal losses over twenty steps."""
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ def inputs(tmp_path_factory):
 
 
 def config(inputs, **changed):
-    """Twenty updates of eight pairs in rows of 40 positions, which eight devices divide."""
+    """Twenty steps of eight pairs in rows of 40 positions, which eight devices divide."""
     options = {"mesh__data": None, "mesh__fsdp": None, "data__eval": "", "train__epochs": STEPS * 8 / 32}
     options |= {"train__save_every": STEPS, "train__batch_size": 8}
     return tiny.config(inputs / "model", inputs / "pairs.jsonl", **(options | changed))

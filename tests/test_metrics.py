@@ -56,12 +56,12 @@ def test_a_damaged_file_refuses_no_run_and_is_kept(tmp_path, caplog):
         assert path.read_bytes().split(b"\n") == [lines[0], *lines[2:], b""]
         assert (tmp_path / f"{path.name}.damaged").read_bytes() == damaged
         assert f"{path}:2 is no line of a run; it is kept as {path.name}.damaged" in caplog.text
-        assert f"{path} lacks 1 of the 4 updates that the checkpoint holds" in caplog.text
+        assert f"{path} lacks 1 of the 4 steps that the checkpoint holds" in caplog.text
     path.write_bytes(b"\n".join(lines)[:30])  # cut off
     caplog.clear()
     assert not metric_logger.has_evaluation(path, 4)
     writers(tmp_path, resume_step=4).close()
-    assert "lacks 3 of the 4 updates" in caplog.text and ".damaged" not in caplog.text
+    assert "lacks 3 of the 4 steps" in caplog.text and ".damaged" not in caplog.text
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):

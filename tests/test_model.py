@@ -146,7 +146,7 @@ def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", layou
         valid_NT,
         config=config,
         compute_dtype=compute_dtype,
-        attention=attention.Choice("xla" if config.attention_soft_cap is None else "chunked", "for the test"),
+        attention=attention.Selection("xla" if config.attention_soft_cap is None else "chunked", "for the test"),
         layout=layout,
     )
 
@@ -473,7 +473,7 @@ def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
         ({"compute_dtype": "float64"}, r"compute_dtype float64 is not one of float32, bfloat16, float16"),
         ({"remat": "some"}, r"remat 'some' is not one of none, dots, full, offload"),
         (
-            {"attention": attention.Choice("flash", "for the test")},
+            {"attention": attention.Selection("flash", "for the test")},
             r"'flash' is not one of xla, chunked, cudnn, mosaic, splash",
         ),
     ],

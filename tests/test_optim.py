@@ -14,30 +14,32 @@ def rates(kind, **options):
 
 
 def test_cosine_with_warmup_is_that_of_the_original_trainers():
-    # update i uses the rate at i: 0, half, then the cosine over the eight that remain
+    # step i uses the rate at i: 0, half, then the cosine over the eight that remain
     expected = [0.0, 1.0] + [1.0 + np.cos(np.pi * t / 8) for t in range(8)]
-    np.testing.assert_allclose(rates("cosine", warmup=2, horizon=10), expected, atol=tolerances.SCHEDULE)
+    np.testing.assert_allclose(rates("cosine", warmup=2, total_steps=10), expected, atol=tolerances.SCHEDULE)
 
 
 def test_linear_reaches_zero_and_constant_stays():
     np.testing.assert_allclose(
-        rates("linear", warmup=0, horizon=5), [2.0, 1.6, 1.2, 0.8, 0.4, 0, 0, 0, 0, 0], atol=tolerances.SCHEDULE
+        rates("linear", warmup=0, total_steps=5), [2.0, 1.6, 1.2, 0.8, 0.4, 0, 0, 0, 0, 0], atol=tolerances.SCHEDULE
     )
     np.testing.assert_allclose(
-        rates("constant", warmup=4, horizon=5)[:6], [0, 0.5, 1, 1.5, 2, 2], atol=tolerances.SCHEDULE
+        rates("constant", warmup=4, total_steps=5)[:6], [0, 0.5, 1, 1.5, 2, 2], atol=tolerances.SCHEDULE
     )
 
 
 def test_warmup_steps_round_up_as_the_original():
-    assert adamw.warmup_steps(fraction=0.1, steps=None, horizon=477) == 48
-    assert adamw.warmup_steps(fraction=0.1, steps=None, horizon=467) == 47
-    assert adamw.warmup_steps(fraction=0.0, steps=7, horizon=477) == 7
+    assert adamw.warmup_steps(fraction=0.1, steps=None, total_steps=477) == 48
+    assert adamw.warmup_steps(fraction=0.1, steps=None, total_steps=467) == 47
+    assert adamw.warmup_steps(fraction=0.0, steps=7, total_steps=477) == 7
 
 
 def chain(**changed):
     options = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.5, "clip_norm": 1.0} | changed
     mask = {"kernel": True, "norm": False}
-    return adamw.optimizer(adamw.schedule(kind="constant", peak=0.1, warmup=0, horizon=1), decay_mask=mask, **options)
+    return adamw.optimizer(
+        adamw.schedule(kind="constant", peak=0.1, warmup=0, total_steps=1), decay_mask=mask, **options
+    )
 
 
 def updated(optimizer, grads):
@@ -53,9 +55,9 @@ def test_decay_spares_norms_and_clip_bounds_the_gradient():
     np.testing.assert_array_equal(new["norm"], 2.0)
 
 
-@pytest.mark.parametrize("knob", ["b1", "b2", "eps", "weight_decay", "clip_norm"])
-def test_every_knob_changes_the_second_update(knob):
-    value = {"b1": 0.5, "b2": 0.5, "eps": 1.0, "weight_decay": 0.0, "clip_norm": 0.0}[knob]
+@pytest.mark.parametrize("field", ["b1", "b2", "eps", "weight_decay", "clip_norm"])
+def test_every_knob_changes_the_second_update(field):
+    value = {"b1": 0.5, "b2": 0.5, "eps": 1.0, "weight_decay": 0.0, "clip_norm": 0.0}[field]
 
     def after_two(optimizer):
         weights = {"kernel": jnp.full(3, 2.0), "norm": jnp.full(2, 2.0)}
@@ -66,7 +68,7 @@ def test_every_knob_changes_the_second_update(knob):
             weights = optax.apply_updates(weights, updates)
         return np.concatenate(jax.tree.leaves(weights))
 
-    assert np.abs(after_two(chain()) - after_two(chain(**{knob: value}))).max() > tolerances.DIFFERENT
+    assert np.abs(after_two(chain()) - after_two(chain(**{field: value}))).max() > tolerances.DIFFERENT
 
 
 def test_stochastic_rounding_keeps_the_mean_and_picks_neighbours():
@@ -85,7 +87,7 @@ def test_stochastic_rounding_keeps_what_is_not_finite():
 
 
 def test_stochastic_rounding_keeps_every_bfloat16_number():
-    """So an update that is not applied leaves moments in bfloat16 as they were."""
+    """So a step that is not applied leaves moments in bfloat16 as they were."""
     every = np.arange(2**16, dtype=np.uint32) << 16
     every = every[~np.isnan(every.view(np.float32))]
     rounded = adamw.stochastic_round(jnp.asarray(every.view(np.float32)), jax.random.key(0))
@@ -105,7 +107,7 @@ def test_small_updates_are_not_lost_in_bfloat16_weights():
 
 
 def test_moments_in_bfloat16_follow_those_in_float32():
-    """The second moment moves by 1 in 1,000 an update, which rounding to nearest would lose."""
+    """The second moment moves by 1 in 1,000 a step, which rounding to nearest would lose."""
     grads = {"kernel": jnp.full(2000, 0.1), "norm": jnp.ones(2)}
     weights = {"kernel": jnp.zeros(2000), "norm": jnp.ones(2)}
     means = {}

@@ -68,14 +68,14 @@ def test_every_field_of_a_pipeline_s_sections_is_set_and_unset(name):
         for section in sections
         for key, kind in UNSET.items()
         if key not in {f"data.{row}" for row in common.ROWS}
-    } | {"data.max_response_length": int}
+    } | {"data.max_completion_length": int}
     made, unset = both(f"pipelines/{name}.py", keys)
     for key, kind in keys.items():
         assert configuration.value_at(made, key) == VALUES[kind][1], key
         assert configuration.value_at(unset, key) is None, key
     for section in sections:
         whole = pipeline._whole(made[section], model="m", data=dict(made.data.items()), tokenizer=made.tokenizer)
-        assert (whole.mesh.tensor, whole.loss.beta, whole.data.max_response_length) == (3, 0.25, 3)
+        assert (whole.mesh.tensor, whole.loss.beta, whole.data.max_completion_length) == (3, 0.25, 3)
         assert whole.mesh.get_type("tensor") is int
 
 

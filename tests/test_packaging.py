@@ -82,7 +82,7 @@ def test_installed_wheel_imports_beside_transformers(installed, tmp_path):
 
 
 CHANGES = (
-    "data.format=json", "data.hh_split=last_turn", "data.max_length=40", "data.max_response_length=16",
+    "data.format=json", "data.hh_split=last_turn", "data.max_length=40", "data.max_completion_length=16",
     "data.subfolder=", "data.train=pairs.jsonl", "data.train_split=", "data.eval=pairs.jsonl", "data.eval_split=",
     "model.compute_dtype=float32", "train.batch_size=8", "train.max_steps=2", "train.epochs=4", "train.eval_every=0",
     "train.eval_groups=4", "train.save_every=2", "mesh.data=1", "mesh.fsdp=1", "logging.tensorboard=False",

@@ -61,18 +61,18 @@ def test_a_packed_row_to_the_letter():
     prepared = texts([4, 2, 3], [2, 1, 1])._replace(tokens_S=np.array([11, 12, 13, 14, 21, 22, 31, 32, 33], np.int32))
     packed = data.pack(prepared, length=7)
     batch = one_batch(packed, length=8)
-    assert packed.sources == ("f:0, f:2", "f:1") and packed.scored_N.tolist() == [4, 1]
+    assert packed.sources == ("f:0, f:2", "f:1") and packed.loss_mask_N.tolist() == [4, 1]
     assert_array_equal(batch.tokens_NT, [[11, 12, 13, 14, 31, 32, 33, 0], [21, 22, 0, 0, 0, 0, 0, 0]])
     assert_array_equal(batch.segments.ids_NT, [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, -1, -1, -1, -1, -1, -1]])
     assert_array_equal(batch.valid_NT, [[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 0]])
-    assert_array_equal(batch.scored_NR, [[1, 1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]])
-    assert_array_equal(batch.targets_NR[batch.scored_NR], [13, 14, 32, 33, 22])
-    assert_array_equal(batch.predictors_NR[batch.scored_NR], [1, 2, 4, 5, 0])
+    assert_array_equal(batch.loss_mask_NR, [[1, 1, 1, 1, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]])
+    assert_array_equal(batch.targets_NR[batch.loss_mask_NR], [13, 14, 32, 33, 22])
+    assert_array_equal(batch.predictors_NR[batch.loss_mask_NR], [1, 2, 4, 5, 0])
     schedule = data.schedule(packed, batch_size=2, buckets=(8,), seed=0, shuffle=False)
     part = data.batch_at(schedule, 0, np.array([1]))
     jax.tree.map(lambda mine, whole: assert_array_equal(mine, whole[1:]), part, batch)
     sizes = data.row_sizes(schedule, 0)
-    assert sizes.texts.tolist() == [4, 3, 2] and (sizes.responses, sizes.rows) == (5, 2)
+    assert sizes.texts.tolist() == [4, 3, 2] and (sizes.completions, sizes.rows) == (5, 2)
 
 
 def test_positions_restart_and_a_text_sees_itself_alone():
@@ -83,7 +83,7 @@ def test_positions_restart_and_a_text_sees_itself_alone():
     identity_NTHC = jnp.eye(8)[None, :, None]
     seen = attention.attend(
         0 * identity_NTHC, 0 * identity_NTHC, identity_NTHC, valid_NT=jnp.asarray(batch.valid_NT), scale=1.0,
-        sliding_window=None, segments=segments, choice=attention.Choice("xla", "test"), layout=sharding.ONE_DEVICE,
+        sliding_window=None, segments=segments, choice=attention.Selection("xla", "test"), layout=sharding.ONE_DEVICE,
     )  # fmt: skip
     expected = [
         [1, 0, 0, 0, 0, 0, 0, 0],
@@ -117,7 +117,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def gradient(config, batch, implementation):
     """Token mean of the batch and its gradient."""
     loss, weights = losses.resolve("sft"), params.init(config, jax.random.key(1), "float32")
-    forward_fn = batches.forward_fn(config, attention=attention.Choice(implementation, "test"))
+    forward_fn = batches.forward_fn(config, attention=attention.Selection(implementation, "test"))
     totals = train_step._totals(train_step.stack_micro_batches(batch, accumulation=1), loss)
     value = functools.partial(
         train_step._objective, totals=totals, batch_kl=None, forward_fn=forward_fn, loss=loss, dropout_key=None
@@ -185,7 +185,7 @@ def test_the_audit_says_what_packing_saves(root):
 def test_what_cannot_be_packed_is_refused(root):
     with pytest.raises(ValueError, match="data.packing=True is for stage 'sft', not 'align'"):
         run_inputs.check(tiny.config(root / "model", root / "pairs.jsonl", data__packing=True))
-    with pytest.raises(ValueError, match="groups of 2 candidates cannot be packed"):
+    with pytest.raises(ValueError, match="groups of 2 completions cannot be packed"):
         data.pack(texts([2, 2], [1, 1])._replace(rewards_BK=np.ones((1, 2), np.float32)), length=4)
     tiny.write_model(root / "dynamic", layers=1, rope=models.Rope(type="dynamic", factor=2.0))
     with pytest.raises(ValueError, match="depend on a row's length .* set data.packing=False"):

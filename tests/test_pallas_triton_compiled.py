@@ -73,7 +73,7 @@ def test_forward_fits_in_registers_and_holds_no_logits(gpu, D, V, options, want_
 def test_dlogits_fit_in_registers_and_need_no_copy(gpu, D, V, options, compile_for, tmp_path):
     spec = HeadSpec(**options)
     kernel = functools.partial(pallas_triton.dlogits_block, spec=spec)
-    block = pallas_triton.ENGINE.plan_backward(N, V, "bfloat16", "bfloat16", spec=spec)
+    block = pallas_triton.ENGINE.backward_tiles(N, V, "bfloat16", "bfloat16", spec=spec)
     program = compile_for(gpu, kernel, *operands(N, D, block.vocab), *(((N,), jnp.float32),) * 3, *WINDOW)
     assert_fits("dlogits", tmp_path, gpu, spilled_bytes=SPILLED_BYTES)
     assert program.memory_analysis().temp_size_in_bytes < PER_TOKEN_BYTES

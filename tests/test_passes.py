@@ -66,7 +66,7 @@ def test_both_passes_over_a_set_measure_its_groups_once(root, monkeypatch):
     measured, measure = [], group_packing.sizes
     monkeypatch.setattr(group_packing, "sizes", lambda *of, **how: measured.append(of) or measure(*of, **how))
     inputs = run_inputs.prepare(run_config(root, data__layout="shared", reference__batch_per_device=3))
-    plan = run_schedule.plan(run_config(root, data__layout="shared", reference__batch_per_device=3), inputs, devices=1)
+    plan = run_schedule.build(run_config(root, data__layout="shared", reference__batch_per_device=3), inputs, devices=1)
     assert len(measured) == 2  # train and eval
     assert plan.references[0].parts == plan.references[1].parts == 3 and plan.evaluation.parts == 1
 
@@ -77,7 +77,7 @@ def test_sets_whose_rows_have_room_for_other_numbers_of_groups_share_no_program(
     for seed in range(1, 30):
         tiny.write_pairs(tmp_path / "other.jsonl", count=20, seed=seed)
         inputs = run_inputs.prepare(config)
-        passes = run_schedule.plan(config, inputs, devices=1).references
+        passes = run_schedule.build(config, inputs, devices=1).references
         shape, other = ((one.buckets, one.scored, one.rows.packing.places) for one in passes)
         if shape[:2] == other[:2] and shape[2] != other[2]:
             break
@@ -101,7 +101,7 @@ def test_rows_too_short_for_the_evaluation_data_are_told_before_the_workdir_is_t
 def test_a_plan_has_the_reference_pass_over_longer_evaluation_data_too(root):
     config = run_config(root, data__layout="shared", data__max_length=512)
     names = [program.name for program in compilation.compile_all(config, jax.devices()[:1]).programs]
-    assert names == [compilation.UPDATE, compilation.EVALUATION, compilation.REFERENCE]
+    assert names == [compilation.TRAIN_STEP, compilation.EVALUATION, compilation.REFERENCE]
     config.data.eval = str(root / "long.jsonl")
     programs_ = {program.name: program for program in compilation.compile_all(config, jax.devices()[:1]).programs}
     assert programs_[compilation.REFERENCE_EVAL].temporaries > 2 * programs_[compilation.REFERENCE].temporaries
@@ -115,22 +115,22 @@ def test_a_mesh_that_does_not_divide_the_policy_is_no_fault_of_a_reference(root)
 
 
 def test_rows_without_a_group_are_told_with_what_leaves_fewer(root):
-    told = {}
+    described = {}
     for per_device in (1, 2, 16):
         config = run_config(root, data__layout="shared", train__micro_batch_per_device=per_device)
         config.data.row_length, config.train.max_steps = 128, 4
         inputs = run_inputs.prepare(config)
-        plan = run_schedule.plan(config, inputs, devices=2)
-        told[per_device] = run_summary.rows_in_words(config, plan, devices=2)
+        plan = run_schedule.build(config, inputs, devices=2)
+        described[per_device] = run_summary.rows_in_words(config, plan, devices=2)
         used = np.mean([len(rows) for rows in plan.schedule.rows.groups])
         if per_device == 16:
             empty = f"; {1 - used / 32:.0%} of the rows hold no group, as they come in blocks of 32 (16 on each"
-            assert f"{empty} of 2 devices): " in told[16], told
-    assert "a smaller data.row_length makes more rows" in told[1], told
-    (better,) = re.findall(r"micro_batch_per_device=(\d+) would leave about (\d+)%", told[16])
-    smaller = told.get(int(better[0]), "")
-    assert int(better[0]) < 16 and int(better[1]) < 40, told
-    assert "hold no group" not in smaller or f"{better[1]}% of the rows" in smaller, told
+            assert f"{empty} of 2 devices): " in described[16], described
+    assert "a smaller data.row_length makes more rows" in described[1], described
+    (better,) = re.findall(r"micro_batch_per_device=(\d+) would leave about (\d+)%", described[16])
+    smaller = described.get(int(better[0]), "")
+    assert int(better[0]) < 16 and int(better[1]) < 40, described
+    assert "hold no group" not in smaller or f"{better[1]}% of the rows" in smaller, described
 
 
 # --- evaluations
@@ -267,7 +267,7 @@ def test_a_reference_of_another_family_scores_with_its_own_attention_and_head(ro
     found = reference_logprobs.compute(
         ((ids, np.asarray(logps)) for ids, logps in scored), groups=inputs.train.prepared.groups
     )
-    in_blocks = attention.Choice("chunked", "for the test")
+    in_blocks = attention.Selection("chunked", "for the test")
     alone = batches.forward_fn(hf.read_config(tmp_path / "other"), attention=in_blocks)
     for group in (0, 7):
         schedule = data.schedule(inputs.train.prepared, batch_size=1, buckets=(40,), seed=0, shuffle=False)

@@ -17,13 +17,13 @@ RECIPES = sorted(path.stem for path in (REPO / "configs" / "pipelines").glob("*.
 
 
 def small(folder, name="hh_rw", **changed):
-    """The recipe with a tiny model, two updates a stage, and local pairs."""
+    """The recipe with a tiny model, two steps a stage, and local pairs."""
     c = importlib.import_module(f"fpo_jax.configs.pipelines.{name}").get_config()
     c.base = str(folder / "model")
     c.data.update({"format": "json", "train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")})
     c.data.update({"train_split": "", "eval_split": "", "subfolder": "", "hh_split": "last_turn"})
     c.data.update({"max_length": 40})
-    c.data.max_response_length = 16
+    c.data.max_completion_length = 16
     for section in ("sft", "reward", "align"):
         c[section].model.compute_dtype = "float32"
         c[section].train.update({"batch_size": 8, "micro_batch_per_device": 1})
@@ -202,7 +202,7 @@ def without_training(folder, tmp_path, monkeypatch, **changed):
 def test_what_a_later_stage_could_not_read_is_refused_before_the_first(folder, tmp_path, monkeypatch, changed, message):
     if not (folder / "judge").exists():
         tiny.write_model(folder / "judge", layers=1, reward_head=True)
-        tiny.write_pairs(folder / "threes.jsonl", count=4, candidates=3)
+        tiny.write_pairs(folder / "threes.jsonl", count=4, completions=3)
         turns = [{"role": "user", "content": "u"}]
         chat = {"prompt": turns, "chosen": "a", "rejected": "b"}
         (folder / "chats.jsonl").write_text(json.dumps(chat) + "\n")
@@ -287,9 +287,9 @@ def test_answers_of_several_seeds_are_one_line(tmp_path):
             {"index": i, "prompt": f"p{i}", "completions": [text], "finish": ["stop"]} for i, text in enumerate(texts)
         ]
         (tmp_path / f"{seed}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = pipeline.merge([tmp_path / "1.jsonl", tmp_path / "2.jsonl"], tmp_path / "o.jsonl")
+    described = pipeline.merge([tmp_path / "1.jsonl", tmp_path / "2.jsonl"], tmp_path / "o.jsonl")
     (line,) = jsonl.read(tmp_path / "o.jsonl")
-    assert line["completions"] == ["a", "c"] and "1 dropped whose answers are all the same" in told
+    assert line["completions"] == ["a", "c"] and "1 dropped whose answers are all the same" in described
     (tmp_path / "3.jsonl").write_text('{"index":0,"prompt":"p1","completions":["a"],"finish":["stop"]}\n' * 2)
     with pytest.raises(ValueError, match="answer different prompts"):
         pipeline.merge([tmp_path / "1.jsonl", tmp_path / "3.jsonl"], tmp_path / "o.jsonl")
@@ -312,5 +312,5 @@ def test_real_tldr_records():
     assert found.rows
     for record in found.rows:
         assert record.prompt.startswith("SUBREDDIT: r/") and record.prompt.endswith("\nTL;DR:")
-        assert all(text.startswith(" ") and text == " " + text.strip() for text in record.responses)
+        assert all(text.startswith(" ") and text == " " + text.strip() for text in record.completions)
         assert list(record.rewards) == [1.0, 0.0]

@@ -61,7 +61,7 @@ def small(root, name, *arguments, **changed):
             section.train_split = section.eval_split = section.subfolder = ""
     c.data.max_length = 64
     if c.data.rule == "raw":
-        c.data.max_response_length = 12
+        c.data.max_completion_length = 12
     else:
         c.data.max_prompt_length, c.tokenizer.chat_template = 48, ""
     for section in (name for name in ("sft", "reward", "align") if name in c):
@@ -103,7 +103,7 @@ def test_recipes_of_pythia_end_in_a_report(root, name):
     sampled = "sample" in c
     assert align["data"]["format"] == ("json" if sampled else c.data.format)
     if sampled:
-        assert all(len(row.responses) == 4 for row in data.read(align["data"]["train"], format="json").rows)
+        assert all(len(row.completions) == 4 for row in data.read(align["data"]["train"], format="json").rows)
 
 
 @pytest.mark.slow
@@ -123,4 +123,4 @@ def test_imdb_ends_in_a_report_with_pairs_and_without_keep_best(root):
     c.reward.train.keep_best = ""
     finished(root, c)
     assert hf.read_config(newest(root, "reward") / "model").reward_head
-    assert {len(row.responses) for row in data.read(newest(root, "label") / "train.jsonl", format="json").rows} == {2}
+    assert {len(row.completions) for row in data.read(newest(root, "label") / "train.jsonl", format="json").rows} == {2}

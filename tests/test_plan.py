@@ -53,15 +53,15 @@ def test_rows_of_shared_prompts_are_planned_with_the_attention_that_they_get(fol
     config.reference.batch_per_device = 1
     report = plan.run(config, "here", capacity=lambda _: HELD)
     assert report.fits and report.outcome.operations > 0
-    assert report.outcome.sizes.update.length == 512
+    assert report.outcome.sizes.train_step.length == 512
     assert any(choice.startswith("attention: chunked") for choice in report.outcome.choices)
-    if data == "pairs.jsonl":  # several groups a row, so that eight rows hold an update, and all 24 groups
-        assert "update: 8 groups x 2 in 8 rows of T=512" in report.text and "; 4,096 tokens" in report.text
+    if data == "pairs.jsonl":  # several groups a row, so that eight rows hold a step, and all 24 groups
+        assert "step: 8 groups x 2 in 8 rows of T=512" in report.text and "; 4,096 tokens" in report.text
         assert report.outcome.sizes.scoring_batches == 1
 
 
 def test_micro_batches_without_groups_cost_nothing(folder):
-    """A micro-batch is four rows: four of the twelve updates fill one, the others two."""
+    """A micro-batch is four rows: four of the twelve steps fill one, the others two."""
     shared = {"data__layout": "shared", "data__row_length": 64, "data__eval": "", "train__epochs": 4.0}
     shared |= {"mesh__data": 1, "mesh__fsdp": 2, "train__micro_batch_per_device": 2}
     one, two = (
@@ -76,8 +76,8 @@ def test_micro_batches_without_groups_cost_nothing(folder):
     assert traffic[1] == round(traffic[0] * 20 / 12)
     sent = [roofline.estimate(outcome._replace(collectives=two.collectives), HELD).links for outcome in (one, two)]
     assert sent[1] == sent[0] * two.sizes.filled > 0
-    told = report.text("here", two, capacity=None, limit=None, remedy=None, remedied=None, tried=())
-    assert "in 2 micro-batches; 512 tokens in the largest, 83% of them in the mean" in told
+    described = report.text("here", two, capacity=None, limit=None, suggestion=None, remedied=None, tried=())
+    assert "in 2 micro-batches; 512 tokens in the largest, 83% of them in the mean" in described
 
 
 def test_state_and_batch_are_what_the_shapes_say(planned):
@@ -87,12 +87,12 @@ def test_state_and_batch_are_what_the_shapes_say(planned):
         cut = 2 if "D" in entry.letters and entry.axes[entry.letters.index("D")] == "embed" else 1
         on_device += 4 * math.prod(entry.shape) // cut
     assert outcome.parameters == outcome.gradients == on_device
-    # two moments; the counters of AdamW, the schedule and the state, and of updates skipped in a entry
+    # two moments; the counters of AdamW, the schedule and the state, and of steps skipped in a entry
     assert outcome.state == 3 * on_device + 4 * 4
     update = outcome.programs[0]
-    entries, T, R = 16 // 8, 40, outcome.sizes.update.scored
+    entries, T, R = 16 // 8, 40, outcome.sizes.train_step.scored
     batch = entries * (T * (4 + 1) + R * (4 + 4 + 1)) + 1 * (2 * 4 + 2 * 4 + 4 + 4)
-    assert (update.name, update.arguments, update.beside) == ("update", outcome.state + batch, 0)
+    assert (update.name, update.arguments, update.beside) == ("step", outcome.state + batch, 0)
     assert update.temporaries > outcome.gradients
 
 
@@ -116,7 +116,7 @@ def test_the_data_are_read_where_they_are(planned, folder):
     rows = inputs.train.prepared
     assert found.groups == rows.groups == 24 and found.steps == 3
     assert found.valid.tokens == round(rows.lengths_N.sum() * 8 / 24)
-    assert found.update.scored == max(8, math.ceil((rows.lengths_N - rows.prompt_lengths_N).max() / 8) * 8)
+    assert found.train_step.scored == max(8, math.ceil((rows.lengths_N - rows.prompt_lengths_N).max() / 8) * 8)
     assert "measured on the data: 24 groups" in planned.text and "valid tokens" in planned.text
 
 
@@ -124,15 +124,15 @@ def test_the_text_has_everything(planned):
     text = planned.text
     for part in (
         "plan for here: 8 x cpu; mesh data 4, fsdp 2, tensor 1",
-        "update: 8 groups x 2 = 16 rows of T=40",
+        "step: 8 groups x 2 = 16 rows of T=40",
         "capacity: 2.50 GiB of 4.00 per device",
         "fits: 0.00 GiB, 100% free",
-        "collectives of an update",
+        "collectives of a step",
         "GiB sent per device",
         "recomputation included",
         "if everything overlaps",
         "MFU at most: padded",
-        "the run of 3 updates: at least",
+        "the run of 3 steps: at least",
         "the reference pass over 24 groups",
         "assumed: matrix products run at",
     ):
@@ -144,7 +144,7 @@ def test_one_device_communicates_nothing(folder):
     report = plan.run(config, "here", devices=lambda _: jax.devices()[:1], capacity=lambda _: None)
     assert report.fits and report.limit is None
     assert "capacity: unknown" in report.text and "collectives: none" in report.text
-    assert [program.name for program in report.outcome.programs] == ["update"]  # no data to evaluate, no reference
+    assert [program.name for program in report.outcome.programs] == ["step"]  # no data to evaluate, no reference
     assert "hub/name is not a file here; plan.groups is unset" in report.text
 
 
@@ -165,13 +165,13 @@ def test_what_does_not_fit_is_said_with_the_first_remedy_that_does(folder):
         return plan.run(config, "here", devices=lambda _: jax.devices()[:2], capacity=lambda _: held)
 
     whole = at_most(10**9)
-    assert whole.fits and whole.remedy is None
+    assert whole.fits and whole.suggestion is None
     half = compilation.compile_all(suggestions.changed(config, {"train.micro_batch_per_device": 2}), jax.devices()[:2])
     assert half.peak < whole.outcome.peak
     report = at_most(half.peak)
     assert not report.fits
-    assert report.remedy == suggestions.Remedy("here", {"train.micro_batch_per_device": 2})
-    assert f"does not fit: update by {(whole.outcome.peak - half.peak) / GIB:.2f} GiB" in report.text
+    assert report.suggestion == suggestions.Suggestion("here", {"train.micro_batch_per_device": 2})
+    assert f"does not fit: step by {(whole.outcome.peak - half.peak) / GIB:.2f} GiB" in report.text
     assert "remedy that fits: --target here --config.train.micro_batch_per_device=2" in report.text
 
 
@@ -180,7 +180,7 @@ def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
 
     def refuse(config, devices, limit=None):
         seen.append((config.train.micro_batch_per_device, config.model.remat, config.optim.offload, len(devices)))
-        program = compilation.Program("update", 100, 5 * GIB - 100, 0, 0, 1.0, compiled=False)
+        program = compilation.Program("step", 100, 5 * GIB - 100, 0, 0, 1.0, compiled=False)
         return compilation.Outcome(config, layout, found, 1, [], 1, 1, 1, [program], [], 0, 0)
 
     config = bare(folder, train__micro_batch_per_device=2, train__batch_size=16)
@@ -188,9 +188,9 @@ def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
     found = batch_shapes.find(config, ways=8)
     monkeypatch.setattr(compilation, "compile_all", refuse)
     report = plan.run(config, "h100:4", devices=lambda _: jax.devices(), capacity=lambda _: HELD)
-    assert not report.fits and report.remedy is None
+    assert not report.fits and report.suggestion is None
     assert seen[0] == (2, "none", False, 8) and seen[-1] == (1, "none", False, 8)
-    assert "does not fit: update by 2.50 GiB" in report.text and "nothing that was tried fits" in report.text
+    assert "does not fit: step by 2.50 GiB" in report.text and "nothing that was tried fits" in report.text
     assert (
         "nor does --target h100:4 --config.train.micro_batch_per_device=1 --config.model.remat=full: 5.00"
         in report.text
@@ -201,7 +201,7 @@ def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
 def test_remedies_come_in_their_order_and_keep_what_came_before(folder):
     config = bare(folder, train__micro_batch_per_device=4)
     micro, remat = ("train.micro_batch_per_device", "model.remat")
-    steps = list(suggestions.ladder(config, "v5e-16", ["update"]))
+    steps = list(suggestions.ladder(config, "v5e-16", ["step"]))
     assert [(step.target, dict(step.changes)) for step in steps] == [
         ("v5e-16", {micro: 2}),
         ("v5e-16", {micro: 1}),
@@ -212,7 +212,7 @@ def test_remedies_come_in_their_order_and_keep_what_came_before(folder):
         ("v5e-64", {micro: 1}),
         ("v5e-128", {micro: 1}),
     ]
-    without = [dict(step.changes) for step in suggestions.ladder(config, "h100:4", ["update"], host_memory=False)]
+    without = [dict(step.changes) for step in suggestions.ladder(config, "h100:4", ["step"], host_memory=False)]
     assert not any("optim.offload" in changes for changes in without)
     evaluation = next(
         suggestions.ladder(suggestions.changed(config, {"train.eval_batch_per_device": 3}), "here", ["evaluation"])
@@ -356,9 +356,9 @@ def test_every_stage_has_a_plan_and_no_reference_pass(folder, stage):
     changed = {"mesh__data": 1, "mesh__fsdp": 1, "loss__alpha": None, "loss__beta_pi": None} | STAGES[stage]
     config = tiny.config(folder / "model", folder / "pairs.jsonl", **changed)
     report = plan.run(config, "here", devices=lambda _: jax.devices()[:1], capacity=lambda _: HELD)
-    assert [program.name for program in report.outcome.programs] == ["update", "evaluation"] and report.fits
+    assert [program.name for program in report.outcome.programs] == ["step", "evaluation"] and report.fits
     K, found = config.data.group_size, report.outcome.sizes
-    assert f"update: 8 groups x {K} = {8 * K} rows of T=40" in report.text
+    assert f"step: 8 groups x {K} = {8 * K} rows of T=40" in report.text
     rows = run_inputs.prepare(config).train.prepared
     assert found.groups == rows.groups and (rows.groups < 24) == (stage == "sft"), "packed rows are fewer than texts"
     texts = rows.text_lengths(np.arange(len(rows.lengths_N))).astype(int)

@@ -37,14 +37,14 @@ def run_of(folder, config=WIDE, **changed):
     """A bfloat16 run of a model without weights, on data that are elsewhere, cut over all devices."""
     folder.joinpath("config.json").write_text(json.dumps(models.to_hf_config(config)))
     options = {"model__compute_dtype": "bfloat16", "model__remat": "full", "mesh__data": None, "mesh__fsdp": None}
-    options |= {"data__max_length": 256, "data__max_response_length": 128, "plan__groups": 1000}
+    options |= {"data__max_length": 256, "data__max_completion_length": 128, "plan__groups": 1000}
     return tiny.config(folder, "hub/name", **(options | changed))
 
 
 def test_a_plan_for_devices_that_are_not_here(target, tmp_path):
     report = plan.run(run_of(tmp_path), target)
     outcome = report.outcome
-    assert report.fits and [program.name for program in outcome.programs] == ["update", "evaluation", "reference pass"]
+    assert report.fits and [program.name for program in outcome.programs] == ["step", "evaluation", "reference pass"]
     assert all(program.compiled and program.temporaries > 0 for program in outcome.programs)
     assert {row.axes for row in outcome.collectives} == {("fsdp",)}
     gathered = sum(row.payload for row in outcome.collectives if row.kind == "all-gather")
@@ -52,7 +52,7 @@ def test_a_plan_for_devices_that_are_not_here(target, tmp_path):
     assert outcome.accumulation == 2
     layers, head = 2 * (256 * 128 * (8 + 4 + 4 + 8) + 3 * 256 * 512), 512 * 256
     assert gathered == pytest.approx(2 * 2 * 2 * (layers + head), rel=0.05)
-    for part in ("fits: ", "capacity: ", "an update takes at least", "the run of 125 updates", "assumed: "):
+    for part in ("fits: ", "capacity: ", "a step takes at least", "the run of 125 steps", "assumed: "):
         assert part in report.text
 
 
@@ -88,9 +88,9 @@ def test_what_does_not_fit_names_what_it_needs(target, tmp_path, monkeypatch):
     config = run_of(tmp_path, wide, data__eval="", loss__score="mean_logp", loss__beta=2.0, loss__beta_pi=None)
     report = plan.run(config, target)
     (program,) = report.outcome.programs
-    assert not report.fits and report.remedy is None
+    assert not report.fits and report.suggestion is None
     assert program.peak > report.limit and report.outcome.state > 0.5 * capacity.memory
-    assert f"does not fit: update by {(program.peak - report.limit) / 2**30:.2f} GiB" in report.text
+    assert f"does not fit: step by {(program.peak - report.limit) / 2**30:.2f} GiB" in report.text
     assert program.compiled == (target != "v5e-4")  # a TPU's compiler refuses, a GPU's does not look
 
 

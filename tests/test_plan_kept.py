@@ -1,4 +1,4 @@
-"""Whether a run keeps its logits: by the data sheet, by what its update leaves free, and as it is told."""
+"""Whether a run keeps its logits: by the data sheet, by what its step leaves free, and as it is told."""
 
 import jax
 import pytest
@@ -24,7 +24,7 @@ def settled(root, *, memory: float | None = GIB, flops=1e12, bandwidth=1e12, **c
     config = tiny.config(root, root / "pairs.jsonl", mesh__data=1, kernel__workspace_mib=1, **changed)
     inputs = run_inputs.prepare(config)
     layout = sharding.make_layout(**config.mesh, devices=jax.devices()[:2])
-    plan = run_schedule.plan(config, inputs, devices=layout.row_ways)
+    plan = run_schedule.build(config, inputs, devices=layout.data_parallel_degree)
     made = kept_logits.steps_of(
         config,
         run_schedule.blueprint(config, inputs, plan),
@@ -46,7 +46,7 @@ def test_kept_where_it_is_faster_and_fits(root):
     ("sheet", "reason"),
     [
         ({"flops": 1e15}, "keeping them pays from a width of 8,000 on here, and the model's is "),
-        ({"memory": 2**20}, " MiB are free beside the update"),
+        ({"memory": 2**20}, " MiB are free beside the step"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Splits of wall time against a clock that the test turns, utilisation, and a trace of two updates."""
+"""Splits of wall time against a clock that the test turns, utilisation, and a trace of two steps."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +45,9 @@ CONFIG = models.ModelConfig(
     family="llama", vocab_size=11, width=4, layers=3, heads=2, kv_heads=1, head_dim=6, ffn=5, max_positions=9
 )
 NONE = np.zeros(2, int)
-ROWS = data.RowSizes(np.array([3, 1]), NONE, candidates=4, responses=2, rows=4, length=5, scored=4)  # two are filling
+ROWS = data.RowSizes(
+    np.array([3, 1]), NONE, sequence_tokens=4, completion_tokens=2, rows=4, length=5, scored=4
+)  # two are filling
 
 
 def forward(tokens, pairs, scored):
@@ -58,7 +60,7 @@ VALID, PADDED = forward(4, 6 + 1, 2), forward(20, 4 * 15, 16)
 
 
 def test_rates_of_an_update_by_hand():
-    rates = profiler.Meter(CONFIG, devices=2, peak=1e3).update(ROWS, seconds=0.5)
+    rates = profiler.Meter(CONFIG, devices=2, peak=1e3).step(ROWS, seconds=0.5)
     assert rates == pytest.approx(
         {
             "valid_tokens_per_s": 8.0,
@@ -73,7 +75,7 @@ def test_rates_of_an_update_by_hand():
 def test_the_whole_counts_the_reference_pass_and_a_forward_pass_of_the_loss():
     meter = profiler.Meter(CONFIG, devices=1, peak=1e3, extra_forward=True)
     assert meter.reference([ROWS, ROWS], seconds=2.0)["mfu_valid"] == pytest.approx(2 * VALID / (2.0 * 1e3))
-    meter.update(ROWS, seconds=1.0)
+    meter.step(ROWS, seconds=1.0)
     assert meter.overall() == pytest.approx(
         {
             "run_seconds": 3.0,
@@ -85,7 +87,7 @@ def test_the_whole_counts_the_reference_pass_and_a_forward_pass_of_the_loss():
 
 def test_a_device_of_unknown_peak_has_no_utilisation():
     meter = profiler.Meter(CONFIG, devices=8, peak=None)
-    assert set(meter.update(ROWS, seconds=1.0)) == {"valid_tokens_per_s", "padded_tokens_per_s", "padding_share"}
+    assert set(meter.step(ROWS, seconds=1.0)) == {"valid_tokens_per_s", "padded_tokens_per_s", "padding_share"}
     assert meter.overall() == {"run_seconds": 1.0}
 
 
@@ -110,7 +112,7 @@ def test_a_run_that_resumes_inside_the_range_traces_the_rest(tmp_path):
     assert not profiler.Trace(range(0), tmp_path, last=9).begins(1)
 
 
-@pytest.mark.parametrize("updates", [range(0, 2), range(5, 9)])
+@pytest.mark.parametrize("steps", [range(0, 2), range(5, 9)])
 def test_updates_that_the_run_does_not_have_are_refused(tmp_path, updates):
-    with pytest.raises(ValueError, match=r"the run has 1 to 7; choose first:last within 1:8"):
+    with pytest.raises(ValueError, match=r"the run has 1 to 7; select first:last within 1:8"):
         profiler.Trace(updates, tmp_path, last=7)

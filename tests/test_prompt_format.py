@@ -55,7 +55,7 @@ FORMATS = {
     "eos set apart": (CLOSED, {"tokenizer__eos_token": "<|other_end|>"}, False),
     "thinking": (THINKING, {"tokenizer__chat_template_kwargs": OFF}, True),
     "refuses system": (REFUSES_SYSTEM, {}, True),
-    "raw": (None, {"data__rule": "raw", "data__max_response_length": 60, "data__max_prompt_length": 1800}, True),
+    "raw": (None, {"data__rule": "raw", "data__max_completion_length": 60, "data__max_prompt_length": 1800}, True),
 }
 CHAT_ROWS = [
     {"prompt": [{"role": "user", "content": q}], "chosen": a, "rejected": b}
@@ -110,14 +110,14 @@ def write_rows(path, rows):
 
 def run_config(model, rows, **changed):
     options = {"data__rule": "chat", "data__max_length": 160, "data__max_prompt_length": 100}
-    options |= {"data__max_response_length": None, "data__eval": "", "train__batch_size": 2, "train__max_steps": 1}
+    options |= {"data__max_completion_length": None, "data__eval": "", "train__batch_size": 2, "train__max_steps": 1}
     options |= {"train__micro_batch_per_device": 2, "mesh__data": 1, "mesh__fsdp": 1, "loss__name": "sigmoid"}
     options |= {"loss__alpha": None, "loss__beta_pi": None, "data__shuffle": False}
     return tiny.config(model, rows, **(options | changed))
 
 
 class Case:
-    """A run of one update in one prompt format, its export, and what transformers makes of its conversations."""
+    """A run of one step in one prompt format, its export, and what transformers makes of its conversations."""
 
     def __init__(self, root: Path, name: str):
         template, self.changed, self.own = FORMATS[name]
@@ -140,16 +140,16 @@ class Case:
         tokenizer = self.theirs(directory)
         if self.raw:
             return tokenizer(messages)["input_ids"]
-        told = self.kwargs if directory == self.model else {}  # the export needs to be told nothing
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **told)
+        given = self.kwargs if directory == self.model else {}  # the export needs to be told nothing
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **given)
 
     def whole(self, messages, answer, directory=None):
         tokenizer = self.theirs(directory)
         if self.raw:
             return tokenizer(messages + answer)["input_ids"]
         turns = [*messages, {"role": "assistant", "content": answer}]
-        told = self.kwargs if directory == self.model else {}
-        return tokenizer.apply_chat_template(turns, return_dict=False, **told)
+        given = self.kwargs if directory == self.model else {}
+        return tokenizer.apply_chat_template(turns, return_dict=False, **given)
 
 
 def _one_device():
@@ -173,9 +173,9 @@ def drawn(monkeypatch):
 
     def sampled(_weights, prompts, *, num_return=1, decoding, done=lambda _: None, **_options):
         seen.append((list(prompts), decoding))
-        responses = [[[*_OK, decoding.stop_ids[0]]] * num_return for _ in prompts]
-        done(dict(enumerate(responses)))
-        return responses
+        completions = [[[*_OK, decoding.stop_ids[0]]] * num_return for _ in prompts]
+        done(dict(enumerate(completions)))
+        return completions
 
     monkeypatch.setattr(sampler, "sample", sampled)
     return seen
@@ -205,13 +205,13 @@ def prompts_file(case, tmp_path):
 # --- the matrix
 
 
-@pytest.mark.slow  # a training of one update for each prompt format
+@pytest.mark.slow  # a training of one step for each prompt format
 def test_rows_of_the_training_are_those_of_transformers(case):
     prepared = run_inputs.prepare(case.config).train.prepared
     for number, row in enumerate(CHAT_ROWS):
         prompt = row["prompt"][0]["content"] if case.raw else row["prompt"]
-        for candidate, answer in enumerate((row["chosen"], row["rejected"])):
-            ids, prompt_length = prepared.row(2 * number + candidate)
+        for completion, answer in enumerate((row["chosen"], row["rejected"])):
+            ids, prompt_length = prepared.row(2 * number + completion)
             for directory in [case.export, *([case.model] if case.own else [])]:
                 opened, whole = case.opened(prompt, directory), case.whole(prompt, answer, directory)
                 assert ids.tolist()[: len(opened)] == opened
@@ -252,8 +252,8 @@ def test_sampling_is_from_what_was_trained(case, by, drawn, tmp_path):
 def test_sample_completions_of_the_training_begin_there_too(case, tmp_path):
     c = case.config.copy_and_resolve_references()
     with c.unlocked():
-        c.answers.count, c.answers.max_new_tokens = 1, 4
-        c.answers.prompts = str(prompts_file(case, tmp_path))
+        c.completions.count, c.completions.max_new_tokens = 1, 4
+        c.completions.prompts = str(prompts_file(case, tmp_path))
     answers = sample_completions.Answers(c, tmp_path, run_inputs.prepare(c))
     assert answers._ids == [case.opened(case.prompt)]
     assert set(hf.end_ids(case.export)) <= set(answers._decoding.stop_ids)
@@ -291,7 +291,7 @@ def test_a_reward_model_reads_what_transformers_reads(case, program, scored, tmp
         label.run(label.Options(model=str(out), data=given, out=tmp_path / "o.jsonl", compute_dtype="float32"))
     else:
         ours, theirs = (write_rows(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate(rows))
-        options = winrate.Options(candidate=ours, baseline=str(theirs), out=tmp_path / "w", reward_model=str(out))
+        options = winrate.Options(completion=ours, baseline=str(theirs), out=tmp_path / "w", reward_model=str(out))
         winrate.run(options)
     assert scored == wanted and all(row[-1] != 0 for row in wanted)
     # and so did its training
@@ -327,7 +327,7 @@ def test_a_program_that_is_told_something_else_refuses(case, tmp_path):
         with pytest.raises(ValueError, match=f"was trained with another prompt format.*--{name.replace('_', '-')}"):
             generate.run(options)
     same = {"rule": "raw" if case.raw else "chat", "tokenizer": str(case.model)}
-    tokenization.resolve(case.export, tokenization.Told(**same))  # what the model says already may be said again
+    tokenization.resolve(case.export, tokenization.Given(**same))  # what the model says already may be said again
 
 
 # --- what a model without a record is taken for
@@ -339,16 +339,16 @@ def test_a_strange_model_is_read_as_transformers_reads_it(tmp_path):
         chat_template=CHATML, eos_token="<|im_end|>", end_ids=(2,), tokenizer=own.format.tokenizer
     )
     assert tokenization.resolve(write_model(tmp_path / "b", None)).format.rule == "raw"
-    told = tokenization.Told(rule="raw")
-    assert tokenization.resolve(tmp_path / "a", told).format.rule == "raw"
+    given = tokenization.Given(rule="raw")
+    assert tokenization.resolve(tmp_path / "a", given).format.rule == "raw"
     with pytest.raises(ValueError, match="has no chat template"):
-        tokenization.resolve(tmp_path / "b", tokenization.Told(rule="chat"))
+        tokenization.resolve(tmp_path / "b", tokenization.Given(rule="chat"))
     with pytest.raises(ValueError, match="--chat-template would change nothing under rule raw"):
-        tokenization.resolve(tmp_path / "a", tokenization.Told(rule="raw", chat_template="zephyr"))
+        tokenization.resolve(tmp_path / "a", tokenization.Given(rule="raw", chat_template="zephyr"))
     with pytest.raises(ValueError, match="chat_template_kwargs='x' is not JSON"):
-        tokenization.resolve(tmp_path / "a", tokenization.Told(chat_template_kwargs="x"))
+        tokenization.resolve(tmp_path / "a", tokenization.Given(chat_template_kwargs="x"))
     with pytest.raises(ValueError, match="may not set messages"):
-        tokenization.resolve(tmp_path / "a", tokenization.Told(chat_template_kwargs='{"messages": []}'))
+        tokenization.resolve(tmp_path / "a", tokenization.Given(chat_template_kwargs='{"messages": []}'))
 
 
 def test_every_listed_end_token_ends_an_answer(tmp_path):
@@ -375,14 +375,14 @@ def test_a_broken_record_is_refused(tmp_path):
 # --- one end, no lost text, thoughts
 
 
-def rows(template, prompt="Hi?", responses=("Yes",), *, end_ids=(), tmp_path, **changed):
+def rows(template, prompt="Hi?", completions=("Yes",), *, end_ids=(), tmp_path, **changed):
     folder = tmp_path / "tokenizer"
     folder.mkdir(exist_ok=True)
     write_tokenizer(folder, template)
     encoder = tokenization.encoder(
         tokenization.load_tokenizer(folder), tokenization.PromptFormat(**changed), end_ids=end_ids
     )
-    [found] = tokenization.chat_rows(encoder, [prompt], [list(responses)], max_length=400, max_prompt_length=200)
+    [found] = tokenization.chat_rows(encoder, [prompt], [list(completions)], max_length=400, max_prompt_length=200)
     shown = [
         (encoder.tokenizer.decode(row.ids[: row.prompt_length]), encoder.tokenizer.decode(row.ids[row.prompt_length :]))
         for row in found
@@ -443,33 +443,33 @@ def test_thoughts_are_refused_kept_or_dropped_and_never_passed_over(tmp_path):
     thought = "<think>\nhm\n</think>\n\nYes"
     opened = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n"
     with pytest.raises(tokenization.Refused, match="a completion holds a thought"):
-        rows(CHATML, responses=[thought], tmp_path=tmp_path)
-    assert rows(CHATML, responses=[thought], tmp_path=tmp_path, thoughts="keep") == (opened, thought + "<|im_end|>")
-    assert rows(CHATML, responses=[thought], tmp_path=tmp_path, thoughts="drop") == (opened, "Yes<|im_end|>")
+        rows(CHATML, completions=[thought], tmp_path=tmp_path)
+    assert rows(CHATML, completions=[thought], tmp_path=tmp_path, thoughts="keep") == (opened, thought + "<|im_end|>")
+    assert rows(CHATML, completions=[thought], tmp_path=tmp_path, thoughts="drop") == (opened, "Yes<|im_end|>")
     # one that the template writes
     empty = "<think>\n\n</think>\n\n"
     with pytest.raises(
         tokenization.Refused, match=r"the chat template writes a thought of its own .*<think>.*enable_thinking"
     ):
-        rows(THINKING, responses=["n"], tmp_path=tmp_path)  # a letter that stands in the thought, too
+        rows(THINKING, completions=["n"], tmp_path=tmp_path)  # a letter that stands in the thought, too
     assert rows(THINKING, tmp_path=tmp_path, thoughts="keep") == (opened, f"{empty}Yes<|im_end|>")
     with pytest.raises(
         tokenization.Refused, match="which no sampling would put there"
     ):  # drop is for thoughts of the data
-        rows(THINKING, responses=["n"], tmp_path=tmp_path, thoughts="drop")
+        rows(THINKING, completions=["n"], tmp_path=tmp_path, thoughts="drop")
     off = {"enable_thinking": False}
     assert rows(THINKING, tmp_path=tmp_path, chat_template_kwargs=off) == (f"{opened}{empty}", "Yes<|im_end|>")
     # and one that it takes away from an answer: nothing is left to train on in silence
     strips = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
     with pytest.raises(tokenization.Refused, match="leaves out the text of a turn of role 'assistant'"):
-        rows(strips, responses=[thought], tmp_path=tmp_path, thoughts="keep")
-    assert rows(strips, responses=[thought], tmp_path=tmp_path, thoughts="drop") == (opened, "Yes<|im_end|>")
+        rows(strips, completions=[thought], tmp_path=tmp_path, thoughts="keep")
+    assert rows(strips, completions=[thought], tmp_path=tmp_path, thoughts="drop") == (opened, "Yes<|im_end|>")
     # all of them, and never a part of one
     several = "Sure. <think>a</think> A <think>b</think>B"
-    assert rows(CHATML, responses=[several], tmp_path=tmp_path, thoughts="drop")[1] == "Sure. A B<|im_end|>"
+    assert rows(CHATML, completions=[several], tmp_path=tmp_path, thoughts="drop")[1] == "Sure. A B<|im_end|>"
     for cut, why in (("<think>\nI wonder", "not closed"), ("<think>a</think>", "nothing but a thought")):
         with pytest.raises(tokenization.Refused, match=why):
-            rows(CHATML, responses=[cut], tmp_path=tmp_path, thoughts="drop")
+            rows(CHATML, completions=[cut], tmp_path=tmp_path, thoughts="drop")
     # of earlier turns the template may take it
     turns = [
         {"role": "user", "content": "a"},
@@ -492,12 +492,12 @@ def test_thoughts_that_the_generation_prompt_opens_are_whole(tmp_path):
     )
     opened = "<|im_start|>user\nHi?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     for said in ("<think>\nr\n</think>\n\nans", "<think>r</think>ans", "r\n</think>\n\nans"):
-        got = rows(template, responses=[said], tmp_path=tmp_path, thoughts="keep")
+        got = rows(template, completions=[said], tmp_path=tmp_path, thoughts="keep")
         assert got == (opened, "r\n</think>\n\nans<|im_end|>")
     with pytest.raises(tokenization.Refused, match="opens a thought that this completion does not close"):
-        rows(template, responses=["I wonder and"], tmp_path=tmp_path, thoughts="keep")  # cut by its length
+        rows(template, completions=["I wonder and"], tmp_path=tmp_path, thoughts="keep")  # cut by its length
     with pytest.raises(tokenization.Refused, match="opens a thought that this completion does not close"):
-        rows(template, responses=["ans"], tmp_path=tmp_path, thoughts="drop")
+        rows(template, completions=["ans"], tmp_path=tmp_path, thoughts="drop")
 
 
 def test_switches_that_a_template_obeys_are_no_lost_text(tmp_path):
@@ -533,15 +533,15 @@ def test_an_end_token_that_is_not_special_ends_a_completion(tmp_path):
     [[row]] = tokenization.chat_rows(encoder, ["Hi?"], [["a<eot>b"]], max_length=100, max_prompt_length=50)
     assert row.ids.count(260) == 2 and row.ids[-1] == 260, "the data cannot write it"
     assert tokenization.warnings(encoder) == []
-    [told] = tokenization.warnings(
+    [given] = tokenization.warnings(
         tokenization.encoder(tokenization.load_tokenizer(folder, chat_template=CHATML, eos_token="<|endoftext|>"))
     )
-    assert "closes an answer with '<|im_end|>', which is no end token of this model (EOS is '<|endoftext|>')" in told
+    assert "closes an answer with '<|im_end|>', which is no end token of this model (EOS is '<|endoftext|>')" in given
 
 
 def test_a_generation_prompt_that_answers_do_not_have_is_refused(tmp_path):
     opens_thought = CHATML.replace("'<|im_start|>assistant\n' if", "'<|im_start|>assistant\n<think>\n' if")
-    with pytest.raises(tokenization.Refused, match=r"the response has no beginning; .* chat_template_kwargs"):
+    with pytest.raises(tokenization.Refused, match=r"the completion has no beginning; .* chat_template_kwargs"):
         rows(opens_thought, tmp_path=tmp_path)
 
 
@@ -549,15 +549,15 @@ def test_what_of_a_template_will_surprise_is_said(tmp_path):
     folder = tmp_path / "t"
     folder.mkdir()
     write_tokenizer(folder, CHATML)
-    told = tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder, chat_template="llama3")))
+    given = tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder, chat_template="llama3")))
     assert (
-        len(told) == 1
-        and "<|end_header_id|>, <|eot_id|>, <|start_header_id|>, which this tokenizer does not" in told[0]
+        len(given) == 1
+        and "<|end_header_id|>, <|eot_id|>, <|start_header_id|>, which this tokenizer does not" in given[0]
     )
     assert tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder))) == []
     headless = "{% for m in messages %}{{ m.role + '\n' + m.content + eos_token }}{% endfor %}"
-    told = tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder, chat_template=headless)))
-    assert len(told) == 1 and "has no generation prompt: it writes 'assistant' before an answer" in told[0]
+    given = tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder, chat_template=headless)))
+    assert len(given) == 1 and "has no generation prompt: it writes 'assistant' before an answer" in given[0]
     plain = "{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else ' ') }}{% endfor %}"
     assert tokenization.warnings(tokenization.encoder(tokenization.load_tokenizer(folder, chat_template=plain))) == []
 
@@ -576,7 +576,7 @@ def test_candidates_of_a_group_follow_one_prompt(tmp_path):
     write_tokenizer(folder, None)
     encoder = tokenization.encoder(tokenization.load_tokenizer(folder))
     group = [("0123456789", ["a", "bcdef"], [1.0, 0.0])]
-    limits = {"max_length": 12, "max_response_length": 8}
+    limits = {"max_length": 12, "max_completion_length": 8}
     rows, audit = prepared(group, encoder, **limits)
     shown = [encoder.tokenizer.decode(rows.row(k)[0]) for k in (0, 1)]
     assert shown == ["456789a<|im_end|>", "456789bcdef<|im_end|>"]
@@ -598,9 +598,9 @@ def test_answers_are_cut_to_the_room_that_is_left_and_a_header_is_no_answer(tmp_
     limits = {"max_length": opened + 40, "max_prompt_length": opened + 30}  # one token too few for the first
     group = [(prompt, answers, [1.0, 0.0])]
     _, audit = prepared(group, tokenization.encoder(tokenizer), **limits)
-    assert (audit.responses_cut, audit.response_tokens_cut) == (1, 1) and "rows, 1 tokens lost" in audit.text()
+    assert (audit.completions_cut, audit.completion_tokens_cut) == (1, 1) and "rows, 1 tokens lost" in audit.text()
     _, audit = prepared(group, tokenization.encoder(tokenizer), truncate_together=True, **limits)
-    assert (audit.responses_cut, audit.response_tokens_cut) == (2, 32)  # the original: all keep what is left beside
+    assert (audit.completions_cut, audit.completion_tokens_cut) == (2, 32)  # the original: all keep what is left beside
     original = tokenization.PromptFormat(assistant_header="completion", append_eos="unless_last")
     header = 1 + len("assistant\n")
     short = {"max_length": 16 + header, "max_prompt_length": 16}

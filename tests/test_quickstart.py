@@ -149,7 +149,7 @@ def test_intervals_refuse_what_is_no_sample():
 
 
 def test_answers_to_different_prompts_are_not_compared():
-    row = {"prompt": "4321>", "response": "1234", "outcome": task.CORRECT, "greedy": "1234"}
+    row = {"prompt": "4321>", "completion": "1234", "outcome": task.CORRECT, "greedy": "1234"}
     with pytest.raises(ValueError, match="to different prompts"):
         quickstart_summary.compare([row, row], [row, row | {"prompt": "4320>"}])
 
@@ -189,7 +189,7 @@ def test_the_tokenizer_gives_the_rows_the_trainer_builds():
     assert ids == [1, 13, 4, 12, 5, 14]
     assert tokenizer.decode(ids[1:]) == "9081>"
     ((row,),) = tokenization.raw_rows(
-        tokenization.encoder(tokenizer), ["9081>"], [["0189"]], max_length=24, max_response_length=12
+        tokenization.encoder(tokenizer), ["9081>"], [["0189"]], max_length=24, max_completion_length=12
     )
     assert row.ids == [*ids, 4, 5, 12, 13, tokenizer.eos_token_id]
     assert (row.prompt_length, row.merged) == (len(ids), False)
@@ -205,10 +205,10 @@ def test_every_divergence_can_be_asked_for(name):
 
 def test_the_longest_answer_fits_the_window():
     c = recipe.get_config()
-    longest = 1 + task.LONGEST + 1 + recipe.MAX_RESPONSE_LENGTH  # BOS, digits, ">", response
+    longest = 1 + task.LONGEST + 1 + recipe.MAX_COMPLETION_LENGTH  # BOS, digits, ">", completion
     assert longest <= c.data.max_length <= quickstart_model.ARCHITECTURE.max_positions
     assert (
-        recipe.MAX_RESPONSE_LENGTH > task.LONGEST + 2
+        recipe.MAX_COMPLETION_LENGTH > task.LONGEST + 2
     )  # a mistake's extra digit and EOS fit, an answer never fills it
     pretraining = recipe.pretraining()
     assert configuration.problems(pretraining) == []
@@ -218,9 +218,9 @@ def test_the_longest_answer_fits_the_window():
 # --- the whole program, in miniature
 
 
-def odd_length(prompt, response):
-    """A reward that five updates can earn; they are too few to sort."""
-    return float(len(response) % 2)
+def odd_length(prompt, completion):
+    """A reward that five steps can earn; they are too few to sort."""
+    return float(len(completion) % 2)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def finished(tmp_path_factory):
         return workdir, quickstart.run(workdir, seed=3, divergence="alpha", scale=TINY)
 
 
-@pytest.mark.slow  # 44 CPU-seconds for the fixture: two training runs of a few updates, each compiled for 8 devices
+@pytest.mark.slow  # 44 CPU-seconds for the fixture: two training runs of a few steps, each compiled for 8 devices
 def test_every_artefact_is_there(finished):
     workdir, summary = finished
     c = quickstart_configs.alignment(workdir, seed=3, divergence="alpha", scale=TINY)
@@ -268,7 +268,7 @@ def test_the_summary_has_its_fields_and_they_are_what_the_files_say(finished):
     for moment in ("before", "after"):
         rows = jsonl.read(workdir / summary["paths"][moment])
         right = ["".join(sorted(row["prompt"][:-1])) for row in rows]
-        correct[moment] = np.array([row["response"] == text for row, text in zip(rows, right, strict=True)])
+        correct[moment] = np.array([row["completion"] == text for row, text in zip(rows, right, strict=True)])
         found = summary["success"][moment]
         assert (found["correct"], found["count"]) == (correct[moment].sum(), TINY.held_out_prompts)
         assert found["rate"] == correct[moment].mean()
@@ -370,9 +370,9 @@ def test_transformers_reads_the_export_and_answers_the_same(finished):
     tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "export-alpha")
     for row in jsonl.read(workdir / summary["paths"]["after"])[:4]:
         ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
-        written = theirs.generate(ids, do_sample=False, temperature=None, max_new_tokens=recipe.MAX_RESPONSE_LENGTH)
-        response = [token for token in written[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id]
-        assert tokenizer.decode(response) == row["greedy"]
+        written = theirs.generate(ids, do_sample=False, temperature=None, max_new_tokens=recipe.MAX_COMPLETION_LENGTH)
+        completion = [token for token in written[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id]
+        assert tokenizer.decode(completion) == row["greedy"]
 
 
 @pytest.mark.slow
@@ -389,8 +389,8 @@ def test_samples_without_a_preference_are_refused(finished, monkeypatch, tmp_pat
     workdir, _ = finished
     program = quickstart._Quickstart(tmp_path, 3, "alpha", TINY)
     program.sft_model, program.demonstrations = workdir / "sft_model", workdir / "data" / "demonstrations.jsonl"
-    monkeypatch.setattr(task, "reward", lambda prompt, response: 0.0)
-    with pytest.raises(ValueError, match="in each of 64 groups all 4 responses have the same reward"):
+    monkeypatch.setattr(task, "reward", lambda prompt, completion: 0.0)
+    with pytest.raises(ValueError, match="in each of 64 groups all 4 completions have the same reward"):
         program.sample_groups()
     assert not program.groups.exists()
 

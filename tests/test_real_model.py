@@ -281,14 +281,14 @@ def batch_of(groups):
     rows = [one for group in groups for one in group]
     tokens_NT = np.zeros((len(rows), MAX_LENGTH), np.int32)
     valid_NT = np.zeros(tokens_NT.shape, bool)
-    scored_NR = np.zeros((len(rows), MAX_LENGTH - 1), bool)
+    loss_mask_NR = np.zeros((len(rows), MAX_LENGTH - 1), bool)
     for place, (ids, length) in enumerate(rows):
         tokens_NT[place, : len(ids)], valid_NT[place, : len(ids)] = ids, True
-        scored_NR[place, length - 1 : len(ids) - 1] = True
+        loss_mask_NR[place, length - 1 : len(ids) - 1] = True
     predictors_NR = np.tile(np.arange(MAX_LENGTH - 1, dtype=np.int32), (len(rows), 1))
     rewards_BK = np.tile(np.array([[1.0, 0.0]], np.float32), (len(groups), 1))
     return types.Batch(
-        tokens_NT, valid_NT, predictors_NR, tokens_NT[:, 1:], scored_NR, rewards_BK, np.zeros_like(rewards_BK),
+        tokens_NT, valid_NT, predictors_NR, tokens_NT[:, 1:], loss_mask_NR, rewards_BK, np.zeros_like(rewards_BK),
         np.ones(len(groups), np.float32), np.arange(len(groups), dtype=np.int32),
     )  # fmt: skip
 

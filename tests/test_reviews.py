@@ -27,7 +27,9 @@ def read(folder, tokenizer, *rows, **options):
 def test_a_review_is_cleaned_and_cut_after_ten_tokens(tmp_path, bytewise):
     found = read(tmp_path, bytewise, {"text": "I liked it.<br /><br />Much. \n", "label": 1})
     (record,) = found.rows
-    assert record.prompt == "I liked it" and list(record.responses) == [".\n\nMuch."] and list(record.rewards) == [1.0]
+    assert (
+        record.prompt == "I liked it" and list(record.completions) == [".\n\nMuch."] and list(record.rewards) == [1.0]
+    )
     assert record.source.endswith("r.jsonl:1")
 
 
@@ -40,7 +42,7 @@ def test_labels_of_the_hub_and_of_the_original(tmp_path, bytewise, label, reward
 def test_a_character_of_several_tokens_is_not_cut(tmp_path, bytewise):
     """The tenth byte is the first of three: the prompt keeps the whole character."""
     (record,) = read(tmp_path, bytewise, {"text": "nine char€ and more", "label": 0}).rows
-    assert record.prompt == "nine char€" and list(record.responses) == [" and more"]
+    assert record.prompt == "nine char€" and list(record.completions) == [" and more"]
 
 
 def test_words_are_cut_where_the_model_s_own_tokens_end():
@@ -49,10 +51,10 @@ def test_words_are_cut_where_the_model_s_own_tokens_end():
         shared_data("tokenizers", "gpt_neox_20B_tokenizer.json"), eos_token="<|endoftext|>"
     )
     text = "This is one of the best films that I have ever seen, and I have seen many."
-    ((prompt, response),) = imdb.split([text], tokenizer)
-    assert prompt == "This is one of the best films that I have" and response == text[len(prompt) :]
+    ((prompt, completion),) = imdb.split([text], tokenizer)
+    assert prompt == "This is one of the best films that I have" and completion == text[len(prompt) :]
     encoder = tokenization.encoder(tokenizer)
-    (row,) = tokenization.raw_rows(encoder, [prompt], [[response]], max_length=64, max_response_length=50)[0]
+    (row,) = tokenization.raw_rows(encoder, [prompt], [[completion]], max_length=64, max_completion_length=50)[0]
     assert row.prompt_length == imdb.PREFIX_TOKENS and not row.merged
     assert row.ids[:-1] == tokenization.encode(encoder, [text])[0], "the pair is the review, token by token"
 

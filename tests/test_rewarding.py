@@ -42,7 +42,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory):
-    """A reward run of 40 updates."""
+    """A reward run of 40 steps."""
     c = reward_config(
         base / "model",
         base / "train.jsonl",
@@ -63,20 +63,20 @@ def run(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("response", "limit", "last"),
+    ("completion", "limit", "last"),
     [(" ab", 16, "b"), (" abcdefgh", 4, "c"), (" ab", 4, "b")],
     ids=["EOS present", "EOS cut off", "EOS just fits"],
 )
-def test_the_score_stands_at_the_last_content_token(base, response, limit, last):
+def test_the_score_stands_at_the_last_content_token(base, completion, limit, last):
     encoder = tokenization.encoder(tokenization.load_tokenizer(base / "model"), tokenization.PromptFormat(rule="raw"))
     tokenizer = encoder.tokenizer
-    record = data.Record("q?", [response, " zz"], [1.0, 0.0], "here")
-    prepared, _ = data.prepare([record], encoder, max_length=32, max_response_length=limit, reward_pad_id=0)
+    record = data.Record("q?", [completion, " zz"], [1.0, 0.0], "here")
+    prepared, _ = data.prepare([record], encoder, max_length=32, max_completion_length=limit, reward_pad_id=0)
     ids, prompt_length = prepared.row(0)
     assert tokenizer.decode(ids[prompt_length:])[-1] == last
     schedule = data.schedule(prepared, batch_size=1, buckets=(32,), seed=0)
     batch = data.batch_at(schedule, 0, np.arange(1))
-    position = np.max(np.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)[0]
+    position = np.max(np.where(batch.loss_mask_NR, batch.predictors_NR + 1, 0), axis=1)[0]
     assert batch.tokens_NT[0, position] == ids[-1] and position == len(ids) - 1
 
 
@@ -97,7 +97,7 @@ def test_plain_text_loses_one_eos_and_a_conversation_its_pads(base):
 def test_losses_and_gradients_equal_torch():
     torch = pytest.importorskip("torch", reason="PyTorch is absent")
     scores_BK, random = np.array([[1.5, -0.3], [0.2, 4.0], [-90.0, 90.0]], np.float32), np.random.default_rng(1)
-    operands = losses.Candidates(scores_BK * 0, scores_BK * 0, scores_BK * 0 + 3, np.float32([[1, 0]] * 3), 0.0)
+    operands = losses.Completions(scores_BK * 0, scores_BK * 0, scores_BK * 0 + 3, np.float32([[1, 0]] * 3), 0.0)
     loss = losses.resolve("bradley_terry")
     value, gradient = jax.value_and_grad(lambda s: loss.of_logps(s, operands).mean())(jnp.asarray(scores_BK))
     theirs = torch.tensor(scores_BK, requires_grad=True)
@@ -108,7 +108,7 @@ def test_losses_and_gradients_equal_torch():
 
     labels_BK = np.float32([[1], [0], [1], [0.25]])
     single_BK = random.normal(size=(4, 1)).astype(np.float32) * 3
-    operands = losses.Candidates(single_BK * 0, single_BK * 0, single_BK * 0 + 3, labels_BK, 0.0)
+    operands = losses.Completions(single_BK * 0, single_BK * 0, single_BK * 0 + 3, labels_BK, 0.0)
     loss = losses.resolve("binary_cross_entropy")
     value, gradient = jax.value_and_grad(lambda s: loss.of_logps(s, operands).mean())(jnp.asarray(single_BK))
     theirs = torch.tensor(single_BK, requires_grad=True)
@@ -122,7 +122,7 @@ def test_more_than_two_candidates_compare_every_better_with_every_worse_one():
     scores_BK, rewards_BK = jnp.array([[1.0, 3.0, 0.5], [7.0, 8.0, 9.0]]), np.float32([[0.1, 0.9, 0.1], [2, 2, 2]])
     zeros_BK = np.zeros_like(rewards_BK)
     loss = losses.resolve("bradley_terry")
-    found = loss.of_logps(scores_BK, losses.Candidates(zeros_BK, zeros_BK, zeros_BK, rewards_BK, 0.0))
+    found = loss.of_logps(scores_BK, losses.Completions(zeros_BK, zeros_BK, zeros_BK, rewards_BK, 0.0))
     assert_allclose(found, [np.mean([np.log1p(np.exp(-2.0)), np.log1p(np.exp(-2.5))]), 0], rtol=1e-6)
     assert loss.counted(rewards_BK).tolist() == [True, False]
 
@@ -131,7 +131,7 @@ def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
     """Two groups, and the same two beside a tied one: the same mean, the same gradient."""
     inputs = run_inputs.prepare(reward_config(base / "model", base / "train.jsonl"))
     weights = hf.load_params(inputs.source, inputs.model_config, dtype="float32", key=jax.random.key(0))
-    forward_fn = forward.RewardForward(inputs.model_config, "float32", "none", attention.Choice("xla", "test"))
+    forward_fn = forward.RewardForward(inputs.model_config, "float32", "none", attention.Selection("xla", "test"))
     schedule = data.schedule(inputs.train.prepared, batch_size=3, buckets=(40,), seed=0)
     whole = data.batch_at(schedule, 0, np.arange(3))
     whole.rewards_BK[2] = 0.5
@@ -174,7 +174,10 @@ def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
         ({"loss__sft_weight": 0.1}, "'sft_weight' is not used by 'bradley_terry'"),
         ({"reference__path": "elsewhere"}, "reference.path='elsewhere' is not used by loss 'bradley_terry'"),
         ({"kernel__workspace_mib": 64}, "kernel.workspace_mib=64 is not used by stage 'reward'"),
-        ({"stage": "sft", "loss__name": "sft"}, "data.group_size=2: loss 'sft' in stage 'sft' trains on one response"),
+        (
+            {"stage": "sft", "loss__name": "sft"},
+            "data.group_size=2: loss 'sft' in stage 'sft' trains on one completion",
+        ),
         ({"loss__name": "binary_cross_entropy"}, "data.group_size=2: loss 'binary_cross_entropy' in stage 'reward'"),
         (
             {"stage": "sft", "loss__name": "sft", "data__group_size": 1, "loss__tie_policy": "first"},
@@ -192,7 +195,7 @@ def test_what_does_not_fit_the_stage_is_refused(base, changed, message):
 
 def test_a_metric_that_no_evaluation_has_is_refused_before_anything_is_read(base):
     c = reward_config(base / "absent", base / "train.jsonl", train__keep_best="eval_accuracy")
-    with pytest.raises(ValueError, match=r"'eval_accuracy' is no metric of this run; choose from .*eval_loss"):
+    with pytest.raises(ValueError, match=r"'eval_accuracy' is no metric of this run; select from .*eval_loss"):
         run_inputs.prepare(c)
 
 
@@ -312,7 +315,7 @@ def sft_config(base, **changed):
     return tiny.config(base / "model", base / "train.jsonl", **(defaults | changed))
 
 
-def test_fine_tuning_takes_the_chosen_response_alone(base):
+def test_fine_tuning_takes_the_chosen_completion_alone(base):
     inputs = run_inputs.prepare(sft_config(base))
     assert inputs.train.prepared.group_size == 1 and inputs.train.prepared.groups == 64
     assert inputs.train.sample.endswith("!</s>⟧")
@@ -330,14 +333,14 @@ def test_perplexity_is_the_exponential_of_the_mean_over_tokens(base, tmp_path):
 
 def test_a_row_that_fills_the_window_is_trained_on(base):
     """The original masks a row without padding whole."""
-    c = sft_config(base, data__max_length=12, data__max_response_length=8)
+    c = sft_config(base, data__max_length=12, data__max_completion_length=8)
     inputs = run_inputs.prepare(c)
     prepared = inputs.train.prepared
     full = int(np.argmax(prepared.lengths_N))
     assert prepared.lengths_N[full] == 12
     schedule = data.schedule(prepared, batch_size=1, buckets=(12,), seed=0, shuffle=False)
     batch = data.batch_at(schedule, full, np.arange(1))
-    assert batch.scored_NR.sum() == 12 - prepared.prompt_lengths_N[full] > 0
+    assert batch.loss_mask_NR.sum() == 12 - prepared.prompt_lengths_N[full] > 0
 
 
 def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
@@ -347,7 +350,7 @@ def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
     batch = data.batch_at(schedule, 0, np.arange(8))
     weights = hf.load_params(inputs.source, inputs.model_config, dtype="float32")
     forward_fn = forward.PolicyForward(
-        inputs.model_config, "float32", "none", attention.Choice("xla", "test"), "chunked", 2**20, temperature=1.0
+        inputs.model_config, "float32", "none", attention.Selection("xla", "test"), "chunked", 2**20, temperature=1.0
     )
     found = []
     for accumulation in (1, 4):
@@ -369,7 +372,7 @@ def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
         )(state, stacked)
         found.append(metric_logger.means(jax.device_get(pairs)))
     assert_allclose(found[0]["grad_norm"], found[1]["grad_norm"], rtol=1e-5)
-    nll, tokens = found[0]["sft_loss"], batch.scored_NR.sum()
+    nll, tokens = found[0]["sft_loss"], batch.loss_mask_NR.sum()
     assert tokens > 8 and nll > 0
     assert_allclose(found[0]["loss"], nll, rtol=1e-5, err_msg="mean over tokens, not over rows")
 

@@ -65,13 +65,13 @@ def next_probabilities(tokens, *, temperature):
 
 
 def test_greedy_is_the_argmax_of_the_logits_at_every_step():
-    for prompt, (response,) in zip(PROMPTS, draw(temperature=0.0), strict=True):
+    for prompt, (completion,) in zip(PROMPTS, draw(temperature=0.0), strict=True):
         tokens = list(prompt)
-        for token in response:
+        for token in completion:
             assert token == next_probabilities(tokens, temperature=1.0).argmax()
             tokens.append(token)
-        assert len(response) == 5 or response[-1] == EOS
-    assert len({tuple(response) for (response,) in draw(temperature=0.0)}) > 1
+        assert len(completion) == 5 or completion[-1] == EOS
+    assert len({tuple(completion) for (completion,) in draw(temperature=0.0)}) > 1
 
 
 def cut(probabilities, *, temperature=1.0, top_k=0, top_p=1.0):
@@ -95,7 +95,7 @@ def cut(probabilities, *, temperature=1.0, top_k=0, top_p=1.0):
 )
 def test_frequencies_match_the_exact_probabilities_of_two_tokens(options, cells):
     prompt, count, vocab = PROMPTS[0], 6000, 11
-    (responses,) = draw([prompt], num_return=count, batch_size=2000, max_new_tokens=2, seed=1, window=None, **options)
+    (completions,) = draw([prompt], num_return=count, batch_size=2000, max_new_tokens=2, seed=1, window=None, **options)
 
     def exact(tokens):
         return cut(next_probabilities(tokens, temperature=options.get("temperature", 1.0)), **options)
@@ -107,8 +107,8 @@ def test_frequencies_match_the_exact_probabilities_of_two_tokens(options, cells)
         expected |= {(a, b): first[a] * second[b] for b in range(vocab)}
     assert sum(expected.values()) == pytest.approx(1.0)
     seen = {key: 0 for key in expected}
-    for response in responses:
-        seen[tuple(response)] += 1
+    for completion in completions:
+        seen[tuple(completion)] += 1
     # cells too rare for the chi-squared distribution are counted as one
     common = [key for key in expected if count * expected[key] >= 5]
     observed, wanted = [seen[key] for key in common], [count * expected[key] for key in common]
@@ -120,7 +120,7 @@ def test_frequencies_match_the_exact_probabilities_of_two_tokens(options, cells)
     assert scipy.stats.chisquare(observed, wanted).pvalue > 1e-3
 
 
-def test_responses_do_not_depend_on_batch_size_window_or_number_of_returns():
+def test_completions_do_not_depend_on_batch_size_window_or_number_of_returns():
     whole = draw(num_return=3)
     assert draw(num_return=3, batch_size=1) == whole
     ragged = {"batch_size": 5, "window": 16}
@@ -135,7 +135,7 @@ def test_the_other_prompts_and_their_order_change_not_a_bit(caplog):
     config = dataclasses.replace(config, max_positions=96)  # prompts are padded to 16, 32, 64 and 91 tokens
     random = np.random.default_rng(0)
     prompts = [random.integers(3, 11, size).tolist() for size in (4, 20, 17, 60, 5, 33, 1, 90)]
-    told = []
+    described = []
 
     def answers(order):
         found = sampler.sample(
@@ -147,14 +147,14 @@ def test_the_other_prompts_and_their_order_change_not_a_bit(caplog):
             num_return=2,
             batch_size=4,
             numbers=order,
-            done=told.append,
+            done=described.append,
         )
         return dict(zip(order, found, strict=True))
 
     with caplog.at_level("INFO", logger="fpo_jax"):
         whole = answers(range(8))
-    assert told == [{0: whole[0], 4: whole[4]}, {6: whole[6]}, {1: whole[1], 2: whole[2]}, {3: whole[3], 5: whole[5]},
-                    {7: whole[7]}]  # fmt: skip
+    assert described == [{0: whole[0], 4: whole[4]}, {6: whole[6]}, {1: whole[1], 2: whole[2]}, {3: whole[3],
+                    5: whole[5]}, {7: whole[7]}]  # fmt: skip
     assert [record.args for record in caplog.records] == [(3, 16, 2), (2, 32, 2), (2, 64, 2), (1, 91, 2)]
     assert answers([5, 2, 7, 0, 6, 1, 4, 3]) == whole
     assert answers([0, 7]) == {0: whole[0], 7: whole[7]}
@@ -163,20 +163,20 @@ def test_the_other_prompts_and_their_order_change_not_a_bit(caplog):
 def test_noise_differs_between_seeds_prompts_returns_and_steps():
     same = [[1, 4, 5]] * 2
     (a, b), (c, d) = draw(same, num_return=2)
-    assert len({tuple(response) for response in (a, b, c, d)}) == 4
+    assert len({tuple(completion) for completion in (a, b, c, d)}) == 4
     assert draw(same, num_return=2, seed=8) != [[a, b], [c, d]]
     _, weights = tiny()
     uniform = dict(weights, head=jnp.zeros_like(weights["head"]))  # a noise shared by all steps would repeat a token
-    (responses,) = draw([[1]], params=uniform, num_return=6, stop_ids=(10,))
-    assert min(len(set(response)) for response in responses if len(response) == 5) > 1
+    (completions,) = draw([[1]], params=uniform, num_return=6, stop_ids=(10,))
+    assert min(len(set(completion)) for completion in completions if len(completion) == 5) > 1
 
 
-def test_a_response_ends_with_eos_or_at_the_limit():
+def test_a_completion_ends_with_eos_or_at_the_limit():
     lengths = set()
-    for (response,) in draw([[1, 4, 5]] * 300):
-        assert EOS not in response[:-1]
-        assert len(response) == 5 or response[-1] == EOS
-        lengths.add(len(response))
+    for (completion,) in draw([[1, 4, 5]] * 300):
+        assert EOS not in completion[:-1]
+        assert len(completion) == 5 or completion[-1] == EOS
+        lengths.add(len(completion))
     assert lengths == {1, 2, 3, 4, 5}
 
 
@@ -205,7 +205,7 @@ def test_stories_greedy_text_is_reproduced():
     expected = json.loads((folder / "expected_greedy.json").read_text())["greedy_ids"]
     config = hf.read_config(folder)
     weights = hf.load_params(folder, config, dtype="float32")
-    ((response,),) = sampler.sample(
+    ((completion,),) = sampler.sample(
         weights,
         [expected[:1]],
         config=config,
@@ -213,7 +213,7 @@ def test_stories_greedy_text_is_reproduced():
         seed=0,
         batch_size=1,
     )
-    assert response == expected[1:]
+    assert completion == expected[1:]
 
 
 def test_logits_that_are_not_finite_are_an_error_that_names_the_prompts():
@@ -254,7 +254,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_prompts():
         ),
         ({"window": 9}, "need 10 positions, window=9"),
         ({"compute_dtype": "int8"}, "compute_dtype int8 is not one of"),
-        ({"attention": attention.Choice("flash", "for the test")}, "flash"),
+        ({"attention": attention.Selection("flash", "for the test")}, "flash"),
     ],
 )
 def test_bad_input_is_named(changed, message):
@@ -363,13 +363,13 @@ def test_what_is_cut_is_what_transformers_cuts(options):
 def test_no_stop_token_before_the_minimum_and_any_of_several_stops():
     _, weights = tiny()
     uniform, stops = dict(weights, head=jnp.zeros_like(weights["head"])), (EOS, 3, 4, 5)
-    responses = [tokens for (tokens,) in draw([[1]] * 100, params=uniform, stop_ids=stops, min_new_tokens=3)]
-    assert {len(tokens) for tokens in responses} == {4, 5}  # stop tokens are not counted, as in transformers
-    assert not any(set(tokens[:-1]) & set(stops) for tokens in responses)
-    assert {tokens[-1] for tokens in responses if len(tokens) < 5} == set(stops)
+    completions = [tokens for (tokens,) in draw([[1]] * 100, params=uniform, stop_ids=stops, min_new_tokens=3)]
+    assert {len(tokens) for tokens in completions} == {4, 5}  # stop tokens are not counted, as in transformers
+    assert not any(set(tokens[:-1]) & set(stops) for tokens in completions)
+    assert {tokens[-1] for tokens in completions if len(tokens) < 5} == set(stops)
 
 
 def test_each_prompt_is_reported_when_it_is_done_and_has_its_own_number():
-    whole, told = draw(num_return=2), {}
-    again = draw(PROMPTS[2:], num_return=2, numbers=[2, 3], batch_size=2, done=told.update)
-    assert again == whole[2:] and told == dict(enumerate(whole[2:]))
+    whole, described = draw(num_return=2), {}
+    again = draw(PROMPTS[2:], num_return=2, numbers=[2, 3], batch_size=2, done=described.update)
+    assert again == whole[2:] and described == dict(enumerate(whole[2:]))

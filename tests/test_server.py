@@ -197,12 +197,12 @@ def options(tmp_path, server, **changed):
 
 def test_a_signal_keeps_what_is_under_way_and_asks_no_more(tmp_path, monkeypatch):
     """A server that is down does not hold a job that is told to stop: waits between attempts end at once."""
-    asked, told = threading.Event(), threading.Event()
+    asked, described = threading.Event(), threading.Event()
 
     def agreed(self):
         if not asked.is_set():
             return None
-        told.set()
+        described.set()
         return "SIGTERM"
 
     monkeypatch.setattr(preemption.StopRequest, "agreed", agreed)
@@ -212,7 +212,7 @@ def test_a_signal_keeps_what_is_under_way_and_asks_no_more(tmp_path, monkeypatch
         if body["prompt"] == "0?":
             return 503  # waits half a minute, then would ask again
         asked.set()
-        told.wait(20)
+        described.wait(20)
         time.sleep(0.5)
         return None
 

@@ -183,9 +183,9 @@ def test_a_hostile_reply_fails_alone_in_bounded_time_and_memory(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "o.jsonl.part").read_text().splitlines()]
     assert sorted(line["index"] for line in lines) == list(range(1, prompts, 2)), done.stderr
     assert {(*line["completions"], *line["finish"]) for line in lines} == {("fine", "stop")}
-    told = [line for line in done.stderr.splitlines() if line.startswith("no answer: ")]
-    assert len(HOSTILE) >= 31 and failed == len(told) == len(HOSTILE) == prompts - len(lines)
-    assert all(len(line) < 700 and line.isprintable() for line in told), done.stderr
+    described = [line for line in done.stderr.splitlines() if line.startswith("no answer: ")]
+    assert len(HOSTILE) >= 31 and failed == len(described) == len(HOSTILE) == prompts - len(lines)
+    assert all(len(line) < 700 and line.isprintable() for line in described), done.stderr
     assert mib < MOST_MIB
 
 
@@ -214,7 +214,7 @@ def test_two_hundred_corrupted_replies_fail_alone_or_are_whole(tmp_path, monkeyp
     lines = jsonl_job.read(tmp_path / "o.jsonl.part")
     assert summary.failed + len(lines) == 400 and 20 < summary.failed <= 200
     assert {line["index"] for line in lines} >= set(range(0, 400, 2))
-    told = Counter(
+    described = Counter(
         int(re.search(r"prompts\.jsonl:(\d+)", line).group(1)) for line in caplog.messages if "no answer" in line
     )
-    assert set(told.values()) == {1} and len(told) == summary.failed
+    assert set(described.values()) == {1} and len(described) == summary.failed

@@ -14,7 +14,7 @@ def test_mesh_fills_the_free_axis_in_order():
     mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=2, devices=jax.devices())
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert [d.id for d in np.ravel(mesh.devices)] == list(range(8))
-    assert sharding.Layout(mesh).row_ways == 4
+    assert sharding.Layout(mesh).data_parallel_degree == 4
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_few_key_value_heads_stay_whole_and_query_heads_must_divide():
     shape = {"a": jax.ShapeDtypeStruct((8, 2), "float32")}
     placed = sharding.param_shardings({"a": ("embed", "kv_heads")}, shape, mesh=mesh)
     assert placed["a"].spec == PartitionSpec("fsdp", None)
-    with pytest.raises(ValueError, match=r"heads has 2 entries, mesh axis tensor has 4 devices; choose a divisor of 2"):
+    with pytest.raises(ValueError, match=r"heads has 2 entries, mesh axis tensor has 4 devices; select a divisor of 2"):
         sharding.param_shardings({"a": ("embed", "heads")}, shape, mesh=mesh)
 
 
@@ -77,11 +77,11 @@ def hosts(count, *, each, **facts):
     [
         ("fsdp", {}, (1, 8, 1), "layer"),
         ("zero3", {}, (1, 8, 1), "layer"),
-        ("zero2", {}, (1, 8, 1), "update"),
+        ("zero2", {}, (1, 8, 1), "step"),
         ("multi_gpu", {}, (8, 1, 1), "layer"),
         ("hybrid", {}, (2, 4, 1), "layer"),  # two hosts of four
         ("fsdp", {"tensor": 4}, (1, 2, 4), "layer"),
-        ("zero2", {"tensor": 2}, (1, 4, 2), "update"),
+        ("zero2", {"tensor": 2}, (1, 4, 2), "step"),
         ("hybrid", {"tensor": 2}, (2, 2, 2), "layer"),
         ("fsdp", {"data": -1}, (8, 1, 1), "layer"),  # who asks for the rest gets it
         ("fsdp", {"data": 4}, (4, 2, 1), "layer"),
@@ -118,10 +118,10 @@ def test_unknown_preset_lists_the_known_ones():
 )
 def test_activations_live_where_the_table_says(axes, shape, expected):
     layout = sharding.Layout(sharding.make_mesh(data=2, fsdp=2, tensor=2, devices=jax.devices()))
-    (equation,) = jax.make_jaxpr(lambda x: layout.pin(x, *axes))(np.zeros(shape)).eqns
+    (equation,) = jax.make_jaxpr(lambda x: layout.constrain(x, *axes))(np.zeros(shape)).eqns
     assert equation.params["sharding"] == NamedSharding(layout.mesh, PartitionSpec(*expected))
 
 
 def test_one_device_pins_nothing():
     x = jax.numpy.zeros((2, 3))
-    assert sharding.ONE_DEVICE.pin(x, "rows", "width") is x and sharding.ONE_DEVICE.head is None
+    assert sharding.ONE_DEVICE.constrain(x, "rows", "width") is x and sharding.ONE_DEVICE.head is None

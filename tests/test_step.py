@@ -1,4 +1,4 @@
-"""The update: any split of the batch and any mesh give the same one; nothing that is not finite is ever applied."""
+"""The step: any split of the batch and any mesh give the same one; nothing that is not finite is ever applied."""
 
 import functools
 
@@ -20,16 +20,16 @@ CONFIG = models.ModelConfig(
 GROUPS = 8
 
 
-def batch_of(candidates=2, seed=0):
-    batch = batches.random_batch(groups=GROUPS, candidates=candidates, length=13, vocab=24, seed=seed)
+def batch_of(completions=2, seed=0):
+    batch = batches.random_batch(groups=GROUPS, completions=completions, length=13, vocab=24, seed=seed)
     noise = np.random.default_rng(seed).normal(size=batch.rewards_BK.shape)
     return batch._replace(reference_logps_BK=(-20.0 + noise).astype(np.float32))
 
 
 def updated(loss, batch, *, accumulation=1, mesh=None, **forward_options):
-    """One update from fixed weights: (new parameters, optimiser state, metrics)."""
+    """One step from fixed weights: (new parameters, optimiser state, metrics)."""
     weights = params.init(CONFIG, jax.random.key(0), "float32")
-    rate = adamw.schedule(kind="constant", peak=1e-2, warmup=0, horizon=9)
+    rate = adamw.schedule(kind="constant", peak=1e-2, warmup=0, total_steps=9)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
     )
@@ -101,7 +101,7 @@ def test_padding_tokens_change_nothing():
         valid_NT=np.pad(batch.valid_NT, ((0, 0), (0, 6))),
         predictors_NR=np.pad(batch.predictors_NR, ((0, 0), (0, 3))),
         targets_NR=np.pad(batch.targets_NR, ((0, 0), (0, 3)), constant_values=5),
-        scored_NR=np.pad(batch.scored_NR, ((0, 0), (0, 3))),
+        loss_mask_NR=np.pad(batch.loss_mask_NR, ((0, 0), (0, 3))),
     )
     assert_same_update(updated(loss, batch), updated(loss, wider))
 
@@ -125,10 +125,10 @@ def test_an_update_that_is_not_finite_leaves_the_state(poison):
 
 def test_one_candidate_is_plain_fine_tuning():
     loss = losses.resolve("sft")
-    batch = batch_of(candidates=1)
+    batch = batch_of(completions=1)
     _, numbers = updated(loss, batch)
-    response = jax.jit(batches.forward_fn(CONFIG))(params.init(CONFIG, jax.random.key(0), "float32"), batch)
-    expected = -np.sum(np.asarray(response.sum_N)) / np.sum(np.asarray(response.count_N))
+    completion = jax.jit(batches.forward_fn(CONFIG))(params.init(CONFIG, jax.random.key(0), "float32"), batch)
+    expected = -np.sum(np.asarray(completion.sum_N)) / np.sum(np.asarray(completion.count_N))
     np.testing.assert_allclose(numbers["loss"], expected, rtol=tolerances.FLOAT32)
     assert "rewards/margins" not in numbers
 
@@ -138,7 +138,7 @@ def evaluated(loss, batch, logps_BK, lengths_BK):
 
     class Given(forward.PolicyForward):
         def __call__(self, *_):
-            return logprobs.ResponseLogps(
+            return logprobs.CompletionLogps(
                 jnp.asarray(logps_BK, jnp.float32).reshape(-1),
                 jnp.asarray(lengths_BK, jnp.float32).reshape(-1),
                 jnp.arange(np.size(logps_BK), dtype=jnp.float32),

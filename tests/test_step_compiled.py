@@ -1,4 +1,4 @@
-"""The training step, with the head that `choose` picks, compiled for devices that are not here."""
+"""The training step, with the head that `select` picks, compiled for devices that are not here."""
 
 import functools
 import importlib
@@ -44,7 +44,7 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
     loss, rows = losses.resolve("jspo-pref"), 16 * mesh.size
     head = {"target": logprobs.Target.of(devices[0]), "dtype": "bfloat16", "head_dtype": "float32"}
     shapes_ = logprobs.HeadShapes(rows * 29, config.width, config.vocab_size)
-    choice = logprobs.choose(**head, shapes=shapes_, placement=sharding.Layout(mesh).head)
+    choice = logprobs.select(**head, shapes=shapes_, placement=sharding.Layout(mesh).head)
     assert choice.implementation == ("pallas_tpu" if target == "v5e-4" else "pallas_gpu") and not choice.interpret
     forward_fn = batches.forward_fn(
         config,
@@ -53,7 +53,7 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
         fuse_loss=choice.fuse_loss,
         layout=sharding.Layout(mesh),
     )
-    rate = adamw.schedule(kind="constant", peak=1e-3, warmup=0, horizon=9)
+    rate = adamw.schedule(kind="constant", peak=1e-3, warmup=0, total_steps=9)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(config)
     )
@@ -67,7 +67,7 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
     weights = jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), weights, places)
     moments = put(jax.eval_shape(optimizer.init, weights), alone)
     state = types.TrainState(weights, moments, jax.ShapeDtypeStruct((), jnp.int32, sharding=alone))
-    batch = batches.random_batch(groups=rows // 2, candidates=2, length=32, vocab=512)
+    batch = batches.random_batch(groups=rows // 2, completions=2, length=32, vocab=512)
     batch = put(train_step.stack_micro_batches(batch, accumulation=2), sharding.batch_sharding(mesh, stacked=True))
     update = functools.partial(train_step.train_step, forward_fn=forward_fn, loss=loss, optimizer=optimizer, rate=rate)
     text = hardware.compile_for(update, state, batch).as_text()
@@ -90,10 +90,10 @@ def test_the_update_of_a_recipe_holds_the_loss_kernel(recipe, target, changes, l
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     mesh = sharding.make_layout(**config.mesh, devices=hardware.all_devices(target))
-    found = batch_shapes.find(config, ways=mesh.row_ways)
+    found = batch_shapes.find(config, ways=mesh.data_parallel_degree)
     made = steps.build(config, found.blueprint, mesh)
     per_device = config.train.micro_batch_per_device
-    batch = kept_logits.abstract_batch(made, config, found.update, per_device, accumulation=found.accumulation)
+    batch = kept_logits.abstract_batch(made, config, found.train_step, per_device, accumulation=found.accumulation)
     update = kept_logits.traced(made.train, made.state.abstract(), batch)
     platform = "cuda" if target.startswith("h") else "tpu"
     text = update.lower(lowering_platforms=(platform,)).as_text()

@@ -105,7 +105,7 @@ class TestForeignText:
         path = folder / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         inputs = run_inputs.prepare(tiny.config(folder / "model", path))
-        for shown in (inputs.train.audit.text(), inputs.train.sample):  # as `announce` does
+        for shown in (inputs.train.audit.text(), inputs.train.sample):  # as `log_summary` does
             run_summary.log.info("%s", shown)
         assert not ATTACKED.search(caplog.text) and r"\x1b]52" in caplog.text
 
@@ -147,7 +147,7 @@ class TestOneSentence:
         workdir = {"file": "file", "below a file": "file/w", "dangling": "dangling"}[kind]
         pairs = tiny.write_pairs(tmp_path / "pairs.jsonl", count=8)
         options = {"data.train": pairs, "data.eval": "", "model.path": folder / "model", "data.format": "json"}
-        options |= {"data.max_length": 40, "data.max_response_length": 16, "data.rule": "raw", "train.batch_size": 8}
+        options |= {"data.max_length": 40, "data.max_completion_length": 16, "data.rule": "raw", "train.batch_size": 8}
         options |= {
             "train.micro_batch_per_device": 1,
             "data.subfolder": "",

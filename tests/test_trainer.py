@@ -40,12 +40,12 @@ class Told(callbacks.Callback):
 
 @pytest.mark.slow  # compiles a run
 def test_what_a_trainer_does_and_tells(inputs, tmp_path):
-    told, trainer = Told(), made(inputs, tmp_path / "w")
+    described, trainer = Told(), made(inputs, tmp_path / "w")
     start = trainer.evaluate()
     assert not (tmp_path / "w" / metric_logger.METRICS_FILE).exists(), "nothing is logged by an evaluation alone"
-    trainer = made(inputs, tmp_path / "w", extra=[told])
+    trainer = made(inputs, tmp_path / "w", extra=[described])
     trainer.train()
-    assert told.events == [
+    assert described.events == [
         ("evaluation", 0, True), ("step", 1, 1), ("evaluation", 2, True), ("save", 2), ("step", 2, 2),
         ("evaluation", 3, True), ("save", 3), ("step", 3, 3), ("end",),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Twenty updates against an independent PyTorch trainer: same losses, same final weights."""
+"""Twenty steps against an independent PyTorch trainer: same losses, same final weights."""
 
 import functools
 import math
@@ -34,7 +34,7 @@ def torch_logps(model, batch, temperature):
     logps = torch.log_softmax(logits / temperature, dim=-1)
     rows = torch.arange(len(batch.tokens_NT))[:, None]
     picked = logps[rows, torch.tensor(batch.predictors_NR).long(), torch.tensor(batch.targets_NR).long()]
-    mask = torch.tensor(batch.scored_NR)
+    mask = torch.tensor(batch.loss_mask_NR)
     shape = batch.rewards_BK.shape
     return (picked * mask).sum(-1).reshape(shape), mask.sum(-1).reshape(shape)
 
@@ -73,7 +73,7 @@ def torch_trajectory(folder, recipe, options, micro_batches):
     curve = []
     for update, reference in zip(micro_batches, references, strict=True):
         torch_adamw.zero_grad()
-        total_tokens = sum(micro.scored_NR.reshape(*micro.rewards_BK.shape, -1)[:, 0].sum() for micro in update)
+        total_tokens = sum(micro.loss_mask_NR.reshape(*micro.rewards_BK.shape, -1)[:, 0].sum() for micro in update)
         value = 0.0
         for micro, ref in zip(update, reference, strict=True):
             logps, lengths = torch_logps(model, micro, temperature)
@@ -94,7 +94,7 @@ def our_trajectory(folder, recipe, options, micro_batches):
     weights = hf.load_params(folder, config, dtype="float32")
     loss = losses.resolve(recipe, **options)
     forward_fn = batches.forward_fn(config, temperature=loss.temperature)
-    rate = adamw.schedule(kind="cosine", peak=RATE, warmup=WARMUP, horizon=STEPS)
+    rate = adamw.schedule(kind="cosine", peak=RATE, warmup=WARMUP, total_steps=STEPS)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=CLIP, decay_mask=params.decay_mask(config)
     )
@@ -116,21 +116,21 @@ def our_trajectory(folder, recipe, options, micro_batches):
 
 
 @pytest.mark.parity
-@pytest.mark.slow  # twenty updates in PyTorch float64 and the compilation of ours: four times 10 s
+@pytest.mark.slow  # twenty steps in PyTorch float64 and the compilation of ours: four times 10 s
 @pytest.mark.parametrize("name", RECIPES)
 def test_twenty_updates_match_pytorch(name, tmp_path):
-    recipe, options, candidates = RECIPES[name]
+    recipe, options, completions = RECIPES[name]
     config = tiny.write_model(tmp_path / "model", seed=1)
     random = np.random.default_rng(3)
-    different = []  # two updates' worth, repeated: the loss must fall
+    different = []  # two steps' worth, repeated: the loss must fall
     for update in range(2):
         micros = []
         for part in range(ACCUMULATION):
-            rewards = random.normal(size=(3, candidates)).astype(np.float32) if candidates > 2 else None
+            rewards = random.normal(size=(3, completions)).astype(np.float32) if completions > 2 else None
             seed = update * ACCUMULATION + part
             micros.append(
                 batches.random_batch(
-                    groups=3, candidates=candidates, length=19, vocab=config.vocab_size, seed=seed, rewards=rewards
+                    groups=3, completions=completions, length=19, vocab=config.vocab_size, seed=seed, rewards=rewards
                 )
             )
         different.append(micros)

@@ -1,4 +1,4 @@
-"""Twenty updates are the same twenty updates whichever kernel computes the log-probs."""
+"""Twenty steps are the same twenty steps whichever kernel computes the log-probs."""
 
 import functools
 import itertools
@@ -30,18 +30,18 @@ KERNELS = {
 
 @functools.cache
 def trajectory(recipe, **forward_options):
-    """Losses and final weights of twenty updates on two alternating batches."""
+    """Losses and final weights of twenty steps on two alternating batches."""
     loss = losses.resolve(recipe)
     forward_fn = batches.forward_fn(CONFIG, temperature=loss.temperature, **forward_options)
     weights = params.init(CONFIG, jax.random.key(0), "float32")
-    two = [batches.random_batch(groups=4, candidates=2, length=17, vocab=VOCAB, seed=seed) for seed in (0, 1)]
+    two = [batches.random_batch(groups=4, completions=2, length=17, vocab=VOCAB, seed=seed) for seed in (0, 1)]
     two = [batch._replace(reference_logps_BK=np.full((4, 2), -45.0, np.float32)) for batch in two]
     return twenty_updates(weights, two, forward_fn=forward_fn, loss=loss, accumulation=2)
 
 
 def twenty_updates(weights, two, *, forward_fn, loss, accumulation):
-    """Losses and final weights of updates on two batches in turn, where the weights live."""
-    rate = adamw.schedule(kind="cosine", peak=3e-3, warmup=4, horizon=STEPS)
+    """Losses and final weights of steps on two batches in turn, where the weights live."""
+    rate = adamw.schedule(kind="cosine", peak=3e-3, warmup=4, total_steps=STEPS)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
     )

@@ -68,7 +68,7 @@ def test_what_does_not_move_ends_and_what_moves_or_may_take_its_time_does_not(en
 
 
 def test_words_of_the_summary():
-    assert watchdog.in_words(None).startswith("watchdog: a run in which nothing moves for 20 times its slowest update")
+    assert watchdog.in_words(None).startswith("watchdog: a run in which nothing moves for 20 times its slowest step")
     assert "for 90 s shows its stacks and ends with exit code 70" in watchdog.in_words(90)
     assert "off (train.hang_timeout=0)" in watchdog.in_words(0)
 

@@ -331,7 +331,7 @@ def test_dry_run_asks_nothing(tmp_path, capsys):
 # --- who is compared
 
 
-def test_the_chosen_responses_of_a_data_set_are_a_baseline(tmp_path):
+def test_the_chosen_completions_of_a_data_set_are_a_baseline(tmp_path):
     write(tmp_path / "a.jsonl", [f"{i} longer answer" for i in range(6)])
     rows = [{"chosen": f"{p} x", "rejected": f"{p} y"} for p in PROMPTS]
     (tmp_path / "hh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -416,7 +416,7 @@ def test_a_baseline_of_hh_is_read_as_the_prompts_were(tmp_path):
     given = {"baseline": str(tmp_path / "hh.jsonl"), "baseline_format": "hh", "baseline_rows": "1:3"}
     found, unmatched = winrate._pairs(options(tmp_path, **given, baseline_hh_split="first_difference"))
     assert [pair.prompt for pair in found] == prompts and unmatched == 0
-    expected = [record.responses[0] for record in data.read(tmp_path / "hh.jsonl", **read).rows]
+    expected = [record.completions[0] for record in data.read(tmp_path / "hh.jsonl", **read).rows]
     assert [pair.baseline for pair in found] == expected
     with pytest.raises(ValueError, match="1 of 1 prompts have no answer"):
         write(tmp_path / "a.jsonl", ["b"], prompts[1:])

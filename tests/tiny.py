@@ -51,8 +51,8 @@ def write_model(folder: Path, *, seed: int = 0, family: str = "llama", **changed
     return config
 
 
-def write_pairs(path: Path, *, count: int, seed: int = 0, candidates: int | None = None) -> Path:
-    """Write prompt/chosen/rejected rows, or prompt/completions/rewards with `candidates` completions."""
+def write_pairs(path: Path, *, count: int, seed: int = 0, completions: int | None = None) -> Path:
+    """Write prompt/chosen/rejected rows, or prompt/completions/rewards with `completions` completions."""
     random = np.random.default_rng(seed)
 
     def words(low, high):
@@ -61,11 +61,11 @@ def write_pairs(path: Path, *, count: int, seed: int = 0, candidates: int | None
     rows = []
     for index in range(count):
         prompt = f"{index}: {words(1, 5)}?"
-        if candidates is None:
+        if completions is None:
             rows.append({"prompt": prompt, "chosen": f" {words(1, 4)}!", "rejected": f" {words(1, 6)}."})
         else:
-            texts = [f" {words(1, 4)}{i}" for i in range(candidates)]
-            rows.append({"prompt": prompt, "completions": texts, "rewards": random.normal(size=candidates).tolist()})
+            texts = [f" {words(1, 4)}{i}" for i in range(completions)]
+            rows.append({"prompt": prompt, "completions": texts, "rewards": random.normal(size=completions).tolist()})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -76,7 +76,7 @@ def config(model_dir: Path, data: Path, **changed):
     c.model.path, c.data.train, c.data.eval = str(model_dir), str(data), str(data)
     c.model.compute_dtype, c.model.remat = "float32", "none"
     c.data.format, c.data.rule = "json", "raw"
-    c.data.max_length, c.data.max_response_length = 40, 16
+    c.data.max_length, c.data.max_completion_length = 40, 16
     c.loss.name, c.loss.alpha, c.loss.beta_pi = "alpha", 0.1, 0.5
     c.optim.learning_rate, c.optim.warmup_fraction = 1e-3, 0.1
     c.train.batch_size, c.train.micro_batch_per_device = 8, 1
@@ -92,8 +92,8 @@ def config(model_dir: Path, data: Path, **changed):
     return c
 
 
-def built(config, *, devices: int = 1) -> tuple[run_inputs.Inputs, run_schedule.Plan, steps.Steps]:
+def built(config, *, devices: int = 1) -> tuple[run_inputs.Inputs, run_schedule.RunSchedule, steps.Steps]:
     """Return what a run of the configuration reads, plans and compiles."""
     inputs, layout = run_inputs.prepare(config), sharding.make_layout(**config.mesh, devices=jax.devices()[:devices])
-    plan = run_schedule.plan(config, inputs, devices=layout.row_ways)
+    plan = run_schedule.build(config, inputs, devices=layout.data_parallel_degree)
     return inputs, plan, steps.build(config, run_schedule.blueprint(config, inputs, plan), layout)

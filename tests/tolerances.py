@@ -2,7 +2,7 @@
 
 FLOAT32 = 1e-6  # one float32 rounding of a short expression; measured 6e-8
 SCHEDULE = 5e-7  # float32 cosine of peak 2; measured 1.2e-7
-DIFFERENT = 1e-4  # a knob "changes" a number of order one when it moves it by more than any rounding
+DIFFERENT = 1e-4  # a field "changes" a number of order one when it moves it by more than any rounding
 
 # Head kernels. Relative to the largest entry of the array, against float64 on the same operands.
 KERNEL_VALUE = 2e-6  # float32 accumulation of products and of the softmax; measured 5.3e-7, bfloat16 operands included
@@ -24,7 +24,7 @@ INIT_DEVIATION = 0.11
 SEQUENCE_LOGP_NATS = 1e-3  # the project's target for 512 tokens with bfloat16 operands; measured 1.8e-4
 LOGPS = 2e-6  # float32 sums of a few log-probs of order one; measured 6.0e-7
 FINITE_DIFFERENCE = 1e-8  # central differences of step 1e-6 in float64; measured 1.8e-10
-TRAJECTORY_LOSS = 1e-5  # the bound of the issue, float32 against float64 PyTorch after 20 updates; measured 2.3e-6
+TRAJECTORY_LOSS = 1e-5  # the bound of the issue, float32 against float64 PyTorch after 20 steps; measured 2.3e-6
 TRAJECTORY_WEIGHTS = 1e-4  # the same, relative to the largest weight of each tensor; measured 6.7e-6
 
 # Models. Logits of random two-layer models against transformers in float32, absolute. Measured: 1.9e-5 at magnitude 6,
@@ -53,7 +53,7 @@ NUMERIC_SLOPE = 1e-8  # central differences of step 1e-6 in float64; measured 5.
 PRINTED_F = 1e-6  # f of the alpha row as printed divides its rounding by alpha = 1e-7; measured 3.3e-9
 TEXTBOOK64 = 1e-14  # rounding of the textbook's largest term, which alpha (alpha - 1) then divides; measured 1e-15
 ALPHA_RATE = 20.0  # bound of |dD/dalpha| on the groups of the limit test; measured 1.2
-BANDIT = 1e-5  # probabilities after 1,500 float32 Adam updates; measured 1.1e-6 (Pearson), else 4e-7
+BANDIT = 1e-5  # probabilities after 1,500 float32 Adam steps; measured 1.1e-6 (Pearson), else 4e-7
 
 # intervals.* against scipy and NumPy, relative: float64 of a few operations; measured 4e-16.
 INTERVAL = 1e-12
@@ -69,7 +69,7 @@ SAME_UPDATE = {
     "atol": 1e-6,
 }  # another summation order of float32; measured 7e-7 in metrics, 1.2e-7 in weights
 
-# A run of 40 updates on four devices of 2 or 4 processes against the same in one: collectives sum in another order.
+# A run of 40 steps on four devices of 2 or 4 processes against the same in one: collectives sum in another order.
 PROCESSES_LOSS = 1e-5  # the bound of the issue; measured 2.1e-6
 PROCESSES_METRICS = {"rtol": 3e-5, "atol": 3e-5}  # measured 9.3e-6 relative to 1 + |number| (the gradient norm)
 PROCESSES_WEIGHTS = 1e-5  # absolute, weights up to 1.5; measured 1.8e-6
@@ -90,7 +90,7 @@ LOSS_KERNEL = 1e-6  # of the largest: every mesh and layout, float32 against flo
 LOSS_KERNEL_GRADIENT = 1e-5
 LOSS_OF_LOGPS_STEEP = 2e-6  # sum of q^2/p at p = e^-18: float32 rounds the exponent to 1e-6; measured 1.3e-6
 
-# Candidates of the kernel benchmark: float32 log-prob of 512 tokens, -4,501 nats, against float64 (measured 1e-4), and
+# Completions of the kernel benchmark: float32 log-prob of 512 tokens, -4,501 nats, against float64 (measured 1e-4), and
 # gradients in another order of summation, relative to the largest (measured 4.6e-7).
 BENCHMARK_LOGP_NATS = 1e-3
 BENCHMARK_GRADIENT = 2e-6
@@ -116,12 +116,12 @@ PACKAGE_RATE = 1e-6  # the same fit as alpaca_eval 0.6.6 with scikit-learn 1.9.1
 BRADLEY_TERRY = 1e-5  # percent, against a joint BFGS fit, whose gradient is of differences; measured 3.6e-7
 BOOTSTRAP = 0.08  # half-width of 4,000 samples' interval, relative to the normal one: 3 standard errors; measured 0.023
 
-# Rows that share a prompt, or hold several groups, against a row for each candidate: log-probs relative to 1 + |value|,
-# gradients relative to the largest entry of all. Measured: gradients 1.6e-6 (llama, K = 5; 4.2e-7 gpt_neox), where
-# another order of the same rows alone moves them by 6.5e-7, and rows of their own are up to 1.8e-6 from float64.
+# Rows that share a prompt, or hold several groups, against a row for each completion: log-probs relative to 1 +
+# |value|, gradients relative to the largest entry of all. Measured: gradients 1.6e-6 (llama, K = 5; 4.2e-7 gpt_neox),
+# where another order of the same rows alone moves them by 6.5e-7, and rows of their own are up to 1.8e-6 from float64.
 SHARED_LOGPS = 1e-6
 SHARED_GRADIENT = 2e-6
-SHARED_RUN = 2e-5  # metrics of four updates, relative to 1 + |number|
+SHARED_RUN = 2e-5  # metrics of four steps, relative to 1 + |number|
 
 # SmolLM2-135M-Instruct in float32 against torch.
 # Relative to the largest logit, 38, where a float32 step is 3.8e-6. Measured 4.8e-6 (1.8e-4 absolute); against float64

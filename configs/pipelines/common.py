@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 SOURCE = ("format", "train", "train_split", "train_rows", "eval", "eval_split", "eval_rows", "subfolder", "revision")
-ROWS = ("hh_split", "rule", "max_length", "max_prompt_length", "max_response_length")
+ROWS = ("hh_split", "rule", "max_length", "max_prompt_length", "max_completion_length")
 ROWS += ("assistant_header", "append_eos", "auto_insert_empty_system", "prepend_bos", "thoughts")
 
 
@@ -49,7 +49,7 @@ def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, rewa
 
 
 def sampling(**options: Any) -> Any:
-    """Return a section `sample` or `generate`: how many responses are drawn to how many prompts, and how."""
+    """Return a section `sample` or `generate`: how many completions are drawn to how many prompts, and how."""
     c: Any = ml_collections.ConfigDict()
     c.num_prompts = 0  # 0 = all
     c.num_return = 4  # K, per prompt and seed

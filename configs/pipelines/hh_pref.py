@@ -1,7 +1,7 @@
 """HH with preference pairs, from the base model to the reward report: f-PO's `hh_pref` script and the stages before it.
 
 Command   fpo pipeline --config configs/pipelines/hh_pref.py --workdir runs/hh_pref
-Stages    SFT on the chosen responses; reward model, for the report; alignment to the pairs; 4 answers to 512 test
+Stages    SFT on the chosen completions; reward model, for the report; alignment to the pairs; 4 answers to 512 test
           prompts, scored
 Original  three repositories
 Expect    nothing published for this recipe

@@ -1,7 +1,7 @@
 """HH with rewarded samples, from the base model to the reward report: f-PO's `hh_rw` script and the stages before it.
 
 Command   fpo pipeline --config configs/pipelines/hh_rw.py --workdir runs/hh_rw
-Stages    SFT on the chosen responses; reward model; K = 4 samples of every prompt at temperature 0.8, labelled;
+Stages    SFT on the chosen completions; reward model; K = 4 samples of every prompt at temperature 0.8, labelled;
           alignment to the rewards; 4 answers to 512 test prompts, scored
 Original  three repositories; it samples K = 2 and needs 4, a change that it records nowhere
 Expect    nothing published for this recipe; docs/lab-notes/ has our runs on a small model

@@ -3,7 +3,7 @@
 Command   fpo pipeline --config configs/pipelines/tldr_pref.py --workdir runs/tldr_pref
 Stages    SFT on the filtered TL;DR summaries; reward model, for the report; alignment to the comparisons; 4 summaries
           of 512 test posts, scored
-Original  three repositories; it stops at 350 updates and then asks for ten checkpoints, of which it has made four
+Original  three repositories; it stops at 350 steps and then asks for ten checkpoints, of which it has made four
 Expect    nothing published for this recipe
 """
 

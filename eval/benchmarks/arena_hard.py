@@ -243,8 +243,8 @@ def _baselines(groups: Mapping[tuple[str, str], Sequence[judgement_files.Row]]) 
         found[category] |= {str(row.get("baseline", BASELINES[category])) for _, row in rows}
     for category, names in found.items():
         if len(names) > 1:
-            told = ", ".join(sorted(names))
-            raise ValueError(f"{category} was judged against {told}; compare with one baseline at a time.")
+            described = ", ".join(sorted(names))
+            raise ValueError(f"{category} was judged against {described}; compare with one baseline at a time.")
     return {category: names.pop() for category, names in found.items()}
 
 

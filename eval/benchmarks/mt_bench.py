@@ -136,10 +136,10 @@ def remarks(report: dict[str, Any]) -> list[str]:
     found = []
     for judge, models in report["judges"].items():
         for name, one in models.items():
-            told = [f"{one[key]} {what}" for key, what in _LEFT.items() if one[key]]
+            described = [f"{one[key]} {what}" for key, what in _LEFT.items() if one[key]]
             if one["withheld"]:
-                told.append("mean withheld; judge the rest, or lower --min-coverage")
-            found += [f"{name}, judge {judge}: {', '.join(told)}."] if told else []
+                described.append("mean withheld; judge the rest, or lower --min-coverage")
+            found += [f"{name}, judge {judge}: {', '.join(described)}."] if described else []
     return found
 
 
@@ -245,11 +245,11 @@ def _vote(place: str, row: dict[str, Any]) -> judge_agreement.Vote | None:
     given = {judgement_files.text(place, row, name) for name in (("g1_winner", "g2_winner") if both else ("winner",))}
     if "error" in given:
         return None
-    told = {winner for winner in given if not winner.startswith("tie")}
-    if not told <= set(models):
-        raise ValueError(f"{place}: winner {' / '.join(sorted(told))} is not one of {', '.join(names)}, tie.")
+    described = {winner for winner in given if not winner.startswith("tie")}
+    if not described <= set(models):
+        raise ValueError(f"{place}: winner {' / '.join(sorted(described))} is not one of {', '.join(names)}, tie.")
     # The two orders tie unless they name the same winner.
-    winner = models[told.pop()] if len(given) == 1 and told else ""
+    winner = models[described.pop()] if len(given) == 1 and described else ""
     judge = _judge(place, row)
     label = next((label for kind, label in _PEOPLE.items() if judge.startswith(kind)), f"{judge} (pairs)")
     first, second = sorted(models.values())

@@ -28,10 +28,10 @@ _STEERING = tuple(
         r"\bverdict\W{0,3}:",
         r"\[\[\s*(A|B|C|tie)\s*[<>=ABC]*\s*\]\]",
         r"\b(ignore|disregard|forget)\b.{0,40}\b(instructions?|above|previous|prior)\b",
-        r"\b(answer|response|assistant|summary) (A|B)\b.{0,20}\b(is|was) (\w+ )?(better|best|preferred|superior)\b",
-        r"\b(this|my) (answer|response|summary) (is|should be|must be) (\w+ )?(better|best|preferred|chosen)\b",
+        r"\b(answer|completion|assistant|summary) (A|B)\b.{0,20}\b(is|was) (\w+ )?(better|best|preferred|superior)\b",
+        r"\b(this|my) (answer|completion|summary) (is|should be|must be) (\w+ )?(better|best|preferred|chosen)\b",
         r"\b(BEGIN|END) (PROMPT|ANSWER)\b",
-        r"\byou (must|should|have to) (choose|pick|prefer|select|favou?r)\b",
+        r"\byou (must|should|have to) (select|pick|prefer|select|favou?r)\b",
     )
 )
 

@@ -1,6 +1,6 @@
 """Compare two models' answers with a judge: `fpo winrate --candidate A --baseline B --out D --server ...`.
 
-Files of `fpo generate` (or the chosen responses of a data set) in; D/summary.json, D/verdicts.jsonl and a table out.
+Files of `fpo generate` (or the chosen completions of a data set) in; D/summary.json, D/verdicts.jsonl and a table out.
 The judge is what an OpenAI-compatible server serves, a causal model here, or a reward model, whose higher score wins:
 
     --server URL --server-model NAME    asked in both orders; orders that disagree are a tie. --server-api vllm where a
@@ -61,7 +61,7 @@ class Options:
     """What to compare, and who judges. Paths and names as on the command line."""
 
     candidate: Path
-    baseline: str  # a file of answers, or a data set whose best responses are meant
+    baseline: str  # a file of answers, or a data set whose best completions are meant
     out: Path
     baseline_format: str = ANSWERS  # or a format of the trainer's data
     baseline_split: str = ""
@@ -208,7 +208,7 @@ def _baseline(options: Options) -> list[tuple[Any, list[str]]]:
         revision=options.baseline_revision or None,
     )
     best = data.best_only(found)
-    return [(record.prompt, [_text(response) for response in record.responses]) for record in best.rows]
+    return [(record.prompt, [_text(completion) for completion in record.completions]) for record in best.rows]
 
 
 def _pairs(options: Options) -> tuple[list[pairwise_judge.Pair], int]:
@@ -262,8 +262,8 @@ def _answers(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _text(response: str | dict[str, str]) -> str:
-    return response if isinstance(response, str) else response["content"]
+def _text(completion: str | dict[str, str]) -> str:
+    return completion if isinstance(completion, str) else completion["content"]
 
 
 def _questions(pair: pairwise_judge.Pair, form: str, judge: dict[str, Any]) -> list[pairwise_judge.Question]:

@@ -100,10 +100,10 @@ class Pipeline:
         drawn = c.generate
         fit = drawn.temperature > 0 and drawn.top_k == 0 and drawn.top_p == 1 and len(drawn.seeds) == 1
         if c.measure_kl and not fit:
-            told = ", ".join(f"{name}={drawn[name]}" for name in ("temperature", "top_k", "top_p", "seeds"))
+            described = ", ".join(f"{name}={drawn[name]}" for name in ("temperature", "top_k", "top_p", "seeds"))
             found.append(
-                f"measure_kl needs answers of one seed, drawn with a temperature alone, and generate has {told}; change"
-                " them, or unset measure_kl."
+                f"measure_kl needs answers of one seed, drawn with a temperature alone, and generate has {described};"
+                " change them, or unset measure_kl."
             )
         for name, values in (("losses", c.losses), ("seeds", c.seeds)):
             if not values or len(set(values)) != len(values):
@@ -158,15 +158,15 @@ class Pipeline:
         """Sample, score and pair; return where the alignment finds its data."""
         c = self.config
         splits = [split for split in ("train", "eval") if c.data[split]]
-        samples = self._sampled("sample", "Sample responses to align on", model, c.sample, splits)
+        samples = self._sampled("sample", "Sample completions to align on", model, c.sample, splits)
         inputs = {"judge": judge, "samples": samples, "pairing": c.pairing, **self._row_settings()}
 
         def work(folder: Path) -> str:
-            told = []
+            described = []
             for split in splits:
                 scored = self._label(judge, samples / f"{split}.jsonl", folder / f"{split}.jsonl", pairing=c.pairing)
-                told.append(f"{split}: {scored}")
-            return "; ".join(told)
+                described.append(f"{split}: {scored}")
+            return "; ".join(described)
 
         folder = self._stage("label", "Score them with the reward model", work, inputs=inputs, outputs=_files(splits))
         empty = dict.fromkeys(("train_split", "train_rows", "eval_split", "eval_rows", "subfolder", "revision"), "")
@@ -219,8 +219,8 @@ class Pipeline:
         return self._stage(name, title, work, inputs=inputs, outputs=_files(splits))
 
     def _answer(self, model: Path | str, section: Any, split: str, out: Path) -> str:
-        """Draw the responses to one split's prompts; of several seeds one after the other, then in one line each."""
-        c, parts, told = self.config, [], []
+        """Draw the completions to one split's prompts; of several seeds one after the other, then in one line each."""
+        c, parts, described = self.config, [], []
         for seed in section.seeds:
             parts.append(out if len(section.seeds) == 1 else out.with_suffix(f".seed{seed}.jsonl"))
             options = generate.Options(
@@ -239,10 +239,10 @@ class Pipeline:
                 compute_dtype=c.align.model.compute_dtype,
                 **{key: value for key, value in section.items() if key != "seeds"},
             )
-            told.append(generate.run(options).text)
+            described.append(generate.run(options).text)
         if len(parts) > 1:
-            told.append(merge(parts, out))
-        return "; ".join(told)
+            described.append(merge(parts, out))
+        return "; ".join(described)
 
     def _label(self, judge: Path | str, answers: Path, out: Path, *, pairing: str) -> str:
         c = self.config
@@ -274,7 +274,7 @@ class Pipeline:
 
 
 def merge(parts: Sequence[Path], out: Path) -> str:
-    """Put the responses of several seeds to each prompt in one line; prompts whose responses are all alike are dropped.
+    """Put the completions of several seeds to each prompt in one line; prompts with equal ones alone are dropped.
 
     Raises:
         ValueError: the parts are not of the same prompts in the same order.

@@ -29,11 +29,11 @@ def problems(c: Any) -> list[str]:
     if "sample" not in c:
         return found
     drawn, size = c.sample.num_return * len(c.sample.seeds), c.align.data.group_size
-    told = f"sample.num_return={c.sample.num_return} and {len(c.sample.seeds)} seeds give {drawn} completions"
+    given = f"sample.num_return={c.sample.num_return} and {len(c.sample.seeds)} seeds give {drawn} completions"
     if drawn < 2:
-        found.append(f"{told}, and there is nothing to compare; draw at least 2.")
+        found.append(f"{given}, and there is nothing to compare; draw at least 2.")
     elif not c.pairing and drawn % size:
-        found.append(f"{told}, which align.data.group_size={size} does not divide.")
+        found.append(f"{given}, which align.data.group_size={size} does not divide.")
     if c.pairing and size not in (1, 2):
         found.append(f"pairing={c.pairing!r} makes pairs, and align.data.group_size={size} needs more; set it to 2.")
     return found
@@ -76,7 +76,7 @@ def check(c: Any, stages: Mapping[str, Any]) -> None:
             _check_judge(c)
     if "sft" not in c:
         with configuration.about("base"):
-            tokenization.resolve(hf.local_dir(c.base), tokenization.Told(**sampling_format(c)))
+            tokenization.resolve(hf.local_dir(c.base), tokenization.Given(**sampling_format(c)))
     for name, config in stages.items():
         with configuration.about(name):
             source = hf.local_dir(config.model.path, revision=config.model.revision or None)
@@ -94,9 +94,9 @@ def check(c: Any, stages: Mapping[str, Any]) -> None:
 
 def sampling_format(c: Any) -> dict[str, Any]:
     """Return what the sampler is told of the prompt format; a model that has its own on record refuses another."""
-    told = {key: c.tokenizer[key] for key in ("chat_template", "chat_template_kwargs", "eos_token")}
-    told |= {key: c.data[key] for key in ("rule", "auto_insert_empty_system", "prepend_bos")}
-    return {**told, "tokenizer": c.tokenizer.path}
+    given = {key: c.tokenizer[key] for key in ("chat_template", "chat_template_kwargs", "eos_token")}
+    given |= {key: c.data[key] for key in ("rule", "auto_insert_empty_system", "prepend_bos")}
+    return {**given, "tokenizer": c.tokenizer.path}
 
 
 def answered(c: Any) -> str:
@@ -115,7 +115,7 @@ def _check_judge(c: Any) -> None:
             " it, or give another reward model."
         )
     judge_format = tokenization.resolve(
-        source, tokenization.Told(thoughts=tokenization.judge_thoughts(source, c.data.thoughts))
+        source, tokenization.Given(thoughts=tokenization.judge_thoughts(source, c.data.thoughts))
     ).format
     if judge_format.rule == "raw" and c.data.rule == "chat":
         raise ValueError(
@@ -141,11 +141,11 @@ def _check_records(config: Any, split: str, tokenizer: Any, *, drawn: bool, trai
     )
     size = options.group_size
     for record in found.rows:
-        if trained and len(record.responses) % size:
+        if trained and len(record.completions) % size:
             raise ValueError(
-                f"{record.source} has {len(record.responses)} completions, which group_size={size} does not divide;"
+                f"{record.source} has {len(record.completions)} completions, which group_size={size} does not divide;"
                 " give data of another kind, or another group_size."
             )
-        said = [record.prompt, *record.responses] if trained else [record.prompt]
+        said = [record.prompt, *record.completions] if trained else [record.prompt]
         if options.rule == "raw" and not all(isinstance(text, str) for text in said):
             raise ValueError(f"{record.source} holds messages, and rule='raw' takes plain text; set data.rule=chat.")

@@ -115,13 +115,13 @@ def training(run: Path) -> str:
     """Say in a few words what a training run reached, from its metrics."""
     lines = jsonl.read(run / "metrics.jsonl")
     updates = [line for line in lines if "loss" in line]
-    told = f"{updates[-1]['step']} updates, loss {updates[0]['loss']:.3f} -> {updates[-1]['loss']:.3f}"
+    described = f"{updates[-1]['step']} steps, loss {updates[0]['loss']:.3f} -> {updates[-1]['loss']:.3f}"
     evaluations = [line for line in lines if "eval_loss" in line]
     for key in ("eval_perplexity", "eval_rewards/accuracies"):
         values = [line[key] for line in evaluations if key in line]
         if values:
-            told += f", {key.removeprefix('eval_')} {values[0]:.3g} -> {values[-1]:.3g}"
-    return told
+            described += f", {key.removeprefix('eval_')} {values[0]:.3g} -> {values[-1]:.3g}"
+    return described
 
 
 def _change(one: Mapping[str, Any]) -> str:

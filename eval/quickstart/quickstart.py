@@ -35,7 +35,7 @@ from fpo_jax.models import params
 from fpo_jax.trainer import export, trainer
 
 DEMONSTRATIONS = 2  # per prompt, of one demonstrator
-CANDIDATES = 4  # K, responses per prompt to align on
+CANDIDATES = 4  # K, completions per prompt to align on
 AFTER = "answers-after-"  # file name of the answers, before the divergence's
 TEMPERATURE = 1.0  # of the samples: the model's own distribution
 
@@ -126,7 +126,7 @@ class _Quickstart:
         )
         stages.run(
             "sample",
-            f"Sample {CANDIDATES} responses per prompt and check them",
+            f"Sample {CANDIDATES} completions per prompt and check them",
             self.sample_groups,
             inputs={"seed": seed, "model": self.sft_model, "prompts": self.demonstrations, "held out": self.held_out},
             outputs=[self.groups, self.held_out_groups],
@@ -196,10 +196,10 @@ class _Quickstart:
         _export(self.sft, self.sft_model)
         lines = jsonl.read(self.sft / "metrics.jsonl")
         last = np.mean([line["loss"] for line in lines[-20:]])
-        return f"{len(lines)} updates, loss {lines[0]['loss']:.2f} -> {last:.2f}"
+        return f"{len(lines)} steps, loss {lines[0]['loss']:.2f} -> {last:.2f}"
 
     def sample_groups(self) -> str:
-        """Write the training and held-out groups: K responses per prompt, rewarded by the checker."""
+        """Write the training and held-out groups: K completions per prompt, rewarded by the checker."""
         model = quickstart_model.load(self.sft_model)
         rates = []
         for source, target, count in (
@@ -207,26 +207,26 @@ class _Quickstart:
             (self.held_out, self.held_out_groups, self.scale.held_out_groups),
         ):
             prompts = [row["prompt"] for row in jsonl.read(source)[:count]]
-            responses = self.respond(model, prompts, purpose=target.stem, num_return=CANDIDATES)
+            completions = self.respond(model, prompts, purpose=target.stem, num_return=CANDIDATES)
             rows = [
                 {"prompt": prompt, "completions": texts, "rewards": [task.reward(prompt, text) for text in texts]}
-                for prompt, texts in zip(prompts, responses, strict=True)
+                for prompt, texts in zip(prompts, completions, strict=True)
             ]
             if all(len(set(row["rewards"])) == 1 for row in rows):
                 raise ValueError(
-                    f"in each of {len(rows)} groups all {CANDIDATES} responses have the same reward, so there is"
+                    f"in each of {len(rows)} groups all {CANDIDATES} completions have the same reward, so there is"
                     " nothing to prefer; the pretrained model is too weak (raise pretraining_steps) or already perfect."
                 )
             jsonl.write(target, rows)
             rates.append(np.mean([row["rewards"] for row in rows]))
-        return f"{CANDIDATES * self.scale.aligned_prompts:,} responses, {rates[0]:.1%} correct"
+        return f"{CANDIDATES * self.scale.aligned_prompts:,} completions, {rates[0]:.1%} correct"
 
     def align(self) -> str:
         """Match the rewards, with the pretrained model as the reference."""
         trainer.run(self.alignment, self.aligned)
         held_out = [line for line in jsonl.read(self.aligned / "metrics.jsonl") if "eval_loss" in line]
         first, last = (line["eval_rewards/accuracies"] for line in (held_out[0], held_out[-1]))
-        return f"{held_out[-1]['step']} updates, held-out reward accuracy {first:.2f} -> {last:.2f}"
+        return f"{held_out[-1]['step']} steps, held-out reward accuracy {first:.2f} -> {last:.2f}"
 
     def export(self) -> str:
         """Write the Hugging Face directory and check that reading it gives the checkpoint bit for bit."""
@@ -248,7 +248,7 @@ class _Quickstart:
         sampled = self.respond(model, prompts, purpose="answers")
         greedy = self.respond(model, prompts, purpose="answers", temperature=0.0)
         rows = [
-            {"prompt": prompt, "response": text, "outcome": task.outcome(prompt, text), "greedy": best}
+            {"prompt": prompt, "completion": text, "outcome": task.outcome(prompt, text), "greedy": best}
             for prompt, (text,), (best,) in zip(prompts, sampled, greedy, strict=True)
         ]
         jsonl.write(target, rows)
@@ -303,12 +303,12 @@ class _Quickstart:
     ) -> list[list[str]]:
         """Return texts; one without EOS has as many tokens as may be, more than any answer, and is hence wrong."""
         (eos_id,) = model.config.eos_ids
-        responses = sampler.sample(
+        completions = sampler.sample(
             model.weights,
             model.tokenizer(prompts)["input_ids"],
             config=model.config,
             decoding=sampler.Decoding(
-                recipe.MAX_RESPONSE_LENGTH, temperature=temperature, stop_ids=model.config.eos_ids
+                recipe.MAX_COMPLETION_LENGTH, temperature=temperature, stop_ids=model.config.eos_ids
             ),
             seed=_seed(self.seed, purpose),
             num_return=num_return,
@@ -316,9 +316,11 @@ class _Quickstart:
             window=recipe.MAX_LENGTH,
         )
         texts = iter(
-            model.tokenizer.batch_decode([[t for t in ids if t != eos_id] for returns in responses for ids in returns])
+            model.tokenizer.batch_decode(
+                [[t for t in ids if t != eos_id] for returns in completions for ids in returns]
+            )
         )
-        return [[next(texts) for _ in returns] for returns in responses]
+        return [[next(texts) for _ in returns] for returns in completions]
 
 
 def _export(run_dir: Path, out_dir: Path) -> None:

@@ -22,7 +22,7 @@ class Scale:
     held_out_groups: int = 250  # the first of them, answered K times for the held-out loss and accuracy
     pretraining_steps: int | None = None  # None = what configs/quickstart.py says
     alignment_steps: int | None = None
-    sampling_rows: int = 128  # responses drawn at once
+    sampling_rows: int = 128  # completions drawn at once
 
 
 def pretraining(workdir: Path, *, seed: int, scale: Scale) -> Any:

@@ -25,7 +25,7 @@ STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "savefig.facecolor": "white",
 }
-SMOOTHING_UPDATES = 15  # moving average drawn over the single updates
+SMOOTHING_STEPS = 15  # moving average drawn over the single steps
 
 Line = dict[str, Any]  # one line of metrics.jsonl
 
@@ -84,7 +84,7 @@ def success(path: Path, before: dict[str, Any], after: dict[str, Any]) -> None:
 
 
 def alignment(path: Path, lines: Sequence[Line]) -> None:
-    """Plot loss, margin and reward accuracy of the alignment: single updates, their average, and held-out groups."""
+    """Plot loss, margin and reward accuracy of the alignment: single steps, their average, and held-out groups."""
     import matplotlib.pyplot as plt
 
     panels = (
@@ -101,7 +101,7 @@ def alignment(path: Path, lines: Sequence[Line]) -> None:
             panel.plot(*zip(*points, strict=True), color="#d9822b", marker="o", markersize=4.5, label="held-out groups")
             panel.set_title(title)
             panel.set_ylabel(unit)
-            panel.set_xlabel("update")
+            panel.set_xlabel("step")
         axes[0].set_ylim(bottom=0)
         axes[0].legend(loc="upper right")
         axes[2].set_ylim(top=101)
@@ -118,17 +118,17 @@ def pretraining(path: Path, lines: Sequence[Line]) -> None:
         curve(panel, lines, "loss", scale=1, colour=BEFORE, label="training batches")
         panel.set_title("Pretraining on imperfect demonstrations")
         panel.set_ylabel("nats per token")
-        panel.set_xlabel("update")
+        panel.set_xlabel("step")
         panel.set_ylim(bottom=0)
         figure.savefig(path)
         plt.close(figure)
 
 
 def curve(panel, lines: Sequence[Line], name: str, *, scale: float, colour: str, label: str) -> None:
-    """Draw single updates faintly and their moving average (fewer at the ends) on top."""
+    """Draw single steps faintly and their moving average (fewer at the ends) on top."""
     points = [(line["step"], scale * line[name]) for line in lines if line.get(name) is not None]
     steps, values = [step for step, _ in points], [value for _, value in points]
-    half = min(SMOOTHING_UPDATES, len(values) // 4) // 2
+    half = min(SMOOTHING_STEPS, len(values) // 4) // 2
     windows = [values[max(0, place - half) : place + half + 1] for place in range(len(values))]
     panel.plot(steps, values, color=colour, alpha=0.25, linewidth=0.9)
     panel.plot(steps, [sum(window) / len(window) for window in windows], color=colour, linewidth=2, label=label)

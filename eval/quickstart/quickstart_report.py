@@ -129,7 +129,7 @@ def _method(summary: dict[str, Any]) -> list[Block]:
                 ],
                 [
                     "2. sampling",
-                    f"{summary['candidates']} responses to each of {scale['aligned_prompts']:,} training prompts",
+                    f"{summary['candidates']} completions to each of {scale['aligned_prompts']:,} training prompts",
                     summary["stages"]["sample"]["result"],
                 ],
                 ["3. alignment", f"{summary['divergence']}: {options}", "reference: the pretrained model"],
@@ -162,8 +162,8 @@ def _training(alignment: list[dict[str, Any]]) -> list[Block]:
     ]
     return [
         Heading("Training"),
-        Plot("alignment.png", "Alignment: training batches (faint: single updates) and held-out groups"),
-        Table(["held-out groups", f"update {held_out[0]['step']}", f"update {held_out[-1]['step']}"], rows),
+        Plot("alignment.png", "Alignment: training batches (faint: single steps) and held-out groups"),
+        Table(["held-out groups", f"step {held_out[0]['step']}", f"step {held_out[-1]['step']}"], rows),
         Plot("pretraining.png", "Pretraining"),
     ]
 
@@ -181,8 +181,8 @@ def _samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[
 
 
 def _judged(row: dict[str, Any]) -> str:
-    response = f"`{row['response']}`" if row["response"] else "(empty)"
-    return f"✓ {response}" if row["outcome"] == task.CORRECT else f"✗ {response} {row['outcome']}"
+    completion = f"`{row['completion']}`" if row["completion"] else "(empty)"
+    return f"✓ {completion}" if row["outcome"] == task.CORRECT else f"✗ {completion} {row['outcome']}"
 
 
 def _audit(audit: dict[str, Any]) -> list[Block]:

@@ -5,7 +5,7 @@ from typing import Any
 from fpo_jax.eval.quickstart import quickstart_task as task
 from fpo_jax.eval.stats import confidence_intervals
 
-Answer = dict[str, Any]  # prompt, response, outcome (of the response), greedy
+Answer = dict[str, Any]  # prompt, completion, outcome (of the completion), greedy
 
 
 def compare(before: list[Answer], after: list[Answer]) -> dict[str, Any]:

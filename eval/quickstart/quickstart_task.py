@@ -26,7 +26,7 @@ class Prompts(NamedTuple):
 
 
 def answer(prompt: str) -> str:
-    """Return the one correct response.
+    """Return the one correct completion.
 
     >>> answer("73915>")
     '13579'
@@ -34,13 +34,13 @@ def answer(prompt: str) -> str:
     return "".join(sorted(prompt.removesuffix(END_OF_PROMPT)))
 
 
-def reward(prompt: str, response: str) -> float:
-    """Return 1.0 for the correct response, 0.0 for any other; no partial credit.
+def reward(prompt: str, completion: str) -> float:
+    """Return 1.0 for the correct completion, 0.0 for any other; no partial credit.
 
     >>> reward("73915>", "13579"), reward("73915>", "1357")
     (1.0, 0.0)
     """
-    return float(response == answer(prompt))
+    return float(completion == answer(prompt))
 
 
 def _swapped(text: str) -> set[str]:
@@ -70,16 +70,16 @@ CORRECT, OTHER = "correct", "something else"
 OUTCOMES = (CORRECT, *MISTAKES, OTHER)
 
 
-def outcome(prompt: str, response: str) -> str:
-    """Return which of OUTCOMES a response is.
+def outcome(prompt: str, completion: str) -> str:
+    """Return which of OUTCOMES a completion is.
 
     >>> outcome("73915>", "1379")
     'a digit left out'
     """
     right = answer(prompt)
-    if response == right:
+    if completion == right:
         return CORRECT
-    return next((name for name, results in MISTAKES.items() if response in results(right)), OTHER)
+    return next((name for name, results in MISTAKES.items() if completion in results(right)), OTHER)
 
 
 def demonstrate(prompt: str, *, mistake_rate: float, random: np.random.Generator) -> str:

@@ -1,6 +1,6 @@
 """One page about a training run or a pipeline: `fpo report --workdir runs/mine`.
 
-What flows in: the files that a run (config.json, audit.json, metrics.jsonl, timing.jsonl, answers/) or a pipeline
+What flows in: the files that a run (config.json, audit.json, metrics.jsonl, timing.jsonl, completions/) or a pipeline
 (report/report.json and its stages) left, and summaries of `fpo winrate`. What flows out, in WORKDIR/report or --out:
 report.html, which needs no other file, report.md with its plots, and of a run model_card.md, to lie as README.md beside
 the exported model. Texts of models and data are shown as they are and never as markup. Nothing is computed again.
@@ -25,7 +25,7 @@ from fpo_jax.eval.report.html import Block, Heading, Plot, Table, Text, Texts
 from fpo_jax.eval.stats import win_rates
 from fpo_jax.trainer import metric_logger, run_workdir, sample_completions
 
-DISTANCE = "log-ratio to the reference, nats per response of the data (reference_kl)"
+DISTANCE = "log-ratio to the reference, nats per completion of the data (reference_kl)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def audit(parts: dict[str, Any]) -> Table:
         "tokens": "tokens",
         "scored_tokens": "scored tokens",
         "prompts_cut": "prompts cut",
-        "responses_cut": "responses cut",
+        "completions_cut": "completions cut",
         "missing_eos": "rows without EOS",
         "merged": "tokens across the boundary",
         "double_bos": "rows with two BOS",
@@ -113,7 +113,7 @@ def _of_run(options: Options, summaries: list[dict[str, Any]], out: Path) -> tup
     lines = metric_logger.read(workdir / metric_logger.METRICS_FILE)
     if not lines:
         raise ValueError(
-            f"{workdir / metric_logger.METRICS_FILE} has no line yet; report when the run has made an update."
+            f"{workdir / metric_logger.METRICS_FILE} has no line yet; report when the run has made a step."
         )
     out.mkdir(parents=True, exist_ok=True)
     loss = _loss(config["loss"]["name"], config.pop(run_workdir.RESOLVED_LOSS, None))
@@ -122,12 +122,10 @@ def _of_run(options: Options, summaries: list[dict[str, Any]], out: Path) -> tup
     settings, costs = _settings(config), _costs_of_run(workdir)
     result = _result_of_run(evaluations)
     title = f"{workdir.name}: {config['stage']} with {config['loss']['name']}"
-    about = Text(
-        f"{updates:,} updates of {config['train']['batch_size']} from `{_base(config)}`; fpo_jax {__version__}."
-    )
+    about = Text(f"{updates:,} steps of {config['train']['batch_size']} from `{_base(config)}`; fpo_jax {__version__}.")
     blocks: list[Block] = [Heading(title, 1), about, *result, *_rates(summaries)]
     if report_plots.curves(out / "curves.png", lines):
-        blocks += [Heading("Curves"), Plot("curves.png", "Training batches (faint: single updates) and evaluations")]
+        blocks += [Heading("Curves"), Plot("curves.png", "Training batches (faint: single steps) and evaluations")]
     blocks += _tradeoff_of_run(evaluations, out)
     blocks += _answers_of_run(workdir, options.samples)
     blocks += [
@@ -163,27 +161,29 @@ def _result_of_run(evaluations: list[dict[str, Any]]) -> list[Block]:
     ]
     return [
         Heading("Before and after"),
-        Table(["evaluation", f"update {first['step']}", f"update {last['step']}"], rows),
+        Table(["evaluation", f"step {first['step']}", f"step {last['step']}"], rows),
     ]
 
 
 def _tradeoff_of_run(evaluations: list[dict[str, Any]], out: Path) -> list[Block]:
     """Plot what the policy gained against how far it went from the reference."""
     gain = (
-        "eval_answers/reward" if any("eval_answers/reward" in line for line in evaluations) else "eval_rewards/margins"
+        "eval_completions/reward"
+        if any("eval_completions/reward" in line for line in evaluations)
+        else "eval_rewards/margins"
     )
     both = [line for line in evaluations if line.get(gain) is not None and line.get("eval_reference_kl") is not None]
     if len(both) < 2:
         return []
     points = [report_plots.Point(_with_length(line), line["eval_reference_kl"], line[gain]) for line in both]
-    label = "mean reward of the answers" if gain == "eval_answers/reward" else "margin of the implied reward"
+    label = "mean reward of the answers" if gain == "eval_completions/reward" else "margin of the implied reward"
     report_plots.plane(out / "tradeoff.png", points, x=DISTANCE, y=label, joined=True)
-    caption = f"{label} against the log-ratio to the reference, update by update"
+    caption = f"{label} against the log-ratio to the reference, step by step"
     return [Heading("What it cost"), Plot("tradeoff.png", caption)]
 
 
 def _with_length(line: dict[str, Any]) -> str:
-    length = line.get("eval_answers/length")
+    length = line.get("eval_completions/length")
     return f"{line['step']}" + ("" if length is None else f" ({length:.0f} tokens)")
 
 
@@ -197,7 +197,7 @@ def _answers_of_run(workdir: Path, count: int) -> list[Block]:
     return [
         Heading("Answers side by side"),
         Text("The first prompts, as they come; the noise is the same at every step."),
-        Texts(["prompt", f"update {steps[0]}", f"update {steps[-1]}"], rows),
+        Texts(["prompt", f"step {steps[0]}", f"step {steps[-1]}"], rows),
     ]
 
 
@@ -231,11 +231,11 @@ def _loss(name: str, resolved: dict[str, Any] | None) -> list[Block]:
     if resolved is None:
         return [Heading("Loss"), Text(f"`{name}`; this run did not record its options.")]
     reference = "a reference" if resolved["reference"] else "no reference"
-    told = f"`{name}` is `{resolved['name']}`, with {reference}: `{resolved['equation']}`."
+    described = f"`{name}` is `{resolved['name']}`, with {reference}: `{resolved['equation']}`."
     if name in losses.IN_TRL:
-        told += f" Not what TRL calls `{name}`: there {losses.IN_TRL[name]}."
+        described += f" Not what TRL calls `{name}`: there {losses.IN_TRL[name]}."
     rows = [[f"`{key}`", _shown(value)] for key, value in resolved["options"].items()]
-    return [Heading("Loss"), Text(told), Table(["option", "value"], rows, right=False)]
+    return [Heading("Loss"), Text(described), Table(["option", "value"], rows, right=False)]
 
 
 def _shown(value: Any) -> str:
@@ -249,11 +249,11 @@ def _costs_of_run(workdir: Path) -> Table:
     lines = metric_logger.read(workdir / metric_logger.TIMING_FILE)
     updates = [line for line in lines if "seconds" in line]
     total = next((line["run_seconds"] for line in reversed(lines) if "run_seconds" in line), None)
-    rows = [["updates timed", f"{len(updates):,}"]]
+    rows = [["steps timed", f"{len(updates):,}"]]
     if total is not None:
-        rows.append(["updates and reference pass since the last start", f"{total:,.1f} s"])
+        rows.append(["steps and reference pass since the last start", f"{total:,.1f} s"])
     for name, label, form in (
-        ("seconds", "an update, median", "{:.3f} s"),
+        ("seconds", "a step, median", "{:.3f} s"),
         ("data_seconds", "of it making the batch", "{:.3f} s"),
         ("host_seconds", "of it the host", "{:.3f} s"),
         ("valid_tokens_per_s", "tokens without padding, median", "{:,.0f} /s"),
@@ -302,7 +302,7 @@ def _of_pipeline(options: Options, summaries: list[dict[str, Any]], out: Path) -
     sampled = any("kl" in one for one in found.values())
     if sampled:
         distances = {name: one["kl"]["mean"] for name, one in found.items() if "kl" in one}
-        label, caption = "KL to the start on its own samples, nats per response", "the KL to the start"
+        label, caption = "KL to the start on its own samples, nats per completion", "the KL to the start"
     else:
         distances = {name: ratio for name in found if (ratio := _log_ratio(workdir, name)) is not None}
         label, caption = DISTANCE, "the log-ratio to the start"

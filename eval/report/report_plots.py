@@ -11,11 +11,11 @@ PANELS = (  # metric, title, unit, factor
     ("loss", "Loss", "per group or token", 1),
     ("rewards/margins", "Margin", "implied reward, chosen − rejected", 1),
     ("rewards/accuracies", "Reward accuracy", "groups in the right order, %", 100),
-    ("reference_kl", "Log-ratio to the reference", "nats per response of the data (reference_kl)", 1),
-    ("perplexity", "Perplexity", "of held-out responses", 1),
-    ("answers/reward", "Reward of the answers", "reward model's score", 1),
-    ("answers/win_rate", "Win rate against the start", "%", 100),
-    ("answers/length", "Length of the answers", "tokens", 1),
+    ("reference_kl", "Log-ratio to the reference", "nats per completion of the data (reference_kl)", 1),
+    ("perplexity", "Perplexity", "of held-out completions", 1),
+    ("completions/reward", "Reward of the answers", "reward model's score", 1),
+    ("completions/win_rate", "Win rate against the start", "%", 100),
+    ("completions/length", "Length of the answers", "tokens", 1),
     ("grad_norm", "Gradient norm", "before clipping", 1),
 )
 
@@ -50,7 +50,7 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> bool:
                 panel.plot(*zip(*points, strict=True), color=HELD_OUT, marker="o", markersize=4.5, label="evaluation")
             panel.set_title(title)
             panel.set_ylabel(unit)
-            panel.set_xlabel("update")
+            panel.set_xlabel("step")
         axes[0][0].legend(loc="best")
         figure.savefig(path)
         plt.close(figure)
@@ -65,7 +65,7 @@ def plane(path: Path, points: Sequence[Point], *, x: str, y: str, joined: bool) 
         points: at least one.
         x: label of the horizontal axis.
         y: label of the vertical axis.
-        joined: they are one run's, in the order of its updates.
+        joined: they are one run's, in the order of its steps.
     """
     import matplotlib.pyplot as plt
 

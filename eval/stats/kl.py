@@ -1,14 +1,14 @@
 """How far a policy has moved: `fpo kl --policy DIR --reference SFT --data answers.jsonl --out kl.jsonl`.
 
-The divergence of whole responses, estimated on the policy's own samples, those of `fpo generate --keep-ids 1`:
+The divergence of whole completions, estimated on the policy's own samples, those of `fpo generate --keep-ids 1`:
 
     KL(policy || reference) = E_x E_{y ~ policy(.|x)} [ log policy(y|x) - log reference(y|x) ]
                            ~= mean over prompts of the mean over their samples of the bracket
     log policy(y|x) = sum_t log softmax(logits_t / T)[y_t], likewise for the reference
 
-with the token that ends a response (a stop id, or the one that completes a stop string) among the y_t, and T the
-sampling temperature for both models, so that it is the divergence of the distribution that was sampled: responses up to
-such an end or the longest length. The estimate is unbiased; one sample may be below 0. The ids are scored that were
+with the token that ends a completion (a stop id, or the one that completes a stop string) among the y_t, and T the
+sampling temperature for both models, so that it is the divergence of the distribution that was sampled: completions up
+to such an end or the longest length. The estimate is unbiased; one sample may be below 0. The ids are scored that were
 drawn, never a text encoded again, with weights in the dtype that they were drawn with. Everything about the sampling
 comes from the record beside the file, and samples of another model, or not of the whole distribution (top-k, top-p,
 greedy), are refused, as is a reference whose tokenizer makes other texts of the ids. For a policy that is its reference
@@ -52,7 +52,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The estimate in nats a response, with the 95 % interval over prompts."""
+    """The estimate in nats a completion, with the 95 % interval over prompts."""
 
     prompts: int
     samples: int
@@ -155,7 +155,7 @@ def _pieces(source: Path) -> dict[int, str] | None:
 
 
 def _prepared(path: Path, lines: Sequence[dict[str, Any]], vocab_size: int) -> data.Prepared:
-    """Return the rows as they were drawn: the prompt's ids and each response's."""
+    """Return the rows as they were drawn: the prompt's ids and each completion's."""
     if len(lines) < 2:
         raise ValueError(f"{path} has {len(lines)} lines; an interval needs at least 2 prompts.")
     size = len(lines[0]["ids"])
@@ -178,7 +178,7 @@ def _prepared(path: Path, lines: Sequence[dict[str, Any]], vocab_size: int) -> d
 
 
 def _logprobs(source: Path, prepared: data.Prepared, settings: dict[str, Any], per_device: int) -> np.ndarray:
-    """Return the log-probs [B, K] of the responses under one model, at the sampling temperature."""
+    """Return the log-probs [B, K] of the completions under one model, at the sampling temperature."""
     described, longest = hf.read_config(source), int(prepared.lengths_N.max())
     if described.reward_head:
         raise ValueError(f"{source} is a reward model; give a language model.")
@@ -194,13 +194,13 @@ def _logprobs(source: Path, prepared: data.Prepared, settings: dict[str, Any], p
     config.data.max_length, config.data.group_size = longest, prepared.group_size
     config.mesh.preset = "multi_gpu"
     layout = sharding.make_layout(**config.mesh, devices=jax.devices())
-    per_device = min(per_device, -(-prepared.groups // layout.row_ways))
+    per_device = min(per_device, -(-prepared.groups // layout.data_parallel_degree))
     config.train.micro_batch_per_device = per_device
-    batch_size = per_device * layout.row_ways
+    batch_size = per_device * layout.data_parallel_degree
     schedule = run_schedule.sequential_schedule(config, prepared, described, batch_size=batch_size, longest=longest)
     loss = losses.resolve("dpo", beta_pi=1.0, temperature=settings["temperature"])
     scored = int(max(schedule.scored))
-    blueprint = run_schedule.Blueprint(loss, described, schedule.buckets, scored, warmup=0, horizon=1)
+    blueprint = run_schedule.Blueprint(loss, described, schedule.buckets, scored, warmup=0, total_steps=1)
     compiled = steps.build(config, blueprint, layout)
     weights, positions = compiled.state.load(source), compiled.batches.positions(batch_size)
 

@@ -29,7 +29,7 @@ def bounds(segments: types.Segments | None, *, rows: int, positions: int, padded
         padded: P, at least T.
         window: positions a query sees, itself included; None = all before it.
 
-    >>> ids_NT = jnp.array([[7, 7, 1, 2, 2]])  # a prompt of two tokens with two responses
+    >>> ids_NT = jnp.array([[7, 7, 1, 2, 2]])  # a prompt of two tokens with two completions
     >>> places_NT, parents_NT = jnp.array([[0, 1, 2, 2, 3]]), jnp.array([[7, 7, 7, 7, 7]])
     >>> bounds(types.Segments(ids_NT, places_NT, parents_NT), rows=1, positions=5, padded=6, window=3).tolist()
     [[[0, 1, 2, 3, 4, 5], [0, 0, 2, 3, 3, 5], [0, 0, 0, 0, 1, 0], [0, 0, 2, 2, 2, 0]]]

@@ -1,7 +1,7 @@
 """Which implementation of attention runs, and why: settled once, before anything is compiled.
 
-Static facts about the model, the rows and the hardware go in, a `Choice` comes out. Nothing here asks a device, so that
-a plan for absent hardware gets the same answer.
+Static facts about the model, the rows and the hardware go in, a `Selection` comes out. Nothing here asks a device, so
+that a plan for absent hardware gets the same answer.
 """
 
 import re
@@ -29,7 +29,7 @@ XLA_MAX_POSITIONS = 384
 _KERNELS = {"gpu": ("cudnn", "mosaic"), "tpu": ("splash",)}
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """An implementation of `attend`; hashable, a static argument under jit."""
 
     implementation: str  # one of IMPLEMENTATIONS
@@ -50,7 +50,7 @@ class _Facts(NamedTuple):
     compute_capability: str
 
 
-def choose(
+def select(
     requested: str,
     *,
     platform: str,
@@ -65,7 +65,7 @@ def choose(
     shared: bool = False,
     compute_capability: str = "",
     layout: sharding.Layout,
-) -> Choice:
+) -> Selection:
     """Pick the implementation of `attend`; one choice holds for rows of every length.
 
     Args:
@@ -89,7 +89,7 @@ def choose(
 
     >>> facts = {"head_dim": 64, "heads": 8, "kv_heads": 8, "positions": [128, 256], "sliding_window": None}
     >>> facts.update(soft_cap=None, segments=False, layout=sharding.Layout())
-    >>> choose("auto", platform="cpu", dtype="float32", **facts).reason
+    >>> select("auto", platform="cpu", dtype="float32", **facts).reason
     'no flash attention kernel for a cpu; rows of at most 384 positions'
     """
     if requested not in ("auto", *IMPLEMENTATIONS):
@@ -106,7 +106,7 @@ def choose(
     )
     ways = layout.ways("heads")
     if heads % ways:
-        raise ValueError(f"{heads} attention heads are not divisible by mesh.tensor={ways}; choose a divisor.")
+        raise ValueError(f"{heads} attention heads are not divisible by mesh.tensor={ways}; select a divisor.")
     if requested == "auto":
         implementation, reason = _best(facts)
     else:
@@ -121,7 +121,7 @@ def choose(
         reason += f"; sliding window of {sliding_window}"
     if kv_heads % ways:
         reason += f"; {kv_heads} key/value heads are whole on each of {ways} devices, which takes those it reads"
-    return Choice(implementation, reason, interpret)
+    return Selection(implementation, reason, interpret)
 
 
 def _best(facts: _Facts) -> tuple[str, str]:
@@ -190,8 +190,8 @@ def _no_mosaic(facts: _Facts) -> str:
 def _no_splash(facts: _Facts) -> str:
     if facts.shared and max(facts.positions) > splash.MAX_MASKED:
         return (
-            f"splash attention takes rows of at most {splash.MAX_MASKED} positions with prompts that several responses"
-            f" share, not {max(facts.positions)}"
+            f"splash attention takes rows of at most {splash.MAX_MASKED} positions with prompts that several"
+            f" completions share, not {max(facts.positions)}"
         )
     if facts.platform not in ("tpu", "cpu"):
         return f"splash attention needs a TPU, or a CPU to emulate one, not {facts.platform}"

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from fpo_jax import sharding, types
 from fpo_jax.attention import blockwise, mosaic, sharded, splash
 from fpo_jax.attention import segment_mask as segments_
-from fpo_jax.attention.dispatch import IMPLEMENTATIONS, Choice
+from fpo_jax.attention.dispatch import IMPLEMENTATIONS, Selection
 
 
 def attend(
@@ -29,7 +29,7 @@ def attend(
     sliding_window: int | None,
     soft_cap: float | None = None,
     segments: types.Segments | None = None,
-    choice: Choice,
+    choice: Selection,
     layout: sharding.Layout,
 ) -> Float[jax.Array, "N T H C"]:
     """Attend causally within each row.
@@ -51,7 +51,7 @@ def attend(
         sliding_window: W, positions a query sees, itself included (Mistral); None = all before it.
         soft_cap: bound on the magnitude of the logits (Gemma-2: 50), > 0; None for none.
         segments: who sees whom in packed rows; None = a row is one text.
-        choice: from `choose`.
+        choice: from `select`.
         layout: where rows and heads live on a mesh; those that the mesh does not divide stay whole.
 
     Returns:
@@ -78,7 +78,7 @@ def _library(q_NTHC, k_NTGC, v_NTGC, segments, *, scale, window, soft_cap, imple
     if soft_cap is not None:
         raise ValueError(
             f"attention implementation {implementation!r} runs without the soft-cap {soft_cap} asked for; take the"
-            " implementation from attention.choose."
+            " implementation from attention.select."
         )
     seen_N1TT, local = None, None if window is None else (window - 1, 0)
     if segments is not None:

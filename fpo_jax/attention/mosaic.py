@@ -75,7 +75,7 @@ def attend(
     if scale <= 0:
         reason = f"Mosaic attention needs a scale above 0, not {scale}"
     if reason:
-        raise ValueError(f"{reason}; take the implementation from attention.choose.")
+        raise ValueError(f"{reason}; take the implementation from attention.select.")
     bounds_N4P = block_mask.bounds(
         segments, rows=N, positions=T, padded=pl.cdiv(T, tiles.BLOCK) * tiles.BLOCK, window=window
     )

@@ -9,7 +9,7 @@ from fpo_jax import types
 def seen(queries: types.Segments, keys: types.Segments, *, window: int | None) -> jax.Array:
     """Return [N, Q, S]: whether a query may see a key that stands before it in the row, or is it.
 
-    A window counts positions of the conversation, which a response goes on where its prompt ends, wherever in the row
+    A window counts positions of the conversation, which a completion goes on where its prompt ends, wherever in the row
     the two stand.
 
     Args:
@@ -31,7 +31,7 @@ def reach(segments: types.Segments) -> tuple[jax.Array, jax.Array]:
 
     A group is a segment that follows none and those behind it that follow it, so nothing outside is seen.
 
-    >>> ids_NT = jnp.array([[0, 0, 1, 2, 2, -1]])  # a prompt of two tokens with two responses, or three texts
+    >>> ids_NT = jnp.array([[0, 0, 1, 2, 2, -1]])  # a prompt of two tokens with two completions, or three texts
     >>> [bound.tolist() for bound in reach(types.Segments(ids_NT, ids_NT, jnp.array([[0, 0, 0, 0, 0, -1]])))]
     [[[0, 0, 0, 0, 0, 5]], [[4, 4, 4, 4, 4, 5]]]
     >>> [bound.tolist() for bound in reach(types.Segments(ids_NT, ids_NT))]

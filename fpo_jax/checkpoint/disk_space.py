@@ -1,6 +1,6 @@
 """Bytes that a checkpoint takes on its disk, told before it is written.
 
-Orbax compresses: float32 weights shrink by 8 %, bfloat16 ones by 25 %, moments of rows that no update reached vanish.
+Orbax compresses: float32 weights shrink by 8 %, bfloat16 ones by 25 %, moments of rows that no step reached vanish.
 The newest sealed step says what the next one will take; before there is one, a sample of every array is compressed.
 """
 

@@ -104,7 +104,7 @@ def compare(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, s
             return f"cannot be read: {error.strerror or error}"
         return ""
 
-    return {name: told for name, told in zip(files, _each(fault, files), strict=True) if told}
+    return {name: described for name, described in zip(files, _each(fault, files), strict=True) if described}
 
 
 def seal(step: Path) -> None:
@@ -145,9 +145,9 @@ def faults(step: Path, *, only: Sequence[str] = ()) -> str:
         return str(error)
     kept = {name: entry for name, entry in files.items() if not only or "/" not in name or name.split("/")[0] in only}
     wrong = compare(step, kept)
-    told = [f"{name} {fault}{_whose(step, name)}" for name, fault in list(wrong.items())[:NAMED]]
-    told += [f"and {len(wrong) - NAMED} more files"] if len(wrong) > NAMED else []
-    return "; ".join(told) or of_another(step)
+    described = [f"{name} {fault}{_whose(step, name)}" for name, fault in list(wrong.items())[:NAMED]]
+    described += [f"and {len(wrong) - NAMED} more files"] if len(wrong) > NAMED else []
+    return "; ".join(described) or of_another(step)
 
 
 def newest_good(folder: Path, *, only: Sequence[str] = ()) -> Choice:

@@ -52,7 +52,7 @@ class Checkpointer:
         self._folder = (workdir / FOLDER).absolute()
         self._keep, self._keeps_best = keep, keep_best
         with distributed.together():
-            if distributed.first():
+            if distributed.is_main_process():
                 atomic_io.make_folder(self._folder)
                 atomic_io.sync_parents(self._folder)
                 _recover(self._folder)
@@ -76,7 +76,7 @@ class Checkpointer:
             ),
             item_names=("params", "optimizer", "meta"),
         )
-        if distributed.first():
+        if distributed.is_main_process():
             (self._folder / _REMOVED).mkdir(exist_ok=True)  # now: a full disk may not have room for it
         self._pending: int | None = None  # step that is being written
         self._failures, self._reason = 0, ""  # saves that failed since the last good one; why the last did
@@ -94,7 +94,7 @@ class Checkpointer:
         Raises:
             ValueError: not even one more checkpoint fits.
         """
-        if not distributed.first():
+        if not distributed.is_main_process():
             return
         each, free = (
             disk_space.bound(self._folder, (abstract.params, abstract.opt_state)),
@@ -114,7 +114,7 @@ class Checkpointer:
         A failure is logged, now or when the writer meets it, and leaves nothing behind: see `failing`.
 
         Args:
-            step: updates so far.
+            step: steps so far.
             state: what to save.
             meta: JSON dict.
             score: by which the best step is told, higher is better; None = this step does not compete.
@@ -155,7 +155,7 @@ class Checkpointer:
     def failing(self) -> bool:
         """Return whether the last save is known to have failed, so that a newer state should be saved; never waits."""
         # Of several processes orbax's flag waits for all: there a failure shows at the next save.
-        if distributed.count() == 1 and self._pending is not None and not self._manager.is_saving_in_progress():
+        if distributed.process_count() == 1 and self._pending is not None and not self._manager.is_saving_in_progress():
             self._settle()
         return self._failures > 0
 
@@ -195,7 +195,7 @@ class Checkpointer:
 
     def _check_fits(self, step: int, state: types.TrainState) -> None:
         """Refuse to begin what the disk cannot hold; what pruning frees comes only after the commit."""
-        if distributed.first():
+        if distributed.is_main_process():
             needed, free = (
                 disk_space.estimate(self._folder, (state.params, state.opt_state)),
                 disk_space.free(self._folder),
@@ -215,7 +215,7 @@ class Checkpointer:
             self._fail(step, error)
         else:
             self._failures = 0
-        if distributed.first():
+        if distributed.is_main_process():
             _sweep(self._folder)
 
     def _fail(self, step: int, error: Exception) -> None:
@@ -223,7 +223,7 @@ class Checkpointer:
         workdir_lock.verify()  # or it is another run's
         self._failures += 1
         self._reason = terminal.first_line(error)
-        if distributed.count() > 1:  # a process that failed meets the others at no barrier any more
+        if distributed.process_count() > 1:  # a process that failed meets the others at no barrier any more
             raise SaveFailed(f"step {step} was not saved to {self._folder}: {self._reason}") from error
         for path in self._folder.glob(f"{step}{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):
             shutil.rmtree(path, ignore_errors=True)

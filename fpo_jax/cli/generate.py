@@ -94,8 +94,8 @@ def run(options: Options) -> Summary:
 
 def _with_model(options: Options) -> Summary:
     source, config, load, fingerprint = _model(options)
-    told = generate_args.told(options, rule=options.rule)
-    encoder = tokenization.resolve(source, told, end_ids=hf.end_ids(source))
+    given = generate_args.given(options, rule=options.rule)
+    encoder = tokenization.resolve(source, given, end_ids=hf.end_ids(source))
     tokenizer = encoder.tokenizer
     prompts = _prompts(options, tokenizer)
     log.info("prompt format: %s", encoder.format.text)
@@ -122,8 +122,8 @@ def _with_model(options: Options) -> Summary:
         started, bar = time.perf_counter(), _bar(left)
 
         def done(found: dict[int, list[list[int]]]) -> None:
-            for place, responses in found.items():
-                file.append(_line(left[place], responses, tokenizer, decoding, options))
+            for place, completions in found.items():
+                file.append(_line(left[place], completions, tokenizer, decoding, options))
             bar.update(len(found))
             if (asked := stop.agreed()) and len(file.done) < len(prompts):
                 raise preemption.Stopped(f"{asked}: {len(file.done)} of {len(prompts)} prompts are answered and saved.")
@@ -136,7 +136,7 @@ def _with_model(options: Options) -> Summary:
                 decoding=decoding,
                 seed=options.seed,
                 num_return=options.num_return,
-                batch_size=options.batch_size * layout.row_ways,
+                batch_size=options.batch_size * layout.data_parallel_degree,
                 window=window,
                 numbers=[prompt.index for prompt in left],
                 compute_dtype=options.compute_dtype,
@@ -344,13 +344,13 @@ def _refuse_special(stops: Sequence[str], tokenizer: PreTrainedTokenizerFast, st
 
 def _line(
     prompt: _Prompt,
-    responses: list[list[int]],
+    completions: list[list[int]],
     tokenizer: PreTrainedTokenizerFast,
     decoding: sampler.Decoding,
     options: Options,
 ) -> dict[str, Any]:
     """Return the line of one prompt."""
-    ended = [_ended(tokenizer, prompt.ids, ids, decoding.stop_ids, options.stop_strings) for ids in responses]
+    ended = [_ended(tokenizer, prompt.ids, ids, decoding.stop_ids, options.stop_strings) for ids in completions]
     ids, texts, finish = (list(part) for part in zip(*ended, strict=True))
     line = {**_head(prompt), "completions": texts, "finish": finish, "tokens": [len(one) for one in ids]}
     line |= {"prompt_cut": prompt.cut} if prompt.cut else {}
@@ -364,7 +364,7 @@ def _ended(
     stop_ids: Sequence[int],
     stops: Sequence[str],
 ) -> tuple[list[int], str, str]:
-    """End a response at a stop string, as if the sampler had looked for it after every token.
+    """End a completion at a stop string, as if the sampler had looked for it after every token.
 
     The token that completes it was drawn and stays among the ids; the text ends before the stop string.
 

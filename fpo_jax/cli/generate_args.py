@@ -39,7 +39,7 @@ class Answering:
     eos_token: str = ""
     auto_insert_empty_system: bool = False
     prepend_bos: bool = False
-    max_length: int = 0  # prompt and response; 0 = the model's window
+    max_length: int = 0  # prompt and completion; 0 = the model's window
     seed: int = 0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()  # besides the tokenizer's EOS and the model's
@@ -72,9 +72,9 @@ class Options(Answering):
     keep_ids: int = 0  # 1 = write the token ids too, `prompt_ids` and `ids`, as fpo kl needs them
 
 
-def told(options: Answering, *, rule: str) -> tokenization.Told:
+def given(options: Answering, *, rule: str) -> tokenization.Given:
     """Return what was said of the prompt format."""
-    return tokenization.Told(
+    return tokenization.Given(
         rule=rule,
         tokenizer=options.tokenizer,
         chat_template=options.chat_template,

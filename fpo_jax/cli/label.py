@@ -1,4 +1,4 @@
-"""Score responses with a reward model: `fpo label --model RM --data answers.jsonl --out labelled.jsonl`.
+"""Score completions with a reward model: `fpo label --model RM --data answers.jsonl --out labelled.jsonl`.
 
 Lines with `prompt` and `completions` in, the same with `rewards` out, which is what the trainer reads as format `json`;
 with --pairing best_worst, `prompt`, `chosen` and `rejected` out. A score is the reward model's where it was trained to
@@ -46,7 +46,8 @@ class Options:
     chat_template_kwargs: str = ""  # JSON: {"enable_thinking": false}
     eos_token: str = ""
     thoughts: str = ""  # refuse, keep or drop the thoughts of completions; "" = as the model was trained, or refuse
-    # Tokens of prompt and response, 0 = as the model was trained, else its window; a longer prompt loses its beginning.
+    # Tokens of prompt and completion, 0 = as the model was trained, else its window; a longer prompt loses its
+    # beginning.
     max_length: int = 0
     pairing: str = ""  # best_worst: one pair of each line
     batch_size: int = 64  # rows of a pass, per device
@@ -58,20 +59,20 @@ class Summary:
     """What was scored; of the whole file, whenever it was done."""
 
     lines: int
-    responses: int
+    completions: int
     mean_reward: float
     tied: int  # lines whose best and worst score are equal: no preference in them
-    duplicates: int  # responses that stand before in their line
-    cut: int  # responses whose row did not fit the window
+    duplicates: int  # completions that stand before in their line
+    cut: int  # completions whose row did not fit the window
     written: int  # lines of the file: with a pairing, those that have a preference
 
     @property
     def text(self) -> str:
         """In a few words."""
-        told = f"{self.responses} responses to {self.lines} prompts, mean reward {self.mean_reward:.3f}"
+        described = f"{self.completions} completions to {self.lines} prompts, mean reward {self.mean_reward:.3f}"
         for name in ("tied", "duplicates", "cut"):
-            told += f", {getattr(self, name)} {name}" if getattr(self, name) else ""
-        return told + ("" if self.written == self.lines else f"; {self.written} pairs")
+            described += f", {getattr(self, name)} {name}" if getattr(self, name) else ""
+        return described + ("" if self.written == self.lines else f"; {self.written} pairs")
 
 
 def run(options: Options) -> Summary:
@@ -92,8 +93,8 @@ def _run(options: Options) -> Summary:
     source = hf.local_dir(options.model, revision=options.revision or None)
     config = hf.read_config(source)
     names = ("rule", "tokenizer", "chat_template", "chat_template_kwargs", "eos_token", "thoughts")
-    told = tokenization.Told(**{name: getattr(options, name) for name in names})
-    encoder = tokenization.resolve(source, told, end_ids=hf.end_ids(source))
+    described = tokenization.Given(**{name: getattr(options, name) for name in names})
+    encoder = tokenization.resolve(source, described, end_ids=hf.end_ids(source))
     log.info("prompt format: %s", encoder.format.text)
     for warning in tokenization.warnings(encoder):
         log.warning(warning)
@@ -126,7 +127,7 @@ def _run(options: Options) -> Summary:
 
 
 def best_worst(line: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the pair of the best and the worst response of a line; None where they have one score or one text.
+    """Return the pair of the best and the worst completion of a line; None where they have one score or one text.
 
     >>> best_worst({"index": 0, "prompt": "p", "completions": ["a", "b", "c"], "rewards": [0.1, 0.7, 0.7]})
     {'index': 0, 'prompt': 'p', 'chosen': 'b', 'rejected': 'a', 'rewards': [0.7, 0.1]}
@@ -153,9 +154,9 @@ def _score(
     with bar:
         for start in range(0, len(left), CHUNK):
             chunk = left[start : start + CHUNK]
-            prompts, responses = [line["prompt"] for line in chunk], [line["completions"] for line in chunk]
+            prompts, completions = [line["prompt"] for line in chunk], [line["completions"] for line in chunk]
             try:
-                groups = reward_model.rows(encoder, prompts, responses, pad_id=rewarder.config.pad_id, window=window)
+                groups = reward_model.rows(encoder, prompts, completions, pad_id=rewarder.config.pad_id, window=window)
             except ValueError:
                 for line in chunk:  # to name the one that is at fault
                     with configuration.about(f"{options.data}:{line['index'] + 1}"):
@@ -164,7 +165,7 @@ def _score(
                 raise
             scores = iter(rewarder([row.ids for group in groups for row in group]).tolist())
             for line, group in zip(chunk, groups, strict=True):
-                cut = sum(row.prompt_cut > 0 or row.response_cut > 0 for row in group)
+                cut = sum(row.prompt_cut > 0 or row.completion_cut > 0 for row in group)
                 rewards = [next(scores) for _ in group]
                 file.append({**line, "rewards": rewards, **({"cut": cut} if cut else {})})
             bar.update(len(chunk))
@@ -212,7 +213,7 @@ def _summary(lines: list[dict[str, Any]]) -> Summary:
     rewards = [reward for line in lines for reward in line["rewards"]]
     return Summary(
         lines=len(lines),
-        responses=len(rewards),
+        completions=len(rewards),
         mean_reward=math.fsum(rewards) / len(rewards),
         tied=sum(len(line["rewards"]) > 1 and max(line["rewards"]) == min(line["rewards"]) for line in lines),
         duplicates=sum(len(line["completions"]) - len(set(line["completions"])) for line in lines),

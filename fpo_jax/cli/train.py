@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
             workdir,
         )
-        if not distributed.first():  # process 0 speaks for all; warnings say whose they are
-            terminal.log_to_stderr(prefix=f"process {distributed.index()}: ")
+        if not distributed.is_main_process():  # process 0 speaks for all; warnings say whose they are
+            terminal.log_to_stderr(prefix=f"process {distributed.process_index()}: ")
             logging.getLogger("fpo_jax").setLevel(logging.WARNING)
         with distributed.guard():
             trainer.run(config, workdir, profile=profiled)

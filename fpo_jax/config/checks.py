@@ -94,15 +94,15 @@ def problems(config: Config) -> list[str]:
     number("train.skip_spikes", 0.0)
     number("train.spike_window", 2)
     number("train.eval_every", 0)
-    if config.train.keep_best and not (config.data.eval or config.answers.count):
+    if config.train.keep_best and not (config.data.eval or config.completions.count):
         found.append(f"train.keep_best={config.train.keep_best!r} needs an evaluation; set data.eval.")
     if config.train.keep_best and not config.train.keep_best.startswith("eval_"):
         found.append(f"train.keep_best={config.train.keep_best!r} must name a metric of an evaluation, e.g. eval_loss.")
     found += _answers_problems(config)
-    number("answers.count", 0)
-    number("answers.max_new_tokens", 1)
-    number("answers.temperature", 0.0)
-    number("answers.batch_per_device", 1)
+    number("completions.count", 0)
+    number("completions.max_new_tokens", 1)
+    number("completions.temperature", 0.0)
+    number("completions.batch_per_device", 1)
     number("reference.batch_per_device", 1)
     number("kernel.workspace_mib", 1)
     number("kernel.kept_logits_mib", 0)
@@ -124,7 +124,9 @@ def _layout_problems(config: Config) -> list[str]:
     if config.data.packing:
         found.append(f"data.packing=True and data.layout={layout!r} exclude each other; unset one.")
     if layout == "shared" and config.data.group_size == 1:
-        found.append("data.layout='shared' needs responses that share a prompt, and data.group_size is 1; use packed.")
+        found.append(
+            "data.layout='shared' needs completions that share a prompt, and data.group_size is 1; use packed."
+        )
     return found
 
 
@@ -133,14 +135,14 @@ def _length_problems(config: Config) -> list[str]:
     if data.rule == "chat":
         if not 0 < data.max_prompt_length < data.max_length:
             found.append(
-                f"data.max_prompt_length={data.max_prompt_length} leaves no room for a response in"
+                f"data.max_prompt_length={data.max_prompt_length} leaves no room for a completion in"
                 f" data.max_length={data.max_length}; use at most {data.max_length - 1}."
             )
     elif data.rule == "raw":
-        limit = data.max_response_length
+        limit = data.max_completion_length
         if limit is None or not 0 < limit < data.max_length:
             found.append(
-                f"data.max_response_length={limit} must lie between 1 and data.max_length - 1 ="
+                f"data.max_completion_length={limit} must lie between 1 and data.max_length - 1 ="
                 f" {data.max_length - 1} for data.rule='raw'."
             )
     buckets = tuple(data.buckets)
@@ -154,16 +156,16 @@ def _length_problems(config: Config) -> list[str]:
 
 def _answers_problems(config: Config) -> list[str]:
     """List what keeps the model from answering prompts."""
-    found, options = [], config.answers
+    found, options = [], config.completions
     if not options.count:
         return found
     if not options.prompts and not config.data.eval:
-        found.append(f"answers.count={options.count} needs prompts; set answers.prompts or data.eval.")
+        found.append(f"completions.count={options.count} needs prompts; set completions.prompts or data.eval.")
     if config.stage == "reward":
-        found.append(f"answers.count={options.count}: stage 'reward' trains a model that writes no answers; use 0.")
+        found.append(f"completions.count={options.count}: stage 'reward' trains a model that writes no answers; use 0.")
     if config.lora.rank:
         found.append(
-            f"answers.count={options.count}: answers are written by whole models, and"
+            f"completions.count={options.count}: answers are written by whole models, and"
             f" lora.rank={config.lora.rank} trains an adapter; use 0, and fpo generate on the export."
         )
     return found

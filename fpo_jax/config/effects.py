@@ -32,9 +32,9 @@ IDLE = (
         " train.skip_spikes, or unset it",
     ),
     Idle(
-        tuple(f"answers.{name}" for name in default().answers if name != "count"),
-        lambda c: not c.answers.count,
-        "while answers.count is 0; set it",
+        tuple(f"completions.{name}" for name in default().completions if name != "count"),
+        lambda c: not c.completions.count,
+        "while completions.count is 0; set it",
     ),
     Idle(
         ("data.eval_split", "data.eval_rows"),
@@ -52,14 +52,14 @@ IDLE = (
         "by data.layout={data.layout!r}, whose rows have one length; unset it",
     ),
     Idle(
-        ("data.max_response_length",),
+        ("data.max_completion_length",),
         lambda c: c.data.rule == "chat",
-        "by data.rule='chat' (responses get max_length - max_prompt_length tokens); unset it or use rule='raw'",
+        "by data.rule='chat' (completions get max_length - max_prompt_length tokens); unset it or use rule='raw'",
     ),
     Idle(
         ("data.max_prompt_length",),
         lambda c: c.data.rule == "raw",
-        "by data.rule='raw' (prompts get what the response leaves of max_length); unset it or use rule='chat'",
+        "by data.rule='raw' (prompts get what the completion leaves of max_length); unset it or use rule='chat'",
     ),
     Idle(
         (

@@ -97,7 +97,7 @@ FIELDS = (
     Field("data.rule", str, "chat", "Completions by a chat template, or as plain text.", ("chat", "raw")),
     Field("data.max_length", int, 2048, "Tokens of prompt and completion."),
     Field("data.max_prompt_length", int, 1800, "Tokens kept of a prompt when the sequence is too long (rule chat)."),
-    Field("data.max_response_length", int, None, "Tokens of a completion with its EOS (rule raw)."),
+    Field("data.max_completion_length", int, None, "Tokens of a completion with its EOS (rule raw)."),
     Field("data.truncation", str, "keep_end", "What stays of an over-long prompt.", ("keep_end", "keep_start")),
     Field(
         "data.truncate_together",
@@ -157,7 +157,7 @@ FIELDS = (
         2,
         "K: completions per group; examples with more are cut in consecutive groups; 1 = the best one.",
     ),
-    Field("data.on_empty_response", str, "drop", "Groups with an empty completion.", ("drop", "error")),
+    Field("data.on_empty_completion", str, "drop", "Groups with an empty completion.", ("drop", "error")),
     Field("data.on_long_prompt", str, "truncate", "Groups with a long prompt.", ("truncate", "drop", "error")),
     Field("data.on_identical", str, "keep", "Groups whose completions are all the same text.", ("keep", "drop")),
     Field(
@@ -284,8 +284,8 @@ FIELDS = (
         "train.hang_timeout",
         int,
         None,
-        "Seconds without an update or a batch of an evaluation after which a run shows its stacks and ends with exit"
-        " code 70; 0 = never; unset = 20 times its slowest update, at least 600.",
+        "Seconds without a step or a batch of an evaluation after which a run shows its stacks and ends with exit"
+        " code 70; 0 = never; unset = 20 times its slowest step, at least 600.",
         resumes=HOST,
     ),
     Field("train.max_nonfinite", int, 10, "Skipped steps in a row, spikes too, before the run stops.", resumes=HOST),
@@ -297,13 +297,13 @@ FIELDS = (
         " chance: one normal number in 10^9.",
     ),
     Field("train.spike_window", int, 128, "Applied steps of that mean; none is skipped before them."),
-    Field("answers.count", int, 0, "Prompts that the model answers at every evaluation, into answers/; 0 = none."),
-    Field("answers.prompts", str, "", "File or hub name with a column prompt; empty = the prompts of data.eval."),
-    Field("answers.max_new_tokens", int, 128, "Tokens of a sample completion."),
-    Field("answers.temperature", float, 0.8, "Of the sampling; 0 = greedy."),
-    Field("answers.batch_per_device", int, 16, "Sample completions that a device draws together."),
+    Field("completions.count", int, 0, "Prompts that are answered at every evaluation, into completions/; 0 = none."),
+    Field("completions.prompts", str, "", "File or hub name with a column prompt; empty = the prompts of data.eval."),
+    Field("completions.max_new_tokens", int, 128, "Tokens of a sample completion."),
+    Field("completions.temperature", float, 0.8, "Of the sampling; 0 = greedy."),
+    Field("completions.batch_per_device", int, 16, "Sample completions that a device draws together."),
     Field(
-        "answers.reward_model",
+        "completions.reward_model",
         str,
         "",
         "Its scores tell how often an answer beats the start's; loaded for that time only.",

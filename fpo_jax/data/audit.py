@@ -60,11 +60,11 @@ class Audit(NamedTuple):
     prompts_cut: int  # groups
     prompt_tokens_cut: int  # of one row of each group, the most
     prompts_differ: int  # groups whose rows were cut to different prompts
-    responses_cut: int  # rows, which lost their end token
-    response_tokens_cut: int  # of all rows
+    completions_cut: int  # rows, which lost their end token
+    completion_tokens_cut: int  # of all rows
     missing_eos: int  # rows that do not end in an end token
     missing_eos_unexplained: int  # of those, rows that were not cut
-    merged: int  # rows in which a token straddles prompt and response
+    merged: int  # rows in which a token straddles prompt and completion
     double_eos: int  # rows whose scored part holds more than one end token
     double_bos: int  # rows with two BOS tokens in a row
     no_bos: int  # rows without, where the tokenizer opens texts with BOS: their prompts lost it
@@ -72,7 +72,7 @@ class Audit(NamedTuple):
     pad: str  # which id fills, and why
     prompt_format: str  # how prompts and completions became ids
     warnings: tuple[str, ...]  # what of the chat template will not do what it looks like
-    lengths: dict[str, Lengths]  # prompt, response, row
+    lengths: dict[str, Lengths]  # prompt, completion, row
     buckets: tuple[Bucket, ...]
     packed: Packed | None = None
     left_out: int = 0  # sound groups that `prepare` was told not to keep
@@ -108,11 +108,11 @@ class Audit(NamedTuple):
         lines += [_reason("noted", name, sources) for name, sources in self.noted.items()]
         for name, count, unit in (
             ("prompts cut", self.prompts_cut, f"of {self.groups:,} groups{_lost(self.prompt_tokens_cut)}"),
-            ("prompts differ", self.prompts_differ, "groups, their candidates follow differently cut prompts"),
+            ("prompts differ", self.prompts_differ, "groups, their completions follow differently cut prompts"),
             (
-                "responses cut",
-                self.responses_cut,
-                f"of {self.groups * self.group_size:,} rows{_lost(self.response_tokens_cut)}",
+                "completions cut",
+                self.completions_cut,
+                f"of {self.groups * self.group_size:,} rows{_lost(self.completion_tokens_cut)}",
             ),
             ("missing EOS", self.missing_eos, f"rows, {self.missing_eos_unexplained} of them not cut"),
             ("double EOS", self.double_eos, "rows, every end token is scored"),
@@ -161,7 +161,7 @@ def audit(
 
     Args:
         prepared: the rows.
-        facts_N4: int, per row: prompt length, prompt tokens cut, response tokens cut, merged.
+        facts_N4: int, per row: prompt length, prompt tokens cut, completion tokens cut, merged.
         encoder: that they were made with.
         rows_read: rows the reader saw.
         groups_formed: groups before any was dropped by `prepare`.
@@ -172,12 +172,12 @@ def audit(
         example: a conversation of the rows, with its ids.
     """
     shape_BK = prepared.rewards_BK.shape
-    prompt_cut_N, response_cut_N, merged_N = facts_N4[:, 1], facts_N4[:, 2], facts_N4[:, 3]
+    prompt_cut_N, completion_cut_N, merged_N = facts_N4[:, 1], facts_N4[:, 2], facts_N4[:, 3]
     ends_N = prepared.starts_N + prepared.lengths_N
     is_end_S = np.isin(prepared.tokens_S, encoder.format.end_ids)
     no_eos_N = ~is_end_S[ends_N - 1]
     bos_N, double_bos_N = _bos_counts(prepared, encoder)
-    scored_N = prepared.lengths_N - prepared.prompt_lengths_N
+    loss_tokens_N = prepared.lengths_N - prepared.prompt_lengths_N
     return Audit(
         rule=encoder.format.rule,
         rows_read=rows_read,
@@ -185,17 +185,17 @@ def audit(
         groups=prepared.groups,
         group_size=prepared.group_size,
         tokens=int(prepared.lengths_N.sum()),
-        scored_tokens=int(scored_N.sum()),
+        scored_tokens=int(loss_tokens_N.sum()),
         largest_token_id=int(prepared.tokens_S.max()),
         dropped={reason: tuple(sources) for reason, sources in dropped.items()},
         noted={reason: tuple(sources) for reason, sources in noted.items()},
         prompts_cut=int((prompt_cut_N.reshape(shape_BK) > 0).any(axis=1).sum()),
         prompt_tokens_cut=int(prompt_cut_N.reshape(shape_BK).max(axis=1).sum()),
         prompts_differ=int((prompt_cut_N.reshape(shape_BK) != prompt_cut_N.reshape(shape_BK)[:, :1]).any(axis=1).sum()),
-        responses_cut=int((response_cut_N > 0).sum()),
-        response_tokens_cut=int(response_cut_N.sum()),
+        completions_cut=int((completion_cut_N > 0).sum()),
+        completion_tokens_cut=int(completion_cut_N.sum()),
         missing_eos=int(no_eos_N.sum()),
-        missing_eos_unexplained=int((no_eos_N & (response_cut_N == 0)).sum()),
+        missing_eos_unexplained=int((no_eos_N & (completion_cut_N == 0)).sum()),
         merged=int(merged_N.sum()),
         double_eos=int((_scored_ends(prepared, is_end_S) > 1).sum()),
         double_bos=int(double_bos_N.sum()),
@@ -206,7 +206,7 @@ def audit(
         warnings=tuple(tokenization.warnings(encoder)),
         lengths={
             "prompt": _lengths(prepared.prompt_lengths_N),
-            "response": _lengths(scored_N),
+            "completion": _lengths(loss_tokens_N),
             "row": _lengths(prepared.lengths_N),
         },
         buckets=_buckets(prepared.lengths_N.reshape(shape_BK), buckets),

@@ -57,11 +57,11 @@ def warn(source: str, format: str, noted: Mapping[str, Sequence[str]]) -> None:
     """Log one line about noted columns that would change what the model is asked, or how much a row counts."""
     found = {name: len(noted[NOT_USED + name]) for name in TELLING if NOT_USED + name in noted}
     if found:
-        told = ", ".join(f"{name} ({count} rows)" for name, count in found.items())
+        described = ", ".join(f"{name} ({count} rows)" for name, count in found.items())
         where = " (a system text is used where the prompt is messages without a system turn)" * ("system" in found)
         log.warning(
             "%s: format %r does not use the columns %s%s; write them into the prompt, or drop them.",
-            source, format, told, where,
+            source, format, described, where,
         )  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def clean(records: Records, benchmarks: Iterable[str]) -> Records:
     """Return the records that repeat none of the benchmark texts; the others are among the dropped.
 
     Args:
-        records: what was read; the prompt and every response are compared.
+        records: what was read; the prompt and every completion are compared.
         benchmarks: the texts.
 
     Raises:
@@ -118,7 +118,7 @@ def _repeats(text: str, runs: Mapping[int, set[str]]) -> bool:
 
 
 def _texts_of(record: Record) -> list[str]:
-    turns = [*(record.prompt if isinstance(record.prompt, list) else [record.prompt]), *record.responses]
+    turns = [*(record.prompt if isinstance(record.prompt, list) else [record.prompt]), *record.completions]
     return [turn if isinstance(turn, str) else turn["content"] for turn in turns]
 
 

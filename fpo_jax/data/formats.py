@@ -1,23 +1,23 @@
 r"""Preference records from local files, saved data sets or the hub.
 
-What flows in: a source and the name of its format. What flows out: `Records`, each with its prompt, its K responses,
+What flows in: a source and the name of its format. What flows out: `Records`, each with its prompt, its K completions,
 their rewards and the file and line it came from, beside a list of what was dropped and why.
 
     hh          columns chosen, rejected: whole transcripts ("\n\nHuman: ...\n\nAssistant: ...")
-    chat_pairs  columns chosen, rejected (and prompt, unused): message lists; the last turn is the response
+    chat_pairs  columns chosen, rejected (and prompt, unused): message lists; the last turn is the completion
     chat_groups columns prompt, all_generated_responses, all_rm_scores: the answers of princeton-nlp's sets, rewarded
     json        columns prompt, chosen, rejected (a pair), or prompt, completions, rewards (a group): texts or messages;
                 a row that has chosen and rejected is a pair, whatever else it has
     tldr        columns info, summaries, choice: comparisons of summarize-from-feedback
     tldr_sft    columns subreddit, title, post, summary: a demonstration
-    imdb        columns text, label: a review, cut into prompt and response, rewarded with 1 if it is positive, or 0
+    imdb        columns text, label: a review, cut into prompt and completion, rewarded with 1 if it is positive, or 0
     messages    column messages: a conversation (UltraChat); each of its assistant turns is a demonstration, given what
                 came before, so that all of them are trained on
     demonstrations  columns prompt and completion (or chosen), texts or messages
-    prompts     column prompt: for generation, without responses
+    prompts     column prompt: for generation, without completions
 
-Demonstrations have one response and are for fine-tuning (data.group_size=1); every other format serves it too, with the
-best response of each record.
+Demonstrations have one completion and are for fine-tuning (data.group_size=1); every other format serves it too, with
+the best completion of each record.
 
 A text in a column `system` is read by every format whose prompt is messages: it becomes their first turn, unless they
 have a system turn. All other columns are noted as "column_not_used:NAME", with their rows.
@@ -45,11 +45,11 @@ MAX_BAD_FRACTION = 0.001  # of the rows read; more than this is a wrong format, 
 
 
 class Record(NamedTuple):
-    """One prompt with its candidate responses."""
+    """One prompt with its completion completions."""
 
     prompt: str | list[Message]
-    responses: Sequence[str | Message]
-    rewards: Sequence[float]  # one per response; a preference pair carries [1, 0]
+    completions: Sequence[str | Message]
+    rewards: Sequence[float]  # one per completion; a preference pair carries [1, 0]
     source: str  # "file:line" or "name[index]", for every message about this record
 
 
@@ -131,14 +131,14 @@ def read(
         if isinstance(found, hh_rlhf.Dropped):
             dropped.setdefault(found.reason, []).append(where)
             continue
-        told = ["system"] if _says(found.prompt, row.get("system")) else []
-        for name in columns.unused(row, *used, *told):
+        described = ["system"] if _says(found.prompt, row.get("system")) else []
+        for name in columns.unused(row, *used, *described):
             noted.setdefault(columns.NOT_USED + name, []).append(where)
         if found.more:
             parts = [found, *found.more]
             rows += [Record(*part[:3], f"{where}#{number}") for number, part in enumerate(parts)]
         else:
-            rows.append(Record(found.prompt, found.responses, found.rewards, where))
+            rows.append(Record(found.prompt, found.completions, found.rewards, where))
     _check_problems(problems, count, on_bad_row)
     columns.warn(str(source), format, noted)
     if count == 0:
@@ -150,7 +150,7 @@ def read(
 
 class _Parsed(NamedTuple):
     prompt: str | list[Message]
-    responses: Sequence[str | Message]
+    completions: Sequence[str | Message]
     rewards: Sequence[float]
     note: str = ""
     more: Sequence["_Parsed"] = ()  # other records of the same row
@@ -197,19 +197,19 @@ def _parse_chat_pairs(row: dict[str, Any], _: str) -> _Parsed | hh_rlhf.Dropped:
 
 def _parse_json(row: dict[str, Any], _: str) -> _Parsed:
     if "completions" in row:
-        responses, rewards = row["completions"], row["rewards"]
-        if not isinstance(responses, list) or not isinstance(rewards, list) or len(responses) != len(rewards):
+        completions, rewards = row["completions"], row["rewards"]
+        if not isinstance(completions, list) or not isinstance(rewards, list) or len(completions) != len(rewards):
             raise BadRow("completions and rewards must be lists of one length")
-        if len(responses) < 2:
-            raise BadRow(f"{len(responses)} completions; a group needs at least 2")
+        if len(completions) < 2:
+            raise BadRow(f"{len(completions)} completions; a group needs at least 2")
     else:
-        responses, rewards = [row["chosen"], row["rejected"]], [1.0, 0.0]
+        completions, rewards = [row["chosen"], row["rejected"]], [1.0, 0.0]
     prompt = row["prompt"]
     prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
-    read_responses = [_response(response, prompt, index) for index, response in enumerate(responses)]
-    if len({type(response) for response in read_responses}) > 1:
-        raise BadRow("some responses are texts and some are messages")
-    return _Parsed(prompt, read_responses, [_reward(reward, index) for index, reward in enumerate(rewards)])
+    read_completions = [_completion(completion, prompt, index) for index, completion in enumerate(completions)]
+    if len({type(completion) for completion in read_completions}) > 1:
+        raise BadRow("some completions are texts and some are messages")
+    return _Parsed(prompt, read_completions, [_reward(reward, index) for index, reward in enumerate(rewards)])
 
 
 def _parse_chat_groups(row: dict[str, Any], _: str) -> _Parsed:
@@ -246,7 +246,7 @@ def _parse_tldr_sft(row: dict[str, Any], _: str) -> _Parsed:
 
 
 def _parse_imdb(row: dict[str, Any], _: str) -> _Parsed | hh_rlhf.Dropped:
-    """The whole review is the response until `_cut_reviews` cuts it."""
+    """The whole review is the completion until `_cut_reviews` cuts it."""
     text, label = imdb.clean(_text(row["text"], "text")), row["label"]
     if type(label) is int and label == imdb.UNLABELLED:
         return hh_rlhf.Dropped("unlabelled")
@@ -260,11 +260,11 @@ def _cut_reviews(
 ) -> list[Record]:
     """Give each review its prompt; one that is no longer than a prompt is dropped."""
     cut = []
-    for row, (prompt, response) in zip(
-        rows, imdb.split([str(row.responses[0]) for row in rows], tokenizer), strict=True
+    for row, (prompt, completion) in zip(
+        rows, imdb.split([str(row.completions[0]) for row in rows], tokenizer), strict=True
     ):
-        if response:
-            cut.append(row._replace(prompt=prompt, responses=[response]))
+        if completion:
+            cut.append(row._replace(prompt=prompt, completions=[completion]))
         else:
             dropped.setdefault("short_review", []).append(row.source)
     return cut
@@ -284,7 +284,7 @@ def _parse_demonstrations(row: dict[str, Any], _: str) -> _Parsed:
     name = "completion" if "completion" in row else "chosen"
     prompt = row["prompt"]
     prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
-    return _Parsed(prompt, [_response(row[name], prompt, 0)], [1.0])
+    return _Parsed(prompt, [_completion(row[name], prompt, 0)], [1.0])
 
 
 def _parse_prompts(row: dict[str, Any], _: str) -> _Parsed:
@@ -344,9 +344,9 @@ def _message(turn: Any, name: str) -> Message:
     return {key: _text(turn[key], f"{name}.{key}") for key in ("role", "content")}
 
 
-def _response(value: Any, prompt: str | list[Message], index: int) -> str | Message:
-    """A response is a text, an assistant message, or a conversation that ends in one."""
-    name = f"response {index}"
+def _completion(value: Any, prompt: str | list[Message], index: int) -> str | Message:
+    """A completion is a text, an assistant message, or a conversation that ends in one."""
+    name = f"completion {index}"
     if isinstance(value, str):
         return _text(value, name)
     turns = _messages(value if isinstance(value, list) else [value], name)

@@ -1,11 +1,11 @@
-"""Whole groups packed into rows: a prompt stands once and its K responses follow it, or each candidate stands alone.
+"""Whole groups packed into rows: a prompt stands once and its K completions follow it, or each completion stands alone.
 
-`Prepared` and a list of rows, each a list of groups, flow in; a batch flows out in which every candidate has the
+`Prepared` and a list of rows, each a list of groups, flow in; a batch flows out in which every completion has the
 log-probs that it has in a row of its own. Which groups share a row depends on their sizes alone, so that it is the same
 on every process and after every resumption, and no group is ever split.
 
-    padded   one candidate a row                        K (P + R) tokens for a group
-    packed   groups packed, every candidate whole       K (P + R)
+    padded   one completion a row                        K (P + R) tokens for a group
+    packed   groups packed, every completion whole       K (P + R)
     shared   groups packed, the prompt only once        P + K R
 
 Letter used only here: S places for groups in a row.
@@ -29,7 +29,9 @@ _SLACKS = (1.0, 1.1, 1.2, 1.35, 1.6, 2.0)  # scored positions of a row over thei
 class Sizes(NamedTuple):
     """What the groups of a set take of a row, whatever stands beside them."""
 
-    shared_B: np.ndarray  # tokens at the start that all candidates have in common, none of them scored; 0 if not shared
+    shared_B: (
+        np.ndarray
+    )  # tokens at the start that all completions have in common, none of them scored; 0 if not shared
     tokens_B: np.ndarray  # of the whole group
     scored_B: np.ndarray
 
@@ -51,10 +53,10 @@ def scored_positions(most: int, *, length: int) -> int:
 
 
 def sizes(prepared: Prepared, *, shared: bool) -> Sizes:
-    """Measure the groups of a set. What candidates share is found in their tokens, within their prompts."""
+    """Measure the groups of a set. What completions share is found in their tokens, within their prompts."""
     B, K = prepared.groups, prepared.group_size
     lengths_BK, prompts_BK = prepared.lengths_N.reshape(B, K), prepared.prompt_lengths_N.reshape(B, K)
-    scored_B = prepared.scored_N.reshape(B, K).sum(axis=1)
+    scored_B = prepared.loss_tokens_N.reshape(B, K).sum(axis=1)
     shared_B = np.zeros(B, np.int64)
     if shared:
         limits_B, starts_BK = prompts_BK.min(axis=1).astype(np.int64), prepared.starts_N.reshape(B, K)
@@ -66,7 +68,7 @@ def sizes(prepared: Prepared, *, shared: bool) -> Sizes:
 
 
 def _common(tokens_S: np.ndarray, starts_BK: np.ndarray, limits_B: np.ndarray) -> np.ndarray:
-    """Return how many tokens the candidates of each group begin with alike, at most `limits_B`, at least 1 each."""
+    """Return how many tokens the completions of each group begin with alike, at most `limits_B`, at least 1 each."""
     begins_B = np.concatenate([[0], np.cumsum(limits_B[:-1])])
     within_P = np.arange(limits_B.sum()) - np.repeat(begins_B, limits_B)
     places_PK = np.repeat(starts_BK, limits_B, axis=0) + within_P[:, None]
@@ -77,12 +79,12 @@ def _common(tokens_S: np.ndarray, starts_BK: np.ndarray, limits_B: np.ndarray) -
 
 
 def texts(found: Sizes, groups: np.ndarray, lengths_N: np.ndarray, *, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of each text of some groups and of the prompt that it shares: prompts first, then candidates.
+    """Return the tokens of each text of some groups and of the prompt that it shares: prompts first, then completions.
 
     Args:
         found: from `sizes`.
         groups: which ones.
-        lengths_N: tokens of their candidates, each with its prompt.
+        lengths_N: tokens of their completions, each with its prompt.
         group_size: K.
     """
     shared_B = found.shared_B[groups]
@@ -136,13 +138,13 @@ def packing(
     tried = [Packing(shared, found, T, R, places=0, multiple=multiple) for T, R in sorted(shapes)]
 
     def cost(shape: Packing) -> float:
-        rows = sum(blocks(len(deal(groups, shape)), shape) for groups in samples)
+        rows = sum(blocks(len(pack_groups(groups, shape)), shape) for groups in samples)
         return rows * (shape.length + head_cost * shape.scored)
 
     return min(tried, key=cost)
 
 
-def deal(groups: Sequence[int], shape: Packing) -> list[list[int]]:
+def pack_groups(groups: Sequence[int], shape: Packing) -> list[list[int]]:
     """Deal groups out to rows, the largest first, each to the fullest row with room for it (best fit decreasing).
 
     A group's size, and a row's room, is the sum of its share of T and its share of R.
@@ -152,7 +154,7 @@ def deal(groups: Sequence[int], shape: Packing) -> list[list[int]]:
 
     >>> found = Sizes(np.zeros(4), np.array([6, 3, 5, 2]), np.array([1, 3, 1, 1]))
     >>> shape = Packing(True, found, length=8, scored=8, places=0, multiple=1)
-    >>> deal([0, 1, 2, 3], shape), deal([0, 1, 2, 3], shape._replace(scored=3))
+    >>> pack_groups([0, 1, 2, 3], shape), pack_groups([0, 1, 2, 3], shape._replace(scored=3))
     ([[0, 3], [1, 2]], [[0, 3], [1], [2]])
     """
     index, T, R = np.asarray(groups, np.int64), shape.length, shape.scored
@@ -184,7 +186,7 @@ def assemble(prepared: Prepared, packing: Packing, rows: Sequence[Sequence[int]]
     ids_NT, parents_NT = np.full((N, T), -1, np.int32), np.full((N, T), -1, np.int32)
     positions_NT = np.zeros((N, T), np.int32)
     predictors_NR, targets_NR = np.zeros((N, R), np.int32), np.zeros((N, R), np.int32)
-    slots_NR, scored_NR = np.zeros((N, R), np.int32), np.zeros((N, R), bool)
+    slots_NR, loss_mask_NR = np.zeros((N, R), np.int32), np.zeros((N, R), bool)
     ends_NP = np.zeros((N, S * K), np.int32)
     group_NS = np.full((N, S), -1, np.int32)
     for n, groups in enumerate(rows):
@@ -201,16 +203,16 @@ def assemble(prepared: Prepared, packing: Packing, rows: Sequence[Sequence[int]]
                 at, segment = at + shared, segment + 1
             for k in range(K):
                 ids, prompt = prepared.row(group * K + k)
-                own, begin = len(ids) - shared, at - shared  # token i of the candidate stands at begin + i
+                own, begin = len(ids) - shared, at - shared  # token i of the completion stands at begin + i
                 part = slice(at, at + own)
                 tokens_NT[n, part], positions_NT[n, part] = ids[shared:], np.arange(shared, len(ids))
                 ids_NT[n, part], parents_NT[n, part] = segment, trunk if shared else segment
                 count = len(ids) - prompt
                 to = slice(scored_at, scored_at + count)
                 predictors_NR[n, to] = np.arange(begin + prompt - 1, begin + len(ids) - 1)
-                if prompt == shared:  # the prompt's last token, which stands before all its responses
+                if prompt == shared:  # the prompt's last token, which stands before all its completions
                     predictors_NR[n, scored_at] = trunk_at + shared - 1
-                targets_NR[n, to], scored_NR[n, to], slots_NR[n, to] = ids[prompt:], True, place * K + k
+                targets_NR[n, to], loss_mask_NR[n, to], slots_NR[n, to] = ids[prompt:], True, place * K + k
                 ends_NP[n, place * K + k] = at + own - 1
                 at, scored_at, segment = at + own, scored_at + count, segment + 1
     group_B = group_NS.reshape(-1)
@@ -220,7 +222,7 @@ def assemble(prepared: Prepared, packing: Packing, rows: Sequence[Sequence[int]]
         valid_NT=ids_NT >= 0,
         predictors_NR=predictors_NR,
         targets_NR=targets_NR,
-        scored_NR=scored_NR,
+        loss_mask_NR=loss_mask_NR,
         rewards_BK=np.where(real_B[:, None], prepared.rewards_BK[np.where(real_B, group_B, 0)], np.float32(0)),
         reference_logps_BK=np.zeros((len(group_B), K), np.float32),
         weight_B=real_B.astype(np.float32),

@@ -1,11 +1,11 @@
-r"""Split a pair of HH-RLHF transcripts into a prompt and two responses.
+r"""Split a pair of HH-RLHF transcripts into a prompt and two completions.
 
 A transcript is "\n\nHuman: ...\n\nAssistant: ...\n\nHuman: ...". The prompt starts with two newlines and ends exactly
-in "Assistant:"; a response begins with one space. The prompt is never the common character prefix: that puts answer
+in "Assistant:"; a completion begins with one space. The prompt is never the common character prefix: that puts answer
 text into the prompt of 19 % of the rows of HH harmless.
 
-    last_turn         the response is the last Assistant turn; a pair whose prompts differ is dropped
-    first_difference  f-PO's original: turns are compared in order, the first that differs is the response, and what
+    last_turn         the completion is the last Assistant turn; a pair whose prompts differ is dropped
+    first_difference  f-PO's original: turns are compared in order, the first that differs is the completion, and what
                       follows it is lost; "Humans:" reads as "Human:", "Human: " inside an answer becomes a space
 
 The original strips the left of an answer on the chosen side only; here both sides are treated alike, because a double
@@ -22,7 +22,7 @@ _ROLE = re.compile(r"\n\n(Human|Assistant):")
 
 
 class Pair(NamedTuple):
-    """A prompt with the response people chose and the one they rejected."""
+    """A prompt with the completion people chose and the one they rejected."""
 
     prompt: str
     chosen: str

@@ -1,4 +1,4 @@
-r"""Movie reviews (IMDB): the beginning of a review is the prompt, the rest the response, its label the reward.
+r"""Movie reviews (IMDB): the beginning of a review is the prompt, the rest the completion, its label the reward.
 
 What flows in: rows with `text` and `label`. What flows out: the text as the original cleans it (`<br />` is a line end,
 nothing stands at the end), cut after its first ten tokens, and the rows in an order that a slice can be taken of.
@@ -39,7 +39,7 @@ def split(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[tupl
         tokenizer: of the model.
 
     Returns:
-        (prompt, response) of each; the response is empty where a text has no more tokens.
+        (prompt, completion) of each; the completion is empty where a text has no more tokens.
     """
     backend = tokenization.encoder(tokenizer).backend
     ends = [

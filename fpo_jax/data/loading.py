@@ -62,15 +62,15 @@ def _directory_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
     else:
         there = [file.relative_to(path).as_posix() for file in found or sorted(path.rglob("*")) if file.is_file()]
         what = f"{split}.* or {split}-*, nor one below a folder {split}," if split else "with rows"
-        told = ", ".join(there[:_NAMED]) + (f" and {len(there) - _NAMED} more" if len(there) > _NAMED else "")
+        described = ", ".join(there[:_NAMED]) + (f" and {len(there) - _NAMED} more" if len(there) > _NAMED else "")
         raise ValueError(
-            f"the directory {str(path)!r} has no file {what} of {tabular_files.READ}; it has {told or 'none'}"
+            f"the directory {str(path)!r} has no file {what} of {tabular_files.READ}; it has {described or 'none'}"
         )
     kinds = {file.relative_to(path).as_posix(): tabular_files.named(file) for file in chosen}
     if len(set(kinds.values())) > 1:
-        told = ", ".join(f"{name} ({kind})" for name, kind in itertools.islice(kinds.items(), _NAMED))
+        described = ", ".join(f"{name} ({kind})" for name, kind in itertools.islice(kinds.items(), _NAMED))
         raise ValueError(
-            f"the directory {str(path)!r} mixes kinds of files, {told}; name one of them, or take the others away"
+            f"the directory {str(path)!r} mixes kinds of files, {described}; name one of them, or take the others away"
         )
     if len(chosen) > 1 and not split:
         log.info("%s: no split is named, and all of its %d files are read: %s", path, len(chosen), ", ".join(kinds))

@@ -41,12 +41,12 @@ class Schedule(NamedTuple):
     buckets: tuple[int, ...]  # T, ascending
     scored: tuple[int, ...]  # R of each bucket
     longest_B: np.ndarray  # int32, longest row of each group
-    scored_N: np.ndarray  # int32, scored tokens of each row
+    loss_tokens_N: np.ndarray  # int32, scored tokens of each row
     batch_size: int  # groups of a global batch; of `sequence` rows
     seed: int
     shuffle: bool
     last_batch: str
-    rows: Rows | None = None  # that hold groups; None = a row holds one candidate
+    rows: Rows | None = None  # that hold groups; None = a row holds one completion
 
     @property
     def steps_per_epoch(self) -> int:
@@ -77,8 +77,8 @@ class RowSizes(NamedTuple):
 
     texts: np.ndarray  # tokens of each text, of its own: without the prompt that it shares
     contexts: np.ndarray  # tokens of the prompt that each text shares, 0 where it shares none
-    candidates: int  # tokens of all candidates, each with its prompt
-    responses: int  # tokens that are scored
+    sequence_tokens: int  # tokens of all completions, each with its prompt
+    completion_tokens: int  # loss tokens
     rows: int
     length: int  # T, to which rows are padded
     scored: int  # R
@@ -116,9 +116,9 @@ def schedule(
             f"batch_size={batch_size} is more than the {prepared.groups} groups there are, so no batch is whole; "
             f"use at most {prepared.groups}, or last_batch='pad'"
         )
-    scored_N = prepared.scored_N
-    bounds, scored, longest_B = _bucket_shapes(prepared, scored_N, buckets)
-    return Schedule(prepared, bounds, scored, longest_B, scored_N, batch_size, seed, shuffle, last_batch)
+    loss_tokens_N = prepared.loss_tokens_N
+    bounds, scored, longest_B = _bucket_shapes(prepared, loss_tokens_N, buckets)
+    return Schedule(prepared, bounds, scored, longest_B, loss_tokens_N, batch_size, seed, shuffle, last_batch)
 
 
 def packed(
@@ -165,7 +165,7 @@ def packed(
     shape = _row_shape(
         prepared, drawn, layout=layout, multiple=multiple, longest=longest, head_cost=head_cost, length=length
     )
-    return _with_rows(plain, shape, [group_packing.deal(groups, shape) for groups in drawn])
+    return _with_rows(plain, shape, [group_packing.pack_groups(groups, shape) for groups in drawn])
 
 
 def sequence(
@@ -197,10 +197,10 @@ def sequence(
     ]  # of neighbours, for the time that packing takes
     options = {"multiple": 1, "longest": longest, "head_cost": head_cost, "length": length}
     shape = _row_shape(prepared, chunks, sizes, layout=layout, **options)
-    dealt = [row for chunk in chunks for row in group_packing.deal(chunk, shape)]
+    packed = [row for chunk in chunks for row in group_packing.pack_groups(chunk, shape)]
     empty = np.zeros(0, np.int32)
     plain = Schedule(prepared, (), (), empty, empty, rows, 0, False, "pad")
-    batches = [dealt[start : start + rows] for start in range(0, len(dealt), rows)]
+    batches = [packed[start : start + rows] for start in range(0, len(packed), rows)]
     return _with_rows(plain, shape._replace(multiple=rows), batches, one_pass=True)
 
 
@@ -220,10 +220,10 @@ def _row_shape(
 
 
 def _with_rows(
-    plan: Schedule, shape: group_packing.Packing, dealt: list[list[list[int]]], *, one_pass: bool = False
+    plan: Schedule, shape: group_packing.Packing, packed: list[list[list[int]]], *, one_pass: bool = False
 ) -> Schedule:
-    shape = shape._replace(places=max(len(row) for rows in dealt for row in rows))
-    rows = Rows(shape, group_packing.blocks(max(map(len, dealt)), shape), dealt, one_pass)
+    shape = shape._replace(places=max(len(row) for rows in packed for row in rows))
+    rows = Rows(shape, group_packing.blocks(max(map(len, packed)), shape), packed, one_pass)
     return plan._replace(buckets=(shape.length,), scored=(shape.scored,), rows=rows)
 
 
@@ -289,17 +289,17 @@ def row_sizes(plan: Schedule, step: int) -> RowSizes:
     K = prepared.group_size
     rows_N = (groups[:, None] * K + np.arange(K)).reshape(-1)
     lengths_N = prepared.text_lengths(rows_N)
-    candidates = int(lengths_N.sum())
+    sequence_tokens = int(lengths_N.sum())
     if plan.rows is None:
-        scored = int(plan.scored_N[rows_N].sum())
-        return RowSizes(lengths_N, np.zeros_like(lengths_N), candidates, scored, len(ids) * K, *_shape(plan, ids))
+        scored = int(plan.loss_tokens_N[rows_N].sum())
+        return RowSizes(lengths_N, np.zeros_like(lengths_N), sequence_tokens, scored, len(ids) * K, *_shape(plan, ids))
     packing = plan.rows.packing
     texts, contexts = group_packing.texts(packing.sizes, groups, lengths_N, group_size=K)
     return RowSizes(
         texts=texts,
         contexts=contexts,
-        candidates=candidates,
-        responses=int(packing.sizes.scored_B[groups].sum()),
+        sequence_tokens=sequence_tokens,
+        completion_tokens=int(packing.sizes.scored_B[groups].sum()),
         rows=group_packing.blocks(len(plan.rows.groups[step]), packing),  # a micro-batch without groups is passed over
         length=packing.length,
         scored=packing.scored,
@@ -323,7 +323,7 @@ def batch_shapes(plan: Schedule, *, steps: int, start: int = 0) -> list[tuple[in
 
 
 def _bucket_shapes(
-    prepared: Prepared, scored_N: np.ndarray, buckets: Sequence[int]
+    prepared: Prepared, loss_tokens_N: np.ndarray, buckets: Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], np.ndarray]:
     """Buckets in order, the R of each, and the longest row of each group."""
     bounds = tuple(sorted(set(buckets)))
@@ -333,7 +333,7 @@ def _bucket_shapes(
             f"buckets={list(buckets)} do not hold the longest row of {longest_B.max()} tokens; "
             f"add a bucket of at least {longest_B.max()}, or prepare with a smaller max_length"
         )
-    scored_B = scored_N.reshape(prepared.rewards_BK.shape).max(axis=1)
+    scored_B = loss_tokens_N.reshape(prepared.rewards_BK.shape).max(axis=1)
     scored = []
     for bound in bounds:
         most = int(scored_B[longest_B <= bound].max(initial=1))
@@ -365,7 +365,7 @@ def _assemble(prepared: Prepared, ids_B: np.ndarray, length: int, scored: int) -
     else:
         chosen_NT = valid_NT & prepared.scored_S[places_NT]
         counts_N, targets_NR = chosen_NT.sum(axis=1), np.argsort(~chosen_NT, axis=1, kind="stable")[:, :scored]
-    scored_NR = positions_R < counts_N[:, None]
+    loss_mask_NR = positions_R < counts_N[:, None]
     segments = None
     if prepared.segments_S is not None:
         ids_NT = np.where(valid_NT, prepared.segments_S[places_NT], np.int32(-1))
@@ -373,9 +373,9 @@ def _assemble(prepared: Prepared, ids_B: np.ndarray, length: int, scored: int) -
     return Batch(
         tokens_NT=np.where(valid_NT, tokens_S[places_NT], np.int32(prepared.pad_id)),
         valid_NT=valid_NT,
-        predictors_NR=np.where(scored_NR, targets_NR - 1, 0).astype(np.int32),
-        targets_NR=np.where(scored_NR, tokens_S[np.where(scored_NR, starts_N1 + targets_NR, 0)], np.int32(0)),
-        scored_NR=scored_NR,
+        predictors_NR=np.where(loss_mask_NR, targets_NR - 1, 0).astype(np.int32),
+        targets_NR=np.where(loss_mask_NR, tokens_S[np.where(loss_mask_NR, starts_N1 + targets_NR, 0)], np.int32(0)),
+        loss_mask_NR=loss_mask_NR,
         rewards_BK=np.where(real_B[:, None], prepared.rewards_BK[np.where(real_B, ids_B, 0)], np.float32(0)),
         reference_logps_BK=np.zeros((len(ids_B), K), np.float32),
         weight_B=real_B.astype(np.float32),

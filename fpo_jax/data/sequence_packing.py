@@ -18,10 +18,10 @@ def pack(prepared: Prepared, *, length: int) -> Prepared:
     """Pack the texts of a set into rows of at most `length` tokens; rows come in the order of their first texts.
 
     Raises:
-        ValueError: groups of several candidates, which belong to different rows.
+        ValueError: groups of several completions, which belong to different rows.
     """
     if prepared.group_size != 1:
-        raise ValueError(f"groups of {prepared.group_size} candidates cannot be packed; packing needs group_size=1")
+        raise ValueError(f"groups of {prepared.group_size} completions cannot be packed; packing needs group_size=1")
     members = bins(prepared.lengths_N.tolist(), length=length)
     first = [member[0] for member in members]
     order = [text for member in members for text in member]

@@ -27,7 +27,7 @@ _CHUNK = 256  # groups tokenised at once: enough to keep the Rust threads busy, 
 
 class _Group(NamedTuple):
     prompt: str | list[Message]
-    responses: Sequence[str | Message]
+    completions: Sequence[str | Message]
     rewards: Sequence[float]
     source: str
 
@@ -38,13 +38,13 @@ def prepare(
     *,
     max_length: int,
     max_prompt_length: int | None = None,
-    max_response_length: int | None = None,
+    max_completion_length: int | None = None,
     group_size: int = 2,
     truncation_mode: str = "keep_end",
     truncate_together: bool = False,
     cut_prompts_together: bool = True,
     on_bad_row: str = "error",
-    on_empty_response: str = "drop",
+    on_empty_completion: str = "drop",
     on_long_prompt: str = "truncate",
     on_identical: str = "drop",
     buckets: Sequence[int] | None = None,
@@ -59,15 +59,15 @@ def prepare(
         encoder: of the tokenizer, with the prompt format: rule `raw` (plain text, f-PO's Pythia recipes) or `chat`.
         max_length: tokens of a row.
         max_prompt_length: tokens that a cut prompt keeps; `chat` needs it.
-        max_response_length: tokens of a response, EOS included; `raw` needs it.
-        group_size: K; a record with c candidates makes c/K groups of consecutive ones.
+        max_completion_length: tokens of a completion, EOS included; `raw` needs it.
+        group_size: K; a record with c completions makes c/K groups of consecutive ones.
         truncation_mode: which end of a cut prompt is kept, `keep_end` or `keep_start`.
         truncate_together: see `chat.chat_rows`; for `chat` only.
         cut_prompts_together: see `chat.raw_rows`; for `raw` only.
         on_bad_row: `error` or `skip`, for a group that the chat template refuses or loses text of.
-        on_empty_response: `drop` or `error`, for a group with a response of white space only or of no scored token.
+        on_empty_completion: `drop` or `error`, for a group with a completion of white space only or of no scored token.
         on_long_prompt: `truncate`, `drop` or `error`, for a group whose prompt does not fit.
-        on_identical: `drop` or `keep`, for a group whose responses are all the same, before or after cutting.
+        on_identical: `drop` or `keep`, for a group whose completions are all the same, before or after cutting.
         buckets: row lengths T that batches will be padded to, for the audit's padding share; None = `max_length`.
         vocab_size: rows of the model's embedding; a token id outside it is an error. None = not checked.
         reward_pad_id: of a reward model, whose score stands at the last token that is not this one; its rows are the
@@ -84,11 +84,11 @@ def prepare(
     options: dict[str, Any] = {
         "max_length": max_length,
         "max_prompt_length": max_prompt_length,
-        "max_response_length": max_response_length,
+        "max_completion_length": max_completion_length,
         "truncation_mode": truncation_mode,
     }
     rule = encoder.format.rule
-    policies = _Policies(on_bad_row, on_empty_response, on_long_prompt, on_identical)
+    policies = _Policies(on_bad_row, on_empty_completion, on_long_prompt, on_identical)
     _check_options(rule, options, group_size, policies)
     if rule == "chat":
         completion_texts.require_template(encoder)
@@ -118,7 +118,7 @@ def prepare(
                 continue
             kept.append(group)
             ids.extend(np.asarray(row.ids, np.int32) for row in rows)
-            facts.extend((row.prompt_length, row.prompt_cut, row.response_cut, row.merged) for row in rows)
+            facts.extend((row.prompt_length, row.prompt_cut, row.completion_cut, row.merged) for row in rows)
             example = example or _example(group, rows[0], encoder)
     rows_read = len(records.rows) + sum(map(len, records.dropped.values()))
     if not kept:
@@ -149,7 +149,7 @@ def prepare(
 def reward_row(row: tokenization.Row, encoder: tokenization.Encoder, pad_id: int | None) -> tokenization.Row:
     """Return a row up to the token at which a reward model's score stands.
 
-    Under rule `raw` that is the last token of the text, before the EOS that closes a response in training. Under rule
+    Under rule `raw` that is the last token of the text, before the EOS that closes a completion in training. Under rule
     `chat` it is, as in `transformers`, the last token of the template's whole text that is not the pad token.
 
     Args:
@@ -166,17 +166,17 @@ def reward_row(row: tokenization.Row, encoder: tokenization.Encoder, pad_id: int
 
 
 def best_only(records: Records) -> Records:
-    """Return the records with the response of highest reward alone (the first among equals): demonstrations."""
+    """Return the records with the completion of highest reward alone (the first among equals): demonstrations."""
 
     def best(record: Record) -> Record:
         index = max(range(len(record.rewards)), key=lambda k: record.rewards[k])
-        return record._replace(responses=[record.responses[index]], rewards=[record.rewards[index]])
+        return record._replace(completions=[record.completions[index]], rewards=[record.rewards[index]])
 
     return records._replace(rows=[best(record) for record in records.rows])
 
 
 def masked_sample(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, group: int = 0) -> str:
-    """Decode candidate 0 of a group, its scored tokens between ⟦ and ⟧, special tokens spelt out.
+    """Decode completion 0 of a group, its scored tokens between ⟦ and ⟧, special tokens spelt out.
 
     What is shown is what the model is given: decoded from the stored ids, not from the record.
     """
@@ -191,39 +191,39 @@ def masked_sample(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, group:
 
 class _Policies(NamedTuple):
     on_bad_row: str
-    on_empty_response: str
+    on_empty_completion: str
     on_long_prompt: str
     on_identical: str
 
 
 def _check_options(rule: str, options: dict[str, Any], group_size: int, policies: _Policies) -> None:
     loading.check_choice("on_bad_row", policies.on_bad_row, ["error", "skip"])
-    loading.check_choice("on_empty_response", policies.on_empty_response, ["drop", "error"])
+    loading.check_choice("on_empty_completion", policies.on_empty_completion, ["drop", "error"])
     loading.check_choice("on_long_prompt", policies.on_long_prompt, ["truncate", "drop", "error"])
     loading.check_choice("on_identical", policies.on_identical, ["drop", "keep"])
-    needed = {"raw": "max_response_length", "chat": "max_prompt_length"}[rule]
+    needed = {"raw": "max_completion_length", "chat": "max_prompt_length"}[rule]
     if options[needed] is None:
         raise ValueError(f"rule={rule!r} needs {needed}, a number of tokens below max_length={options['max_length']}")
     if group_size < 1:
-        raise ValueError(f"group_size={group_size} is no number of candidates; use at least 1")
+        raise ValueError(f"group_size={group_size} is no number of completions; use at least 1")
     truncation.check_lengths(
         max_length=options["max_length"],
         max_prompt_length=options["max_prompt_length"],
-        max_response_length=options["max_response_length"],
+        max_completion_length=options["max_completion_length"],
     )
 
 
 def _groups(record: Record, group_size: int, rule: str) -> list[_Group]:
-    """Cut a record's candidates into consecutive groups."""
-    count = len(record.responses)
+    """Cut a record's completions into consecutive groups."""
+    count = len(record.completions)
     if not all(abs(reward) <= _FLOAT32_MAX for reward in record.rewards):  # nor is NaN
         raise ValueError(f"{record.source}: rewards {list(record.rewards)} are not all finite float32 numbers")
     if count % group_size or len(record.rewards) != count or count == 0:
         raise ValueError(
-            f"{record.source}: {count} responses with {len(record.rewards)} rewards do not make groups of "
-            f"{group_size}; group_size must divide the number of responses"
+            f"{record.source}: {count} completions with {len(record.rewards)} rewards do not make groups of "
+            f"{group_size}; group_size must divide the number of completions"
         )
-    if rule == "raw" and not all(isinstance(text, str) for text in (record.prompt, *record.responses)):
+    if rule == "raw" and not all(isinstance(text, str) for text in (record.prompt, *record.completions)):
         raise ValueError(
             f"{record.source}: rule='raw' takes plain text, and this record holds messages; use rule='chat'"
         )
@@ -231,7 +231,7 @@ def _groups(record: Record, group_size: int, rule: str) -> list[_Group]:
     return [
         _Group(
             record.prompt,
-            record.responses[start : start + group_size],
+            record.completions[start : start + group_size],
             record.rewards[start : start + group_size],
             record.source if len(starts) == 1 else f"{record.source}#{number}",
         )
@@ -242,15 +242,17 @@ def _groups(record: Record, group_size: int, rule: str) -> list[_Group]:
 def _text_fault(group: _Group, policies: _Policies) -> str:
     texts = _texts(group)
     empty = [index for index, text in enumerate(texts) if not text.strip()]
-    if empty and policies.on_empty_response == "error":
-        raise ValueError(f"{group.source}: response {empty[0]} is empty; remove the row, or on_empty_response='drop'")
+    if empty and policies.on_empty_completion == "error":
+        raise ValueError(
+            f"{group.source}: completion {empty[0]} is empty; remove the row, or on_empty_completion='drop'"
+        )
     if empty:
-        return "empty_response"
+        return "empty_completion"
     return "identical" if len(texts) > 1 and len(set(texts)) == 1 else ""
 
 
 def _texts(group: _Group) -> list[str]:
-    return [response if isinstance(response, str) else response["content"] for response in group.responses]
+    return [completion if isinstance(completion, str) else completion["content"] for completion in group.completions]
 
 
 def _row_fault(group: _Group, rows: Sequence[tokenization.Row], policies: _Policies, max_length: int) -> str:
@@ -258,16 +260,16 @@ def _row_fault(group: _Group, rows: Sequence[tokenization.Row], policies: _Polic
     if any(row.prompt_length == 0 for row in rows):
         return "empty_prompt"
     if any(len(row.ids) <= row.prompt_length + row.header for row in rows):
-        if policies.on_empty_response == "error":
+        if policies.on_empty_completion == "error":
             raise ValueError(
-                f"{group.source}: a response has no token to score; remove the row, or on_empty_response='drop'"
+                f"{group.source}: a completion has no token to score; remove the row, or on_empty_completion='drop'"
             )
         return "no_scored_token"
     cut = max(row.prompt_cut for row in rows)
     if cut and policies.on_long_prompt == "error":
         raise ValueError(
-            f"{group.source}: the prompt does not fit into max_length={max_length} beside its responses, {cut} of its "
-            "tokens would be cut; raise max_length, or on_long_prompt='truncate' or 'drop'"
+            f"{group.source}: the prompt does not fit into max_length={max_length} beside its completions, {cut} of "
+            "its tokens would be cut; raise max_length, or on_long_prompt='truncate' or 'drop'"
         )
     if cut and policies.on_long_prompt == "drop":
         return "long_prompt"
@@ -294,7 +296,7 @@ def _build(
         encoder.format.rule
     ]
     try:
-        return make(encoder, [group.prompt for group in groups], [group.responses for group in groups], **options)
+        return make(encoder, [group.prompt for group in groups], [group.completions for group in groups], **options)
     except ValueError as error:
         if len(groups) > 1:
             return [rows for group in groups for rows in _build(encoder, [group], options, policies)]
@@ -309,17 +311,17 @@ def _example(group: _Group, row: tokenization.Row, encoder: tokenization.Encoder
     A row that was cut, in which a token straddles the boundary, or whose text spells a control token or a thought has
     other ids elsewhere for a reason.
     """
-    prompt, response = group.prompt, group.responses[0]
+    prompt, completion = group.prompt, group.completions[0]
     spoken = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     spelt = [*spoken, *_texts(group)]
     odd = any(map(encoder.pattern.search, spelt)) or any(map(thinking.held, spelt))
-    if odd or row.prompt_cut or row.response_cut or row.merged:
+    if odd or row.prompt_cut or row.completion_cut or row.merged:
         return None
     ids = {"prompt_ids": row.ids[: row.prompt_length], "ids": list(row.ids)}
     if encoder.format.rule == "raw":
-        return {"prompt": prompt, "completion": response, **ids}
+        return {"prompt": prompt, "completion": completion, **ids}
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    answer = {"role": "assistant", "content": response} if isinstance(response, str) else response
+    answer = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
     return {"messages": [*messages, answer], **ids}
 
 

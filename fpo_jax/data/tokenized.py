@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Prepared(NamedTuple):
-    """Token rows ready to be batched; row b*K + k is candidate k of group b."""
+    """Token rows ready to be batched; row b*K + k is completion k of group b."""
 
     tokens_S: np.ndarray  # int32, the rows one after another
     starts_N: np.ndarray  # int64, where each row begins in tokens_S
@@ -29,11 +29,11 @@ class Prepared(NamedTuple):
 
     @property
     def group_size(self) -> int:
-        """K, the candidates per group."""
+        """K, the completions per group."""
         return self.rewards_BK.shape[1]
 
     @property
-    def scored_N(self) -> np.ndarray:
+    def loss_tokens_N(self) -> np.ndarray:
         """Scored tokens of each row."""
         if self.scored_S is None:
             return self.lengths_N - self.prompt_lengths_N

@@ -14,22 +14,22 @@ In one process every function here does nothing, at no cost.
 from fpo_jax.distributed.consensus import Vote, agree, check_shared, from_first, share, together
 from fpo_jax.distributed.failure import LOST, finish, guard
 from fpo_jax.distributed.initialize import Settings, StartError, start
-from fpo_jax.distributed.process import Everywhere, count, first, index
+from fpo_jax.distributed.process import CollectiveError, is_main_process, process_count, process_index
 
 __all__ = [
     "LOST",
-    "Everywhere",
+    "CollectiveError",
     "Settings",
     "StartError",
     "Vote",
     "agree",
     "check_shared",
-    "count",
     "finish",
-    "first",
     "from_first",
     "guard",
-    "index",
+    "is_main_process",
+    "process_count",
+    "process_index",
     "share",
     "start",
     "together",

@@ -30,18 +30,18 @@ SHARED_FOLDER_TIMEOUT_S = 30.0  # a network file system shows a new file to anot
 _calls = itertools.count()
 
 
-class InputError(process.Everywhere, ValueError):
+class InputError(process.CollectiveError, ValueError):
     """What some process cannot use stops all of them."""
 
 
 def share(text: str) -> list[str]:
     """Return the texts of all processes, in their order. Every process calls it at the same points of the program."""
-    if process.count() == 1:
+    if process.process_count() == 1:
         return [text]
     topic = f"share/{next(_calls)}"
-    process.put(f"{topic}/{process.index()}", text)
-    if process.first():
-        everyone = [_wait(f"{topic}/{other}", f"process {other}") for other in range(process.count())]
+    process.put(f"{topic}/{process.process_index()}", text)
+    if process.is_main_process():
+        everyone = [_wait(f"{topic}/{other}", f"process {other}") for other in range(process.process_count())]
         process.put(f"{topic}/all", json.dumps(everyone))
         return everyone
     return json.loads(_wait(f"{topic}/all", "process 0"))
@@ -56,7 +56,7 @@ def together() -> Iterator[None]:
     Raises:
         InputError: the body raised ValueError or OSError in some process; says which. One alone raises its own error.
     """
-    if process.count() == 1:
+    if process.process_count() == 1:
         yield
         return
     mine = ""
@@ -98,11 +98,11 @@ def check_shared(folder: Path) -> None:
     Raises:
         InputError: names the processes that do not see a file of process 0.
     """
-    if process.count() == 1:
+    if process.process_count() == 1:
         return
     name = f".shared-{secrets.token_hex(8)}"
     with together():
-        if process.first():
+        if process.is_main_process():
             (folder / name).touch()
     seen = folder / share(name)[0]
     try:
@@ -113,17 +113,17 @@ def check_shared(folder: Path) -> None:
                     " on a file system that all hosts mount."
                 )
     finally:
-        if process.first():
+        if process.is_main_process():
             seen.unlink(missing_ok=True)
 
 
 def from_first(array: np.ndarray) -> np.ndarray:
     """Return process 0's array; the others pass one of its shape and dtype."""
-    return array if process.count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(array))
+    return array if process.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 class Vote:
-    """The largest of one small number per process, computed behind the updates without holding them up."""
+    """The largest of one small number per process, computed behind the steps without holding them up."""
 
     def __init__(self, mesh: Mesh):
         """Take the devices of the run."""

@@ -38,24 +38,24 @@ _OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 _leaving = threading.Lock()
 _follower: threading.Thread | None = None
-_witness: subprocess.Popen | None = None
+_exit_reporter: subprocess.Popen | None = None
 _checkpoints = Path()
 
 
-def bequeath(words: str, workdir: Path) -> None:
+def set_exit_message(words: str, workdir: Path) -> None:
     """Have the witness say these words if this process is ended from C++ or killed."""
-    global _witness, _checkpoints
-    if _witness is None:
+    global _exit_reporter, _checkpoints
+    if _exit_reporter is None:
         _checkpoints = workdir / "checkpoints"
         command = [sys.executable, exit_reporter.__file__, str(_checkpoints)]
-        _witness = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-    _say_to_witness(words)
+        _exit_reporter = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+    _tell_exit_reporter(words)
 
 
 def watch(workdir: Path) -> None:
     """Follow what the other processes say, from here to `finish` or `leave`."""
     global _follower
-    bequeath(
+    set_exit_message(
         f"{_me()} was ended from outside: killed here, or by jax because another process died or cannot be reached (the"
         " lines above then say which).",
         workdir,
@@ -65,26 +65,26 @@ def watch(workdir: Path) -> None:
 
 
 def finish() -> None:
-    """Part from the other processes in order: all of them come here, after a run or an error of `Everywhere`."""
+    """Part from the other processes in order: all of them come here, after a run or an error of `CollectiveError`."""
     if _follower is not None:
         consensus.share("")
-        process.put(f"word/{process.index()}", "")
+        process.put(f"word/{process.process_index()}", "")
         _follower.join()  # a thread that waits in C++ would abort the interpreter's end
-    _say_to_witness("")
+    _tell_exit_reporter("")
 
 
 @contextlib.contextmanager
 def guard() -> Iterator[None]:
     """End a process of several at once where its error is its own: no clean-up may wait for processes that are gone.
 
-    Errors that every process raises (`Everywhere`) pass, and so does every error of a process that is alone.
+    Errors that every process raises (`CollectiveError`) pass, and so does every error of a process that is alone.
     """
     try:
         yield
-    except process.Everywhere:
+    except process.CollectiveError:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        if process.count() == 1:
+        if process.process_count() == 1:
             raise
         code, text = _judged(error)
         leave(code, f"{_me()}: {text}", tell=text)
@@ -105,10 +105,10 @@ def leave(code: int, message: str, *, tell: str, stacks: bool = False) -> NoRetu
     last.daemon = True
     last.start()
     print(terminal.shown(message), file=sys.stderr, flush=True)
-    if process.count() > 1:
-        _part(json.dumps({"process": process.index(), "text": tell, "stacks": stacks}))
+    if process.process_count() > 1:
+        _part(json.dumps({"process": process.process_index(), "text": tell, "stacks": stacks}))
     workdir_lock.release()
-    _say_to_witness("")  # this end is an orderly one
+    _tell_exit_reporter("")  # this end is an orderly one
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # the usual way out waits up to five minutes for the other processes
@@ -117,13 +117,13 @@ def leave(code: int, message: str, *, tell: str, stacks: bool = False) -> NoRetu
 def _part(word: str) -> None:
     """Tell the other processes why this one leaves; process 0 stays until they have read it."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 is gone already
-        for other in range(process.count()):
+        for other in range(process.process_count()):
             process.put(f"word/{other}", word)
-        process.put(f"left/{process.index()}", "")
+        process.put(f"left/{process.process_index()}", "")
         end = time.monotonic() + LINGER_S
-        for other in range(1, process.count() if process.first() else 0):
+        for other in range(1, process.process_count() if process.is_main_process() else 0):
             process.get(f"left/{other}", timeout_s=max(0.0, end - time.monotonic()))
-    if process.first():
+    if process.is_main_process():
         time.sleep(1.0)  # the last of them has its answer, and is gone
 
 
@@ -148,39 +148,39 @@ def _from_runtime(error: BaseException) -> bool:
 
 def _reason(first_line: str) -> str:
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        if word := process.get(f"word/{process.index()}", timeout_s=1.0):
-            return _told(word)
+        if word := process.get(f"word/{process.process_index()}", timeout_s=1.0):
+            return _described(word)
     return f"another process died or cannot be reached ({first_line})."
 
 
 def _follow() -> None:
     """Wait until a process says that it failed, and end this one."""
     try:
-        while (word := process.get(f"word/{process.index()}", timeout_s=3600.0)) is None:
+        while (word := process.get(f"word/{process.process_index()}", timeout_s=3600.0)) is None:
             pass
     except jax.errors.JaxRuntimeError:
         return  # process 0 is gone, and jax ends this process
-    if word and json.loads(word)["process"] != process.index():
+    if word and json.loads(word)["process"] != process.process_index():
         if json.loads(word)["stacks"]:
-            print(terminal.shown(f"{_me()}: {_told(word)} Its threads are at:"), file=sys.stderr, flush=True)
+            print(terminal.shown(f"{_me()}: {_described(word)} Its threads are at:"), file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)
         time.sleep(GRACE_S)
-        leave(LOST, f"{_me()}: {_told(word)} {exit_reporter.resumption(_checkpoints)}", tell=_told(word))
+        leave(LOST, f"{_me()}: {_described(word)} {exit_reporter.resumption(_checkpoints)}", tell=_described(word))
 
 
-def _told(word: str) -> str:
+def _described(word: str) -> str:
     failed = json.loads(word)
     return f"process {failed['process']} ended: {failed['text']}"
 
 
 def _me() -> str:
-    return f"process {process.index()} of {process.count()}"
+    return f"process {process.process_index()} of {process.process_count()}"
 
 
-def _say_to_witness(line: str) -> None:
-    if _witness is None:
+def _tell_exit_reporter(line: str) -> None:
+    if _exit_reporter is None:
         return
-    assert _witness.stdin is not None
+    assert _exit_reporter.stdin is not None
     with contextlib.suppress(OSError):
-        _witness.stdin.write(line + "\n")
-        _witness.stdin.flush()
+        _exit_reporter.stdin.write(line + "\n")
+        _exit_reporter.stdin.flush()

@@ -68,7 +68,7 @@ def start(settings: Settings, workdir: Path) -> None:
         " command on every host, look for a process that ended early, and check that the coordinator's port is free"
         " there and open to the others; a process that is meant to be alone takes --distributed=off."
     )
-    failure.bequeath(apart, workdir)  # when the time is over, jax ends the process from C++
+    failure.set_exit_message(apart, workdir)  # when the time is over, jax ends the process from C++
     # jax's own preemption service would take SIGTERM from us.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -84,10 +84,10 @@ def start(settings: Settings, workdir: Path) -> None:
         ) from None
     except RuntimeError as error:  # JaxRuntimeError is one
         raise StartError(f"{apart} ({terminal.first_line(error)})") from None
-    if process.count() > 1:
+    if process.process_count() > 1:
         failure.watch(workdir)
     else:
-        failure.bequeath("", workdir)
+        failure.set_exit_message("", workdir)
 
 
 def choose(settings: Settings, environment: Mapping[str, str]) -> dict | None:

@@ -19,15 +19,15 @@ log = logging.getLogger("fpo_jax")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(process.Everywhere):
+class Stopped(process.CollectiveError):
     """SIGTERM or SIGINT arrived; what is saved is saved, and the same command goes on from there."""
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads between updates; a second signal ends the process.
+    """Turns SIGTERM and SIGINT into a flag that the loop reads between steps; a second signal ends the process.
 
     Before anything has begun, the first one raises Stopped wherever the main thread is. A signal to one process of
-    several stops all of them, after the same update.
+    several stops all of them, after the same step.
     """
 
     def __init__(self, *, begun: bool = True) -> None:
@@ -60,7 +60,7 @@ class StopRequest:
 
     def _request(self, number: int, _frame: object) -> None:
         self._requested = number
-        if not self._begun and process.count() == 1:
+        if not self._begun and process.process_count() == 1:
             raise Stopped(
                 f"{signal.Signals(number).name}: nothing was under way that could be lost; the same command goes on."
             )
@@ -69,13 +69,13 @@ class StopRequest:
         """Act on a second signal, as no handler can while the main thread compiles."""
         seen = False
         with end:
-            while told := end.recv(1):
-                name = signal.Signals(told[0]).name
-                if told[0] in _SIGNALS and seen:
+            while described := end.recv(1):
+                name = signal.Signals(described[0]).name
+                if described[0] in _SIGNALS and seen:
                     words = f"{name}, the second signal: ended at once. {self.resumption()}\n"
                     os.write(sys.stderr.fileno(), terminal.shown(words).encode())
-                    os._exit(128 + told[0])
-                if told[0] in _SIGNALS:
+                    os._exit(128 + described[0])
+                if described[0] in _SIGNALS:
                     seen = True
                     log.warning("%s: stops as soon as it has saved; a second signal ends it without saving.", name)
 
@@ -85,7 +85,7 @@ class StopRequest:
 
     def connect(self, mesh: Mesh) -> None:
         """Let the processes that share a mesh decide together from here on."""
-        if process.count() > 1:
+        if process.process_count() > 1:
             self._vote = consensus.Vote(mesh)
 
     def agreed(self) -> str | None:
@@ -108,4 +108,4 @@ class StopRequest:
 
 def progress_shown() -> bool:
     """Return whether this process has a terminal to draw a progress bar on."""
-    return process.first() and sys.stderr.isatty()
+    return process.is_main_process() and sys.stderr.isatty()

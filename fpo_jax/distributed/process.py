@@ -8,23 +8,23 @@ import jax
 from jax._src import distributed  # jax exports neither the client nor the count before a device is opened
 
 
-class Everywhere(Exception):
+class CollectiveError(Exception):
     """Raised by every process at the same point: none of them waits for another that has gone."""
 
 
-def count() -> int:
+def process_count() -> int:
     """Return the number of processes of this run; 1 before `start`."""
     return distributed.global_state.num_processes
 
 
-def index() -> int:
+def process_index() -> int:
     """Return the number of this process, from 0."""
     return distributed.global_state.process_id
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Return whether this is process 0: the one that writes files, logs and shows progress."""
-    return index() == 0
+    return process_index() == 0
 
 
 def put(key: str, value: str) -> bool:

@@ -1,6 +1,6 @@
 """Ends a run in which nothing moves although every process lives: one of them never comes to a collective, say.
 
-The run says `moved` wherever it asks for a stop request: between updates, batches of evaluations and saves. A thread
+The run says `moved` wherever it asks for a stop request: between steps, batches of evaluations and saves. A thread
 counts how long nothing did; at the limit it shows where every thread of this process is, has the other processes do the
 same, and ends with the exit code after which the same command goes on. What has no measure (compiling, loading,
 callbacks of a user) is left alone with `unhurried`.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fpo_jax.distributed import exit_reporter, failure, process
 
-FACTOR = 20  # slowest updates
+FACTOR = 20  # slowest steps
 FLOOR_S = 600.0
 SAVE_S = 3600.0  # what a shared disk may take for a checkpoint
 TICK_S = 1.0
@@ -28,7 +28,7 @@ class _Watch:
 
     def __init__(self, timeout_s: int | None, checkpoints: Path):
         self.timeout_s, self.checkpoints = timeout_s, checkpoints
-        self.slowest_s = 0.0  # of the updates so far
+        self.slowest_s = 0.0  # of the steps so far
         self.still_s: float | None = None  # since something moved; None = nothing is expected to
         self.floors: list[float] = []
         self.over = threading.Event()
@@ -55,7 +55,7 @@ class _Watch:
     def end(self) -> None:
         """Show where everything is, and leave."""
         fact = f"nothing moved for {self.still_s:.0f} s, so the run counts as hanging (train.hang_timeout)"
-        me = f"process {process.index()} of {process.count()}"
+        me = f"process {process.process_index()} of {process.process_count()}"
         print(f"{me}: {fact}; its threads are at:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         words = f"{me}: {fact}. {exit_reporter.resumption(self.checkpoints)}"
@@ -70,7 +70,7 @@ def watching(timeout_s: int | None, checkpoints: Path) -> Iterator[None]:
     """Watch from the first `moved` inside `with` on.
 
     Args:
-        timeout_s: seconds in which something must move; 0 = do not watch; None = FACTOR times the slowest update, at
+        timeout_s: seconds in which something must move; 0 = do not watch; None = FACTOR times the slowest step, at
             least FLOOR_S.
         checkpoints: folder, of which the last words tell what is saved.
     """
@@ -95,7 +95,7 @@ def moved() -> None:
 
 
 def measured(seconds: float) -> None:
-    """Say how long an update took."""
+    """Say how long a step took."""
     if _watch is not None:
         _watch.slowest_s = max(_watch.slowest_s, seconds)
 
@@ -120,5 +120,5 @@ def in_words(timeout_s: int | None) -> str:
     """Say what a run does about hanging."""
     if timeout_s == 0:
         return "watchdog: off (train.hang_timeout=0); a run that hangs while all processes live hangs for ever"
-    limit = f"{FACTOR} times its slowest update, at least {FLOOR_S:.0f} s" if timeout_s is None else f"{timeout_s} s"
+    limit = f"{FACTOR} times its slowest step, at least {FLOOR_S:.0f} s" if timeout_s is None else f"{timeout_s} s"
     return f"watchdog: a run in which nothing moves for {limit} shows its stacks and ends with exit code {failure.LOST}"

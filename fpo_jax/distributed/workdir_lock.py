@@ -160,7 +160,7 @@ class _Lease:
             os.close(self._file)
 
     def _beat(self) -> None:
-        told = False
+        described = False
         while not self._over.wait(BEAT_S):
             with self._mutex:
                 if self._over.is_set() or not self.mine():
@@ -168,9 +168,9 @@ class _Lease:
                 try:
                     self._write()
                 except OSError as error:
-                    if not told:
+                    if not described:
                         log.warning("%s: no heartbeat can be written (%s)", self._path, error.strerror)
-                    told = True
+                    described = True
 
     def _write(self) -> None:
         self._beats += 1
@@ -267,10 +267,10 @@ def _free(file: int, path: Path, what: Path, option: str, *, made: bool) -> tupl
         return False, True
     if not here and _flock(file) is False:
         raise ValueError(
-            f"{what} is locked by {_told(owner)}, which shows no sign of life, but whose file system has not given its"
-            f" lock back yet; start again later, or use another {option}."
+            f"{what} is locked by {_described(owner)}, which shows no sign of life, but whose file system has not given"
+            f" its lock back yet; start again later, or use another {option}."
         )
-    log.warning("%s: %s ended without releasing it; taken over.", path, _told(owner))
+    log.warning("%s: %s ended without releasing it; taken over.", path, _described(owner))
     return True, not here
 
 
@@ -280,7 +280,9 @@ def _stands_still(path: Path, what: Path, text: str, owner: dict, option: str) -
     Raises:
         ValueError: it lives.
     """
-    log.warning("%s: waiting up to %.0f s to see whether %s, which holds it, still lives", path, LEASE_S, _told(owner))
+    log.warning(
+        "%s: waiting up to %.0f s to see whether %s, which holds it, still lives", path, LEASE_S, _described(owner)
+    )
     for _ in range(round(LEASE_S / POLL_S)):  # looks, and not seconds: none counts in which this process was stopped
         time.sleep(POLL_S)
         now = _read(path)
@@ -338,10 +340,10 @@ def _is_at(file: int, path: Path) -> bool:
     return False
 
 
-def _told(owner: dict) -> str:
+def _described(owner: dict) -> str:
     return f"process {owner['pid']} of host {owner['host']}" if owner else "another process"
 
 
 def _refusal(what: Path, owner: dict, option: str) -> str:
     where = " on this host" if owner and owner["machine"] == _machine() else ""
-    return f"{what} is in use by {_told(owner)}{where}; wait for it, stop it, or use another {option}."
+    return f"{what} is in use by {_described(owner)}{where}; wait for it, stop it, or use another {option}."

@@ -36,8 +36,8 @@ def end_ids(directory: Path) -> tuple[int, ...]:
         content = _read(directory / name)
         listed = _listed(content)
         if any(type(token) is not int or token < 0 for token in listed):
-            told = f"eos_token_id={content['eos_token_id']!r} must be a token id, a list of them or null"
-            raise ValueError(f"{directory / name}: {told}.")
+            described = f"eos_token_id={content['eos_token_id']!r} must be a token id, a list of them or null"
+            raise ValueError(f"{directory / name}: {described}.")
         found += listed
     return tuple(dict.fromkeys(found))
 

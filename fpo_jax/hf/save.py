@@ -206,7 +206,7 @@ def _exported_config(source_dir: Path, config: models.ModelConfig, dtype: np.dty
     keys = [key for key in ("dtype", "torch_dtype") if key in source] or ["torch_dtype"]  # transformers 5, 4
     source |= dict.fromkeys(keys, dtype.name)
     if config.reward_head:
-        source |= models.head_keys(config) | {"pad_token_id": models.filler_id(config)}
+        source |= models.head_keys(config) | {"pad_token_id": models.pad_token_id(config)}
     return source
 
 

@@ -48,11 +48,11 @@ class Rewarder:
         layout = sharding.make_layout(preset="fsdp", data=None, fsdp=None, tensor=None, devices=jax.local_devices())
         assert layout.mesh is not None
         self._lengths = _buckets(max_length)
-        self._rows = batch_per_device * layout.row_ways
+        self._rows = batch_per_device * layout.data_parallel_degree
         self._place = sharding.batch_sharding(layout.mesh, stacked=False)
         places = params.shardings(self.config, mesh=layout.mesh)
         self._params = hf.load_params(source, self.config, dtype=compute_dtype, shardings=places)
-        choice = attention.choose(
+        choice = attention.select(
             "auto",
             platform=jax.default_backend(),
             dtype=jnp.dtype(compute_dtype),
@@ -117,17 +117,17 @@ class Rewarder:
 def rows(
     encoder: tokenization.Encoder,
     prompts: Sequence[Any],
-    responses: Sequence[Sequence[Any]],
+    completions: Sequence[Sequence[Any]],
     *,
     pad_id: int | None,
     window: int,
 ) -> list[list[tokenization.Row]]:
-    """Build the rows of responses to prompts as a reward model's training builds them.
+    """Build the rows of completions to prompts as a reward model's training builds them.
 
     Args:
         encoder: of the reward model, with its prompt format.
         prompts: texts, or conversations for rule `chat`.
-        responses: of each prompt.
+        completions: of each prompt.
         pad_id: `pad_token_id` of the reward model's config; None = it has none.
         window: tokens of a row; a longer prompt loses its beginning.
 
@@ -138,25 +138,25 @@ def rows(
         longest = window + 1  # the EOS is cut off below
         most = max(1, window - 1)
         groups = tokenization.raw_rows(
-            encoder, prompts, responses, max_length=longest, max_response_length=most, cut_prompts_together=False
+            encoder, prompts, completions, max_length=longest, max_completion_length=most, cut_prompts_together=False
         )
     else:
         groups = tokenization.chat_rows(
-            encoder, prompts, responses, max_length=_UNCUT + 1, max_prompt_length=_UNCUT, ends=False
+            encoder, prompts, completions, max_length=_UNCUT + 1, max_prompt_length=_UNCUT, ends=False
         )
     return [[_fit(data.reward_row(row, encoder, pad_id), window) for row in group] for group in groups]
 
 
 def _fit(row: tokenization.Row, window: int) -> tokenization.Row:
-    """Cut a row to the window: its response's end, where it fills the window alone, and its prompt's beginning."""
-    prompt, response = row.ids[: row.prompt_length], row.ids[row.prompt_length :]
-    kept = response[: max(window - 1, 1)]
+    """Cut a row to the window: its completion's end, where it fills the window alone, and its prompt's beginning."""
+    prompt, completion = row.ids[: row.prompt_length], row.ids[row.prompt_length :]
+    kept = completion[: max(window - 1, 1)]
     head = prompt[max(0, len(prompt) - (window - len(kept))) :]
     return row._replace(
         ids=head + kept,
         prompt_length=len(head),
         prompt_cut=row.prompt_cut + len(prompt) - len(head),
-        response_cut=row.response_cut + len(response) - len(kept),
+        completion_cut=row.completion_cut + len(completion) - len(kept),
     )
 
 

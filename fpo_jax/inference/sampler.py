@@ -1,4 +1,4 @@
-"""Draw responses from a model: params and token-id prompts in, token-id responses out.
+"""Draw completions from a model: params and token-id prompts in, token-id completions out.
 
     prompts ──prefill──► cache, K rows per prompt ──► (one token per row ──► cache) until all rows ended
 
@@ -32,12 +32,12 @@ SHORTEST = 16  # length below which prompts are not told apart
 class Decoding:
     """How tokens are drawn; hashable, a static argument under jit."""
 
-    max_new_tokens: int  # of a response, the stop token included
+    max_new_tokens: int  # of a completion, the stop token included
     temperature: float = 1.0  # 0 = greedy
     top_k: int = 0  # the k most probable tokens alone; 0 = off
     top_p: float = 1.0  # the fewest most probable tokens that together have this probability; 1 = off
     min_new_tokens: int = 0  # that come before a stop token, at least
-    stop_ids: tuple[int, ...] = ()  # tokens that end a response
+    stop_ids: tuple[int, ...] = ()  # tokens that end a completion
 
     def __post_init__(self):
         """Raise ValueError with everything that is out of range."""
@@ -72,16 +72,16 @@ def sample(
     window: int | None = None,
     numbers: Sequence[int] | None = None,
     compute_dtype: jax.typing.DTypeLike = "float32",
-    attention: attention_module.Choice | None = None,
+    attention: attention_module.Selection | None = None,
     layout: sharding.Layout = sharding.ONE_DEVICE,
     done: Callable[[dict[int, list[list[int]]]], None] | None = None,
 ) -> list[list[list[int]]]:
-    """Draw `num_return` responses to every prompt, token by token, from softmax(logits / temperature), cut to top-k, p.
+    """Draw `num_return` completions to every prompt from softmax(logits / temperature), cut to top-k and top-p.
 
         token_t = argmax_v (logits[v] / temperature + g[v]),  g = Gumbel noise of (seed, prompt's number, return, t)
 
     which is an exact draw from the softmax (the Gumbel-max identity), and greedy decoding at temperature 0. The noise
-    depends on the prompt's number and on the return's alone, so the responses do not depend on batch_size, on the
+    depends on the prompt's number and on the return's alone, so the completions do not depend on batch_size, on the
     order or on the other prompts, and more returns leave the first ones as they were. Another batch_size, mesh or
     number of returns is another program, which may round differently; the other prompts and their order change not a
     bit, as a prompt is padded by its own length alone.
@@ -92,18 +92,18 @@ def sample(
         config: the architecture.
         decoding: how tokens are drawn.
         seed: of all noise, in [0, 2**32).
-        num_return: responses per prompt, >= 1.
+        num_return: completions per prompt, >= 1.
         batch_size: rows of a pass, over all devices; the last batch is filled up to it.
-        window: positions of a row, prompt and response, at most; None = the model's.
+        window: positions of a row, prompt and completion, at most; None = the model's.
         numbers: what stands for each prompt in the noise, in [0, 2**31); None = 0, 1, 2, ...
         compute_dtype: of the forward pass and of the cache; logits and noise are float32.
         attention: as for model.hidden_states.
         layout: where rows and heads live on a mesh; `params` lie there already.
-        done: called with {index: responses} of every batch of prompts as soon as they have them all; in any order.
+        done: called with {index: completions} of every batch of prompts as soon as they have them all; in any order.
 
     Returns:
-        responses[p][r]: token ids without the prompt, the stop token included as the last one where the model wrote
-        one; a response without it was cut at max_new_tokens.
+        completions[p][r]: token ids without the prompt, the stop token included as the last one where the model wrote
+        one; a completion without it was cut at max_new_tokens.
 
     Raises:
         ValueError: an option, an id or a length outside its range, or logits that are not finite.
@@ -112,8 +112,10 @@ def sample(
     for name, value in (("num_return", num_return), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-    if batch_size % layout.row_ways:
-        raise ValueError(f"batch_size={batch_size} is not divisible by {layout.row_ways} devices; use a multiple.")
+    if batch_size % layout.data_parallel_degree:
+        raise ValueError(
+            f"batch_size={batch_size} is not divisible by {layout.data_parallel_degree} devices; use a multiple."
+        )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed} must lie in [0, 2**32).")
     window = config.max_positions if window is None else window
@@ -122,14 +124,16 @@ def sample(
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={decoding.max_new_tokens} need {needed} positions,"
             f" window={window} and the model has {config.max_positions}; shorten the prompts, lower max_new_tokens, or"
-            " choose a window between the two."
+            " select a window between the two."
         )
     numbers = range(len(prompts)) if numbers is None else numbers
-    together = min(num_return, max(1, batch_size // layout.row_ways))  # returns of a prompt in one pass
-    per_pass = max(layout.row_ways, batch_size // together // layout.row_ways * layout.row_ways)  # prompts
+    together = min(num_return, max(1, batch_size // layout.data_parallel_degree))  # returns of a prompt in one pass
+    per_pass = max(
+        layout.data_parallel_degree, batch_size // together // layout.data_parallel_degree * layout.data_parallel_degree
+    )  # prompts
     lengths = _lengths(window - decoding.max_new_tokens)
     padded = [next(length for length in lengths if length >= len(prompt)) for prompt in prompts]
-    responses: list[list[list[int]]] = [[] for _ in prompts]
+    completions: list[list[list[int]]] = [[] for _ in prompts]
     run = functools.partial(
         _respond,
         config=config,
@@ -155,10 +159,10 @@ def sample(
                 )
             for index, drawn_KT in zip(indices, drawn_PKT.tolist(), strict=False):
                 rows = drawn_KT[: num_return - first]
-                responses[index] += [_until_stop(row, decoding.stop_ids) for row in rows]
+                completions[index] += [_until_stop(row, decoding.stop_ids) for row in rows]
         if done is not None:
-            done({index: responses[index] for index in indices})
-    return responses
+            done({index: completions[index] for index in indices})
+    return completions
 
 
 @functools.partial(jax.jit, static_argnames=("config", "decoding", "returns", "compute_dtype", "attention", "layout"))
@@ -174,10 +178,10 @@ def _respond(
     decoding: Decoding,
     returns: int,
     compute_dtype: str,
-    attention: attention_module.Choice | None,
+    attention: attention_module.Selection | None,
     layout: sharding.Layout,
 ) -> tuple[Int[Array, "P K S"], Bool[Array, " P"]]:
-    """Write responses until all rows of length > 0 have ended, or one has logits that are not finite.
+    """Write completions until all rows of length > 0 have ended, or one has logits that are not finite.
 
     Returns:
         The new tokens, of which those behind a stop token mean nothing, and for which prompts all logits that were

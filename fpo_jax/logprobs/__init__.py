@@ -1,6 +1,6 @@
 """Log-probs of completions: hidden states, LM head and loss tokens in, one number per sequence out.
 
-sequence_logprobs  `response_logps`, and `response_losses` one step further
+sequence_logprobs  `completion_logps`, and `completion_losses` one step further
 dispatch           which kernel runs, and why
 coverage           the table of targets, meshes and layouts that the READMEs show: `python -m fpo_jax.logprobs.coverage`
 """
@@ -10,27 +10,27 @@ from fpo_jax.logprobs.dispatch import (
     ENGINES,
     IMPLEMENTATIONS,
     PLATFORMS,
-    Choice,
     HeadShapes,
+    Selection,
     Target,
-    choose,
     explain,
     kept_if_unlimited,
+    select,
 )
-from fpo_jax.logprobs.sequence_logprobs import ResponseLogps, response_logps, response_losses
+from fpo_jax.logprobs.sequence_logprobs import CompletionLogps, completion_logps, completion_losses
 
 __all__ = [
     "ENGINES",
     "IMPLEMENTATIONS",
     "PLATFORMS",
-    "Choice",
+    "CompletionLogps",
     "HeadShapes",
-    "ResponseLogps",
+    "Selection",
     "Target",
-    "choose",
+    "completion_logps",
+    "completion_losses",
     "explain",
     "kept_if_unlimited",
-    "response_logps",
-    "response_losses",
+    "select",
     "sum_slots",
 ]

@@ -1,4 +1,4 @@
-"""What runs where, as a table: the answers of `choose`, for every accelerator and mesh.
+"""What runs where, as a table: the answers of `select`, for every accelerator and mesh.
 
 python -m fpo_jax.logprobs.coverage          the table of kernels/README.md
 python -m fpo_jax.logprobs.coverage --full   one line for each target, mesh and layout
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fpo_jax.kernels.lm_head import spec as specs
-from fpo_jax.logprobs.dispatch import Choice, HeadShapes, Target, choose
+from fpo_jax.logprobs.dispatch import HeadShapes, Selection, Target, select
 
 TARGETS = {
     "H100": Target("gpu", "NVIDIA H100 80GB HBM3", "9.0"),
@@ -49,16 +49,16 @@ class Cell(NamedTuple):
     target: str
     mesh: str
     layout: str
-    choice: Choice
+    choice: Selection
 
 
 def cells() -> Iterator[Cell]:
-    """Ask `choose` for everything, in bfloat16; needs 8 devices of any kind, for the shape of a mesh alone."""
+    """Ask `select` for everything, in bfloat16; needs 8 devices of any kind, for the shape of a mesh alone."""
     for target, described in TARGETS.items():
         for mesh, sizes in MESHES.items():
             devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
             placement = specs.Placement(Mesh(devices, ("data", "fsdp", "tensor")), ("data", "fsdp"), "tensor", "fsdp")
-            choice = choose(target=described, shapes=SHAPES, dtype="bfloat16", placement=placement, jax_version=JAX)
+            choice = select(target=described, shapes=SHAPES, dtype="bfloat16", placement=placement, jax_version=JAX)
             for layout in LAYOUTS:  # completions are told by their slots: which layout it is does not enter
                 yield Cell(target, mesh, layout, choice)
 

@@ -1,7 +1,7 @@
 """Which kernel computes the log-probs, and why: settled once, before anything is compiled.
 
-Static facts about target, sizes and mesh go in, a `Choice` comes out; `explain` says the same in words, with the memory
-it takes. Nothing here asks a device, so that a plan for absent hardware gets the same answer.
+Static facts about target, sizes and mesh go in, a `Selection` comes out; `explain` says the same in words, with the
+memory it takes. Nothing here asks a device, so that a plan for absent hardware gets the same answer.
 """
 
 import difflib
@@ -60,7 +60,7 @@ class Target(NamedTuple):
         return Target(platform, device.device_kind, str(getattr(device, "compute_capability", "")))
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """What computes the log-probs, and why, for the log."""
 
     implementation: str  # a key of IMPLEMENTATIONS
@@ -69,7 +69,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(
+def select(
     *,
     target: Target,
     shapes: HeadShapes,
@@ -79,7 +79,7 @@ def choose(
     fuse_loss: str = "auto",
     placement: specs.Placement | None = None,
     jax_version: str = jax.__version__,
-) -> Choice:
+) -> Selection:
     """Choose the implementation of the head for a target and shapes. Pure: queries no device.
 
     Args:
@@ -93,12 +93,12 @@ def choose(
         jax_version: as `jax.__version__` says it.
 
     Returns:
-        Choice.
+        Selection.
 
     Raises:
         ValueError: unknown name, unsupported dtype or jax version, a request that cannot run on the target.
 
-    >>> choose(target=Target("cpu"), shapes=HeadShapes(64, 8, 99), dtype="float32").reason
+    >>> select(target=Target("cpu"), shapes=HeadShapes(64, 8, 99), dtype="float32").reason
     'auto on cpu: XLA vocabulary blocks, which run everywhere; loss apart: chunked has no kernel for it'
     """
     _check_request(requested, fuse_loss, dtype, jax_version)
@@ -128,8 +128,8 @@ def choose(
     interpret = target.platform == "cpu" and implementation in PLATFORMS
     if interpret:
         reason += ", emulated on the CPU: for tests, very slow"
-    fused, fused_reason = _choose_fused(implementation, fuse_loss)
-    return Choice(implementation, fused, interpret, f"{reason}; {fused_reason}")
+    fused, fused_reason = _select_fused(implementation, fuse_loss)
+    return Selection(implementation, fused, interpret, f"{reason}; {fused_reason}")
 
 
 def implementation_of(name: str) -> Callable[..., specs.TokenStats]:
@@ -191,7 +191,7 @@ def _obstacle(implementation: str, *, target: Target, shapes: HeadShapes, dtype,
     return ""
 
 
-def _choose_fused(implementation: str, fuse_loss: str) -> tuple[bool, str]:
+def _select_fused(implementation: str, fuse_loss: str) -> tuple[bool, str]:
     """Whether the loss runs in a kernel, and why."""
     if fuse_loss == "off":
         return False, "loss apart, as requested"
@@ -221,14 +221,14 @@ def explain(
         workspace_bytes: memory for one block of logits, per device.
         kept_bytes: memory for logits that are kept for the backward pass, per device.
         frozen: whether the head is not trained.
-        placement: as for `choose`.
-        choice: the other arguments of `choose`.
+        placement: as for `select`.
+        choice: the other arguments of `select`.
 
     Returns:
         One line per fact.
 
     Raises:
-        ValueError: as `choose` and `response_logps`.
+        ValueError: as `select` and `completion_logps`.
 
     >>> print(explain(target=Target("tpu", "TPU v5"), shapes=HeadShapes(8192, 4096, 128256), dtype="bfloat16"))
     log-probs: pallas_tpu (auto on TPU v5: Pallas kernels; loss inside)
@@ -237,7 +237,7 @@ def explain(
     backward: 32 blocks of 4096 head rows x 1 of 8192 tokens per device, 192.0 MiB of workspace (limit 192.0 MiB)
     dense float32 logits, which are never held: 4008.0 MiB per device
     """
-    chosen = choose(placement=placement, **choice)
+    chosen = select(placement=placement, **choice)
     shapes, dtype = choice["shapes"], choice["dtype"]
     options = {"workspace_bytes": workspace_bytes, "kept_bytes": kept_bytes, "placement": placement}
     spec = specs.HeadSpec(vocab_size=vocab_size, **options)
@@ -253,14 +253,14 @@ def explain(
     if chosen.implementation == "reference":
         return "\n".join([*lines, f"dense {accumulator.name} logits, held in full: {dense}"])
     head_dtype, engine = choice.get("head_dtype") or dtype, ENGINES[chosen.implementation]
-    kept = engine.plan_kept(
+    kept = engine.kept_tiles(
         tokens, shapes.vocab // specs.shards(spec, cuts.vocab), shapes.width, head_dtype, dtype, spec=spec
     )
-    plans = {"forward": engine.plan_forward, "backward": engine.plan_backward}
+    plans = {"forward": engine.forward_tiles, "backward": engine.backward_tiles}
     if kept:
         plans = {"forward alone": plans["forward"]}
     elif frozen and engine.pull is not None:
-        plans = {"forward alone": plans["forward"], "forward and backward, the head frozen": engine.plan_pull}
+        plans = {"forward alone": plans["forward"], "forward and backward, the head frozen": engine.pull_tiles}
     for name, plan_of in plans.items():
         plan = plan_of(tokens, rows, head_dtype, dtype, spec=spec)
         if plan.workspace_bytes:
@@ -283,14 +283,14 @@ def explain(
 def kept_if_unlimited(
     *, target: Target, placement: specs.Placement | None, shapes: HeadShapes, dtype, **choice
 ) -> int | None:
-    """Return the bytes a device that keeping all logits takes, asked as `choose` is; None where they cannot be kept."""
-    chosen = choose(target=target, placement=placement, shapes=shapes, dtype=dtype, **choice)
+    """Return the bytes a device that keeping all logits takes, asked as `select` is; None where they cannot be kept."""
+    chosen = select(target=target, placement=placement, shapes=shapes, dtype=dtype, **choice)
     if chosen.implementation == "reference":
         return None
     spec = specs.HeadSpec(placement=placement, kept_bytes=2**62)
     cuts, head_dtype = specs.axes(spec), choice.get("head_dtype") or dtype
     tokens, rows = shapes.tokens // specs.shards(spec, cuts.tokens), shapes.vocab // specs.shards(spec, cuts.vocab)
-    plan = ENGINES[chosen.implementation].plan_kept(tokens, rows, shapes.width, head_dtype, dtype, spec=spec)
+    plan = ENGINES[chosen.implementation].kept_tiles(tokens, rows, shapes.width, head_dtype, dtype, spec=spec)
     return None if plan is None else plan.workspace_bytes
 
 

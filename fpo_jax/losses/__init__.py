@@ -1,6 +1,6 @@
 """Losses: the divergence table of f-PO, its targets and scores, and other objectives on the same inputs.
 
-    Candidates [B, K] -> scores -> p = softmax ┐
+    Completions [B, K] -> scores -> p = softmax ┐
                       -> rewards -> target q   ┴-> D_f(p‖q) [B]
 
 Read `f_divergences.py` first: it is the paper's table. `fpo losses` prints every row, name and option;
@@ -15,7 +15,7 @@ from fpo_jax.losses.numerics import log_softmax
 from fpo_jax.losses.options import OPTIONS, Option, options_of
 from fpo_jax.losses.preference_losses import OBJECTIVES, Objective
 from fpo_jax.losses.registry import PRESETS, Preset, carried_over, names_of, resolve
-from fpo_jax.losses.scores import SCORES, Candidates, Score, log_ratio_scores, mean_logp_scores, mean_logps
+from fpo_jax.losses.scores import SCORES, Completions, Score, log_ratio_scores, mean_logp_scores, mean_logps
 from fpo_jax.losses.targets import TARGETS, TIE_POLICIES, Target, chosen_shares, preference_target, reward_target
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
     "SCORES",
     "TARGETS",
     "TIE_POLICIES",
-    "Candidates",
+    "Completions",
     "Divergence",
     "Loss",
     "Objective",

@@ -20,7 +20,7 @@ IN_TRL: Mapping[str, str] = MappingProxyType(
         "exo": "exo_pair: labels (1-ε, ε), ε = 1e-3 (here exo with epsilon=1e-3 normalize=True)",
         "alphapo": "AlphaPO of arXiv 2501.03884 (here alphapo_length); here the α-divergence, as in f-PO's code",
         "cpo": "λ times the NLL per token; here λ times its sum",
-        "kto": "unpaired answers, and z from mismatched pairs; here the pairs of a group, and z of the update",
+        "kto": "unpaired answers, and z from mismatched pairs; here the pairs of a group, and z of the step",
     }
 )
 
@@ -69,5 +69,7 @@ def settings(options: Mapping[str, Any]) -> str:
     >>> settings({"beta": 2.0, "target": "rewards"})
     'beta=2, target=rewards'
     """
-    told = (f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in options.items())
-    return ", ".join(told) or "no option"
+    described = (
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in options.items()
+    )
+    return ", ".join(described) or "no option"

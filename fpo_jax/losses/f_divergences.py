@@ -1,6 +1,6 @@
 """The table of divergences: f-PO's members (arXiv 2410.21662) and three more, one row each.
 
-For every prompt, p = softmax(s) is the policy and q the target, both over the same K candidates, and u = p/q:
+For every prompt, p = softmax(s) is the policy and q the target, both over the same K completions, and u = p/q:
 
     D_f(p‖q) = Σ_i q_i f(p_i / q_i),    f convex, f(1) = 0.
 
@@ -25,7 +25,7 @@ from fpo_jax.losses import numerics
 from fpo_jax.losses.numerics import difference, saturating_exp
 from fpo_jax.types import Array
 
-AUTHORS_EPSILON = math.exp(-10.0)  # the authors' label of a rejected candidate; their paper is said to use 1e-3
+AUTHORS_EPSILON = math.exp(-10.0)  # the authors' label of a rejected completion; their paper is said to use 1e-3
 AUTHORS_LOG_CLAMP = -10.0  # the authors' floor of log q from rewards; none in their dpo and exo branches
 NO_CLAMP = -math.inf
 
@@ -35,14 +35,14 @@ class Divergence:
     """One row. The callables take the row's `parameters` by keyword and work elementwise."""
 
     name: str
-    equation: str  # D_f(p‖q), sums over the K candidates
+    equation: str  # D_f(p‖q), sums over the K completions
     f: Callable[..., jax.Array]  # f(u)
     f_prime: Callable[..., jax.Array]  # f'(u); dD/ds_i = p_i (f'(u_i) - Σ_j p_j f'(u_j))
-    log_space: Callable[..., jax.Array]  # (log p, log q) -> q f(p/q) per candidate, accurate and finite
+    log_space: Callable[..., jax.Array]  # (log p, log q) -> q f(p/q) per completion, accurate and finite
     slope_at_infinity: Callable[..., float]  # lim f(u)/u: what a label of exactly 0 costs per unit of p
     limits: str  # identities with other rows
     parameters: Mapping[str, float] = dataclasses.field(default_factory=dict)  # name -> default
-    epsilon: float = AUTHORS_EPSILON  # default label of a rejected candidate
+    epsilon: float = AUTHORS_EPSILON  # default label of a rejected completion
     log_clamp: float = AUTHORS_LOG_CLAMP  # default floor of log q from rewards
     # What a training loss adds to D_f, a function of q alone; only the authors' dpo branches do.
     loss_offset: Callable[[jax.Array], jax.Array] = lambda log_q: jnp.zeros(log_q.shape[:-1], log_q.dtype)
@@ -208,7 +208,7 @@ def f_divergence(
     """Return D_f(p‖q) = Σ_i q_i f(p_i/q_i) over the last axis (f-PO, arXiv 2410.21662).
 
     Args:
-        log_p: log-probs of the policy over K candidates, from `log_softmax`; finite.
+        log_p: log-probs of the policy over K completions, from `log_softmax`; finite.
         log_q: log-probs of the target; need not be normalised. -inf is a hard label, exact where the row's
             slope_at_infinity is finite; elsewhere D_f is infinite, and the result is infinite or of order 1e30.
         name: a key of DIVERGENCES.

@@ -56,13 +56,13 @@ class Option:
 
 _ROWS = (
     Option("temperature", float, "(0, inf)", 1.0, "logits are divided by it before the log-softmax, reference too"),
-    Option("sft_weight", float, "[0, inf)", 0.0, "weight of an added token-mean NLL of the chosen candidate"),
+    Option("sft_weight", float, "[0, inf)", 0.0, "weight of an added token-mean NLL of the chosen completion"),
     Option("target", str, " | ".join(targets.TARGETS), "preference", "where q comes from"),
     Option("score", str, " | ".join(scores.SCORES), "log_ratio", "what p is the softmax of"),
     Option("alpha", float, "(-inf, inf)", 0.1, "α of the divergence; 0 is EXO, 1 is DPO"),
     Option("weight", float, "(0, 1)", 0.5, "weight of p in Jensen-Shannon's mixture"),
     Option(
-        "epsilon", float, "[0, 0.5)", f_divergences.AUTHORS_EPSILON, "label of a rejected candidate; 0 = hard labels"
+        "epsilon", float, "[0, 0.5)", f_divergences.AUTHORS_EPSILON, "label of a rejected completion; 0 = hard labels"
     ),
     Option("normalize", bool, "", False, "labels (1-ε, ε) that sum to 1 instead of (1, ε)"),
     Option("tie_policy", str, " | ".join(targets.TIE_POLICIES), "uniform", "which of equal best rewards is chosen"),
@@ -70,16 +70,16 @@ _ROWS = (
     Option("log_clamp", float, "[-inf, 0]", f_divergences.AUTHORS_LOG_CLAMP, "floor of log q, nats; -inf = none"),
     Option("beta_pi", float, "(0, inf)", 0.5, "scale of a log-ratio to the reference; DPO's β"),
     Option("beta", float, "(0, inf)", 2.0, "scale of a log-prob without reference"),
-    Option("gamma_beta_ratio", float, "[0, inf)", 0.25, "γ/β, nats per token taken off the chosen candidate before β"),
+    Option("gamma_beta_ratio", float, "[0, inf)", 0.25, "γ/β, nats per token taken off the chosen completion before β"),
     Option(
         "label_smoothing", float, "[0, 0.5)", 0.0, "probability of a wrong label; divergences: epsilon and normalize"
     ),
     Option("tau", float, "(0, inf)", 0.1, "IPO's τ: the margin aimed at is 1/(2τ) nats"),
     Option("delta", float, "[0, inf)", 1.0, "margin of the hinge, nats"),
-    Option("chosen_nll_weight", float, "[0, inf)", 1.0, "λ of -logp (sum over tokens) of the chosen candidate"),
+    Option("chosen_nll_weight", float, "[0, inf)", 1.0, "λ of -logp (sum over tokens) of the chosen completion"),
     Option("odds_weight", float, "(0, inf)", 0.1, "λ of ORPO's odds-ratio term"),
     Option("length_penalty", float, "[0, inf)", 0.05, "R-DPO's α, logits per token of length difference"),
-    Option("desirable_weight", float, "[0, inf)", 1.0, "KTO's λ of the chosen candidate"),
+    Option("desirable_weight", float, "[0, inf)", 1.0, "KTO's λ of the chosen completion"),
     Option("undesirable_weight", float, "[0, inf)", 1.0, "KTO's λ of the others"),
     Option("reward_alpha", float, "(-inf, inf)", 0.25, "AlphaPO's α (arXiv 2501.03884); 0 is SimPO"),
     Option("constraint_alpha", float, "[0, inf)", 0.5, "f-DPO's α of the constraint on π/π_ref; TRL's is 1 - α"),

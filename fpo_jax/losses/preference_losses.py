@@ -1,9 +1,9 @@
 """The table of objectives that are not a divergence between p and q, on the same inputs, for comparison.
 
-Each row is a score per candidate, a link that turns the scores of a chosen and of another candidate into a loss, and,
-in some, a term on the chosen candidate alone. A group of K candidates has K-1 pairs, the chosen one against each other
-one, and its loss is their mean; K = 2 is the published formula. A reward model (`of_scores`) learns from every pair of
-a group whose rewards differ. DPO, cDPO, EXO and SimPO are rows of `f_divergences.py`.
+Each row is a score per completion, a link that turns the scores of a chosen and of another completion into a loss, and,
+in some, a term on the chosen completion alone. A group of K completions has K-1 pairs, the chosen one against each
+other one, and its loss is their mean; K = 2 is the published formula. A reward model (`of_scores`) learns from every
+pair of a group whose rewards differ. DPO, cDPO, EXO and SimPO are rows of `f_divergences.py`.
 
 Letters of the equations: w chosen, l other; logp = Σ_t log π; ℓ = logp/|y|; Δ = logp - logp_ref; m = score_w - score_l.
 """
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from fpo_jax.losses import numerics
-from fpo_jax.losses.scores import SCORES, Candidates, Options, mean_logps
+from fpo_jax.losses.scores import SCORES, Completions, Options, mean_logps
 from fpo_jax.types import Array
 
 LETTERS = "w chosen, l other; logp sum, ℓ mean per token, Δ = logp - logp_ref"  # of the equations
@@ -34,14 +34,14 @@ class Objective:
     source: str
     equation: str
     options: Options
-    score: Callable[[Candidates, Array, Options], Array]  # (candidates, chosen_BK, options) -> [B, K]
-    reward: Callable[[Candidates, Options], Array]  # implied rewards, for metrics
+    score: Callable[[Completions, Array, Options], Array]  # (completions, chosen_BK, options) -> [B, K]
+    reward: Callable[[Completions, Options], Array]  # implied rewards, for metrics
     pair: Callable[[Array, Array, Options], Array] | None  # (score_w, score_l, options); None: K >= 1
-    chosen_term: Callable[[Candidates, Options], Array] | None = None  # [B, K], counted at the chosen candidate
+    chosen_term: Callable[[Completions, Options], Array] | None = None  # [B, K], counted at the chosen completion
     needs_reference: bool = False
     needs_batch_kl: bool = False
     length_normalized: bool = False  # scores are per token
-    over_tokens: bool = False  # the update's loss is the sum over its groups by their chosen tokens, not by groups
+    over_tokens: bool = False  # the step's loss is the sum over its groups by their chosen tokens, not by groups
     family: str = ""  # the row of SCORES whose β and γ are its own too; "" = it shares no option with another loss
     of_scores: bool = False  # trains a reward model: `logps_BK` holds its scores, which know neither tokens nor nats
 
@@ -55,20 +55,20 @@ def over_pairs(
 
     Args:
         pair: elementwise loss of a chosen and another score.
-        scores_BK: one score per candidate, K >= 2.
+        scores_BK: one score per completion, K >= 2.
         chosen_BK: shares of the chosen label; a shared label averages over its holders.
 
     >>> over_pairs(lambda win, lose: win - lose, jnp.array([[5.0, 3.0, 2.0]]), jnp.array([[1.0, 0.0, 0.0]])).tolist()
     [2.5]
     """
-    candidates = scores_BK.shape[-1]
+    completions = scores_BK.shape[-1]
     losses_B = jnp.zeros(scores_BK.shape[0], scores_BK.dtype)
-    for chosen in range(candidates):
+    for chosen in range(completions):
         is_chosen_BK = jax.lax.broadcasted_iota(jnp.int32, scores_BK.shape, 1) == chosen
         score_B1, share_B1 = (
             jnp.sum(jnp.where(is_chosen_BK, x_BK, 0.0), axis=1, keepdims=True) for x_BK in (scores_BK, chosen_BK)
         )
-        weights_BK = jnp.where(is_chosen_BK, 0.0, share_B1 / (candidates - 1))
+        weights_BK = jnp.where(is_chosen_BK, 0.0, share_B1 / (completions - 1))
         losses_B += jnp.sum(weights_BK * pair(score_B1, scores_BK), axis=1)
     return losses_B
 
@@ -82,7 +82,7 @@ def over_ranked_pairs(
 
     Args:
         pair: elementwise loss of a better and a worse score.
-        scores_BK: one score per candidate, K >= 2.
+        scores_BK: one score per completion, K >= 2.
         rewards_BK: what is better; a group whose rewards are all equal has no pair, and loss 0.
 
     >>> scores_BK, rewards_BK = jnp.array([[5.0, 3.0, 2.0]]), jnp.array([[2.0, 1.0, 1.0]])
@@ -158,7 +158,7 @@ def kto_link(
 ) -> Float[jax.Array, "..."]:
     """Return λ_w (1 - σ(s_w)) + λ_l (1 - σ(-s_l)), scores s = βΔ - z (KTO, arXiv 2402.01306).
 
-    SimPO's table prints +λ_l σ(z - βΔ_l) as the second term, which would raise the rejected response; this is KTO's.
+    SimPO's table prints +λ_l σ(z - βΔ_l) as the second term, which would raise the rejected completion; this is KTO's.
 
     >>> float(kto_link(jnp.array(0.0), jnp.array(0.0), desirable_weight=1.0, undesirable_weight=3.0))
     2.0
@@ -189,7 +189,7 @@ def _log_sigmoid(win, lose, o):
 
 
 def _f_dpo(name: str, equation: str, f_prime: Callable, **options: float) -> Objective:
-    """Return a row of f-DPO: f generalises the *constraint* KL(π‖π_ref), u = π/π_ref of a whole response.
+    """Return a row of f-DPO: f generalises the *constraint* KL(π‖π_ref), u = π/π_ref of a whole completion.
 
     f-PO's f generalises the matching divergence and keeps the optimum; this changes the optimum. u^a saturates above
     e^30 (`numerics.saturating_exp`): sequence-level ratios overflow, which a group's softmax never does.
@@ -210,7 +210,7 @@ _ROWS = (
     Objective(
         name="sft",
         source="maximum likelihood",
-        equation="-logp_w, averaged over the tokens of the update",
+        equation="-logp_w, averaged over the tokens of the step",
         options={},
         score=lambda c, chosen_BK, o: _mean_logp(c),
         reward=lambda c, o: _mean_logp(c),
@@ -232,7 +232,7 @@ _ROWS = (
     Objective(
         name="binary_cross_entropy",
         source="classifier, as the oracle of EXO's IMDB track",
-        equation="-y log σ(r) - (1-y) log σ(-r), r the score, y the reward in [0, 1]; of the chosen candidate",
+        equation="-y log σ(r) - (1-y) log σ(-r), r the score, y the reward in [0, 1]; of the chosen completion",
         options={},
         score=lambda c, chosen_BK, o: c.logps_BK,
         reward=lambda c, o: c.logps_BK,
@@ -316,7 +316,7 @@ _ROWS = (
     Objective(
         name="kto",
         source="KTO, arXiv 2402.01306",
-        equation="λ_w (1 - σ(βΔ_w - z)) + λ_l (1 - σ(z - βΔ_l)), z = β max(0, mean Δ of the update)",
+        equation="λ_w (1 - σ(βΔ_w - z)) + λ_l (1 - σ(z - βΔ_l)), z = β max(0, mean Δ of the step)",
         options={"beta_pi": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
         score=_kto_score,
         reward=SCORES["log_ratio"].reward,

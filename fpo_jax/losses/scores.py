@@ -1,6 +1,6 @@
-"""The scores s of the K candidates, p = softmax(s): log-probs in, one number per candidate out.
+"""The scores s of the K completions, p = softmax(s): log-probs in, one number per completion out.
 
-Log-probs come in already summed over the tokens of a response and already at the sampling temperature: logits are
+Log-probs come in already summed over the tokens of a completion and already at the sampling temperature: logits are
 divided by it before their log-softmax, in `logprobs`.
 """
 
@@ -19,14 +19,14 @@ from fpo_jax.types import Array
 Options = Mapping[str, Any]
 
 
-class Candidates(NamedTuple):
-    """B groups of K candidates: all that any loss reads."""
+class Completions(NamedTuple):
+    """B groups of K completions: all that any loss reads."""
 
-    logps_BK: Array  # Σ_t log π over the response, nats
+    logps_BK: Array  # Σ_t log π over the completion, nats
     reference_logps_BK: Array  # the same under the reference; read only by losses with needs_reference
-    lengths_BK: Array  # float32, scored tokens; 0 for an empty response
+    lengths_BK: Array  # float32, scored tokens; 0 for an empty completion
     rewards_BK: Array  # reward-model scores, or 1 and 0
-    batch_kl: Array  # scalar, mean of log π - log π_ref over the whole update; read only with needs_batch_kl
+    batch_kl: Array  # scalar, mean of log π - log π_ref over the whole step; read only with needs_batch_kl
 
 
 def log_ratio_scores(
@@ -50,7 +50,7 @@ def log_ratio_scores(
 
 
 def mean_logps(logps_BK: Float[Array, "B K"], lengths_BK: Float[Array, "B K"]) -> Float[jax.Array, "B K"]:
-    """Return the mean log-prob per token, ℓ = logp/|y|; 0, with gradient 0, for an empty response.
+    """Return the mean log-prob per token, ℓ = logp/|y|; 0, with gradient 0, for an empty completion.
 
     >>> mean_logps(jnp.array([[-6.0, 0.0]]), jnp.array([[3.0, 0.0]])).tolist()
     [[-2.0, 0.0]]
@@ -89,12 +89,12 @@ def mean_logp_scores(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Score:
-    """A way to score candidates for p = softmax(s); `Objective` rows have the same fields."""
+    """A way to score completions for p = softmax(s); `Objective` rows have the same fields."""
 
     equation: str
     options: tuple[str, ...]  # those it reads
-    score: Callable[[Candidates, Array, Options], Array]  # (candidates, chosen_BK, options) -> [B, K]
-    reward: Callable[[Candidates, Options], Array]  # implied rewards, for metrics
+    score: Callable[[Completions, Array, Options], Array]  # (completions, chosen_BK, options) -> [B, K]
+    reward: Callable[[Completions, Options], Array]  # implied rewards, for metrics
     needs_reference: bool
     length_normalized: bool  # per token
 

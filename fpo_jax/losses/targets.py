@@ -1,4 +1,4 @@
-"""The target q over the K candidates of a group: rewards in, log q out. Never a gradient.
+"""The target q over the K completions of a group: rewards in, log q out. Never a gradient.
 
 A preference gives a two-valued label, `preference_target`; reward-model scores give softmax(r/β_r), `reward_target`.
 Who is preferred, and what a tie means, is decided once, in `chosen_shares`.
@@ -27,7 +27,7 @@ TIE_POLICIES = MappingProxyType(
 
 
 def chosen_shares(rewards_BK: Float[Array, "B K"], *, tie_policy: str) -> Float[jax.Array, "B K"]:
-    """Return how much of the "chosen" label each candidate holds: 1 for the highest reward, 0 for the others.
+    """Return how much of the "chosen" label each completion holds: 1 for the highest reward, 0 for the others.
 
     Args:
         rewards_BK: any unit; only their order and their ties count.
@@ -55,14 +55,14 @@ def preference_target(
     normalize: bool = False,
     tie_policy: str = "uniform",
 ) -> Float[jax.Array, "B K"]:
-    """Return log q for a preference: 1 for the chosen candidate and ε for each other one.
+    """Return log q for a preference: 1 for the chosen completion and ε for each other one.
 
     Normalised, the chosen has 1-ε and the others share ε, whatever K is: ε is the probability of a wrong label.
     The authors' code leaves (1, e^-10) as it is; their paper is said to use ε = 1e-3. The default is the code's.
 
     Args:
         rewards_BK: the highest is the chosen one; preference data carry 1 and 0.
-        epsilon: label of a rejected candidate, in [0, ½); 0 gives hard labels, log q = -inf.
+        epsilon: label of a rejected completion, in [0, ½); 0 gives hard labels, log q = -inf.
         normalize: make q sum to 1.
         tie_policy: see `chosen_shares`.
 

@@ -8,7 +8,7 @@ kv_cache     what sampling keeps
 """
 
 from fpo_jax.models.causal_lm import COMPUTE_DTYPES, decode, head, hidden_states, logits, prefill, scores
-from fpo_jax.models.config import FAMILIES, Adapter, ModelConfig, filler_id, from_hf_config, head_keys, to_hf_config
+from fpo_jax.models.config import FAMILIES, Adapter, ModelConfig, from_hf_config, head_keys, pad_token_id, to_hf_config
 from fpo_jax.models.rope import Rope
 
 __all__ = [
@@ -18,12 +18,12 @@ __all__ = [
     "ModelConfig",
     "Rope",
     "decode",
-    "filler_id",
     "from_hf_config",
     "head",
     "head_keys",
     "hidden_states",
     "logits",
+    "pad_token_id",
     "prefill",
     "scores",
     "to_hf_config",

@@ -29,7 +29,7 @@ def hidden_states(
     config: ModelConfig,
     compute_dtype: jax.typing.DTypeLike,
     remat: str = "none",
-    attention: attention_module.Choice | None = None,
+    attention: attention_module.Selection | None = None,
     layout: sharding.Layout = sharding.ONE_DEVICE,
     adapter: Adapter | None = None,
     dropout_key: jax.Array | None = None,
@@ -51,7 +51,7 @@ def hidden_states(
             then run at the highest precision instead of TF32 or bfloat16 passes.
         remat: what the backward pass finds of a layer: "none" recomputed, "dots" (the results of its matmuls), "full"
             (its input alone, everything else is recomputed), "offload" (the same, the input in the host's memory).
-        attention: from attention.choose; None = decided for the default device.
+        attention: from attention.select; None = decided for the default device.
         layout: where activations live on a mesh. They must be told: left alone, the compiler cuts D where the
             embedding is cut, rebuilds whole activations in every layer, and cuDNN attention does not compile.
         adapter: low-rank additions, whose A and B `params` holds beside their matrices; None = none.
@@ -92,7 +92,7 @@ def prefill(
     compute_dtype: jax.typing.DTypeLike,
     positions: int,
     returns: int = 1,
-    attention: attention_module.Choice | None = None,
+    attention: attention_module.Selection | None = None,
     layout: sharding.Layout = sharding.ONE_DEVICE,
 ) -> tuple[Float[jax.Array, "M D"], kv_cache.Cache]:
     """Run the decoder over prompts and keep what later tokens will look at.
@@ -103,7 +103,7 @@ def prefill(
         lengths_N: tokens of each.
         config: the architecture.
         compute_dtype: as for hidden_states; the cache has it too.
-        positions: room of the cache, prompt and response.
+        positions: room of the cache, prompt and completion.
         returns: copies of each prompt's row in the result, next to each other.
         attention: as for hidden_states.
         layout: as for hidden_states.
@@ -169,8 +169,8 @@ def _exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
 
 def _default_attention(
     config: ModelConfig, dtype: jnp.dtype, positions: int, layout: sharding.Layout, *, segments: bool = False
-) -> attention_module.Choice:
-    return attention_module.choose(
+) -> attention_module.Selection:
+    return attention_module.select(
         "auto",
         platform=jax.default_backend(),
         dtype=dtype,

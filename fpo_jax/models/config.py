@@ -277,7 +277,7 @@ def head_keys(config: ModelConfig) -> dict[str, Any]:
     return {"architectures": [named + _REWARD], **label}
 
 
-def filler_id(config: ModelConfig) -> int:
+def pad_token_id(config: ModelConfig) -> int:
     """Return the token that fills up the rows of a reward model in transformers: pad, or EOS where there is none.
 
     Raises:

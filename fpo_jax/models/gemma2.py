@@ -28,6 +28,6 @@ class Layer(nnx.Module):
         """Apply attention, then the MLP, each normalised before and after."""
         with jax.named_scope("attention"):
             attended_NTD = self.attention(self.attention_norm(x_NTD), context)
-            x_NTD = context.pin_stream(x_NTD + self.attention_out_norm(attended_NTD))
+            x_NTD = context.constrain_stream(x_NTD + self.attention_out_norm(attended_NTD))
         with jax.named_scope("mlp"):
-            return context.pin_stream(x_NTD + self.mlp_out_norm(self.mlp(self.mlp_norm(x_NTD), context)))
+            return context.constrain_stream(x_NTD + self.mlp_out_norm(self.mlp(self.mlp_norm(x_NTD), context)))

@@ -16,8 +16,8 @@ class Attention(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
         qkv_NT3HC = context.project("NTD,DSHC->NTSHC", x_NTD, self, "qkv")
-        q_NTHC, k_NTHC, v_NTHC = (context.pin_heads(qkv_NT3HC[:, :, part]) for part in range(3))
-        out_NTHC = context.pin_heads(context.attend(q_NTHC, k_NTHC, v_NTHC))
+        q_NTHC, k_NTHC, v_NTHC = (context.constrain_heads(qkv_NT3HC[:, :, part]) for part in range(3))
+        out_NTHC = context.constrain_heads(context.attend(q_NTHC, k_NTHC, v_NTHC))
         return context.project("NTHC,HCD->NTD", out_NTHC, self, "out")
 
 
@@ -33,6 +33,6 @@ class Layer(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply attention, then the MLP, each on the normalised residual stream."""
         with jax.named_scope("attention"):
-            x_NTD = context.pin_stream(x_NTD + self.attention(self.attention_norm(x_NTD), context))
+            x_NTD = context.constrain_stream(x_NTD + self.attention(self.attention_norm(x_NTD), context))
         with jax.named_scope("mlp"):
-            return context.pin_stream(x_NTD + self.mlp(self.mlp_norm(x_NTD), context))
+            return context.constrain_stream(x_NTD + self.mlp(self.mlp_norm(x_NTD), context))

@@ -17,8 +17,8 @@ class Attention(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
         qkv_NTH3C = context.project("NTD,DHSC->NTHSC", x_NTD, self, "qkv")
-        q_NTHC, k_NTHC, v_NTHC = (context.pin_heads(qkv_NTH3C[..., part, :]) for part in range(3))
-        out_NTHC = context.pin_heads(context.attend(q_NTHC, k_NTHC, v_NTHC))
+        q_NTHC, k_NTHC, v_NTHC = (context.constrain_heads(qkv_NTH3C[..., part, :]) for part in range(3))
+        out_NTHC = context.constrain_heads(context.attend(q_NTHC, k_NTHC, v_NTHC))
         return context.project("NTHC,HCD->NTD", out_NTHC, self, "out")
 
 
@@ -31,7 +31,7 @@ class MLP(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply down(act(up(x)))."""
         up_NTF = context.project("NTD,DF->NTF", x_NTD, self, "up")
-        active_NTF = context.pin_mlp(activations.activate(self.activation, up_NTF))
+        active_NTF = context.constrain_mlp(activations.activate(self.activation, up_NTF))
         return context.project("NTF,FD->NTD", active_NTF, self, "down")
 
 
@@ -48,7 +48,7 @@ class Layer(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply attention and the MLP; with the parallel residual both read the layer's input."""
         with jax.named_scope("attention"):
-            after_NTD = context.pin_stream(x_NTD + self.attention(self.attention_norm(x_NTD), context))
+            after_NTD = context.constrain_stream(x_NTD + self.attention(self.attention_norm(x_NTD), context))
         with jax.named_scope("mlp"):
             read_NTD = x_NTD if self.parallel_residual else after_NTD
-            return context.pin_stream(after_NTD + self.mlp(self.mlp_norm(read_NTD), context))
+            return context.constrain_stream(after_NTD + self.mlp(self.mlp_norm(read_NTD), context))

@@ -67,7 +67,7 @@ class Context(NamedTuple):
     scale: float  # factor on the attention logits
     sliding_window: int | None  # of the layer
     soft_cap: float | None
-    attention: attention.Choice
+    attention: attention.Selection
     layout: sharding.Layout
     adapter: config.Adapter | None = None
     dropout_key: jax.Array | None = None  # of the layer; None = nothing is dropped
@@ -121,14 +121,14 @@ class Context(NamedTuple):
         low = jnp.einsum(f"{read},{inside}r->{kept}r", x, a)
         return self.adapter.scale * jnp.einsum(f"{kept}r,r{outside}->{result}", low, b)
 
-    def pin_stream(self, x_NTD: jax.Array) -> jax.Array:
+    def constrain_stream(self, x_NTD: jax.Array) -> jax.Array:
         """State where the residual stream lives."""
-        return self.layout.pin(x_NTD, "rows", "stream", "width")
+        return self.layout.constrain(x_NTD, "rows", "stream", "width")
 
-    def pin_heads(self, x_NTHC: jax.Array) -> jax.Array:
+    def constrain_heads(self, x_NTHC: jax.Array) -> jax.Array:
         """State where queries and attended values live."""
-        return self.layout.pin(x_NTHC, "rows", "positions", "heads", "head_dim")
+        return self.layout.constrain(x_NTHC, "rows", "positions", "heads", "head_dim")
 
-    def pin_mlp(self, x_NTF: jax.Array) -> jax.Array:
+    def constrain_mlp(self, x_NTF: jax.Array) -> jax.Array:
         """State where the hidden units of an MLP live."""
-        return self.layout.pin(x_NTF, "rows", "positions", "mlp")
+        return self.layout.constrain(x_NTF, "rows", "positions", "mlp")

@@ -24,12 +24,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Attend and project back."""
-        q_NTHC = context.pin_heads(context.project("NTD,DHC->NTHC", x_NTD, self, "query"))
+        q_NTHC = context.constrain_heads(context.project("NTD,DHC->NTHC", x_NTD, self, "query"))
         k_NTGC = context.project("NTD,DGC->NTGC", x_NTD, self, "key")
         v_NTGC = context.project("NTD,DGC->NTGC", x_NTD, self, "value")
         if self.normalizes_heads:
             q_NTHC, k_NTGC = self.query_norm(q_NTHC), self.key_norm(k_NTGC)
-        out_NTHC = context.pin_heads(context.attend(q_NTHC, k_NTGC, v_NTGC))
+        out_NTHC = context.constrain_heads(context.attend(q_NTHC, k_NTGC, v_NTGC))
         return context.project("NTHC,HCD->NTD", out_NTHC, self, "out")
 
 
@@ -43,7 +43,7 @@ class MLP(nnx.Module):
         """Apply down(act(gate(x)) * up(x))."""
         gate_NTF = context.project("NTD,DF->NTF", x_NTD, self, "gate")
         up_NTF = context.project("NTD,DF->NTF", x_NTD, self, "up")
-        gated_NTF = context.pin_mlp(activations.activate(self.activation, gate_NTF, up_NTF))
+        gated_NTF = context.constrain_mlp(activations.activate(self.activation, gate_NTF, up_NTF))
         return context.project("NTF,FD->NTD", gated_NTF, self, "down")
 
 
@@ -59,6 +59,6 @@ class Layer(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply attention, then the MLP, each on the normalised residual stream."""
         with jax.named_scope("attention"):
-            x_NTD = context.pin_stream(x_NTD + self.attention(self.attention_norm(x_NTD), context))
+            x_NTD = context.constrain_stream(x_NTD + self.attention(self.attention_norm(x_NTD), context))
         with jax.named_scope("mlp"):
-            return context.pin_stream(x_NTD + self.mlp(self.mlp_norm(x_NTD), context))
+            return context.constrain_stream(x_NTD + self.mlp(self.mlp_norm(x_NTD), context))

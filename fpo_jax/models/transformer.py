@@ -26,7 +26,7 @@ _FAMILIES: dict[str, tuple[Callable, Callable]] = {
     "gpt2": (gpt2.Layer, layers.LayerNorm),
 }
 _LAYER_INPUT = "layer_input"
-_CACHED = attention.Choice("cached", "one query against the cache")
+_CACHED = attention.Selection("cached", "one query against the cache")
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)  # scan already keeps the recomputation apart
 # What the backward pass keeps of a layer, from most memory and fewest FLOPs to the least memory.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -70,7 +70,7 @@ class Decoder(nnx.Module):
         *,
         compute_dtype: jax.typing.DTypeLike,
         remat: str,
-        choice: attention.Choice,
+        choice: attention.Selection,
         layout: sharding.Layout,
         dropout_key: jax.Array | None = None,
         segments: types.Segments | None = None,
@@ -92,7 +92,7 @@ class Decoder(nnx.Module):
         if dropout_key is not None:
             layers = (layers, jnp.arange(self.config.layers))
         x_NTD, _ = self._scan(lambda window: REMAT[remat](functools.partial(apply_layer, window=window)), x_NTD, layers)
-        return layout.pin(self.final_norm(x_NTD), "rows", "positions", "width")
+        return layout.constrain(self.final_norm(x_NTD), "rows", "positions", "width")
 
     def prefill(
         self,
@@ -100,7 +100,7 @@ class Decoder(nnx.Module):
         valid_NT: Bool[jax.Array, "N T"],
         *,
         compute_dtype: jax.typing.DTypeLike,
-        choice: attention.Choice,
+        choice: attention.Selection,
         layout: sharding.Layout,
     ) -> tuple[Float[jax.Array, "N T D"], kv_cache.Cache]:
         """Return the hidden states and the keys and values of all positions."""
@@ -165,7 +165,7 @@ class Decoder(nnx.Module):
         carry, found = jax.lax.scan(apply_group, carry, grouped)
         return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
 
-    def _context(self, positions_XT, valid_NT, choice: attention.Choice, layout: sharding.Layout) -> layers.Context:
+    def _context(self, positions_XT, valid_NT, choice: attention.Selection, layout: sharding.Layout) -> layers.Context:
         config, rotation = self.config, None
         if not config.learned_positions:
             rotation = rope.rotation(
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
             x_NTD *= jnp.asarray(self.config.width**0.5, compute_dtype)
         if self.config.learned_positions:
             x_NTD += jnp.take(self.positions[...], positions_XT, axis=0, mode="clip").astype(compute_dtype)
-        return context.pin_stream(x_NTD)
+        return context.constrain_stream(x_NTD)
 
 
 @functools.lru_cache(maxsize=32)

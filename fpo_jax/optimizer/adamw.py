@@ -18,26 +18,26 @@ from fpo_jax import types
 Keep = Bool[Array, ""] | bool  # whether an update is applied
 
 
-def warmup_steps(*, fraction: float, steps: int | None, horizon: int) -> int:
-    """Return the number of warm-up updates: `steps`, or ceil(fraction * horizon).
+def warmup_steps(*, fraction: float, steps: int | None, total_steps: int) -> int:
+    """Return the number of warm-up updates: `steps`, or ceil(fraction * total_steps).
 
-    >>> warmup_steps(fraction=0.1, steps=None, horizon=477)
+    >>> warmup_steps(fraction=0.1, steps=None, total_steps=477)
     48
     """
-    return steps if steps is not None else math.ceil(fraction * horizon)
+    return steps if steps is not None else math.ceil(fraction * total_steps)
 
 
-def schedule(*, kind: str, peak: float, warmup: int, horizon: int):
+def schedule(*, kind: str, peak: float, warmup: int, total_steps: int):
     """Return step -> learning rate.
 
-    With progress t = (step - warmup) / (horizon - warmup) in [0, 1]:
+    With progress t = (step - warmup) / (total_steps - warmup) in [0, 1]:
     cosine: peak * (1 + cos(pi t)) / 2; linear: peak * (1 - t); constant: peak. Below warmup: peak * step / warmup.
 
     Args:
         kind: cosine, linear or constant.
         peak: highest rate.
         warmup: updates of the linear rise from 0.
-        horizon: update at which cosine and linear reach 0; the rate stays 0 from there on.
+        total_steps: update at which cosine and linear reach 0; the rate stays 0 from there on.
     """
     decay = {
         "cosine": lambda t: 0.5 * (1.0 + jnp.cos(jnp.pi * t)),
@@ -47,7 +47,7 @@ def schedule(*, kind: str, peak: float, warmup: int, horizon: int):
 
     def rate(step: Int[Array, ""] | int) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
-        progress = jnp.clip((step - warmup) / max(1, horizon - warmup), 0.0, 1.0)
+        progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
         return peak * jnp.where(step < warmup, step / max(1, warmup), decay(progress))
 
     return rate
@@ -89,7 +89,7 @@ def kept(fresh: types.PyTree, old: types.PyTree, keep: Keep) -> types.PyTree:
     return jax.tree.map(lambda new, was: jnp.where(keep, new, was), fresh, old)
 
 
-def updates_applied(opt_state: types.PyTree) -> Int[Array, ""]:
+def steps_applied(opt_state: types.PyTree) -> Int[Array, ""]:
     """Return the number of updates that the optimiser has applied: what the schedule counts."""
     return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
@@ -112,7 +112,7 @@ def stochastic_round(x: Float[Array, "..."], key: jax.Array) -> Float[Array, "..
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)  # bfloat16 drops the last 16 bits
     rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
-    # Without the guard a NaN could lose the bits that tell it from infinity.
+    # Without the skip_rule a NaN could lose the bits that tell it from infinity.
     return jnp.where(jnp.isnan(x), x, rounded).astype(jnp.bfloat16)
 
 
@@ -174,7 +174,7 @@ def _stored_in(inner: optax.GradientTransformationExtraArgs, dtype: jnp.dtype) -
     def update(grads, state, params=None, **extra):
         exact = jax.tree.map(lambda x, to: x.astype(to.dtype), state, wanted(state, jnp.float32))
         updates, exact = inner.update(grads, exact, params, **extra)
-        key = jax.random.fold_in(jax.random.key(_STATE_STREAM), updates_applied(state))
+        key = jax.random.fold_in(jax.random.key(_STATE_STREAM), steps_applied(state))
         return updates, _stored(exact, wanted(state, dtype), key)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,8 @@
 """Floating-point operations: of a model in closed form, and of a traced program by counting its matrix products.
 
-    rows -> Work (tokens, attended pairs, scored positions) -> forward, update    what the mathematics needs: for MFU
-    jaxpr -> traced                                                               what will run, recomputation included
+    rows -> Work (tokens, attended pairs, scored positions) -> forward, train_step    what the mathematics needs: for
+    MFU jaxpr -> traced                                                               what will run, recomputation
+    included
 
 A multiplication and an addition are two operations. Matrix products alone are counted. The model's number leaves out
 what causality and windows mask, and scores only the positions that a batch scores; fed with a batch's real lengths it
@@ -28,12 +29,12 @@ class Work(NamedTuple):
     scored: int  # positions through the LM head
 
 
-def work(lengths_N, scored_N, *, contexts: npt.ArrayLike = 0, sliding_window: int | None) -> Work:
+def work(lengths_N, loss_tokens_N, *, contexts: npt.ArrayLike = 0, sliding_window: int | None) -> Work:
     """Sum up rows, or texts.
 
     Args:
         lengths_N: tokens of each row.
-        scored_N: scored positions of each row, or of all.
+        loss_tokens_N: scored positions of each row, or of all.
         contexts: tokens that each of them follows without computing them: of a prompt that others share.
         sliding_window: positions a query sees, itself included; None = all before it.
 
@@ -49,7 +50,7 @@ def work(lengths_N, scored_N, *, contexts: npt.ArrayLike = 0, sliding_window: in
         return reach_N * (reach_N + 1) // 2 + (lengths_N - reach_N) * reach_N
 
     pairs_N = pairs(contexts_N + lengths_N) - pairs(contexts_N)
-    return Work(int(lengths_N.sum()), int(pairs_N.sum()), int(np.sum(scored_N)))
+    return Work(int(lengths_N.sum()), int(pairs_N.sum()), int(np.sum(loss_tokens_N)))
 
 
 def forward(config: models.ModelConfig, done: Work) -> int:
@@ -70,12 +71,12 @@ def head_cost(config: models.ModelConfig) -> float:
     return one[0] / one[1]
 
 
-def update(config: models.ModelConfig, done: Work, *, extra_forward: bool = False, adapted: bool = False) -> int:
-    """Return the operations of an update: forward, and twice as many backward; recomputation does not count.
+def train_step(config: models.ModelConfig, done: Work, *, extra_forward: bool = False, adapted: bool = False) -> int:
+    """Return the operations of a step: forward, and twice as many backward; recomputation does not count.
 
     Args:
         config: the architecture.
-        done: over all rows of the update.
+        done: over all rows of the step.
         extra_forward: the loss needs a statistic of the batch from a pass of its own (KTO).
         adapted: an adapter alone is trained, whose own operations do not count: the backward pass then computes the
             gradients of activations, and of no weight.

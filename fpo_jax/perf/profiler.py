@@ -1,6 +1,6 @@
-"""Where the time of a run goes: the split of every update, the utilisation of the devices, traces of chosen updates.
+"""Where the time of a run goes: the split of every step, the utilisation of the devices, traces of chosen steps.
 
-The loop runs one update ahead of the numbers it reads, so that data and bookkeeping of one update hide behind the
+The loop runs one step ahead of the numbers it reads, so that data and bookkeeping of one step hide behind the
 devices' work on the one before: only what is left over costs time.
 """
 
@@ -56,7 +56,7 @@ class Meter:
 
     The model FLOP/s utilisation (MFU) is operations / (seconds * devices * peak), where the operations are those that
     the mathematics needs (`flops`): recomputation does not count, nor, on valid tokens, does padding. Valid tokens are
-    those of all candidates with their prompts, whatever the layout; one that is shared is computed, and counts among
+    those of all completions with their prompts, whatever the layout; one that is shared is computed, and counts among
     the operations, once.
     """
 
@@ -75,16 +75,16 @@ class Meter:
             config: the architecture.
             devices: how many share the work.
             peak: FLOP/s of one of them in the compute dtype; None = unknown, and there is no MFU.
-            extra_forward: updates run one more forward pass (`flops.update`).
+            extra_forward: steps run one more forward pass (`flops.train_step`).
             adapted: no gradient of the model's own weights is computed.
         """
         self._config, self._peak = config, None if peak is None else devices * peak
-        self._of_update = functools.partial(flops.update, extra_forward=extra_forward, adapted=adapted)
+        self._of_step = functools.partial(flops.train_step, extra_forward=extra_forward, adapted=adapted)
         self._operations, self._seconds = {"valid": 0, "padded": 0}, 0.0
 
-    def update(self, rows: data.RowSizes, *, seconds: float) -> dict[str, float]:
-        """Count an update and return its rates."""
-        return self._count([rows], self._of_update, seconds)
+    def step(self, rows: data.RowSizes, *, seconds: float) -> dict[str, float]:
+        """Count a step and return its rates."""
+        return self._count([rows], self._of_step, seconds)
 
     def reference(self, batches: Iterable[data.RowSizes], *, seconds: float) -> dict[str, float]:
         """Count a reference pass over these batches and return its rates."""
@@ -99,12 +99,12 @@ class Meter:
         held = 0
         for rows in batches:
             work = {
-                "valid": flops.work(rows.texts, rows.responses, contexts=rows.contexts, sliding_window=window),
+                "valid": flops.work(rows.texts, rows.completion_tokens, contexts=rows.contexts, sliding_window=window),
                 "padded": flops.work([rows.length] * rows.rows, rows.rows * rows.scored, sliding_window=window),
             }
             for name, done in work.items():
                 operations[name] += operations_of(self._config, done)
-            tokens["valid"] += rows.candidates
+            tokens["valid"] += rows.sequence_tokens
             tokens["padded"] += work["padded"].tokens
             held += work["valid"].tokens
         self._seconds += seconds
@@ -129,33 +129,33 @@ def shown(rates: dict[str, float]) -> str:
 
 
 class Trace:
-    """Traces some updates of a run: one folder for all processes, for xprof, TensorBoard or Perfetto."""
+    """Traces some steps of a run: one folder for all processes, for xprof, TensorBoard or Perfetto."""
 
     def __init__(self, updates: range, workdir: Path, *, last: int):
-        """Trace the updates with these numbers into `workdir/profile`; an empty range traces nothing.
+        """Trace the steps with these numbers into `workdir/profile`; an empty range traces nothing.
 
         Raises:
-            ValueError: the run has no such update; `last` is its last.
+            ValueError: the run has no such step; `last` is its last.
         """
         if updates and not (1 <= updates[0] and updates[-1] <= last):
             raise ValueError(
-                f"--profile={updates.start}:{updates.stop} traces updates {updates[0]} to {updates[-1]}, the run has 1"
+                f"--profile={updates.start}:{updates.stop} traces steps {updates[0]} to {updates[-1]}, the run has 1"
                 f" to {last}; choose first:last within 1:{last + 1}."
             )
         self.updates, self._folder, self._running = updates, workdir / FOLDER, False
 
     def begins(self, number: int) -> bool:
-        """Whether this update is the first to be traced; the devices must be idle then."""
+        """Whether this step is the first to be traced; the devices must be idle then."""
         return not self._running and number in self.updates
 
     def before(self, number: int) -> None:
-        """Start the trace before its first update."""
+        """Start the trace before its first step."""
         if self.begins(number):
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def ends(self, number: int) -> bool:
-        """Whether this update is the last to be traced; its results must be there before `close`."""
+        """Whether this step is the last to be traced; its results must be there before `close`."""
         return self._running and number == self.updates[-1]
 
     def close(self) -> None:
@@ -163,4 +163,4 @@ class Trace:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            log.info("trace of updates %d to %d: %s", self.updates[0], self.updates[-1], self._folder)
+            log.info("trace of steps %d to %d: %s", self.updates[0], self.updates[-1], self._folder)

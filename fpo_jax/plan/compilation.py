@@ -18,7 +18,7 @@ from fpo_jax.plan.collectives import Collective, collectives
 from fpo_jax.trainer import batch_shapes as sizes_
 from fpo_jax.trainer import kept_logits, steps, train_state
 
-UPDATE, EVALUATION, REFERENCE = "update", "evaluation", "reference pass"
+TRAIN_STEP, EVALUATION, REFERENCE = "step", "evaluation", "reference pass"
 REFERENCE_EVAL = "reference pass, eval"  # where its batches are larger than those of the training data
 
 # The compiler of a TPU refuses a program that is too large and says what it needs.
@@ -53,10 +53,10 @@ class Outcome(NamedTuple):
     choices: list[str]
     parameters: int  # bytes on each device
     state: int  # bytes on each device, parameters included
-    gradients: int  # bytes of the float32 sums on each device, part of the update's temporaries
+    gradients: int  # bytes of the float32 sums on each device, part of the step's temporaries
     programs: list[Program]
-    collectives: list[Collective]  # of an update
-    operations: int  # of a mean update over all devices, recomputation included
+    collectives: list[Collective]  # of a step
+    operations: int  # of a mean step over all devices, recomputation included
     scoring_operations: int  # of one batch of the reference pass; 0 without
 
     @property
@@ -75,17 +75,17 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
     Args:
         config: of the run.
         devices: what to compile for.
-        limit: bytes a device; the rest is left out once the update needs more.
+        limit: bytes a device; the rest is left out once the step needs more.
 
     Raises:
         ValueError: the configuration cannot run on these devices.
     """
     layout = sharding.make_layout(**config.mesh, devices=devices)
-    sizes = sizes_.find(config, ways=layout.row_ways)
+    sizes = sizes_.find(config, ways=layout.data_parallel_degree)
     accumulation = sizes.accumulation
     capacity = hardware.capacity(devices[0])
     made = kept_logits.steps_of(
-        config, sizes.blueprint, layout, largest=sizes.update, accumulation=accumulation, capacity=capacity
+        config, sizes.blueprint, layout, largest=sizes.train_step, accumulation=accumulation, capacity=capacity
     )
     choices = list(made.choices)
     if config.optim.offload and not knows_host_memory(devices[0]):
@@ -108,11 +108,11 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         counted = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.sliding_window)
         row, text = _compile(name, traced, first, batch, beside, start)
         found.append(row)
-        operations = round(counted * sizes.filled) if name == UPDATE else operations
+        operations = round(counted * sizes.filled) if name == TRAIN_STEP else operations
         scoring_operations = counted if name == REFERENCE else scoring_operations
-        if name == UPDATE and row.compiled:
+        if name == TRAIN_STEP and row.compiled:
             links = collectives(text, mesh=made.mesh)
-        if name == UPDATE and (row.peak > limit or not row.compiled):
+        if name == TRAIN_STEP and (row.peak > limit or not row.compiled):
             break
     gradients = sum(_float32_bytes(leaf) for leaf in jax.tree.leaves(state.params))
     return Outcome(
@@ -139,8 +139,8 @@ def knows_host_memory(device: Any) -> bool:
 def _runs(config, sizes: sizes_.Sizes, made: steps.Steps, state, accumulation: int, moments: int):
     """Yield name, program, abstract arguments and the bytes beside it."""
     batch, train = functools.partial(kept_logits.abstract_batch, made, config), config.train
-    update = batch(sizes.update, train.micro_batch_per_device, accumulation=accumulation)
-    yield UPDATE, made.train, state, update, 0
+    update = batch(sizes.train_step, train.micro_batch_per_device, accumulation=accumulation)
+    yield TRAIN_STEP, made.train, state, update, 0
     if sizes.evaluation is not None:
         yield (
             EVALUATION,

@@ -4,7 +4,7 @@
     print(report.text);  report.fits
 
 Needs the model's config.json, but neither its weights nor the data nor the accelerators. What is compiled is what the
-loop would run: the update, the evaluation and the reference pass of `steps.build`.
+loop would run: the step, the evaluation and the reference pass of `steps.build`.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,9 +25,9 @@ class Report(NamedTuple):
 
     outcome: compilation.Outcome
     limit: int | None  # bytes that programs may use on a device; None = unknown
-    remedy: suggestions.Remedy | None  # the first that fits, where the configuration does not
+    suggestion: suggestions.Suggestion | None  # the first that fits, where the configuration does not
     remedied: compilation.Outcome | None
-    tried: list[tuple[suggestions.Remedy, int]]  # those that do not fit, and their peak
+    tried: list[tuple[suggestions.Suggestion, int]]  # those that do not fit, and their peak
     text: str
 
     @property
@@ -67,8 +67,8 @@ def run(
     holds = capacity(found[0])
     limit = None if holds is None else _limit(found[0], holds)
     outcome = compilation.compile_all(config, found)
-    remedy = remedied = None
-    tried: list[tuple[suggestions.Remedy, int]] = []
+    suggestion = remedied = None
+    tried: list[tuple[suggestions.Suggestion, int]] = []
     if limit is not None and (too_large := outcome.too_large(limit)):
         for candidate in suggestions.ladder(
             config, target, too_large, host_memory=compilation.knows_host_memory(found[0])
@@ -80,11 +80,13 @@ def run(
             except ValueError:
                 continue  # the batch or a weight does not divide
             if not other.too_large(limit):
-                remedy, remedied = candidate, other
+                suggestion, remedied = candidate, other
                 break
             tried.append((candidate, other.peak))
-    text = report.text(target, outcome, capacity=holds, limit=limit, remedy=remedy, remedied=remedied, tried=tried)
-    return Report(outcome, limit, remedy, remedied, tried, text)
+    text = report.text(
+        target, outcome, capacity=holds, limit=limit, suggestion=suggestion, remedied=remedied, tried=tried
+    )
+    return Report(outcome, limit, suggestion, remedied, tried, text)
 
 
 def _limit(device: Any, capacity: hardware.Capacity) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fpo_jax.models import params
 from fpo_jax.perf import flops, hardware
 from fpo_jax.plan import roofline, suggestions
-from fpo_jax.plan.compilation import UPDATE, Outcome
+from fpo_jax.plan.compilation import TRAIN_STEP, Outcome
 from fpo_jax.trainer import kept_logits
 
 _GIB = 2**30
@@ -18,13 +18,13 @@ def text(
     *,
     capacity: hardware.Capacity | None,
     limit: int | None,
-    remedy: suggestions.Remedy | None,
+    suggestion: suggestions.Suggestion | None,
     remedied: Outcome | None,
-    tried: Sequence[tuple[suggestions.Remedy, int]],
+    tried: Sequence[tuple[suggestions.Suggestion, int]],
 ) -> str:
     """Return the whole answer: what runs, memory, verdict, collectives, operations, time, assumptions."""
     assert outcome.layout.mesh is not None
-    parts = [_run(target, outcome), _memory(outcome), _verdict(outcome, capacity, limit, remedy, remedied, tried)]
+    parts = [_run(target, outcome), _memory(outcome), _verdict(outcome, capacity, limit, suggestion, remedied, tried)]
     if outcome.programs[0].compiled:
         parts += [_collectives(outcome), _cost(outcome, capacity)]
     return "\n\n".join(parts)
@@ -36,13 +36,13 @@ def _run(target: str, outcome: Outcome) -> str:
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     rows = _rows(outcome)
     count = params.count(sizes.blueprint.model_config)
-    shape = sizes.update
+    shape = sizes.train_step
     filled = "" if sizes.filled == 1 else f" in the largest, {sizes.filled:.0%} of them in the mean"
     lines = [
         f"plan for {target}: {mesh.size} x {mesh.devices.flat[0].device_kind}; mesh {axes}",
         f"model: {config.model.path}, {count:,} parameters in {config.model.param_dtype}, computed in"
         f" {config.model.compute_dtype}; remat {config.model.remat}",
-        f"update: {config.train.batch_size} groups x {config.data.group_size} "
+        f"step: {config.train.batch_size} groups x {config.data.group_size} "
         f"{'=' if config.data.layout == 'padded' else 'in'} {rows} rows of T={shape.length} (R="
         f"{shape.scored} scored) in {outcome.accumulation} micro-batches; {rows * shape.length:,} tokens{filled}",
         f"shapes: {sizes.origin}",
@@ -52,17 +52,17 @@ def _run(target: str, outcome: Outcome) -> str:
 
 
 def _rows(outcome: Outcome) -> int:
-    """Rows of an update; where they hold groups, of the largest."""
+    """Rows of a step; where they hold groups, of the largest."""
     config = outcome.config
     if config.data.layout == "padded":
         return config.train.batch_size * config.data.group_size
-    return outcome.accumulation * config.train.micro_batch_per_device * outcome.layout.row_ways
+    return outcome.accumulation * config.train.micro_batch_per_device * outcome.layout.data_parallel_degree
 
 
 def _memory(outcome: Outcome) -> str:
     rows = [("GiB per device", "state", "batch", "temporaries", "beside it", "peak", "host", "compiled in")]
     for program in outcome.programs:
-        state = outcome.state if program.name == UPDATE else program.arguments
+        state = outcome.state if program.name == TRAIN_STEP else program.arguments
         state = min(state, program.arguments)
         rows.append(
             (
@@ -76,11 +76,11 @@ def _memory(outcome: Outcome) -> str:
                 f"{program.seconds:.0f} s" if program.compiled else "refused",
             )
         )
-    note = f"of the update's temporaries {_gib(outcome.gradients)} are the float32 sums of the gradients"
+    note = f"of the step's temporaries {_gib(outcome.gradients)} are the float32 sums of the gradients"
     return f"{_table(rows)}\n{note}"
 
 
-def _verdict(outcome, capacity, limit, remedy, remedied, tried) -> str:
+def _verdict(outcome, capacity, limit, suggestion, remedied, tried) -> str:
     if limit is None:
         return "capacity: unknown for this kind of device"
     share = "" if outcome.layout.mesh.devices.flat[0].platform == "tpu" else f" of {_gib(capacity.memory)}"
@@ -89,10 +89,10 @@ def _verdict(outcome, capacity, limit, remedy, remedied, tried) -> str:
         over = ", ".join(f"{p.name} by {_gib(p.peak - limit)}" for p in outcome.programs if p.name in too_large)
         lines.append(f"does not fit: {over} GiB")
         lines += [f"  nor does {one.text}: {_gib(peak)} GiB" for one, peak in tried]
-        if remedy is None:
+        if suggestion is None:
             lines.append("nothing that was tried fits; use a smaller model, shorter rows or more devices.")
         else:
-            lines.append(f"the first remedy that fits: {remedy.text}: {_gib(remedied.peak)} GiB")
+            lines.append(f"the first remedy that fits: {suggestion.text}: {_gib(remedied.peak)} GiB")
         return "\n".join(lines)
     lines.append(f"fits: {_gib(outcome.peak)} GiB, {1 - outcome.peak / limit:.0%} free")
     if share and outcome.peak > kept_logits.PREALLOCATED * capacity.memory:
@@ -107,7 +107,7 @@ def _verdict(outcome, capacity, limit, remedy, remedied, tried) -> str:
 def _collectives(outcome: Outcome) -> str:
     if not outcome.collectives:
         return "collectives: none"
-    rows = [("collectives of an update", "along", "runs", "GiB", "GiB sent per device")]
+    rows = [("collectives of a step", "along", "runs", "GiB", "GiB sent per device")]
     for row in outcome.collectives:
         rows.append((row.kind, " ".join(row.axes), f"{row.runs:,}", _gib(row.payload), _gib(row.sent)))
     return _table(rows)
@@ -117,7 +117,7 @@ def _cost(outcome: Outcome, capacity: hardware.Capacity | None) -> str:
     assert outcome.layout.mesh is not None
     sizes, devices = outcome.sizes, outcome.layout.mesh.size
     needed = _model_operations(outcome)
-    line = f"operations of an update: {outcome.operations:.3g}, recomputation included; the model's own: "
+    line = f"operations of a step: {outcome.operations:.3g}, recomputation included; the model's own: "
     line += ", ".join(f"{value:.3g} on {name} tokens" for name, value in needed.items())
     if capacity is None:
         return line
@@ -128,7 +128,7 @@ def _cost(outcome: Outcome, capacity: hardware.Capacity | None) -> str:
 
     shares = [f"{name} {share(value, seconds.most)} to {share(value, seconds.best)}" for name, value in needed.items()]
     steps = 1000 if sizes.steps is None else sizes.steps
-    what = "1,000 updates (plan.groups is unset)" if sizes.steps is None else f"the run of {steps:,} updates"
+    what = "1,000 steps (plan.groups is unset)" if sizes.steps is None else f"the run of {steps:,} steps"
     hours = f"{steps * seconds.best / 3600:.2f} to {steps * seconds.most / 3600:.2f} h"
     scoring = ""
     if sizes.scoring_batches is not None:
@@ -137,7 +137,7 @@ def _cost(outcome: Outcome, capacity: hardware.Capacity | None) -> str:
     return "\n".join(
         [
             line,
-            f"an update takes at least {seconds.best:.2f} s if everything overlaps, {seconds.most:.2f} s if no transfer"
+            f"a step takes at least {seconds.best:.2f} s if everything overlaps, {seconds.most:.2f} s if no transfer"
             f" does (computing {seconds.compute:.2f} s, memory {seconds.memory:.2f} s, links {seconds.links:.2f} s)",
             f"MFU at most: {', '.join(shares)} (reference pass apart)",
             f"{what}: at least {hours}{scoring}",
@@ -147,16 +147,16 @@ def _cost(outcome: Outcome, capacity: hardware.Capacity | None) -> str:
 
 
 def _model_operations(outcome: Outcome) -> dict[str, int]:
-    """What the mathematics of an update needs, on padded and, where they are known, on valid tokens."""
+    """What the mathematics of a step needs, on padded and, where they are known, on valid tokens."""
     sizes = outcome.sizes
     model_config, loss = sizes.blueprint.model_config, sizes.blueprint.loss
     rows = round(_rows(outcome) * sizes.filled)
-    lengths, scored = [sizes.update.length] * rows, [sizes.update.scored] * rows
+    lengths, scored = [sizes.train_step.length] * rows, [sizes.train_step.scored] * rows
     done = {"padded": flops.work(lengths, scored, sliding_window=model_config.sliding_window)}
     if sizes.valid is not None:
         done["valid"] = sizes.valid
     options = {"extra_forward": loss.needs_batch_kl, "adapted": sizes.blueprint.adapter is not None}
-    return {name: flops.update(model_config, work, **options) for name, work in done.items()}
+    return {name: flops.train_step(model_config, work, **options) for name, work in done.items()}
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""How long an update would take at the rates of the data sheets: a bound from below, with its assumptions in words.
+"""How long a step would take at the rates of the data sheets: a bound from below, with its assumptions in words.
 
 seconds at best = max(compute, memory, links)      everything overlaps
 seconds at most = max(compute, memory) + links     no transfer hides behind computing
@@ -26,7 +26,7 @@ ASSUMPTIONS = (
 
 
 class Estimate(NamedTuple):
-    """Seconds of one update."""
+    """Seconds of one step."""
 
     compute: float
     memory: float
@@ -44,7 +44,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(outcome: Outcome, capacity: hardware.Capacity) -> Estimate:
-    """Return the seconds that a mean update takes at least in each resource."""
+    """Return the seconds that a mean step takes at least in each resource."""
     assert outcome.layout.mesh is not None
     mesh = outcome.layout.mesh
     linked = np.vectorize(hardware.linked)(of_one_slice(mesh).devices)
@@ -56,7 +56,7 @@ def estimate(outcome: Outcome, capacity: hardware.Capacity) -> Estimate:
 
 
 def memory_traffic(outcome: Outcome) -> int:
-    """Return the bytes that an update moves through a device's memory, activations left out."""
+    """Return the bytes that a step moves through a device's memory, activations left out."""
     assert outcome.layout.mesh is not None
     config, model_config = outcome.config, outcome.sizes.blueprint.model_config
     matrices = sum(math.prod(entry.shape) for entry in params.entries(model_config) if entry.stacked and entry.decay)

@@ -10,19 +10,19 @@ from typing import NamedTuple
 
 from fpo_jax import config as configuration
 from fpo_jax.perf import hardware
-from fpo_jax.plan.compilation import EVALUATION, REFERENCE, REFERENCE_EVAL, UPDATE
+from fpo_jax.plan.compilation import EVALUATION, REFERENCE, REFERENCE_EVAL, TRAIN_STEP
 
 _BATCHES = {
-    UPDATE: "train.micro_batch_per_device",
+    TRAIN_STEP: "train.micro_batch_per_device",
     EVALUATION: "train.eval_batch_per_device",
     REFERENCE: "reference.batch_per_device",
     REFERENCE_EVAL: "reference.batch_per_device",
 }
-_MEMORY = (("model.remat", "full"), ("optim.state_dtype", "bfloat16"), ("optim.offload", True))  # of the update
+_MEMORY = (("model.remat", "full"), ("optim.state_dtype", "bfloat16"), ("optim.offload", True))  # of the step
 _DOUBLINGS = 3  # up to eight times the devices
 
 
-class Remedy(NamedTuple):
+class Suggestion(NamedTuple):
     """Another way to run the same job."""
 
     target: str
@@ -38,7 +38,7 @@ class Remedy(NamedTuple):
 
 def ladder(
     config: configuration.Config, target: str, too_large: Sequence[str], *, host_memory: bool = True
-) -> Iterator[Remedy]:
+) -> Iterator[Suggestion]:
     """Yield what to try, one after the other.
 
     Args:
@@ -48,22 +48,22 @@ def ladder(
         host_memory: whether the target's compiler can show what keeping moments there saves.
     """
     changes: dict[str, object] = {}
-    knobs = {knob: int(configuration.value_at(config, knob)) for knob in (_BATCHES[name] for name in too_large)}
-    while any(size > 1 for size in knobs.values()):
-        knobs = {knob: max(1, size // 2) for knob, size in knobs.items()}
-        changes |= {knob: size for knob, size in knobs.items() if size != configuration.value_at(config, knob)}
-        yield Remedy(target, dict(changes))
-    if UPDATE in too_large:
-        for knob, value in _MEMORY:
-            if configuration.value_at(config, knob) != value and (host_memory or knob != "optim.offload"):
-                changes[knob] = value
-                yield Remedy(target, dict(changes))
+    fields = {field: int(configuration.value_at(config, field)) for field in (_BATCHES[name] for name in too_large)}
+    while any(size > 1 for size in fields.values()):
+        fields = {field: max(1, size // 2) for field, size in fields.items()}
+        changes |= {field: size for field, size in fields.items() if size != configuration.value_at(config, field)}
+        yield Suggestion(target, dict(changes))
+    if TRAIN_STEP in too_large:
+        for field, value in _MEMORY:
+            if configuration.value_at(config, field) != value and (host_memory or field != "optim.offload"):
+                changes[field] = value
+                yield Suggestion(target, dict(changes))
     more: str | None = target
     for _ in range(_DOUBLINGS):
         more = hardware.larger(more)
         if more is None:
             return
-        yield Remedy(more, {key: value for key, value in changes.items() if key in _BATCHES.values()})
+        yield Suggestion(more, {key: value for key, value in changes.items() if key in _BATCHES.values()})
 
 
 def changed(config: configuration.Config, changes: Mapping[str, object]) -> configuration.Config:

@@ -17,7 +17,7 @@ from fpo_jax.tokenization.completion_texts import Refused, chat_texts, knows_sys
 from fpo_jax.tokenization.encode import chat_rows, continuation, generation_prompts, keep_end, raw_rows
 from fpo_jax.tokenization.prompt_format import PromptFormat, parse_kwargs
 from fpo_jax.tokenization.resolve import (
-    Told,
+    Given,
     example_faults,
     judge_thoughts,
     render_alike,
@@ -31,10 +31,10 @@ from fpo_jax.tokenization.truncation import Row, fit_chat, fit_raw
 __all__ = [
     "CHAT_TEMPLATES",
     "Encoder",
+    "Given",
     "PromptFormat",
     "Refused",
     "Row",
-    "Told",
     "chat_rows",
     "chat_texts",
     "continuation",

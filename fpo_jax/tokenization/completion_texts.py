@@ -31,26 +31,26 @@ class Texts(NamedTuple):
 
     prompt: str
     header: str  # of the assistant, where it belongs to the completion; else ""
-    wholes: list[str]  # prompt and completion of each response; every one begins with the prompt
+    wholes: list[str]  # prompt and completion of each completion; every one begins with the prompt
 
 
-def chat_texts(encoder: Encoder, prompt: str | list[Message], responses: Sequence[str | Message]) -> Texts:
+def chat_texts(encoder: Encoder, prompt: str | list[Message], completions: Sequence[str | Message]) -> Texts:
     """Render the prompt and each whole conversation as the encoder's prompt format says.
 
     Args:
         encoder: of a tokenizer with a chat template.
         prompt: a conversation; a plain text is one user turn.
-        responses: the assistant turns that may follow; a plain text is the content of one.
+        completions: the assistant turns that may follow; a plain text is the content of one.
 
     Raises:
-        Refused: the template refuses the conversation, leaves out a message's text, changes the prompt when a response
-            follows, or a completion holds a thought that nobody said what to do with.
+        Refused: the template refuses the conversation, leaves out a message's text, changes the prompt when a
+            completion follows, or a completion holds a thought that nobody said what to do with.
         ValueError: no chat template.
     """
     settled = encoder.format
     require_template(encoder)
     messages = _opened(encoder, prompt)
-    turns = [{"role": "assistant", "content": turn} if isinstance(turn, str) else dict(turn) for turn in responses]
+    turns = [{"role": "assistant", "content": turn} if isinstance(turn, str) else dict(turn) for turn in completions]
     turns = [_settled_thought(turn, settled.thoughts) for turn in turns]
     asked = [
         template_sandbox.Conversation(messages, add_generation_prompt=True),
@@ -197,10 +197,10 @@ def _render(encoder: Encoder, conversations: Sequence[template_sandbox.Conversat
         texts = template_sandbox.render(settings[0], shielded, variables=json.loads(settings[1]))
     except template_sandbox.Refused as error:
         roles = ", ".join(message["role"] for message in conversations[error.index].messages)
-        told = f"the chat template refuses a conversation of the turns {roles}: {error}"
+        given = f"the chat template refuses a conversation of the turns {roles}: {error}"
         if encoder.format.auto_insert_empty_system:
-            told += " (an empty system turn is put first, as data.auto_insert_empty_system says)"
-        raise Refused(told, "template_refuses") from error
+            given += " (an empty system turn is put first, as data.auto_insert_empty_system says)"
+        raise Refused(given, "template_refuses") from error
     for conversation, original, text in zip(shielded, conversations, texts, strict=True):
         roles = tuple(message["role"] for message in original.messages)
         passed_over = _passed_over(*settings, roles, original.add_generation_prompt)
@@ -249,8 +249,8 @@ def _left_out(message: Mapping[str, str], messages: Sequence[Mapping[str, str]])
 def _no_beginning(prompt: str, whole: str) -> str:
     at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole)))
     return (
-        "the chat template changes the text of the prompt when a response follows, so the response has no beginning;"
-        " pass another chat_template, or chat_template_kwargs that it knows.\n"
+        "the chat template changes the text of the prompt when a completion follows, so the completion has no"
+        " beginning; pass another chat_template, or chat_template_kwargs that it knows.\n"
         f"asked for an answer: ...{prompt[max(at - 60, 0) : at + 40]!r}\n"
-        f"with the response:   ...{whole[max(at - 60, 0) : at + 40]!r}"
+        f"with the completion:   ...{whole[max(at - 60, 0) : at + 40]!r}"
     )

@@ -1,10 +1,10 @@
 r"""Build rows of token ids as the prompt format says: `raw` for plain text, `chat` for conversations.
 
-    raw   prompt + response + EOS, as f-PO's Pythia recipes build them
-    chat  the chat template's text of the prompt, and what it adds when a response is appended; one end token
+    raw   prompt + completion + EOS, as f-PO's Pythia recipes build them
+    chat  the chat template's text of the prompt, and what it adds when a completion is appended; one end token
 
-In both the prompt and the whole text are encoded and the response is the part of the whole that the prompt's own ids do
-not cover. Where a token straddles the boundary (a prompt that ends in a space, say) it belongs to the response, is
+In both the prompt and the whole text are encoded and the completion is the part of the whole that the prompt's own ids
+do not cover. Where a token straddles the boundary (a prompt that ends in a space, say) it belongs to the completion, is
 scored, and the row is reported as `merged`. The mask follows from lengths alone: no token id is ever compared with pad.
 
 Ids are those of `transformers.apply_chat_template`, up to the token that ends the answer: what a template writes behind
@@ -15,10 +15,10 @@ the same ids tomorrow.
 The recipes of the original differ (spec 3.3), each time by a field of `prompt_format.PromptFormat`: an empty system
 turn, BOS where the tokenizer opens texts with it, the assistant's header in the completion, EOS unless it is last.
 Where even they differ from the originals:
-  raw   The response is cut as token ids; the original decodes the cut ids, appends the text to the prompt and encodes
+  raw   The completion is cut as token ids; the original decodes the cut ids, appends the text to the prompt and encodes
         again, which can move the boundary. BOS opens the row if the tokenizer itself opens texts with BOS, and survives
         the cutting of the prompt.
-  chat  The original renders the response as a conversation of its own and strips a leading BOS. That equals the
+  chat  The original renders the completion as a conversation of its own and strips a leading BOS. That equals the
         difference taken here for templates that write turn by turn (Llama-3, Zephyr, Mistral's override, ChatML,
         Gemma-2), and is wrong or an error for the others: Llama-3.1 repeats its date header, Qwen its default system
         turn, Phi-3 closes the prompt with EOS, Mistral's own refuses a conversation that starts with the assistant.
@@ -40,26 +40,26 @@ from fpo_jax.tokenization.truncation import Row
 def raw_rows(
     encoder: Encoder,
     prompts: Sequence[str],
-    responses: Sequence[Sequence[str]],
+    completions: Sequence[Sequence[str]],
     *,
     max_length: int,
-    max_response_length: int,
+    max_completion_length: int,
     max_prompt_length: int | None = None,
     truncation_mode: str = "keep_end",
     cut_prompts_together: bool = True,
 ) -> list[list[Row]]:
-    """Build the rows of plain-text groups (f-PO's Pythia recipes): prompt + response + EOS.
+    """Build the rows of plain-text groups (f-PO's Pythia recipes): prompt + completion + EOS.
 
     Args:
         encoder: of the tokenizer.
         prompts: one text per group.
-        responses: the candidates of each group, as texts that follow the prompt directly (mostly a space first).
+        completions: the candidates of each group, as texts that follow the prompt directly (mostly a space first).
         max_length: tokens of a row, BOS and EOS included.
-        max_response_length: tokens of a response, EOS included; longer ones lose their end.
+        max_completion_length: tokens of a completion, EOS included; longer ones lose their end.
         max_prompt_length: tokens of a prompt without BOS; None = only `max_length` limits it.
         truncation_mode: which end of a prompt is kept, `keep_end` or `keep_start`.
-        cut_prompts_together: True: a prompt leaves room for the longest response of its group, so that all candidates
-            follow the same prompt. False (the original): each row cuts the prompt for its own response.
+        cut_prompts_together: True: a prompt leaves room for the longest completion of its group, so that all candidates
+            follow the same prompt. False (the original): each row cuts the prompt for its own completion.
 
     Returns:
         For each group the rows of its candidates.
@@ -68,31 +68,31 @@ def raw_rows(
         ValueError: limits that leave no room, or reserved characters in a text.
     """
     truncation.check_lengths(
-        max_length=max_length, max_prompt_length=max_prompt_length, max_response_length=max_response_length
+        max_length=max_length, max_prompt_length=max_prompt_length, max_completion_length=max_completion_length
     )
     truncation.check_choice("truncation_mode", truncation_mode, truncation.TRUNCATION_MODES)
     prompt_texts = [tokens.refuse_reserved(prompt) if isinstance(prompt, str) else _no_messages() for prompt in prompts]
     whole_texts = [
-        [prompt + tokens.refuse_reserved(response) for response in group]
-        for prompt, group in zip(prompts, responses, strict=True)
+        [prompt + tokens.refuse_reserved(completion) for completion in group]
+        for prompt, group in zip(prompts, completions, strict=True)
     ]
     groups = []
     for group in _encode_groups(encoder, prompt_texts, whole_texts):
-        longest = max(len(response) + 1 for _, response, _ in group) if cut_prompts_together else 0
+        longest = max(len(completion) + 1 for _, completion, _ in group) if cut_prompts_together else 0
         groups.append(
             [
                 truncation.fit_raw(
                     prompt,
-                    [*response, encoder.eos_id],
+                    [*completion, encoder.eos_id],
                     max_length=max_length,
                     max_prompt_length=max_prompt_length,
-                    max_response_length=max_response_length,
+                    max_completion_length=max_completion_length,
                     truncation_mode=truncation_mode,
                     bos_id=encoder.bos_id,
                     adds_bos=encoder.adds_bos,
-                    longest=min(longest, max_response_length),
+                    longest=min(longest, max_completion_length),
                 )._replace(merged=merged)
-                for prompt, response, merged in group
+                for prompt, completion, merged in group
             ]
         )
     return groups
@@ -101,11 +101,11 @@ def raw_rows(
 def chat_rows(
     encoder: Encoder,
     prompts: Sequence[str | list[Message]],
-    responses: Sequence[Sequence[str | Message]],
+    completions: Sequence[Sequence[str | Message]],
     *,
     max_length: int,
     max_prompt_length: int,
-    max_response_length: int | None = None,
+    max_completion_length: int | None = None,
     truncation_mode: str = "keep_end",
     truncate_together: bool = False,
     ends: bool = True,
@@ -115,14 +115,14 @@ def chat_rows(
     Args:
         encoder: of a tokenizer with a chat template; its prompt format decides what belongs to the prompt.
         prompts: one conversation per group; a plain text is one user turn.
-        responses: the candidates of each group; a plain text is one assistant turn.
-        max_length: tokens of a row. A group whose prompt and longest response exceed it has its prompt cut first.
+        completions: the candidates of each group; a plain text is one assistant turn.
+        max_length: tokens of a row. A group whose prompt and longest completion exceed it has its prompt cut first.
         max_prompt_length: tokens that a cut prompt keeps.
-        max_response_length: tokens of a response, its end token included; None = only the two other limits apply.
+        max_completion_length: tokens of a completion, its end token included; None = only the two other limits apply.
         truncation_mode: which end of a cut prompt is kept; `keep_end` (the original's) loses BOS.
-        truncate_together: True (the original): if the group still is too long, *all* its responses are cut to
+        truncate_together: True (the original): if the group still is too long, *all* its completions are cut to
             `max_length - max_prompt_length` tokens. False: only those that are too long, to the room that is left.
-        ends: close each response with one end token, as a model is taught to. False: leave the template's whole text
+        ends: close each completion with one end token, as a model is taught to. False: leave the template's whole text
             as it is, as a reward model reads it.
 
     Returns:
@@ -133,11 +133,11 @@ def chat_rows(
         ValueError: limits that leave no room, no chat template.
     """
     truncation.check_lengths(
-        max_length=max_length, max_prompt_length=max_prompt_length, max_response_length=max_response_length
+        max_length=max_length, max_prompt_length=max_prompt_length, max_completion_length=max_completion_length
     )
     truncation.check_choice("truncation_mode", truncation_mode, truncation.TRUNCATION_MODES)
     rendered = [
-        completion_texts.chat_texts(encoder, prompt, group) for prompt, group in zip(prompts, responses, strict=True)
+        completion_texts.chat_texts(encoder, prompt, group) for prompt, group in zip(prompts, completions, strict=True)
     ]
     headers = _headers(encoder, rendered)
     encoded = _encode_groups(encoder, [one.prompt for one in rendered], [one.wholes for one in rendered])
@@ -145,10 +145,10 @@ def chat_rows(
     for header, group in zip(headers, encoded, strict=True):
         rows = truncation.fit_chat(
             [_begin(prompt, encoder) for prompt, _, _ in group],
-            [_ended(response, encoder, header, closing) if ends else response for _, response, _ in group],
+            [_ended(completion, encoder, header, closing) if ends else completion for _, completion, _ in group],
             max_length=max_length,
             max_prompt_length=max_prompt_length,
-            max_response_length=max_response_length,
+            max_completion_length=max_completion_length,
             truncation_mode=truncation_mode,
             truncate_together=truncate_together,
         )
@@ -191,8 +191,8 @@ def keep_end(encoder: Encoder, prompt: list[int], *, room: int) -> list[int]:
     return opening + body[max(0, len(body) - (room - len(opening))) :]
 
 
-def continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response: list[int]) -> str:
-    """Decode a response in its place: a SentencePiece tokenizer drops a leading space from a text of its own.
+def continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], completion: list[int]) -> str:
+    """Decode a completion in its place: a SentencePiece tokenizer drops a leading space from a text of its own.
 
     Special tokens are left out, but for those that mark a thought, which would be an answer without them.
     """
@@ -206,8 +206,8 @@ def continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], response
         return str(tokenizer.decode(ids, skip_special_tokens=not marks, clean_up_tokenization_spaces=False))
 
     tail = prompt[-8:]  # enough for the context of a first character
-    before, whole = decode(tail), decode([*tail, *response])
-    return whole[len(before) :] if whole.startswith(before) else decode(response)
+    before, whole = decode(tail), decode([*tail, *completion])
+    return whole[len(before) :] if whole.startswith(before) else decode(completion)
 
 
 def _no_messages():
@@ -217,7 +217,7 @@ def _no_messages():
 def _encode_groups(
     encoder: Encoder, prompt_texts: list[str], whole_texts: list[list[str]]
 ) -> list[list[tuple[list[int], list[int], bool]]]:
-    """Encode groups in one batch; per candidate (prompt ids, response ids, merged)."""
+    """Encode groups in one batch; per candidate (prompt ids, completion ids, merged)."""
     encoded = iter(tokens.encode(encoder, [*prompt_texts, *(whole for group in whole_texts for whole in group)]))
     prompts = [next(encoded) for _ in prompt_texts]
     return [[_split(prompt, next(encoded)) for _ in group] for prompt, group in zip(prompts, whole_texts, strict=True)]
@@ -240,12 +240,12 @@ def _headers(encoder: Encoder, rendered: list[completion_texts.Texts]) -> list[i
     return [len(_split(prompt, whole)[1]) for prompt, whole in zip(plain, opened, strict=True)]
 
 
-def _ended(response: list[int], encoder: Encoder, header: int, ends: frozenset[int]) -> list[int]:
-    """Close a response with its one end token, or as the original does it."""
+def _ended(completion: list[int], encoder: Encoder, header: int, ends: frozenset[int]) -> list[int]:
+    """Close a completion with its one end token, or as the original does it."""
     if encoder.format.append_eos == "unless_last":
-        return response if response[-1:] == [encoder.eos_id] else [*response, encoder.eos_id]
-    place = next((place for place in range(header, len(response)) if response[place] in ends), None)
-    return [*response, encoder.eos_id] if place is None else response[: place + 1]
+        return completion if completion[-1:] == [encoder.eos_id] else [*completion, encoder.eos_id]
+    place = next((place for place in range(header, len(completion)) if completion[place] in ends), None)
+    return [*completion, encoder.eos_id] if place is None else completion[: place + 1]
 
 
 def _begin(prompt: list[int], encoder: Encoder) -> list[int]:

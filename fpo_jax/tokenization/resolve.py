@@ -18,7 +18,7 @@ _ANSWER = "fpo-answer"
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
+class Given:
     """What a user says of the prompt format; "" and False leave it to the model."""
 
     rule: str = ""
@@ -31,39 +31,39 @@ class Told:
     thoughts: str = ""
 
 
-def resolve(directory: Path, told: Told | None = None, *, end_ids: Sequence[int] = ()) -> Encoder:
+def resolve(directory: Path, given: Given | None = None, *, end_ids: Sequence[int] = ()) -> Encoder:
     """Return the encoder of a model's directory: as its record says, else as told, else as transformers does it.
 
     Args:
         directory: of a model, or the files that a run keeps of its own.
-        told: by the user.
+        given: by the user.
         end_ids: tokens that end a completion besides EOS (generation_config.json, config.json).
 
     Raises:
         ValueError: told something else than what the model was trained with, options that contradict each other, no
             tokenizer.
     """
-    told = told or Told()
-    if told.rule not in ("", *records.RULES):
-        raise ValueError(f"--rule={told.rule!r} is not one of {', '.join(records.RULES)}.")
+    given = given or Given()
+    if given.rule not in ("", *records.RULES):
+        raise ValueError(f"--rule={given.rule!r} is not one of {', '.join(records.RULES)}.")
     found = records.read(directory)
     if found is not None:
-        return _recorded(directory, found[0], told, end_ids)
+        return _recorded(directory, found[0], given, end_ids)
     tokenizer = tokenizers.load_tokenizer(
-        told.tokenizer or directory, chat_template=told.chat_template or None, eos_token=told.eos_token or None
+        given.tokenizer or directory, chat_template=given.chat_template or None, eos_token=given.eos_token or None
     )
-    rule = told.rule or ("chat" if tokenizer.chat_template else "raw")
+    rule = given.rule or ("chat" if tokenizer.chat_template else "raw")
     chat_only = ("chat_template", "chat_template_kwargs", "auto_insert_empty_system", "prepend_bos", "thoughts")
-    if rule == "raw" and (idle := [name for name in chat_only if getattr(told, name)]):
+    if rule == "raw" and (idle := [name for name in chat_only if getattr(given, name)]):
         raise ValueError(
             f"{', '.join(map(_option, idle))} would change nothing under rule raw; leave out what does not apply."
         )
     settled = PromptFormat(
         rule=rule,
-        chat_template_kwargs=records.parse_kwargs(told.chat_template_kwargs),
-        auto_insert_empty_system=told.auto_insert_empty_system,
-        prepend_bos=told.prepend_bos,
-        thoughts=told.thoughts or PromptFormat.thoughts,
+        chat_template_kwargs=records.parse_kwargs(given.chat_template_kwargs),
+        auto_insert_empty_system=given.auto_insert_empty_system,
+        prepend_bos=given.prepend_bos,
+        thoughts=given.thoughts or PromptFormat.thoughts,
     )
     encoder = tokenizers.encoder(tokenizer, settled, end_ids=end_ids)
     if rule == "chat":
@@ -71,7 +71,7 @@ def resolve(directory: Path, told: Told | None = None, *, end_ids: Sequence[int]
     return encoder
 
 
-def _recorded(directory: Path, settled: PromptFormat, told: Told, end_ids: Sequence[int]) -> Encoder:
+def _recorded(directory: Path, settled: PromptFormat, given: Given, end_ids: Sequence[int]) -> Encoder:
     """Return the encoder that a record describes, if nobody was told anything else."""
     tokenizer = tokenizers.load_tokenizer(
         directory, chat_template=settled.chat_template or None, eos_token=settled.eos_token
@@ -81,19 +81,19 @@ def _recorded(directory: Path, settled: PromptFormat, told: Told, end_ids: Seque
             f"the tokenizer in {directory} is not the one that {records.FILE} there was written with; put it back."
         )
     problems = []
-    if told.tokenizer:
-        other = tokenizers.load_tokenizer(told.tokenizer, eos_token=told.eos_token or settled.eos_token)
+    if given.tokenizer:
+        other = tokenizers.load_tokenizer(given.tokenizer, eos_token=given.eos_token or settled.eos_token)
         if tokenizers.fingerprint(other) != settled.tokenizer:
-            problems.append(f"--tokenizer={told.tokenizer} makes other ids of the same text")
-    if told.chat_template and tokenizers.template_text(told.chat_template) != settled.chat_template:
+            problems.append(f"--tokenizer={given.tokenizer} makes other ids of the same text")
+    if given.chat_template and tokenizers.template_text(given.chat_template) != settled.chat_template:
         problems.append("--chat-template is another template")
     for name in ("rule", "eos_token", "thoughts", "auto_insert_empty_system", "prepend_bos"):
-        said, is_so = getattr(told, name), getattr(settled, name)
+        said, is_so = getattr(given, name), getattr(settled, name)
         if said and said != is_so:
             problems.append(f"{_option(name)}={said} where it was {is_so}")
-    if told.chat_template_kwargs and records.parse_kwargs(told.chat_template_kwargs) != settled.chat_template_kwargs:
+    if given.chat_template_kwargs and records.parse_kwargs(given.chat_template_kwargs) != settled.chat_template_kwargs:
         problems.append(
-            f"--chat-template-kwargs={told.chat_template_kwargs} where it was {dict(settled.chat_template_kwargs)}"
+            f"--chat-template-kwargs={given.chat_template_kwargs} where it was {dict(settled.chat_template_kwargs)}"
         )
     if problems:
         raise ValueError(
@@ -161,11 +161,11 @@ def render_alike(one: Encoder, other: Encoder) -> bool:
     """Whether two encoders make the same ids of a short conversation, or both refuse it."""
 
     def ids(encoder: Encoder) -> object:
-        prompts, responses = ["fpo-question"], [["fpo-answer"]]
+        prompts, completions = ["fpo-question"], [["fpo-answer"]]
         try:
             if encoder.format.rule == "raw":
-                return encode.raw_rows(encoder, prompts, responses, max_length=2**20, max_response_length=2**10)
-            return encode.chat_rows(encoder, prompts, responses, max_length=2**20, max_prompt_length=2**10)
+                return encode.raw_rows(encoder, prompts, completions, max_length=2**20, max_completion_length=2**10)
+            return encode.chat_rows(encoder, prompts, completions, max_length=2**20, max_prompt_length=2**10)
         except completion_texts.Refused as error:
             return error.reason
 

@@ -360,6 +360,6 @@ def _broken(path: Path) -> str:
 
 def _no_eos(name: str | Path) -> str:
     return (
-        f"the tokenizer {str(name)!r} names no EOS token, so no response could be taught to end; add "
+        f"the tokenizer {str(name)!r} names no EOS token, so no completion could be taught to end; add "
         '"eos_token" to its tokenizer_config.json or pass eos_token="<|endoftext|>" (or what ends a text there)'
     )

@@ -1,4 +1,4 @@
-"""Token rows cut to a window: which end of a prompt goes, and who pays for the longest response of a group."""
+"""Token rows cut to a window: which end of a prompt goes, and who pays for the longest completion of a group."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,34 +12,34 @@ class Row(NamedTuple):
     ids: list[int]
     prompt_length: int
     prompt_cut: int = 0  # prompt tokens removed to fit the window
-    response_cut: int = 0  # response tokens removed, EOS among them
+    completion_cut: int = 0  # completion tokens removed, EOS among them
     merged: bool = False  # a token straddles the boundary; it is scored
     header: int = 0  # first scored tokens that are the template's assistant header and no text of the answer
 
 
 def fit_raw(
     prompt: list[int],
-    response: list[int],
+    completion: list[int],
     *,
     max_length: int,
-    max_response_length: int,
+    max_completion_length: int,
     max_prompt_length: int | None = None,
     truncation_mode: str = "keep_end",
     bos_id: int | None = None,
     adds_bos: bool = False,
     longest: int = 0,
 ) -> Row:
-    """Cut one plain-text row to the window: first the response's end, then the prompt.
+    """Cut one plain-text row to the window: first the completion's end, then the prompt.
 
-    A response that begins with BOS loses that token (the original's rule: it matters where BOS = EOS and the response
-    is empty, which leaves nothing to score). `longest` is what the longest response of the group keeps: the prompt
-    leaves room for that one, so that all rows of a group have the same prompt.
+    A completion that begins with BOS loses that token (the original's rule: it matters where BOS = EOS and the
+    completion is empty, which leaves nothing to score). `longest` is what the longest completion of the group keeps:
+    the prompt leaves room for that one, so that all rows of a group have the same prompt.
 
-    >>> fit_raw([1, 2, 3, 4], [5, 6, 0], max_length=5, max_response_length=2)[:4]
+    >>> fit_raw([1, 2, 3, 4], [5, 6, 0], max_length=5, max_completion_length=2)[:4]
     ([2, 3, 4, 5, 6], 3, 1, 1)
     """
-    response = response[1:] if bos_id is not None and response[:1] == [bos_id] else response
-    kept = response[:max_response_length]
+    completion = completion[1:] if bos_id is not None and completion[:1] == [bos_id] else completion
+    kept = completion[:max_completion_length]
     opening = [bos_id] if adds_bos and bos_id is not None else []
     room = min(max_length - len(opening) - max(longest, len(kept)), max_prompt_length or max_length)
     head = opening + _keep(prompt, room, truncation_mode)
@@ -47,51 +47,52 @@ def fit_raw(
         ids=head + kept,
         prompt_length=len(head),
         prompt_cut=max(len(prompt) - room, 0),
-        response_cut=len(response) - len(kept),
+        completion_cut=len(completion) - len(kept),
     )
 
 
 def fit_chat(
     prompts: list[list[int]],
-    responses: list[list[int]],
+    completions: list[list[int]],
     *,
     max_length: int,
     max_prompt_length: int,
-    max_response_length: int | None = None,
+    max_completion_length: int | None = None,
     truncation_mode: str = "keep_end",
     truncate_together: bool = False,
 ) -> list[Row]:
-    """Cut the K rows of one group to the window: first the prompt, then the responses.
+    """Cut the K rows of one group to the window: first the prompt, then the completions.
 
-    With longest = max over the K responses: a prompt with |prompt| + longest > max_length is cut to max_prompt_length;
-    if that is not enough, the responses are cut too (see `rules.chat_rows` for `truncate_together`).
+    With longest = max over the K completions: a prompt with |prompt| + longest > max_length is cut to
+    max_prompt_length; if that is not enough, the completions are cut too (see `rules.chat_rows` for
+    `truncate_together`).
 
     >>> rows = fit_chat([[1, 2, 3]] * 2, [[4], [5, 6, 7]], max_length=4, max_prompt_length=2)
-    >>> [(row.ids, row.response_cut) for row in rows]
+    >>> [(row.ids, row.completion_cut) for row in rows]
     [([2, 3, 4], 0), ([2, 3, 5, 6], 1)]
     """
-    limit = max_response_length or max_length
-    longest = max(len(response[:limit]) for response in responses)
+    limit = max_completion_length or max_length
+    longest = max(len(completion[:limit]) for completion in completions)
     rows = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        head, kept = prompt, response[:limit]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        head, kept = prompt, completion[:limit]
         if len(head) + longest > max_length:
             head = _keep(head, max_prompt_length, truncation_mode)
         if truncate_together and len(head) + longest > max_length:
             kept = kept[: max_length - max_prompt_length]
         if not truncate_together:
             kept = kept[: max_length - len(head)]
-        rows.append(Row(head + kept, len(head), len(prompt) - len(head), len(response) - len(kept)))
+        rows.append(Row(head + kept, len(head), len(prompt) - len(head), len(completion) - len(kept)))
     return rows
 
 
-def check_lengths(*, max_length: int, max_prompt_length: int | None, max_response_length: int | None) -> None:
-    """Refuse limits that leave a prompt or a response without a token.
+def check_lengths(*, max_length: int, max_prompt_length: int | None, max_completion_length: int | None) -> None:
+    """Refuse limits that leave a prompt or a completion without a token.
 
     Raises:
         ValueError: a limit below 1, or one that fills `max_length` alone.
     """
-    for name, value in (("max_prompt_length", max_prompt_length), ("max_response_length", max_response_length)):
+    for name, value in (("max_prompt_length", max_prompt_length), ("max_completion_length", max_completion_length)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1, or None for no limit of its own")
         if value is not None and value >= max_length:

@@ -1,4 +1,4 @@
-"""What a plan knows of a run without its weights: model, batch shapes, updates; from the data where they are at hand.
+"""What a plan knows of a run without its weights: model, batch shapes, steps; from the data where they are at hand.
 
 configuration -> Sizes. The data are read where they and the tokenizer are files of this machine; elsewhere the limits
 of the configuration bound the shapes, and `plan.groups` says how many groups there are.
@@ -33,16 +33,16 @@ class Sizes(NamedTuple):
     """A run's model, shapes and durations."""
 
     blueprint: run_schedule.Blueprint
-    update: Shape
-    accumulation: int  # micro-batches of the largest update
+    train_step: Shape
+    accumulation: int  # micro-batches of the largest step
     filled: float  # mean share of them that hold groups; the others are passed over
     evaluation: Shape | None  # None without evaluation
     scoring: Shape | None  # of the reference pass over the training data; None without
     scoring_eval: Shape | None  # and over the evaluation data, where its rows are larger
     scoring_batches: int | None  # of the pass over the training data; None without, or unknown
     groups: int | None  # of the training data; None = unknown
-    steps: int | None  # updates of the run
-    valid: flops.Work | None  # mean of an update's real rows; None = unknown
+    steps: int | None  # steps of the run
+    valid: flops.Work | None  # mean of an step's real rows; None = unknown
     origin: str  # where the shapes come from, in words
 
 
@@ -67,7 +67,7 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
     inputs, why = _inputs(config, loss, source, model_config, reference)
     if inputs is None:
         return _bounds(config, loss, model_config, reference, why, ways=ways)
-    plan, batch = run_schedule.plan(config, inputs, devices=ways), config.train.batch_size
+    plan, batch = run_schedule.build(config, inputs, devices=ways), config.train.batch_size
     evaluation, scoring, scoring_eval = (
         None if one is None else largest(one, one.steps_per_epoch) for one in (plan.evaluation, *plan.references)
     )
@@ -81,7 +81,7 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         filled = float(np.mean(used)) / plan.schedule.parts
         found, everything = plan.schedule.rows.packing.sizes, np.arange(rows.groups)
         texts, contexts = group_packing.texts(found, everything, texts, group_size=rows.group_size)
-    total = flops.work(texts, rows.scored_N, contexts=contexts, sliding_window=model_config.sliding_window)
+    total = flops.work(texts, rows.loss_tokens_N, contexts=contexts, sliding_window=model_config.sliding_window)
     return Sizes(
         run_schedule.blueprint(config, inputs, plan),
         largest(plan.schedule, plan.steps),
@@ -140,7 +140,7 @@ def _inputs(config, loss, source: Path, model_config, reference) -> tuple[run_in
 def _bounds(config, loss, model_config: models.ModelConfig, reference, why: str, *, ways: int) -> Sizes:
     """The largest shapes that the configuration allows."""
     length, lengths = config.data.max_length, run_inputs.buckets(config)
-    most = config.data.max_response_length or length - 1  # rule chat: a prompt may be one token
+    most = config.data.max_completion_length or length - 1  # rule chat: a prompt may be one token
     most = length - 1 if config.data.packing else most
     if config.data.layout == "padded":
         accumulation = run_schedule.accumulation(config, ways=ways)
@@ -149,12 +149,12 @@ def _bounds(config, loss, model_config: models.ModelConfig, reference, why: str,
         lengths, most = (length,), min(most, length - 1)
         accumulation = -(-config.train.batch_size // (config.train.micro_batch_per_device * ways))
     shape = Shape(length, data.scored_positions(most, length=length))
-    groups, steps, warmup, horizon = config.plan.groups, None, 0, 1
+    groups, steps, warmup, total_steps = config.plan.groups, None, 0, 1
     if groups is not None:
         steps_per_epoch = data.steps_per_epoch(
             groups, batch_size=config.train.batch_size, last_batch=config.data.last_batch
         )
-        steps, warmup, horizon = run_schedule.durations(config, steps_per_epoch=steps_per_epoch)
+        steps, warmup, total_steps = run_schedule.durations(config, steps_per_epoch=steps_per_epoch)
     batches = None
     if loss.needs_reference and groups is not None:
         batches = -(-groups // (config.reference.batch_per_device * ways))
@@ -166,7 +166,7 @@ def _bounds(config, loss, model_config: models.ModelConfig, reference, why: str,
             lengths,
             shape.scored,
             warmup,
-            horizon,
+            total_steps,
             run_inputs.adapter(config, model_config),
             reference=None if reference is None else reference.model_config,
         ),

@@ -16,11 +16,11 @@ DIRECTIONS = {
     "eval_rewards/margins": 1.0,
     "eval_rewards/chosen": 1.0,
     "eval_logps/chosen": 1.0,
-    "eval_answers/reward": 1.0,
-    "eval_answers/win_rate": 1.0,
+    "eval_completions/reward": 1.0,
+    "eval_completions/win_rate": 1.0,
 }
 # What is observed without a better or worse: the distance to the reference is 0 before training, a length or a mean
-# logit is no merit, and an answer that ends says that answers.max_new_tokens is enough.
+# logit is no merit, and an answer that ends says that completions.max_new_tokens is enough.
 UNDIRECTED = {
     "eval_rewards/rejected",
     "eval_logps/rejected",
@@ -29,8 +29,8 @@ UNDIRECTED = {
     "eval_logits/chosen",
     "eval_logits/rejected",
     "eval_reference_kl",
-    "eval_answers/length",
-    "eval_answers/ended",
+    "eval_completions/length",
+    "eval_completions/ended",
 }
 
 
@@ -44,7 +44,7 @@ def score(config: configuration.Config, found: dict[str, float]) -> float | None
     if not name:
         return None
     if name not in found:
-        raise ValueError(f"train.keep_best={name!r} is no metric of this run; choose from {', '.join(found)}.")
+        raise ValueError(f"train.keep_best={name!r} is no metric of this run; select from {', '.join(found)}.")
     return DIRECTIONS[name] * found[name]
 
 
@@ -55,7 +55,7 @@ def problems(config: configuration.Config, loss: losses.Loss) -> list[str]:
     if not name.startswith("eval_") or not written or name in directed:
         return []
     what = "is no metric of this run" if name not in written else "is neither better for being more nor for being less"
-    return [f"train.keep_best={name!r} {what}; choose from {', '.join(directed)}."]
+    return [f"train.keep_best={name!r} {what}; select from {', '.join(directed)}."]
 
 
 def names(config: configuration.Config, loss: losses.Loss) -> list[str]:
@@ -63,9 +63,9 @@ def names(config: configuration.Config, loss: losses.Loss) -> list[str]:
     found: set[str] = set()
     if config.data.eval:
         found |= {f"eval_{name}" for name in _of_data(config, loss)}
-    if config.answers.count:
-        found |= {"eval_answers/length", "eval_answers/ended"}
-        found |= {"eval_answers/reward", "eval_answers/win_rate"} if config.answers.reward_model else set()
+    if config.completions.count:
+        found |= {"eval_completions/length", "eval_completions/ended"}
+        found |= {"eval_completions/reward", "eval_completions/win_rate"} if config.completions.reward_model else set()
     order = list(DIRECTIONS)
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 

@@ -34,7 +34,7 @@ log = logging.getLogger("fpo_jax")
 Writers = metric_logger.Writers | metric_logger.Silent
 
 
-class NonFinite(distributed.Everywhere):
+class NonFinite(distributed.CollectiveError):
     """The loss or the gradient is not finite and the configuration says stop; or too many steps were skipped."""
 
 
@@ -44,7 +44,7 @@ class Run:
 
     config: configuration.Config
     inputs: run_inputs.Inputs
-    schedule: run_schedule.Plan
+    schedule: run_schedule.RunSchedule
     steps: steps.Steps
     stop: preemption.StopRequest
     meter: profiler.Meter
@@ -113,7 +113,7 @@ class MetricLogging(Callback):
         self._pending: tuple[int, metrics.Pairs] | None = None
         self._compilations = run.steps.train.compilations
         self._bar: tqdm.tqdm | None = None
-        self._still = 0  # updates in a row whose gradient was nothing
+        self._still = 0  # steps in a row whose gradient was nothing
 
     def on_step_end(self, run: Run, step: int, pairs: metrics.Pairs) -> None:
         """Write the step before, whose numbers arrived while this one was dispatched."""
@@ -148,7 +148,7 @@ class MetricLogging(Callback):
             self._bar.close()
         if self._still:
             log.warning(
-                "the last %d of %d updates had a gradient norm of exactly 0 and taught nothing; where the loss is not"
+                "the last %d of %d steps had a gradient norm of exactly 0 and taught nothing; where the loss is not"
                 " meant to reach its end, lower optim.learning_rate.",
                 self._still,
                 run.recorded,
@@ -161,7 +161,7 @@ class MetricLogging(Callback):
         timing = run.clock.lap()
         batches = run.schedule.schedule
         watchdog.measured(timing["seconds"])
-        timing |= run.meter.update(data.row_sizes(batches, step - 1), seconds=timing["seconds"])
+        timing |= run.meter.step(data.row_sizes(batches, step - 1), seconds=timing["seconds"])
         bad = numbers.pop("nonfinite") > 0
         spike = numbers.get("spike", 0.0) > 0
         ids = data.group_ids(batches, step - 1)
@@ -187,7 +187,7 @@ class MetricLogging(Callback):
         what = "is not finite"
         if not bad:
             what = f"is a spike (loss {numbers['loss']:.4g}, gradient norm {numbers['grad_norm']:.4g})"
-        fact = f"step {step}: loss or gradient {what}; the update was not applied; data: {names}"
+        fact = f"step {step}: loss or gradient {what}; the step was not applied; data: {names}"
         stops = bad and run.config.train.on_nonfinite == "stop"
         if stops or run.skipped >= run.config.train.max_nonfinite:
             raise NonFinite(
@@ -279,11 +279,11 @@ class SampleCompletions(Callback):
 
     def __init__(self, answers: sample_completions.Answers):
         """Take the prompts."""
-        self._answers = answers
+        self._sample_completions = answers
 
     def on_evaluate(self, run: Run, step: int, found: dict[str, float], check: Callable[[], None]) -> None:
         """Draw the completions and add their metrics."""
-        numbers, table = self._answers(step, run.weights(), check)
+        numbers, table = self._sample_completions(step, run.weights(), check)
         found |= numbers
         run.writers.table(step, sample_completions.FOLDER, *table)
 

@@ -23,7 +23,7 @@ def keep_compiled(folder: str) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).absolute()))
 
 
-class Program:
+class CompiledStep:
     """A jitted `f(first, batch)`, compiled ahead of its first call once per batch shape."""
 
     def __init__(self, name: str, jitted: Callable):

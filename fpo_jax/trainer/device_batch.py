@@ -18,7 +18,7 @@ class BatchSharding:
         """Take what decides the leaves of a batch, and the mesh."""
         assert layout.mesh is not None
         self._packed, self._layout = config.data.packing, config.data.layout
-        self._mesh, self._ways = layout.mesh, layout.row_ways
+        self._mesh, self._ways = layout.mesh, layout.data_parallel_degree
         self._blocks = held_blocks(layout.mesh, process=jax.process_index())
 
     def positions(self, parts: int, *, accumulation: int = 1) -> np.ndarray:
@@ -71,7 +71,7 @@ class BatchSharding:
             valid_NT=array((*per_row, length), bool),
             predictors_NR=array((*per_row, scored), jnp.int32),
             targets_NR=array((*per_row, scored), jnp.int32),
-            scored_NR=array((*per_row, scored), bool),
+            loss_mask_NR=array((*per_row, scored), bool),
             rewards_BK=array((*per_group, group_size), jnp.float32),
             reference_logps_BK=array((*per_group, group_size), jnp.float32),
             weight_B=array(per_group, jnp.float32),
@@ -88,6 +88,6 @@ def held_blocks(mesh: Mesh, *, process: int) -> list[int]:
     The mesh cuts the rows in equal blocks. A process's blocks need not be neighbours (a TPU mesh follows the physical
     links), and processes that differ along `tensor` alone have the same.
     """
-    ways = sharding.Layout(mesh).row_ways
+    ways = sharding.Layout(mesh).data_parallel_degree
     places = sharding.batch_sharding(mesh, stacked=False).devices_indices_map((ways,))
     return sorted({index[0].start or 0 for device, index in places.items() if device.process_index == process})

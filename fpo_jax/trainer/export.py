@@ -92,5 +92,5 @@ def _source_dtype(config: dict[str, Any]) -> str:
     """Return the dtype the source model was published in; float32 where its config does not say."""
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     if dtype not in DTYPES:
-        raise ValueError(f"the source model's dtype {dtype!r} is not one of {', '.join(DTYPES)}; choose with --dtype.")
+        raise ValueError(f"the source model's dtype {dtype!r} is not one of {', '.join(DTYPES)}; select with --dtype.")
     return dtype

@@ -21,12 +21,12 @@ from fpo_jax.trainer import run_schedule
 
 @dataclasses.dataclass(frozen=True)
 class PolicyForward:
-    """Everything static about turning a batch into log-probs; calling it gives ResponseLogps of the N completions."""
+    """Everything static about turning a batch into log-probs; calling it gives CompletionLogps of the N completions."""
 
     config: models.ModelConfig
     compute_dtype: str
     remat: str
-    attention: attention.Choice
+    attention: attention.Selection
     implementation: str
     workspace_bytes: int
     temperature: float
@@ -36,11 +36,11 @@ class PolicyForward:
     layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
     adapter: models.Adapter | None = None
 
-    def __call__(self, params: types.PyTree, batch: types.Batch) -> logprobs.ResponseLogps:
+    def __call__(self, params: types.PyTree, batch: types.Batch) -> logprobs.CompletionLogps:
         """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
         inputs = self._inputs(params, batch)
         with jax.named_scope("logps"):
-            return logprobs.response_logps(
+            return logprobs.completion_logps(
                 *inputs, slots_NR=batch.slots_NR, slots=slots_per_sequence(batch), **self._options()
             )
 
@@ -48,15 +48,15 @@ class PolicyForward:
         self,
         params: types.PyTree,
         batch: types.Batch,
-        operands: losses.Candidates,
+        operands: losses.Completions,
         *,
         loss: losses.Loss,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[types.Array, logprobs.ResponseLogps]:
+    ) -> tuple[types.Array, logprobs.CompletionLogps]:
         """Run the model to the losses [B] of the groups, and the log-probs they come from."""
         inputs = self._inputs(params, batch, dropout_key)
         with jax.named_scope("loss"):
-            return logprobs.response_losses(
+            return logprobs.completion_losses(
                 *inputs,
                 operands,
                 group_loss=loss.of_logps,
@@ -96,7 +96,7 @@ class PolicyForward:
                 segments=batch.segments,
             )
         head_VD = models.head(params, config=self.config)
-        return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.scored_NR
+        return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.loss_mask_NR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,16 +106,16 @@ class RewardForward:
     config: models.ModelConfig
     compute_dtype: str
     remat: str
-    attention: attention.Choice
+    attention: attention.Selection
     layout: sharding.Layout = sharding.ONE_DEVICE
     adapter: models.Adapter | None = None
 
     def __call__(
         self, params: types.PyTree, batch: types.Batch, *, dropout_key: jax.Array | None = None
-    ) -> logprobs.ResponseLogps:
+    ) -> logprobs.CompletionLogps:
         """Run the model and read the score of every row in the place of its log-prob."""
         if batch.ends_NP is None:
-            last_NP = jnp.max(jnp.where(batch.scored_NR, batch.predictors_NR + 1, 0), axis=1)[:, None]
+            last_NP = jnp.max(jnp.where(batch.loss_mask_NR, batch.predictors_NR + 1, 0), axis=1)[:, None]
         else:
             last_NP = jnp.asarray(batch.ends_NP)
         scores_NP = self.scores(
@@ -127,23 +127,23 @@ class RewardForward:
             dropout_key=dropout_key,
         )
         counts_NP = logprobs.sum_slots(
-            jnp.asarray(batch.scored_NR, scores_NP.dtype), batch.slots_NR, slots=scores_NP.shape[1]
+            jnp.asarray(batch.loss_mask_NR, scores_NP.dtype), batch.slots_NR, slots=scores_NP.shape[1]
         )
-        return logprobs.ResponseLogps(scores_NP.reshape(-1), counts_NP.reshape(-1), None)
+        return logprobs.CompletionLogps(scores_NP.reshape(-1), counts_NP.reshape(-1), None)
 
     def group_losses(
         self,
         params: types.PyTree,
         batch: types.Batch,
-        operands: losses.Candidates,
+        operands: losses.Completions,
         *,
         loss: losses.Loss,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[types.Array, logprobs.ResponseLogps]:
+    ) -> tuple[types.Array, logprobs.CompletionLogps]:
         """Run the model to the losses [B] of the groups, and the scores they come from."""
-        response = self(params, batch, dropout_key=dropout_key)
-        scores_BK = jnp.asarray(response.sum_N).reshape(batch.rewards_BK.shape)
-        return loss.of_logps(scores_BK, operands), response
+        completion = self(params, batch, dropout_key=dropout_key)
+        scores_BK = jnp.asarray(completion.sum_N).reshape(batch.rewards_BK.shape)
+        return loss.of_logps(scores_BK, operands), completion
 
     def scores(
         self,
@@ -196,7 +196,7 @@ def for_steps(
     }
     frozen = blueprint.adapter is not None
     explained = logprobs.explain(**head, fuse_loss=config.kernel.fuse_loss, frozen=frozen, **sizes)
-    choice = logprobs.choose(**head, fuse_loss=config.kernel.fuse_loss)
+    choice = logprobs.select(**head, fuse_loss=config.kernel.fuse_loss)
     forward_fn = PolicyForward(
         config=model_config,
         compute_dtype=dtype,
@@ -214,7 +214,7 @@ def for_steps(
 
 
 def kept_logits(config: configuration.Config, blueprint: run_schedule.Blueprint, layout: sharding.Layout) -> int | None:
-    """Return the bytes on each device that keeping the logits of an update takes; None where they cannot be kept."""
+    """Return the bytes on each device that keeping the logits of a step takes; None where they cannot be kept."""
     if blueprint.model_config.reward_head:
         return None
     return logprobs.kept_if_unlimited(**_head(config, blueprint, blueprint.model_config, layout))
@@ -233,12 +233,12 @@ def for_passes(
     forward_fn: AnyForward,
 ) -> tuple[AnyForward, AnyForward, list[str]]:
     """Settle those of evaluations and of reference log-probs; describes what differs from train steps."""
-    told = []
+    notes = []
 
-    def attention_of(name: str, model_config: models.ModelConfig, lengths: tuple[int, ...]) -> attention.Choice:
+    def attention_of(name: str, model_config: models.ModelConfig, lengths: tuple[int, ...]) -> attention.Selection:
         choice = _attention(config, model_config, lengths or blueprint.lengths, layout)
         if choice != forward_fn.attention:
-            told.append(f"{name}: attention: {choice.implementation} ({choice.reason})")
+            notes.append(f"{name}: attention: {choice.implementation} ({choice.reason})")
         return choice
 
     with configuration.about("evaluations"):
@@ -250,21 +250,21 @@ def for_passes(
         attends = attention_of("reference pass", described, blueprint.reference_lengths)
         reference_forward_fn = dataclasses.replace(forward_fn, config=described, attention=attends, adapter=None)
         if isinstance(reference_forward_fn, PolicyForward) and other is not None:
-            head = logprobs.choose(**_head(config, blueprint, other, layout), fuse_loss="off")
+            head = logprobs.select(**_head(config, blueprint, other, layout), fuse_loss="off")
             if head.implementation != reference_forward_fn.implementation:
-                told.append(f"reference pass: log-probs: {head.implementation} ({head.reason})")
+                notes.append(f"reference pass: log-probs: {head.implementation} ({head.reason})")
             reference_forward_fn = dataclasses.replace(
                 reference_forward_fn, implementation=head.implementation, interpret=head.interpret
             )
-    return eval_forward_fn, reference_forward_fn, told
+    return eval_forward_fn, reference_forward_fn, notes
 
 
 def _attention(
     config: configuration.Config, model_config: models.ModelConfig, lengths: tuple[int, ...], layout: sharding.Layout
-) -> attention.Choice:
+) -> attention.Selection:
     assert layout.mesh is not None
     target = logprobs.Target.of(layout.mesh.devices.flat[0])
-    return attention.choose(
+    return attention.select(
         config.model.attention,
         platform=target.platform,
         dtype=config.model.compute_dtype,
@@ -287,10 +287,12 @@ def _head(
     model_config: models.ModelConfig,
     layout: sharding.Layout,
 ) -> dict[str, Any]:
-    """Facts for the choice of the head, at the sizes of an update."""
+    """Facts for the choice of the head, at the sizes of a step."""
     assert layout.mesh is not None
     slotted = config.data.layout != "padded"
-    rows = config.train.micro_batch_per_device * layout.row_ways * (1 if slotted else config.data.group_size)
+    rows = (
+        config.train.micro_batch_per_device * layout.data_parallel_degree * (1 if slotted else config.data.group_size)
+    )
     return {
         "target": logprobs.Target.of(layout.mesh.devices.flat[0]),
         "shapes": logprobs.HeadShapes(
@@ -304,5 +306,5 @@ def _head(
 
 
 def slots_per_sequence(batch: types.Batch) -> int:
-    """Candidates that a row has places for."""
-    return batch.rewards_BK.size // math.prod(batch.scored_NR.shape[:-1])
+    """Completions that a row has places for."""
+    return batch.rewards_BK.size // math.prod(batch.loss_mask_NR.shape[:-1])

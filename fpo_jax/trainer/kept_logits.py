@@ -1,7 +1,7 @@
-"""Whether the logits of an update stay in memory from its forward to its backward pass: where that is faster, and fits.
+"""Whether the logits of a step stay in memory from its forward to its backward pass: where that is faster, and fits.
 
 Kept logits save one of four products (6NDV operations instead of 8NDV) and cost memory traffic. Both follow from the
-device's data sheet; whether they fit follows from the compiled update.
+device's data sheet; whether they fit follows from the compiled step.
 """
 
 import os
@@ -35,8 +35,8 @@ def steps_of(
         config: `kernel.kept_logits_mib` None asks for a decision, which `capacity` None cannot have.
         blueprint: of the run.
         layout: of the mesh.
-        largest: of the batches of updates.
-        accumulation: micro-batches of an update.
+        largest: of the batches of steps.
+        accumulation: micro-batches of a step.
         capacity: of a device.
 
     Raises:
@@ -60,7 +60,7 @@ def steps_of(
         )
     elif wanted > free:
         made.choices.append(
-            f"{again} keeping them takes {_mib(wanted)} a device, and {_mib(max(free, 0))} are free beside the update"
+            f"{again} keeping them takes {_mib(wanted)} a device, and {_mib(max(free, 0))} are free beside the step"
         )
     else:
         kept = config.copy_and_resolve_references()
@@ -86,7 +86,7 @@ def abstract_batch(
 ) -> types.Batch:
     """Return shapes, dtypes and shardings of a batch of `per_device` groups or rows, with `accumulation` in front."""
     return made.batches.abstract(
-        per_device * made.layout.row_ways,
+        per_device * made.layout.data_parallel_degree,
         group_size=config.data.group_size,
         length=shape.length,
         scored=shape.scored,
@@ -95,7 +95,7 @@ def abstract_batch(
     )
 
 
-def traced(program: compiled_step.Program, first: Any, batch: Any) -> jax.stages.Traced:
+def traced(program: compiled_step.CompiledStep, first: Any, batch: Any) -> jax.stages.Traced:
     """Trace a program for the devices that its abstract arguments are placed on.
 
     Raises:
@@ -113,12 +113,12 @@ def traced(program: compiled_step.Program, first: Any, batch: Any) -> jax.stages
 
 
 def _peak(made: steps.Steps, config: configuration.Config, largest: Shape, accumulation: int) -> int:
-    """Of the largest update; more than there is where the compiler refuses it."""
+    """Of the largest step; more than there is where the compiler refuses it."""
     batch = abstract_batch(made, config, largest, config.train.micro_batch_per_device, accumulation=accumulation)
     update = traced(made.train, made.state.abstract(), batch)
     try:
         return hardware.peak_of(hardware.compile_traced(update, made.mesh), made.mesh.devices.flat[0])
-    except jax.errors.JaxRuntimeError:  # the update itself does not fit, and its own compilation says so
+    except jax.errors.JaxRuntimeError:  # the step itself does not fit, and its own compilation says so
         return 2**62
 
 

@@ -1,6 +1,6 @@
 """(sum, count) pairs to numbers, and the writers that keep them.
 
-`metrics.jsonl` holds what the mathematics determines, one line per update or evaluation, so that a resumed run writes
+`metrics.jsonl` holds what the mathematics determines, one line per step or evaluation, so that a resumed run writes
 the same bytes as an uninterrupted one; what depends on the machine (times, rates) goes to `timing.jsonl`.
 """
 
@@ -112,10 +112,10 @@ class Writers:
         """Append one line; a number that is not finite is null there and left out elsewhere.
 
         Args:
-            step: updates so far.
+            step: steps so far.
             numbers: metric name -> value.
             timing: the numbers depend on the machine.
-            rows: data rows of an update that was not applied, written as `WHY_rows`.
+            rows: data rows of a step that was not applied, written as `WHY_rows`.
             why: nonfinite or spike.
         """
         workdir_lock.verify()
@@ -160,7 +160,7 @@ def read(path: Path) -> list[dict]:
 
 
 def has_evaluation(path: Path, step: int) -> bool:
-    """Return whether the file holds the evaluation after an update."""
+    """Return whether the file holds the evaluation after a step."""
     return any(line["step"] == step and any(map(_of_evaluation, line)) for line in _readable(path)[0])
 
 
@@ -207,5 +207,5 @@ def _open_until(path: Path, last_step: int) -> IO[bytes]:
     updates = {line["step"] for line in kept if not any(map(_of_evaluation, line))}
     if missing := last_step - len(updates - {0}):
         if missing > 0:
-            log.warning("%s lacks %d of the %d updates that the checkpoint holds", path, missing, last_step)
+            log.warning("%s lacks %d of the %d steps that the checkpoint holds", path, missing, last_step)
     return jsonl.write(path, kept).open("ab")

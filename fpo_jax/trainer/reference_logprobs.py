@@ -40,7 +40,7 @@ class ReferencePass:
         config: configuration.Config,
         workdir: Path,
         inputs: run_inputs.Inputs,
-        plan: run_schedule.Plan,
+        plan: run_schedule.RunSchedule,
         compiled: steps.Steps,
         stop: preemption.StopRequest,
         meter: profiler.Meter,
@@ -92,10 +92,10 @@ class ReferencePass:
                 placed = self._steps.batches.place(data.batch_at(batches, number, positions), stacked=False)
                 yield data.group_ids(batches, number), jax.device_get(program(weights, placed))
 
-        if not any(distributed.share("there" if distributed.first() and path.exists() else "")):
+        if not any(distributed.share("there" if distributed.is_main_process() and path.exists() else "")):
             self._compute(name, path, parts, batches, scored)
         with distributed.together():
-            mine = load(path) if distributed.first() else np.zeros(prepared.rewards_BK.shape, np.float32)
+            mine = load(path) if distributed.is_main_process() else np.zeros(prepared.rewards_BK.shape, np.float32)
         stored = distributed.from_first(mine)
         again = scored(verification_steps(batches.steps_per_epoch))
         off = verify(stored, again, rtol=REFERENCE_RTOL[config.model.compute_dtype], path=path)
@@ -108,7 +108,7 @@ class ReferencePass:
         """Score what an earlier start has not, keeping what there is every KEEP_EVERY_S seconds and at the end."""
         prepared = batches.prepared
         known = np.full(prepared.rewards_BK.shape, np.nan, np.float32)
-        found = load_part(path) if distributed.first() else None
+        found = load_part(path) if distributed.is_main_process() else None
         known = np.array(distributed.from_first(known if found is None or found.shape != known.shape else found))
         missing_B = np.asarray(np.isnan(known).any(axis=1))
         ids = [data.group_ids(batches, number) for number in range(batches.steps_per_epoch)]
@@ -128,7 +128,7 @@ class ReferencePass:
                     log.info("reference log-probs of %s: %d of %d groups", name, done, prepared.groups)
 
         def keep() -> None:
-            if distributed.first():
+            if distributed.is_main_process():
                 save_part(path, known, parts)
 
         bar = tqdm.tqdm(kept_on_the_way(), f"reference {name}", len(numbers), disable=not preemption.progress_shown())
@@ -137,7 +137,7 @@ class ReferencePass:
         except preemption.Stopped:
             keep()
             raise
-        if distributed.first():
+        if distributed.is_main_process():
             save(path, computed, parts)
         seconds = time.perf_counter() - started
         rates = self._meter.reference((data.row_sizes(batches, number) for number in numbers), seconds=seconds)

@@ -18,7 +18,7 @@ def check(loss: losses.Loss, train: data.Prepared, evaluation: data.Prepared | N
         if prepared is None:
             continue
         with configuration.about(name):
-            if loss.minimum_candidates == 1:
+            if loss.minimum_completions == 1:
                 _check_range(loss, prepared)
             if prepared is train:
                 _check_difference(loss, prepared)
@@ -37,10 +37,10 @@ def _check_range(loss: losses.Loss, prepared: data.Prepared) -> None:
 
 def _check_difference(loss: losses.Loss, prepared: data.Prepared) -> None:
     rewards_BK = prepared.rewards_BK
-    compared = rewards_BK.reshape(1, -1) if loss.minimum_candidates == 1 else rewards_BK
+    compared = rewards_BK.reshape(1, -1) if loss.minimum_completions == 1 else rewards_BK
     if (compared.max(axis=1) > compared.min(axis=1)).any():
         return
-    if loss.minimum_candidates == 1:
+    if loss.minimum_completions == 1:
         fact = f"all {prepared.groups} labels are {rewards_BK[0, 0]:g}, from {prepared.sources[0]} on; give both kinds"
     else:
         fact = f"in none of {prepared.groups} groups, from {prepared.sources[0]} on, do the rewards differ; give pairs"

@@ -97,15 +97,15 @@ def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str
     if loss.of_scores != (config.stage == "reward"):
         fitting = "bradley_terry or binary_cross_entropy" if config.stage == "reward" else "a loss of log-probs"
         found.append(f"loss.name={config.loss.name!r} does not belong to stage {config.stage!r}; use {fitting}.")
-    if config.data.group_size < loss.minimum_candidates:
+    if config.data.group_size < loss.minimum_completions:
         found.append(
             f"data.group_size={config.data.group_size} leaves nothing to compare, and loss {config.loss.name!r} needs"
-            f" {loss.minimum_candidates}."
+            f" {loss.minimum_completions}."
         )
-    if config.stage != "align" and loss.minimum_candidates == 1 and config.data.group_size != 1:
+    if config.stage != "align" and loss.minimum_completions == 1 and config.data.group_size != 1:
         found.append(
             f"data.group_size={config.data.group_size}: loss {config.loss.name!r} in stage {config.stage!r} trains on"
-            " one response of each prompt and would ignore the others; use 1."
+            " one completion of each prompt and would ignore the others; use 1."
         )
     unused = {f"reference.{key}": f"loss {config.loss.name!r}" for key in ("path", "batch_per_device", "cache_dir")}
     unused = {} if loss.needs_reference else unused
@@ -126,7 +126,7 @@ def read_model(config: configuration.Config, source: Path) -> models.ModelConfig
     """Read the description of the model in a directory, and check that the rows fit its window."""
     model_config = hf.read_config(source)
     if config.stage == "reward":
-        models.filler_id(model_config)
+        models.pad_token_id(model_config)
         model_config = dataclasses.replace(model_config, reward_head=True)
     elif model_config.reward_head:
         raise ValueError(f"{source} is a reward model, and stage {config.stage!r} needs a language model.")
@@ -176,7 +176,7 @@ def _check_rows(config: configuration.Config, source: Path, model_config: models
         )
 
 
-LIMITS = ("max_length", "max_prompt_length", "max_response_length", "truncation")
+LIMITS = ("max_length", "max_prompt_length", "max_completion_length", "truncation")
 
 
 def read_encoder(config: configuration.Config, source: Path) -> tokenization.Encoder:
@@ -201,8 +201,8 @@ def read_encoder(config: configuration.Config, source: Path) -> tokenization.Enc
     if tokenization.prompt_format.read(source) is not None and not tokenization.render_alike(
         encoder, before := tokenization.resolve(source)
     ):
-        told = before.format.text, encoder.format.text
-        log.warning("model.path was trained with another prompt format: %s; this run goes on with: %s", *told)
+        described = before.format.text, encoder.format.text
+        log.warning("model.path was trained with another prompt format: %s; this run goes on with: %s", *described)
     return encoder
 
 
@@ -221,7 +221,7 @@ def reward_pad_id(encoder: tokenization.Encoder, model_config: models.ModelConfi
     pad_id = encoder.tokenizer.pad_token_id
     if isinstance(pad_id, int) and pad_id < model_config.vocab_size:
         return pad_id
-    return models.filler_id(model_config)
+    return models.pad_token_id(model_config)
 
 
 def _dataset(
@@ -261,11 +261,11 @@ def _dataset(
         records,
         encoder,
         max_length=options.max_length,
-        max_response_length=options.max_response_length,
+        max_completion_length=options.max_completion_length,
         group_size=options.group_size,
         truncation_mode=options.truncation,
         on_bad_row=options.on_bad_row,
-        on_empty_response=options.on_empty_response,
+        on_empty_completion=options.on_empty_completion,
         on_long_prompt=options.on_long_prompt,
         on_identical=options.on_identical,
         buckets=buckets(config),

@@ -14,15 +14,15 @@ from fpo_jax.trainer.run_inputs import Dataset, Inputs, adapter, buckets
 log = logging.getLogger("fpo_jax")
 
 
-class Plan(NamedTuple):
+class RunSchedule(NamedTuple):
     """The order and the sizes of a run, and its passes over whole sets."""
 
     schedule: data.Schedule  # of the training batches
     shapes: list[tuple[int, int]]  # their (T, R): one compilation each
-    accumulation: int  # micro-batches per update
-    steps: int  # updates of the whole run
-    warmup: int  # updates of the learning rate's rise
-    horizon: int  # updates over which it falls
+    accumulation: int  # micro-batches per step
+    steps: int  # steps of the whole run
+    warmup: int  # steps of the learning rate's rise
+    total_steps: int  # steps over which it falls
     evaluation: data.Schedule | None  # one pass over the evaluation data; None without
     references: tuple[data.Schedule | None, data.Schedule | None]  # of the train and the eval groups; None without
 
@@ -32,17 +32,17 @@ class Blueprint(NamedTuple):
 
     loss: losses.Loss
     model_config: models.ModelConfig
-    lengths: tuple[int, ...]  # T of any batch of an update
+    lengths: tuple[int, ...]  # T of any batch of a step
     scored: int  # the largest R
     warmup: int
-    horizon: int
+    total_steps: int
     adapter: models.Adapter | None = None
-    evaluation_lengths: tuple[int, ...] = ()  # T of any batch of an evaluation; () = those of updates
+    evaluation_lengths: tuple[int, ...] = ()  # T of any batch of an evaluation; () = those of steps
     reference_lengths: tuple[int, ...] = ()  # and of a reference pass
     reference: models.ModelConfig | None = None  # None = the model below the adapter
 
 
-def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:
+def build(config: configuration.Config, inputs: Inputs, *, devices: int) -> RunSchedule:
     """Work out order, shapes, accumulation, steps, warm-up and the batches of every pass.
 
     Args:
@@ -59,19 +59,21 @@ def plan(config: configuration.Config, inputs: Inputs, *, devices: int) -> Plan:
     if config.data.layout == "padded":
         micro_batches = accumulation(config, ways=devices)
         schedule = data.schedule(prepared, **order, buckets=buckets(config))
-        steps, warmup, horizon = durations(config, steps_per_epoch=schedule.steps_per_epoch)
+        steps, warmup, total_steps = durations(config, steps_per_epoch=schedule.steps_per_epoch)
     else:
         per_epoch = data.steps_per_epoch(
             prepared.groups, batch_size=train.batch_size, last_batch=config.data.last_batch
         )
-        steps, warmup, horizon = durations(config, steps_per_epoch=per_epoch)
+        steps, warmup, total_steps = durations(config, steps_per_epoch=per_epoch)
         multiple = train.micro_batch_per_device * devices
         schedule = data.packed(prepared, **order, **_rows(config, inputs.model_config), multiple=multiple, steps=steps)
         micro_batches = schedule.parts // multiple
     shapes = data.batch_shapes(schedule, steps=steps)
-    if inputs.evaluation is None and not config.answers.count:
-        log.info("no evaluation: neither data.eval nor answers.count is set.")
-    return Plan(schedule, shapes, micro_batches, steps, warmup, horizon, *_passes(config, inputs, schedule, devices))
+    if inputs.evaluation is None and not config.completions.count:
+        log.info("no evaluation: neither data.eval nor completions.count is set.")
+    return RunSchedule(
+        schedule, shapes, micro_batches, steps, warmup, total_steps, *_passes(config, inputs, schedule, devices)
+    )
 
 
 def _passes(
@@ -96,7 +98,7 @@ def _passes(
 
 
 def _rows(config: configuration.Config, model_config: models.ModelConfig, *, longest: int | None = None) -> dict:
-    """How groups are packed: rows of at most `longest`, else of what one group may take in a row for each candidate."""
+    """How groups are packed: rows of at most `longest`, else of what a group takes with a row for each completion."""
     return {
         "layout": config.data.layout,
         "longest": longest or min(config.data.group_size * config.data.max_length, attention.MAX_MASKED),
@@ -106,7 +108,7 @@ def _rows(config: configuration.Config, model_config: models.ModelConfig, *, lon
 
 
 def accumulation(config: configuration.Config, *, ways: int) -> int:
-    """Return the micro-batches per update, with batches cut `ways` ways over the mesh.
+    """Return the micro-batches per step, with batches cut `ways` ways over the mesh.
 
     Raises:
         ValueError: the batch does not divide.
@@ -137,45 +139,49 @@ def durations(config: configuration.Config, *, steps_per_epoch: int) -> tuple[in
             f"train.max_steps={steps} exceeds the {whole} steps of train.epochs={train.epochs:g} ({steps_per_epoch} an"
             f" epoch); use at most {whole}, or train.epochs={math.ceil(100 * steps / steps_per_epoch) / 100:g}."
         )
-    horizon = whole if optimizer.decay_over == "epochs" else steps
-    warmup = adamw.warmup_steps(fraction=optimizer.warmup_fraction, steps=optimizer.warmup_steps, horizon=horizon)
-    _check_warmup(config, warmup, horizon, steps=steps)
+    total_steps = whole if optimizer.decay_over == "epochs" else steps
+    warmup = adamw.warmup_steps(
+        fraction=optimizer.warmup_fraction, steps=optimizer.warmup_steps, total_steps=total_steps
+    )
+    _check_warmup(config, warmup, total_steps, steps=steps)
     if train.skip_spikes and train.spike_window >= steps:
         shorter = f"use a window of at most {steps - 1}, or skip_spikes=0" if steps > 2 else "use skip_spikes=0"
         raise ValueError(
             f"train.skip_spikes={train.skip_spikes:g} skips nothing in a run of {steps} steps: before"
             f" train.spike_window={train.spike_window} steps no deviation is known; {shorter}."
         )
-    return steps, warmup, horizon
+    return steps, warmup, total_steps
 
 
-def _check_warmup(config: configuration.Config, warmup: int, horizon: int, *, steps: int) -> None:
+def _check_warmup(config: configuration.Config, warmup: int, total_steps: int, *, steps: int) -> None:
     """Refuse a warm-up after which no step is left: step i, counted from 0, has the rate at i."""
     if warmup == 0 or warmup < steps:
         return
     given, fraction = config.optim.warmup_steps, config.optim.warmup_fraction
-    if steps == 1 and given is None and fraction * horizon < 1:  # a trial of one step, and a share that is rounded up
+    if (
+        steps == 1 and given is None and fraction * total_steps < 1
+    ):  # a trial of one step, and a share that is rounded up
         log.warning("optim.warmup_fraction=%g: the learning rate of the only step is 0.", fraction)
         return
     name, value, most = "steps", given, f"{steps - 1}"
     if given is None:
-        name, value, most = "fraction", fraction, f"{math.floor(1000 * (steps - 1) / horizon) / 1000:g}"
+        name, value, most = "fraction", fraction, f"{math.floor(1000 * (steps - 1) / total_steps) / 1000:g}"
     raise ValueError(
         f"optim.warmup_{name}={value:g} is a warm-up of {warmup} steps in a run of {steps}, whose learning rate never"
         f" reaches its peak; use at most {most}."
     )
 
 
-def blueprint(config: configuration.Config, inputs: Inputs, plan: Plan) -> Blueprint:
+def blueprint(config: configuration.Config, inputs: Inputs, build: RunSchedule) -> Blueprint:
     """Return what the programs of a run are compiled for."""
-    passes = [() if one is None else one.buckets for one in (plan.evaluation, *plan.references)]
+    passes = [() if one is None else one.buckets for one in (build.evaluation, *build.references)]
     return Blueprint(
         inputs.loss,
         inputs.model_config,
-        plan.schedule.buckets,
-        max(scored for _, scored in plan.shapes),
-        plan.warmup,
-        plan.horizon,
+        build.schedule.buckets,
+        max(scored for _, scored in build.shapes),
+        build.warmup,
+        build.total_steps,
         adapter(config, inputs.model_config),
         evaluation_lengths=passes[0],
         reference_lengths=tuple(sorted({*passes[1], *passes[2]})),

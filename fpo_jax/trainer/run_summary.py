@@ -15,8 +15,8 @@ _UPDATES = 64  # on which shares are counted
 _EMPTY = 0.1  # share of rows without a group from which on a remedy is named
 
 
-def announce(
-    config: configuration.Config, inputs: run_inputs.Inputs, plan: run_schedule.Plan, compiled: steps.Steps
+def log_summary(
+    config: configuration.Config, inputs: run_inputs.Inputs, plan: run_schedule.RunSchedule, compiled: steps.Steps
 ) -> None:
     """Log configuration, loss, mesh, model, choices, data, one row and the plan."""
     mesh = compiled.mesh
@@ -24,7 +24,7 @@ def announce(
     log.info("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
     log.info("loss: %s", losses.in_words(config.loss.name, inputs.loss))
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    processes = "" if distributed.count() == 1 else f" of {distributed.count()} processes"
+    processes = "" if distributed.process_count() == 1 else f" of {distributed.process_count()} processes"
     log.info("mesh: %s over %d %s devices%s", shape, mesh.size, mesh.devices.flat[0].device_kind, processes)
     count, state = params.count(inputs.model_config), compiled_step.mib(compiled.state.bytes_on_device())
     log.info("model: %s, %s parameters, %s of state per device", inputs.source, f"{count:,}", state)
@@ -38,23 +38,23 @@ def announce(
     log.info(watchdog.in_words(config.train.hang_timeout))
     log.info("one row as the model gets it, scored tokens between ⟦ and ⟧:\n%s", inputs.train.sample)
     log.info(
-        "plan: %d updates of %d groups (%d an epoch) in %d micro-batches each; warm-up %d, decay over %d; %d"
-        " compilation%s of the update: %s%s",
+        "plan: %d steps of %d groups (%d an epoch) in %d micro-batches each; warm-up %d, decay over %d; %d"
+        " compilation%s of the step: %s%s",
         plan.steps,
         config.train.batch_size,
         plan.schedule.steps_per_epoch,
         plan.accumulation,
         plan.warmup,
-        plan.horizon,
+        plan.total_steps,
         len(plan.shapes),
         "s" * (len(plan.shapes) > 1),
         ", ".join(f"T={length} R={scored}" for length, scored in plan.shapes),
-        rows_in_words(config, plan, devices=compiled.layout.row_ways),
+        rows_in_words(config, plan, devices=compiled.layout.data_parallel_degree),
     )
 
 
 def ties_in_words(loss: losses.Loss, audit: data.Audit) -> str:
-    """Say how many groups have no single best candidate, and what the loss makes of them."""
+    """Say how many groups have no single best completion, and what the loss makes of them."""
     winners = {
         "uniform": "the best of a group share the label",
         "first": "the first of the best is trained on as the chosen",
@@ -69,29 +69,31 @@ def ties_in_words(loss: losses.Loss, audit: data.Audit) -> str:
     return f"reward ties: {audit.ties:,} of {audit.groups:,} groups share their highest reward; {made}"
 
 
-def rows_in_words(config: configuration.Config, plan: run_schedule.Plan, *, devices: int) -> str:
+def rows_in_words(config: configuration.Config, plan: run_schedule.RunSchedule, *, devices: int) -> str:
     """What rows that hold groups save, or would, and what they waste.
 
     Args:
         config: of the run.
-        plan: its updates.
+        plan: its steps.
         devices: ways a batch is cut over the mesh.
     """
     schedule, layout, numbers = plan.schedule, config.data.layout, range(min(plan.steps, _UPDATES))
     rows, sizes = schedule.rows, [data.row_sizes(schedule, number) for number in numbers]
     held, taken = (sum(size.texts.sum() for size in sizes), sum(size.rows * size.length for size in sizes))
     if rows is None:
-        told = f"; layout {layout}: {1 - held / taken:.1%} padding"
+        described = f"; layout {layout}: {1 - held / taken:.1%} padding"
         if not config.data.packing:
             other = "shared" if schedule.prepared.group_size > 1 else "packed"
             share = sum(data.tokens_once(schedule, number) for number in numbers) / taken
-            told += f"; data.layout={other} would hold the same in {share:.0%} of the positions and its own padding"
-        return told
-    whole = sum(size.candidates for size in sizes)
+            described += (
+                f"; data.layout={other} would hold the same in {share:.0%} of the positions and its own padding"
+            )
+        return described
+    whole = sum(size.sequence_tokens for size in sizes)
     used = [len(rows.groups[number]) for number in numbers]
     return (
         f"; layout {layout}: up to {rows.count} rows of up to {rows.packing.places} groups,"
-        f" {held / whole:.0%} of the candidates' tokens are computed, {1 - held / taken:.1%} padding"
+        f" {held / whole:.0%} of the sequences' tokens are computed, {1 - held / taken:.1%} padding"
         f"{_empty_rows(config.train.micro_batch_per_device, used, rows.packing, devices)}"
     )
 
@@ -106,10 +108,12 @@ def _empty_rows(per_device: int, used: list[int], packing: group_packing.Packing
     share = empty(per_device)
     if share <= _EMPTY:
         return ""
-    devices_told = f" ({per_device} on each of {devices} devices)" if devices > 1 else ""
-    told = f"; {share:.0%} of the rows hold no group, as they come in blocks of {per_device * devices}{devices_told}"
+    devices_described = f" ({per_device} on each of {devices} devices)" if devices > 1 else ""
+    described = (
+        f"; {share:.0%} of the rows hold no group, as they come in blocks of {per_device * devices}{devices_described}"
+    )
     smaller = range(per_device - 1, 0, -1)
     better = next((one for one in smaller if empty(one) <= _EMPTY), min(smaller, key=empty, default=per_device))
     if empty(better) < share:
-        return f"{told}: train.micro_batch_per_device={better} would leave about {empty(better):.0%}"
-    return f"{told}: a smaller data.row_length makes more rows, mesh.tensor and fewer devices make smaller blocks"
+        return f"{described}: train.micro_batch_per_device={better} would leave about {empty(better):.0%}"
+    return f"{described}: a smaller data.row_length makes more rows, mesh.tensor and fewer devices make smaller blocks"

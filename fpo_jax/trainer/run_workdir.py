@@ -29,7 +29,7 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
 
 
 def identity(config: configuration.Config) -> dict[str, object]:
-    """Return what else every process of a run must have alike: the versions and every knob."""
+    """Return what else every process of a run must have alike: the versions and every field."""
     return {"fpo_jax": __version__, "jax": jax.__version__} | configuration.flatten(config.to_dict())
 
 

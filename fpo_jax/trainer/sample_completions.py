@@ -1,11 +1,11 @@
 """Answers to fixed prompts at every evaluation, and how often they beat those of the start.
 
-What flows in: the weights of now. What flows out: `answers/STEP.jsonl` in the workdir, one line per prompt, and
+What flows in: the weights of now. What flows out: `completions/STEP.jsonl` in the workdir, one line per prompt, and
 
-    eval_answers/length    tokens of an answer, its stop token included
-    eval_answers/ended     share of the answers that ended by themselves
-    eval_answers/reward    mean score of answers.reward_model
-    eval_answers/win_rate  share of the prompts whose answer scores higher than that of the start, a tie one half
+    eval_completions/length    tokens of an answer, its stop token included
+    eval_completions/ended     share of the answers that ended by themselves
+    eval_completions/reward    mean score of completions.reward_model
+    eval_completions/win_rate  share of the prompts whose answer scores higher than that of the start, a tie one half
 
 A prompt's noise is the same at every step: where the policy has not changed, the answer has not. The reward model is on
 the devices for as long as it scores, so that training has all of their memory again.
@@ -27,7 +27,7 @@ log = logging.getLogger("fpo_jax")
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 
-FOLDER = "answers"
+FOLDER = "completions"
 DECIMALS = 6  # of a reward in a file
 
 
@@ -47,7 +47,7 @@ class Answers:
         Raises:
             ValueError: no prompts, no room for an answer, or a reward model that is none.
         """
-        options = config.answers
+        options = config.completions
         self._options, self._folder, self._layout = options, workdir / FOLDER, layout
         self._config = inputs.model_config
         self._seed, self._dtype = config.seed, config.model.compute_dtype
@@ -61,7 +61,7 @@ class Answers:
         room = window - options.max_new_tokens
         if room < 1:
             raise ValueError(
-                f"answers.max_new_tokens={options.max_new_tokens} leaves no room for a prompt in"
+                f"completions.max_new_tokens={options.max_new_tokens} leaves no room for a prompt in"
                 f" data.max_length={window} tokens; lower it."
             )
         self._prompts = _prompts(config, encoder)
@@ -74,19 +74,19 @@ class Answers:
             judge_config = hf.read_config(self._judge)
             if not judge_config.reward_head:
                 raise ValueError(
-                    f"answers.reward_model={options.reward_model!r} is a language model; give a reward model."
+                    f"completions.reward_model={options.reward_model!r} is a language model; give a reward model."
                 )
             self._judge_window, self._judge_pad_id = judge_config.max_positions, judge_config.pad_id
-            told = tokenization.Told(thoughts=tokenization.judge_thoughts(self._judge, config.data.thoughts))
-            self._judge_encoder = tokenization.resolve(self._judge, told)
-            log.info("answers.reward_model reads: %s", self._judge_encoder.format.text)
-            with configuration.about("answers.reward_model"):
+            given = tokenization.Given(thoughts=tokenization.judge_thoughts(self._judge, config.data.thoughts))
+            self._judge_encoder = tokenization.resolve(self._judge, given)
+            log.info("completions.reward_model reads: %s", self._judge_encoder.format.text)
+            with configuration.about("completions.reward_model"):
                 self._rows(["fpo-answer"] * len(self._prompts))
 
     def __call__(
         self, number: int, weights: types.PyTree, check: Callable[[], None] = lambda: None
     ) -> tuple[dict[str, float], Table]:
-        """Answer every prompt, write the answers of update `number`, and return their metrics and them as a table.
+        """Answer every prompt, write the answers of step `number`, and return their metrics and them as a table.
 
         `check` is called after every batch, and may raise.
         """
@@ -96,16 +96,16 @@ class Answers:
             config=self._config,
             decoding=self._decoding,
             seed=self._seed,
-            batch_size=self._options.batch_per_device * self._layout.row_ways,
+            batch_size=self._options.batch_per_device * self._layout.data_parallel_degree,
             window=self._window,
             compute_dtype=self._dtype,
             layout=self._layout,
             done=lambda _: check(),
         )
-        lines = [self._line(index, responses[0]) for index, responses in enumerate(drawn)]
+        lines = [self._line(index, completions[0]) for index, completions in enumerate(drawn)]
         found = {
-            "eval_answers/length": float(np.mean([line["tokens"] for line in lines])),
-            "eval_answers/ended": float(np.mean([line["finish"] == "stop" for line in lines])),
+            "eval_completions/length": float(np.mean([line["tokens"] for line in lines])),
+            "eval_completions/ended": float(np.mean([line["finish"] == "stop" for line in lines])),
         }
         if self._judge is not None:
             rewards = self._rewards([line["completion"] for line in lines])
@@ -113,7 +113,7 @@ class Answers:
                 line["reward"] = round(reward, DECIMALS)
             found |= self._against_the_start(number, lines)
         with distributed.together():
-            if distributed.first():
+            if distributed.is_main_process():
                 self._write(number, lines)
         return found, _table(lines)
 
@@ -147,8 +147,8 @@ class Answers:
         margins = np.array([line["reward"] - first["reward"] for line, first in zip(lines, start, strict=True)])
         wins = 0.5 * (np.sign(margins) + 1)
         return {
-            "eval_answers/reward": float(np.mean([line["reward"] for line in lines])),
-            "eval_answers/win_rate": float(wins.mean()),
+            "eval_completions/reward": float(np.mean([line["reward"] for line in lines])),
+            "eval_completions/win_rate": float(wins.mean()),
         }
 
     def _write(self, number: int, lines: list[dict]) -> None:
@@ -156,7 +156,7 @@ class Answers:
 
 
 def read(folder: Path, number: int) -> list[dict]:
-    """Return the answers after an update.
+    """Return the answers after a step.
 
     Raises:
         ValueError: there are none.
@@ -178,7 +178,7 @@ def _table(lines: list[dict]) -> Table:
 
 def _prompts(config: configuration.Config, encoder: tokenization.Encoder) -> list[str | list[dict[str, str]]]:
     """Return the first distinct prompts, without those that the template refuses where data.on_bad_row says skip."""
-    options, own = config.data, config.answers.prompts
+    options, own = config.data, config.completions.prompts
     rows = configuration.row_slice("" if own else options.eval_rows)
     records = data.read(
         own or options.eval,
@@ -194,7 +194,7 @@ def _prompts(config: configuration.Config, encoder: tokenization.Encoder) -> lis
     )
     kept: dict[str, str | list[dict[str, str]]] = {}
     for record in records.rows:
-        if len(kept) == config.answers.count:
+        if len(kept) == config.completions.count:
             break
         try:
             with configuration.about(record.source):
@@ -206,5 +206,5 @@ def _prompts(config: configuration.Config, encoder: tokenization.Encoder) -> lis
             continue
         kept[json.dumps(record.prompt)] = record.prompt
     if not kept:
-        raise ValueError("no prompt is left to answer; set answers.prompts.")
+        raise ValueError("no prompt is left to answer; set completions.prompts.")
     return list(kept.values())

@@ -20,9 +20,9 @@ class Steps(NamedTuple):
     own.
     """
 
-    train: compiled_step.Program  # (state, batch) -> state, metrics
-    evaluate: compiled_step.Program  # ((params, batch_kl), batch) -> metrics
-    logprobs: compiled_step.Program  # (params, batch) -> log-probs [B, K]
+    train: compiled_step.CompiledStep  # (state, batch) -> state, metrics
+    evaluate: compiled_step.CompiledStep  # ((params, batch_kl), batch) -> metrics
+    logprobs: compiled_step.CompiledStep  # (params, batch) -> log-probs [B, K]
     state: train_state.StateSharding
     batches: device_batch.BatchSharding
     layout: sharding.Layout
@@ -48,9 +48,9 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         kind=config.optim.schedule,
         peak=config.optim.learning_rate,
         warmup=blueprint.warmup,
-        horizon=blueprint.horizon,
+        total_steps=blueprint.total_steps,
     )
-    guard = _guard(config)
+    skip_rule = _skip_rule(config)
     trained = params.trained_entries(blueprint.model_config, blueprint.adapter)
     optimizer = adamw.optimizer(
         rate,
@@ -62,9 +62,9 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         decay_mask=params.nest({entry.path: entry.decay for entry in trained}),
         state_dtype=config.optim.state_dtype,
     )
-    optimizer = guard.watching(optimizer)
+    optimizer = skip_rule.watching(optimizer)
     forward_fn, choices = forward.for_steps(config, blueprint, layout)
-    eval_forward_fn, reference_forward_fn, told = forward.for_passes(config, blueprint, layout, forward_fn)
+    eval_forward_fn, reference_forward_fn, notes = forward.for_passes(config, blueprint, layout, forward_fn)
     state = train_state.StateSharding(config, blueprint, mesh, optimizer)
     train = functools.partial(
         train_step.train_step,
@@ -72,8 +72,8 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         loss=blueprint.loss,
         optimizer=optimizer,
         rate=rate,
-        places=_places(blueprint.model_config, layout, state, compute_dtype=dtype),
-        guard=guard,
+        resharding=_resharding(blueprint.model_config, layout, state, compute_dtype=dtype),
+        skip_rule=skip_rule,
     )
     evaluate = functools.partial(train_step.eval_step, forward_fn=eval_forward_fn, loss=blueprint.loss)
     evaluated = (state.all_params(state.shardings), sharding.replicated(mesh))
@@ -83,23 +83,23 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         "eval_step": train_step.jit_eval_step(evaluate, mesh=mesh, first_shardings=evaluated),
         "reference pass": train_step.jit_eval_step(score, mesh=mesh, first_shardings=state.reference),
     }
-    first, second, third = (compiled_step.Program(name, step) for name, step in jitted.items())
+    first, second, third = (compiled_step.CompiledStep(name, step) for name, step in jitted.items())
     batches = device_batch.BatchSharding(config, layout)
-    return Steps(first, second, third, state, batches, layout, forward_fn, [*choices, *told])
+    return Steps(first, second, third, state, batches, layout, forward_fn, [*choices, *notes])
 
 
-def _places(
+def _resharding(
     model_config: models.ModelConfig, layout: sharding.Layout, state: train_state.StateSharding, *, compute_dtype: str
-) -> train_step.Places:
-    """Where the parts of an update hand over their results."""
+) -> train_step.Resharding:
+    """Where the parts of a step hand over their results."""
     assert layout.mesh is not None
     on_device = jax.tree.map(lambda place: place.with_memory_kind("device"), state.shardings.opt_state)
     gather = lambda weights: weights  # noqa: E731
-    if layout.gather == "update":
+    if layout.gather == "step":
         gather = functools.partial(
             _gather_layers, model_config=model_config, mesh=layout.mesh, compute_dtype=compute_dtype
         )
-    return train_step.Places(
+    return train_step.Resharding(
         gather=gather,
         cut=lambda grads: jax.lax.with_sharding_constraint(grads, state.params),
         fetch=lambda opt_state: jax.tree.map(jax.device_put, opt_state, on_device),
@@ -119,7 +119,7 @@ def _gather_layers(
     return {**weights, "layers": jax.tree.map(gathered, weights["layers"], whole["layers"], is_matrix["layers"])}
 
 
-def _guard(config: configuration.Config) -> skip_step.Guard:
+def _skip_rule(config: configuration.Config) -> skip_step.SkipRule:
     train = config.train
     weight = train.max_nonfinite if train.on_nonfinite == "stop" else 1
-    return skip_step.Guard(train.max_nonfinite, weight=weight, sigmas=train.skip_spikes, window=train.spike_window)
+    return skip_step.SkipRule(train.max_nonfinite, weight=weight, sigmas=train.skip_spikes, window=train.spike_window)

@@ -52,7 +52,7 @@ class StateSharding:
         return hf.load_params(source, self._reference, dtype=self._dtype, shardings=self.reference)
 
     def init(self, weights: types.PyTree) -> types.TrainState:
-        """Return the state before the first update: weights to train, or an adapter that adds nothing yet to them."""
+        """Return the state before the first step: weights to train, or an adapter that adds nothing yet to them."""
         trained, frozen = weights, None
         if self._adapter is not None:
             trained, frozen = self._trained_part(weights), self._frozen_part(weights)
@@ -60,7 +60,7 @@ class StateSharding:
         return types.TrainState(trained, opt_state, self._count(0), frozen, self._count(0))
 
     def resume(self, state: types.TrainState, weights: types.PyTree | None, *, skipped: int = 0) -> types.TrainState:
-        """Return a restored state with the weights below its adapter and its number of updates not applied in a row."""
+        """Return a restored state with the weights below its adapter and its number of steps not applied in a row."""
         state = state._replace(skipped=self._count(skipped))
         return state if self._adapter is None else state._replace(frozen=self._frozen_part(weights))
 

@@ -1,9 +1,9 @@
-"""The update and the evaluation of one batch: pure functions, jitted once per batch shape.
+"""The step and the evaluation of one batch: pure functions, jitted once per batch shape.
 
     batch [A micro-batches] -> scan: hidden states -> log-probs -> losses -> gradients (float32 sums) -> AdamW
 
-Every mean is taken over the whole update, not over a micro-batch, so that the number of micro-batches changes nothing
-but rounding. An update whose loss, gradient or reference is not finite leaves the state as it was, and so does what
+Every mean is taken over the whole step, not over a micro-batch, so that the number of micro-batches changes nothing
+but rounding. A step whose loss, gradient or reference is not finite leaves the state as it was, and so does what
 `skip_step` adds.
 """
 
@@ -22,10 +22,10 @@ from fpo_jax.optimizer import adamw, skip_step
 from fpo_jax.trainer import forward, metrics
 
 
-class Places(NamedTuple):
-    """Where the results between the parts of an update live on a mesh; each maps a tree to the same tree, placed."""
+class Resharding(NamedTuple):
+    """Where the results between the parts of a step live on a mesh; each maps a tree to the same tree, placed."""
 
-    gather: Callable  # parameters -> what the micro-batches differentiate: the same, or gathered once an update
+    gather: Callable  # parameters -> what the micro-batches differentiate: the same, or gathered once a step
     cut: Callable  # gradients -> where the parameters live
     fetch: Callable  # optimiser state -> the devices, from the host where it is kept there
 
@@ -38,12 +38,12 @@ def train_step(
     loss: losses.Loss,
     optimizer: optax.GradientTransformationExtraArgs,
     rate: Callable,
-    places: Places | None = None,
-    guard: skip_step.Guard | None = None,
+    resharding: Resharding | None = None,
+    skip_rule: skip_step.SkipRule | None = None,
 ) -> tuple[types.TrainState, metrics.Pairs]:
-    """Apply one update of the A micro-batches in `batch` (every leaf has a leading A).
+    """Apply one step of the A micro-batches in `batch` (every leaf has a leading A).
 
-    objective = sum_b w_b L_b / sum_b w_b + sft_weight * sum_b NLL_b / sum_b tokens_b  (second sum: chosen responses)
+    objective = sum_b w_b L_b / sum_b w_b + sft_weight * sum_b NLL_b / sum_b tokens_b  (second sum: chosen completions)
 
     A loss over tokens (`sft`) has sum_b tokens_b below its own sum as well.
 
@@ -54,17 +54,17 @@ def train_step(
         loss: what is minimised.
         optimizer: from `optim.optimizer`.
         rate: the schedule in it, for the metrics.
-        places: where the intermediate results live; None on one device.
-        guard: what is not applied besides; it needs `state.skipped`. None = nothing.
+        resharding: where the intermediate results live; None on one device.
+        skip_rule: what is not applied besides; it needs `state.skipped`. None = nothing.
 
     Returns:
-        The new state (unchanged but for `step` and `skipped` where the update is not applied) and metrics as
+        The new state (unchanged but for `step` and `skipped` where the step is not applied) and metrics as
         (sum, count).
     """
     totals = _totals(batch, loss)
     weights, frozen = state.params, state.frozen
-    if places:
-        weights, frozen = (places.gather(weights), None) if frozen is None else (weights, places.gather(frozen))
+    if resharding:
+        weights, frozen = (resharding.gather(weights), None) if frozen is None else (weights, resharding.gather(frozen))
     whole = (lambda trained: trained) if frozen is None else (lambda trained: trees.union(frozen, trained))
     batch_kl = (
         _batch_kl(whole(weights), batch, forward_fn=forward_fn, weight=totals[0]) if loss.needs_batch_kl else None
@@ -81,14 +81,14 @@ def train_step(
 
     def add(carry, micro, number):
         (value, pairs), grads = differentiate(weights, micro, number, totals=totals, batch_kl=batch_kl)
-        grads = places.cut(grads) if places else grads
+        grads = resharding.cut(grads) if resharding else grads
         return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs))
 
     def accumulate(carry, numbered):
         micro, number = numbered
         if micro.slots_NR is None:
             return add(carry, micro, number), None
-        # Groups fill more rows in one update than in another; what is left of them costs nothing.
+        # Groups fill more rows in one step than in another; what is left of them costs nothing.
         filled = jnp.any(micro.weight_B > 0)
         return jax.lax.cond(filled, add, lambda carry, micro, number: carry, carry, micro, number), None
 
@@ -105,17 +105,17 @@ def train_step(
         numbers = jnp.arange(batch.weight_B.shape[0])
         (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, (batch, numbers))
     with jax.named_scope("optimizer"):
-        grads = places.cut(grads) if places else grads
-        old_state = places.fetch(state.opt_state) if places else state.opt_state
-        applied = adamw.updates_applied(old_state)
+        grads = resharding.cut(grads) if resharding else grads
+        old_state = resharding.fetch(state.opt_state) if resharding else state.opt_state
+        applied = adamw.steps_applied(old_state)
         grad_norm = optax.global_norm(grads)
-        # An infinite reference leaves a loss that is finite: the candidate has no share in its group any more.
+        # An infinite reference leaves a loss that is finite: the completion has no share in its group any more.
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & jnp.isfinite(batch.reference_logps_BK).all()
         keep, spike = finite, None
-        if guard is not None:
-            keep &= state.skipped < guard.most
-            if guard.sigmas:
-                spike = finite & guard.spike(old_state, value, grad_norm)
+        if skip_rule is not None:
+            keep &= state.skipped < skip_rule.most
+            if skip_rule.sigmas:
+                spike = finite & skip_rule.spike(old_state, value, grad_norm)
                 keep &= ~spike
         observed = {"value": value, "grad_norm": grad_norm} if spike is not None else {}
         updates, opt_state = optimizer.update(grads, old_state, state.params, keep=keep, **observed)
@@ -131,8 +131,8 @@ def train_step(
     if spike is not None:
         pairs["spike"] = (spike.astype(jnp.float32), one)
     skipped = state.skipped
-    if guard is not None:
-        skipped = guard.in_a_row(skipped, applied=keep, finite=finite)
+    if skip_rule is not None:
+        skipped = skip_rule.in_a_row(skipped, applied=keep, finite=finite)
     return types.TrainState(params, opt_state, state.step + 1, state.frozen, skipped), pairs
 
 
@@ -153,10 +153,10 @@ def eval_step(
         loss: what is minimised.
     """
     params, batch_kl = evaluated
-    response = forward_fn(params, batch)
-    candidates = _candidates(batch, response, batch_kl)
-    losses_B = jnp.where(batch.weight_B > 0, loss.loss(candidates), 0.0)
-    pairs = metrics.pairs(batch, response, candidates, losses_B, loss)
+    completion = forward_fn(params, batch)
+    completions = _completions(batch, completion, batch_kl)
+    losses_B = jnp.where(batch.weight_B > 0, loss.loss(completions), 0.0)
+    pairs = metrics.pairs(batch, completion, completions, losses_B, loss)
     groups = jnp.sum(batch.weight_B * loss.counted(batch.rewards_BK))
     count = pairs["sft_loss"][1] if loss.over_tokens else groups
     return pairs | {"loss": (jnp.sum(batch.weight_B * losses_B), count)}
@@ -202,29 +202,29 @@ def _objective(
     params, batch: types.Batch, *, totals, batch_kl, forward_fn: forward.AnyForward, loss: losses.Loss, dropout_key
 ):
     operands = _operands(batch, batch_kl)
-    losses_B, response = forward_fn.group_losses(params, batch, operands, loss=loss, dropout_key=dropout_key)
-    candidates = _candidates(batch, response, batch_kl)
+    losses_B, completion = forward_fn.group_losses(params, batch, operands, loss=loss, dropout_key=dropout_key)
+    completions = _completions(batch, completion, batch_kl)
     with jax.named_scope("objective"):
         losses_B = jnp.where(batch.weight_B > 0, losses_B, 0.0)
         groups, tokens = totals
         value = jnp.sum(batch.weight_B * losses_B) / (tokens if loss.over_tokens else groups)
-        pairs = metrics.pairs(batch, response, candidates, losses_B, loss)
+        pairs = metrics.pairs(batch, completion, completions, losses_B, loss)
         if loss.sft_weight:
             value += loss.sft_weight * pairs["sft_loss"][0] / tokens
     return value, jax.lax.stop_gradient(pairs)
 
 
-def _candidates(batch: types.Batch, response: logprobs.ResponseLogps, batch_kl) -> losses.Candidates:
+def _completions(batch: types.Batch, completion: logprobs.CompletionLogps, batch_kl) -> losses.Completions:
     shape_BK = batch.rewards_BK.shape
     return _operands(batch, batch_kl)._replace(
-        logps_BK=response.sum_N.reshape(shape_BK), lengths_BK=response.count_N.astype(jnp.float32).reshape(shape_BK)
+        logps_BK=completion.sum_N.reshape(shape_BK), lengths_BK=completion.count_N.astype(jnp.float32).reshape(shape_BK)
     )
 
 
-def _operands(batch: types.Batch, batch_kl) -> losses.Candidates:
+def _operands(batch: types.Batch, batch_kl) -> losses.Completions:
     """What the loss of a batch reads besides the log-probs, which are 0 here."""
     shape_BK = batch.rewards_BK.shape
-    return losses.Candidates(
+    return losses.Completions(
         logps_BK=jnp.zeros(shape_BK, jnp.float32),
         reference_logps_BK=batch.reference_logps_BK,
         lengths_BK=_lengths_BK(batch),
@@ -234,19 +234,19 @@ def _operands(batch: types.Batch, batch_kl) -> losses.Candidates:
 
 
 def _lengths_BK(batch: types.Batch) -> jax.Array:
-    """Scored tokens of every candidate, float32; axes before the rows stay."""
+    """Scored tokens of every completion, float32; axes before the rows stay."""
     lengths_NP = logprobs.sum_slots(
-        jnp.asarray(batch.scored_NR, jnp.float32), batch.slots_NR, slots=forward.slots_per_sequence(batch)
+        jnp.asarray(batch.loss_mask_NR, jnp.float32), batch.slots_NR, slots=forward.slots_per_sequence(batch)
     )
     return lengths_NP.reshape(batch.rewards_BK.shape)
 
 
 def _totals(batch: types.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array]:
-    """Groups and chosen tokens of the whole update: the denominators that make any micro-batch split equal."""
+    """Groups and chosen tokens of the whole step: the denominators that make any micro-batch split equal."""
     rewards_BK = batch.rewards_BK.reshape(-1, batch.rewards_BK.shape[-1])
     lengths_BK = _lengths_BK(batch).reshape(rewards_BK.shape)
     zeros_BK = jnp.zeros_like(lengths_BK)
-    chosen_BK = loss.chosen(losses.Candidates(zeros_BK, zeros_BK, lengths_BK, rewards_BK, jnp.float32(0.0)))
+    chosen_BK = loss.chosen(losses.Completions(zeros_BK, zeros_BK, lengths_BK, rewards_BK, jnp.float32(0.0)))
     weight_B = batch.weight_B.reshape(-1)
     groups = jnp.sum(weight_B * loss.counted(rewards_BK))
     tokens = jnp.sum(weight_B[:, None] * chosen_BK * lengths_BK)
@@ -254,7 +254,7 @@ def _totals(batch: types.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array
 
 
 def _batch_kl(params, batch: types.Batch, *, forward_fn: forward.AnyForward, weight) -> jax.Array:
-    """Mean of logp - reference logp over every candidate of the update, by a forward pass of its own."""
+    """Mean of logp - reference logp over every completion of the step, by a forward pass of its own."""
 
     def add(total, micro):
         ratio_BK = logprob_step(params, micro, forward_fn=forward_fn) - micro.reference_logps_BK

@@ -94,7 +94,7 @@ class Trainer:
         stop.begin(lambda: exit_reporter.resumption(self.workdir / checkpoint.FOLDER))
         with distributed.together():
             layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
-            schedule = run_schedule.plan(config, inputs, devices=layout.row_ways)
+            schedule = run_schedule.build(config, inputs, devices=layout.data_parallel_degree)
             trace = profiler.Trace(profile, self.workdir, last=schedule.steps)
             assert layout.mesh is not None
             holds = hardware.capacity(layout.mesh.devices.flat[0])
@@ -106,9 +106,9 @@ class Trainer:
                 accumulation=schedule.accumulation,
                 capacity=holds,
             )
-            self._answers = None
-            if config.answers.count:
-                self._answers = sample_completions.Answers(config, self.workdir, inputs, layout=steps.layout)
+            self._sample_completions = None
+            if config.completions.count:
+                self._sample_completions = sample_completions.Answers(config, self.workdir, inputs, layout=steps.layout)
         meter = profiler.Meter(
             inputs.model_config,
             devices=steps.mesh.size,
@@ -204,13 +204,13 @@ class Trainer:
         run, train = self._run, self.config.train
         with contextlib.ExitStack() as held:
             with distributed.together():
-                if distributed.first():
+                if distributed.is_main_process():
                     held.enter_context(workdir_lock.hold(self.workdir))
                     run_workdir.keep_source(self.config, self.workdir, run.inputs)
                     run_workdir.claim_workdir(self.config, self.workdir, run.inputs)
             distributed.check_shared(self.workdir)
             run.stop.connect(run.steps.mesh)
-            run_summary.announce(self.config, run.inputs, run.schedule, run.steps)
+            run_summary.log_summary(self.config, run.inputs, run.schedule, run.steps)
             keep = {"keep": train.keep_checkpoints, "keep_best": bool(train.keep_best)}
             held.enter_context(watchdog.watching(train.hang_timeout, self.workdir / checkpoint.FOLDER))
             checkpointer = held.enter_context(contextlib.closing(checkpoint.Checkpointer(self.workdir, **keep)))
@@ -220,7 +220,7 @@ class Trainer:
     def _newest(self, checkpointer: checkpoint.Checkpointer) -> int | None:
         """Return the newest step, which every process has and which was trained on what is read now."""
         last = checkpointer.latest_step()
-        distributed.agree({"newest checkpoint": last, "updates of the run": self._run.schedule.steps})
+        distributed.agree({"newest checkpoint": last, "steps of the run": self._run.schedule.steps})
         if last is not None:
             meta = checkpointer.meta(last)
             with distributed.together():
@@ -249,7 +249,7 @@ class Trainer:
                 log.info("resumed from step %d of %d", last, run.schedule.steps)
         evaluating = callbacks.Evaluating(run)
         run.callbacks = (
-            *([callbacks.SampleCompletions(self._answers)] if self._answers else []),
+            *([callbacks.SampleCompletions(self._sample_completions)] if self._sample_completions else []),
             callbacks.MetricLogging(run),
             callbacks.Profiling(self._trace),
             callbacks.Preemption(),
@@ -263,7 +263,7 @@ class Trainer:
     def _writing(self, last: int | None) -> Iterator[None]:
         """Open the metric logger of the first process, after the lines of the step that is resumed."""
         with distributed.together():
-            if distributed.first():
+            if distributed.is_main_process():
                 self._run.writers = metric_logger.Writers(
                     self.workdir,
                     resume_step=-1 if last is None else last,
@@ -277,10 +277,12 @@ class Trainer:
 
     def _lacks_evaluation(self, step: int) -> bool:
         """Whether a signal came in the evaluation after a step that is saved."""
-        if not self._run.evaluates(step) or (self._run.schedule.evaluation is None and self._answers is None):
+        if not self._run.evaluates(step) or (
+            self._run.schedule.evaluation is None and self._sample_completions is None
+        ):
             return False
         metrics_file = self.workdir / metric_logger.METRICS_FILE
-        lacks = distributed.first() and not metric_logger.has_evaluation(metrics_file, step)
+        lacks = distributed.is_main_process() and not metric_logger.has_evaluation(metrics_file, step)
         return any(distributed.share("lacks" if lacks else ""))
 
     def _check_same(self, meta: dict) -> None:

@@ -6,7 +6,7 @@ nothing of other blocks or devices; this module knows nothing of how a block is 
 Forward: scan over blocks of head rows; the partial softmax of each block is merged into a running one. Backward: scan
 once more; each block's logits are recomputed, its rows of dhead are finished and written once, dhidden is a running
 float32 sum. Kept between the passes: the inputs and lse, nothing of size N*V. With a frozen head the dhead products are
-dead code. On one device, a plane that fits the workspace whole is computed once instead, and kept (`plan_kept`).
+dead code. On one device, a plane that fits the workspace whole is computed once instead, and kept (`kept_tiles`).
 
 On a mesh (`HeadSpec.placement`) everything happens inside `shard_map`: tokens stay where they are; a head that is cut
 over its width is gathered one block at a time and its gradient scattered back the same way; a head that is cut over its
@@ -67,8 +67,8 @@ class Engine:
     forward(hidden_MD, head_WD, targets_M, first, last, *, spec, running) -> Partials, merged into `running` unless None
     backward(hidden_MD, head_WD, targets_M, lse_M, dtarget_M, dlse_M, first, last, *, spec, dtypes) ->
         (dhidden_MD, dhead_WD) in `dtypes`: those of hidden and head where the block is the whole plane, else float32
-    plan_forward, plan_backward, plan_pull(tokens, head_rows, head_dtype, dtype, *, spec) -> Blocks
-    plan_kept(tokens, head_rows, width, head_dtype, dtype, *, spec) -> Blocks, or None where no logits are kept
+    forward_tiles, backward_tiles, pull_tiles(tokens, head_rows, head_dtype, dtype, *, spec) -> Blocks
+    kept_tiles(tokens, head_rows, width, head_dtype, dtype, *, spec) -> Blocks, or None where no logits are kept
     plane: whose forward and backward take hidden . head of the whole plane as `raw_MW`; None: its own
     pull(hidden_MD, head_WD, targets_M, first, last, *, spec, running) -> (Partials, pulled_PMD), see `frozen.py`; None
         where a frozen head is treated like any other
@@ -78,12 +78,12 @@ class Engine:
 
     forward: Callable[..., Partials]
     backward: Callable[..., tuple[jax.Array, jax.Array]]
-    plan_forward: Callable[..., tiling.Blocks]
-    plan_backward: Callable[..., tiling.Blocks]
-    plan_kept: Callable[..., tiling.Blocks | None] = lambda *_, **__: None
+    forward_tiles: Callable[..., tiling.Blocks]
+    backward_tiles: Callable[..., tiling.Blocks]
+    kept_tiles: Callable[..., tiling.Blocks | None] = lambda *_, **__: None
     plane: "Engine | None" = None
     pull: Callable[..., tuple[Partials, jax.Array]] | None = None
-    plan_pull: Callable[..., tiling.Blocks] = tiling.whole
+    pull_tiles: Callable[..., tiling.Blocks] = tiling.whole
     loss_parameters: Any = None
     obstacle: Callable[..., str] = lambda *_: ""
 
@@ -197,7 +197,7 @@ def planned_to_keep(hidden_ND, head_VD, *, spec: specs.HeadSpec, engine: Engine)
     axes, operand = specs.axes(spec), specs.operand_dtype(hidden_ND.dtype, head_VD.dtype, spec)
     tokens = hidden_ND.shape[0] // specs.shards(spec, axes.tokens)
     rows = head_VD.shape[0] // specs.shards(spec, axes.vocab)
-    return engine.plan_kept(tokens, rows, head_VD.shape[1], head_VD.dtype, operand, spec=spec)
+    return engine.kept_tiles(tokens, rows, head_VD.shape[1], head_VD.dtype, operand, spec=spec)
 
 
 def on_mesh(function: Callable, args: tuple, spec: specs.HeadSpec, *, in_specs, out_specs):
@@ -227,10 +227,10 @@ def _forward_on_device(hidden_ND, head_VD, targets_N, raw_NV, extras, *, spec, e
     hidden_ND, axes, share = hidden_ND.astype(operand), specs.axes(spec), head_blocks.Share.of(head_VD, spec)
     engine = engine.reading(raw_NV)
     block_of = engine.forward
-    plan = engine.plan_forward
+    plan = engine.forward_tiles
     if pulls:
         assert engine.pull is not None
-        block_of, plan = engine.pull, engine.plan_pull
+        block_of, plan = engine.pull, engine.pull_tiles
     blocks = plan(hidden_ND.shape[0], share.rows, head_VD.dtype, operand, spec=spec)
     scan = functools.partial(_scan_head, head_VD=head_VD, share=share, blocks=blocks, spec=spec, block_of=block_of)
     found: Any = _over_token_blocks(scan, hidden_ND, targets_N - share.first_row, blocks=blocks)
@@ -324,7 +324,7 @@ def _backward_on_device(hidden_ND, head_VD, targets_N, raw_NV, lse_N, dtarget_N,
     accumulator, engine = specs.accumulator_dtype(operand), engine.reading(raw_NV)
     axes, share = specs.axes(spec), head_blocks.Share.of(head_VD, spec)
     rows_N = (hidden_ND.astype(operand), targets_N - share.first_row, lse_N, dtarget_N, dlse_N)
-    blocks = engine.plan_backward(hidden_ND.shape[0], share.rows, head_VD.dtype, operand, spec=spec)
+    blocks = engine.backward_tiles(hidden_ND.shape[0], share.rows, head_VD.dtype, operand, spec=spec)
     grads_of = functools.partial(_block_grads, rows_N, blocks=blocks, spec=spec, engine=engine)
 
     if blocks.vocab_count == 1 and blocks.token_count == 1 and not spec.placement:

@@ -47,8 +47,8 @@ def plan(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec
     return tiling.plan_blocks(tokens, head_rows, logit_bytes, spec=spec)
 
 
-def plan_kept(tokens: int, head_rows: int, width: int, head_dtype, dtype, *, spec: specs.HeadSpec, limit=None):
-    """Keep the plane where `limit` holds all of a backward pass in one block; see `tiling.plan_kept`.
+def kept_tiles(tokens: int, head_rows: int, width: int, head_dtype, dtype, *, spec: specs.HeadSpec, limit=None):
+    """Keep the plane where `limit` holds all of a backward pass in one block; see `tiling.kept_tiles`.
 
     It holds most while the logits, float32, become rounded dlogits, or with a cap capped logits, beside a gathered head
     or after that, dlogits beside the head's copy, if it is gathered or cast, and its gradient in float32, if that is
@@ -65,12 +65,12 @@ def plan_kept(tokens: int, head_rows: int, width: int, head_dtype, dtype, *, spe
         tokens * operand.itemsize + width * (bool(copied) * operand.itemsize + summed * accumulator.itemsize),
     )
     limit = next(each for each in limits if each is not None)
-    return tiling.plan_kept(tokens, head_rows, head_rows * of_row, limit=limit, spec=spec)
+    return tiling.kept_tiles(tokens, head_rows, head_rows * of_row, limit=limit, spec=spec)
 
 
 def plan_kept_if_asked(*args, spec: specs.HeadSpec):
     """Keep the plane only where `spec.kept_bytes` says so: for engines that hold no logits."""
-    return plan_kept(*args, spec=spec, limit=spec.kept_bytes or 0)
+    return kept_tiles(*args, spec=spec, limit=spec.kept_bytes or 0)
 
 
 def forward_block(
@@ -149,25 +149,25 @@ def _counted(width, first, last):
 ENGINE = blocks.Engine(
     forward_block,
     backward_block,
-    plan_forward=plan,
-    plan_backward=plan,
-    plan_kept=plan_kept,
+    forward_tiles=plan,
+    backward_tiles=plan,
+    kept_tiles=kept_tiles,
     pull=pull_block,
-    plan_pull=plan,
+    pull_tiles=plan,
 )
 
 
-def engine(forward, backward, *, plan_forward, plan_backward, loss_parameters, obstacle) -> blocks.Engine:
+def engine(forward, backward, *, forward_tiles, backward_tiles, loss_parameters, obstacle) -> blocks.Engine:
     """Return an engine of kernels: a plane that is kept, and a head that is frozen, are read by XLA."""
     return blocks.Engine(
         forward,
         backward,
-        plan_forward,
-        plan_backward,
-        plan_kept=plan_kept_if_asked,
+        forward_tiles,
+        backward_tiles,
+        kept_tiles=plan_kept_if_asked,
         plane=ENGINE,
         pull=pull_block,
-        plan_pull=plan,
+        pull_tiles=plan,
         loss_parameters=loss_parameters,
         obstacle=obstacle,
     )

@@ -81,12 +81,12 @@ def finish(
         tokens_CPT[1] = tokens_CPT[1].at[:, partials.max_PM.shape[0] :].set(0)
     slots_CT = _padded(slots_N.reshape(rows, 1, T), (rows, 1, sizes.tokens), -1)
     groups_CGK = [
-        _padded(jnp.broadcast_to(leaf, (B, K)).reshape(rows, G, K), (rows, sizes.groups, sizes.candidates), 0)
+        _padded(jnp.broadcast_to(leaf, (B, K)).reshape(rows, G, K), (rows, sizes.groups, sizes.completions), 0)
         for leaf in leaves
     ]
     wanted = 1 + spec.want_entropy + spec.want_argmax
     out_shapes = [(rows, 1, sizes.tokens)] * wanted
-    out_shapes += [(rows, sizes.groups, 1), *[(rows, sizes.groups, sizes.candidates)] * 2]
+    out_shapes += [(rows, sizes.groups, 1), *[(rows, sizes.groups, sizes.completions)] * 2]
     inputs = (*tokens_CPT, slots_CT, *groups_CGK)
     outputs = pl.pallas_call(
         functools.partial(_kernel, loss=loss, leaf_shapes=[leaf.shape for leaf in leaves], sizes=sizes, spec=spec),
@@ -110,7 +110,7 @@ class _Sizes(NamedTuple):
     """Of one row: powers of two, since a GPU's compiler takes no other arrays; `tokens` a multiple of TOKENS."""
 
     groups: int
-    candidates: int
+    completions: int
     tokens: int
     K: int
 
@@ -141,8 +141,8 @@ def _kernel(*references, loss, leaf_shapes, sizes: _Sizes, spec: specs.HeadSpec)
         elements.append(unrolled.Elements(one_group if shape else (), columns_G1))
     loss_elements, slope_elements = loss(elements, (sizes.groups, 1))
     losses[...] = loss_elements.items[0]
-    logps[...] = _joined(sums_G1, sizes.candidates)
-    slopes[...] = _joined(slope_elements.items, sizes.candidates)
+    logps[...] = _joined(sums_G1, sizes.completions)
+    slopes[...] = _joined(slope_elements.items, sizes.completions)
 
 
 def _merged(parts: blocks.Partials, spec: specs.HeadSpec):

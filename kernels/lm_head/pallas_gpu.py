@@ -405,8 +405,8 @@ def _pad(x, multiple):
 ENGINE = chunked.engine(
     forward_block,
     backward_block,
-    plan_forward=pallas_triton.plan_forward,
-    plan_backward=pallas_triton.plan_backward,
+    forward_tiles=pallas_triton.forward_tiles,
+    backward_tiles=pallas_triton.backward_tiles,
     loss_parameters=pallas_triton.LOSS_PARAMETERS,
     obstacle=_obstacle,
 )

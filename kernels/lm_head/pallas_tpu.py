@@ -186,8 +186,8 @@ LOSS_PARAMETERS = parameters("parallel")
 ENGINE = chunked.engine(
     forward_block,
     chunked.backward_block,
-    plan_forward=_plan_whole,
-    plan_backward=chunked.plan,
+    forward_tiles=_plan_whole,
+    backward_tiles=chunked.plan,
     loss_parameters=LOSS_PARAMETERS,
     obstacle=_obstacle,
 )

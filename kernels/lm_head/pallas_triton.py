@@ -229,16 +229,16 @@ def _obstacle(hidden_ND, head_VD, spec: specs.HeadSpec) -> str:
     return unsupported(width=head_VD.shape[1], rows=head_VD.shape[0], dtype=operand)
 
 
-def plan_backward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
+def backward_tiles(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
     """Cut the plane so that a block's dlogits fill half the workspace; its rows of dhead take the rest."""
     del head_dtype
     return tiling.plan_blocks(tokens, head_rows, 2 * jnp.dtype(dtype).itemsize, spec=spec)
 
 
-def plan_forward(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
+def forward_tiles(tokens: int, head_rows: int, head_dtype, dtype, *, spec: specs.HeadSpec) -> tiling.Blocks:
     """One block, unless the head has to be cast or gathered: then as the backward pass."""
     if specs.axes(spec).width or spec.vocab_block is not None or jnp.dtype(head_dtype) != jnp.dtype(dtype):
-        return plan_backward(tokens, head_rows, head_dtype, dtype, spec=spec)
+        return backward_tiles(tokens, head_rows, head_dtype, dtype, spec=spec)
     return tiling.whole(tokens, head_rows)
 
 
@@ -340,8 +340,8 @@ LOSS_PARAMETERS = plgpu and plgpu.CompilerParams(num_warps=4)
 ENGINE = chunked.engine(
     forward_block,
     backward_block,
-    plan_forward=plan_forward,
-    plan_backward=plan_backward,
+    forward_tiles=forward_tiles,
+    backward_tiles=backward_tiles,
     loss_parameters=LOSS_PARAMETERS,
     obstacle=_obstacle,
 )

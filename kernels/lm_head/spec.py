@@ -4,7 +4,7 @@ In: static facts about the LM head (`HeadSpec`). Out: `TokenStats`, four float32
 implementation is a function `token_stats(hidden_ND, head_VD, targets_N, *, spec) -> TokenStats` in a module of its
 own; callers may swap them.
 
-Letters in this folder: N tokens (rows of the scored responses, flattened), D model width, V rows of the head
+Letters in this folder: N tokens (rows of the scored completions, flattened), D model width, V rows of the head
 (vocabulary and its padding). The head is [V, D], the layout of Hugging Face heads and of tied embeddings.
 """
 

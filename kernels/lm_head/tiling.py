@@ -29,7 +29,7 @@ def plan_blocks(tokens: int, head_rows: int, logit_bytes: int, *, spec: specs.He
         workspace = tokens * vocab_block * logit_bytes
 
     Blocks of the head are multiples of 128 rows, at least 128; more than 128 rows are cut in two at least, so that no
-    [N, V] array exists however small the problem (`plan_kept` is the exception). Tokens are cut only above 65,536, or
+    [N, V] array exists however small the problem (`kept_tiles` is the exception). Tokens are cut only above 65,536, or
     where even 128 rows exceed the budget.
 
     Args:
@@ -57,7 +57,7 @@ def plan_blocks(tokens: int, head_rows: int, logit_bytes: int, *, spec: specs.He
     return Blocks(rows, block, token_count, _ceil_div(head_rows, block), rows * block * logit_bytes)
 
 
-def plan_kept(tokens: int, head_rows: int, held: int, *, limit: int, spec: specs.HeadSpec) -> Blocks | None:
+def kept_tiles(tokens: int, head_rows: int, held: int, *, limit: int, spec: specs.HeadSpec) -> Blocks | None:
     """Plan one block whose logits stay from the forward pass to the backward pass; None where they do not.
 
     They stay where `held` is at most `limit`, but where `spec.vocab_block` asks for more blocks. A forward pass without
@@ -70,7 +70,7 @@ def plan_kept(tokens: int, head_rows: int, held: int, *, limit: int, spec: specs
         limit: bytes.
         spec: `vocab_block` is read.
 
-    >>> plan_kept(512, 32000, 512 * 32000 * 8, limit=192 * 2**20, spec=specs.HeadSpec())
+    >>> kept_tiles(512, 32000, 512 * 32000 * 8, limit=192 * 2**20, spec=specs.HeadSpec())
     Blocks(tokens=512, vocab=32000, token_count=1, vocab_count=1, workspace_bytes=131072000)
     """
     if held > limit or (spec.vocab_block or head_rows) < head_rows:

@@ -73,7 +73,7 @@ def _check(jaxpr) -> None:
         elif name not in _ELEMENTWISE | _MOVES | _IDENTITIES | {"iota"} and name not in _FOLDS:
             raise ValueError(
                 f"the group loss uses {name!r}, which cannot run in the loss kernel; write it with elementwise"
-                " functions and reductions over the candidates, or set kernel.fuse_loss=off"
+                " functions and reductions over the completions, or set kernel.fuse_loss=off"
             )
 
 
