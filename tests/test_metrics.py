@@ -1,3 +1,4 @@
+import contextlib
 import json
 import sys
 import types
@@ -5,7 +6,7 @@ import types
 import numpy as np
 import pytest
 
-from fpo_jax.trainer import metric_logger
+from fpo_jax.trainer import callbacks, metric_logger
 
 
 def writers(workdir, resume_step=-1, **options):
@@ -127,3 +128,27 @@ class TestWandb:
     def test_without_a_project_there_is_no_id(self, tmp_path, begun):
         writers(tmp_path).close()
         assert not begun and not (tmp_path / metric_logger.WANDB_FILE).exists()
+
+
+@pytest.mark.parametrize(("norms", "told"), [([1.0, 0.0, 0.0], "the last 2 of 3 steps"), ([0.0, 1e-30, 1.0], "")])
+def test_updates_without_a_gradient_are_told_at_the_end(monkeypatch, caplog, norms, described):
+    monkeypatch.setattr(callbacks.data, "row_sizes", lambda *_: None)
+    monkeypatch.setattr(callbacks.data, "group_ids", lambda *_: np.array([0]))
+    some = types.SimpleNamespace
+    run = some(
+        steps=some(train=some(compilations=0)),
+        clock=some(part=lambda _: contextlib.nullcontext(), lap=lambda: {"seconds": 1.0}),
+        schedule=some(schedule=None, steps=3),
+        meter=some(update=lambda *_, **__: {}),
+        writers=metric_logger.Silent(),
+        config=some(train=some(log_every=1)),
+        skipped=0,
+        recorded=0,
+    )
+    logging = callbacks.MetricLogging(run)
+    for step, norm in enumerate(norms, 1):
+        one = {"loss": 1.0, "nonfinite": 0.0, "grad_norm": norm}
+        logging.on_step_end(run, step, {name: (np.float32(value), np.float32(1)) for name, value in one.items()})
+    logging.on_flush(run)
+    logging.on_train_end(run)
+    assert (described in caplog.text) if described else not caplog.text
