@@ -49,6 +49,7 @@ def test_top_level_is_fpo_jax_alone(wheel):
     assert {
         "fpo_jax/py.typed",
         "fpo_jax/eval/judge/templates/helpful.txt",
+        "fpo_jax/eval/report/page.html",
         "fpo_jax/requirements/python3.11.txt",
     } <= names
 

@@ -180,6 +180,22 @@ def test_a_page_is_written_in_both_formats(tmp_path):
         assert part in text
 
 
+def test_nothing_that_a_page_shows_is_markup(tmp_path):
+    """Texts of models and data, wherever they stand."""
+    (tmp_path / "p.png").write_bytes(b"PNG")
+    evil = """<script>alert("x")</script>&'{{ 7 * 7 }}"""
+    blocks = [
+        html.Heading(evil, 1),
+        html.Text(evil),
+        html.Table([evil, evil], [[evil, evil]]),
+        html.Texts([evil], [[evil]]),
+        html.Plot("p.png", evil),
+        html.Code(evil),
+    ]
+    text = html.html(blocks, tmp_path)
+    assert text.count("<script") == 0 and text.count("&lt;script&gt;") == 11 and text.count("{{ 7 * 7 }}") == 11
+
+
 # --- the tokenizer and the configurations
 
 
