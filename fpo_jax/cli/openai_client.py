@@ -329,9 +329,10 @@ def _choice(choice: Any, kind: str) -> tuple[str, str] | None:
     text, reason = choice.get(kind), choice.get("finish_reason") or ""
     if kind == "message":
         text = text.get("content") if isinstance(text, dict) else None
-    for one in (text, reason):
-        if not isinstance(one, str) or any("\ud800" <= character <= "\udfff" for character in one):
-            return None  # half a surrogate pair is no text: no file could hold it
+    if not isinstance(text, str) or not isinstance(reason, str):
+        return None
+    if any("\ud800" <= character <= "\udfff" for character in text + reason):
+        return None  # half a surrogate pair is no text: no file could hold it
     return text, reason
 
 
