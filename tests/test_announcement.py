@@ -52,6 +52,22 @@ def test_the_loss_is_said_with_all_its_options(caplog, folder, name, changed, ex
 
 
 @pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (
+            None,
+            "nothing moves for 20 times its slowest step, at least 600 s shows its stacks and ends with exit code 70",
+        ),
+        (90, "nothing moves for 90 s shows its stacks"),
+        (0, "watchdog: off (train.hang_timeout=0)"),
+    ],
+)
+def test_what_a_run_does_about_hanging_is_said(caplog, folder, seconds, expected):
+    changed = {"mesh__data": 1, "mesh__fsdp": 1, "train__hang_timeout": seconds}
+    assert expected in lines(caplog, folder, "dpo", **changed)
+
+
+@pytest.mark.parametrize(
     ("name", "changed", "expected"),
     [
         ("dpo", {}, "tie_policy=uniform: the best of a group share the label"),

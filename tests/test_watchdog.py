@@ -6,10 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
+from fpo_jax import config
 from fpo_jax.distributed import watchdog
+from fpo_jax.trainer import callbacks
 from tests.paths import REPO
 
 
@@ -65,6 +68,24 @@ def test_what_does_not_move_ends_and_what_moves_or_may_take_its_time_does_not(en
         assert not ended
         wait(lambda: ended)
     assert 1 < ended[0] < 5
+
+
+def test_callbacks_of_a_user_may_take_their_time(tmp_path):
+    limits = []
+
+    class Any:
+        def __getattr__(self, event):
+            return lambda *_: limits.append(watchdog._watch.limit_s())
+
+    with watchdog.watching(9, tmp_path):
+        callbacks.Run.call(types.SimpleNamespace(callbacks=(Any(),), extra=(Any(),)), "on_save", 3)
+    assert limits == [9, float("inf")]
+
+
+def test_a_time_below_nothing_is_refused():
+    c = config.default()
+    c.train.hang_timeout = -1
+    assert any("train.hang_timeout=-1 must be finite and at least 0" in problem for problem in config.problems(c))
 
 
 def test_words_of_the_summary():
