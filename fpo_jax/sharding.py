@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import types
+from fpo_jax import choices, types
 from fpo_jax.kernels.lm_head import spec as specs
 
 log = logging.getLogger("fpo_jax")
@@ -129,8 +129,7 @@ def make_layout(*, preset: str, data: int | None, fsdp: int | None, tensor: int 
     Raises:
         ValueError: unknown preset, or axes that do not fit the devices.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"mesh.preset={preset!r} is not one of {', '.join(PRESETS)}.")
+    choices.check("mesh.preset", preset, PRESETS)
     base = PRESETS[preset]
     given = {"data": data, "fsdp": fsdp, "tensor": tensor}
     sizes = {axis: getattr(base, axis) if size is None else size for axis, size in given.items()}

@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 LONGEST = 20_000  # characters of one line of the log
@@ -64,6 +65,15 @@ def sentence(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of what a library says, or the kind of its error where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Return rows, the header among them, as text in columns: the first to the left, the others to the right."""
+    lines = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
 
 
 def say(text: object) -> None:

@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from fpo_jax import terminal
+
 _LOCKS = Path(__file__).parent / "requirements"
 
 
@@ -28,6 +30,13 @@ def _name(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].replace("_", "-").lower()
 
 
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 def main() -> int:
     """Print the table; return the exit code."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -35,16 +44,11 @@ def main() -> int:
     if not good:
         print(f"no releases are known good for Python {python}; the lists are those of {_LOCKS}")
         return 2
-    others = 0
-    print(f"{'Python ' + python:26}{'installed':16}known good")
-    for name in direct():
-        try:
-            installed = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed = "none"
-        others += installed != good[name]
-        print(f"{name:26}{installed:16}{good[name]}{'' if installed == good[name] else '  differs'}")
-    print(f"{others} of {len(direct())} differ" if others else "all are known good")
+    installed = {name: _installed(name) for name in direct()}
+    rows = [(name, own, good[name], "" if own == good[name] else "differs") for name, own in installed.items()]
+    others = sum(bool(note) for *_, note in rows)
+    print(terminal.table([(f"Python {python}", "installed", "known good", ""), *rows]))
+    print(f"{others} of {len(rows)} differ" if others else "all are known good")
     return 1 if others else 0
 
 

@@ -10,7 +10,8 @@ import pandas
 import pytest
 from scipy import optimize
 
-from fpo_jax.eval.benchmarks import alpaca_eval, judgement_files, length_control
+from fpo_jax import terminal
+from fpo_jax.eval.benchmarks import alpaca_eval, length_control
 from tests import tolerances
 from tests.paths import shared_data
 
@@ -346,6 +347,6 @@ def test_scikit_learn_is_asked_for_where_it_is_missing(synthetic, monkeypatch):
 
 
 def test_table_aligns_its_columns():
-    assert judgement_files.table(["model", "rate"], [["a", "1.00"], ["longer name", "10.00"]]) == (
+    assert terminal.table([["model", "rate"], ["a", "1.00"], ["longer name", "10.00"]]) == (
         "model         rate\na             1.00\nlonger name  10.00"
     )

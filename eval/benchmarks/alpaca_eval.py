@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fpo_jax import terminal
 from fpo_jax.cli import args as command_line
 from fpo_jax.eval.benchmarks import judgement_files, length_control
 from fpo_jax.eval.stats import confidence_intervals
@@ -175,7 +176,7 @@ def table(report: dict[str, Any]) -> str:
         ]
         cells += [str(one[key]) for key in ("n_wins", "n_wins_base", "n_draws")]
         rows.append([*cells, f"{one['n_total']}/{one['n_instructions']}", str(one["avg_length"])])
-    return judgement_files.table(head, rows)
+    return terminal.table([head, *rows])
 
 
 def remarks(report: dict[str, Any]) -> list[str]:

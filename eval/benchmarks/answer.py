@@ -17,7 +17,6 @@ signal with everything saved.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpo_jax import atomic_io, jsonl, terminal
+from fpo_jax import atomic_io, choices, json_digest, jsonl, terminal
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate, generate_args
@@ -124,11 +123,8 @@ def _run(options: Options, name: str, questions: list[Question], max_new_tokens:
 
 def _decoding(options: Options) -> tuple[float, int]:
     """Return temperature (NaN = by category) and new tokens; refuse options that do not go together."""
-    problems = []
-    if options.benchmark not in _WRITERS:
-        problems.append(f"--benchmark={options.benchmark!r} is not one of {', '.join(_WRITERS)}")
-    if options.recipe and options.recipe not in RECIPES:
-        problems.append(f"--recipe={options.recipe!r} is not one of {', '.join(RECIPES)}")
+    problems = choices.problems_of("--benchmark", options.benchmark, _WRITERS)
+    problems += choices.problems_of("--recipe", options.recipe, ("", *RECIPES))
     if problems:
         raise ValueError("; ".join(problems) + ".")
     given, by_category = not math.isnan(options.temperature), options.benchmark == "mt_bench"
@@ -248,8 +244,7 @@ def _answers(
 
 def _identity(name: str, question: Question, answers: list[str]) -> str:
     """Return an answer's name: the same answer of the same model has the same one."""
-    text = json.dumps([name, question.row, question.turns, answers], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:22]
+    return json_digest.of([name, question.row, question.turns, answers])[:22]
 
 
 def _write_alpaca_eval(out: Path, name: str, questions: list[Question], answers: list[list[str]]) -> Path:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from fpo_jax import terminal
 from fpo_jax.cli import args as command_line
 from fpo_jax.eval.benchmarks import judgement_files
 
@@ -207,7 +208,7 @@ def table(report: dict[str, Any]) -> str:
             rows.append([name, *numbers, judged, str(one["n_battles"]), f"{one['contradicted']:.0%}"])
         percent = f"{entry['interval_percent']:.0f} %"
         head = [f"{category} vs {entry['baseline']}", "score", f"{percent} (battles)", f"{percent} (questions)"]
-        parts.append(judgement_files.table([*head, "judged", "battles", "contradicted"], rows))
+        parts.append(terminal.table([[*head, "judged", "battles", "contradicted"], *rows]))
     return "\n\n".join(parts)
 
 

@@ -129,19 +129,6 @@ def latest(rows: Iterable[Row], key: Callable[[Row], Hashable], counts: Callable
     return list(kept.values()), total - len(kept)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return rows as text in columns: the first to the left, the others to the right."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
 def reserved(json: str) -> contextlib.AbstractContextManager[None]:
     """Keep other processes from the file `json`, "" for none."""
     return workdir_lock.beside(Path(json), option="--json") if json else contextlib.nullcontext()

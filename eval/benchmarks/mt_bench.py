@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fpo_jax import terminal
 from fpo_jax.cli import args as command_line
 from fpo_jax.eval.benchmarks import judge_agreement, judgement_files
 from fpo_jax.eval.stats import confidence_intervals
@@ -111,7 +112,7 @@ def table(report: dict[str, Any]) -> str:
             means = [one["turns"][str(turn)] for turn in TURNS]
             means += [one["categories"].get(name, {}).get("average") for name in CATEGORIES]
             rows.append([name, _number(one["average"]), bounds, *map(_number, means), f"{one['n_scored']}/{EXPECTED}"])
-        parts.append(judgement_files.table(head, rows))
+        parts.append(terminal.table([head, *rows]))
     if report["score_agreement"]:
         head = ["scores of the same answers", "answers", "equal", "within 1", "difference"]
         rows = [
@@ -120,14 +121,14 @@ def table(report: dict[str, Any]) -> str:
         ]
         for row, one in zip(rows, report["score_agreement"], strict=True):
             row.append(f"{one['mean_difference']:+.2f}")
-        parts.append(judgement_files.table(head, rows))
+        parts.append(terminal.table([head, *rows]))
     if report["vote_agreement"]:
         head = ["votes on the same pairs", "turn", "votes", "agree", "95 %", "without ties", "agree", "95 %"]
         rows = [
             [" / ".join(one["judges"]), str(one["turn"]), *_shares(one["with_ties"]), *_shares(one["without_ties"])]
             for one in report["vote_agreement"]
         ]
-        parts.append(judgement_files.table(head, rows))
+        parts.append(terminal.table([head, *rows]))
     return "\n\n".join(parts)
 
 

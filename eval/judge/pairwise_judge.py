@@ -7,13 +7,12 @@ the same key, and a reply that was paid for once is never asked for again.
 
 import collections
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpo_jax import jsonl
+from fpo_jax import json_digest, jsonl
 from fpo_jax.distributed import workdir_lock
 
 FOLDER = Path(__file__).parent / "templates"
@@ -93,7 +92,7 @@ def question(pair: Pair, *, form: str, turned: bool, judge: Mapping[str, Any]) -
     }
     # in one pass: a place that stands in an answer stays text
     text = re.sub(r"\{(prompt|first|second)\}", lambda match: parts[match[1]], form)
-    key = hashlib.sha256(json.dumps([text, dict(judge)], sort_keys=True).encode()).hexdigest()
+    key = json_digest.of([text, dict(judge)])
     return Question(key, text)
 
 

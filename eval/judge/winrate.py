@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from fpo_jax import atomic_io, data, jsonl, terminal, tokenization
+from fpo_jax import atomic_io, choices, data, jsonl, terminal, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate, label
@@ -161,8 +161,7 @@ def _check(options: Options) -> str:
             problems.append(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least 1")
     if options.num_prompts < 0:
         problems.append(f"--num-prompts={options.num_prompts} must be at least 0; 0 is all")
-    if options.rule not in ("", "raw", "chat"):
-        problems.append(f"--rule={options.rule!r} is not one of raw, chat")
+    problems += choices.problems_of("--rule", options.rule, ("", "raw", "chat"))
     if problems:
         raise ValueError("; ".join(problems) + ".")
     if kind == "server":
@@ -173,17 +172,14 @@ def _check(options: Options) -> str:
 
 def _baseline_problems(options: Options) -> list[str]:
     """List what is wrong with the baseline, and options that its format has no use for."""
-    known = (ANSWERS, *formats.FORMATS)
-    if options.baseline_format not in known:
-        return [f"--baseline-format={options.baseline_format!r} is not one of {', '.join(known)}"]
+    if wrong := choices.problems_of("--baseline-format", options.baseline_format, (ANSWERS, *formats.FORMATS)):
+        return wrong
     if options.baseline_format == ANSWERS:
         names = ("baseline_split", "baseline_rows", "baseline_subfolder", "baseline_revision", "baseline_hh_split")
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name) != getattr(Options, name)]
         return [f"{name} belongs to a data set; give its --baseline-format" for name in given]
-    problems, splits = [], tuple(hh_rlhf.SPLITS)
-    if options.baseline_hh_split not in splits:
-        problems.append(f"--baseline-hh-split={options.baseline_hh_split!r} is not one of {', '.join(splits)}")
-    elif options.baseline_format != "hh" and options.baseline_hh_split != Options.baseline_hh_split:
+    problems = choices.problems_of("--baseline-hh-split", options.baseline_hh_split, hh_rlhf.SPLITS)
+    if not problems and options.baseline_format != "hh" and options.baseline_hh_split != Options.baseline_hh_split:
         problems.append("--baseline-hh-split belongs to --baseline-format=hh")
     try:
         configuration.row_slice(options.baseline_rows)

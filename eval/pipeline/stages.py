@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import atomic_io, terminal
+from fpo_jax import atomic_io, json_digest, terminal
 from fpo_jax.distributed import workdir_lock
 
 RECORD_FILE = "stages.json"
@@ -43,8 +43,7 @@ class Stages:
 
     def key(self, inputs: Mapping[str, Any]) -> str:
         """Return ten hex digits that stand for all of `inputs`, files by their content: what to name a folder by."""
-        text = json.dumps(self._described(inputs), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
+        return json_digest.of(self._described(inputs))[:10]
 
     def run(
         self, name: str, title: str, work: Callable[[], str], *, inputs: Mapping[str, Any], outputs: Sequence[Path]

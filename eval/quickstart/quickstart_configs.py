@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from fpo_jax import config as configuration
 from fpo_jax.configs import quickstart as recipe
 
 PATHS = ("model.path", "data.train", "data.eval")
@@ -44,12 +45,14 @@ def alignment(workdir: Path, *, seed: int, divergence: str, scale: Scale) -> Any
 
 def settings(config: Any) -> dict[str, Any]:
     """Return a configuration as {dotted key: value} without its paths: what they hold is compared by content."""
-    return {key: value for key, value in _flatten(json.loads(config.to_json())).items() if key not in PATHS}
+    return {
+        key: value for key, value in configuration.flatten(json.loads(config.to_json())).items() if key not in PATHS
+    }
 
 
 def overrides(file: Any, used: Any) -> dict[str, Any]:
     """Return what train.py must be given on top of the config file to get the configuration that was used."""
-    in_file, in_use = (_flatten(json.loads(config.to_json())) for config in (file, used))
+    in_file, in_use = (configuration.flatten(json.loads(config.to_json())) for config in (file, used))
     return {key: value for key, value in in_use.items() if value != in_file[key]}
 
 
@@ -60,10 +63,3 @@ def _fit(c: Any, *, seed: int, steps: int | None) -> Any:
     share = max(1, c.train.batch_size // jax.device_count())
     c.train.micro_batch_per_device = min(c.train.micro_batch_per_device, share)
     return c
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

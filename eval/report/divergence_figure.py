@@ -99,11 +99,12 @@ def fit(member: Member) -> dict[str, Any]:
 
 def table(fits: Sequence[dict[str, Any]]) -> str:
     """Return the fitted numbers as text."""
-    lines = [f"{'policy fitted to the target':28}{'mean':>8}{'deviation':>11}{'peak':>8}{'divergence':>12}"]
+    rows = [("policy fitted to the target", "mean", "deviation", "peak", "divergence")]
     for one in fits:
         name = one["panel"] if len(one["options"]) == 0 else one["label"]
-        lines.append(f"{name:28}{one['mean']:8.3f}{one['deviation']:11.3f}{one['peak']:8.3f}{one['divergence']:12.4f}")
-    return "\n".join(lines)
+        numbers = [f"{one[key]:.3f}" for key in ("mean", "deviation", "peak")]
+        rows.append((name, *numbers, f"{one['divergence']:.4f}"))
+    return terminal.table(rows)
 
 
 def draw(path: Path, fits: Sequence[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import tensorstore
 import xxhash
 
-from fpo_jax import atomic_io
+from fpo_jax import atomic_io, json_digest
 
 log = logging.getLogger("fpo_jax")
 
@@ -55,8 +55,7 @@ def digest(path: Path, algorithm: str) -> dict[str, Any]:
 
 def render(content: Mapping[str, Any]) -> str:
     """Return a manifest's text, which ends with the digest of the rest."""
-    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**content, "self": own}, indent=1) + "\n"
+    return json.dumps({**content, "self": json_digest.of(content)}, indent=1) + "\n"
 
 
 def parse(path: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import bisect
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import sys
@@ -30,7 +29,7 @@ import jax
 import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import checkpoint, data, hf, models, sharding, terminal, tokenization
+from fpo_jax import checkpoint, data, hf, json_digest, models, sharding, terminal, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate_args, jsonl_job
@@ -282,7 +281,7 @@ def _model(options: Options) -> tuple[Path, models.ModelConfig, Any, Any]:
     def place(leaf, where):
         return jax.make_array_from_callback(leaf.shape, where, lambda index: leaf[index].read().result().astype(dtype))
 
-    digest = _digest([meta["fingerprints"], meta["step"], meta["config"]])
+    digest = json_digest.of([meta["fingerprints"], meta["step"], meta["config"]])
     return source, config, lambda places: jax.tree.map(place, tree, places), lambda: digest
 
 
@@ -309,14 +308,10 @@ def _tokenize(prompts: list[_Prompt], encoder: tokenization.Encoder, room: int) 
 
 def _job(options: Options, prompts: list[_Prompt]) -> dict[str, Any]:
     """Return everything that the answers depend on, but for the model."""
-    digest = _digest([prompt.text for prompt in prompts])
+    digest = json_digest.of([prompt.text for prompt in prompts])
     kept = ("max_length", "num_return", "seed", "max_new_tokens", "temperature", "top_k")
     kept += ("top_p", "min_new_tokens", "stop_ids", "stop_strings", "compute_dtype", "keep_ids")
     return {"prompts": f"{len(prompts)} {digest}", **{name: getattr(options, name) for name in kept}}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _left(file: jsonl_job.JobFile, prompts: list[_Prompt]) -> list[_Prompt]:

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from fpo_jax import checkpoint, models, tokenization
+from fpo_jax import checkpoint, choices, models, tokenization
 from fpo_jax.cli import openai_client as servers
 
 DEDUP = ("none", "consecutive", "all")
@@ -111,21 +111,18 @@ def check(options: Options) -> None:
         problems.append(f"--step={options.step!r} must be a number or {checkpoint.BEST}")
     if not 0 <= options.seed < 2**32:
         problems.append(f"--seed={options.seed} must lie in [0, 2**32)")
-    if options.rule not in ("", "raw", "chat"):
-        problems.append(f"--rule={options.rule!r} is not one of raw, chat")
+    problems += choices.problems_of("--rule", options.rule, ("", "raw", "chat"))
     if options.server and not options.rule:
         problems.append("--server needs --rule: chat asks for answers to conversations, raw for continuations of texts")
     if options.server and options.rule == "raw" and options.chat_template_kwargs:
         problems.append("--chat-template-kwargs belongs to --rule=chat")
-    if options.dedup not in DEDUP:
-        problems.append(f"--dedup={options.dedup!r} is not one of {', '.join(DEDUP)}")
+    problems += choices.problems_of("--dedup", options.dedup, DEDUP)
     for name, least in (("num_prompts", 0), ("num_return", 1), ("batch_size", 1), ("concurrency", 1), ("tensor", 1)):
         if getattr(options, name) < least:
             problems.append(f"--{name.replace('_', '-')}={getattr(options, name)} must be at least {least}")
     if options.keep_ids not in (0, 1):
         problems.append(f"--keep-ids={options.keep_ids} must be 0 or 1")
-    if options.compute_dtype not in models.COMPUTE_DTYPES:
-        problems.append(f"--compute-dtype={options.compute_dtype!r} is not one of {', '.join(models.COMPUTE_DTYPES)}")
+    problems += choices.problems_of("--compute-dtype", options.compute_dtype, models.COMPUTE_DTYPES)
     if "" in options.stop_strings:
         problems.append("a stop string is empty")
     if problems:
@@ -134,9 +131,8 @@ def check(options: Options) -> None:
 
 def _problems_of_api(options: Options) -> list[str]:
     api = options.server_api
-    if api not in servers.APIS:
-        return [f"--server-api={api!r} is not one of {', '.join(servers.APIS)}"]
-    problems = []
+    if problems := choices.problems_of("--server-api", api, servers.APIS):
+        return problems
     if lost := [name for name in _NOT_CARRIED[api] if getattr(options, name) != getattr(Options, name)]:
         said, them = ", ".join(f"--{name.replace('_', '-')}" for name in lost), "it" if len(lost) == 1 else "them"
         problems.append(

@@ -8,8 +8,6 @@ those of fpo generate.
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 import math
 import sys
@@ -19,8 +17,8 @@ from typing import Any
 
 import tqdm
 
+from fpo_jax import choices, hf, json_digest, jsonl, models, terminal, tokenization
 from fpo_jax import config as configuration
-from fpo_jax import hf, jsonl, models, terminal, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import jsonl_job
 from fpo_jax.distributed import preemption, workdir_lock
@@ -101,7 +99,7 @@ def _run(options: Options) -> Summary:
     window = options.max_length or encoder.format.limits.get("max_length") or config.max_positions
     kept = ("pairing", "compute_dtype")
     job = {
-        "data": _digest(lines),
+        "data": json_digest.of(lines),
         "model": hf.weights_fingerprint(source),
         "prompt_format": encoder.format.as_dict(),
         "max_length": window,
@@ -140,10 +138,6 @@ def best_worst(line: dict[str, Any]) -> dict[str, Any] | None:
     return {**head, "chosen": texts[best], "rejected": texts[worst], "rewards": [rewards[best], rewards[worst]]}
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _score(
     options: Options, source: Path, encoder, window: int, left, total: int, file: jsonl_job.JobFile, stop
 ) -> None:
@@ -177,18 +171,13 @@ def _check(options: Options) -> None:
     problems = []
     if options.pairing not in PAIRINGS:
         problems.append(f"--pairing={options.pairing!r} is not one of best_worst or nothing")
-    if options.rule not in ("", "raw", "chat"):
-        problems.append(f"--rule={options.rule!r} is not one of raw, chat")
-    if options.thoughts not in ("", *tokenization.prompt_format.THOUGHTS):
-        problems.append(
-            f"--thoughts={options.thoughts!r} is not one of {', '.join(tokenization.prompt_format.THOUGHTS)}"
-        )
+    problems += choices.problems_of("--rule", options.rule, ("", "raw", "chat"))
+    problems += choices.problems_of("--thoughts", options.thoughts, ("", *tokenization.prompt_format.THOUGHTS))
     if options.max_length and options.max_length < 2:
         problems.append(f"--max-length={options.max_length} must be at least 2, or 0 for the model's window")
     if options.batch_size < 1:
         problems.append(f"--batch-size={options.batch_size} must be at least 1")
-    if options.compute_dtype not in models.COMPUTE_DTYPES:
-        problems.append(f"--compute-dtype={options.compute_dtype!r} is not one of {', '.join(models.COMPUTE_DTYPES)}")
+    problems += choices.problems_of("--compute-dtype", options.compute_dtype, models.COMPUTE_DTYPES)
     if problems:
         raise ValueError("; ".join(problems) + ".")
 

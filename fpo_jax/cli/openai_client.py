@@ -25,6 +25,7 @@ import anyio
 import httpx2 as httpx
 from anyio import from_thread
 
+from fpo_jax import choices, terminal
 from fpo_jax.cli.secret import Secret
 
 log = logging.getLogger(__name__)
@@ -184,8 +185,8 @@ class Server(NamedTuple):
         return self.ended.is_set()
 
     def _shown(self, text: str) -> str:
-        """Return a stranger's text without the key, and without characters that tell a terminal what to do."""
-        return "".join(one if one.isprintable() else repr(one)[1:-1] for one in self.key.hidden(text))
+        """Return a stranger's text as one line without the key."""
+        return terminal.shown(self.key.hidden(text), longest=None).replace("\n", " ")
 
 
 def sampling_fields(
@@ -216,8 +217,7 @@ def sampling_fields(
     Raises:
         ValueError: no such API.
     """
-    if api not in APIS:
-        raise ValueError(f"--server-api={api!r} is not one of {', '.join(APIS)}.")
+    choices.check("--server-api", api, APIS)
     fields: dict[str, Any] = {"max_tokens": max_tokens, "temperature": float(temperature), "top_p": top_p, "n": n}
     fields |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
     given = {"top_k": top_k or None, "min_tokens": min_tokens, "stop_token_ids": list(stop_token_ids)}

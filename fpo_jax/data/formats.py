@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
+from fpo_jax import choices
 from fpo_jax.data import columns, hh_rlhf, imdb, loading
 from fpo_jax.jsonl import BadRow
 
@@ -99,9 +100,9 @@ def read(
         ValueError: no such source, a damaged file, bad rows (each as "file:line: fact"), no rows at all; no tokenizer
             for reviews.
     """
-    loading.check_choice("format", format, list(_PARSERS))
-    loading.check_choice("hh_split", hh_split, list(hh_rlhf.SPLITS))
-    loading.check_choice("on_bad_row", on_bad_row, ["error", "skip"])
+    choices.check("format", format, list(_PARSERS))
+    choices.check("hh_split", hh_split, list(hh_rlhf.SPLITS))
+    choices.check("on_bad_row", on_bad_row, ["error", "skip"])
     if format != "hh" and hh_split != "last_turn":
         raise ValueError(f"hh_split={hh_split!r} applies to format='hh' only, and format is {format!r}; leave it out")
     if start < 0 or (stop is not None and stop <= start):

@@ -11,11 +11,11 @@ import csv
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import jsonl
+from fpo_jax import choices, jsonl
 from fpo_jax.data import tabular_files
 
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|gz|csv|tsv|txt|parquet|pq|arrow|feather|zip|zst|bz2|xz|xlsx?|tar|tgz)$")
@@ -93,7 +93,7 @@ def _saved_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
 
     saved = datasets.load_from_disk(str(path))
     if isinstance(saved, datasets.DatasetDict):
-        check_choice("split", split or "", [str(name) for name in saved])
+        choices.check("split", split or "", [str(name) for name in saved])
         saved = saved[split or ""]
     elif split:
         raise ValueError(f"split={split!r}, but the data set saved in {str(path)!r} has no splits; leave it out")
@@ -194,13 +194,3 @@ def entry(text: str) -> tuple[str, str | None, str] | None:
     """
     match = _ENTRY.fullmatch(text)
     return match and (match["source"], match["split"], match["value"])
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a name outside `choices`, listing them.
-
-    Raises:
-        ValueError: `value` is none of `choices`.
-    """
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from fpo_jax import choices
 from fpo_jax.data import group_packing
-from fpo_jax.data.loading import check_choice
 from fpo_jax.data.tokenize import Prepared
 from fpo_jax.types import Batch, Segments
 
@@ -106,7 +106,7 @@ def schedule(
     Raises:
         ValueError: no positive batch size, a bucket too short, no whole batch.
     """
-    check_choice("last_batch", last_batch, ["drop", "pad"])
+    choices.check("last_batch", last_batch, ["drop", "pad"])
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is not positive")
     if not 0 <= seed < 2**64:

@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import tokenization
+from fpo_jax import choices, tokenization
 from fpo_jax.data import audit as audits
-from fpo_jax.data import loading
 from fpo_jax.data.audit import Audit
 from fpo_jax.data.formats import Message, Record, Records
 from fpo_jax.data.tokenized import Prepared
@@ -197,10 +196,10 @@ class _Policies(NamedTuple):
 
 
 def _check_options(rule: str, options: dict[str, Any], group_size: int, policies: _Policies) -> None:
-    loading.check_choice("on_bad_row", policies.on_bad_row, ["error", "skip"])
-    loading.check_choice("on_empty_completion", policies.on_empty_completion, ["drop", "error"])
-    loading.check_choice("on_long_prompt", policies.on_long_prompt, ["truncate", "drop", "error"])
-    loading.check_choice("on_identical", policies.on_identical, ["drop", "keep"])
+    choices.check("on_bad_row", policies.on_bad_row, ["error", "skip"])
+    choices.check("on_empty_completion", policies.on_empty_completion, ["drop", "error"])
+    choices.check("on_long_prompt", policies.on_long_prompt, ["truncate", "drop", "error"])
+    choices.check("on_identical", policies.on_identical, ["drop", "keep"])
     needed = {"raw": "max_completion_length", "chat": "max_prompt_length"}[rule]
     if options[needed] is None:
         raise ValueError(f"rule={rule!r} needs {needed}, a number of tokens below max_length={options['max_length']}")

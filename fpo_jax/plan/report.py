@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from fpo_jax import terminal
 from fpo_jax.models import params
 from fpo_jax.perf import flops, hardware
 from fpo_jax.plan import roofline, suggestions
@@ -77,7 +78,7 @@ def _memory(outcome: Outcome) -> str:
             )
         )
     note = f"of the step's temporaries {_gib(outcome.gradients)} are the float32 sums of the gradients"
-    return f"{_table(rows)}\n{note}"
+    return f"{terminal.table(rows)}\n{note}"
 
 
 def _verdict(outcome, capacity, limit, suggestion, remedied, tried) -> str:
@@ -110,7 +111,7 @@ def _collectives(outcome: Outcome) -> str:
     rows = [("collectives of a step", "along", "runs", "GiB", "GiB sent per device")]
     for row in outcome.collectives:
         rows.append((row.kind, " ".join(row.axes), f"{row.runs:,}", _gib(row.payload), _gib(row.sent)))
-    return _table(rows)
+    return terminal.table(rows)
 
 
 def _cost(outcome: Outcome, capacity: hardware.Capacity | None) -> str:
@@ -157,17 +158,6 @@ def _model_operations(outcome: Outcome) -> dict[str, int]:
         done["valid"] = sizes.valid
     options = {"extra_forward": loss.needs_batch_kl, "adapted": sizes.blueprint.adapter is not None}
     return {name: flops.train_step(model_config, work, **options) for name, work in done.items()}
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
 
 
 def _gib(count: int) -> str:

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
+from fpo_jax import choices
 from fpo_jax.tokenization import completion_texts, thinking, truncation
 from fpo_jax.tokenization import tokenizer as tokens
 from fpo_jax.tokenization.completion_texts import Message
@@ -70,7 +71,7 @@ def raw_rows(
     truncation.check_lengths(
         max_length=max_length, max_prompt_length=max_prompt_length, max_completion_length=max_completion_length
     )
-    truncation.check_choice("truncation_mode", truncation_mode, truncation.TRUNCATION_MODES)
+    choices.check("truncation_mode", truncation_mode, truncation.TRUNCATION_MODES)
     prompt_texts = [tokens.refuse_reserved(prompt) if isinstance(prompt, str) else _no_messages() for prompt in prompts]
     whole_texts = [
         [prompt + tokens.refuse_reserved(completion) for completion in group]
@@ -135,7 +136,7 @@ def chat_rows(
     truncation.check_lengths(
         max_length=max_length, max_prompt_length=max_prompt_length, max_completion_length=max_completion_length
     )
-    truncation.check_choice("truncation_mode", truncation_mode, truncation.TRUNCATION_MODES)
+    choices.check("truncation_mode", truncation_mode, truncation.TRUNCATION_MODES)
     rendered = [
         completion_texts.chat_texts(encoder, prompt, group) for prompt, group in zip(prompts, completions, strict=True)
     ]

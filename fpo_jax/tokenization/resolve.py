@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fpo_jax import choices
 from fpo_jax.tokenization import completion_texts, encode, template_sandbox
 from fpo_jax.tokenization import prompt_format as records
 from fpo_jax.tokenization import tokenizer as tokenizers
@@ -44,8 +45,7 @@ def resolve(directory: Path, given: Given | None = None, *, end_ids: Sequence[in
             tokenizer.
     """
     given = given or Given()
-    if given.rule not in ("", *records.RULES):
-        raise ValueError(f"--rule={given.rule!r} is not one of {', '.join(records.RULES)}.")
+    choices.check("--rule", given.rule, ("", *records.RULES))
     found = records.read(directory)
     if found is not None:
         return _recorded(directory, found[0], given, end_ids)

@@ -10,7 +10,6 @@ but the spelling `</s>` no longer matches anything.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from google.protobuf import message as protobuf
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 from transformers import PreTrainedTokenizerFast
 
+from fpo_jax import json_digest
 from fpo_jax.tokenization import chat_templates, template_sandbox, thinking, tokenizer_limits
 from fpo_jax.tokenization.prompt_format import PromptFormat
 
@@ -191,7 +191,7 @@ def encode(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the sha256 (hex) of what a tokenizer makes of texts and ids, wherever and however it is stored."""
     ids = tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"]
-    return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), ids]).encode()).hexdigest()
+    return json_digest.of([sorted(tokenizer.get_vocab().items()), ids])
 
 
 def refuse_reserved(text: str) -> str:

@@ -1,6 +1,5 @@
 """Token rows cut to a window: which end of a prompt goes, and who pays for the longest completion of a group."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 TRUNCATION_MODES = ("keep_end", "keep_start")
@@ -100,16 +99,6 @@ def check_lengths(*, max_length: int, max_prompt_length: int | None, max_complet
                 f"{name}={value} with max_length={max_length} leaves no room for the other part of a row; "
                 f"use at most {max_length - 1}"
             )
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse a name outside `choices`, listing them.
-
-    Raises:
-        ValueError: `value` is none of `choices`.
-    """
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
 
 
 def _keep(ids: list[int], count: int, mode: str) -> list[int]:

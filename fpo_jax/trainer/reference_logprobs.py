@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 import tqdm
 
-from fpo_jax import atomic_io, data, distributed, types
+from fpo_jax import atomic_io, data, distributed, json_digest, types
 from fpo_jax import config as configuration
 from fpo_jax.distributed import preemption
 from fpo_jax.perf import profiler
@@ -152,7 +152,7 @@ class ReferencePass:
 
 def fingerprint(parts: Mapping[str, object]) -> str:
     """Return a sha256 over the named parts; equal parts in any order give the same text."""
-    return hashlib.sha256(json.dumps(dict(parts), sort_keys=True).encode()).hexdigest()
+    return json_digest.of(dict(parts))
 
 
 def compute(
