@@ -22,7 +22,7 @@ tests: $(VENV)/installed-test
 
 test-faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults --durations=0 $(PYTEST_ARGS) \
-	  $$(grep -l 'mark.faults' tests/test_*.py)
+	  $$(grep -rl --include='test_*.py' 'mark.faults' tests)
 
 test-lowest: $(VENV)/installed-test
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-lowest
@@ -36,8 +36,8 @@ lock: $(VENV)/installed-test
 
 # The two compilers cannot meet in one process: each has a folder of its own, outside of the environment.
 test-deviceless: $(VENV)/installed-compilers
-	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -m deviceless tests/test_pallas_tpu_compiled.py tests/test_loss_kernel_compiled.py tests/test_step_compiled.py tests/test_attention_compiled.py tests/test_plan_compiled.py
-	PYTHONPATH=$(VENV)/cuda JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -m deviceless tests/test_pallas_gpu_compiled.py tests/test_loss_kernel_compiled.py tests/test_pallas_triton_compiled.py tests/test_attention_mosaic_compiled.py tests/test_step_compiled.py tests/test_attention_compiled.py tests/test_plan_compiled.py
+	PYTHONPATH=$(VENV)/tpu $(BIN)/python -m pytest -m deviceless tests/kernels/test_pallas_tpu_compiled.py tests/kernels/test_loss_kernel_compiled.py tests/trainer/test_step_compiled.py tests/attention/test_attention_compiled.py tests/plan/test_plan_compiled.py
+	PYTHONPATH=$(VENV)/cuda JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python -m pytest -m deviceless tests/kernels/test_pallas_gpu_compiled.py tests/kernels/test_loss_kernel_compiled.py tests/kernels/test_pallas_triton_compiled.py tests/kernels/test_attention_mosaic_compiled.py tests/trainer/test_step_compiled.py tests/attention/test_attention_compiled.py tests/plan/test_plan_compiled.py
 	PYTHONPATH=$(VENV)/tpu $(BIN)/python benchmarks/kernels.py --parts deviceless --targets v5e-4 v5p-8 v6e-4 v7x-4
 	PYTHONPATH=$(VENV)/cuda JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(BIN)/python benchmarks/kernels.py --parts deviceless --targets h100:1
 
