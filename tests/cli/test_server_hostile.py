@@ -15,7 +15,8 @@ from collections import Counter
 
 import pytest
 
-from fpo_jax.cli import generate, jsonl_job
+from fpo_jax import jsonl
+from fpo_jax.cli import generate
 from fpo_jax.cli import openai_client as servers
 from tests.paths import REPO
 
@@ -211,7 +212,7 @@ def test_two_hundred_corrupted_replies_fail_alone_or_are_whole(tmp_path, monkeyp
     with served(replies) as url, caplog.at_level(logging.WARNING):
         given = options(tmp_path, url, len(replies))
         summary = generate.run(generate.Options(**given | {"out": tmp_path / "o.jsonl"}))
-    lines = jsonl_job.read(tmp_path / "o.jsonl.part")
+    lines = jsonl.read(tmp_path / "o.jsonl.part")
     assert summary.failed + len(lines) == 400 and 20 < summary.failed <= 200
     assert {line["index"] for line in lines} >= set(range(0, 400, 2))
     described = Counter(
