@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fpo_jax import atomic_io, attention, sharding, types
+from fpo_jax import attention, sharding, types
 from fpo_jax.attention import segment_mask as segments_
+from fpo_jax.io import atomic_io
 from fpo_jax.logprobs import Target
 
 IMPLEMENTATIONS = ("chunked", "cudnn", "mosaic", "splash")

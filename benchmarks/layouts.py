@@ -28,8 +28,9 @@ import numpy as np
 
 from benchmarks import plans, random_model, train_step_gpu, train_step_sides
 from benchmarks.updates import Updates
-from fpo_jax import atomic_io, data, hf
 from fpo_jax import config as configuration
+from fpo_jax import data, hf
+from fpo_jax.io import atomic_io
 from fpo_jax.perf import hardware, profiler
 from fpo_jax.trainer import run_inputs, run_schedule
 from tests import tiny

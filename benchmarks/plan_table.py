@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from benchmarks import layouts, plans
-from fpo_jax import atomic_io
+from fpo_jax.io import atomic_io
 
 REAL = dict.fromkeys(("mistral_base", "mistral_instruct", "llama3_base", "llama3_instruct"), "pref_chat")
 REAL["pythia_hh_pref"] = "hh_rlhf"

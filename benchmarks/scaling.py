@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import train_step_sides
-from fpo_jax import atomic_io
+from fpo_jax.io import atomic_io
 
 BASE = train_step_sides.Case("base", vocab=16_384, layers=2, groups=2, candidates=2, prompt=192, completion=64)
 LAYOUTS = ("padded", "shared")

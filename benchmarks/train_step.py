@@ -40,7 +40,8 @@ import jax
 
 from benchmarks import train_step_gpu
 from benchmarks.train_step_sides import CPU_SIDES, GPU_SIDES, SIDES, Case, write_model
-from fpo_jax import atomic_io, hf
+from fpo_jax import hf
+from fpo_jax.io import atomic_io
 
 CASES = (
     Case("short", vocab=32_000, layers=4, groups=4, candidates=2, prompt=64, completion=64),

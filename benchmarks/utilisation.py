@@ -23,8 +23,9 @@ import numpy as np
 from benchmarks import random_model
 from benchmarks.train_step_sides import set_fields
 from benchmarks.updates import Updates
-from fpo_jax import atomic_io, data, models
 from fpo_jax import config as configuration
+from fpo_jax import data, models
+from fpo_jax.io import atomic_io
 from fpo_jax.models import params
 from fpo_jax.perf import flops, hardware
 from fpo_jax.trainer import run_inputs

@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import choices, types
+from fpo_jax import types
+from fpo_jax.config import choices
 from fpo_jax.kernels.lm_head import spec as specs
 
 log = logging.getLogger("fpo_jax")

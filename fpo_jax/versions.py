@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from fpo_jax import terminal
+from fpo_jax.io import terminal
 
 _LOCKS = Path(__file__).parent / "requirements"
 

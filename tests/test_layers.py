@@ -12,12 +12,8 @@ from tests.paths import REPO
 # a folder, or a file at the top, imports only from those above it
 LAYERS = [
     "types",
-    "choices",
-    "json_digest",
-    "terminal",
     "versions",
-    "atomic_io",
-    "jsonl",
+    "io",
     "config",
     "tokenization",
     "distributed",

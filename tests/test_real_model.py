@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from fpo_jax import checkpoint, hf, jsonl, losses, models, types
+from fpo_jax import checkpoint, hf, losses, models, types
 from fpo_jax import config as configuration
+from fpo_jax.io import jsonl
 from fpo_jax.models import params
 from fpo_jax.trainer import metric_logger, run_inputs, run_workdir, train_step
 from tests import batches, paths, tolerances

@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from fpo_jax import atomic_io, losses
+from fpo_jax import losses
+from fpo_jax.io import atomic_io
 
 
 def test_a_wrong_shape_and_a_wrong_dtype_are_refused():

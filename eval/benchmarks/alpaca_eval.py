@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import terminal
 from fpo_jax.cli import args as command_line
 from fpo_jax.eval.benchmarks import judgement_files, length_control
 from fpo_jax.eval.stats import confidence_intervals
+from fpo_jax.io import terminal
 
 CONSTANT = 0.5  # share of one answer among all from which it is reported
 

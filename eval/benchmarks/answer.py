@@ -25,12 +25,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpo_jax import atomic_io, choices, json_digest, jsonl, terminal
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate, generate_args
+from fpo_jax.config import choices
 from fpo_jax.data import loading
 from fpo_jax.distributed import workdir_lock
+from fpo_jax.io import atomic_io, json_digest, jsonl, terminal
 
 log = logging.getLogger("fpo_jax")
 

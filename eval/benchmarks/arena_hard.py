@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from fpo_jax import terminal
 from fpo_jax.cli import args as command_line
 from fpo_jax.eval.benchmarks import judgement_files
+from fpo_jax.io import terminal
 
 OLD = "arena-hard-v0.1"
 BASELINES = {OLD: "gpt-4-0314", "hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}

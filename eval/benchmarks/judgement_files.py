@@ -14,9 +14,9 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import atomic_io, jsonl, terminal
 from fpo_jax.data import loading
 from fpo_jax.distributed import workdir_lock
+from fpo_jax.io import atomic_io, jsonl, terminal
 
 # what only the judgements of one benchmark have, and who reads them; the first match counts
 _SIGNS = (

@@ -19,8 +19,8 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 
-from fpo_jax import terminal
 from fpo_jax.eval.benchmarks import judgement_files
+from fpo_jax.io import terminal
 
 HUB, HUB_NAME, HUB_FILE = "hub", "tatsu-lab/alpaca_eval", "df_gamed.csv"
 # the weights in the order of the features, by the names that published tables give them

@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import terminal
 from fpo_jax.cli import args as command_line
 from fpo_jax.eval.benchmarks import judge_agreement, judgement_files
 from fpo_jax.eval.stats import confidence_intervals
+from fpo_jax.io import terminal
 
 # ten questions each, from number 81 on
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fpo_jax import json_digest, jsonl
 from fpo_jax.distributed import workdir_lock
+from fpo_jax.io import json_digest, jsonl
 
 FOLDER = Path(__file__).parent / "templates"
 PLACES = ("prompt", "first", "second")

@@ -32,15 +32,17 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from fpo_jax import atomic_io, choices, data, jsonl, terminal, tokenization
 from fpo_jax import config as configuration
+from fpo_jax import data, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate, label
 from fpo_jax.cli import openai_client as servers
+from fpo_jax.config import choices
 from fpo_jax.data import formats, hh_rlhf
 from fpo_jax.distributed import preemption, workdir_lock
 from fpo_jax.eval.judge import pairwise_judge
 from fpo_jax.eval.stats import win_rates
+from fpo_jax.io import atomic_io, jsonl, terminal
 
 log = logging.getLogger("fpo_jax")
 

@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from fpo_jax import checkpoint, hf, jsonl, recipes, terminal, tokenization
+from fpo_jax import checkpoint, hf, recipes, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import generate, label
 from fpo_jax.config import overrides
@@ -27,6 +27,7 @@ from fpo_jax.distributed import preemption, workdir_lock
 from fpo_jax.eval.pipeline import pipeline_inputs, pipeline_report
 from fpo_jax.eval.pipeline.stages import StageError, Stages
 from fpo_jax.eval.stats import kl
+from fpo_jax.io import jsonl, terminal
 from fpo_jax.trainer import export, run_inputs, trainer
 
 _EACH = ("completions", "finish", "tokens", "ids")  # of a line of answers: one entry for each of them

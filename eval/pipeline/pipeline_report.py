@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fpo_jax import atomic_io, jsonl
 from fpo_jax.eval.report import html
 from fpo_jax.eval.stats import confidence_intervals, kl, win_rates
+from fpo_jax.io import atomic_io, jsonl
 
 START = "start"
 

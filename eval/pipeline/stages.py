@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import atomic_io, json_digest, terminal
 from fpo_jax.distributed import workdir_lock
+from fpo_jax.io import atomic_io, json_digest, terminal
 
 RECORD_FILE = "stages.json"
 DIGESTS_FILE = "digests.json"

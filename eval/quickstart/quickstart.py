@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from fpo_jax import checkpoint, jsonl, losses, terminal
+from fpo_jax import checkpoint, losses
 from fpo_jax import config as configuration
 from fpo_jax.configs import quickstart as recipe
 from fpo_jax.distributed import preemption, workdir_lock
@@ -31,6 +31,7 @@ from fpo_jax.eval.quickstart import quickstart_task as task
 from fpo_jax.eval.quickstart.quickstart_configs import Scale
 from fpo_jax.eval.report import report
 from fpo_jax.inference import sampler
+from fpo_jax.io import jsonl, terminal
 from fpo_jax.models import params
 from fpo_jax.trainer import export, trainer
 

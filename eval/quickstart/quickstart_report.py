@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import atomic_io, jsonl
 from fpo_jax.eval.quickstart import quickstart_plots
 from fpo_jax.eval.quickstart import quickstart_task as task
 from fpo_jax.eval.report import html, report
 from fpo_jax.eval.report.html import Block, Code, Heading, Plot, Table, Text
+from fpo_jax.io import atomic_io, jsonl
 
 SAMPLES_SHOWN = 14
 

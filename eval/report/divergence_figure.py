@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
-from fpo_jax import atomic_io, losses, terminal
+from fpo_jax import losses
 from fpo_jax.distributed import workdir_lock
 from fpo_jax.eval.quickstart import quickstart_plots
 from fpo_jax.eval.report import report
+from fpo_jax.io import atomic_io, terminal
 
 # Peaks near -3 (height 0.34) and +2 (height 0.19), as in the figure of f-PO's repository. The numbers behind it are not
 # published; these are fitted so that the six policies peak where its curves do (to 0.001 in height).
@@ -99,7 +100,7 @@ def fit(member: Member) -> dict[str, Any]:
 
 def table(fits: Sequence[dict[str, Any]]) -> str:
     """Return the fitted numbers as text."""
-    rows = [("policy fitted to the target", "mean", "deviation", "peak", "divergence")]
+    rows: list[tuple[str, ...]] = [("policy fitted to the target", "mean", "deviation", "peak", "divergence")]
     for one in fits:
         name = one["panel"] if len(one["options"]) == 0 else one["label"]
         numbers = [f"{one[key]:.3f}" for key in ("mean", "deviation", "peak")]

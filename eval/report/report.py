@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import __version__, atomic_io, jsonl, losses, terminal
+from fpo_jax import __version__, losses
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.distributed import workdir_lock
@@ -23,6 +23,7 @@ from fpo_jax.eval.pipeline import pipeline_report
 from fpo_jax.eval.report import html, report_plots
 from fpo_jax.eval.report.html import Block, Heading, Plot, Table, Text, Texts
 from fpo_jax.eval.stats import win_rates
+from fpo_jax.io import atomic_io, jsonl, terminal
 from fpo_jax.trainer import metric_logger, run_workdir, sample_completions
 
 DISTANCE = "log-ratio to the reference, nats per completion of the data (reference_kl)"

@@ -29,11 +29,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from fpo_jax import atomic_io, data, hf, jsonl, losses, sharding, terminal, tokenization
 from fpo_jax import config as configuration
+from fpo_jax import data, hf, losses, sharding, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.distributed import workdir_lock
 from fpo_jax.eval.stats import confidence_intervals
+from fpo_jax.io import atomic_io, jsonl, terminal
 from fpo_jax.trainer import reference_logprobs, run_schedule, steps
 
 log = logging.getLogger("fpo_jax")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import tensorstore
 import xxhash
 
-from fpo_jax import atomic_io, json_digest
+from fpo_jax.io import atomic_io, json_digest
 
 log = logging.getLogger("fpo_jax")
 

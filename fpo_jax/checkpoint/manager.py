@@ -18,9 +18,10 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from fpo_jax import atomic_io, distributed, terminal, types
+from fpo_jax import distributed, types
 from fpo_jax.checkpoint import disk_space, integrity
 from fpo_jax.distributed import watchdog, workdir_lock
+from fpo_jax.io import atomic_io, terminal
 
 log = logging.getLogger("fpo_jax")
 

@@ -3,8 +3,9 @@
 import runpy
 import sys
 
-from fpo_jax import __version__, terminal
+from fpo_jax import __version__
 from fpo_jax.cli import process
+from fpo_jax.io import terminal
 
 PROGRAMS = {  # name -> module, what it does
     "train": ("fpo_jax.cli.train", "train a model: SFT, a reward model, or a preference loss"),

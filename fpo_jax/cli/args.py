@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from fpo_jax import terminal
+from fpo_jax.io import terminal
 
 _Options = TypeVar("_Options")
 

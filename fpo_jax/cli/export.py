@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fpo_jax import checkpoint, terminal
+from fpo_jax import checkpoint
 from fpo_jax.cli import args as command_line
+from fpo_jax.io import terminal
 from fpo_jax.trainer import export
 
 

@@ -29,7 +29,7 @@ import jax
 import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import checkpoint, data, hf, json_digest, models, sharding, terminal, tokenization
+from fpo_jax import checkpoint, data, hf, models, sharding, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate_args, jsonl_job
@@ -37,6 +37,7 @@ from fpo_jax.cli import openai_client as servers
 from fpo_jax.cli.generate_args import Options, check
 from fpo_jax.distributed import preemption, workdir_lock
 from fpo_jax.inference import sampler
+from fpo_jax.io import json_digest, terminal
 from fpo_jax.models import params
 
 log = logging.getLogger("fpo_jax")

@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from fpo_jax import checkpoint, choices, models, tokenization
+from fpo_jax import checkpoint, models, tokenization
 from fpo_jax.cli import openai_client as servers
+from fpo_jax.config import choices
 
 DEDUP = ("none", "consecutive", "all")
 # what means nothing to each place that answers may come from

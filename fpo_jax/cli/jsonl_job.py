@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fpo_jax import atomic_io, jsonl
 from fpo_jax import config as configuration
 from fpo_jax.distributed import workdir_lock
+from fpo_jax.io import atomic_io, jsonl
 
 
 class JobFile:

@@ -17,12 +17,14 @@ from typing import Any
 
 import tqdm
 
-from fpo_jax import choices, hf, json_digest, jsonl, models, terminal, tokenization
 from fpo_jax import config as configuration
+from fpo_jax import hf, models, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import jsonl_job
+from fpo_jax.config import choices
 from fpo_jax.distributed import preemption, workdir_lock
 from fpo_jax.inference import reward_model
+from fpo_jax.io import json_digest, jsonl, terminal
 
 log = logging.getLogger("fpo_jax")
 

@@ -25,8 +25,9 @@ import anyio
 import httpx2 as httpx
 from anyio import from_thread
 
-from fpo_jax import choices, terminal
 from fpo_jax.cli.secret import Secret
+from fpo_jax.config import choices
+from fpo_jax.io import terminal
 
 log = logging.getLogger(__name__)
 for _name in ("httpx2", "httpcore2"):  # they write a line for every request, and headers, which could repeat the key

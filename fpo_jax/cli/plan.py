@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from fpo_jax import terminal
 from fpo_jax.config import overrides
+from fpo_jax.io import terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from fpo_jax import terminal
 from fpo_jax.config import overrides, row_slice
+from fpo_jax.io import terminal
 
 _KEYS = "`fpo config`"
 

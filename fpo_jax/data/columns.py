@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fpo_jax.jsonl import BadRow
+from fpo_jax.io.jsonl import BadRow
 
 log = logging.getLogger("fpo_jax")
 

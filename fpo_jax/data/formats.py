@@ -35,9 +35,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import choices
+from fpo_jax.config import choices
 from fpo_jax.data import columns, hh_rlhf, imdb, loading
-from fpo_jax.jsonl import BadRow
+from fpo_jax.io.jsonl import BadRow
 
 Message = dict[str, str]
 

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import choices, jsonl
+from fpo_jax.config import choices
 from fpo_jax.data import tabular_files
+from fpo_jax.io import jsonl
 
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|gz|csv|tsv|txt|parquet|pq|arrow|feather|zip|zst|bz2|xz|xlsx?|tar|tgz)$")
 _ABOUT = ("dataset_info.json", "dataset_infos.json")  # of a copy of a hub data set, about its rows

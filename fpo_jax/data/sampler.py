@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from fpo_jax import choices
+from fpo_jax.config import choices
 from fpo_jax.data import group_packing
 from fpo_jax.data.tokenize import Prepared
 from fpo_jax.types import Batch, Segments

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import choices, tokenization
+from fpo_jax import tokenization
+from fpo_jax.config import choices
 from fpo_jax.data import audit as audits
 from fpo_jax.data.audit import Audit
 from fpo_jax.data.formats import Message, Record, Records

@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fpo_jax import terminal
 from fpo_jax.distributed import process
+from fpo_jax.io import terminal
 
 log = logging.getLogger("fpo_jax")
 

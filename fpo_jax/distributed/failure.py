@@ -22,8 +22,8 @@ from typing import NoReturn
 
 import jax
 
-from fpo_jax import terminal
 from fpo_jax.distributed import consensus, exit_reporter, process, workdir_lock
+from fpo_jax.io import terminal
 
 LOST = 70  # exit code: another process is gone
 FAILED = 1

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import jax
 
-from fpo_jax import terminal
 from fpo_jax.distributed import failure, process
+from fpo_jax.io import terminal
 
 log = logging.getLogger("fpo_jax")
 

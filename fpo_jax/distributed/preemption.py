@@ -11,8 +11,8 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from fpo_jax import terminal
 from fpo_jax.distributed import consensus, process, watchdog
+from fpo_jax.io import terminal
 
 log = logging.getLogger("fpo_jax")
 

@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from fpo_jax import terminal
 from fpo_jax.checkpoint import integrity
 from fpo_jax.hf import digests
+from fpo_jax.io import terminal
 
 
 def main(arguments: list[str]) -> int:

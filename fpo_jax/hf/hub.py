@@ -17,7 +17,8 @@ from typing import Any
 import huggingface_hub
 import huggingface_hub.errors
 
-from fpo_jax import models, terminal
+from fpo_jax import models
+from fpo_jax.io import terminal
 from fpo_jax.tokenization import prompt_format
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from fpo_jax import atomic_io, models, types
+from fpo_jax import models, types
 from fpo_jax.hf import companions, digests, load
 from fpo_jax.hf import hub as directories
+from fpo_jax.io import atomic_io
 from fpo_jax.models import params
 
 

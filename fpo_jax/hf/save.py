@@ -16,9 +16,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fpo_jax import atomic_io, models, types
+from fpo_jax import models, types
 from fpo_jax.hf import companions, digests
 from fpo_jax.hf import hub as directories
+from fpo_jax.io import atomic_io
 from fpo_jax.models import params
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -6,7 +6,7 @@
 import sys
 from collections.abc import Sequence
 
-from fpo_jax import terminal
+from fpo_jax.io import terminal
 from fpo_jax.losses.described import IN_TRL, in_words, settings
 from fpo_jax.losses.f_divergences import DIVERGENCES
 from fpo_jax.losses.loss import Loss

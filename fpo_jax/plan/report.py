@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from fpo_jax import terminal
+from fpo_jax.io import terminal
 from fpo_jax.models import params
 from fpo_jax.perf import flops, hardware
 from fpo_jax.plan import roofline, suggestions

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import choices
+from fpo_jax.config import choices
 from fpo_jax.tokenization import completion_texts, thinking, truncation
 from fpo_jax.tokenization import tokenizer as tokens
 from fpo_jax.tokenization.completion_texts import Message

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import atomic_io
+from fpo_jax.io import atomic_io
 
 FILE = "prompt_format.json"
 RULES = ("raw", "chat")

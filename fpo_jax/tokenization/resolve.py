@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fpo_jax import choices
+from fpo_jax.config import choices
 from fpo_jax.tokenization import completion_texts, encode, template_sandbox
 from fpo_jax.tokenization import prompt_format as records
 from fpo_jax.tokenization import tokenizer as tokenizers

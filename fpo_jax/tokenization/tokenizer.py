@@ -22,7 +22,7 @@ from google.protobuf import message as protobuf
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax import json_digest
+from fpo_jax.io import json_digest
 from fpo_jax.tokenization import chat_templates, template_sandbox, thinking, tokenizer_limits
 from fpo_jax.tokenization.prompt_format import PromptFormat
 

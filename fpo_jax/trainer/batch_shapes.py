@@ -13,8 +13,9 @@ import huggingface_hub.errors
 import numpy as np
 
 from fpo_jax import config as configuration
-from fpo_jax import data, models, terminal
+from fpo_jax import data, models
 from fpo_jax.data import group_packing
+from fpo_jax.io import terminal
 from fpo_jax.perf import flops
 from fpo_jax.trainer import run_inputs, run_schedule
 

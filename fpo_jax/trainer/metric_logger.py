@@ -17,8 +17,8 @@ from typing import IO
 
 import numpy as np
 
-from fpo_jax import atomic_io, jsonl
 from fpo_jax.distributed import workdir_lock
+from fpo_jax.io import atomic_io, jsonl
 
 log = logging.getLogger("fpo_jax")
 

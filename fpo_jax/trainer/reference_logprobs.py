@@ -19,9 +19,10 @@ import safetensors
 import safetensors.numpy
 import tqdm
 
-from fpo_jax import atomic_io, data, distributed, json_digest, types
 from fpo_jax import config as configuration
+from fpo_jax import data, distributed, types
 from fpo_jax.distributed import preemption
+from fpo_jax.io import atomic_io, json_digest
 from fpo_jax.perf import profiler
 from fpo_jax.trainer import run_inputs, run_schedule, steps
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import jax
 
-from fpo_jax import __version__, atomic_io, checkpoint, hf, losses
+from fpo_jax import __version__, checkpoint, hf, losses
 from fpo_jax import config as configuration
+from fpo_jax.io import atomic_io
 from fpo_jax.trainer.run_inputs import Inputs
 
 RESOLVED_LOSS = "resolved_loss"  # key of config.json beside the configuration: the loss with all its options

@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from fpo_jax import config as configuration
-from fpo_jax import data, distributed, hf, jsonl, sharding, tokenization, types
+from fpo_jax import data, distributed, hf, sharding, tokenization, types
 from fpo_jax.inference import reward_model, sampler
+from fpo_jax.io import jsonl
 from fpo_jax.trainer import run_inputs
 
 log = logging.getLogger("fpo_jax")

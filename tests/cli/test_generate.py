@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, hf, jsonl, sharding, tokenization
+from fpo_jax import checkpoint, hf, sharding, tokenization
 from fpo_jax.cli import generate, jsonl_job, label
 from fpo_jax.cli import openai_client as servers
 from fpo_jax.distributed import preemption
 from fpo_jax.inference import reward_model, sampler
+from fpo_jax.io import jsonl
 from fpo_jax.models import params
 from fpo_jax.trainer import run_inputs, trainer
 from tests import tiny

@@ -8,10 +8,10 @@ import time
 import anyio
 import pytest
 
-from fpo_jax import jsonl
 from fpo_jax.cli import generate
 from fpo_jax.cli import openai_client as servers
 from fpo_jax.distributed import preemption
+from fpo_jax.io import jsonl
 from tests.answer_server import AnswerServer
 
 KEY = "sk-very-secret"

@@ -15,9 +15,9 @@ from collections import Counter
 
 import pytest
 
-from fpo_jax import jsonl
 from fpo_jax.cli import generate
 from fpo_jax.cli import openai_client as servers
+from fpo_jax.io import jsonl
 from tests.paths import REPO
 
 MOST_MIB = 500  # of a job's process, its imports included

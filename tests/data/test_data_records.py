@@ -9,8 +9,9 @@ import datasets
 import numpy as np
 import pytest
 
-from fpo_jax import data, jsonl
+from fpo_jax import data
 from fpo_jax.data import formats, hh_rlhf
+from fpo_jax.io import jsonl
 from tests.paths import shared_data
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}

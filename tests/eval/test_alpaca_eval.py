@@ -10,8 +10,8 @@ import pandas
 import pytest
 from scipy import optimize
 
-from fpo_jax import terminal
 from fpo_jax.eval.benchmarks import alpaca_eval, length_control
+from fpo_jax.io import terminal
 from tests import tolerances
 from tests.paths import shared_data
 

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 
-from fpo_jax import data, jsonl
+from fpo_jax import data
 from fpo_jax.cli import generate, label
 from fpo_jax.data import decontamination
 from fpo_jax.eval.judge import winrate
 from fpo_jax.eval.pipeline import pipeline
 from fpo_jax.eval.stats import kl
+from fpo_jax.io import jsonl
 from tests import tiny
 
 PROMPTS = ["one?", [{"role": "user", "content": "two!"}], "six:"]

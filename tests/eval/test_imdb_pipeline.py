@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from fpo_jax import hf, jsonl
+from fpo_jax import hf
 from fpo_jax.configs.pipelines import imdb
 from fpo_jax.eval.pipeline import pipeline
 from fpo_jax.eval.stats import kl
+from fpo_jax.io import jsonl
 from tests import tiny
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from fpo_jax import hf, jsonl, models, tokenization
+from fpo_jax import hf, models, tokenization
 from fpo_jax.cli import generate
 from fpo_jax.eval.stats import kl
+from fpo_jax.io import jsonl
 from tests import tiny, tolerances
 
 PROMPTS = ["one?", "two!", "six:"]  # of one length, for one compilation

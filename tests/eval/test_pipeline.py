@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from fpo_jax import jsonl
 from fpo_jax.checkpoint import integrity
 from fpo_jax.configs.pipelines import common
 from fpo_jax.distributed import preemption
 from fpo_jax.eval.pipeline import pipeline, pipeline_report
+from fpo_jax.io import jsonl
 from tests import tiny
 from tests.paths import REPO, shared_data
 

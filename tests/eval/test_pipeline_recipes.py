@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from fpo_jax import data, hf, jsonl
+from fpo_jax import data, hf
 from fpo_jax.eval.pipeline import pipeline
+from fpo_jax.io import jsonl
 from tests import tiny
 from tests.eval.test_imdb_pipeline import write_reviews
 from tests.eval.test_pipeline import RECIPES

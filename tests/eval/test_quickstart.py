@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 from absl import flags
 
-from fpo_jax import checkpoint, jsonl, losses, tokenization
+from fpo_jax import checkpoint, losses, tokenization
 from fpo_jax import config as configuration
 from fpo_jax.config import overrides
 from fpo_jax.configs import quickstart as recipe
@@ -27,6 +27,7 @@ from fpo_jax.eval.quickstart import (
 from fpo_jax.eval.quickstart import quickstart_task as task
 from fpo_jax.eval.report import html
 from fpo_jax.eval.stats import confidence_intervals
+from fpo_jax.io import jsonl
 from fpo_jax.models import params
 from fpo_jax.trainer import trainer
 from tests import paths, tolerances

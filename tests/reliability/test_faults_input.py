@@ -15,8 +15,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fpo_jax import data, jsonl, tokenization
+from fpo_jax import data, tokenization
 from fpo_jax.data import loading
+from fpo_jax.io import jsonl
 from tests import real_tokenizers
 from tests.data.test_data_fuzz import SOUND
 from tests.paths import shared_data

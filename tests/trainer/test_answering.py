@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from fpo_jax import checkpoint, jsonl, losses
+from fpo_jax import checkpoint, losses
 from fpo_jax.cli import generate
 from fpo_jax.eval.report import report
+from fpo_jax.io import jsonl
 from fpo_jax.trainer import export, metric_logger, run_inputs, sample_completions
 from tests import resuming, tiny
 from tests.inference.test_rewarding import base, run  # noqa: F401  fixtures

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from fpo_jax import atomic_io
+from fpo_jax.io import atomic_io
 
 LONGEST_LINE = 2**26  # bytes of one row; of a gzip stream those that it unpacks to
 

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from fpo_jax import jsonl
 from fpo_jax.cli import jsonl_job
 from fpo_jax.eval.judge import pairwise_judge
 from fpo_jax.eval.pipeline import pipeline_report
+from fpo_jax.io import jsonl
 from fpo_jax.trainer import sample_completions
 from tests.paths import REPO
 

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from fpo_jax import atomic_io
+from fpo_jax.io import atomic_io
 from tests.paths import REPO
 
 # writes two files of a folder, says so, and waits to be struck
 WRITER = """
 import sys, time
 from pathlib import Path
-from fpo_jax import atomic_io
+from fpo_jax.io import atomic_io
 with atomic_io.writing_folder(Path(sys.argv[1])) as new:
     (new / "a").write_text("half")
     (new / "b").mkdir()

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from fpo_jax import terminal
 from fpo_jax.cli import args, export, generate, train
 from fpo_jax.eval.report import report
+from fpo_jax.io import terminal
 from fpo_jax.trainer import run_inputs, run_summary
 from tests import tiny
 from tests.paths import REPO
@@ -81,7 +81,7 @@ def test_a_program_s_last_words_are_shown(where):
 
 
 def test_no_program_prints_past_it():
-    """What reaches a terminal goes through fpo_jax/terminal.py: no other file prints a text with a value in it."""
+    """What reaches a terminal goes through fpo_jax/io/terminal.py: no other file prints a text with a value in it."""
     raw = re.compile(r"print\(f?\"[^\"]*\{(error|path|name|options|directory|table|summary)[^}]*\}|basicConfig\(")
     found = []
     for root in ("fpo_jax", "eval"):

@@ -1,0 +1,7 @@
+"""Files and words: what every program writes, and how it says something.
+
+atomic_io    files and folders that are there whole or not at all
+jsonl        the one reader and the one writer of JSON Lines
+json_digest  the one digest of values
+terminal     errors, results and logs, with nothing in them that a terminal would obey
+"""
