@@ -111,6 +111,9 @@ def writing_folder(folder: Path) -> Iterator[Path]:
             yield new
             sync_tree(new)
             new.rename(place)
+        except OSError as error:
+            error.filename = error.filename or str(folder)
+            raise
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     sync(place.parent)

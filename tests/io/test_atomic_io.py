@@ -68,12 +68,12 @@ def test_a_signal_takes_away_what_was_written(tmp_path, number):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError(), KeyboardInterrupt()])
 def test_an_error_leaves_nothing(tmp_path, error):
-    with pytest.raises(type(error)), atomic_io.writing_folder(tmp_path / "out") as new:
-        (new / "a").write_text("half")
-        raise error
-    with pytest.raises(type(error)), atomic_io.writing(tmp_path / "file") as beside:
-        beside.write_text("half")
-        raise error
+    for name, writing in (("out", atomic_io.writing_folder), ("file", atomic_io.writing)):
+        with pytest.raises(type(error)) as described, writing(tmp_path / name) as beside:
+            (beside / "a" if name == "out" else beside).write_text("half")
+            raise type(error)(*error.args)
+        if isinstance(error, OSError):
+            assert described.value.filename == str(tmp_path / name), "what a full disk says names no file"
     assert list(tmp_path.iterdir()) == []
 
 
