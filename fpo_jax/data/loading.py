@@ -17,7 +17,7 @@ from typing import Any
 
 from fpo_jax.config import choices
 from fpo_jax.data import tabular_files
-from fpo_jax.io import jsonl
+from fpo_jax.io import jsonl, terminal
 
 _DATA_SUFFIX = re.compile(r"\.(jsonl?|ndjson|gz|csv|tsv|txt|parquet|pq|arrow|feather|zip|zst|bz2|xz|xlsx?|tar|tgz)$")
 _ABOUT = ("dataset_info.json", "dataset_infos.json")  # of a copy of a hub data set, about its rows
@@ -109,6 +109,8 @@ def _hub_rows(name: str, split: str | None, data_dir: str | None, revision: str 
     try:
         table = datasets.load_dataset(name, split=split, data_dir=data_dir, revision=revision)
     except Exception as error:  # the library raises a dozen types here, from DNS to a missing split
+        if terminal.is_ours(error):
+            raise
         cause = " ".join(str(error).split())[:300]
         raise ValueError(
             f"there is no local path {name!r}, and the hub data set of that name cannot be loaded ({split!r}): {cause}"

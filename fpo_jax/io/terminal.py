@@ -62,6 +62,11 @@ def sentence(error: BaseException) -> str:
     return shown(str(error) or type(error).__name__, longest=LONGEST_ERROR)
 
 
+def is_ours(error: BaseException) -> bool:
+    """Return whether an error is of a class of ours, as a signal's is; no handler of a library's errors may take it."""
+    return type(error).__module__.startswith("fpo_jax.")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of what a library says, or the kind of its error where it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

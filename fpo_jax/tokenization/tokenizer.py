@@ -22,7 +22,7 @@ from google.protobuf import message as protobuf
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece
 from transformers import PreTrainedTokenizerFast
 
-from fpo_jax.io import json_digest
+from fpo_jax.io import json_digest, terminal
 from fpo_jax.tokenization import chat_templates, template_sandbox, thinking, tokenizer_limits
 from fpo_jax.tokenization.prompt_format import PromptFormat
 
@@ -98,6 +98,8 @@ def load_tokenizer(
     try:
         tokenizer = _load(name_or_path, path)
     except Exception as error:  # the libraries raise a dozen types, from Rust bare Exception; recursion is one too
+        if terminal.is_ours(error):
+            raise
         cause = _broken(path) or " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"cannot load a tokenizer from {str(name_or_path)!r}: {cause}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -252,6 +254,8 @@ def _from_file(path: Path) -> transformers.PreTrainedTokenizerBase:
         try:
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
         except Exception as error:  # the Rust library raises a bare Exception for a broken file
+            if terminal.is_ours(error):
+                raise
             raise ValueError(f"not a tokenizer.json: {error}") from error
     if path.suffix == ".model":
         return _order_merges(transformers.LlamaTokenizer.from_pretrained(str(path), add_bos_token=True), path)

@@ -3,12 +3,15 @@
 import errno
 import json
 import logging
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
+import transformers
 
 from fpo_jax.cli import args, export, generate, train
 from fpo_jax.eval.report import report
@@ -208,11 +211,17 @@ class TestOneSentence:
         code, said = answered(export.main, ["--workdir", tmp_path / "none", "--out", tmp_path / "o"], capfd)
         assert code == 2 and "none is not a directory" in said
 
+    def test_a_signal_while_a_tokenizer_is_loaded_is_no_fault_of_the_tokenizer(self, folder, capfd, monkeypatch):
+        def struck(*_, **__):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", struck)
+        (folder / "p.jsonl").write_text('{"prompt": "a"}\n')
+        code, said = answered(generate.main, TestForeignText().given(folder, folder / "p.jsonl"), capfd)
+        assert code == 75 and said.endswith("the same command goes on.\n") and "tokenizer" not in said
+
     def test_a_signal_ends_a_program_in_one_sentence(self, capfd):
         def struck():
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGTERM)
             raise AssertionError("it went on")
 
