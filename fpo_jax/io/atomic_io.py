@@ -19,6 +19,10 @@ _LOCK = "lock"  # beside what is not finished
 _NO_FLOCK = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 
+class Taken(ValueError):
+    """Another process is writing a folder, or may be."""
+
+
 def write(path: Path, text: str) -> Path:
     """Write a text, and return its place; missing folders are made."""
     return write_bytes(path, text.encode())
@@ -102,19 +106,25 @@ def writing_folder(folder: Path) -> Iterator[Path]:
     """
     place = vacant(folder)
     beside = place.with_name(f".{place.name}.partial")
-    make_folder(beside)
-    with (beside / _LOCK).open("a") as lock:
-        _take_over(beside, lock, folder)
-        try:
+    mine = not beside.exists()  # a signal may come from here on
+    try:
+        make_folder(beside)
+        with (beside / _LOCK).open("a") as lock:
+            _take_over(beside, lock, folder)
+            mine = True
             new = beside / place.name
             new.mkdir()
             yield new
             sync_tree(new)
             new.rename(place)
-        except OSError as error:
-            error.filename = error.filename or str(folder)
-            raise
-        finally:
+    except Taken:
+        mine = False
+        raise
+    except OSError as error:
+        error.filename = error.filename or str(folder)
+        raise
+    finally:
+        if mine:
             shutil.rmtree(beside, ignore_errors=True)
     sync(place.parent)
 
@@ -160,12 +170,12 @@ def _take_over(beside: Path, lock: IO[str], folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder} is being written by another process; wait for it, or choose another.") from None
+        raise Taken(f"{folder} is being written by another process; wait for it, or choose another.") from None
     except OSError as error:
         if error.errno not in _NO_FLOCK:
             raise
         if left:
-            raise ValueError(
+            raise Taken(
                 f"{beside} is unfinished, and its disk does not tell whether its writer still runs; once it is certain"
                 " that it has ended, remove that folder."
             ) from None
