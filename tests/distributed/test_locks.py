@@ -258,7 +258,7 @@ PROGRAMS = {  # module of a program -> its command line, to which the output is 
         "--benchmark alpaca_eval --data {questions} --model none --temperature 0 --max-new-tokens 4 --out",
         workdir_lock.hold,
     ),
-    "eval.judge.winrate": ("--completion none --baseline none --reward-model none --out", workdir_lock.hold),
+    "eval.judge.winrate": ("--candidate none --baseline none --reward-model none --out", workdir_lock.hold),
     "eval.report.report": ("--workdir . --out", workdir_lock.hold),
     "eval.report.divergence_figure": ("--out", workdir_lock.hold),
     "eval.pipeline.pipeline": (f"--config {REPO / 'configs/pipelines/hh_rw.py'} --workdir", workdir_lock.hold),
@@ -297,7 +297,7 @@ def test_every_program_that_has_an_output_is_among_them():
 
 def test_two_comparisons_do_not_write_one_file_of_replies(tmp_path):
     options = winrate.Options(
-        completion=tmp_path, baseline="b", out=tmp_path / "o", store=str(tmp_path / "shared.jsonl")
+        candidate=tmp_path, baseline="b", out=tmp_path / "o", store=str(tmp_path / "shared.jsonl")
     )
     with winrate._store(options), pytest.raises(ValueError, match=r"shared.jsonl is in use by .* another --store"):
         winrate._store(options).__enter__()

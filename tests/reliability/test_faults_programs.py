@@ -39,7 +39,7 @@ PROGRAMS = {
     ),
     "winrate": (
         "fpo_jax.eval.judge.winrate",
-        "--completion {root}/answers.jsonl --baseline {root}/baseline.jsonl --reward-model {root}/judge"
+        "--candidate {root}/answers.jsonl --baseline {root}/baseline.jsonl --reward-model {root}/judge"
         " --compute-dtype float32",
         ["verdicts.jsonl", "summary.json"],
     ),
