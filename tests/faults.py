@@ -33,7 +33,7 @@ SEED = int(os.environ.get("FPO_FAULT_SEED", "20260923"))
 POINTS = {
     "data": "fpo_jax.data.prepare",
     "load": "fpo_jax.hf.load_params",
-    "compile": "fpo_jax.trainer.compiled_step.Program._compile",
+    "compile": "fpo_jax.trainer.compiled_step.CompiledStep._compile",
     "reference": "fpo_jax.trainer.reference_logprobs.compute",
     "reference written": "fpo_jax.trainer.reference_logprobs.save",
     "step": "fpo_jax.trainer.train_step.stack_micro_batches",
@@ -234,7 +234,7 @@ def _keep_executables(arguments: list[str]) -> None:
 
     from fpo_jax.trainer import compiled_step
 
-    inner, place = compiled_step.Program._compile, arguments.index("--workdir")
+    inner, place = compiled_step.CompiledStep._compile, arguments.index("--workdir")
     same = arguments[:place] + arguments[place + 2 :]
     key = json.dumps([argument for argument in same if not any(name in argument for name in FREE)])
 
@@ -251,7 +251,7 @@ def _keep_executables(arguments: list[str]) -> None:
         temporary.replace(path)
         return made
 
-    compiled_step.Program._compile = compiled
+    compiled_step.CompiledStep._compile = compiled
 
 
 def _log_groups(workdir: Path) -> None:

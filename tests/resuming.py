@@ -29,7 +29,7 @@ def stopped(config, workdir, monkeypatch, *, after, then=None):
 
 def compile_once(monkeypatch):
     """Let runs of one configuration, however far each goes, share their compiled programs."""
-    compiled, build = {}, compiled_step.Program._compile
+    compiled, build = {}, compiled_step.CompiledStep._compile
 
     def once(program, first, batch):
         key = (program.name, str(jax.tree.map(lambda leaf: (leaf.shape, leaf.sharding), (first, batch))))
@@ -37,7 +37,7 @@ def compile_once(monkeypatch):
             compiled[key] = build(program, first, batch)
         return compiled[key]
 
-    monkeypatch.setattr(compiled_step.Program, "_compile", once)
+    monkeypatch.setattr(compiled_step.CompiledStep, "_compile", once)
 
 
 def outcome(workdir):

@@ -1,6 +1,7 @@
 """Programs killed or told to stop anywhere: what is left can be read, goes on, and ends as if nothing had been."""
 
 import json
+import pkgutil
 import re
 import signal
 
@@ -16,6 +17,12 @@ def site(tmp_path_factory):
     root = tmp_path_factory.mktemp("site")
     with faults.Zygote(root / "compiled") as zygote:
         yield crash_site.Site(root, zygote)
+
+
+@pytest.mark.parametrize("point", faults.POINTS)
+def test_a_point_where_a_run_can_be_struck_is_there(point):
+    """The quick suite notices a function that has another name now."""
+    assert callable(pkgutil.resolve_name(faults.POINTS[point]))
 
 
 def killing(random, site, workdir):

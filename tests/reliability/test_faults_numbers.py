@@ -269,7 +269,7 @@ def test_without_an_outlier_or_a_full_window_skipping_changes_no_bit(inputs, tmp
     def compiled(program, first, batch):
         return program.jitted.lower(first, batch).compile(compiler_options=compiling.AS_USERS)
 
-    monkeypatch.setattr(compiled_step.Program, "_compile", compiled)
+    monkeypatch.setattr(compiled_step.CompiledStep, "_compile", compiled)
     for name, changed in {"off": {"loss__alpha": 1.0}, "on": SPIKES | {"train__spike_window": 99}}.items():
         resuming.whole(config(inputs, **changed, train__max_steps=4), tmp_path / name)
     assert weights(tmp_path / "off")[1] == weights(tmp_path / "on")[1]

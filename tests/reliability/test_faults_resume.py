@@ -62,7 +62,7 @@ class Recorder:
         self.states, self.begun = {}, 0
         self.groups = collections.defaultdict(list)
         self.saved, self.restored = {}, []  # of what a checkpoint holds: after every step; by every start
-        call, before = compiled_step.Program.__call__, profiler.Trace.before
+        call, before = compiled_step.CompiledStep.__call__, profiler.Trace.before
         restore = checkpoint.Checkpointer.restore
 
         def called(program, first, batch):
@@ -83,7 +83,7 @@ class Recorder:
             return state
 
         monkeypatch.setattr(checkpoint.Checkpointer, "restore", restoring)
-        monkeypatch.setattr(compiled_step.Program, "__call__", called)
+        monkeypatch.setattr(compiled_step.CompiledStep, "__call__", called)
         resuming.compile_once(monkeypatch)
         monkeypatch.setattr(profiler.Trace, "before", begins)
 
