@@ -12,8 +12,8 @@ from tests.paths import REPO
 # a folder, or a file at the top, imports only from those above it
 LAYERS = [
     "types",
-    "versions",
     "io",
+    "versions",
     "config",
     "tokenization",
     "distributed",

@@ -40,8 +40,8 @@ class TestRows:
         encoder = tokenization.encoder(toy)
         for group, record in enumerate(records):
             head = tokenization.encode(encoder, [record.prompt])[0]
-            for completion, completion in enumerate(record.completions):
-                ids, prompt_length = prepared.row(group * 2 + completion)
+            for index, completion in enumerate(record.completions):
+                ids, prompt_length = prepared.row(group * 2 + index)
                 assert ids.tolist() == head + tokenization.encode(encoder, [completion])[0] + [encoder.eos_id]
                 assert prompt_length == len(head)
         np.testing.assert_array_equal(prepared.rewards_BK, [[1, 0]] * 3)

@@ -143,9 +143,9 @@ def test_groups_of_an_update_are_those_of_the_padded_layout_on_any_number_of_pro
                 assert_array_equal(getattr(part, name), getattr(whole, name)[start::2])
         sizes = data.row_sizes(shared, number)
         filled = whole.valid_NT.any(axis=1).sum()
-        assert sizes.texts.sum() == whole.valid_NT.sum() and sizes.completions == whole.loss_mask_NR.sum()
-        assert sizes.rows == -(-filled // 4) * 4 and sizes.completions == data.row_sizes(plain, number).texts.sum()
-        assert data.tokens_once(plain, number) == sizes.texts.sum() < sizes.completions
+        assert sizes.texts.sum() == whole.valid_NT.sum() and sizes.completion_tokens == whole.loss_mask_NR.sum()
+        assert sizes.rows == -(-filled // 4) * 4 and sizes.sequence_tokens == data.row_sizes(plain, number).texts.sum()
+        assert data.tokens_once(plain, number) == sizes.texts.sum() < sizes.sequence_tokens
 
 
 def test_a_pass_holds_every_group_once_and_pads_little():

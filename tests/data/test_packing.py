@@ -61,7 +61,7 @@ def test_a_packed_row_to_the_letter():
     prepared = texts([4, 2, 3], [2, 1, 1])._replace(tokens_S=np.array([11, 12, 13, 14, 21, 22, 31, 32, 33], np.int32))
     packed = data.pack(prepared, length=7)
     batch = one_batch(packed, length=8)
-    assert packed.sources == ("f:0, f:2", "f:1") and packed.loss_mask_N.tolist() == [4, 1]
+    assert packed.sources == ("f:0, f:2", "f:1") and packed.loss_tokens_N.tolist() == [4, 1]
     assert_array_equal(batch.tokens_NT, [[11, 12, 13, 14, 31, 32, 33, 0], [21, 22, 0, 0, 0, 0, 0, 0]])
     assert_array_equal(batch.segments.ids_NT, [[0, 0, 0, 0, 1, 1, 1, -1], [0, 0, -1, -1, -1, -1, -1, -1]])
     assert_array_equal(batch.valid_NT, [[1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0, 0, 0]])

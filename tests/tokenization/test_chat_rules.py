@@ -293,7 +293,7 @@ class TestTexts:
     def test_template_whose_later_turns_change_the_prompt(self):
         encoder = toy(template="{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
         with pytest.raises(
-            ValueError, match=r"changes the text of the prompt .*\nasked for an answer: .*\nwith the resp"
+            ValueError, match=r"changes the text of the prompt .*\nasked for an answer: .*\nwith the compl"
         ):
             tokenization.chat_texts(encoder, "a", ["b"])
 
