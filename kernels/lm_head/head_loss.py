@@ -164,7 +164,7 @@ def check(
         raise ValueError(f"{tokens} tokens and {groups[0]} groups do not divide into {rows} rows; fill up the rows")
     if loss_mask_N.shape != (tokens,) or loss_mask_N.dtype != bool:
         raise ValueError(
-            f"scored is {loss_mask_N.dtype}{list(loss_mask_N.shape)}, not {tokens} bools; pass one per token"
+            f"loss_mask_N is {loss_mask_N.dtype}{list(loss_mask_N.shape)}, not {tokens} bools; pass one per token"
         )
     for leaf in jax.tree.leaves(operands):
         if jnp.shape(leaf) not in ((), tuple(groups)):

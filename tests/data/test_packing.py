@@ -72,7 +72,7 @@ def test_a_packed_row_to_the_letter():
     part = data.batch_at(schedule, 0, np.array([1]))
     jax.tree.map(lambda mine, whole: assert_array_equal(mine, whole[1:]), part, batch)
     sizes = data.row_sizes(schedule, 0)
-    assert sizes.texts.tolist() == [4, 3, 2] and (sizes.completions, sizes.rows) == (5, 2)
+    assert sizes.texts.tolist() == [4, 3, 2] and (sizes.completion_tokens, sizes.rows) == (5, 2)
 
 
 def test_positions_restart_and_a_text_sees_itself_alone():

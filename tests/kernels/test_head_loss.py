@@ -212,7 +212,7 @@ MESH = Mesh(np.array(jax.devices()[:2]), ("fsdp",))
     ("change", "message"),
     [
         ({"groups": (7, 2)}, r"300 tokens do not divide into B\*K = 7\*2 completions; pad them to R each"),
-        ({"loss_mask_N": jnp.ones(300)}, r"scored is float32\[300\], not 300 bools"),
+        ({"loss_mask_N": jnp.ones(300)}, r"loss_mask_N is float32\[300\], not 300 bools"),
         ({"operands": np.ones(5)}, r"an operand has shape \(5,\); use \[B, K\] = \[3, 2\] or a scalar"),
         ({"placement": Placement(MESH, ("fsdp",))}, "3 rows of whole groups are not divisible by the 2 devices"),
         ({"slots_N": np.zeros(300, int), "rows": 2}, "300 tokens and 3 groups do not divide into 2 rows"),
