@@ -12,7 +12,6 @@ An owner that was stopped for so long that another one took over finds that out 
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -24,6 +23,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from fpo_jax.io import atomic_io
+
 log = logging.getLogger("fpo_jax")
 
 FILE = "lock.json"  # in a folder; the lock of a file lies beside it, hidden
@@ -34,7 +35,6 @@ _TRIES = 5  # the owner may remove the file between two of our looks
 _SIZE = 512  # bytes of a claim
 _LARGEST = 2**12  # that are read of what may be no lock
 _FIELDS = {"host": str, "pid": int, "started": str, "machine": str, "token": str, "beat": int}
-_NO_FLOCK = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 _held: list["_Lease"] = []
 
@@ -250,7 +250,7 @@ def _free(file: int, path: Path, what: Path, option: str, *, made: bool) -> tupl
     Raises:
         ValueError: it has an owner that lives; or it is no lock.
     """
-    flocked = _flock(file)
+    flocked = atomic_io.flock(file)
     text = _read(path)
     if not text and not made and flocked is not False:  # its maker, on another host, may be about to write
         time.sleep(POLL_S)
@@ -265,7 +265,7 @@ def _free(file: int, path: Path, what: Path, option: str, *, made: bool) -> tupl
         raise ValueError(_refusal(what, owner, option))
     if not here and not _stands_still(path, what, text, owner, option):
         return False, True
-    if not here and _flock(file) is False:
+    if not here and atomic_io.flock(file) is False:
         raise ValueError(
             f"{what} is locked by {_described(owner)}, which shows no sign of life, but whose file system has not given"
             f" its lock back yet; start again later, or use another {option}."
@@ -290,19 +290,6 @@ def _stands_still(path: Path, what: Path, text: str, owner: dict, option: str) -
             return False
         if now != text:
             raise ValueError(_refusal(what, _owner(path, what, now), option))
-    return True
-
-
-def _flock(file: int) -> bool | None:
-    """Return whether the kernel gave the lock; None where the file system has none."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_FLOCK:
-            raise
-        return None
     return True
 
 

@@ -152,6 +152,19 @@ def sync_parents(path: Path) -> None:
             sync(folder)
 
 
+def flock(file: int) -> bool | None:
+    """Return whether the kernel gave the lock; None where the file system has none."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        return None
+    return True
+
+
 def sync(path: Path) -> None:
     """Bring a file's content, or the names in a folder, to the disk."""
     number = os.open(path, os.O_RDONLY)
@@ -167,17 +180,13 @@ def sync(path: Path) -> None:
 def _take_over(beside: Path, lock: IO[str], folder: Path) -> None:
     """Make an unfinished folder this process's own, with nothing in it."""
     left = [one for one in beside.iterdir() if one.name != _LOCK]
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Taken(f"{folder} is being written by another process; wait for it, or choose another.") from None
-    except OSError as error:
-        if error.errno not in _NO_FLOCK:
-            raise
-        if left:
-            raise Taken(
-                f"{beside} is unfinished, and its disk does not tell whether its writer still runs; once it is certain"
-                " that it has ended, remove that folder."
-            ) from None
+    got = flock(lock.fileno())
+    if got is False:
+        raise Taken(f"{folder} is being written by another process; wait for it, or choose another.")
+    if got is None and left:
+        raise Taken(
+            f"{beside} is unfinished, and its disk does not tell whether its writer still runs; once it is certain that"
+            " it has ended, remove that folder."
+        )
     for one in left:
         shutil.rmtree(one)
