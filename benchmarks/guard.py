@@ -1,12 +1,12 @@
-"""What it costs to check every update: one with the skip_rule and one without, in turns, on the same model and batch.
+"""What it costs to check every update: one with the skip rule and one without, in turns, on the same model and batch.
 
-    python benchmarks/skip_rule.py --width 256 --layers 4 --rounds 30
+    python benchmarks/guard.py --width 256 --layers 4 --rounds 30
 
-Prints a JSON object: the median seconds of both, of the skip_rule that looks for spikes too, and the medians of the
+Prints a JSON object: the median seconds of both, of the skip rule that looks for spikes too, and the medians of the
 differences within a round relative to the update without, in seconds and in CPU seconds, beside what the compiler
 counts of operations and bytes, which no other work on the machine disturbs. The one without is compiled with `isfinite`
 taken as true, so that the compiler drops every choice between new and old state. `host_calls` counts what the compiled
-program with the skip_rule asks the host for; it is 0.
+program with the skip rule asks the host for; it is 0.
 """
 
 import argparse

@@ -81,7 +81,7 @@ def configured(of: dict, folder: Path, model: Path, *, layout: str, updates: int
 
 
 def padding(run: Updates, number: int) -> float:
-    """Return the share of an update's positions that hold no token of a candidate."""
+    """Return the share of a step's positions that hold no token of a sequence."""
     return float(1 - data.row_sizes(run.plan.schedule, number).texts.sum() / run.work(number).tokens)
 
 
@@ -227,7 +227,7 @@ def paddings(name: str, folder: Path) -> list[dict]:
 
 def padding_table(rows: list[dict]) -> str:
     """Rows as Markdown."""
-    lines = ["| set | model | groups / update | rows a block | T | padding |", "|---" * 6 + "|"]
+    lines = ["| set | model | groups / step | rows a block | T | padding |", "|---" * 6 + "|"]
     for row in rows:
         cells = [str(row[key]) for key in ("set", "model", "groups", "block", "length")]
         lines.append(f"| {' | '.join(cells)} | {row['padding']:.1%} |")
@@ -237,7 +237,7 @@ def padding_table(rows: list[dict]) -> str:
 def table(rows: list[dict]) -> str:
     """Rows as Markdown."""
     lines = [
-        "| set | layout | rows | tokens / update | padding | s / update | predicted | measured |",
+        "| set | layout | rows | tokens / step | padding | s / step | predicted | measured |",
         "|---" * 8 + "|",
     ]
     for row in rows:
@@ -250,7 +250,7 @@ def table(rows: list[dict]) -> str:
 
 def gpu_table(rows: list[dict]) -> str:
     """Rows as Markdown."""
-    names = "set, layout, rows, positions / update, padding, s / update, tokens of candidates / s, MFU on valid tokens"
+    names = "set, layout, rows, positions / step, padding, s / step, tokens of sequences / s, MFU on valid tokens"
     lines = [f"| {names.replace(', ', ' | ')} | peak GiB | predicted | measured |", "|---" * 11 + "|"]
     for row in rows:
         share = f"{row['mfu_valid']:.1%}" if "mfu_valid" in row else "-"

@@ -162,7 +162,7 @@ def main() -> None:
         f"{found['device']}: {found['parameters'] / 1e9:.2f} billion parameters, {options.layout}, {found['rows']}\n"
         f"{found['median']:.3f} s an update of {options.groups} pairs"
         f" ({', '.join(f'{value:.3f}' for value in found['seconds'][1:])}; the first {found['seconds'][0]:.1f}),"
-        f" {found['tokens_per_s']:,.0f} tokens of candidates a second, padding {found['padding']:.1%}"
+        f" {found['tokens_per_s']:,.0f} tokens of sequences a second, padding {found['padding']:.1%}"
     )
     if found["mfu"] is not None:
         print(f"MFU on valid tokens {found['mfu']:.1%}, at most {found['peak_bytes'] / 2**30:.1f} GiB")

@@ -1,8 +1,8 @@
 """One mesh with named axes, and one table from logical axes to mesh axes.
 
-Weights (params), batches and activations (model/) name their logical axes; `RULES` alone decides where they live.
-Rows are cut over (data, fsdp), weights over fsdp and tensor, and between the matmuls of a tensor-parallel layer the
-residual stream is cut along its positions. The same code runs on one CPU device and on many accelerators.
+Weights (`models/param_table.py`), batches and activations name their logical axes; `RULES` alone decides where they
+live. Rows are cut over (data, fsdp), weights over fsdp and tensor, and between the matmuls of a tensor-parallel layer
+the residual stream is cut along its positions. The same code runs on one CPU device and on many accelerators.
 """
 
 import dataclasses

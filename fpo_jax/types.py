@@ -11,7 +11,7 @@ import numpy as np
 
 LEGEND = {
     "A": "micro-batches accumulated into one step",
-    "B": "groups: one prompt with its K completion completions",
+    "B": "groups: one prompt with its K completions",
     "K": "completions per group (2 for a preference pair)",
     "N": "rows; one completion each, N = B*K and row b*K + k is completion k of group b, or groups packed into them",
     "T": "tokens of a row, prompt and completion, right-padded",

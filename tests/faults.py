@@ -262,7 +262,7 @@ def _log_groups(workdir: Path) -> None:
     @functools.wraps(inner)
     def logged(schedule, number, positions):
         batch = inner(schedule, number, positions)
-        if schedule.batch_size == 4:  # an step's; evaluations and the reference pass have other sizes here
+        if schedule.batch_size == 4:  # a step's; evaluations and the reference pass have other sizes here
             with (workdir / TRAINED).open("a") as file:
                 file.write(json.dumps([number + 1, sorted(batch.row_ids_B[batch.row_ids_B >= 0].tolist())]) + "\n")
         return batch

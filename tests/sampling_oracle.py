@@ -54,7 +54,7 @@ def sample(
         window: tokens of a row, prompt and completion; None = just enough for the longest prompt. Give it to share one
             compilation between calls.
         compute_dtype: of the forward pass; logits and noise are float32.
-        attention: as for model.hidden_states.
+        attention: as for models.hidden_states.
 
     Returns:
         completions[p][r]: token ids without the prompt, EOS included as the last one where the model wrote it; a

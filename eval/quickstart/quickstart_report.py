@@ -1,6 +1,6 @@
 """The quickstart's report: a summary and the files it was counted from in, report.md, report.html and plots out.
 
-What is said is decided here, as blocks; page.py writes them in both formats.
+What is said is decided here, as blocks; html.py writes them in both formats.
 """
 
 import json

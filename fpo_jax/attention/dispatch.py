@@ -80,8 +80,8 @@ def select(
         soft_cap: bound on the magnitude of the logits; None for none.
         segments: whether rows hold several texts.
         shared: whether texts of a row follow another one, their prompt.
-        compute_capability: of a GPU, as `logps.Target` says it: "9.0" of an NVIDIA one, "gfx942" of an AMD one. "" is
-            none, or an unknown GPU, which is taken for an NVIDIA one of 8.0: it gets cuDNN and never Mosaic.
+        compute_capability: of a GPU, as `logprobs.Target` says it: "9.0" of an NVIDIA one, "gfx942" of an AMD one. ""
+            is none, or an unknown GPU, which is taken for an NVIDIA one of 8.0: it gets cuDNN and never Mosaic.
         layout: where activations live on a mesh.
 
     Raises:

@@ -1,8 +1,10 @@
 """The configuration of a run.
 
-fields   every config field with its default and meaning; which of them may change when a run resumes
-checks   what is wrong with their values, one sentence each
-effects  which of them change nothing beside the others
+fields     every config field with its default and meaning; which of them may change when a run resumes
+overrides  a recipe by name or path, and what the command line changes
+checks     what is wrong with their values, one sentence each
+effects    which of them change nothing beside the others
+choices    the one sentence about a value that is none of its choices
 """
 
 from fpo_jax.config.checks import problems, raise_problems, row_slice, validate

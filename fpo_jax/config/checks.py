@@ -98,7 +98,7 @@ def problems(config: Config) -> list[str]:
         found.append(f"train.keep_best={config.train.keep_best!r} needs an evaluation; set data.eval.")
     if config.train.keep_best and not config.train.keep_best.startswith("eval_"):
         found.append(f"train.keep_best={config.train.keep_best!r} must name a metric of an evaluation, e.g. eval_loss.")
-    found += _answers_problems(config)
+    found += _sample_completions_problems(config)
     number("completions.count", 0)
     number("completions.max_new_tokens", 1)
     number("completions.temperature", 0.0)
@@ -154,7 +154,7 @@ def _length_problems(config: Config) -> list[str]:
     return found
 
 
-def _answers_problems(config: Config) -> list[str]:
+def _sample_completions_problems(config: Config) -> list[str]:
     """List what keeps the model from answering prompts."""
     found, options = [], config.completions
     if not options.count:
@@ -162,10 +162,10 @@ def _answers_problems(config: Config) -> list[str]:
     if not options.prompts and not config.data.eval:
         found.append(f"completions.count={options.count} needs prompts; set completions.prompts or data.eval.")
     if config.stage == "reward":
-        found.append(f"completions.count={options.count}: stage 'reward' trains a model that writes no answers; use 0.")
+        found.append(f"completions.count={options.count}: stage 'reward' trains a model that writes no text; use 0.")
     if config.lora.rank:
         found.append(
-            f"completions.count={options.count}: answers are written by whole models, and"
+            f"completions.count={options.count}: completions are written by whole models, and"
             f" lora.rank={config.lora.rank} trains an adapter; use 0, and fpo generate on the export."
         )
     return found

@@ -46,7 +46,7 @@ MAX_BAD_FRACTION = 0.001  # of the rows read; more than this is a wrong format, 
 
 
 class Record(NamedTuple):
-    """One prompt with its completion completions."""
+    """One prompt with its completions."""
 
     prompt: str | list[Message]
     completions: Sequence[str | Message]
@@ -84,7 +84,7 @@ def read(
         format: one of those above.
         split: of a hub name or saved data set; in a directory, the files named `split.*` or `split-*`, or in a folder
             named `split`.
-        hh_split: `last_turn` or `first_difference` (see `transcripts`); for format `hh` only.
+        hh_split: `last_turn` or `first_difference` (see `hh_rlhf`); for format `hh` only.
         on_bad_row: `error` stops, naming the first ten; `skip` drops and counts them, up to one in a thousand
             (a single one always).
         start: first row to use, counted from 0 over the whole source.
@@ -94,7 +94,7 @@ def read(
         tokenizer: of the model; format `imdb` counts a prompt's tokens with it, and nothing else does.
 
     Returns:
-        The records in the order of the source; reviews in that of `reviews.alternating`, from `start` to `stop` of it.
+        The records in the order of the source; reviews in that of `imdb.alternating`, from `start` to `stop` of it.
 
     Raises:
         ValueError: no such source, a damaged file, bad rows (each as "file:line: fact"), no rows at all; no tokenizer

@@ -31,7 +31,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def rows(source: str, *, split: str | None, data_dir: str | None, revision: str | None) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) from whatever `source` is; see `records.read` for the arguments.
+    """Yield (place, row) from whatever `source` is; see `formats.read` for the arguments.
 
     Raises:
         ValueError: nothing there, a damaged gzip stream or JSON list, an option that does not apply to the source.

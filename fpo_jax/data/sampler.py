@@ -1,12 +1,12 @@
 """Prepared rows -> static-shape batches, in an order that depends on the seed and the step alone.
 
-What flows in: `Prepared`, a batch size, bucket lengths. What flows out: `shapes.Batch`, whole or the part of it that a
+What flows in: `Prepared`, a batch size, bucket lengths. What flows out: `types.Batch`, whole or the part of it that a
 process feeds to its devices. The cursor is the step: batch number `step` is the same whatever ran before, on any number
 of processes, so a run resumes in O(1).
 
 Shapes: the rows of a batch are padded to the smallest bucket T that holds the longest row of the *global* batch, and
 each T has one R, the most scored tokens any row of that bucket can have. So the number of compilations is known before
-the first step. Groups that share rows (`layouts`) have one T, one R and one number of rows.
+the first step. Groups that share rows (`group_packing`) have one T, one R and one number of rows.
 """
 
 from collections.abc import Sequence
@@ -143,7 +143,7 @@ def packed(
         batch_size: groups of a batch, over all processes.
         multiple: rows that every batch must have a whole number of.
         longest: bound on the row length where it is chosen here.
-        head_cost: of a scored position, relative to that of a token (`layouts.packing`).
+        head_cost: of a scored position, relative to that of a token (`group_packing.packing`).
         length: of a row; None = the one that costs least.
         seed: of the order.
         shuffle: as for `schedule`.
@@ -212,7 +212,7 @@ def _row_shape(
     layout: str,
     **options,
 ) -> group_packing.Packing:
-    """Choose the shape of rows on some of the batches; `options` are those of `layouts.packing`."""
+    """Choose the shape of rows on some of the batches; `options` are those of `group_packing.packing`."""
     shared = layout == "shared"
     samples = batches[:: -(-len(batches) // _SAMPLES)]
     found = group_packing.sizes(prepared, shared=shared) if sizes is None else sizes

@@ -1,7 +1,7 @@
 """Kinds of data files by their first bytes and names, and the rows of those that are tables of columns.
 
 What flows in: a path. What flows out: the kind of the file, or (place, row) pairs of Parquet and Arrow files, a few
-thousand rows in memory at once. JSON and CSV are the business of `sources`.
+thousand rows in memory at once. JSON and CSV are the business of `loading`.
 """
 
 from collections.abc import Iterator

@@ -55,15 +55,15 @@ def prepare(
     """Tokenise records into groups of `group_size` rows, and audit them.
 
     Args:
-        records: from `records.read`, or any sequence of records.
+        records: from `formats.read`, or any sequence of records.
         encoder: of the tokenizer, with the prompt format: rule `raw` (plain text, f-PO's Pythia recipes) or `chat`.
         max_length: tokens of a row.
         max_prompt_length: tokens that a cut prompt keeps; `chat` needs it.
         max_completion_length: tokens of a completion, EOS included; `raw` needs it.
         group_size: K; a record with c completions makes c/K groups of consecutive ones.
         truncation_mode: which end of a cut prompt is kept, `keep_end` or `keep_start`.
-        truncate_together: see `chat.chat_rows`; for `chat` only.
-        cut_prompts_together: see `chat.raw_rows`; for `raw` only.
+        truncate_together: see `tokenization.chat_rows`; for `chat` only.
+        cut_prompts_together: see `tokenization.raw_rows`; for `raw` only.
         on_bad_row: `error` or `skip`, for a group that the chat template refuses or loses text of.
         on_empty_completion: `drop` or `error`, for a group with a completion of white space only or of no scored token.
         on_long_prompt: `truncate`, `drop` or `error`, for a group whose prompt does not fit.
@@ -153,7 +153,7 @@ def reward_row(row: tokenization.Row, encoder: tokenization.Encoder, pad_id: int
     `chat` it is, as in `transformers`, the last token of the template's whole text that is not the pad token.
 
     Args:
-        row: of `chat.raw_rows`, or of `chat.chat_rows` with `ends=False`.
+        row: of `tokenization.raw_rows`, or of `tokenization.chat_rows` with `ends=False`.
         encoder: of the reward model.
         pad_id: `pad_token_id` of the reward model's config; None = it has none.
     """

@@ -1,6 +1,6 @@
 """A process that outlives its parent: run with `-m` and a FOLDER, it has the last words on its input.
 
-jax ends a process from C++ when another one is missing; nothing of ours runs then. The witness sees its input close,
+jax ends a process from C++ when another one is missing; nothing of ours runs then. This process sees its input close,
 and says what was handed to it, and what can be resumed. An empty line, written before an orderly end, makes it silent.
 """
 

@@ -43,7 +43,7 @@ _checkpoints = Path()
 
 
 def set_exit_message(words: str, workdir: Path) -> None:
-    """Have the witness say these words if this process is ended from C++ or killed."""
+    """Have the exit reporter say these words if this process is ended from C++ or killed."""
     global _exit_reporter, _checkpoints
     if _exit_reporter is None:
         _checkpoints = workdir / "checkpoints"

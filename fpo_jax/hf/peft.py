@@ -1,6 +1,6 @@
 """An adapter beside its base -> one model, or a directory that PEFT reads; layer by layer, never whole on the host.
 
-merged      W + alpha/r B A as array-likes that `writing.export` fetches block by block
+merged      W + alpha/r B A as array-likes that `save.export` fetches block by block
 write_peft  adapter_config.json and adapter_model.safetensors
 """
 

@@ -132,7 +132,7 @@ def rows(
         window: tokens of a row; a longer prompt loses its beginning.
 
     Raises:
-        chat.Refused: a conversation that the template does not render.
+        tokenization.Refused: a conversation that the template does not render.
     """
     if encoder.format.rule == "raw":
         longest = window + 1  # the EOS is cut off below

@@ -3,9 +3,15 @@
     Completions [B, K] -> scores -> p = softmax ┐
                       -> rewards -> target q   ┴-> D_f(p‖q) [B]
 
-Read `f_divergences.py` first: it is the paper's table. `fpo losses` prints every row, name and option;
-`fpo losses NAME key=value ...` what one name stands for.
-Nothing here touches tokens, models or batches; the step averages over groups and adds the SFT term.
+f_divergences      the paper's table: read it first
+preference_losses  the other objectives, on pairs of a group
+scores, targets    the policy's s and the target's q, over the completions of a group
+registry, options  every name a loss goes by, and what it can be told -> a `loss.Loss`, all of it settled
+numerics           log-sum-exp and its like, accurate and finite
+described          a loss in words
+
+`fpo losses` prints every entry, name and option; `fpo losses NAME key=value ...` what one name stands for. Nothing here
+touches tokens, models or batches; the step averages over groups and adds the SFT term.
 """
 
 from fpo_jax.losses.described import IN_TRL, described, in_words

@@ -1,4 +1,4 @@
-"""A loss with all its options settled: `Completions` in, one number per group out. Made by `names.resolve`."""
+"""A loss with all its options settled: `Completions` in, one number per group out. Made by `registry.resolve`."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
 """Decoders: architectures, their parameters, and the functions that run them. Hugging Face checkpoints load into all.
 
 config       `ModelConfig`, from and to a `config.json`
-llama, gemma2, gpt2, gpt_neox  one file per family; transformer is the stack of layers, layers and rope what they share
+llama, gemma2, gpt2, gpt_neox  one file per family, on layers, activations and rope; transformer stacks the layers
 causal_lm    hidden states, prefill and decode, logits, a reward model's scores: functions of plain parameter trees
 param_table  an entry per parameter: shape, axes, initialiser, Hugging Face name; params and lora read it
 kv_cache     what sampling keeps

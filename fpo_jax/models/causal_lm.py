@@ -1,9 +1,9 @@
 """Decoders as functions of a plain nested dict of arrays: tokens in, hidden states out, never logits.
 
-    tokens_NT, valid_NT, params ──► hidden_states ──► hidden_NTD ──(logps, with head)──► log-probs
+    tokens_NT, valid_NT, params ──► hidden_states ──► hidden_NTD ──(logprobs, with the head)──► log-probs
 
 The modules under this package are Flax nnx; the hot path sees only `jax.jit` over plain pytrees, because
-`hidden_states` merges module and parameters inside the trace. `params` says what the dict holds.
+`hidden_states` merges module and parameters inside the trace. `param_table` says what the dict holds.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def hidden_states(
     mean nothing.
 
     Args:
-        params: nested dict of arrays with the entries of params, any float dtype; cast to compute_dtype at use.
+        params: nested dict of arrays with the entries of param_table, any float dtype; cast to compute_dtype at use.
         tokens_NT: token ids; ids outside the vocabulary at valid positions give NaN.
         valid_NT: True = a real token; no True after a False.
         config: the architecture; static.

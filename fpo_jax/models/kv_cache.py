@@ -1,6 +1,6 @@
 """Keys and values of earlier positions, so that one more token costs one position.
 
-A layer sees its part through `parts.Context.slot`: a `Recorder` keeps what a forward pass over whole rows computes, a
+A layer sees its part through `layers.Context.slot`: a `Recorder` keeps what a forward pass over whole rows computes, a
 `Slot` adds one position to the cache and attends to all of it.
 
 Letter used only here: S positions that a cache has room for.

@@ -131,22 +131,22 @@ def shown(rates: dict[str, float]) -> str:
 class Trace:
     """Traces some steps of a run: one folder for all processes, for xprof, TensorBoard or Perfetto."""
 
-    def __init__(self, updates: range, workdir: Path, *, last: int):
+    def __init__(self, steps: range, workdir: Path, *, last: int):
         """Trace the steps with these numbers into `workdir/profile`; an empty range traces nothing.
 
         Raises:
             ValueError: the run has no such step; `last` is its last.
         """
-        if updates and not (1 <= updates[0] and updates[-1] <= last):
+        if steps and not (1 <= steps[0] and steps[-1] <= last):
             raise ValueError(
-                f"--profile={updates.start}:{updates.stop} traces steps {updates[0]} to {updates[-1]}, the run has 1"
+                f"--profile={steps.start}:{steps.stop} traces steps {steps[0]} to {steps[-1]}, the run has 1"
                 f" to {last}; choose first:last within 1:{last + 1}."
             )
-        self.updates, self._folder, self._running = updates, workdir / FOLDER, False
+        self.steps, self._folder, self._running = steps, workdir / FOLDER, False
 
     def begins(self, number: int) -> bool:
         """Whether this step is the first to be traced; the devices must be idle then."""
-        return not self._running and number in self.updates
+        return not self._running and number in self.steps
 
     def before(self, number: int) -> None:
         """Start the trace before its first step."""
@@ -156,11 +156,11 @@ class Trace:
 
     def ends(self, number: int) -> bool:
         """Whether this step is the last to be traced; its results must be there before `close`."""
-        return self._running and number == self.updates[-1]
+        return self._running and number == self.steps[-1]
 
     def close(self) -> None:
         """Write what was traced; nothing where no trace runs."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
-            log.info("trace of steps %d to %d: %s", self.updates[0], self.updates[-1], self._folder)
+            log.info("trace of steps %d to %d: %s", self.steps[0], self.steps[-1], self._folder)

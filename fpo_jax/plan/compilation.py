@@ -139,8 +139,8 @@ def knows_host_memory(device: Any) -> bool:
 def _runs(config, sizes: sizes_.Sizes, made: steps.Steps, state, accumulation: int, moments: int):
     """Yield name, program, abstract arguments and the bytes beside it."""
     batch, train = functools.partial(kept_logits.abstract_batch, made, config), config.train
-    update = batch(sizes.train_step, train.micro_batch_per_device, accumulation=accumulation)
-    yield TRAIN_STEP, made.train, state, update, 0
+    largest = batch(sizes.train_step, train.micro_batch_per_device, accumulation=accumulation)
+    yield TRAIN_STEP, made.train, state, largest, 0
     if sizes.evaluation is not None:
         yield (
             EVALUATION,

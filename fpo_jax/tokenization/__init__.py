@@ -4,6 +4,7 @@ prompt_format     how a prompt and its completions become ids: the record that r
 resolve           what a user says and what a directory records -> one encoder; what of a template will surprise
 chat_templates    chat templates by name
 template_sandbox  a template and conversations -> texts, in a process of its own with bounded time and memory
+tokenizer_limits  what a tokenizer's files may ask of this machine
 tokenizer         load a tokenizer; encode so that text in the data can never become a control token
 thinking          the marks of thoughts, and texts without them
 completion_texts  the texts of a prompt and of its completions; what a template may not lose

@@ -2,8 +2,8 @@
 
 They render what the models of the four alpha-PO recipes, ChatML models and Gemma-2 were trained on, turn by turn: no
 text depends on a later turn. The word "system" in a template makes a prompt format with `auto_insert_empty_system` put
-an empty system turn first (see `texts.knows_system`): templates that fold a system text into a user turn show nothing
-of an empty one.
+an empty system turn first (see `completion_texts.knows_system`): templates that fold a system text into a user turn
+show nothing of an empty one.
 """
 
 # header, blank line, trimmed content, <|eot_id|>; BOS once, at the start of the conversation

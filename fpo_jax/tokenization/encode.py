@@ -54,16 +54,16 @@ def raw_rows(
     Args:
         encoder: of the tokenizer.
         prompts: one text per group.
-        completions: the candidates of each group, as texts that follow the prompt directly (mostly a space first).
+        completions: those of each group, as texts that follow the prompt directly (mostly a space first).
         max_length: tokens of a row, BOS and EOS included.
         max_completion_length: tokens of a completion, EOS included; longer ones lose their end.
         max_prompt_length: tokens of a prompt without BOS; None = only `max_length` limits it.
         truncation_mode: which end of a prompt is kept, `keep_end` or `keep_start`.
-        cut_prompts_together: True: a prompt leaves room for the longest completion of its group, so that all candidates
-            follow the same prompt. False (the original): each row cuts the prompt for its own completion.
+        cut_prompts_together: True: a prompt leaves room for the longest completion of its group, so that all
+            completions follow the same prompt. False (the original): each row cuts the prompt for its own completion.
 
     Returns:
-        For each group the rows of its candidates.
+        For each group the rows of its completions.
 
     Raises:
         ValueError: limits that leave no room, or reserved characters in a text.
@@ -116,7 +116,7 @@ def chat_rows(
     Args:
         encoder: of a tokenizer with a chat template; its prompt format decides what belongs to the prompt.
         prompts: one conversation per group; a plain text is one user turn.
-        completions: the candidates of each group; a plain text is one assistant turn.
+        completions: those of each group; a plain text is one assistant turn.
         max_length: tokens of a row. A group whose prompt and longest completion exceed it has its prompt cut first.
         max_prompt_length: tokens that a cut prompt keeps.
         max_completion_length: tokens of a completion, its end token included; None = only the two other limits apply.
@@ -127,10 +127,10 @@ def chat_rows(
             as it is, as a reward model reads it.
 
     Returns:
-        For each group the rows of its candidates.
+        For each group the rows of its completions.
 
     Raises:
-        texts.Refused: a conversation that cannot be rendered.
+        completion_texts.Refused: a conversation that cannot be rendered.
         ValueError: limits that leave no room, no chat template.
     """
     truncation.check_lengths(
@@ -170,7 +170,7 @@ def generation_prompts(encoder: Encoder, prompts: Sequence[str | list[Message]])
         prompts: plain texts, or conversations for rule `chat`.
 
     Raises:
-        texts.Refused: a conversation that cannot be rendered.
+        completion_texts.Refused: a conversation that cannot be rendered.
         ValueError: reserved characters in a text, no chat template, messages under rule `raw`.
     """
     if encoder.format.rule == "raw":
@@ -218,7 +218,7 @@ def _no_messages():
 def _encode_groups(
     encoder: Encoder, prompt_texts: list[str], whole_texts: list[list[str]]
 ) -> list[list[tuple[list[int], list[int], bool]]]:
-    """Encode groups in one batch; per candidate (prompt ids, completion ids, merged)."""
+    """Encode groups in one batch; per completion (prompt ids, completion ids, merged)."""
     encoded = iter(tokens.encode(encoder, [*prompt_texts, *(whole for group in whole_texts for whole in group)]))
     prompts = [next(encoded) for _ in prompt_texts]
     return [[_split(prompt, next(encoded)) for _ in group] for prompt, group in zip(prompts, whole_texts, strict=True)]

@@ -1,7 +1,8 @@
 """Conversations -> text by a chat template, which is a stranger's program and therefore runs in a process of its own.
 
-The process (`template_worker`) is started with the first conversation, inherits no environment variable, and ends with
-this program. What a template may use there is bounded for each conversation, because what it does depends on the data.
+The process (`template_sandbox_worker`) is started with the first conversation, inherits no environment variable, and
+ends with this program. What a template may use there is bounded for each conversation, because what it does depends on
+the data.
 """
 
 import atexit

@@ -1,10 +1,10 @@
-"""The program that renders chat templates, in a process of its own; `rendering` starts it and talks to it.
+"""The program that renders chat templates, in a process of its own; `template_sandbox` starts it and talks to it.
 
 A chat template is a program that came with a model. Jinja's sandbox keeps it from Python's internals, but bounds
 neither its time nor its memory: nested ranges, macros that call themselves, `"x" * n`, doubled strings, `9**9**9` and
 the widths of a dozen filters each need a rule of their own in Python, and the kernel has one for all of them. So this
-process may hold MEMORY bytes and spend `rendering.SECONDS` of processor time on a conversation (waiting on a busy
-machine does not count), and it can open no file, write none and start no program, should a template ever leave the
+process may hold MEMORY bytes and spend `template_sandbox.SECONDS` of processor time on a conversation (waiting on a
+busy machine does not count), and it can open no file, write none and start no program, should a template ever leave the
 sandbox.
 
 It imports Jinja alone, so that it starts in a tenth of a second. One line of JSON comes in, one goes out:

@@ -6,7 +6,7 @@ TRUNCATION_MODES = ("keep_end", "keep_start")
 
 
 class Row(NamedTuple):
-    """One candidate as token ids, not yet padded; `ids[prompt_length:]` are the scored ones."""
+    """One completion as token ids, not yet padded; `ids[prompt_length:]` are the scored ones."""
 
     ids: list[int]
     prompt_length: int
@@ -63,7 +63,7 @@ def fit_chat(
     """Cut the K rows of one group to the window: first the prompt, then the completions.
 
     With longest = max over the K completions: a prompt with |prompt| + longest > max_length is cut to
-    max_prompt_length; if that is not enough, the completions are cut too (see `rules.chat_rows` for
+    max_prompt_length; if that is not enough, the completions are cut too (see `encode.chat_rows` for
     `truncate_together`).
 
     >>> rows = fit_chat([[1, 2, 3]] * 2, [[4], [5, 6, 7]], max_length=4, max_prompt_length=2)

@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     scoring_batches: int | None  # of the pass over the training data; None without, or unknown
     groups: int | None  # of the training data; None = unknown
     steps: int | None  # steps of the run
-    valid: flops.Work | None  # mean of an step's real rows; None = unknown
+    valid: flops.Work | None  # mean of a step's real rows; None = unknown
     origin: str  # where the shapes come from, in words
 
 

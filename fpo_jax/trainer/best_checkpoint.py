@@ -71,7 +71,7 @@ def names(config: configuration.Config, loss: losses.Loss) -> list[str]:
 
 
 def _of_data(config: configuration.Config, loss: losses.Loss) -> Iterable[str]:
-    """Yield the names that `measures.pairs` and the evaluation give; the mean logits depend on the LM head's kernel."""
+    """Yield the names that `metrics.pairs` and the evaluation give; the mean logits depend on the LM head's kernel."""
     pairs = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     yield from ("loss", "lengths/chosen")
     if loss.of_scores:

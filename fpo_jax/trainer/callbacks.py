@@ -275,15 +275,15 @@ class Evaluating(Callback):
 
 
 class SampleCompletions(Callback):
-    """Answers the fixed prompts at every evaluation."""
+    """Draws completions of the fixed prompts at every evaluation."""
 
-    def __init__(self, answers: sample_completions.Answers):
+    def __init__(self, sample: sample_completions.SampleCompletions):
         """Take the prompts."""
-        self._sample_completions = answers
+        self._sample = sample
 
     def on_evaluate(self, run: Run, step: int, found: dict[str, float], check: Callable[[], None]) -> None:
         """Draw the completions and add their metrics."""
-        numbers, table = self._sample_completions(step, run.weights(), check)
+        numbers, table = self._sample(step, run.weights(), check)
         found |= numbers
         run.writers.table(step, sample_completions.FOLDER, *table)
 

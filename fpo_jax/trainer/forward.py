@@ -221,7 +221,7 @@ def kept_logits(config: configuration.Config, blueprint: run_schedule.Blueprint,
 
 
 def _left_out(model_config: models.ModelConfig) -> list[str]:
-    """Say which drop-out of config.json is not done; `job.read_model` has refused it where nobody asked for that."""
+    """Say which drop-out of config.json is not done; `run_inputs` has refused it where nobody asked for that."""
     named = ", ".join(f"{key}={share:g}" for key, share in model_config.dropout)
     return [f"drop-out: none, by model.dropout=off; config.json names {named}"] if named else []
 

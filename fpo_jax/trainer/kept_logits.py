@@ -115,9 +115,9 @@ def traced(program: compiled_step.CompiledStep, first: Any, batch: Any) -> jax.s
 def _peak(made: steps.Steps, config: configuration.Config, largest: Shape, accumulation: int) -> int:
     """Of the largest step; more than there is where the compiler refuses it."""
     batch = abstract_batch(made, config, largest, config.train.micro_batch_per_device, accumulation=accumulation)
-    update = traced(made.train, made.state.abstract(), batch)
+    step = traced(made.train, made.state.abstract(), batch)
     try:
-        return hardware.peak_of(hardware.compile_traced(update, made.mesh), made.mesh.devices.flat[0])
+        return hardware.peak_of(hardware.compile_traced(step, made.mesh), made.mesh.devices.flat[0])
     except jax.errors.JaxRuntimeError:  # the step itself does not fit, and its own compilation says so
         return 2**62
 

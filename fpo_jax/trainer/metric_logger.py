@@ -204,8 +204,8 @@ def _open_until(path: Path, last_step: int) -> IO[bytes]:
         aside = path.with_name(f"{path.name}.damaged")
         shutil.copyfile(path, aside)
         log.warning("%s; it is kept as %s, and the run goes on with its %d sound lines", fault, aside.name, len(kept))
-    updates = {line["step"] for line in kept if not any(map(_of_evaluation, line))}
-    if missing := last_step - len(updates - {0}):
+    steps = {line["step"] for line in kept if not any(map(_of_evaluation, line))}
+    if missing := last_step - len(steps - {0}):
         if missing > 0:
             log.warning("%s lacks %d of the %d steps that the checkpoint holds", path, missing, last_step)
     return jsonl.write(path, kept).open("ab")

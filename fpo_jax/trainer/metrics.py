@@ -1,7 +1,7 @@
 """Metrics of a batch: what a step or an evaluation observes, as (sum, count), inside the compiled program.
 
-Log-probs and losses of the groups go in; `metrics.py` adds the pairs of all batches and divides. Adding a metric is
-adding a name to the dict that `pairs` returns.
+Log-probs and losses of the groups go in; `metric_logger.means` adds the pairs of all batches and divides. Adding a
+metric is adding a name to the dict that `pairs` returns.
 """
 
 import jax

@@ -1,9 +1,9 @@
-"""Answers to fixed prompts at every evaluation, and how often they beat those of the start.
+"""Sample completions of fixed prompts at every evaluation, and how often they beat those of the start.
 
 What flows in: the weights of now. What flows out: `completions/STEP.jsonl` in the workdir, one line per prompt, and
 
     eval_completions/length    tokens of an answer, its stop token included
-    eval_completions/ended     share of the answers that ended by themselves
+    eval_completions/ended     share of the completions that ended by themselves
     eval_completions/reward    mean score of completions.reward_model
     eval_completions/win_rate  share of the prompts whose answer scores higher than that of the start, a tie one half
 
@@ -32,7 +32,7 @@ FOLDER = "completions"
 DECIMALS = 6  # of a reward in a file
 
 
-class Answers:
+class SampleCompletions:
     """The prompts of a run, ready to be answered by its weights."""
 
     def __init__(
@@ -87,7 +87,7 @@ class Answers:
     def __call__(
         self, number: int, weights: types.PyTree, check: Callable[[], None] = lambda: None
     ) -> tuple[dict[str, float], Table]:
-        """Answer every prompt, write the answers of step `number`, and return their metrics and them as a table.
+        """Complete every prompt, write the completions of step `number`, and return their metrics and them as a table.
 
         `check` is called after every batch, and may raise.
         """
@@ -139,8 +139,8 @@ class Answers:
 
     def _rows(self, texts: list[str]) -> list[list[int]]:
         """Build the rows of the reward model, one answer to each prompt."""
-        answers, limits = [[text] for text in texts], {"pad_id": self._judge_pad_id, "window": self._judge_window}
-        groups = reward_model.rows(self._judge_encoder, self._prompts, answers, **limits)
+        completions, limits = [[text] for text in texts], {"pad_id": self._judge_pad_id, "window": self._judge_window}
+        groups = reward_model.rows(self._judge_encoder, self._prompts, completions, **limits)
         return [row.ids for group in groups for row in group]
 
     def _against_the_start(self, number: int, lines: list[dict]) -> dict[str, float]:
@@ -157,14 +157,14 @@ class Answers:
 
 
 def read(folder: Path, number: int) -> list[dict]:
-    """Return the answers after a step.
+    """Return the sample completions after a step.
 
     Raises:
         ValueError: there are none.
     """
     path = folder / f"{number}.jsonl"
     if not path.exists():
-        raise ValueError(f"{path} is missing, and the answers of a later step are compared with it; put it back.")
+        raise ValueError(f"{path} is missing, and the completions of a later step are compared with it; put it back.")
     return jsonl.read(path)
 
 

@@ -52,7 +52,7 @@ def train_step(
         batch: the micro-batches.
         forward_fn: how a batch becomes log-probs.
         loss: what is minimised.
-        optimizer: from `optim.optimizer`.
+        optimizer: from `adamw.optimizer`.
         rate: the schedule in it, for the metrics.
         resharding: where the intermediate results live; None on one device.
         skip_rule: what is not applied besides; it needs `state.skipped`. None = nothing.

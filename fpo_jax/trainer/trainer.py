@@ -108,7 +108,9 @@ class Trainer:
             )
             self._sample_completions = None
             if config.completions.count:
-                self._sample_completions = sample_completions.Answers(config, self.workdir, inputs, layout=steps.layout)
+                self._sample_completions = sample_completions.SampleCompletions(
+                    config, self.workdir, inputs, layout=steps.layout
+                )
         meter = profiler.Meter(
             inputs.model_config,
             devices=steps.mesh.size,

@@ -155,7 +155,8 @@ class TestLock:
         )
         taking = (
             "import sys; from pathlib import Path; from fpo_jax.distributed import workdir_lock as lock\n"
-            "lock.LEASE_S, lock.POLL_S, lock.atomic_io.flock, lock._machine = 1.0, 0.1, lambda file: None, lambda: 'elsewhere'\n"
+            "lock.LEASE_S, lock.POLL_S, lock._machine = 1.0, 0.1, lambda: 'elsewhere'\n"
+            "lock.atomic_io.flock = lambda file: None\n"
             "with lock.hold(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
         )
         command, pipes = [sys.executable, "-c", body, str(tmp_path)], {"stdout": subprocess.PIPE, "text": True}

@@ -91,7 +91,7 @@ def test_a_device_of_unknown_peak_has_no_utilisation():
     assert meter.overall() == {"run_seconds": 1.0}
 
 
-def test_trace_covers_the_updates_asked_for(tmp_path):
+def test_trace_covers_the_steps_asked_for(tmp_path):
     trace, seen = profiler.Trace(range(3, 5), tmp_path, last=6), []
     for number in range(1, 7):
         seen += ["begins"] * trace.begins(number)
@@ -112,7 +112,7 @@ def test_a_run_that_resumes_inside_the_range_traces_the_rest(tmp_path):
     assert not profiler.Trace(range(0), tmp_path, last=9).begins(1)
 
 
-@pytest.mark.parametrize("updates", [range(0, 2), range(5, 9)])
-def test_updates_that_the_run_does_not_have_are_refused(tmp_path, updates):
+@pytest.mark.parametrize("steps", [range(0, 2), range(5, 9)])
+def test_steps_that_the_run_does_not_have_are_refused(tmp_path, steps):
     with pytest.raises(ValueError, match=r"the run has 1 to 7; select first:last within 1:8"):
-        profiler.Trace(updates, tmp_path, last=7)
+        profiler.Trace(steps, tmp_path, last=7)

@@ -254,7 +254,7 @@ def test_sample_completions_of_the_training_begin_there_too(case, tmp_path):
     with c.unlocked():
         c.completions.count, c.completions.max_new_tokens = 1, 4
         c.completions.prompts = str(prompts_file(case, tmp_path))
-    answers = sample_completions.Answers(c, tmp_path, run_inputs.prepare(c))
+    answers = sample_completions.SampleCompletions(c, tmp_path, run_inputs.prepare(c))
     assert answers._ids == [case.opened(case.prompt)]
     assert set(hf.end_ids(case.export)) <= set(answers._decoding.stop_ids)
 
