@@ -76,7 +76,7 @@ def sample(
     if not needed <= window <= config.max_positions:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} need {needed} positions, window={window}"
-            f" and the model has {config.max_positions}; shorten the prompts, lower max_new_tokens, or select a window"
+            f" and the model has {config.max_positions}; shorten the prompts, lower max_new_tokens, or choose a window"
             " between the two."
         )
     # (prompt, return) of every row; rows of the padded end are (-1, 0)

@@ -48,7 +48,7 @@ def test_few_key_value_heads_stay_whole_and_query_heads_must_divide():
     shape = {"a": jax.ShapeDtypeStruct((8, 2), "float32")}
     placed = sharding.param_shardings({"a": ("embed", "kv_heads")}, shape, mesh=mesh)
     assert placed["a"].spec == PartitionSpec("fsdp", None)
-    with pytest.raises(ValueError, match=r"heads has 2 entries, mesh axis tensor has 4 devices; select a divisor of 2"):
+    with pytest.raises(ValueError, match=r"heads has 2 entries, mesh axis tensor has 4 devices; choose a divisor of 2"):
         sharding.param_shardings({"a": ("embed", "heads")}, shape, mesh=mesh)
 
 

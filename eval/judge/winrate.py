@@ -313,7 +313,7 @@ def _ask_server(options: Options, questions: list[pairwise_judge.Question]) -> d
 
     async def ask(question: pairwise_judge.Question) -> tuple[pairwise_judge.Question, str | None]:
         try:
-            [(reply, _)] = await server.responses([{"role": "user", "content": question.text}], asked)
+            [(reply, _)] = await server.completions([{"role": "user", "content": question.text}], asked)
         except servers.Failed as error:
             log.warning("no reply: %s", error)
             return question, None

@@ -106,7 +106,7 @@ def select(
     )
     ways = layout.ways("heads")
     if heads % ways:
-        raise ValueError(f"{heads} attention heads are not divisible by mesh.tensor={ways}; select a divisor.")
+        raise ValueError(f"{heads} attention heads are not divisible by mesh.tensor={ways}; choose a divisor.")
     if requested == "auto":
         implementation, reason = _best(facts)
     else:

@@ -193,7 +193,7 @@ def _with_server(options: Options, prompts: list[_Prompt], decoding: sampler.Dec
         if options.rule == "chat" and isinstance(text, str):
             text = [{"role": "user", "content": text}]
         try:
-            found = await server.responses(text, asked | {"seed": options.seed + prompt.index})
+            found = await server.completions(text, asked | {"seed": options.seed + prompt.index})
         except servers.Failed as error:
             return f"{prompt.source}: {error}"
         completions, ends = [text for text, _ in found], [end for _, end in found]

@@ -147,8 +147,8 @@ class Server(NamedTuple):
             raise Failed(cause + self._remedy(code, said, body))
         return cause
 
-    async def responses(self, prompt: str | list[dict[str, str]], options: dict[str, Any]) -> list[tuple[str, str]]:
-        """Return (text, finish reason) of each response to a text, or to a conversation.
+    async def completions(self, prompt: str | list[dict[str, str]], options: dict[str, Any]) -> list[tuple[str, str]]:
+        """Return (text, finish reason) of each completion of a text, or to a conversation.
 
         Raises:
             Failed: as `ask`; an answer of another form.
@@ -206,14 +206,14 @@ def sampling_fields(
 
     Args:
         api: one of APIS, which names the fields.
-        max_tokens: of a response.
+        max_tokens: of a completion.
         temperature: 0 = greedy.
-        n: responses.
+        n: completions.
         top_p: 1 = off.
         top_k: 0 = off; OpenAI has none.
         min_tokens: before a stop token; OpenAI has none.
-        stop: texts that end a response.
-        stop_token_ids: tokens that end a response, besides those of the server; OpenAI has none.
+        stop: texts that end a completion.
+        stop_token_ids: tokens that end a completion, besides those of the server; OpenAI has none.
 
     Raises:
         ValueError: no such API.

@@ -55,7 +55,7 @@ def start(settings: Settings, workdir: Path) -> None:
         ValueError: settings that contradict each other or the environment.
         StartError: not all processes arrived in time.
     """
-    arguments = choose(settings, os.environ)
+    arguments = select(settings, os.environ)
     if arguments is None:
         return
     log.info(
@@ -90,7 +90,7 @@ def start(settings: Settings, workdir: Path) -> None:
         failure.set_exit_message("", workdir)
 
 
-def choose(settings: Settings, environment: Mapping[str, str]) -> dict | None:
+def select(settings: Settings, environment: Mapping[str, str]) -> dict | None:
     """Return the arguments of jax.distributed.initialize, or None for a process that is alone.
 
     Raises:

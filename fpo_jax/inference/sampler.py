@@ -124,7 +124,7 @@ def sample(
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={decoding.max_new_tokens} need {needed} positions,"
             f" window={window} and the model has {config.max_positions}; shorten the prompts, lower max_new_tokens, or"
-            " select a window between the two."
+            " choose a window between the two."
         )
     numbers = range(len(prompts)) if numbers is None else numbers
     together = min(num_return, max(1, batch_size // layout.data_parallel_degree))  # returns of a prompt in one pass

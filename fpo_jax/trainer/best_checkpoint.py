@@ -44,7 +44,7 @@ def score(config: configuration.Config, found: dict[str, float]) -> float | None
     if not name:
         return None
     if name not in found:
-        raise ValueError(f"train.keep_best={name!r} is no metric of this run; select from {', '.join(found)}.")
+        raise ValueError(f"train.keep_best={name!r} is no metric of this run; choose from {', '.join(found)}.")
     return DIRECTIONS[name] * found[name]
 
 
@@ -55,7 +55,7 @@ def problems(config: configuration.Config, loss: losses.Loss) -> list[str]:
     if not name.startswith("eval_") or not written or name in directed:
         return []
     what = "is no metric of this run" if name not in written else "is neither better for being more nor for being less"
-    return [f"train.keep_best={name!r} {what}; select from {', '.join(directed)}."]
+    return [f"train.keep_best={name!r} {what}; choose from {', '.join(directed)}."]
 
 
 def names(config: configuration.Config, loss: losses.Loss) -> list[str]:

@@ -100,9 +100,9 @@ def _resharding(
             _gather_layers, model_config=model_config, mesh=layout.mesh, compute_dtype=compute_dtype
         )
     return train_step.Resharding(
-        gather=gather,
-        cut=lambda grads: jax.lax.with_sharding_constraint(grads, state.params),
-        fetch=lambda opt_state: jax.tree.map(jax.device_put, opt_state, on_device),
+        gather_params=gather,
+        shard_grads=lambda grads: jax.lax.with_sharding_constraint(grads, state.params),
+        load_opt_state=lambda opt_state: jax.tree.map(jax.device_put, opt_state, on_device),
     )
 
 

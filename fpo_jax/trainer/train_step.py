@@ -25,9 +25,9 @@ from fpo_jax.trainer import forward, metrics
 class Resharding(NamedTuple):
     """Where the results between the parts of a step live on a mesh; each maps a tree to the same tree, placed."""
 
-    gather: Callable  # parameters -> what the micro-batches differentiate: the same, or gathered once a step
-    cut: Callable  # gradients -> where the parameters live
-    fetch: Callable  # optimiser state -> the devices, from the host where it is kept there
+    gather_params: Callable  # parameters -> what the micro-batches differentiate: the same, or gathered once a step
+    shard_grads: Callable  # gradients -> where the parameters live
+    load_opt_state: Callable  # optimiser state -> the devices, from the host where it is kept there
 
 
 def train_step(
@@ -64,7 +64,10 @@ def train_step(
     totals = _totals(batch, loss)
     weights, frozen = state.params, state.frozen
     if resharding:
-        weights, frozen = (resharding.gather(weights), None) if frozen is None else (weights, resharding.gather(frozen))
+        if frozen is None:
+            weights = resharding.gather_params(weights)
+        else:
+            frozen = resharding.gather_params(frozen)
     whole = (lambda trained: trained) if frozen is None else (lambda trained: trees.union(frozen, trained))
     batch_kl = (
         _batch_kl(whole(weights), batch, forward_fn=forward_fn, weight=totals[0]) if loss.needs_batch_kl else None
@@ -81,7 +84,7 @@ def train_step(
 
     def add(carry, micro, number):
         (value, pairs), grads = differentiate(weights, micro, number, totals=totals, batch_kl=batch_kl)
-        grads = resharding.cut(grads) if resharding else grads
+        grads = resharding.shard_grads(grads) if resharding else grads
         return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs))
 
     def accumulate(carry, numbered):
@@ -105,8 +108,8 @@ def train_step(
         numbers = jnp.arange(batch.weight_B.shape[0])
         (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, (batch, numbers))
     with jax.named_scope("optimizer"):
-        grads = resharding.cut(grads) if resharding else grads
-        old_state = resharding.fetch(state.opt_state) if resharding else state.opt_state
+        grads = resharding.shard_grads(grads) if resharding else grads
+        old_state = resharding.load_opt_state(state.opt_state) if resharding else state.opt_state
         applied = adamw.steps_applied(old_state)
         grad_norm = optax.global_norm(grads)
         # An infinite reference leaves a loss that is finite: the completion has no share in its group any more.

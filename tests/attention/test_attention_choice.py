@@ -174,7 +174,7 @@ def test_heads_on_a_mesh():
     layout = sharding.Layout(mesh)
     assert "key/value" not in select("auto", layout=layout).reason
     assert "2 key/value heads are whole on each of 4 devices" in select("auto", kv_heads=2, layout=layout).reason
-    with pytest.raises(ValueError, match=r"6 attention heads are not divisible by mesh\.tensor=4; select a divisor"):
+    with pytest.raises(ValueError, match=r"6 attention heads are not divisible by mesh\.tensor=4; choose a divisor"):
         select("auto", heads=6, kv_heads=2, layout=layout)
 
 

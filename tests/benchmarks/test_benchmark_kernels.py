@@ -72,7 +72,7 @@ assert tuple(kernels_torch.CANDIDATES) == kernels.IN_TORCH
 assert kernels_torch.candidate("quack chunked", "cpu") in ("not installed", "runs on a GPU")
 hidden, head, targets = (torch.from_numpy(x) for x in kernels.arrays(1024, 24, 136))
 of_tokens = kernels_torch.naive
-of_completions = lambda *args: of_tokens(*args).reshape(-1, kernels.RESPONSE).sum(1)
+of_completions = lambda *args: of_tokens(*args).reshape(-1, kernels.COMPLETION).sum(1)
 args = (hidden.requires_grad_(), head.requires_grad_(), targets.long())
 for step in ("forward", "forward and backward"):
     first, second = (kernels_torch.once(function, step, *args) for function in (of_tokens, of_completions))

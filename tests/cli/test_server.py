@@ -23,7 +23,7 @@ def ask(behave, **changed):
     with server.served():
         given = {"timeout_s": 2.0, "attempts": 2} | changed
         patient = servers.Server(server.url, "m", given.pop("key", servers.Secret("")), threading.Event(), **given)
-        return anyio.run(patient.responses, "one?", {"n": 1}), server
+        return anyio.run(patient.completions, "one?", {"n": 1}), server
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_messages_of_another_form_fail(quick):
         server = AnswerServer(lambda number, body, said=message: {"choices": [{"message": said}]}, str)
         with server.served(), pytest.raises(servers.Failed, match="the answer has 0 texts"):
             patient = servers.Server(server.url, "m", servers.Secret(""), threading.Event())
-            anyio.run(patient.responses, [{"role": "user", "content": "q"}], {"n": 1})
+            anyio.run(patient.completions, [{"role": "user", "content": "q"}], {"n": 1})
 
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
@@ -143,11 +143,11 @@ def test_the_environment_s_proxy_is_asked_unless_no_proxy_names_the_host(monkeyp
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv(named, proxy.url.removeprefix("http://").removesuffix("/v1"))
         servers._proxy.cache_clear()
-        assert anyio.run(patient.responses, "one?", {"n": 1}) == [("by proxy: one?", "stop")]
+        assert anyio.run(patient.completions, "one?", {"n": 1}) == [("by proxy: one?", "stop")]
         monkeypatch.setenv("no_proxy", "example.org")
         servers._proxy.cache_clear()
         with pytest.raises(servers.Failed, match="no answer in 1 attempts"):
-            anyio.run(patient.responses, "one?", {"n": 1})
+            anyio.run(patient.completions, "one?", {"n": 1})
     servers._proxy.cache_clear()
 
 

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     )
     kl.run(options)
     options = winrate.Options(
-        completion=root / "generate0.jsonl", baseline=str(root / "generate1.jsonl"), out=root / "winrate", answers=2,
+        candidate=root / "generate0.jsonl", baseline=str(root / "generate1.jsonl"), out=root / "winrate", answers=2,
         reward_model=str(root / "judge"), compute_dtype="float32",
     )  # fmt: skip
     winrate.run(options)
@@ -131,14 +131,14 @@ def test_completions_are_compared(folder, tmp_path, name):
     path = folder / f"{name}.jsonl"
     first = {json.dumps(line["prompt"]): line["completions"][0] for line in reversed(lines(path))}
     given = {"out": tmp_path, "reward_model": "m"}
-    pairs, _ = winrate._pairs(winrate.Options(completion=path, baseline=str(folder / "generate1.jsonl"), **given))
-    assert {json.dumps(pair.prompt): pair.completion for pair in reversed(pairs)} == first
-    pairs, _ = winrate._pairs(winrate.Options(completion=folder / "generate1.jsonl", baseline=str(path), **given))
+    pairs, _ = winrate._pairs(winrate.Options(candidate=path, baseline=str(folder / "generate1.jsonl"), **given))
+    assert {json.dumps(pair.prompt): pair.candidate for pair in reversed(pairs)} == first
+    pairs, _ = winrate._pairs(winrate.Options(candidate=folder / "generate1.jsonl", baseline=str(path), **given))
     assert {json.dumps(pair.prompt): pair.baseline for pair in pairs} == first
     for pairs_file in ("best_worst", "prompts"):
         chosen = {json.dumps(line["prompt"]): line["chosen"] for line in lines(folder / f"{pairs_file}.jsonl")}
         options = winrate.Options(
-            completion=path, baseline=str(folder / f"{pairs_file}.jsonl"), baseline_format="json", **given
+            candidate=path, baseline=str(folder / f"{pairs_file}.jsonl"), baseline_format="json", **given
         )
         assert {json.dumps(pair.prompt): pair.baseline for pair in winrate._pairs(options)[0]} == chosen
 

@@ -8,7 +8,7 @@ import pytest
 from fpo_jax.checkpoint import integrity
 from fpo_jax.configs.pipelines import common
 from fpo_jax.distributed import preemption
-from fpo_jax.eval.pipeline import pipeline, pipeline_report
+from fpo_jax.eval.pipeline import pipeline, pipeline_report, stages
 from fpo_jax.io import jsonl
 from tests import tiny
 from tests.paths import REPO, shared_data
@@ -244,8 +244,10 @@ def test_the_best_step_is_exported_where_it_is_kept_and_the_newest_elsewhere(fol
     monkeypatch.setattr(pipeline.export, "export", export)
     for number, (kept, expected) in enumerate((("", None), ("eval_rewards/accuracies", "best"))):
         made = pipeline.Pipeline(small(folder, reward__train__keep_best=kept), tmp_path / str(number))
+        made.stages = stages.Stages(made.workdir, total=1, program="pipeline")
         made._trained("reward", str(folder / "model"))
         made = pipeline.Pipeline(small(folder, sft__train__keep_best="eval_loss" * bool(kept)), tmp_path / f"s{number}")
+        made.stages = stages.Stages(made.workdir, total=1, program="pipeline")
         made._trained("sft", str(folder / "model"))
         assert asked[-2:] == [expected, expected]
 

@@ -355,7 +355,7 @@ def test_export_refuses_a_used_directory_and_another_model(tmp_path):
     source = write(tmp_path / "source", LLAMA, tensors_of(LLAMA))
     tree = load(source, LLAMA)
     common = {"source_dir": source, "dtype": "float32"}
-    with pytest.raises(ValueError, match=r"source exists and is not an empty directory; select another or remove it"):
+    with pytest.raises(ValueError, match=r"source exists and is not an empty directory; choose another or remove it"):
         hf.export(tree, LLAMA, out_dir=source, **common)
     with pytest.raises(ValueError, match=r"README\.md exists and is not an empty directory"):
         hf.export(tree, LLAMA, out_dir=source / "README.md", **common)

@@ -195,7 +195,7 @@ def test_what_does_not_fit_the_stage_is_refused(base, changed, message):
 
 def test_a_metric_that_no_evaluation_has_is_refused_before_anything_is_read(base):
     c = reward_config(base / "absent", base / "train.jsonl", train__keep_best="eval_accuracy")
-    with pytest.raises(ValueError, match=r"'eval_accuracy' is no metric of this run; select from .*eval_loss"):
+    with pytest.raises(ValueError, match=r"'eval_accuracy' is no metric of this run; choose from .*eval_loss"):
         run_inputs.prepare(c)
 
 

@@ -114,5 +114,5 @@ def test_a_run_that_resumes_inside_the_range_traces_the_rest(tmp_path):
 
 @pytest.mark.parametrize("steps", [range(0, 2), range(5, 9)])
 def test_steps_that_the_run_does_not_have_are_refused(tmp_path, steps):
-    with pytest.raises(ValueError, match=r"the run has 1 to 7; select first:last within 1:8"):
+    with pytest.raises(ValueError, match=r"the run has 1 to 7; choose first:last within 1:8"):
         profiler.Trace(steps, tmp_path, last=7)

@@ -31,7 +31,7 @@ def one_leaf(where):
 @functools.cache
 def updater(*, devices, skip_rule=None, spoil=None):
     """(update(state, batch), fresh state) of the tiny model on one device or cut over eight."""
-    loss, places = losses.resolve("alphapo-pref"), None
+    loss, resharding = losses.resolve("alphapo-pref"), None
     rate = adamw.schedule(kind="linear", peak=1e-2, warmup=0, total_steps=9)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.1, clip_norm=1.0, decay_mask=params.decay_mask(CONFIG)
@@ -48,7 +48,7 @@ def updater(*, devices, skip_rule=None, spoil=None):
     def spoiled(grads):
         return grads if spoil is None else {**grads, "embed": jax.tree.map(spoil, grads["embed"])}
 
-    places = train_step.Resharding(gather=lambda x: x, cut=spoiled, fetch=lambda x: x)
+    resharding = train_step.Resharding(gather_params=lambda x: x, shard_grads=spoiled, load_opt_state=lambda x: x)
     forward_fn = batches.forward_fn(CONFIG, temperature=loss.temperature, layout=layout)
 
     @jax.jit
@@ -60,7 +60,7 @@ def updater(*, devices, skip_rule=None, spoil=None):
             loss=loss,
             optimizer=optimizer,
             rate=rate,
-            places=places,
+            resharding=resharding,
             skip_rule=skip_rule,
         )
 

@@ -309,7 +309,7 @@ from fpo_jax.cli import openai_client
 from fpo_jax.eval.judge import winrate
 openai_client.LONGEST_WAIT_S = 0.0
 url, folder = sys.argv[1], Path(sys.argv[2])
-options = winrate.Options(completion=folder / "a.jsonl", baseline=str(folder / "b.jsonl"), out=folder / "o", server=url,
+options = winrate.Options(candidate=folder / "a.jsonl", baseline=str(folder / "b.jsonl"), out=folder / "o", server=url,
                           template="helpful", server_model="m", concurrency=2, api_key_env="JUDGE_KEY")
 print(options, winrate.run(options))
 key = openai_client.Secret("JUDGE_KEY")

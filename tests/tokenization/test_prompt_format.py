@@ -291,7 +291,7 @@ def test_a_reward_model_reads_what_transformers_reads(case, program, scored, tmp
         label.run(label.Options(model=str(out), data=given, out=tmp_path / "o.jsonl", compute_dtype="float32"))
     else:
         ours, theirs = (write_rows(tmp_path / f"{i}.jsonl", [row]) for i, row in enumerate(rows))
-        options = winrate.Options(completion=ours, baseline=str(theirs), out=tmp_path / "w", reward_model=str(out))
+        options = winrate.Options(candidate=ours, baseline=str(theirs), out=tmp_path / "w", reward_model=str(out))
         winrate.run(options)
     assert scored == wanted and all(row[-1] != 0 for row in wanted)
     # and so did its training

@@ -139,7 +139,7 @@ def test_updates_without_a_gradient_are_told_at_the_end(monkeypatch, caplog, nor
         steps=some(train=some(compilations=0)),
         clock=some(part=lambda _: contextlib.nullcontext(), lap=lambda: {"seconds": 1.0}),
         schedule=some(schedule=None, steps=3),
-        meter=some(update=lambda *_, **__: {}),
+        meter=some(step=lambda *_, **__: {}),
         writers=metric_logger.Silent(),
         config=some(train=some(log_every=1)),
         skipped=0,
