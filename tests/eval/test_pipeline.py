@@ -244,9 +244,11 @@ def test_the_best_step_is_exported_where_it_is_kept_and_the_newest_elsewhere(fol
     monkeypatch.setattr(pipeline.export, "export", export)
     for number, (kept, expected) in enumerate((("", None), ("eval_rewards/accuracies", "best"))):
         made = pipeline.Pipeline(small(folder, reward__train__keep_best=kept), tmp_path / str(number))
+        made.workdir.mkdir()
         made.stages = stages.Stages(made.workdir, total=1, program="pipeline")
         made._trained("reward", str(folder / "model"))
         made = pipeline.Pipeline(small(folder, sft__train__keep_best="eval_loss" * bool(kept)), tmp_path / f"s{number}")
+        made.workdir.mkdir()
         made.stages = stages.Stages(made.workdir, total=1, program="pipeline")
         made._trained("sft", str(folder / "model"))
         assert asked[-2:] == [expected, expected]
