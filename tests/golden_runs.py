@@ -53,7 +53,7 @@ def record() -> dict:
         root = Path(folder)
         tiny.write_model(root / "model", layers=2, vocab_size=260)  # divisible by the tensor axis
         tiny.write_pairs(root / "pairs.jsonl", count=32)
-        tiny.write_pairs(root / "rewards.jsonl", count=32, candidates=4)
+        tiny.write_pairs(root / "rewards.jsonl", count=32, completions=4)
         for name, (recipe, source, devices, changed) in RUNS.items():
             options = _options(root, source) | changed
             workdir = root / name.replace(" ", "_")
