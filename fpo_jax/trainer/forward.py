@@ -20,21 +20,43 @@ from fpo_jax.trainer import run_schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class PolicyForward:
-    """Everything static about turning a batch into log-probs; calling it gives CompletionLogps of the N completions."""
+class _Forward:
+    """Everything static about turning a batch into hidden states."""
 
     config: models.ModelConfig
     compute_dtype: str
     remat: str
     attention: attention.Selection
+    layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
+    adapter: models.Adapter | None = None
+
+    def _hidden_states(self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None) -> jax.Array:
+        with jax.named_scope("model"):
+            return models.hidden_states(
+                params,
+                jnp.asarray(batch.tokens_NT),
+                jnp.asarray(batch.valid_NT),
+                config=self.config,
+                compute_dtype=jnp.dtype(self.compute_dtype),
+                remat=self.remat,
+                attention=self.attention,
+                layout=self.layout,
+                adapter=self.adapter,
+                dropout_key=dropout_key,
+                segments=batch.segments,
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyForward(_Forward):
+    """Everything static about turning a batch into log-probs; calling it gives CompletionLogps of the N completions."""
+
     implementation: str
     workspace_bytes: int
     temperature: float
     kept_bytes: int | None = None  # for logits that stay from the forward to the backward pass
     fuse_loss: bool = False  # run the loss in the kernel of the log-probs, where it is differentiated
     interpret: bool = False  # emulate that kernel
-    layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
-    adapter: models.Adapter | None = None
 
     def __call__(self, params: types.PyTree, batch: types.Batch) -> logprobs.CompletionLogps:
         """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
@@ -81,34 +103,13 @@ class PolicyForward:
         self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, types.Array, types.Array, types.Array]:
         """Hidden states, head and scored positions: what every function of `logprobs` starts with."""
-        with jax.named_scope("model"):
-            hidden_NTD = models.hidden_states(
-                params,
-                jnp.asarray(batch.tokens_NT),
-                jnp.asarray(batch.valid_NT),
-                config=self.config,
-                compute_dtype=jnp.dtype(self.compute_dtype),
-                remat=self.remat,
-                attention=self.attention,
-                layout=self.layout,
-                adapter=self.adapter,
-                dropout_key=dropout_key,
-                segments=batch.segments,
-            )
+        hidden_NTD = self._hidden_states(params, batch, dropout_key)
         head_VD = models.head(params, config=self.config)
         return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.loss_mask_NR
 
 
-@dataclasses.dataclass(frozen=True)
-class RewardForward:
+class RewardForward(_Forward):
     """Everything static about turning a batch into scores; calling it gives them in the place of log-probs."""
-
-    config: models.ModelConfig
-    compute_dtype: str
-    remat: str
-    attention: attention.Selection
-    layout: sharding.Layout = sharding.ONE_DEVICE
-    adapter: models.Adapter | None = None
 
     def __call__(
         self, params: types.PyTree, batch: types.Batch, *, dropout_key: jax.Array | None = None
@@ -118,14 +119,9 @@ class RewardForward:
             last_NP = jnp.max(jnp.where(batch.loss_mask_NR, batch.predictors_NR + 1, 0), axis=1)[:, None]
         else:
             last_NP = jnp.asarray(batch.ends_NP)
-        scores_NP = self.scores(
-            params,
-            jnp.asarray(batch.tokens_NT),
-            jnp.asarray(batch.valid_NT),
-            last_NP,
-            segments=batch.segments,
-            dropout_key=dropout_key,
-        )
+        hidden_NTD = self._hidden_states(params, batch, dropout_key)
+        with jax.named_scope("score"):
+            scores_NP = models.scores(params, hidden_NTD, last_NP)
         counts_NP = logprobs.sum_slots(
             jnp.asarray(batch.loss_mask_NR, scores_NP.dtype), batch.slots_NR, slots=scores_NP.shape[1]
         )
@@ -144,34 +140,6 @@ class RewardForward:
         completion = self(params, batch, dropout_key=dropout_key)
         scores_BK = jnp.asarray(completion.sum_N).reshape(batch.rewards_BK.shape)
         return loss.of_logps(scores_BK, operands), completion
-
-    def scores(
-        self,
-        params: types.PyTree,
-        tokens_NT: jax.Array,
-        valid_NT: jax.Array,
-        last_NP: jax.Array,
-        *,
-        segments: types.Segments | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> jax.Array:
-        """Return the scores [N, P], float32, at P positions of each row."""
-        with jax.named_scope("model"):
-            hidden_NTD = models.hidden_states(
-                params,
-                tokens_NT,
-                valid_NT,
-                config=self.config,
-                compute_dtype=jnp.dtype(self.compute_dtype),
-                remat=self.remat,
-                attention=self.attention,
-                layout=self.layout,
-                adapter=self.adapter,
-                dropout_key=dropout_key,
-                segments=segments,
-            )
-        with jax.named_scope("score"):
-            return models.scores(params, hidden_NTD, last_NP)
 
 
 AnyForward = PolicyForward | RewardForward

@@ -350,8 +350,9 @@ def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
     batch = data.batch_at(schedule, 0, np.arange(8))
     weights = hf.load_params(inputs.source, inputs.model_config, dtype="float32")
     forward_fn = forward.PolicyForward(
-        inputs.model_config, "float32", "none", attention.Selection("xla", "test"), "chunked", 2**20, temperature=1.0
-    )
+        inputs.model_config, "float32", "none", attention.Selection("xla", "test"),
+        implementation="chunked", workspace_bytes=2**20, temperature=1.0,
+    )  # fmt: skip
     found = []
     for accumulation in (1, 4):
         stacked = train_step.stack_micro_batches(batch, accumulation=accumulation)
