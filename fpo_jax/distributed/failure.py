@@ -36,7 +36,8 @@ _STATUS = re.compile(r"[A-Z][A-Z_]+: ")  # of a runtime error; jax raises some o
 _PEER = re.compile(r"\bGloo \w+ failed|\bNCCL\b|Connection (closed|reset) by peer|Socket closed")
 _OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
-_leaving = threading.Lock()
+_leaving = threading.Lock()  # held for good by the thread that ends this process
+_speaking = threading.Lock()
 _follower: threading.Thread | None = None
 _exit_reporter: subprocess.Popen | None = None
 _checkpoints = Path()
@@ -104,7 +105,8 @@ def leave(code: int, message: str, *, tell: str, stacks: bool = False) -> NoRetu
     last = threading.Timer(LAST_S, os._exit, [code])  # the store, the disk or a stream may hang as well
     last.daemon = True
     last.start()
-    print(terminal.shown(message), file=sys.stderr, flush=True)
+    with _speaking:
+        print(terminal.shown(message), file=sys.stderr, flush=True)
     if process.process_count() > 1:
         _part(json.dumps({"process": process.process_index(), "text": tell, "stacks": stacks}))
     workdir_lock.release()
@@ -112,6 +114,14 @@ def leave(code: int, message: str, *, tell: str, stacks: bool = False) -> NoRetu
     logging.shutdown()
     sys.stdout.flush()
     os._exit(code)  # the usual way out waits up to five minutes for the other processes
+
+
+def show_stacks(heading: str) -> None:
+    """Print where every thread is, unless the last words of this process have been said: nothing comes after them."""
+    with _speaking:
+        if not _leaving.locked():
+            print(terminal.shown(heading), file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
 
 
 def _part(word: str) -> None:
@@ -162,8 +172,7 @@ def _follow() -> None:
         return  # process 0 is gone, and jax ends this process
     if word and json.loads(word)["process"] != process.process_index():
         if json.loads(word)["stacks"]:
-            print(terminal.shown(f"{_me()}: {_described(word)} Its threads are at:"), file=sys.stderr, flush=True)
-            faulthandler.dump_traceback(all_threads=True)
+            show_stacks(f"{_me()}: {_described(word)} Its threads are at:")
         time.sleep(GRACE_S)
         leave(LOST, f"{_me()}: {_described(word)} {exit_reporter.resumption(_checkpoints)}", tell=_described(word))
 

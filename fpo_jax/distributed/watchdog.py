@@ -7,9 +7,7 @@ callbacks of a user) is left alone with `unhurried`.
 """
 
 import contextlib
-import faulthandler
 import math
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -56,8 +54,7 @@ class _Watch:
         """Show where everything is, and leave."""
         fact = f"nothing moved for {self.still_s:.0f} s, so the run counts as hanging (train.hang_timeout)"
         me = f"process {process.process_index()} of {process.process_count()}"
-        print(f"{me}: {fact}; its threads are at:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
+        failure.show_stacks(f"{me}: {fact}; its threads are at:")
         words = f"{me}: {fact}. {exit_reporter.resumption(self.checkpoints)}"
         failure.leave(failure.LOST, words, tell=fact + ".", stacks=True)
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -356,6 +357,16 @@ def test_hang_of_a_process_that_lives_ends_all_and_shows_where_each_of_them_is(t
         assert "ts threads are at:" in job.text(index) and "Thread 0x" in job.text(index), job.text()
         assert ("from_first" in job.text(index)) == (index != hung), job.text()
         assert "the same command on every host" in job.text(index).splitlines()[-1]
+
+
+def test_stacks_come_before_the_last_words_or_not_at_all(monkeypatch, capfd):
+    """Two hosts notice a hang in one second; the word of the other one arrives while this one is leaving."""
+    monkeypatch.setattr(failure, "_leaving", threading.Lock())
+    failure.show_stacks("its threads are at:")
+    assert "hread 0x" in capfd.readouterr().err
+    with failure._leaving:
+        failure.show_stacks("its threads are at:")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_save_that_fails_by_the_death_of_another_process_is_no_fault_of_its_own(monkeypatch):
