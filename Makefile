@@ -1,5 +1,6 @@
 # make quickstart   create the environment and run the main job on a task made here (no download of data or weights)
 # make test         the same, then every test;  PYTHON=python3.12 uses another interpreter and environment
+# make test-all     with every case of the tests that the default suite takes samples of
 # make test-faults   inject faults: flipped bits, full disks, killed runs (minutes)
 # make test-lowest   install the lowest releases that pyproject.toml allows, into an environment of their own; a smoke test
 # make lock          renew requirements/, the releases that are installed here;  LOCK= installs the newest instead
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 LOCK ?= $(wildcard requirements/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
 
-.PHONY: quickstart test tests test-faults test-lowest lock test-deviceless lint format clean
+.PHONY: quickstart test tests test-all test-faults test-lowest lock test-deviceless lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m eval.quickstart.quickstart --workdir $(WORKDIR)
@@ -19,6 +20,9 @@ test: quickstart tests
 
 tests: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-all:
+	$(MAKE) tests PYTEST_ARGS="--every-case $(PYTEST_ARGS)"
 
 test-faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults --durations=0 $(PYTEST_ARGS) \

@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, no network, and shape checks on every function of the package that names some."""
 
 import atexit
+import collections
 import os
 import shutil
 import tempfile
@@ -24,6 +25,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 
 from tests import shapecheck
+
+
+def pytest_addoption(parser):
+    """`make test-all` sets it."""
+    parser.addoption("--every-case", action="store_true", help="run also what tests marked `sampled` leave out")
 
 
 def pytest_configure(config):
@@ -59,6 +65,8 @@ def pytest_collection_modifyitems(config, items):
     """Order the files, and leave out what needs a large machine unless it is asked for."""
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    if not config.getoption("every_case"):
+        _leave_out(config, items)
     if "large" in config.getoption("markexpr"):
         return
     for item in items:
@@ -66,3 +74,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(
                 pytest.mark.skip(reason="needs 30 GB of disk and 20 GB of memory; ask for it with -m large")
             )
+
+
+def _leave_out(config, items):
+    """Of a test marked `sampled(n)` keep every n-th case."""
+    seen, left = collections.Counter(), []
+    for item in list(items):
+        if mark := item.get_closest_marker("sampled"):
+            name = (item.path, item.originalname)
+            if seen[name] % mark.args[0]:
+                left.append(item)
+                items.remove(item)
+            seen[name] += 1
+    if left:
+        config.hook.pytest_deselected(items=left)

@@ -24,6 +24,7 @@ def made(name):
     return config, tree | {"embed": tree["embed"] * (0.02 if config.tied_head else 1.0)}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_equal_transformers(name, tmp_path):
@@ -43,6 +44,7 @@ def test_greedy_tokens_equal_transformers(name, tmp_path):
     assert min(len(set(tokens)) for (tokens,) in expected) > 1
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_hidden_states_against_the_cache_are_those_of_whole_rows(name):
     """Ten tokens beyond prompts of 1 to 9, past the windows of 7 of mistral and of every other layer of gemma2."""

@@ -73,6 +73,7 @@ FAMILIES = ["llama GQA", "mistral window", "qwen2", "qwen3", "gemma2", "gpt2", "
 TOKENS_NT = np.random.default_rng(0).integers(3, 30, size=(2, 9)).astype(np.int32)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parity
 @pytest.mark.parametrize("name", FAMILIES)
 def test_peft_reads_the_adapter_and_gives_the_same_logits_and_gradients(name, tmp_path):
