@@ -275,7 +275,7 @@ def main() -> None:
     gpu.add_argument("--layers", type=int, default=12)
     gpu.add_argument("--groups", type=int, default=32, help="of an update")
     gpu.add_argument("--micro", type=int, default=4, help="train.micro_batch_per_device: groups, or rows of groups")
-    gpu.add_argument("--remat", default="full", choices=("none", "dots", "full", "offload"))
+    gpu.add_argument("--remat", default="full", choices=("none", "dots_and_attention", "dots", "full", "offload"))
     gpu.add_argument("--fields", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     gpu.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # the same on a CPU
     options = parser.parse_args()

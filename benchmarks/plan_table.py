@@ -28,7 +28,7 @@ def longest(recipe: str, layout: str) -> dict[str, object]:
     """Return what a recipe changes for rows of its longest groups."""
     data = importlib.import_module(f"fpo_jax.configs.{recipe}").get_config().data
     completion = data.max_completion_length or data.max_length - data.max_prompt_length
-    changes: dict[str, object] = {"data.eval": ""}
+    changes: dict[str, object] = {"data.eval": "", "data.eval_split": ""}
     if layout == "shared":
         row = data.max_length - completion + data.group_size * completion
         changes |= {"data.layout": "shared", "data.row_length": row}
@@ -38,7 +38,12 @@ def longest(recipe: str, layout: str) -> dict[str, object]:
 def real(recipe: str, layout: str, folder: Path) -> dict[str, object]:
     """Return what a recipe changes to read one of the SETS."""
     of = layouts.SETS[REAL[recipe]]
-    changes: dict[str, object] = {"data.eval": "", "data.format": of["format"], "data.layout": layout}
+    changes: dict[str, object] = {
+        "data.eval": "",
+        "data.eval_split": "",
+        "data.format": of["format"],
+        "data.layout": layout,
+    }
     changes |= {"data.train": str(folder / of["train"]), "data.train_split": "", "data.subfolder": ""}
     changes |= {"plan.groups": None, "tokenizer.eos_token": of["eos"]}
     if recipe.startswith("mistral"):  # whose vocabulary is too small for the set's own

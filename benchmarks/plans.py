@@ -59,12 +59,6 @@ RECIPES = {  # configs/NAME.py -> its model
     "pythia_tldr_pref": "Pythia-2.8B",
     "pythia_tldr_rw": "Pythia-2.8B",
 }
-# What a target needs beyond the recipe; the global batch stays the original's.
-CHANGES: dict[tuple[str, str], dict[str, object]] = {
-    ("mistral_instruct", "v5e-16"): {"train.micro_batch_per_device": 1},  # 16 GB a chip, rows of 2048 tokens
-    ("llama3_base", "v5e-16"): {"train.micro_batch_per_device": 1},
-    ("llama3_instruct", "v5e-16"): {"train.micro_batch_per_device": 1},
-}
 
 
 def main() -> None:
@@ -80,7 +74,7 @@ def main() -> None:
         for recipe in arguments.recipes:
             key = f"{recipe} {target}"
             if key not in found:
-                found[key] = one(recipe, target, CHANGES.get((recipe, target), {}))
+                found[key] = one(recipe, target, {})
                 arguments.json.write_text(json.dumps(found, indent=1))
                 print(key, found[key]["fits"], f"{found[key]['peak'] / 2**30:.2f} GiB", flush=True)
     if arguments.write:
@@ -103,11 +97,11 @@ def one(recipe: str, target: str, changes: dict[str, object]) -> dict:
     capacity = hardware.capacity(outcome.layout.mesh.devices.flat[0])
     seconds = roofline.estimate(outcome, capacity)
     return {
-        "changes": changes,
         "preset": config.mesh.preset,
         "mesh": dict(outcome.layout.mesh.shape),
-        "remat": config.model.remat,
-        "micro_batch": config.train.micro_batch_per_device,
+        "layout": outcome.config.data.layout,
+        "remat": outcome.config.model.remat,
+        "micro_batch": outcome.config.train.micro_batch_per_device,
         "accumulation": outcome.accumulation,
         "batch": config.train.batch_size,
         "state": outcome.state,
@@ -115,7 +109,7 @@ def one(recipe: str, target: str, changes: dict[str, object]) -> dict:
         "peak_of": max(outcome.programs, key=lambda program: program.peak).name,
         "limit": report.limit,
         "fits": report.fits,
-        "remedy": report.remedy.text if report.remedy else "",
+        "remedy": report.suggestion.text if report.suggestion else "",
         "compile": {program.name: round(program.seconds, 1) for program in outcome.programs},
         "best": seconds.best,
         "most": seconds.most,
@@ -149,9 +143,9 @@ a recipe allows, with every position counted; real rows are shorter.
 
 - **peak**: the most that a device holds in any program of the run, and which one.
 - **s an update**: from perfect overlap of computing, memory and links to none, at the peak rates of the data sheets.
-- **changes**: what the target needs beyond the recipe; the preset is the default, `fsdp`, everywhere.
+- **settings**: what the run settles for itself; the preset is the default, `fsdp`, everywhere.
 """
-_TABLE = """| recipe | changes | micro-batches | state GiB | peak GiB | free | s an update | h a run | compiled in |
+_TABLE = """| recipe | settings | micro-batches | state GiB | peak GiB | free | s an update | h a run | compiled in |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -159,19 +153,18 @@ _TABLE = """| recipe | changes | micro-batches | state GiB | peak GiB | free | s
 def _row(recipe: str, plan_: dict | None) -> str:
     if plan_ is None:
         return f"| `{recipe}` | | | | not compiled | | | | |\n"
-    changes = ", ".join(f"`{key}={value}`" for key, value in plan_["changes"].items()) or "none"
     seconds, steps = (plan_["best"], plan_["most"]), plan_["steps"]
     hours = " to ".join(f"{steps * value / 3600:.2f}" for value in seconds) if steps else "unknown"
     cells = (
         f"`{recipe}`",
-        changes,
+        f"{plan_['layout']}, remat {plan_['remat']}",
         f"{plan_['accumulation']} of {plan_['micro_batch']} a device",
         _gib(plan_["state"]),
         f"{_gib(plan_['peak'])} ({plan_['peak_of']})",
         f"{1 - plan_['peak'] / plan_['limit']:.0%}" if plan_["fits"] else "**does not fit**",
         " to ".join(f"{value:.1f}" for value in seconds),
         hours,
-        f"{plan_['compile']['update']:.0f} s",
+        f"{plan_['compile']['step']:.0f} s",
     )
     return f"| {' | '.join(cells)} |\n"
 

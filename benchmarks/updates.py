@@ -9,7 +9,7 @@ import numpy as np
 from fpo_jax import config as configuration
 from fpo_jax import data, sharding, types
 from fpo_jax.perf import flops, hardware
-from fpo_jax.trainer import batch_shapes, kept_logits, run_inputs, run_schedule, train_step
+from fpo_jax.trainer import auto_settings, batch_shapes, kept_logits, run_inputs, run_schedule, train_step
 
 
 class Updates:
@@ -18,6 +18,10 @@ class Updates:
     def __init__(self, config: configuration.Config, inputs: run_inputs.Inputs, model: Path):
         """Plan and load; nothing is compiled yet."""
         grid = sharding.make_layout(**config.mesh, devices=jax.devices()[:1])
+        facts, holds = auto_settings.measured(inputs, ways=1), hardware.capacity(jax.devices()[0])
+        limit = auto_settings.memory_limit(grid, holds)
+        self.settled = auto_settings.settle(config, facts, grid, limit=limit, capacity=holds)
+        config = self.settled.config
         self._config, self._inputs, self.plan = config, inputs, run_schedule.build(config, inputs, devices=1)
         self.programs = kept_logits.steps_of(
             config,
@@ -25,7 +29,7 @@ class Updates:
             grid,
             largest=batch_shapes.largest(self.plan.schedule, self.plan.steps),
             accumulation=self.plan.accumulation,
-            capacity=hardware.capacity(jax.devices()[0]),
+            capacity=holds,
         )
         self._state = self.programs.state.init(self._load(model))
         self._references = np.zeros(inputs.train.prepared.rewards_BK.shape, np.float32)

@@ -24,7 +24,6 @@ def get_config():
     c.data.group_size = 1
     c.loss.name = "sft"
     c.optim.learning_rate = 2e-5
-    c.train.micro_batch_per_device = 8
     c.train.eval_batch_per_device = 8
     c.train.eval_every = 200
     return c

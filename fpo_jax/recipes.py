@@ -22,7 +22,6 @@ def simpo() -> configuration.Config:
     c.optim.schedule = "cosine"
     c.optim.warmup_fraction = 0.1
     c.train.batch_size = 128
-    c.train.micro_batch_per_device = 2
     c.train.eval_batch_per_device = 4
     c.train.eval_every = 400
     return c
@@ -43,7 +42,6 @@ def exo() -> configuration.Config:
     c.optim.decay_over = "epochs"  # the original's cosine spans the epoch even when the run stops earlier
     c.optim.b2 = 0.95
     c.train.batch_size = 128
-    c.train.micro_batch_per_device = 8
     c.train.eval_batch_per_device = 8
     c.train.eval_every = 34  # ten evaluations and ten checkpoints a run
     c.train.save_every = 34

@@ -76,7 +76,7 @@ def config(model_dir: Path, data: Path, **changed):
     c.model.path, c.data.train, c.data.eval = str(model_dir), str(data), str(data)
     c.model.compute_dtype, c.model.remat = "float32", "none"
     c.data.format, c.data.rule = "json", "raw"
-    c.data.max_length, c.data.max_completion_length = 40, 16
+    c.data.layout, c.data.max_length, c.data.max_completion_length = "padded", 40, 16
     c.loss.name, c.loss.alpha, c.loss.beta_pi = "alpha", 0.1, 0.5
     c.optim.learning_rate, c.optim.warmup_fraction = 1e-3, 0.1
     c.train.batch_size, c.train.micro_batch_per_device = 8, 1

@@ -193,6 +193,7 @@ def _logprobs(source: Path, prepared: data.Prepared, settings: dict[str, Any], p
     config.model.path = str(source)
     config.model.param_dtype = config.model.compute_dtype = settings["compute_dtype"]
     config.data.max_length, config.data.group_size = longest, prepared.group_size
+    config.data.layout, config.model.remat = "padded", "none"
     config.mesh.preset = "multi_gpu"
     layout = sharding.make_layout(**config.mesh, devices=jax.devices())
     per_device = min(per_device, -(-prepared.groups // layout.data_parallel_degree))

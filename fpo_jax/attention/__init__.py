@@ -7,7 +7,7 @@ segment_mask, block_mask  the attention mask of packed sequences, by token and b
 sharded       each device attends its own sequences and heads
 """
 
-from fpo_jax.attention.dispatch import IMPLEMENTATIONS, MAX_MASKED, Selection, select
+from fpo_jax.attention.dispatch import IMPLEMENTATIONS, MAX_MASKED, Selection, keeps_results, select
 from fpo_jax.attention.dot_product import attend
 
-__all__ = ["IMPLEMENTATIONS", "MAX_MASKED", "Selection", "attend", "select"]
+__all__ = ["IMPLEMENTATIONS", "MAX_MASKED", "Selection", "attend", "keeps_results", "select"]

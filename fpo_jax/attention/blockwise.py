@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from fpo_jax import types
 from fpo_jax.attention import segment_mask as segments_
 
 WORKSPACE_BYTES = 32 * 2**20  # of the float32 logits of one pair of blocks, all rows and heads of a device
 MIN_BLOCK, MAX_BLOCK = 128, 256  # at 512 a CPU, out of its caches, takes twice as long
+RESULTS = "attention_results"  # by which `jax.checkpoint` knows what the forward pass leaves to the backward pass
 _MASKED = -1e30  # finite, so that a query that has seen no key yet gives 0 and not NaN
 
 
@@ -182,7 +184,13 @@ def chunked_attention_bwd(spec: _Spec, residuals, grad_XNGRQC):
     return dq_XNGRQC.astype(dtype), dk_XNGSC, dv_XNGSC, None
 
 
-_attend.defvjp(chunked_attention_fwd, chunked_attention_bwd)
+def _attend_fwd(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed):
+    out_XNGRQC, (*inputs, _, lse_XNGRQ) = chunked_attention_fwd(spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed)
+    out_XNGRQC, lse_XNGRQ = checkpoint_name(out_XNGRQC, RESULTS), checkpoint_name(lse_XNGRQ, RESULTS)
+    return out_XNGRQC, (*inputs, out_XNGRQC, lse_XNGRQ)
+
+
+_attend.defvjp(_attend_fwd, chunked_attention_bwd)
 
 
 def _logits(spec: _Spec, q_XNGRQC, k_XNGSC, packed: _Packed | None, i, j):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fpo_jax import sharding
-from fpo_jax.attention import mosaic, splash
+from fpo_jax.attention import blockwise, mosaic, splash
 
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "mosaic", "splash")
 CUDNN_MIN_CAPABILITY = (8, 0)  # docs.nvidia.com/deeplearning/cudnn, Attention: "SM80 (Ampere) or newer"
@@ -27,6 +27,10 @@ XLA_MAX_POSITIONS = 384
 # What `auto` tries first, in this order; for several texts in a row the other way round, as cuDNN then reads a mask
 # from memory and computes what it hides.
 _KERNELS = {"gpu": ("cudnn", "mosaic"), "tpu": ("splash",)}
+
+# Primitives of the forward passes of flash attention, as they stand in a traced layer: splash, Mosaic, cuDNN.
+_FORWARD_KERNELS = frozenset({"pallas_call", "mpmd_map", "dot_product_attention_fwd_wrapper"})
+_named_results = jax.checkpoint_policies.save_only_these_names(blockwise.RESULTS)
 
 
 class Selection(NamedTuple):
@@ -122,6 +126,14 @@ def select(
     if kv_heads % ways:
         reason += f"; {kv_heads} key/value heads are whole on each of {ways} devices, which takes those it reads"
     return Selection(implementation, reason, interpret)
+
+
+def keeps_results(primitive, *inputs, **options) -> bool:
+    """Return whether an operation makes what attention's backward pass reads: a policy of `jax.checkpoint`.
+
+    That is the attended values and the log-sum-exp of every query, of each implementation but `xla`, which has none.
+    """
+    return primitive.name in _FORWARD_KERNELS or bool(_named_results(primitive, *inputs, **options))
 
 
 def _best(facts: _Facts) -> tuple[str, str]:

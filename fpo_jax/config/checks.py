@@ -119,7 +119,7 @@ def problems(config: Config) -> list[str]:
 def _layout_problems(config: Config) -> list[str]:
     """List what does not go with the layout of rows."""
     found, layout = [], config.data.layout
-    if layout == "padded":
+    if layout in ("auto", "padded"):
         return found
     if config.data.packing:
         found.append(f"data.packing=True and data.layout={layout!r} exclude each other; unset one.")

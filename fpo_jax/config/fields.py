@@ -39,7 +39,7 @@ HOST = "host"  # changes no number of any step
 DTYPES = ("float32", "bfloat16")
 FORMATS = ("hh", "chat_pairs", "chat_groups", "json", "tldr", "tldr_sft", "imdb", "messages", "demonstrations")
 STAGES = ("sft", "reward", "align")
-REMAT = ("none", "dots", "full", "offload")
+REMAT = ("auto", "none", "dots_and_attention", "dots", "full", "offload")
 ATTENTION = ("auto", "xla", "chunked", "cudnn", "mosaic", "splash")
 KERNELS = ("auto", "reference", "chunked", "pallas_tpu", "pallas_gpu", "pallas_triton")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -53,7 +53,14 @@ FIELDS = (
     Field("model.revision", str, "", "Hub commit; empty = the hub's main."),
     Field("model.param_dtype", str, "float32", "Master weights; bfloat16 ones are rounded stochastically.", DTYPES),
     Field("model.compute_dtype", str, "bfloat16", "Matmul operands; softmax, norms and losses are float32.", DTYPES),
-    Field("model.remat", str, "full", "What the backward pass recomputes, from nothing to everything.", REMAT, MACHINE),
+    Field(
+        "model.remat",
+        str,
+        "auto",
+        "What the backward pass recomputes, from nothing to everything; auto: the fastest that fits.",
+        REMAT,
+        MACHINE,
+    ),
     Field(
         "model.dropout",
         str,
@@ -169,9 +176,10 @@ FIELDS = (
     Field(
         "data.layout",
         str,
-        "padded",
-        "padded: a completion per sequence; packed: whole groups; shared: the same, and a prompt stands once.",
-        ("padded", "packed", "shared"),
+        "auto",
+        "padded: a completion per sequence; packed: whole groups; shared: the same, and a prompt stands once; auto:"
+        " shared, or packed where no prompt is shared, as far as model and attention allow.",
+        ("auto", "padded", "packed", "shared"),
         MACHINE,
     ),
     Field(
@@ -185,7 +193,7 @@ FIELDS = (
         "data.buckets",
         tuple,
         (),
-        "Sequence lengths to compile for, ascending; empty = max_length alone.",
+        "Sequence lengths to compile for, ascending; empty = max_length alone, with data.layout=auto its halves too.",
         resumes=MACHINE,
     ),
     Field("data.shuffle", bool, True, "Draw a new order of the groups for every epoch."),
@@ -242,9 +250,9 @@ FIELDS = (
     Field(
         "train.micro_batch_per_device",
         int,
-        2,
+        None,
         "Groups (with data.layout packed or shared: sequences of groups) per device and forward pass; accumulation"
-        " follows.",
+        " follows; unset = the fastest that fits.",
         resumes=MACHINE,
     ),
     Field("train.epochs", float, 1.0, "Epochs of the training data."),

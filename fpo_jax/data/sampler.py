@@ -130,6 +130,7 @@ def packed(
     longest: int,
     head_cost: float,
     length: int | None = None,
+    sizes: group_packing.Sizes | None = None,
     seed: int,
     shuffle: bool = True,
     last_batch: str = "drop",
@@ -145,6 +146,7 @@ def packed(
         longest: bound on the row length where it is chosen here.
         head_cost: of a scored position, relative to that of a token (`group_packing.packing`).
         length: of a row; None = the one that costs least.
+        sizes: of the set's groups in that layout, where they are known.
         seed: of the order.
         shuffle: as for `schedule`.
         last_batch: as for `schedule`.
@@ -162,9 +164,8 @@ def packed(
         last_batch=last_batch,
     )
     drawn = [[group for group in group_ids(plain, step).tolist() if group >= 0] for step in range(steps)]
-    shape = _row_shape(
-        prepared, drawn, layout=layout, multiple=multiple, longest=longest, head_cost=head_cost, length=length
-    )
+    options = {"multiple": multiple, "longest": longest, "head_cost": head_cost, "length": length}
+    shape = _row_shape(prepared, drawn, sizes, layout=layout, **options)
     return _with_rows(plain, shape, [group_packing.pack_groups(groups, shape) for groups in drawn])
 
 

@@ -31,6 +31,12 @@ _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)  # scan alrea
 # What the backward pass keeps of a layer, from most memory and fewest FLOPs to the least memory.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,  # everything
+    "dots_and_attention": functools.partial(  # as dots, and of flash attention what its backward pass reads
+        _checkpoint,
+        policy=jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention.keeps_results
+        ),
+    ),
     "dots": functools.partial(  # the results of its matmuls with weights; attention, norms and activations run again
         _checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),

@@ -1,6 +1,6 @@
 """The programs of a run, compiled for devices that need not exist: memory, collectives, operations, seconds.
 
-configuration, Sizes, devices -> Outcome. The programs are those of `steps.Steps`, at their largest shapes.
+configuration, devices -> Outcome. The programs are those of `steps.Steps`, at their largest shapes.
 """
 
 import functools
@@ -15,8 +15,7 @@ from fpo_jax import config as configuration
 from fpo_jax import sharding
 from fpo_jax.perf import flops, hardware
 from fpo_jax.plan.collectives import Collective, collectives
-from fpo_jax.trainer import batch_shapes as sizes_
-from fpo_jax.trainer import kept_logits, steps, train_state
+from fpo_jax.trainer import auto_settings, batch_shapes, kept_logits, steps, train_state
 
 TRAIN_STEP, EVALUATION, REFERENCE = "step", "evaluation", "reference pass"
 REFERENCE_EVAL = "reference pass, eval"  # where its batches are larger than those of the training data
@@ -48,7 +47,7 @@ class Outcome(NamedTuple):
 
     config: configuration.Config
     layout: sharding.Layout
-    sizes: sizes_.Sizes
+    sizes: batch_shapes.Sizes
     accumulation: int
     choices: list[str]
     parameters: int  # bytes on each device
@@ -58,6 +57,7 @@ class Outcome(NamedTuple):
     collectives: list[Collective]  # of a step
     operations: int  # of a mean step over all devices, recomputation included
     scoring_operations: int  # of one batch of the reference pass; 0 without
+    candidates: list[auto_settings.Candidate]  # that were chosen from, the chosen one first
 
     @property
     def peak(self) -> int:
@@ -69,25 +69,39 @@ class Outcome(NamedTuple):
         return [program.name for program in self.programs if not program.compiled or program.peak > limit]
 
 
-def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: float = float("inf")) -> Outcome:
-    """Compile the programs of a run at their largest shapes.
+def compile_all(
+    config: configuration.Config,
+    devices: Sequence[Any],
+    *,
+    known: batch_shapes.Known | None = None,
+    limit: int | None = None,
+    rest: bool = True,
+) -> Outcome:
+    """Settle what is automatic, and compile the programs of a run at their largest shapes.
 
     Args:
         config: of the run.
         devices: what to compile for.
-        limit: bytes a device; the rest is left out once the step needs more.
+        known: what is read of the run; None = it is read here.
+        limit: bytes that programs get of a device; None = unknown.
+        rest: also the other programs where the step needs more than `limit`.
 
     Raises:
         ValueError: the configuration cannot run on these devices.
     """
     layout = sharding.make_layout(**config.mesh, devices=devices)
-    sizes = sizes_.find(config, ways=layout.data_parallel_degree)
+    capacity, ways = hardware.capacity(devices[0]), layout.data_parallel_degree
+    known = known or batch_shapes.read(config)
+    facts = auto_settings.bounded(known, ways=ways)
+    if known.inputs is not None:
+        facts = auto_settings.measured(known.inputs, ways=ways)
+    settled = auto_settings.settle(config, facts, layout, limit=limit, capacity=capacity)
+    config, sizes = settled.config, batch_shapes.sizes(settled.config, known, ways=ways)
     accumulation = sizes.accumulation
-    capacity = hardware.capacity(devices[0])
     made = kept_logits.steps_of(
         config, sizes.blueprint, layout, largest=sizes.train_step, accumulation=accumulation, capacity=capacity
     )
-    choices = list(made.choices)
+    choices = [*settled.choices, *made.choices]
     if config.optim.offload and not knows_host_memory(devices[0]):
         choices.append(
             "optim.offload: the compiler of absent GPUs knows no host memory; compiled with the moments on the device,"
@@ -112,9 +126,9 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         scoring_operations = counted if name == REFERENCE else scoring_operations
         if name == TRAIN_STEP and row.compiled:
             links = collectives(text, mesh=made.mesh)
-        if name == TRAIN_STEP and (row.peak > limit or not row.compiled):
+        too_large = not row.compiled or (limit is not None and row.peak > limit)
+        if name == TRAIN_STEP and too_large and not rest:
             break
-    gradients = sum(_float32_bytes(leaf) for leaf in jax.tree.leaves(state.params))
     return Outcome(
         config,
         layout,
@@ -123,11 +137,12 @@ def compile_all(config: configuration.Config, devices: Sequence[Any], *, limit: 
         choices,
         parameters,
         made.state.bytes_on_device(),
-        gradients,
+        made.state.gradient_bytes(),
         found,
         links,
         operations,
         scoring_operations,
+        settled.candidates,
     )
 
 
@@ -136,7 +151,7 @@ def knows_host_memory(device: Any) -> bool:
     return any(memory.kind == sharding.HOST for memory in device.addressable_memories())
 
 
-def _runs(config, sizes: sizes_.Sizes, made: steps.Steps, state, accumulation: int, moments: int):
+def _runs(config, sizes: batch_shapes.Sizes, made: steps.Steps, state, accumulation: int, moments: int):
     """Yield name, program, abstract arguments and the bytes beside it."""
     batch, train = functools.partial(kept_logits.abstract_batch, made, config), config.train
     largest = batch(sizes.train_step, train.micro_batch_per_device, accumulation=accumulation)
@@ -174,7 +189,3 @@ def _compile(name: str, traced: jax.stages.Traced, first, batch, beside: int, st
     peak = hardware.peak_of(compiled, mesh.devices.flat[0])
     host = memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes
     return Program(name, arguments, peak - arguments, beside, host, seconds, True), text
-
-
-def _float32_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return train_state.bytes_on_device(jax.ShapeDtypeStruct(leaf.shape, "float32", sharding=leaf.sharding))

@@ -15,6 +15,7 @@ import jax
 from fpo_jax import config as configuration
 from fpo_jax.perf import hardware
 from fpo_jax.plan import compilation, report, suggestions
+from fpo_jax.trainer import batch_shapes
 
 # Of a GPU's memory beside XLA's own: CUDA's context, NCCL's buffers, workspaces of cuDNN and cuBLAS. Assumed.
 GPU_RESERVE = 3 * 2**29
@@ -66,16 +67,21 @@ def run(
     found = devices(target)
     holds = capacity(found[0])
     limit = None if holds is None else _limit(found[0], holds)
-    outcome = compilation.compile_all(config, found)
+    known = batch_shapes.read(config)
+    outcome = compilation.compile_all(config, found, known=known, limit=limit)
     suggestion = remedied = None
     tried: list[tuple[suggestions.Suggestion, int]] = []
     if limit is not None and (too_large := outcome.too_large(limit)):
         for candidate in suggestions.ladder(
-            config, target, too_large, host_memory=compilation.knows_host_memory(found[0])
+            outcome.config, target, too_large, host_memory=compilation.knows_host_memory(found[0])
         ):
             try:
                 other = compilation.compile_all(
-                    suggestions.changed(config, candidate.changes), devices(candidate.target), limit=limit
+                    suggestions.changed(outcome.config, candidate.changes),
+                    devices(candidate.target),
+                    known=known,
+                    limit=limit,
+                    rest=False,
                 )
             except ValueError:
                 continue  # the batch or a weight does not divide

@@ -11,6 +11,7 @@ from fpo_jax.plan.compilation import TRAIN_STEP, Outcome
 from fpo_jax.trainer import kept_logits
 
 _GIB = 2**30
+_CANDIDATES = 8  # that are shown
 
 
 def text(
@@ -25,7 +26,12 @@ def text(
 ) -> str:
     """Return the whole answer: what runs, memory, verdict, collectives, operations, time, assumptions."""
     assert outcome.layout.mesh is not None
-    parts = [_run(target, outcome), _memory(outcome), _verdict(outcome, capacity, limit, suggestion, remedied, tried)]
+    parts = [
+        _run(target, outcome),
+        *_candidates(outcome),
+        _memory(outcome),
+        _verdict(outcome, capacity, limit, suggestion, remedied, tried),
+    ]
     if outcome.programs[0].compiled:
         parts += [_collectives(outcome), _cost(outcome, capacity)]
     return "\n\n".join(parts)
@@ -50,6 +56,18 @@ def _run(target: str, outcome: Outcome) -> str:
         *[line.split("\n")[0] for line in outcome.choices],
     ]
     return "\n".join(lines)
+
+
+def _candidates(outcome: Outcome) -> list[str]:
+    """The table that the settings were chosen from."""
+    if not outcome.candidates:
+        return []
+    rows = [("settings, the chosen ones first", "micro-batch", "s a step", "GiB per device")]
+    for one in outcome.candidates[:_CANDIDATES]:
+        memory = f"at least {_gib(one.needed)}" if one.peak is None else _gib(one.peak)
+        rows.append((f"remat {one.remat}", str(one.micro_batch), f"{one.seconds:.3g}", memory))
+    left = len(outcome.candidates) - _CANDIDATES
+    return [terminal.table(rows) + (f"\nand {left} that take longer" if left > 0 else "")]
 
 
 def _rows(outcome: Outcome) -> int:

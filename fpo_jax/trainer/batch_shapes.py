@@ -1,7 +1,7 @@
 """What a plan knows of a run without its weights: model, batch shapes, steps; from the data where they are at hand.
 
-configuration -> Sizes. The data are read where they and the tokenizer are files of this machine; elsewhere the limits
-of the configuration bound the shapes, and `plan.groups` says how many groups there are.
+configuration -> Known -> Sizes. The data are read where they and the tokenizer are files of this machine; elsewhere the
+limits of the configuration bound the shapes, and `plan.groups` says how many groups there are.
 """
 
 import logging
@@ -13,7 +13,7 @@ import huggingface_hub.errors
 import numpy as np
 
 from fpo_jax import config as configuration
-from fpo_jax import data, models
+from fpo_jax import data, losses, models
 from fpo_jax.data import group_packing
 from fpo_jax.io import terminal
 from fpo_jax.perf import flops
@@ -47,12 +47,18 @@ class Sizes(NamedTuple):
     origin: str  # where the shapes come from, in words
 
 
-def find(config: configuration.Config, *, ways: int) -> Sizes:
-    """Read the model's description, and the data where they are here.
+class Known(NamedTuple):
+    """What is read of a run without its weights."""
 
-    Args:
-        config: of the run.
-        ways: that a batch is cut over the mesh.
+    loss: losses.Loss
+    model_config: models.ModelConfig
+    reference: run_inputs.Reference | None  # of its own
+    inputs: run_inputs.Inputs | None  # None where the data are not here
+    why: str  # they are not
+
+
+def read(config: configuration.Config) -> Known:
+    """Read the model's description, and the data where they are here.
 
     Raises:
         ValueError: the configuration, the model or the data cannot be used.
@@ -65,9 +71,23 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         with configuration.about("reference.path"):
             other = description(config.reference.path)
             reference = run_inputs.Reference(other, run_inputs.read_reference(config, other))
-    inputs, why = _inputs(config, loss, source, model_config, reference)
-    if inputs is None:
-        return _bounds(config, loss, model_config, reference, why, ways=ways)
+    return Known(loss, model_config, reference, *_inputs(config, loss, source, model_config, reference))
+
+
+def sizes(config: configuration.Config, known: Known, *, ways: int) -> Sizes:
+    """Return the shapes and the durations of a run.
+
+    Args:
+        config: of the run, in which nothing is automatic.
+        known: of it.
+        ways: that a batch is cut over the mesh.
+
+    Raises:
+        ValueError: the configuration cannot run.
+    """
+    if known.inputs is None:
+        return _bounds(config, known, ways=ways)
+    inputs = known.inputs
     plan, batch = run_schedule.build(config, inputs, devices=ways), config.train.batch_size
     evaluation, scoring, scoring_eval = (
         None if one is None else largest(one, one.steps_per_epoch) for one in (plan.evaluation, *plan.references)
@@ -82,7 +102,7 @@ def find(config: configuration.Config, *, ways: int) -> Sizes:
         filled = float(np.mean(used)) / plan.schedule.parts
         found, everything = plan.schedule.rows.packing.sizes, np.arange(rows.groups)
         texts, contexts = group_packing.texts(found, everything, texts, group_size=rows.group_size)
-    total = flops.work(texts, rows.loss_tokens_N, contexts=contexts, sliding_window=model_config.sliding_window)
+    total = flops.work(texts, rows.loss_tokens_N, contexts=contexts, sliding_window=known.model_config.sliding_window)
     return Sizes(
         run_schedule.blueprint(config, inputs, plan),
         largest(plan.schedule, plan.steps),
@@ -138,8 +158,9 @@ def _inputs(config, loss, source: Path, model_config, reference) -> tuple[run_in
     return inputs, ""
 
 
-def _bounds(config, loss, model_config: models.ModelConfig, reference, why: str, *, ways: int) -> Sizes:
+def _bounds(config: configuration.Config, known: Known, *, ways: int) -> Sizes:
     """The largest shapes that the configuration allows."""
+    loss, model_config, reference = known.loss, known.model_config, known.reference
     length, lengths = config.data.max_length, run_inputs.buckets(config)
     most = config.data.max_completion_length or length - 1  # rule chat: a prompt may be one token
     most = length - 1 if config.data.packing else most
@@ -181,5 +202,5 @@ def _bounds(config, loss, model_config: models.ModelConfig, reference, why: str,
         groups,
         steps,
         None,
-        f"the largest that the configuration allows, every position counted as a token, for {why}; {counted}",
+        f"the largest that the configuration allows, every position counted as a token, for {known.why}; {counted}",
     )

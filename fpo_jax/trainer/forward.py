@@ -150,7 +150,7 @@ def for_steps(
 ) -> tuple[AnyForward, list[str]]:
     """Settle the forward function of train steps; returns the choices and their reasons as text."""
     model_config, dtype = blueprint.model_config, config.model.compute_dtype
-    attends = _attention(config, model_config, blueprint.lengths, layout)
+    attends = attention_of(config, model_config, blueprint.lengths, layout)
     gathered = f"weights: {sharding.GATHER[layout.gather]}"
     attended = f"attention: {attends.implementation} ({attends.reason})"
     choices = [gathered, attended, *_left_out(model_config)]
@@ -203,19 +203,19 @@ def for_passes(
     """Settle those of evaluations and of reference log-probs; describes what differs from train steps."""
     notes = []
 
-    def attention_of(name: str, model_config: models.ModelConfig, lengths: tuple[int, ...]) -> attention.Selection:
-        choice = _attention(config, model_config, lengths or blueprint.lengths, layout)
+    def of_pass(name: str, model_config: models.ModelConfig, lengths: tuple[int, ...]) -> attention.Selection:
+        choice = attention_of(config, model_config, lengths or blueprint.lengths, layout)
         if choice != forward_fn.attention:
             notes.append(f"{name}: attention: {choice.implementation} ({choice.reason})")
         return choice
 
     with configuration.about("evaluations"):
-        attends = attention_of("evaluations", blueprint.model_config, blueprint.evaluation_lengths)
+        attends = of_pass("evaluations", blueprint.model_config, blueprint.evaluation_lengths)
     eval_forward_fn = dataclasses.replace(forward_fn, attention=attends)
     other = blueprint.reference
     described = other or blueprint.model_config
     with configuration.about("reference pass" if other is None else "reference.path"):
-        attends = attention_of("reference pass", described, blueprint.reference_lengths)
+        attends = of_pass("reference pass", described, blueprint.reference_lengths)
         reference_forward_fn = dataclasses.replace(forward_fn, config=described, attention=attends, adapter=None)
         if isinstance(reference_forward_fn, PolicyForward) and other is not None:
             head = logprobs.select(**_head(config, blueprint, other, layout), fuse_loss="off")
@@ -227,9 +227,14 @@ def for_passes(
     return eval_forward_fn, reference_forward_fn, notes
 
 
-def _attention(
+def attention_of(
     config: configuration.Config, model_config: models.ModelConfig, lengths: tuple[int, ...], layout: sharding.Layout
 ) -> attention.Selection:
+    """Return the attention of sequences of these lengths.
+
+    Raises:
+        ValueError: the one that was asked for cannot run.
+    """
     assert layout.mesh is not None
     target = logprobs.Target.of(layout.mesh.devices.flat[0])
     return attention.select(

@@ -51,8 +51,7 @@ def steps_of(
     needed = LOGIT_BYTES * capacity.flops / capacity.bandwidth / 2
     free = lent(layout, capacity) - made.state.bytes_on_device()
     if width >= needed and wanted < free:
-        peak = _peak(made, config, largest, accumulation)
-        free = lent(layout, capacity) - peak
+        free = lent(layout, capacity) - peak(made, config, largest, accumulation)
     again = "logits: computed again in the backward pass;"
     if width < needed:
         made.choices.append(
@@ -112,8 +111,8 @@ def traced(program: compiled_step.CompiledStep, first: Any, batch: Any) -> jax.s
         ) from error
 
 
-def _peak(made: steps.Steps, config: configuration.Config, largest: Shape, accumulation: int) -> int:
-    """Of the largest step; more than there is where the compiler refuses it."""
+def peak(made: steps.Steps, config: configuration.Config, largest: Shape, accumulation: int) -> int:
+    """Return the bytes of a device that the largest step takes; more than there are where the compiler refuses it."""
     batch = abstract_batch(made, config, largest, config.train.micro_batch_per_device, accumulation=accumulation)
     step = traced(made.train, made.state.abstract(), batch)
     try:

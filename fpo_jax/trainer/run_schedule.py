@@ -42,16 +42,48 @@ class Blueprint(NamedTuple):
     reference: models.ModelConfig | None = None  # None = the model below the adapter
 
 
-def build(config: configuration.Config, inputs: Inputs, *, devices: int) -> RunSchedule:
+def build(
+    config: configuration.Config, inputs: Inputs, *, devices: int, sizes: group_packing.Sizes | None = None
+) -> RunSchedule:
     """Work out order, shapes, accumulation, steps, warm-up and the batches of every pass.
 
     Args:
         config: the run's configuration.
         inputs: from `prepare`.
         devices: ways a batch is cut over the mesh.
+        sizes: of the training groups in the layout of the configuration, where they are known.
 
     Raises:
         ValueError: the batch does not divide, there is less than one batch of data, a row holds not even one group.
+    """
+    schedule, micro_batches, (steps, warmup, total_steps) = training(config, inputs, devices=devices, sizes=sizes)
+    shapes = data.batch_shapes(schedule, steps=steps)
+    if inputs.evaluation is None and not config.completions.count:
+        log.info("no evaluation: neither data.eval nor completions.count is set.")
+    return RunSchedule(
+        schedule, shapes, micro_batches, steps, warmup, total_steps, *_passes(config, inputs, schedule, devices)
+    )
+
+
+def training(
+    config: configuration.Config,
+    inputs: Inputs,
+    *,
+    devices: int,
+    sizes: group_packing.Sizes | None = None,
+    most: int | None = None,
+) -> tuple[data.Schedule, int, tuple[int, int, int]]:
+    """Return the schedule of the training batches, the micro-batches of a step, and the durations.
+
+    Args:
+        config: of the run.
+        inputs: of the run.
+        devices: ways a batch is cut over the mesh.
+        sizes: as for `build`.
+        most: steps whose groups are packed; None = all.
+
+    Raises:
+        ValueError: as `build`.
     """
     prepared, train = inputs.train.prepared, config.train
     order = {"batch_size": train.batch_size, "seed": config.seed, "shuffle": config.data.shuffle}
@@ -59,21 +91,26 @@ def build(config: configuration.Config, inputs: Inputs, *, devices: int) -> RunS
     if config.data.layout == "padded":
         micro_batches = accumulation(config, ways=devices)
         schedule = data.schedule(prepared, **order, buckets=buckets(config))
-        steps, warmup, total_steps = durations(config, steps_per_epoch=schedule.steps_per_epoch)
-    else:
-        per_epoch = data.steps_per_epoch(
-            prepared.groups, batch_size=train.batch_size, last_batch=config.data.last_batch
-        )
-        steps, warmup, total_steps = durations(config, steps_per_epoch=per_epoch)
-        multiple = train.micro_batch_per_device * devices
-        schedule = data.packed(prepared, **order, **_rows(config, inputs.model_config), multiple=multiple, steps=steps)
-        micro_batches = schedule.parts // multiple
-    shapes = data.batch_shapes(schedule, steps=steps)
-    if inputs.evaluation is None and not config.completions.count:
-        log.info("no evaluation: neither data.eval nor completions.count is set.")
-    return RunSchedule(
-        schedule, shapes, micro_batches, steps, warmup, total_steps, *_passes(config, inputs, schedule, devices)
-    )
+        return schedule, micro_batches, durations(config, steps_per_epoch=schedule.steps_per_epoch)
+    per_epoch = data.steps_per_epoch(prepared.groups, batch_size=train.batch_size, last_batch=config.data.last_batch)
+    lasts = durations(config, steps_per_epoch=per_epoch)
+    multiple = train.micro_batch_per_device * devices
+    options = _rows(config, inputs.model_config) | {"multiple": multiple, "steps": min(lasts[0], most or lasts[0])}
+    schedule = data.packed(prepared, **order, **options, sizes=sizes)
+    return schedule, schedule.parts // multiple, lasts
+
+
+def longest(config: configuration.Config, sizes: group_packing.Sizes | None) -> int:
+    """Return a bound on the tokens of a training sequence.
+
+    Args:
+        config: of the run, with its layout.
+        sizes: of the groups; None for sequences that hold one completion.
+    """
+    if sizes is None:
+        return buckets(config)[-1]
+    bound = min(config.data.group_size * config.data.max_length, attention.MAX_MASKED)
+    return max(int(sizes.tokens_B.max()), config.data.row_length or bound)
 
 
 def _passes(

@@ -16,9 +16,21 @@ _EMPTY = 0.1  # share of rows without a group from which on a remedy is named
 
 
 def log_summary(
-    config: configuration.Config, inputs: run_inputs.Inputs, plan: run_schedule.RunSchedule, compiled: steps.Steps
+    config: configuration.Config,
+    settled: configuration.Config,
+    inputs: run_inputs.Inputs,
+    plan: run_schedule.RunSchedule,
+    compiled: steps.Steps,
 ) -> None:
-    """Log configuration, loss, mesh, model, choices, data, one row and the plan."""
+    """Log configuration, loss, mesh, model, choices, data, one row and the plan.
+
+    Args:
+        config: as it was given.
+        settled: the same, in which nothing is automatic.
+        inputs: of the run.
+        plan: its steps.
+        compiled: its programs.
+    """
     mesh = compiled.mesh
     changed = configuration.difference(configuration.default().to_dict(), config.to_dict())
     log.info("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
@@ -49,7 +61,7 @@ def log_summary(
         len(plan.shapes),
         "s" * (len(plan.shapes) > 1),
         ", ".join(f"T={length} R={scored}" for length, scored in plan.shapes),
-        rows_in_words(config, plan, devices=compiled.layout.data_parallel_degree),
+        rows_in_words(settled, plan, devices=compiled.layout.data_parallel_degree),
     )
 
 

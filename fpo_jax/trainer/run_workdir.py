@@ -12,7 +12,9 @@ from fpo_jax import config as configuration
 from fpo_jax.io import atomic_io
 from fpo_jax.trainer.run_inputs import Inputs
 
-RESOLVED_LOSS = "resolved_loss"  # key of config.json beside the configuration: the loss with all its options
+# Keys of config.json beside the configuration.
+RESOLVED_LOSS = "resolved_loss"  # the loss with all its options
+SETTLED = "settled"  # what was settled for fields that are automatic
 
 log = logging.getLogger("fpo_jax")
 
@@ -65,17 +67,25 @@ def keep_source(config: configuration.Config, workdir: Path, inputs: Inputs) -> 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -> None:
+def claim_workdir(
+    config: configuration.Config, workdir: Path, inputs: Inputs, *, settled: dict[str, object] | None = None
+) -> None:
     """Write the run's identity into the workdir, or check that it is the same run's.
+
+    Args:
+        config: as it was given.
+        workdir: of the run.
+        inputs: of the run.
+        settled: automatic fields and their values in this start.
 
     Raises:
         ValueError: the workdir belongs to another configuration, or its loss had other defaults; lists what differs.
     """
-    path = workdir / "config.json"
+    path, settled = workdir / "config.json", settled or {}
     mine, loss = json.loads(config.to_json()), losses.described(inputs.loss)
     if path.exists():
         before = atomic_io.read_json(path)
-        loss_before = before.pop(RESOLVED_LOSS, None)
+        loss_before, settled_before = before.pop(RESOLVED_LOSS, None), before.pop(SETTLED, {})
         changed = configuration.difference(before, mine, ignore=configuration.RESUMABLE)
         if loss_before is None:
             log.info("%s does not say which loss ran with which defaults; they are now those named below", path)
@@ -91,10 +101,19 @@ def claim_workdir(config: configuration.Config, workdir: Path, inputs: Inputs) -
         for line in configuration.difference(before, mine):
             known = line.partition(":")[0] in configuration.FITTING
             log.info("this start has %s%s", line, "; sums may round differently" if known else "")
+        for field in settled_before.keys() & settled.keys():
+            if settled_before[field] != settled[field]:
+                log.info(
+                    "this start has %s: %r -> %r, both automatic; sums may round differently; give the old"
+                    " value to go on to the bit",
+                    field,
+                    settled_before[field],
+                    settled[field],
+                )
     elif workdir.is_dir() and (workdir / checkpoint.FOLDER).exists():
         raise ValueError(f"{workdir} holds checkpoints but no config.json; use another --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic_io.write(path, json.dumps(mine | {RESOLVED_LOSS: loss}, indent=2) + "\n")
+    atomic_io.write(path, json.dumps(mine | {RESOLVED_LOSS: loss, SETTLED: settled}, indent=2) + "\n")
     audits = {"train": inputs.train.audit.as_dict()}
     if inputs.evaluation is not None:
         audits["eval"] = inputs.evaluation.audit.as_dict()

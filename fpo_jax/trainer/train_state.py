@@ -114,6 +114,11 @@ class StateSharding:
         """Return the bytes of parameters and optimiser state in one device's own memory."""
         return bytes_on_device(self.abstract())
 
+    def gradient_bytes(self) -> int:
+        """Return the bytes of the gradients' float32 sums on one device."""
+        placed = _placed_shapes(self._abstract(self._trained), self.params)
+        return sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(placed))
+
     def _state_shardings(self, *, offload: bool) -> types.TrainState:
         """The moments live where their parameters do, or in the hosts' memory; the counters everywhere."""
         alone = sharding.replicated(self._mesh)

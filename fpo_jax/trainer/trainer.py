@@ -20,6 +20,7 @@ from fpo_jax import config as configuration
 from fpo_jax.distributed import exit_reporter, preemption, watchdog, workdir_lock
 from fpo_jax.perf import hardware, profiler
 from fpo_jax.trainer import (
+    auto_settings,
     batch_shapes,
     callbacks,
     compiled_step,
@@ -94,10 +95,15 @@ class Trainer:
         stop.begin(lambda: exit_reporter.resumption(self.workdir / checkpoint.FOLDER))
         with distributed.together():
             layout = sharding.make_layout(**config.mesh, devices=jax.devices() if devices is None else devices)
-            schedule = run_schedule.build(config, inputs, devices=layout.data_parallel_degree)
-            trace = profiler.Trace(profile, self.workdir, last=schedule.steps)
             assert layout.mesh is not None
             holds = hardware.capacity(layout.mesh.devices.flat[0])
+            facts = auto_settings.measured(inputs, ways=layout.data_parallel_degree)
+            limit = auto_settings.memory_limit(layout, holds)
+            settled = auto_settings.settle(config, facts, layout, limit=limit, capacity=holds)
+            self._settled = auto_settings.chosen(config, settled.config)
+            config, sizes = settled.config, facts.sizes(settled.config.data.layout)
+            schedule = run_schedule.build(config, inputs, devices=layout.data_parallel_degree, sizes=sizes)
+            trace = profiler.Trace(profile, self.workdir, last=schedule.steps)
             steps = kept_logits.steps_of(
                 config,
                 run_schedule.blueprint(config, inputs, schedule),
@@ -106,6 +112,7 @@ class Trainer:
                 accumulation=schedule.accumulation,
                 capacity=holds,
             )
+            steps.choices[:0] = settled.choices
             self._sample_completions = None
             if config.completions.count:
                 self._sample_completions = sample_completions.SampleCompletions(
@@ -209,10 +216,10 @@ class Trainer:
                 if distributed.is_main_process():
                     held.enter_context(workdir_lock.hold(self.workdir))
                     run_workdir.keep_source(self.config, self.workdir, run.inputs)
-                    run_workdir.claim_workdir(self.config, self.workdir, run.inputs)
+                    run_workdir.claim_workdir(self.config, self.workdir, run.inputs, settled=self._settled)
             distributed.check_shared(self.workdir)
             run.stop.connect(run.steps.mesh)
-            run_summary.log_summary(self.config, run.inputs, run.schedule, run.steps)
+            run_summary.log_summary(self.config, run.config, run.inputs, run.schedule, run.steps)
             keep = {"keep": train.keep_checkpoints, "keep_best": bool(train.keep_best)}
             held.enter_context(watchdog.watching(train.hang_timeout, self.workdir / checkpoint.FOLDER))
             checkpointer = held.enter_context(contextlib.closing(checkpoint.Checkpointer(self.workdir, **keep)))
@@ -236,7 +243,7 @@ class Trainer:
             checkpointer.check_space(state.abstract())
         weights = state.load(run.inputs.source)
         reference = reference_logprobs.ReferencePass(
-            self.config, self.workdir, run.inputs, run.schedule, run.steps, run.stop, run.meter
+            run.config, self.workdir, run.inputs, run.schedule, run.steps, run.stop, run.meter
         )
         run.references = reference(weights, fingerprints=self._fingerprints)
         with watchdog.unhurried():
@@ -271,7 +278,7 @@ class Trainer:
                     resume_step=-1 if last is None else last,
                     tensorboard=self.config.logging.tensorboard,
                     wandb_project=self.config.logging.wandb_project or None,
-                    config=self.config.to_dict(),
+                    config=self._run.config.to_dict(),
                 )
         with contextlib.closing(self._run.writers):
             yield

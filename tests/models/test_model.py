@@ -118,7 +118,7 @@ WITH_GRADIENT = {
     "mistral window": "full",
     "qwen2": "none",
     "qwen3": "full",
-    "gemma2": "full",
+    "gemma2": "dots_and_attention",
     "gpt2": "none",
     "neox parallel": "none",
     "neox sequential": "full",
@@ -370,9 +370,9 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
-def gradient_jaxpr(config, compute_dtype="float32", remat="none"):
+def gradient_jaxpr(config, compute_dtype="float32", **options):
     def total(tree, tokens_NT, valid_NT):
-        call = functools.partial(models.hidden_states, config=config, compute_dtype=compute_dtype, remat=remat)
+        call = functools.partial(models.hidden_states, config=config, compute_dtype=compute_dtype, **options)
         return jnp.sum(call(tree, tokens_NT, valid_NT).astype(jnp.float32))
 
     tokens_NT = jax.ShapeDtypeStruct((3, T), jnp.int32)
@@ -409,6 +409,25 @@ def test_full_remat_keeps_one_hidden_state_per_layer():
     config = models.from_hf_config(LLAMA)
     assert kept_for_the_backward_pass(config, "full") == [(config.layers, 3, T, config.width)]
     assert len(kept_for_the_backward_pass(config, "none")) > 5
+
+
+@pytest.mark.parametrize(
+    ("implementation", "kernel"), [("chunked", "chunked_attention_fwd"), ("splash", "splash_mha_fwd")]
+)
+def test_remat_runs_attention_again_unless_it_keeps_the_results(implementation, kernel):
+    config = models.from_hf_config(LLAMA)
+    choice = attention.Selection(implementation, "for the test", interpret=implementation == "splash")
+
+    def forward_passes(remat):
+        return sum(
+            str(equation.params.get("name", "")).startswith(kernel)
+            and bool(equation.invars and equation.outvars)  # else it is a part of constants, or of nothing
+            for equation in equations(gradient_jaxpr(config, remat=remat, attention=choice))
+        )
+
+    once = forward_passes("none")
+    assert forward_passes("dots_and_attention") == once
+    assert forward_passes("dots") == forward_passes("full") == once + 1
 
 
 @pytest.mark.parametrize(("described", "most"), [(LLAMA, 3), (NEOX, 2)])
@@ -471,7 +490,7 @@ def test_a_mesh_gives_the_same_hidden_states_cut_by_rows():
     ("options", "message"),
     [
         ({"compute_dtype": "float64"}, r"compute_dtype float64 is not one of float32, bfloat16, float16"),
-        ({"remat": "some"}, r"remat 'some' is not one of none, dots, full, offload"),
+        ({"remat": "some"}, r"remat 'some' is not one of none, dots_and_attention, dots, full, offload"),
         (
             {"attention": attention.Selection("flash", "for the test")},
             r"'flash' is not one of xla, chunked, cudnn, mosaic, splash",

@@ -178,14 +178,14 @@ def test_what_does_not_fit_is_said_with_the_first_remedy_that_does(folder):
 def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
     seen = []
 
-    def refuse(config, devices, limit=None):
+    def refuse(config, devices, **options):
         seen.append((config.train.micro_batch_per_device, config.model.remat, config.optim.offload, len(devices)))
         program = compilation.Program("step", 100, 5 * GIB - 100, 0, 0, 1.0, compiled=False)
-        return compilation.Outcome(config, layout, found, 1, [], 1, 1, 1, [program], [], 0, 0)
+        return compilation.Outcome(config, layout, found, 1, [], 1, 1, 1, [program], [], 0, 0, [])
 
     config = bare(folder, train__micro_batch_per_device=2, train__batch_size=16)
     layout = sharding.make_layout(**config.mesh, devices=jax.devices())
-    found = batch_shapes.find(config, ways=8)
+    found = batch_shapes.sizes(config, batch_shapes.read(config), ways=8)
     monkeypatch.setattr(compilation, "compile_all", refuse)
     report = plan.run(config, "h100:4", devices=lambda _: jax.devices(), capacity=lambda _: HELD)
     assert not report.fits and report.suggestion is None

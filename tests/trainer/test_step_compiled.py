@@ -87,10 +87,11 @@ def test_the_update_of_a_recipe_holds_the_loss_kernel(recipe, target, changes, l
     described = json.dumps(models.to_hf_config(plans.MODELS[plans.RECIPES[recipe]]))
     tmp_path.joinpath("config.json").write_text(described)
     changes = {**changes, "model.path": str(tmp_path), "data.layout": layout, "plan.groups": 1000}
+    changes |= {"model.remat": "full", "train.micro_batch_per_device": 2}
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     mesh = sharding.make_layout(**config.mesh, devices=hardware.all_devices(target))
-    found = batch_shapes.find(config, ways=mesh.data_parallel_degree)
+    found = batch_shapes.sizes(config, batch_shapes.read(config), ways=mesh.data_parallel_degree)
     made = steps.build(config, found.blueprint, mesh)
     per_device = config.train.micro_batch_per_device
     batch = kept_logits.abstract_batch(made, config, found.train_step, per_device, accumulation=found.accumulation)
