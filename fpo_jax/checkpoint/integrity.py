@@ -1,8 +1,9 @@
 """Digests of what was written, so that what is read can be trusted: of a checkpoint's files and of an exported model's.
 
 A manifest is one JSON file in the folder that it describes, with the length and the digest of every other file and with
-a digest of itself: a flipped bit in either is noticed. `seal` writes a checkpoint's once orbax has committed the step
-and before orbax removes older ones; `newest_good` is what may be restored. `clear` removes unfinished manifests;
+a digest of itself: a flipped bit in either is noticed. Of a checkpoint each process digests the files that it wrote
+itself (`digest_own`), into a manifest of their folder; `seal` makes one of them all, once orbax has committed the step
+and before orbax removes older ones. `newest_good` is what may be restored. `clear` removes unfinished manifests;
 nothing else here deletes or repairs.
 """
 
@@ -29,10 +30,12 @@ _NUMBER = re.compile("0|[1-9][0-9]*")
 DAMAGED = ".damaged"  # behind the number of a step that is set aside
 FAST = "xxh3_128"  # finds faults of disks and memory, not forgers
 ALGORITHMS = {FAST: xxhash.xxh3_128, "sha256": hashlib.sha256}
-READERS = 4  # files that are read at a time
+READERS = 8  # files that are read at a time
+_OWN = "ocdbt.process_"  # begins the name of the folder of an item in which orbax has one process write
 NAMED = 3  # files, and leaves of a file, that a message names; the rest are counted
 
-_T = TypeVar("_T")
+_F, _T = TypeVar("_F"), TypeVar("_T")
+Compare = Callable[[Path, Mapping[str, Mapping[str, Any]]], dict[str, str]]
 _ITEMS = ("meta/metadata", "params/manifest.ocdbt", "optimizer/manifest.ocdbt")  # without which nothing is a checkpoint
 
 
@@ -103,16 +106,45 @@ def compare(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, s
             return f"cannot be read: {error.strerror or error}"
         return ""
 
-    return {name: described for name, described in zip(files, _each(fault, files), strict=True) if described}
+    return {name: described for name, described in zip(files, each(fault, files), strict=True) if described}
+
+
+def digest_own(item: Path, process: int) -> None:
+    """Write the digests of the files of an item that a process wrote, all of which is brought to the disk first.
+
+    Args:
+        item: folder of the item, in a step that is not committed yet.
+        process: number of the process, which is this one.
+    """
+    folder = item / f"{_OWN}{process}"
+    if folder.is_dir():  # one that holds copies alone writes nothing
+        atomic_io.sync_tree(folder)
+        write(folder, {"files": _digests(folder, _names(folder))})
 
 
 def seal(step: Path) -> None:
-    """Write the digests of every file of a committed step, all of which is brought to the disk first."""
+    """Write the digests of every file of a committed step, all of which is brought to the disk first.
+
+    What has digests from `digest_own` is not read again: their manifests become a part of this one and are removed.
+
+    Raises:
+        OSError: a file that another process wrote is missing or has another length here: the disk lost something.
+        ValueError: a manifest of another process is damaged.
+    """
     atomic_io.sync_tree(step)
     atomic_io.sync(step.parent)
-    paths = [path for path in step.rglob("*") if path.is_file() and path != step / MANIFEST]
-    names = sorted(str(path.relative_to(step)) for path in paths)
-    write(step, {"files": dict(zip(names, _each(lambda name: digest(step / name, FAST), names), strict=True))})
+    parts = {path.relative_to(step).parent: path for path in step.glob(f"*/{_OWN}*/{MANIFEST}")}
+    files = {
+        f"{folder}/{name}": entry for folder, path in parts.items() for name, entry in parse(path)["files"].items()
+    }
+    for name, entry in files.items():
+        if (size := (step / name).stat().st_size) != entry["bytes"]:
+            raise OSError(f"{step / name} has {size} bytes, its process wrote {entry['bytes']}")
+    others = {str(folder / MANIFEST) for folder in parts} | files.keys()
+    files |= _digests(step, [name for name in _names(step) if name not in others])
+    write(step, {"files": dict(sorted(files.items()))})
+    for path in parts.values():
+        path.unlink()
 
 
 def clear(folder: Path) -> None:
@@ -131,12 +163,13 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in folder.glob("*") if _NUMBER.fullmatch(path.name))
 
 
-def faults(step: Path, *, only: Sequence[str] = ()) -> str:
+def faults(step: Path, *, only: Sequence[str] = (), compare: Compare = compare) -> str:
     """Say what is wrong with a sealed step: the files, and whose values they hold; empty where all is well.
 
     Args:
         step: folder of the step.
         only: items that are going to be read, where not all are; the step's own files are always compared.
+        compare: what compares the files.
     """
     try:
         files = parse(step / MANIFEST)["files"]
@@ -149,7 +182,7 @@ def faults(step: Path, *, only: Sequence[str] = ()) -> str:
     return "; ".join(described) or of_another(step)
 
 
-def newest_good(folder: Path, *, only: Sequence[str] = ()) -> Choice:
+def newest_good(folder: Path, *, only: Sequence[str] = (), compare: Compare = compare) -> Choice:
     """Choose the newest step whose files are what was written.
 
     A step without digests is used only where no sealed one is good: orbax removes older steps only after the seal, so
@@ -159,6 +192,7 @@ def newest_good(folder: Path, *, only: Sequence[str] = ()) -> Choice:
     Args:
         folder: with a folder of every step.
         only: items that are going to be read, where not all are; the step's own files are always compared.
+        compare: what compares the files of a step.
 
     Raises:
         ValueError: there are steps, and none can be used; says what is wrong with each.
@@ -168,7 +202,7 @@ def newest_good(folder: Path, *, only: Sequence[str] = ()) -> Choice:
     for number in found:
         if number in unsealed:
             wrong[number] = f"{MANIFEST} is missing: its run ended before the step was sealed"
-        elif not (text := faults(folder / str(number), only=only)):
+        elif not (text := faults(folder / str(number), only=only, compare=compare)):
             return Choice(number, True, wrong)
         else:
             wrong[number] = text
@@ -204,10 +238,20 @@ def of_another(step: Path) -> str:
     return "" if number in (None, int(step.name)) else f"it is step {number} under another number"
 
 
-def _each(act: Callable[[str], _T], names: Iterable[str]) -> list[_T]:
+def each(act: Callable[[_F], _T], files: Iterable[_F]) -> list[_T]:
     """Call for every file, some at a time: digests release the interpreter's lock."""
     with ThreadPoolExecutor(READERS) as pool:
-        return list(pool.map(act, names))
+        return list(pool.map(act, files))
+
+
+def _digests(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    return dict(zip(names, each(lambda name: digest(folder / name, FAST), names), strict=True))
+
+
+def _names(folder: Path) -> list[str]:
+    """List the files of a folder, without its manifest."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST]
+    return sorted(str(path.relative_to(folder)) for path in paths)
 
 
 def _whose(step: Path, name: str) -> str:

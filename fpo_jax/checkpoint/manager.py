@@ -6,7 +6,6 @@ named and set aside for the newest good one. A save that fails is made again. Pa
 that export reads them without the optimiser.
 """
 
-import asyncio
 import logging
 import math
 import shutil
@@ -19,7 +18,7 @@ import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from fpo_jax import distributed, types
-from fpo_jax.checkpoint import disk_space, integrity
+from fpo_jax.checkpoint import disk_space, integrity, sealing, verification
 from fpo_jax.distributed import watchdog, workdir_lock
 from fpo_jax.io import atomic_io, terminal
 
@@ -56,7 +55,12 @@ class Checkpointer:
             if distributed.is_main_process():
                 atomic_io.make_folder(self._folder)
                 atomic_io.sync_parents(self._folder)
-                _recover(self._folder)
+                integrity.clear(self._folder)
+                _sweep(self._folder)
+        choice = verification.newest_good(self._folder)
+        with distributed.together():
+            if choice is not None:
+                _set_aside(self._folder, choice)
         stays: policies.PreservationPolicy = policies.LatestN(keep)
         score = None
         if keep_best:
@@ -70,12 +74,12 @@ class Checkpointer:
                 preservation_policy=stays,
                 best_fn=score,
                 cleanup_tmp_directories=True,
-                temporary_path_class=_Sealed,
+                temporary_path_class=sealing.SealedPath,
                 todelete_subdir=_REMOVED,
                 # Where the folder cannot be made, orbax's writers would wait five minutes for it.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
-            item_names=("params", "optimizer", "meta"),
+            handler_registry=sealing.handlers(),
         )
         if distributed.is_main_process():
             (self._folder / _REMOVED).mkdir(exist_ok=True)  # now: a full disk may not have room for it
@@ -244,20 +248,6 @@ class Checkpointer:
             self._manager.reload()  # orbax counts a failed step, and no longer those that it was to replace
 
 
-class _Sealed(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Commits by rename and seals the step, in the background and in process 0, before older steps are removed."""
-
-    async def finalize(self) -> None:
-        """Commit an item or a step, whose files are on the disk before its name is, and its seal before it counts."""
-        workdir_lock.verify()
-        step = self.get_final().name.isdigit()
-        if step:
-            await asyncio.to_thread(atomic_io.sync_tree, Path(self.get()))
-        await super().finalize()
-        if step:
-            await asyncio.to_thread(integrity.seal, Path(self.get_final()))
-
-
 def restore_params(workdir: Path, step: int | str | None) -> tuple[types.PyTree, dict]:
     """Open the parameters of a checkpoint for export; nothing of them is read before it is asked for.
 
@@ -306,11 +296,8 @@ def restore_params(workdir: Path, step: int | str | None) -> tuple[types.PyTree,
     return params, meta
 
 
-def _recover(folder: Path) -> None:
-    """Set aside every step that is newer than the newest good one, and remove what a killed run had begun to."""
-    integrity.clear(folder)
-    _sweep(folder)
-    choice = integrity.newest_good(folder)
+def _set_aside(folder: Path, choice: integrity.Choice) -> None:
+    """Rename every step that is newer than the newest good one, and say so."""
     aside = {number: integrity.set_aside(folder, number).name for number in choice.rejected}
     _tell(choice, folder, aside)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from fpo_jax import checkpoint, hf, types
-from fpo_jax.checkpoint import disk_space, integrity, manager
+from fpo_jax.checkpoint import disk_space, integrity, sealing
 from fpo_jax.distributed import workdir_lock
 from fpo_jax.hf import __main__ as checker
 from fpo_jax.hf import digests
@@ -260,7 +260,7 @@ def files_limited_to(count):
 def breaking(monkeypatch, *, times, place="before"):
     """Let so many commits of a step fail as a disk would, before the rename or in the seal after it."""
     left = [times]
-    target, name = (manager._Sealed, "finalize") if place == "before" else (integrity, "seal")
+    target, name = (sealing.SealedPath, "finalize") if place == "before" else (integrity, "seal")
     sound = getattr(target, name)
 
     def fails(path):
