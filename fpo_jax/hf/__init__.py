@@ -2,7 +2,8 @@
 
     directory ──read_config──► ModelConfig      directory ──load_params──► params      params ──export──► directory
 
-hub          files and companions of a model directory, hub downloads, fingerprint
+hub          files and companions of a model directory, hub downloads
+fingerprint  which weights a directory holds, read by all processes that see the same files
 load         safetensors -> sharded parameters, one layer at a time; the check of names, shapes and dtypes
 companions   what stands beside the weights, as the training had it, and its check against transformers
 peft         an adapter with its base as one model, or as PEFT's directory
@@ -16,6 +17,7 @@ is never whole on the host, in either direction.
 
 from fpo_jax.hf import companions
 from fpo_jax.hf.companions import end_ids
+from fpo_jax.hf.fingerprint import weights_fingerprint, weights_fingerprints
 from fpo_jax.hf.hub import (
     COMPANIONS,
     INDEX,
@@ -24,7 +26,6 @@ from fpo_jax.hf.hub import (
     copy_companions,
     local_dir,
     read_config,
-    weights_fingerprint,
 )
 from fpo_jax.hf.load import check_weights, load_params
 from fpo_jax.hf.peft import merged, write_peft
@@ -45,5 +46,6 @@ __all__ = [
     "merged",
     "read_config",
     "weights_fingerprint",
+    "weights_fingerprints",
     "write_peft",
 ]

@@ -1,11 +1,10 @@
-"""A Hugging Face model directory as files: found or fetched, its config, its companions, its fingerprint.
+"""A Hugging Face model directory as files: found or fetched, its config, its companions.
 
 A directory is a stranger's: no code in it is ever run, whatever `auto_map` or `*.py` it has (the models are our own,
 the weights safetensors), no file is read through a link that leaves it, and no JSON beyond LARGEST_JSON. Archives are
 no format here: there is nothing to unpack.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -133,21 +132,6 @@ def check_vocabulary(tokenizer_size: int, config: models.ModelConfig) -> None:
             f"the tokenizer has {tokenizer_size} tokens, the model {config.vocab_size} embeddings; use the tokenizer"
             " of this model, without added tokens."
         )
-
-
-def weights_fingerprint(directory: Path) -> str:
-    """Return the sha256 (hex) over config.json and the weight files, names and contents, in name order.
-
-    Raises:
-        ValueError: no safetensors, or a missing shard.
-    """
-    total = hashlib.sha256()
-    for path in sorted([*weight_files(directory), directory / "config.json"]):
-        if not path.is_file():
-            raise ValueError(f"{path} is missing.")
-        with path.open("rb") as file:
-            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def weight_files(directory: Path) -> list[Path]:

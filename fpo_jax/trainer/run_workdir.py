@@ -20,15 +20,14 @@ log = logging.getLogger("fpo_jax")
 
 
 def fingerprints(inputs: Inputs) -> dict[str, str]:
-    """Return what must be the same for a checkpoint to be resumed."""
-    found = {
-        "model": hf.weights_fingerprint(inputs.source),
+    """Return what must be the same for a checkpoint to be resumed; every process calls this."""
+    directories = {"model": inputs.source}
+    if inputs.reference is not None:
+        directories["reference"] = inputs.reference.source
+    return {
         "train data": inputs.train.prepared.fingerprint(),
         "eval data": "" if inputs.evaluation is None else inputs.evaluation.prepared.fingerprint(),
-    }
-    if inputs.reference is not None:
-        found["reference"] = hf.weights_fingerprint(inputs.reference.source)
-    return found
+    } | hf.weights_fingerprints(directories)
 
 
 def identity(config: configuration.Config) -> dict[str, object]:

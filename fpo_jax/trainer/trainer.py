@@ -89,7 +89,7 @@ class Trainer:
         with distributed.together():
             workdir_lock.peek(self.workdir)
             inputs = run_inputs.prepare(config)
-            self._fingerprints = run_workdir.fingerprints(inputs)
+        self._fingerprints = run_workdir.fingerprints(inputs)
         compiled_step.keep_compiled(config.train.compilation_cache)
         distributed.agree(run_workdir.identity(config) | self._fingerprints)
         stop.begin(lambda: exit_reporter.resumption(self.workdir / checkpoint.FOLDER))

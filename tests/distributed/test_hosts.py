@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -15,9 +16,10 @@ import time
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from jax.sharding import Mesh
 
-from fpo_jax import checkpoint, distributed, sharding
+from fpo_jax import checkpoint, distributed, hf, sharding
 from fpo_jax import config as configuration
 from fpo_jax.distributed import failure, initialize
 from fpo_jax.trainer import device_batch, metric_logger, trainer
@@ -407,6 +409,129 @@ def test_process_that_never_comes(tmp_path):
     with drive(tmp_path, "pass", timeout=2, absent={1}) as job:
         assert job.ends(timeout=BOUND_S) == [134], job.text()
     assert job.last_line(0, "did not come together within --start_timeout=2 s")
+
+
+SHARES = """
+import shutil
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from fpo_jax import checkpoint, hf, types
+from fpo_jax.checkpoint import integrity
+from tests import damage
+
+read, digest = [], integrity.digest
+integrity.digest = lambda path, algorithm: read.append(path) or digest(path, algorithm)
+
+def since():
+    found = [text.split() for text in distributed.share(" ".join(map(str, read)))]
+    read.clear()
+    return [[path.replace(".orbax-checkpoint-tmp", "") for path in paths] for paths in found]
+
+def once(found, files):
+    assert all(found) and sorted(sum(found, [])) == sorted(map(str, files)), found
+
+def state(value):
+    split = NamedSharding(Mesh(np.array(jax.devices()), "x"), PartitionSpec("x"))
+    values = np.random.default_rng(value).normal(size=8000).astype(np.float32)
+    make = lambda size: jax.make_array_from_callback((size,), split, lambda part: values[:size][part])
+    return types.TrainState({"w": make(8000)}, {"m": make(4000)}, np.int32(0))
+
+folder = workdir / checkpoint.FOLDER
+one = checkpoint.Checkpointer(workdir, keep=3)
+one.commit(1, state(1), {})
+seals = since()
+assert all(("ocdbt.process_1" in path) == (number == 1) for number in (0, 1) for path in seals[number]), seals
+files = [path for path in damage.files(folder / "1") if path.name != integrity.MANIFEST]
+once(seals, files)
+one.commit(2, state(2), {})
+one.close()
+
+bad = max((folder / "2" / "params" / "ocdbt.process_1").rglob("d/*"), key=lambda path: path.stat().st_size)
+both = files + [path for path in damage.files(folder / "2") if path.name != integrity.MANIFEST]
+distributed.share("listed")
+if index == 0:
+    damage.flip(bad, 99)
+since()
+one = checkpoint.Checkpointer(workdir, keep=3)
+once(since(), both)
+assert one.latest_step() == 1 and (folder / "2.damaged").is_dir() and not (folder / "2").exists()
+place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+abstract = types.TrainState(*jax.tree.map(place, state(1)[:2]), jax.ShapeDtypeStruct((), "int32", sharding=here))
+found = one.restore(1, abstract).params["w"].addressable_shards[0]
+np.testing.assert_array_equal(found.data, state(1).params["w"].addressable_shards[0].data)
+
+if index == 0:
+    for name in ("meta/metadata", "_CHECKPOINT_METADATA"):
+        damage.flip(folder / "1" / name, 99)
+distributed.share("flipped")
+try:
+    checkpoint.Checkpointer(workdir, keep=3)
+except distributed.CollectiveError as error:
+    assert "no checkpoint of" in str(error) and "_CHECKPOINT_METADATA is not what was written" in str(error), error
+else:
+    raise AssertionError("a damaged step was taken")
+print("done")
+"""
+
+
+def test_processes_digest_what_they_wrote_and_verify_a_share_each(tmp_path):
+    """A byte that process 1 wrote is flipped: both go on from the older step, and nobody reads a file twice."""
+    with drive(tmp_path, SHARES.strip()) as job:
+        assert job.ends() == [0, 0], job.text()
+    assert job.text().count("done") == 2
+
+
+FINGERPRINTS = """
+import shutil
+from fpo_jax import hf
+from fpo_jax.checkpoint import integrity
+read, digest = [], integrity.digest
+integrity.digest = lambda path, algorithm: read.append(path.name) or digest(path, algorithm)
+model, copy = workdir / "model", workdir / "copy"
+alone = hf.weights_fingerprint(model)
+names = sorted(read)
+
+def found(**directories):
+    read.clear()
+    mine = hf.weights_fingerprints(directories)
+    return mine, [text.split() for text in distributed.share(" ".join(read))]
+
+mine, everyone = found(model=model)
+assert mine == {"model": alone} and all(everyone) and sorted(sum(everyone, [])) == names, everyone
+mine, everyone = found(model=copy if index else model)
+assert mine == {"model": alone} and [sorted(one) for one in everyone] == [names, names], everyone
+mine, everyone = found(model=model, reference=copy)
+assert mine == {"model": alone, "reference": alone} and sorted(sum(everyone, [])) == sorted(2 * names), everyone
+if index:
+    content = bytearray((copy / names[-1]).read_bytes())
+    content[-1] ^= 1
+    (copy / names[-1]).write_bytes(content)
+mine, _ = found(model=copy if index else model)
+assert (mine["model"] == alone) == (index == 0), "a copy that differs has another fingerprint"
+if index:
+    (copy / names[-1]).unlink()
+try:
+    hf.weights_fingerprints({"model": copy if index else model})
+except distributed.CollectiveError as error:
+    assert str(error) == f"process 1: {copy / names[-1]} is missing.", error
+else:
+    raise AssertionError("a shard is missing")
+print("done")
+"""
+
+
+def test_processes_fingerprint_a_share_of_one_model_and_all_of_a_copy(tmp_path):
+    tiny.write_model(tmp_path / "model", layers=1)
+    single = tmp_path / "model" / hf.SINGLE
+    shard = tmp_path / "model" / "model-00001-of-00001.safetensors"
+    names = list(safetensors.numpy.load_file(single))
+    (tmp_path / "model" / hf.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, shard.name)}))
+    single.rename(shard)
+    shutil.copytree(tmp_path / "model", tmp_path / "copy")
+    with drive(tmp_path, FINGERPRINTS.strip()) as job:
+        assert job.ends() == [0, 0], job.text()
+    assert job.text().count("done") == 2
 
 
 PLAIN = {"coordinator": "10.0.0.1:29500", "num_processes": 2, "process_id": 1}
