@@ -1,16 +1,19 @@
 """Safetensors -> parameter tree on its devices; the host holds one layer of one parameter at a time.
 
-    headers ──check──► name -> place in a file ──map, cut, cast──► one layer's slices ──► device shards
+    headers ──check──► name -> place in a file ──read, cut, cast──► one layer's slices ──► device shards
 
-Each process maps a tensor, copies the slices of its own devices out of it, each distinct slice once, and unmaps it.
-Layers are turned into our layout and stacked on the devices, in place.
+Each process reads a tensor once, from its beginning to its end in large pieces, and cuts the slices of its own devices
+out of them, each distinct slice once. Rows that none of its devices holds are left out; parts of rows are not: network
+disks and disks that turn take longer to seek than to read on. Layers are turned into our layout and stacked on the
+devices, in place.
 """
 
 import collections
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +33,7 @@ _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.
 # Stacked parameters up to this size are stacked on the host: one transfer and nothing to compile for norms and biases,
 # and less memory than one layer of a model that is worth counting.
 _STACKED_ON_HOST_BYTES = 2**26
-_COMPARED_ROWS = 1024  # of a tied head and its embedding, at a time
+_PIECE_BYTES = 2**24  # that are read at a time, or one entry of a tensor's first axis where that is more
 
 
 class Tensor(NamedTuple):
@@ -44,6 +47,22 @@ class Tensor(NamedTuple):
     def mapped(self, shape: tuple[int, ...]) -> np.ndarray:
         """Map the tensor in the given shape; pages count as memory of the process until the last view is gone."""
         return np.memmap(self.path, np.dtype(_DTYPES[self.dtype]), "r", self.offset, shape)
+
+    def row_bytes(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of one entry of the first axis, in the given shape."""
+        return math.prod(shape[1:]) * np.dtype(_DTYPES[self.dtype]).itemsize
+
+    def read(self, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
+        """Read entries of the first axis, in the given shape.
+
+        Raises:
+            ValueError: the file ends before them.
+        """
+        row = self.row_bytes(shape)
+        content = np.fromfile(self.path, np.uint8, (stop - start) * row, offset=self.offset + start * row)
+        if content.size != (stop - start) * row:
+            raise ValueError(f"{self.path} was cut short while it was read; fetch it again.")
+        return content.view(_DTYPES[self.dtype]).reshape(stop - start, *shape[1:])
 
 
 def check_weights(directory: Path, config: models.ModelConfig) -> None:
@@ -108,12 +127,25 @@ def stored(directory: Path, config: models.ModelConfig) -> models.ModelConfig:
 
 def _at_once(entry: params.Entry, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:
     """Read a small parameter, or one without layers, in our layout."""
+    ours = entry.letters.removeprefix("L")
+    turn = [entry.disk_letters.index(letter) for letter in ours]
+    on_disk = [ours.index(letter) for letter in entry.disk_letters]
 
-    def read(index: Index) -> np.ndarray:
+    def read(indices: list[Index]) -> list[np.ndarray]:
         if not entry.stacked:
-            return _copy(params.from_hf(entry, layers[0].mapped(entry.disk_shape)), index, dtype)
-        views = (params.from_hf(entry, layer.mapped(entry.disk_shape)) for layer in layers[index[0]])
-        return np.stack([_copy(view, index[1:], dtype) for view in views])
+            cut = [tuple(index[axis] for axis in on_disk) for index in indices]
+            return [box.transpose(turn) for box in _cut(layers[0], entry.disk_shape, cut, dtype)]
+        boxes = [np.empty([part.stop - part.start for part in index], dtype) for index in indices]
+        for number, layer in enumerate(layers):
+            held = [
+                (box[number - rows.start], tuple(index[axis] for axis in on_disk))
+                for box, (rows, *index) in zip(boxes, indices, strict=True)
+                if rows.start <= number < rows.stop
+            ]
+            cut = _cut(layer, entry.disk_shape, [index for _, index in held], dtype)
+            for (target, _), box in zip(held, cut, strict=True):
+                target[...] = box.transpose(turn)
+        return boxes
 
     return _place(read, entry.shape, place)
 
@@ -123,8 +155,8 @@ def _layer_by_layer(entry: params.Entry, layers: list[Tensor], dtype: np.dtype, 
     stacks_on, layer_on = _device_places(entry, place)
     stacked = jnp.zeros(entry.shape, dtype, device=stacks_on)
     for layer, tensor in enumerate(layers):
-        view = tensor.mapped(entry.disk_shape)
-        placed = _place(functools.partial(_copy, view, dtype=dtype), entry.disk_shape, layer_on)
+        read = functools.partial(_cut, tensor, entry.disk_shape, dtype=dtype)
+        placed = _place(read, entry.disk_shape, layer_on)
         stacked = _set_layer(stacked, placed, np.int32(layer), entry=entry, place=stacks_on)
         del placed  # else it is held while the next layer is read
         stacked.block_until_ready()  # else the host runs ahead and holds the layers that wait
@@ -151,27 +183,51 @@ def _set_layer(
     return updated if place is None else jax.lax.with_sharding_constraint(updated, place)
 
 
-def _place(read: Callable[[Index], np.ndarray], shape: tuple[int, ...], place: Sharding | None) -> jax.Array:
-    """Make an array from `read(index)`, called once for each distinct slice that this process's devices hold."""
+def _place(
+    read: Callable[[list[Index]], list[np.ndarray]], shape: tuple[int, ...], place: Sharding | None
+) -> jax.Array:
+    """Make an array from `read(indices)`, of each distinct slice that this process's devices hold."""
     if place is None:
-        return jax.device_put(read(tuple(slice(0, size) for size in shape)))
+        return jax.device_put(read([tuple(slice(0, size) for size in shape)])[0])
     owners: dict[tuple, list] = {}  # bounds of a slice -> its devices
     indices = place.addressable_devices_indices_map(shape)
     for device, index in indices.items():
         assert index is not None  # it is for devices of other processes
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         owners.setdefault(bounds, []).append(device)
+    boxes = read([tuple(slice(*bound) for bound in bounds) for bounds in owners])
     shards = {}
-    for bounds, devices in owners.items():
-        box = read(tuple(slice(*bound) for bound in bounds))
+    for devices in reversed(owners.values()):
+        box = boxes.pop()  # so that none is held once it is on its devices
         for device in devices:
             shards[device] = jax.device_put(box, SingleDeviceSharding(device, memory_kind=place.memory_kind))
     return jax.make_array_from_single_device_arrays(shape, place, [shards[device] for device in indices])
 
 
-def _copy(view: np.ndarray, index: Index, dtype: np.dtype) -> np.ndarray:
-    """Copy a slice of a mapped tensor into memory; the only place that reads weights for a device."""
-    return np.array(view[index], dtype)
+def _cut(tensor: Tensor, shape: tuple[int, ...], indices: Sequence[Index], dtype: np.dtype) -> list[np.ndarray]:
+    """Read a tensor in the given shape once, and copy slices out of it; the only place that reads weights for devices.
+
+    Args:
+        tensor: where it lies.
+        shape: of it.
+        indices: slices with start and stop, one of each axis.
+        dtype: of the result.
+    """
+    boxes = [np.empty([part.stop - part.start for part in index], dtype) for index in indices]
+    rows = max(1, _PIECE_BYTES // max(1, tensor.row_bytes(shape)))
+    for start in range(0, shape[0], rows):
+        held = [
+            (box, index, max(start, index[0].start), min(start + rows, index[0].stop))
+            for box, index in zip(boxes, indices, strict=True)
+            if index[0].start < start + rows and start < index[0].stop
+        ]
+        if not held:
+            continue
+        begin = min(low for *_, low, _ in held)
+        piece = tensor.read(shape, begin, max(high for *_, high in held))
+        for box, (first, *rest), low, high in held:
+            box[low - first.start : high - first.start] = piece[(slice(low - begin, high - begin), *rest)]
+    return boxes
 
 
 def located(directory: Path, config: models.ModelConfig) -> dict[str, Tensor]:
@@ -258,10 +314,12 @@ def _check_tied_head(directory: Path, config: models.ModelConfig, tensors: Mappi
     head_name, embed_name = params.hf_head_name(config), _embed_name(config)
     if not config.tied_head or head_name not in tensors:
         return
-    for start in range(0, config.vocab_size, _COMPARED_ROWS):
-        head, embed = (tensors[name].mapped(tensors[name].shape) for name in (head_name, embed_name))
-        rows = slice(start, start + _COMPARED_ROWS)
-        if not np.array_equal(head[rows], embed[rows]):
+    shape = tensors[embed_name].shape
+    rows = max(1, _PIECE_BYTES // tensors[embed_name].row_bytes(shape))
+    for start in range(0, shape[0], rows):
+        stop = min(start + rows, shape[0])
+        head, embed = (tensors[name].read(shape, start, stop) for name in (head_name, embed_name))
+        if not np.array_equal(head, embed):
             raise ValueError(
                 f"the weights in {directory} do not fit its config: the config ties {head_name} to {embed_name}, but"
                 " the two differ."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -113,14 +114,64 @@ def test_the_layers_hold_what_the_noise_put_there(tmp_path, monkeypatch):
     assert_array_equal(np.asarray(tree["layers"]["attention"]["query"]), query.astype(np.float32))
 
 
+def recorded_reads(monkeypatch):
+    """(tensor, first byte of it, bytes) of every read from now on."""
+    found, read = [], weight_loading.Tensor.read
+
+    def recorded(self, shape, start, stop):
+        row = self.row_bytes(shape)
+        found.append((self, start * row, (stop - start) * row))
+        return read(self, shape, start, stop)
+
+    monkeypatch.setattr(weight_loading.Tensor, "read", recorded)
+    return found
+
+
 @each_way
 @each_mesh
 def test_every_byte_is_read_once_however_many_devices_hold_it(tmp_path, monkeypatch, mesh, at_once_bytes):
-    source, read, copy = source_of(tmp_path / "source", LLAMA), [], weight_loading._copy
+    source, read = source_of(tmp_path / "source", LLAMA), recorded_reads(monkeypatch)
     monkeypatch.setattr(weight_loading, "_STACKED_ON_HOST_BYTES", at_once_bytes)
-    monkeypatch.setattr(weight_loading, "_copy", lambda *args, **kwargs: read.append(copy(*args, **kwargs)) or read[-1])
     hf.load_params(source, LLAMA, dtype="bfloat16", shardings=places_of(LLAMA, mesh))
-    assert sum(box.nbytes for box in read) == 2 * params.count(LLAMA)
+    assert sum(count for _, _, count in read) == 2 * params.count(LLAMA)
+
+
+@each_mesh
+def test_a_tensor_is_read_from_its_beginning_to_its_end_in_pieces_of_whole_rows(tmp_path, monkeypatch, mesh):
+    source, read = source_of(tmp_path / "source", LLAMA), recorded_reads(monkeypatch)
+    whole = hf.load_params(source, LLAMA, dtype="float32")
+    read.clear()
+    for name, value in (("_STACKED_ON_HOST_BYTES", 0), ("_PIECE_BYTES", 600)):
+        monkeypatch.setattr(weight_loading, name, value)
+    tree = hf.load_params(source, LLAMA, dtype="float32", shardings=places_of(LLAMA, mesh))
+    jax.tree.map(assert_array_equal, tree, whole)
+    rows = {2 * math.prod(entry.disk_shape[1:]) for entry in params.entries(LLAMA)}
+    assert len(read) > len({tensor for tensor, *_ in read}), "some tensors are more than one piece"
+    assert all(count <= 600 or count in rows for *_, count in read)
+    for tensor in {tensor for tensor, *_ in read}:
+        parts = [(start, start + count) for other, start, count in read if other == tensor]
+        assert all(end == start for (_, end), (start, _) in itertools.pairwise(parts)), tensor
+
+
+def test_rows_that_no_device_of_the_process_holds_are_not_read(tmp_path, monkeypatch):
+    source = source_of(tmp_path / "source", LLAMA)
+    tensor = weight_loading.located(source, LLAMA)["model.embed_tokens.weight"]
+    expected, read = dict(tensors_of(source))["model.embed_tokens.weight"], recorded_reads(monkeypatch)
+    monkeypatch.setattr(weight_loading, "_PIECE_BYTES", 3 * 48)
+    indices = [(slice(14, 16), slice(0, 12)), (slice(4, 6), slice(12, 24)), (slice(4, 5), slice(0, 24))]
+    boxes = weight_loading._cut(tensor, (20, 24), indices, np.dtype("float32"))
+    for box, index in zip(boxes, indices, strict=True):
+        assert_array_equal(box, expected[index].astype(np.float32), strict=True)
+    assert [(start // 48, count // 48) for _, start, count in read] == [(4, 2), (14, 1), (15, 1)]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_told(tmp_path):
+    source = source_of(tmp_path / "source", LLAMA)
+    tensor = weight_loading.located(source, LLAMA)["model.embed_tokens.weight"]
+    os.truncate(tensor.path, tensor.offset + 48 * 10)
+    assert tensor.read((20, 24), 0, 10).shape == (10, 24)
+    with pytest.raises(ValueError, match=r"model-.*\.safetensors was cut short while it was read; fetch it again"):
+        tensor.read((20, 24), 5, 11)
 
 
 @each_way
@@ -186,11 +237,10 @@ def test_the_host_holds_one_tensor_of_one_layer(tmp_path, monkeypatch):
 def test_the_check_reads_headers_only_and_the_tied_head_is_compared_in_blocks(tmp_path, monkeypatch):
     config = CONFIGS["mistral"]
     source = source_of(tmp_path / "untied", dataclasses.replace(config, tied_head=False))
-    mapped, calls = weight_loading.Tensor.mapped, []
-    monkeypatch.setattr(weight_loading.Tensor, "mapped", lambda self, shape: calls.append(self) or mapped(self, shape))
+    calls = recorded_reads(monkeypatch)
     hf.check_weights(source, config)
     assert not calls
-    monkeypatch.setattr(weight_loading, "_COMPARED_ROWS", 7)
+    monkeypatch.setattr(weight_loading, "_PIECE_BYTES", 7 * 48)
     with pytest.raises(ValueError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight, but the two differ"):
         hf.load_params(source, config, dtype="bfloat16")
     assert len(calls) == 2, "stops at the first block that differs"
@@ -254,8 +304,8 @@ from fpo_jax import hf, sharding
 from fpo_jax.hf import load
 from fpo_jax.models import params
 load._STACKED_ON_HOST_BYTES = 2000  # norms at once, matrices by layer
-read, copy = [], load._copy
-load._copy = lambda *args, **kwargs: read.append(copy(*args, **kwargs)) or read[-1]
+cut, held = load._cut, []
+load._cut = lambda *args, **kwargs: held.append([box.nbytes for box in (boxes := cut(*args, **kwargs))]) or boxes
 config = hf.read_config(Path(source))
 mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices())
 places = params.shardings(config, mesh=mesh)
@@ -263,12 +313,12 @@ tree = hf.load_params(Path(source), config, dtype="bfloat16", shardings=places)
 rename = Path.rename
 Path.rename = lambda *paths: (time.sleep(1), rename(*paths))  # the other process has to wait for the directory
 hf.export(tree, config, out_dir=Path(out), source_dir=Path(source), dtype="bfloat16", max_shard_bytes=9000)
-print(json.dumps({"read": sum(box.nbytes for box in read), "there": Path(out).is_dir()}))
+print(json.dumps({"held": sum(map(sum, held)), "there": Path(out).is_dir()}))
 """
 
 
 @pytest.mark.slow  # two processes
-def test_two_processes_read_their_own_parts_and_one_writes(tmp_path):
+def test_two_processes_hold_their_own_parts_and_one_writes(tmp_path):
     source = source_of(tmp_path / "source", LLAMA)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -295,7 +345,7 @@ def test_two_processes_read_their_own_parts_and_one_writes(tmp_path):
     vectors = sum(entry.size for entry in params.entries(LLAMA) if entry.letters in ("D", "LD"))
     own = params.count(LLAMA) - (params.count(LLAMA) - vectors) // 2
     for stdout, _ in outputs:
-        assert json.loads(stdout.splitlines()[-1]) == {"read": 2 * own, "there": True}
+        assert json.loads(stdout.splitlines()[-1]) == {"held": 2 * own, "there": True}
     assert_same_model(source, tmp_path / "out")
 
 
