@@ -17,6 +17,11 @@ def test_every_file_is_in_one_share_and_the_shares_differ_by_one_file_at_most(co
     assert max(filled) - min(filled) <= max(sizes.values())
 
 
+def test_bytes_count_and_not_files():
+    small = {f"small{n}": 10 for n in range(10)}
+    assert distributed.balanced({"large": 100} | small, count=2) == [["large"], list(small)]
+
+
 def test_more_processes_than_files_leave_some_without_work():
     assert distributed.balanced({"a": 1, "b": 2}, count=3) == [["b"], ["a"], []]
     assert distributed.balanced({}, count=2) == [[], []]
