@@ -6,7 +6,6 @@ groups lie within the slice, and what crosses the data centre's network is recei
 """
 
 import itertools
-import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -15,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-log = logging.getLogger("fpo_jax")
+from fpo_jax.plan import execution, hlo
+
 SLICES = "slices"  # what a collective goes along that crosses TPU slices, on whichever axes of the mesh they lie
 
 
@@ -27,6 +27,7 @@ class Collective(NamedTuple):
     runs: int  # in one run of the program
     payload: int  # bytes of the whole array on each device, over all runs: gathered, before scattering, or reduced
     sent: int  # bytes that each device sends, over all runs, by the ring algorithm
+    hidden: int = 0  # of them, bytes that the schedule sends while other work runs
 
 
 # kind -> bytes that a device sends to the others in a group of n, by the ring algorithm, per byte of payload
@@ -48,19 +49,26 @@ def collectives(text: str, *, mesh: Mesh) -> list[Collective]:
         text: `compiled.as_text()`.
         mesh: what it was compiled for.
     """
-    computations, entry = _computations(text)
+    computations, entry = hlo.parse(text)
     mesh = of_one_slice(mesh)
-    totals: dict[tuple, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for instruction, times in _executed(computations, entry, 1):
-        axes, size = _group(instruction, mesh)
-        if size == 1:
-            continue  # moves nothing
-        kind = instruction.kind.replace("all-reduce-scatter", "reduce-scatter")
-        payload = times * instruction.payload * (size if instruction.kind == "reduce-scatter" else 1)
-        more = (times, payload, round(payload * _SENT[kind](size)))
-        totals[kind, axes] = [old + new for old, new in zip(totals[kind, axes], more, strict=True)]
+    totals: dict[tuple, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    for running in execution.run(computations, entry):
+        for found in _found(running, computations):
+            axes, size = _group(found, mesh)
+            if size == 1:
+                continue  # moves nothing
+            kind = found.kind.replace("all-reduce-scatter", "reduce-scatter")
+            payload = running.times * found.payload * (size if found.kind == "reduce-scatter" else 1)
+            sent = round(payload * _SENT[kind](size))
+            more = (running.times, payload, sent, sent if found.hidden else 0)
+            totals[kind, axes] = [old + new for old, new in zip(totals[kind, axes], more, strict=True)]
     rows = [Collective(kind, axes, *numbers) for (kind, axes), numbers in totals.items()]
     return sorted(rows, key=lambda row: -row.sent)
+
+
+def is_collective(instruction: hlo.Instruction) -> bool:
+    """Return whether an instruction is a collective, starts one or waits for one."""
+    return instruction.opcode.removesuffix("-start").removesuffix("-done") in _SENT
 
 
 def of_one_slice(mesh: Mesh) -> Mesh:
@@ -70,139 +78,63 @@ def of_one_slice(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices[np.ix_(*[np.unique(along) for along in places])], mesh.axis_names)
 
 
-class _Instruction(NamedTuple):
-    opcode: str
-    kind: str  # of the collective that it is or starts; "" for none
-    payload: int  # bytes of its result
-    text: str  # operands and attributes
-
-
-_Computations = dict[str, dict[str, _Instruction]]  # name -> instructions by name, in order; the last one is the root
-
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)$")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations)="
-    r"\{?((?:%[\w.-]+(?:, *)?)+)\}?"
-)
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_NAME = re.compile(r"%([\w.-]+)")
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _AMONG = re.compile(r'_xla_megascale_target="\{([\d,]+)\}')
-_ARRAY = re.compile(r"\b(pred|bf16|f8\w*|[a-z]+\d+)\[([\d,]*)\]")
 
 
-def _computations(text: str) -> tuple[_Computations, str]:
-    found: _Computations = {}
-    name = entry = ""
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            name = header.group(2)
-            found[name] = {}
-            entry = name if header.group(1) else entry
-        elif name and (parts := _LINE.match(line)):
-            own, result, opcode, rest = parts.groups()
-            kind = _kind(opcode, rest)
-            found[name][own] = _Instruction(opcode, kind, _bytes(result, opcode) if kind else 0, rest)
-    return found, entry
+class _Found(NamedTuple):
+    """A collective in the text."""
+
+    kind: str  # a key of _SENT, or all-reduce-scatter: the TPU's reduce-scatter, the slice comes after it
+    payload: int  # bytes of its result
+    hidden: bool  # other work runs between its start and its end
+    instruction: hlo.Instruction
 
 
-def _kind(opcode: str, rest: str) -> str:
+def _kind(instruction: hlo.Instruction) -> str:
     """The collective that an instruction is, starts, or receives from another slice; "" for none."""
-    if opcode == "recv" and (between := _BETWEEN_SLICES.search(rest)):
+    if instruction.opcode == "recv" and (between := _BETWEEN_SLICES.search(instruction.text)):
         kind = between.group(1).lower().replace("_", "-")
         return kind if kind in _SENT else "collective-permute"  # one slice to one other
-    kind = opcode.removesuffix("-start")
+    kind = instruction.opcode.removesuffix("-start")
     return kind if kind in _SENT else ""
 
 
-def _executed(computations: _Computations, name: str, times: int) -> Iterator[tuple[_Instruction, int]]:
-    """Every collective below a computation and how often it runs."""
-    channels = set()  # the TPU's compiler spreads one collective over several fusions
-    for instruction in computations[name].values():
-        if instruction.kind:
-            yield instruction, times
-            continue
-        factor = _trips(instruction, computations) if instruction.opcode == "while" else 1
-        for called in [one for names in _CALLED.findall(instruction.text) for one in _NAME.findall(names)]:
-            for inner, often in _executed(computations, called, times * factor):
-                if instruction.opcode == "fusion":
-                    channel = (inner.kind, inner.payload, _attribute(inner.text, "channel_id"))
-                    if channel in channels:
-                        continue
-                    channels.add(channel)
-                    if called.startswith("all-reduce-scatter"):  # the TPU's reduce-scatter; the slice comes after it
-                        inner = inner._replace(kind="all-reduce-scatter")
-                yield inner, often
+def _found(running: execution.Running, computations: hlo.Computations) -> Iterator[_Found]:
+    """Every collective of a computation, those inside its fusions among them."""
+    spread: dict[tuple, list[_Found]] = defaultdict(list)  # the TPU's compiler spreads one over several fusions
+    for instruction in running.computation.instructions.values():
+        if kind := _kind(instruction):
+            yield _Found(kind, _bytes(instruction), running.beside_work(instruction), instruction)
+        elif instruction.opcode not in execution.FLOW:
+            for inner, fused in execution.inside(instruction, computations):
+                if kind := _kind(inner):
+                    kind = "all-reduce-scatter" if fused.startswith("all-reduce-scatter") else kind
+                    one = _Found(kind, _bytes(inner), running.beside_work(instruction), inner)
+                    spread[kind, one.payload, inner.attribute("channel_id")].append(one)
+    for parts in spread.values():
+        yield parts[0]._replace(hidden=parts[0].hidden or len(parts) > 1)
 
 
-def _trips(loop: _Instruction, computations: _Computations) -> int:
-    """How often a loop runs: what XLA says, else the bound of its counter over the counter's step."""
-    if known := _TRIPS.search(loop.text):
-        return int(known.group(1))
-    condition, body = (computations[_attribute(loop.text, part)] for part in ("condition", "body"))
-    compare, root = list(condition.values())[-1], list(body.values())[-1]
-    try:
-        counter, bound = (condition[name] for name in _NAME.findall(compare.text)[:2])
-        index = int(_attribute(counter.text, "index"))
-        following = body[_NAME.findall(root.text)[index]]
-        steps = [_constant(body[name]) for name in _NAME.findall(following.text)[:2]]
-        step = next(number for number in steps if number is not None)
-        limit = _constant(bound)
-        assert limit is not None and following.opcode == "add"
-        return -(-limit // step)
-    except (KeyError, ValueError, IndexError, StopIteration, AssertionError):
-        log.warning("a loop of the compiled program runs an unknown number of times; its collectives count once")
-        return 1
-
-
-def _constant(instruction: _Instruction) -> int | None:
-    """The value of an integer constant; None for any other instruction."""
-    value = instruction.text.split(")")[0]
-    return int(value) if instruction.opcode == "constant" and value.isdigit() else None
-
-
-def _attribute(text: str, name: str) -> str:
-    found = re.search(rf"\b{name}=%?([\w.-]+)", text)
-    return found.group(1) if found else ""
-
-
-def _bytes(result: str, opcode: str) -> int:
+def _bytes(instruction: hlo.Instruction) -> int:
     """Bytes of an instruction's result; what a start returns beside it (its operands, counters) does not count."""
+    opcode, result = instruction.opcode, instruction.result
     if opcode == "recv":
-        result = _elements(result)[0]
+        result = hlo.elements(result)[0]
     elif opcode.endswith("-start") and opcode != "all-reduce-start" and result.startswith("("):
-        result = _elements(result)[1]
+        result = hlo.elements(result)[1]
     elif opcode == "all-reduce-start" and result.startswith("(("):
-        result = _elements(result)[1]
-    return sum(_bits(dtype) * _count(dims) // 8 for dtype, dims in _ARRAY.findall(result))
+        result = hlo.elements(result)[1]
+    return hlo.bytes_of(result)
 
 
-def _elements(tuple_text: str) -> list[str]:
-    """The elements of a tuple type, which may be tuples."""
-    parts, depth, start = [], 0, 1
-    for position, letter in enumerate(tuple_text):
-        depth += (letter in "({[") - (letter in ")}]")
-        if (letter == "," and depth == 1) or depth == 0:
-            parts.append(tuple_text[start:position].strip())
-            start = position + 1
-    return parts
-
-
-def _bits(dtype: str) -> int:
-    return 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-
-
-def _count(dims: str) -> int:
-    return int(np.prod([int(size) for size in dims.split(",") if size], dtype=np.int64))
-
-
-def _group(instruction: _Instruction, mesh: Mesh) -> tuple[tuple[str, ...], int]:
+def _group(found: _Found, mesh: Mesh) -> tuple[tuple[str, ...], int]:
     """The axes along which an instruction's groups lie, and how many devices (or slices) a group has."""
+    instruction = found.instruction
     if instruction.opcode == "recv":
         among = _AMONG.search(instruction.text)
         return (SLICES,), len(_ints(among.group(1))) if among else 2
-    if instruction.kind == "collective-permute":
+    if found.kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.text)
         groups = _lists(pairs.group(1) + "}" if pairs else "")
         moved = {axis for pair in groups for axis in _differing(pair, mesh)}

@@ -1,7 +1,5 @@
 """Collectives read from compiled text: literal excerpts of three compilers, and programs compiled here."""
 
-import logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ MESH = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor")
 
 
 def found(text, mesh=MESH):
-    return {(row.kind, row.axes): row[2:] for row in module.collectives(text, mesh=mesh)}
+    return {(row.kind, row.axes): row[2:5] for row in module.collectives(text, mesh=mesh)}
 
 
 def entry(*lines):
@@ -87,48 +85,20 @@ def test_what_a_start_returns_beside_its_result_does_not_count():
     }
 
 
-LOOPS = """
-%inner_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %p = (s32[], f32[8]{0}) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  %two = s32[] constant(2)
-  %next = s32[] add(%i, %two)
-  %x = f32[8]{0} get-tuple-element(%p), index=1
-  %r = f32[8]{0} all-reduce(%x), replica_groups=[4,2]<=[8], to_apply=%add
-  ROOT %t = (s32[], f32[8]{0}) tuple(%next, %r)
-}
-
-%inner_condition (p: (s32[], f32[8])) -> pred[] {
-  %limit = s32[]{:T(128)} constant(7)
-  %p = (s32[], f32[8]{0}) parameter(0)
-  %i = s32[] get-tuple-element(%p), index=0
-  ROOT %lt = pred[] compare(%i, %limit), direction=LT
-}
-
-%outer_body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %p = (s32[], f32[8]{0}) parameter(0)
-  ROOT %w = (s32[], f32[8]{0}) while(%p), condition=%inner_condition, body=%inner_body
-}
-
-%outer_condition (p: (s32[], f32[8])) -> pred[] {
-  ROOT %lt = pred[] parameter(0)
-}
-
-ENTRY %main (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %p = (s32[], f32[8]{0}) parameter(0)
-  ROOT %w = (s32[], f32[8]{0}) while(%p), condition=%outer_condition, body=%outer_body, KNOWN
-}
-""".replace("KNOWN", 'backend_config={"known_trip_count":{"n":"5"}}')
-
-
-def test_loops_multiply_by_the_count_that_xla_knows_or_the_bound_over_the_step():
-    assert found(LOOPS) == {("all-reduce", ("tensor",)): (5 * 4, 20 * 32, 20 * 32)}  # 0, 2, 4, 6 below 7
-
-
-def test_a_loop_of_unknown_length_counts_once_and_says_so(caplog):
-    with caplog.at_level(logging.WARNING, "fpo_jax"):
-        assert found(LOOPS.replace("constant(7)", "parameter(1)"))[("all-reduce", ("tensor",))][0] == 5
-    assert "unknown number of times" in caplog.text
+def test_what_the_schedule_sends_beside_work_is_hidden():
+    """The first start waits beside a product, the second one beside nothing; the third is in one piece."""
+    groups = "replica_groups=[4,2]<=[8]"
+    text = entry(
+        f"%a = (f32[4]{{0}}, f32[8]{{0}}) all-gather-start(%p), {groups}, dimensions={{0}}",
+        "%d = f32[8,8]{1,0} dot(%q, %q), lhs_contracting_dims={1}",
+        "%a.done = f32[8]{0} all-gather-done(%a)",
+        f"%b = (f32[8]{{0}}, f32[16]{{0}}) all-gather-start(%d), {groups}, dimensions={{0}}",
+        "%g = f32[8]{0} get-tuple-element(%p), index=0",
+        "%b.done = f32[16]{0} all-gather-done(%b)",
+        f"%c = f32[32]{{0}} all-gather(%b.done), {groups}, dimensions={{0}}",
+    )
+    (row,) = module.collectives(text, mesh=MESH)
+    assert (row.sent, row.hidden) == ((32 + 64 + 128) // 2, 32 // 2)
 
 
 def test_a_collective_that_a_tpu_spreads_over_fusions_counts_once_and_its_reduce_scatter_is_one():
