@@ -14,6 +14,7 @@ import jax
 from fpo_jax import config as configuration
 from fpo_jax import sharding
 from fpo_jax.perf import flops, hardware
+from fpo_jax.plan import traffic
 from fpo_jax.plan.collectives import Collective, collectives
 from fpo_jax.trainer import auto_settings, batch_shapes, kept_logits, steps, train_state
 
@@ -57,6 +58,7 @@ class Outcome(NamedTuple):
     collectives: list[Collective]  # of a step
     operations: int  # of a mean step over all devices, recomputation included
     scoring_operations: int  # of one batch of the reference pass; 0 without
+    moved: int  # bytes that the step's kernels without a matrix product read and write on each device
     candidates: list[auto_settings.Candidate]  # that were chosen from, the chosen one first
 
     @property
@@ -76,6 +78,7 @@ def compile_all(
     known: batch_shapes.Known | None = None,
     limit: int | None = None,
     rest: bool = True,
+    sizes: batch_shapes.Sizes | None = None,
 ) -> Outcome:
     """Settle what is automatic, and compile the programs of a run at their largest shapes.
 
@@ -85,18 +88,21 @@ def compile_all(
         known: what is read of the run; None = it is read here.
         limit: bytes that programs get of a device; None = unknown.
         rest: also the other programs where the step needs more than `limit`.
+        sizes: of a run in which nothing is automatic; None = they are found here.
 
     Raises:
         ValueError: the configuration cannot run on these devices.
     """
     layout = sharding.make_layout(**config.mesh, devices=devices)
     capacity, ways = hardware.capacity(devices[0]), layout.data_parallel_degree
-    known = known or batch_shapes.read(config)
-    facts = auto_settings.bounded(known, ways=ways)
-    if known.inputs is not None:
-        facts = auto_settings.measured(known.inputs, ways=ways)
-    settled = auto_settings.settle(config, facts, layout, limit=limit, capacity=capacity)
-    config, sizes = settled.config, batch_shapes.sizes(settled.config, known, ways=ways)
+    settled = auto_settings.Settled(config, [], [])
+    if sizes is None:
+        known = known or batch_shapes.read(config)
+        facts = auto_settings.bounded(known, ways=ways)
+        if known.inputs is not None:
+            facts = auto_settings.measured(known.inputs, ways=ways)
+        settled = auto_settings.settle(config, facts, layout, limit=limit, capacity=capacity)
+        config, sizes = settled.config, batch_shapes.sizes(settled.config, known, ways=ways)
     accumulation = sizes.accumulation
     made = kept_logits.steps_of(
         config, sizes.blueprint, layout, largest=sizes.train_step, accumulation=accumulation, capacity=capacity
@@ -112,7 +118,7 @@ def compile_all(
     moments = made.state.bytes_on_device() - parameters
     found: list[Program] = []
     links: list[Collective] = []
-    operations = scoring_operations = 0
+    operations = scoring_operations = moved = 0
     for name, program, first, batch, beside in _runs(config, sizes, made, state, accumulation, moments):
         model_config = sizes.blueprint.model_config
         if name in (REFERENCE, REFERENCE_EVAL):
@@ -125,7 +131,7 @@ def compile_all(
         operations = round(counted * sizes.filled) if name == TRAIN_STEP else operations
         scoring_operations = counted if name == REFERENCE else scoring_operations
         if name == TRAIN_STEP and row.compiled:
-            links = collectives(text, mesh=made.mesh)
+            links, moved = collectives(text, mesh=made.mesh), traffic.moved(text)
         too_large = not row.compiled or (limit is not None and row.peak > limit)
         if name == TRAIN_STEP and too_large and not rest:
             break
@@ -142,6 +148,7 @@ def compile_all(
         links,
         operations,
         scoring_operations,
+        moved,
         settled.candidates,
     )
 

@@ -145,10 +145,13 @@ def _cost(outcome: Outcome, capacity: hardware.Capacity | None) -> str:
     def share(value: int, limit: float) -> str:
         return f"{value / (limit * devices * capacity.flops):.0%}"
 
-    shares = [f"{name} {share(value, seconds.most)} to {share(value, seconds.best)}" for name, value in needed.items()]
+    shares = [
+        f"{name} {share(value, seconds.predicted)}, at most {share(value, seconds.best)}"
+        for name, value in needed.items()
+    ]
     steps = 1000 if sizes.steps is None else sizes.steps
     what = "1,000 steps (plan.groups is unset)" if sizes.steps is None else f"the run of {steps:,} steps"
-    hours = f"{steps * seconds.best / 3600:.2f} to {steps * seconds.most / 3600:.2f} h"
+    hours = f"{steps * seconds.predicted / 3600:.2f} h, at least {steps * seconds.best / 3600:.2f} h"
     scoring = ""
     if sizes.scoring_batches is not None:
         alone = sizes.scoring_batches * outcome.scoring_operations / devices / capacity.flops / 3600
@@ -156,10 +159,13 @@ def _cost(outcome: Outcome, capacity: hardware.Capacity | None) -> str:
     return "\n".join(
         [
             line,
-            f"a step takes at least {seconds.best:.2f} s if everything overlaps, {seconds.most:.2f} s if no transfer"
-            f" does (computing {seconds.compute:.2f} s, memory {seconds.memory:.2f} s, links {seconds.links:.2f} s)",
-            f"MFU at most: {', '.join(shares)} (reference pass apart)",
-            f"{what}: at least {hours}{scoring}",
+            f"a step takes about {seconds.predicted:.2f} s; {seconds.best:.2f} s if everything overlaps (computing"
+            f" {seconds.compute:.2f} s, memory {seconds.memory:.2f} s, links {seconds.links:.2f} s by the data sheet),"
+            f" {seconds.most:.2f} s if nothing does (products {seconds.products:.2f} s, other kernels"
+            f" {seconds.kernels:.2f} s, links {seconds.links:.2f} s, of which the schedule exposes"
+            f" {seconds.exposed:.2f} s)",
+            f"MFU: {'; '.join(shares)} (reference pass apart)",
+            f"{what}: about {hours}{scoring}",
             "assumed: " + "; ".join(roofline.ASSUMPTIONS),
         ]
     )

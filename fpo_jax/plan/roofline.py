@@ -1,26 +1,35 @@
-"""How long a step would take at the rates of the data sheets: a bound from below, with its assumptions in words.
+"""How long a step takes: a bound from below, a prediction, and no overlap at all, with their assumptions in words.
 
-seconds at best = max(compute, memory, links)      everything overlaps
-seconds at most = max(compute, memory) + links     no transfer hides behind computing
+work      = products + kernels                              the device does one thing after the other
+best      = max(compute, memory, links)                     everything overlaps, at the data sheet's rates
+predicted = work + exposed + max(links - exposed - work, 0) what the schedule hides behind work is hidden
+most      = work + links                                    nothing overlaps
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from fpo_jax.models import params
 from fpo_jax.perf import hardware
-from fpo_jax.plan.collectives import SLICES, Collective, of_one_slice
+from fpo_jax.plan import links
+from fpo_jax.plan.collectives import of_one_slice
 from fpo_jax.plan.compilation import Outcome
 
+# Of the data sheet's dense bfloat16 rate, what a large product of XLA reached on the one device that was measured: 622
+# of 989 TFLOP/s on an H200 (docs/lab-notes, 2026-11-27).
+REACHED = 0.63
+
 ASSUMPTIONS = (
-    "matrix products run at the data sheet's dense bfloat16 rate, and the devices share them evenly",
-    "memory traffic: each pass over the layers reads their gathered weights once, each micro-batch adds to the gradient"
-    " sums, the optimiser reads and writes its state; activations are not counted",
-    "collectives send (n-1)/n of an array (all-reduce twice) at the full rate of a device's links, one after the other",
+    "the devices share the matrix products evenly; at best they run at the data sheet's dense bfloat16 rate, else at"
+    f" {REACHED:.0%} of it, what an H200 reached",
+    "memory at best: each pass over the layers reads their gathered weights once, each micro-batch adds to the gradient"
+    " sums, the optimiser reads and writes its state; else every kernel without a product reads its operands and writes"
+    " its results at the data sheet's bandwidth",
+    "collectives send (n-1)/n of an array (all-reduce twice), one after the other: a ring over hosts on as many network"
+    " adapters as it has members in a host, on a TPU slice on the ports along the axes that its groups lie along",
+    "a transfer is hidden where the compiled schedule has work between its start and its end",
     "transfers to and from the host's memory, the input pipeline, evaluations and checkpoints cost nothing",
 )
 
@@ -28,35 +37,52 @@ ASSUMPTIONS = (
 class Estimate(NamedTuple):
     """Seconds of one step."""
 
-    compute: float
-    memory: float
+    compute: float  # matrix products at the data sheet's rate
+    memory: float  # what has to be moved in any case
     links: float
+    kernels: float  # those without a product
+    exposed: float  # of the links, what the schedule leaves without work beside it
+
+    @property
+    def products(self) -> float:
+        """Matrix products at the rate that is reached."""
+        return self.compute / REACHED
 
     @property
     def best(self) -> float:
-        """Everything overlaps."""
-        return max(self)
+        """Everything overlaps, at the rates of the data sheets."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def predicted(self) -> float:
+        """Kernels run one after the other; transfers hide where the schedule lets them, as long as the work lasts."""
+        work = self.products + self.kernels
+        return work + self.exposed + max(self.links - self.exposed - work, 0.0)
 
     @property
     def most(self) -> float:
-        """Transfers between devices hide behind nothing."""
-        return max(self.compute, self.memory) + self.links
+        """Nothing overlaps."""
+        return self.products + self.kernels + self.links
 
 
 def estimate(outcome: Outcome, capacity: hardware.Capacity) -> Estimate:
-    """Return the seconds that a mean step takes at least in each resource."""
+    """Return the seconds that a mean step takes in each resource."""
     assert outcome.layout.mesh is not None
-    mesh = outcome.layout.mesh
-    linked = np.vectorize(hardware.linked)(of_one_slice(mesh).devices)
-    sent = sum(row.sent / _rate(row, mesh.axis_names, linked, capacity) for row in outcome.collectives)
-    links = sent * outcome.sizes.filled
+    mesh, filled = of_one_slice(outcome.layout.mesh), outcome.sizes.filled
+    rates = [links.rate(row, mesh, capacity) for row in outcome.collectives]
+    sent = sum(row.sent / rate for row, rate in zip(outcome.collectives, rates, strict=True))
+    hidden = sum(row.hidden / rate for row, rate in zip(outcome.collectives, rates, strict=True))
     return Estimate(
-        outcome.operations / mesh.size / capacity.flops, memory_traffic(outcome) / capacity.bandwidth, links
+        compute=outcome.operations / outcome.layout.mesh.size / capacity.flops,
+        memory=memory_traffic(outcome) / capacity.bandwidth,
+        links=sent * filled,
+        kernels=outcome.moved * filled / capacity.bandwidth,
+        exposed=(sent - hidden) * filled,
     )
 
 
 def memory_traffic(outcome: Outcome) -> int:
-    """Return the bytes that a step moves through a device's memory, activations left out."""
+    """Return the bytes that a step moves through a device's memory at least: no activations."""
     assert outcome.layout.mesh is not None
     config, model_config = outcome.config, outcome.sizes.blueprint.model_config
     matrices = sum(math.prod(entry.shape) for entry in params.entries(model_config) if entry.stacked and entry.decay)
@@ -65,11 +91,3 @@ def memory_traffic(outcome: Outcome) -> int:
     per_micro_batch = passes * weights + 2 * outcome.gradients
     micro_batches = outcome.accumulation * outcome.sizes.filled
     return round(micro_batches * per_micro_batch) + 2 * outcome.state + outcome.gradients
-
-
-def _rate(row: Collective, axis_names: Sequence[str], linked: np.ndarray, capacity: hardware.Capacity) -> float:
-    """Bytes/s of a device's slowest connection along the axes of a collective; `linked` has every device's group."""
-    if SLICES in row.axes:
-        return capacity.network
-    index = tuple(slice(None) if axis in row.axes or "?" in row.axes else 0 for axis in axis_names)
-    return capacity.network if len(np.unique(linked[index])) > 1 else capacity.link
