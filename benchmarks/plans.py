@@ -111,6 +111,7 @@ def one(recipe: str, target: str, changes: dict[str, object]) -> dict:
         "fits": report.fits,
         "remedy": report.suggestion.text if report.suggestion else "",
         "compile": {program.name: round(program.seconds, 1) for program in outcome.programs},
+        "predicted": seconds.predicted,
         "best": seconds.best,
         "most": seconds.most,
         "steps": outcome.sizes.steps,
@@ -137,15 +138,15 @@ def document(found: dict) -> str:
 _HEAD = """# Plans of the recipes
 
 What `fpo plan --config RECIPE --target TARGET` says of the eight recipes of the original, each with its global
-batch. Written by `benchmarks/plans.py` from programs that the targets' compilers really compiled (jax 0.12, two cores
+batch. Written by `benchmarks/plans.py` from programs that the targets' compilers really compiled (two cores
 with other work beside: compile times are upper bounds). Nothing here has run on the targets. Rows are the longest that
 a recipe allows, with every position counted; real rows are shorter.
 
 - **peak**: the most that a device holds in any program of the run, and which one.
-- **s an update**: from perfect overlap of computing, memory and links to none, at the peak rates of the data sheets.
+- **s a step**: what `fpo plan` predicts; in brackets from perfect overlap at the data sheets' rates to none.
 - **settings**: what the run settles for itself; the preset is the default, `fsdp`, everywhere.
 """
-_TABLE = """| recipe | settings | micro-batches | state GiB | peak GiB | free | s an update | h a run | compiled in |
+_TABLE = """| recipe | settings | micro-batches | state GiB | peak GiB | free | s a step | h a run | compiled in |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -153,8 +154,8 @@ _TABLE = """| recipe | settings | micro-batches | state GiB | peak GiB | free | 
 def _row(recipe: str, plan_: dict | None) -> str:
     if plan_ is None:
         return f"| `{recipe}` | | | | not compiled | | | | |\n"
-    seconds, steps = (plan_["best"], plan_["most"]), plan_["steps"]
-    hours = " to ".join(f"{steps * value / 3600:.2f}" for value in seconds) if steps else "unknown"
+    predicted, steps = plan_["predicted"], plan_["steps"]
+    hours = f"{steps * predicted / 3600:.2f}" if steps else "unknown"
     cells = (
         f"`{recipe}`",
         f"{plan_['layout']}, remat {plan_['remat']}",
@@ -162,7 +163,7 @@ def _row(recipe: str, plan_: dict | None) -> str:
         _gib(plan_["state"]),
         f"{_gib(plan_['peak'])} ({plan_['peak_of']})",
         f"{1 - plan_['peak'] / plan_['limit']:.0%}" if plan_["fits"] else "**does not fit**",
-        " to ".join(f"{value:.1f}" for value in seconds),
+        f"{predicted:.1f} ({plan_['best']:.1f} to {plan_['most']:.1f})",
         hours,
         f"{plan_['compile']['step']:.0f} s",
     )

@@ -71,10 +71,16 @@ def ours(case: Case, model: Path, layout: str) -> None:
 
 
 def our_run(case: Case, model: Path, layout: str):
-    """Return `updates.Updates` of a case: DPO on pairs, EXO on more."""
+    """Return `updates.Updates` of a case."""
     from benchmarks.updates import Updates
-    from fpo_jax import config as configuration
     from fpo_jax import hf
+
+    return Updates(*our_inputs(case, model, hf.read_config(model), layout), model)
+
+
+def our_inputs(case: Case, model: Path, shape, layout: str):
+    """Return configuration and inputs of a case for a model of some shape: DPO on pairs, EXO on more."""
+    from fpo_jax import config as configuration
     from fpo_jax.trainer import run_inputs
 
     config = configuration.default()
@@ -90,11 +96,11 @@ def our_run(case: Case, model: Path, layout: str):
     set_fields(config, case.fields)
     config.data.max_length, config.data.max_prompt_length = case.prompt + case.completion, case.prompt
     inputs = run_inputs.Inputs(
-        run_inputs.check(config), model, hf.read_config(model), run_inputs.Dataset(_prepared(case), None, ""), None
+        run_inputs.check(config), model, shape, run_inputs.Dataset(_prepared(case), None, ""), None
     )
     if layout == "shared":
         config.data.row_length = case.prompt + case.candidates * case.completion  # a row for a group, as all are alike
-    return Updates(config, inputs, model)
+    return config, inputs
 
 
 def set_fields(config, fields: Sequence[str]) -> None:
