@@ -196,6 +196,13 @@ FIELDS = (
         "Sequence lengths to compile for, ascending; empty = max_length alone, with data.layout=auto its halves too.",
         resumes=MACHINE,
     ),
+    Field(
+        "data.cache_dir",
+        str,
+        "",
+        "Folder of tokenised data, to share; empty = in the workdir, where the sources have 16 MiB or more.",
+        resumes=HOST,
+    ),
     Field("data.shuffle", bool, True, "Draw a new order of the groups for every epoch."),
     Field("data.last_batch", str, "drop", "The ragged last batch of an epoch.", ("drop", "pad")),
     # An unset option takes the loss's own default; setting one that the loss does not use is an error.

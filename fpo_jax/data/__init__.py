@@ -4,13 +4,17 @@ loading            files, saved data sets and hub names -> rows; tabular_files a
 formats            rows of a named format -> `Records`; hh_rlhf and imdb are two of them
 mixture            several sources as one
 decontamination    records that repeat a benchmark are dropped
-tokenize           records -> `Prepared` (tokenized), with an `Audit` (audit) of everything cut, dropped or odd
+record_file        records on disk while a large set is tokenised
+tokenize           records -> `Prepared` (tokenized), with an `Audit` (audit) of everything cut, dropped or odd; chunk
+                   by chunk (record_chunks), in several processes (worker_pool)
+dataset_folder     both on disk, verified and mapped; flat_texts and growing_array are its storage
 sequence_packing   short texts packed into sequences
 group_packing      whole groups packed into sequences, their prompts standing once
 sampler            order of the groups, resumable cursor, static shapes -> `types.Batch`
 """
 
 from fpo_jax.data.audit import Audit
+from fpo_jax.data.dataset_folder import Dataset
 from fpo_jax.data.formats import Record, Records, read
 from fpo_jax.data.group_packing import scored_positions
 from fpo_jax.data.mixture import Part, mixture, parse
@@ -33,6 +37,7 @@ from fpo_jax.data.tokenize import Prepared, best_only, masked_sample, prepare, r
 
 __all__ = [
     "Audit",
+    "Dataset",
     "Part",
     "Prepared",
     "Record",

@@ -13,6 +13,7 @@ from fpo_jax.data.tokenized import Prepared
 
 _EXAMPLES = 4  # sources named per reason in the text; the JSON has them all
 _BARS = " ▁▂▃▄▅▆▇█"
+_TOGETHER = 4096  # rows whose tokens are looked at together: a large set would not fit into memory as a whole
 
 
 class Lengths(NamedTuple):
@@ -55,8 +56,8 @@ class Audit(NamedTuple):
     tokens: int
     scored_tokens: int
     largest_token_id: int
-    dropped: dict[str, tuple[str, ...]]  # reason -> where; rows by the reader, groups by `prepare`
-    noted: dict[str, tuple[str, ...]]  # odd, dropped or not
+    dropped: Mapping[str, Sequence[str]]  # reason -> where; rows by the reader, groups by `prepare`
+    noted: Mapping[str, Sequence[str]]  # odd, dropped or not
     prompts_cut: int  # groups
     prompt_tokens_cut: int  # of one row of each group, the most
     prompts_differ: int  # groups whose rows were cut to different prompts
@@ -144,6 +145,25 @@ class Audit(NamedTuple):
         return f" of {self.groups + self.left_out:,}, at equal distances" if self.left_out else ""
 
 
+def from_dict(found: Mapping[str, Any]) -> Audit:
+    """Return the audit of which `Audit.as_dict` made this, as JSON gives it back; without the example."""
+    places = {kind: {reason: tuple(listed) for reason, listed in found[kind].items()} for kind in ("dropped", "noted")}
+    lengths = {
+        name: Lengths(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
+        for name, one in found["lengths"].items()
+    }
+    return Audit(
+        **{
+            **found,
+            **places,
+            "warnings": tuple(found["warnings"]),
+            "lengths": lengths,
+            "buckets": tuple(Bucket(**one) for one in found["buckets"]),
+            "packed": None if found["packed"] is None else Packed(**found["packed"]),
+        }
+    )
+
+
 def audit(
     prepared: Prepared,
     facts_N4: np.ndarray,
@@ -173,10 +193,7 @@ def audit(
     """
     shape_BK = prepared.rewards_BK.shape
     prompt_cut_N, completion_cut_N, merged_N = facts_N4[:, 1], facts_N4[:, 2], facts_N4[:, 3]
-    ends_N = prepared.starts_N + prepared.lengths_N
-    is_end_S = np.isin(prepared.tokens_S, encoder.format.end_ids)
-    no_eos_N = ~is_end_S[ends_N - 1]
-    bos_N, double_bos_N = _bos_counts(prepared, encoder)
+    no_eos_N, scored_ends_N, bos_N, double_bos_N = _token_counts(prepared, encoder)
     loss_tokens_N = prepared.lengths_N - prepared.prompt_lengths_N
     return Audit(
         rule=encoder.format.rule,
@@ -197,7 +214,7 @@ def audit(
         missing_eos=int(no_eos_N.sum()),
         missing_eos_unexplained=int((no_eos_N & (completion_cut_N == 0)).sum()),
         merged=int(merged_N.sum()),
-        double_eos=int((_scored_ends(prepared, is_end_S) > 1).sum()),
+        double_eos=int((scored_ends_N > 1).sum()),
         double_bos=int(double_bos_N.sum()),
         no_bos=int((bos_N == 0).sum()) if encoder.adds_bos else 0,
         ties=int(((prepared.rewards_BK == prepared.rewards_BK.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum()),
@@ -215,24 +232,35 @@ def audit(
     )
 
 
-def _scored_ends(prepared: Prepared, is_end_S: np.ndarray) -> np.ndarray:
-    """End tokens in the scored part of each row."""
-    ends_so_far = np.concatenate([[0], np.cumsum(is_end_S)])
-    begins_N = prepared.starts_N + prepared.prompt_lengths_N
-    return ends_so_far[prepared.starts_N + prepared.lengths_N] - ends_so_far[begins_N]
+def _token_counts(prepared: Prepared, encoder: tokenization.Encoder) -> list[np.ndarray]:
+    """Tell of each row: no end token is its last, end tokens in its scored part, BOS tokens, two of them in a row."""
+    counts = []
+    for first in range(0, len(prepared.lengths_N), _TOGETHER):
+        rows = slice(first, first + _TOGETHER)
+        begin, lengths_N = int(prepared.starts_N[first]), prepared.lengths_N[rows]
+        tokens_S = np.asarray(prepared.tokens_S[begin : begin + int(lengths_N.sum())])
+        starts_N = prepared.starts_N[rows] - begin
+        is_end_S = np.isin(tokens_S, encoder.format.end_ids)
+        ends_so_far = np.concatenate([[0], np.cumsum(is_end_S)])
+        scored_ends_N = ends_so_far[starts_N + lengths_N] - ends_so_far[starts_N + prepared.prompt_lengths_N[rows]]
+        no_eos_N = ~is_end_S[starts_N + lengths_N - 1]
+        counts.append((no_eos_N, scored_ends_N, *_bos_counts(tokens_S, starts_N, encoder)))
+    return [np.concatenate(part) for part in zip(*counts, strict=True)]
 
 
-def _bos_counts(prepared: Prepared, encoder: tokenization.Encoder) -> tuple[np.ndarray, np.ndarray]:
+def _bos_counts(
+    tokens_S: np.ndarray, starts_N: np.ndarray, encoder: tokenization.Encoder
+) -> tuple[np.ndarray, np.ndarray]:
     """BOS tokens per row, and whether two follow each other: <|im_start|> as BOS opens every turn.
 
     One and none where BOS is also EOS and cannot be told from it.
     """
     if encoder.bos_id is None or encoder.bos_id == encoder.eos_id:
-        return np.ones_like(prepared.lengths_N), np.zeros_like(prepared.lengths_N)
-    is_bos_S = prepared.tokens_S == encoder.bos_id
+        return np.ones(len(starts_N), np.int32), np.zeros(len(starts_N), bool)
+    is_bos_S = tokens_S == encoder.bos_id
     again_S = is_bos_S & np.concatenate([[False], is_bos_S[:-1]])
-    again_S[prepared.starts_N] = False
-    counts = [np.add.reduceat(flags.astype(np.int32), prepared.starts_N) for flags in (is_bos_S, again_S)]
+    again_S[starts_N] = False
+    counts = [np.add.reduceat(flags.astype(np.int32), starts_N) for flags in (is_bos_S, again_S)]
     return counts[0], counts[1] > 0
 
 
@@ -269,7 +297,7 @@ def _lost(tokens: int) -> str:
 
 def _reason(kind: str, name: str, sources: Sequence[str]) -> str:
     shown = []
-    for place, before in zip(sources[:_EXAMPLES], ("", *sources), strict=False):
+    for place, before in zip(sources[:_EXAMPLES], ("", *sources[:_EXAMPLES]), strict=False):
         same_file = ":" in place and place.rpartition(":")[0] == before.rpartition(":")[0]
         shown.append(place.rpartition(":")[2] if same_file else place.rpartition("/")[2])
     more = ", ..." if len(sources) > _EXAMPLES else ""

@@ -18,7 +18,7 @@ import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from fpo_jax.data import loading
+from fpo_jax.data import loading, record_file, worker_pool
 from fpo_jax.data.formats import Record, Records
 
 log = logging.getLogger("fpo_jax")
@@ -26,6 +26,7 @@ log = logging.getLogger("fpo_jax")
 WORDS = 13
 SHORTEST = 8
 REASON = "contaminated"
+_CHUNK = 256  # records compared at once
 PER_WORD = 2  # characters of a script without spaces that say as much as a word
 _UNSPACED = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Tibetan, Burmese, Khmer
@@ -86,12 +87,13 @@ def comparable(entry: str) -> list[str]:
     return kept
 
 
-def clean(records: Records, benchmarks: Iterable[str]) -> Records:
+def clean(records: Records, benchmarks: Iterable[str], *, workers: int = 1) -> Records:
     """Return the records that repeat none of the benchmark texts; the others are among the dropped.
 
     Args:
         records: what was read; the prompt and every completion are compared.
         benchmarks: the texts.
+        workers: processes that compare.
 
     Raises:
         ValueError: no text is long enough to compare with.
@@ -103,13 +105,23 @@ def clean(records: Records, benchmarks: Iterable[str]) -> Records:
         runs.setdefault(length, set()).update(_runs(words, length))
     if not runs:
         raise ValueError(f"no benchmark text has {SHORTEST} words or more; decontamination would compare nothing")
-    kept, dropped = [], list(records.dropped.get(REASON, ()))
-    for record in records.rows:
-        if any(_repeats(text, runs) for text in _texts_of(record)):
-            dropped.append(record.source)
-        else:
-            kept.append(record)
-    return Records(kept, {**records.dropped, **({REASON: dropped} if dropped else {})}, records.noted)
+    count, dropped = len(records.rows), list(records.dropped.get(REASON, ()))
+    chunks = [range(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
+    repeating: set[int] = set()
+    for found in worker_pool.in_order(_repeating, (records.rows, runs), chunks, workers=workers):
+        repeating |= found.keys()
+        dropped += found.values()
+    rows = record_file.take(records.rows, [number for number in range(count) if number not in repeating])
+    return Records(rows, {**records.dropped, **({REASON: dropped} if dropped else {})}, records.noted)
+
+
+def _repeating(state: tuple[Sequence[Record], Mapping[int, set[str]]], numbers: range) -> dict[int, str]:
+    """Return the number and the source of each record that repeats a benchmark."""
+    rows, runs = state
+    records = [(number, rows[number]) for number in numbers]
+    return {
+        number: record.source for number, record in records if any(_repeats(text, runs) for text in _texts_of(record))
+    }
 
 
 def _repeats(text: str, runs: Mapping[int, set[str]]) -> bool:

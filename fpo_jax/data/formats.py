@@ -26,6 +26,7 @@ A file is JSON Lines, one JSON list, CSV or TSV (gzipped or not), Parquet or Arr
 empty, identical or too long is the business of `prepare`.
 """
 
+import array
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -36,22 +37,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from fpo_jax.config import choices
-from fpo_jax.data import columns, hh_rlhf, imdb, loading
+from fpo_jax.data import columns, hh_rlhf, imdb, loading, record_file
+from fpo_jax.data.record_file import Message, Record
 from fpo_jax.io.jsonl import BadRow
-
-Message = dict[str, str]
 
 MAX_PROBLEMS = 10  # bad rows named before giving up
 MAX_BAD_FRACTION = 0.001  # of the rows read; more than this is a wrong format, not damage
-
-
-class Record(NamedTuple):
-    """One prompt with its completions."""
-
-    prompt: str | list[Message]
-    completions: Sequence[str | Message]
-    rewards: Sequence[float]  # one per completion; a preference pair carries [1, 0]
-    source: str  # "file:line" or "name[index]", for every message about this record
+_WRITTEN = 1000  # records in memory before they are written, where they are
 
 
 class Records(NamedTuple):
@@ -74,6 +66,7 @@ def read(
     data_dir: str | None = None,
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    writer: record_file.Writer | None = None,
 ) -> Records:
     """Read preference records.
 
@@ -92,6 +85,8 @@ def read(
         data_dir: folder inside the hub repository ("helpful-base").
         revision: commit of the hub repository; pin it for a run that must be repeatable.
         tokenizer: of the model; format `imdb` counts a prompt's tokens with it, and nothing else does.
+        writer: of the file that the records stand in while they are used; None = they stay in memory, as those of
+            `imdb` do, which are drawn in an order of their own.
 
     Returns:
         The records in the order of the source; reviews in that of `imdb.alternating`, from `start` to `stop` of it.
@@ -112,6 +107,8 @@ def read(
     parse, column_sets = _PARSERS[format]
     found_rows = loading.rows(str(source), split=split, data_dir=data_dir, revision=revision)
     rows: list[Record] = []
+    starts = array.array("q")  # of those in the file
+    writer = None if format == "imdb" else writer
     dropped: dict[str, list[str]] = {}
     noted: dict[str, list[str]] = {}
     problems: list[str] = []
@@ -140,13 +137,19 @@ def read(
             rows += [Record(*part[:3], f"{where}#{number}") for number, part in enumerate(parts)]
         else:
             rows.append(Record(found.prompt, found.completions, found.rewards, where))
+        if writer is not None and len(rows) >= _WRITTEN:
+            writer.write(rows, starts)
+            rows = []
     _check_problems(problems, count, on_bad_row)
     columns.warn(str(source), format, noted)
     if count == 0:
         raise ValueError(f"{source}: no rows" + (f" from row {start} on" if start else ""))
     if format == "imdb" and tokenizer is not None:
         rows = _cut_reviews(rows, tokenizer, dropped)
-    return Records(rows, dropped, noted)
+    if writer is None:
+        return Records(rows, dropped, noted)
+    writer.write(rows, starts)
+    return Records(writer.records(starts), dropped, noted)
 
 
 class _Parsed(NamedTuple):

@@ -40,20 +40,49 @@ def rows(source: str, *, split: str | None, data_dir: str | None, revision: str 
     if path.exists() and (data_dir or revision):
         raise ValueError(f"data_dir and revision apply to hub data sets only, and {source!r} is local; leave them out")
     if path.is_dir():
-        saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-        yield from _saved_rows(path, split) if saved else _directory_rows(path, split)
+        yield from _saved_rows(path, split) if _is_saved(path) else _directory_rows(path, split)
     elif path.exists():
         if split:
             raise ValueError(f"split={split!r} applies to directories and hub data sets, and {source!r} is one file")
         yield from _file_rows(path)
-    elif _HUB_NAME.fullmatch(source) and not _DATA_SUFFIX.search(source) and not source.startswith("."):
+    elif _is_hub_name(source):
         yield from _hub_rows(source, split, data_dir, revision)
     else:
         raise ValueError(f"no file or directory {source!r} (a hub data set is named owner/name)")
 
 
+def files(source: str, *, split: str | None, data_dir: str | None, revision: str | None) -> list[Path]:
+    """Return the files whose bytes say what `rows` yields, arguments and errors as there; none where it is unknown."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file()) if _is_saved(path) else _chosen(path, split)
+    if path.exists():
+        return [path]
+    if not _is_hub_name(source) or not split:
+        return []
+    return [Path(file["filename"]) for file in _hub_table(source, split, data_dir, revision).cache_files]
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+
+
+def _is_hub_name(source: str) -> bool:
+    return bool(_HUB_NAME.fullmatch(source)) and not _DATA_SUFFIX.search(source) and not source.startswith(".")
+
+
 def _directory_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a folder's files in the order of their names; of folders below it if it has none itself."""
+    chosen = _chosen(path, split)
+    if len(chosen) > 1 and not split:
+        names = ", ".join(file.relative_to(path).as_posix() for file in chosen)
+        log.info("%s: no split is named, and all of its %d files are read: %s", path, len(chosen), names)
+    for file in chosen:
+        yield from _file_rows(file)
+
+
+def _chosen(path: Path, split: str | None) -> list[Path]:
+    """Return the files of a folder that are read."""
     found: list[Path] = []
     for below in (path.iterdir(), path.rglob("*")):
         found = [file for file in sorted(below) if _holds_rows(file, path)]
@@ -73,10 +102,7 @@ def _directory_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
         raise ValueError(
             f"the directory {str(path)!r} mixes kinds of files, {described}; name one of them, or take the others away"
         )
-    if len(chosen) > 1 and not split:
-        log.info("%s: no split is named, and all of its %d files are read: %s", path, len(chosen), ", ".join(kinds))
-    for file in chosen:
-        yield from _file_rows(file)
+    return chosen
 
 
 def _holds_rows(file: Path, folder: Path) -> bool:
@@ -102,12 +128,17 @@ def _saved_rows(path: Path, split: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_rows(name: str, split: str | None, data_dir: str | None, revision: str | None) -> Iterator[tuple[str, Any]]:
-    import datasets
-
     if not split:
         raise ValueError(f"the hub data set {name!r} needs a split, for example split='train'")
+    table = _hub_table(name, split, data_dir, revision)
+    yield from ((f"{name}[{index}]", row) for index, row in enumerate(table))
+
+
+def _hub_table(name: str, split: str, data_dir: str | None, revision: str | None) -> Any:
+    import datasets
+
     try:
-        table = datasets.load_dataset(name, split=split, data_dir=data_dir, revision=revision)
+        return datasets.load_dataset(name, split=split, data_dir=data_dir, revision=revision)
     except Exception as error:  # the library raises a dozen types here, from DNS to a missing split
         if terminal.is_ours(error):
             raise
@@ -115,7 +146,6 @@ def _hub_rows(name: str, split: str | None, data_dir: str | None, revision: str 
         raise ValueError(
             f"there is no local path {name!r}, and the hub data set of that name cannot be loaded ({split!r}): {cause}"
         ) from error
-    yield from ((f"{name}[{index}]", row) for index, row in enumerate(table))
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ import fractions
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fpo_jax.data import loading, sampler
+from fpo_jax.data import loading, record_file, sampler
 from fpo_jax.data.formats import Records
 
 ORDER_SEED = 42
@@ -52,7 +52,7 @@ def mixture(parts: Sequence[Part], read: Callable[[Part], Records]) -> Records:
     Raises:
         ValueError: a part keeps no row.
     """
-    rows, dropped, noted = [], {}, {}
+    kept_rows, dropped, noted = [], {}, {}
     for part in parts:
         found = read(part)
         kept = int(fractions.Fraction(repr(part.fraction)) * len(found.rows))  # repr is the shortest decimal
@@ -61,8 +61,10 @@ def mixture(parts: Sequence[Part], read: Callable[[Part], Records]) -> Records:
                 f"{part.source}: a fraction of {part.fraction:g} keeps none of {len(found.rows)} rows; raise it or"
                 " leave the source out."
             )
-        rows += found.rows[:kept]
+        kept_rows.append(found.rows[:kept])
         for mine, theirs in ((dropped, found.dropped), (noted, found.noted)):
             for reason, places in theirs.items():
                 mine.setdefault(reason, []).extend(places)
-    return Records([rows[index] for index in sampler.order(len(rows), seed=ORDER_SEED, epoch=0)], dropped, noted)
+    rows = record_file.join(kept_rows)
+    order_N = sampler.order(len(rows), seed=ORDER_SEED, epoch=0)
+    return Records(record_file.take(rows, order_N), dropped, noted)

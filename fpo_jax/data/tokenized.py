@@ -4,6 +4,7 @@ Letters used only here: S tokens of all sequences together; B and N count the wh
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ class Prepared(NamedTuple):
     lengths_N: np.ndarray  # int32, tokens of each row
     prompt_lengths_N: np.ndarray  # int32, at least 1; the tokens after it are scored
     rewards_BK: np.ndarray  # float32
-    sources: tuple[str, ...]  # of each group, "file:line"
+    sources: Sequence[str]  # of each group, "file:line"
     pad_id: int  # filler beyond a row's end; masks never look at it
     scored_S: np.ndarray | None = None  # bool, of packed rows: which tokens are scored
     segments_S: np.ndarray | None = None  # int32, of packed rows: which of the row's texts a token belongs to, from 0
@@ -66,5 +67,24 @@ class Prepared(NamedTuple):
             *([] if self.segments_S is None else [(self.segments_S, "<i4")]),
         ):
             digest.update(repr(array.shape).encode())
-            digest.update(np.ascontiguousarray(array, dtype=kind).tobytes())
+            digest.update(np.ascontiguousarray(array, dtype=kind).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
+
+    def take(self, groups_B: np.ndarray) -> "Prepared":
+        """Return some groups of rows that are not packed, in this order."""
+        assert self.scored_S is None
+        rows_N = (groups_B[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
+        lengths_N = self.lengths_N[rows_N]
+        return self._replace(
+            tokens_S=np.concatenate([self.row(row)[0] for row in rows_N]),
+            starts_N=starts(lengths_N),
+            lengths_N=lengths_N,
+            prompt_lengths_N=self.prompt_lengths_N[rows_N],
+            rewards_BK=self.rewards_BK[groups_B],
+            sources=tuple(self.sources[group] for group in groups_B),
+        )
+
+
+def starts(lengths_N: np.ndarray) -> np.ndarray:
+    """Return where each row begins, given the length of each."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_N[:-1], dtype=np.int64)])

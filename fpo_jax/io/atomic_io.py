@@ -23,6 +23,10 @@ class Taken(ValueError):
     """Another process is writing a folder, or may be."""
 
 
+class Lockless(Taken):
+    """A folder is unfinished, on a disk that does not tell whether its writer still runs."""
+
+
 def write(path: Path, text: str) -> Path:
     """Write a text, and return its place; missing folders are made."""
     return write_bytes(path, text.encode())
@@ -184,7 +188,7 @@ def _take_over(beside: Path, lock: IO[str], folder: Path) -> None:
     if got is False:
         raise Taken(f"{folder} is being written by another process; wait for it, or choose another.")
     if got is None and left:
-        raise Taken(
+        raise Lockless(
             f"{beside} is unfinished, and its disk does not tell whether its writer still runs; once it is certain that"
             " it has ended, remove that folder."
         )

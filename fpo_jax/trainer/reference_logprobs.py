@@ -58,7 +58,7 @@ class ReferencePass:
 
         Args:
             weights: of the run's starting model; another one is read where the configuration names it.
-            fingerprints: of the files of both, from `run_workdir.fingerprints`.
+            fingerprints: of the files of both, and of the data, from `run_workdir.fingerprints`.
 
         Raises:
             ValueError: a file is damaged or belongs to another model; a log-prob is not finite.
@@ -71,15 +71,19 @@ class ReferencePass:
             weights, fingerprint = self._steps.state.load_reference(other.source), fingerprints["reference"]
         train, evaluation = self._passes
         return (
-            None if train is None else self._of("train", train, weights, fingerprint),
-            None if evaluation is None else self._of("eval", evaluation, weights, fingerprint),
+            None if train is None else self._of("train", train, weights, fingerprint, fingerprints["train data"]),
+            None
+            if evaluation is None
+            else self._of("eval", evaluation, weights, fingerprint, fingerprints["eval data"]),
         )
 
-    def _of(self, name: str, batches: data.Schedule, weights: types.PyTree, weights_fingerprint: str) -> np.ndarray:
+    def _of(
+        self, name: str, batches: data.Schedule, weights: types.PyTree, weights_fingerprint: str, data_fingerprint: str
+    ) -> np.ndarray:
         config, prepared, program = self._config, batches.prepared, self._steps.logprobs
         parts = {
             "weights": weights_fingerprint,
-            "data": prepared.fingerprint(),
+            "data": data_fingerprint,
             "temperature": self._inputs.loss.temperature,
             "param_dtype": config.model.param_dtype,
             "compute_dtype": config.model.compute_dtype,

@@ -1,4 +1,7 @@
-"""What a run reads: checked configuration, model description, tokenised data. Touches no device, writes nothing."""
+"""What a run reads: checked configuration, model description, tokenised data. Touches no device.
+
+Nothing is written but tokenised data that are worth keeping (`dataset_cache`).
+"""
 
 import dataclasses
 import logging
@@ -7,19 +10,11 @@ from typing import NamedTuple
 
 from fpo_jax import config as configuration
 from fpo_jax import data, hf, losses, models, tokenization
-from fpo_jax.data import decontamination
+from fpo_jax.data import Dataset, dataset_folder, decontamination, record_file, worker_pool
 from fpo_jax.models import params
-from fpo_jax.trainer import best_checkpoint, reward_labels
+from fpo_jax.trainer import best_checkpoint, dataset_cache, reward_labels
 
 log = logging.getLogger("fpo_jax")
-
-
-class Dataset(NamedTuple):
-    """Token rows, what was found while making them, and one decoded row with its scored part marked."""
-
-    prepared: data.Prepared
-    audit: data.Audit
-    sample: str
 
 
 class Reference(NamedTuple):
@@ -41,8 +36,13 @@ class Inputs(NamedTuple):
     encoder: tokenization.Encoder | None = None  # tokenizer and prompt format; None where rows were made without
 
 
-def prepare(config: configuration.Config) -> Inputs:
-    """Check the configuration and read model config, tokenizer and data; touches no device and writes nothing."""
+def prepare(config: configuration.Config, *, workdir: Path | None = None) -> Inputs:
+    """Check the configuration and read model config, tokenizer and data; touches no device.
+
+    Args:
+        config: of the run.
+        workdir: where large tokenised data are kept; None = nothing is written, unless `data.cache_dir` is set.
+    """
     loss = check(config)
     source = hf.local_dir(config.model.path, revision=config.model.revision or None)
     model_config = read_model(config, source)
@@ -55,7 +55,9 @@ def prepare(config: configuration.Config) -> Inputs:
             reference = Reference(other, read_reference(config, other))
             hf.check_weights(*reference)
     encoder = read_encoder(config, source)
-    inputs = Inputs(loss, source, model_config, *read_data(config, encoder, model_config), reference, encoder)
+    inputs = Inputs(
+        loss, source, model_config, *read_data(config, encoder, model_config, workdir=workdir), reference, encoder
+    )
     check_reference_ids(inputs)
     reward_labels.check(loss, inputs.train.prepared, None if inputs.evaluation is None else inputs.evaluation.prepared)
     return inputs
@@ -176,6 +178,7 @@ def _check_rows(config: configuration.Config, source: Path, model_config: models
         )
 
 
+PARALLEL_FROM = 4000  # records; to start processes takes as long as to tokenise so many
 LIMITS = ("max_length", "max_prompt_length", "max_completion_length", "truncation")
 
 
@@ -207,12 +210,17 @@ def read_encoder(config: configuration.Config, source: Path) -> tokenization.Enc
 
 
 def read_data(
-    config: configuration.Config, encoder: tokenization.Encoder, model_config: models.ModelConfig
+    config: configuration.Config,
+    encoder: tokenization.Encoder,
+    model_config: models.ModelConfig,
+    *,
+    workdir: Path | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Read the training and the evaluation data with the run's tokenizer and prompt format."""
+    """Read the training and the evaluation data with the run's tokenizer and prompt format; `workdir` as `prepare`."""
     hf.check_vocabulary(len(encoder.tokenizer), model_config)
-    train = _dataset(config, "train", encoder, model_config)
-    evaluation = _dataset(config, "eval", encoder, model_config) if config.data.eval else None
+    kept = dataset_cache.place(config, workdir)
+    train = _dataset(config, "train", encoder, model_config, kept)
+    evaluation = _dataset(config, "eval", encoder, model_config, kept) if config.data.eval else None
     return train, evaluation
 
 
@@ -225,10 +233,36 @@ def reward_pad_id(encoder: tokenization.Encoder, model_config: models.ModelConfi
 
 
 def _dataset(
-    config: configuration.Config, name: str, encoder: tokenization.Encoder, model_config: models.ModelConfig
+    config: configuration.Config,
+    name: str,
+    encoder: tokenization.Encoder,
+    model_config: models.ModelConfig,
+    kept: Path | None,
 ) -> Dataset:
-    """Read and tokenise the train or eval data."""
+    """Return the train or eval data, from the folder where they are kept if they are, or may be."""
+    reward_pad = reward_pad_id(encoder, model_config) if config.stage == "reward" else None
+
+    def make(folder: Path | None) -> Dataset:
+        return _made(config, name, encoder, model_config.vocab_size, reward_pad, folder)
+
+    sources = None if kept is None else dataset_cache.sources(config, name)
+    if kept is None or sources is None or not dataset_cache.is_kept(config, sources):
+        return make(None)
+    parts = dataset_cache.parts(config, name, sources, encoder, model_config, reward_pad_id=reward_pad)
+    return dataset_cache.kept(kept, name, parts, sources, make)
+
+
+def _made(
+    config: configuration.Config,
+    name: str,
+    encoder: tokenization.Encoder,
+    vocab_size: int,
+    reward_pad: int | None,
+    folder: Path | None,
+) -> Dataset:
+    """Read and tokenise the train or eval data; what is large goes into the folder where there is one."""
     options, tokenizer = config.data, encoder.tokenizer
+    writer = None if folder is None else record_file.Writer(folder / "records.tmp")
     rows = configuration.row_slice(options[f"{name}_rows"])
 
     def read(part: data.Part) -> data.Records:
@@ -243,6 +277,7 @@ def _dataset(
             data_dir=options.subfolder or None,
             revision=options.revision or None,
             tokenizer=tokenizer,
+            writer=writer,
         )
 
     if name == "train" and options.mixer:
@@ -251,7 +286,7 @@ def _dataset(
         records = read(data.Part(options[name], options[f"{name}_split"], 1.0))
     if name == "train" and options.decontaminate:
         texts = [text for entry in options.decontaminate for text in decontamination.comparable(entry)]
-        records = decontamination.clean(records, texts)
+        records = decontamination.clean(records, texts, workers=_workers(records))
     if options.group_size == 1:
         records = data.best_only(records)
     of_rule = {"cut_prompts_together": options.cut_prompts_together}
@@ -269,16 +304,26 @@ def _dataset(
         on_long_prompt=options.on_long_prompt,
         on_identical=options.on_identical,
         buckets=buckets(config),
-        vocab_size=model_config.vocab_size,
-        reward_pad_id=reward_pad_id(encoder, model_config) if config.stage == "reward" else None,
+        vocab_size=vocab_size,
+        reward_pad_id=reward_pad,
         most=config.train.eval_groups if name == "eval" else None,
+        workers=_workers(records),
+        tokens_file=None if folder is None else folder / dataset_folder.TOKENS,
         **of_rule,
     )
+    if writer is not None:
+        writer.path.unlink(missing_ok=True)
     sample = data.masked_sample(prepared, tokenizer)
     if options.packing:
         prepared = data.pack(prepared, length=options.max_length)
         audit = audit.with_packed(prepared.groups, length=options.max_length)
     return Dataset(prepared, audit, sample)
+
+
+def _workers(records: data.Records) -> int:
+    """Return how many processes shall work on records: several where these are many, and on the disk for all."""
+    many = isinstance(records.rows, record_file.RecordFile) and len(records.rows) >= PARALLEL_FROM
+    return worker_pool.cpus() if many else 1
 
 
 def adapter(config: configuration.Config, model_config: models.ModelConfig) -> models.Adapter | None:

@@ -1,8 +1,9 @@
 """Trains a model: reference log-probs, steps, evaluations, checkpoints. The impure end of everything.
 
-The workdir holds: config.json, audit.json, metrics.jsonl, timing.jsonl, reference/, checkpoints/, model_source/.
-Starting again with the same workdir resumes from the newest checkpoint, bit for bit on the same devices. Of several
-processes all compute, and the first alone writes the files, but for its part of the checkpoints.
+The workdir holds: config.json, audit.json, metrics.jsonl, timing.jsonl, reference/, checkpoints/, model_source/,
+and, of large data, data/. Starting again with the same workdir resumes from the newest checkpoint, bit for bit on the
+same devices. Of several processes all compute, and the first alone writes the files, but for its part of the
+checkpoints.
 """
 
 import contextlib
@@ -57,7 +58,8 @@ class Trainer:
         trainer.train()
         trainer.save_pretrained("exported")
 
-    Making one reads data and tokenizer and settles every choice; it touches no weight and writes nothing.
+    Making one reads data and tokenizer and settles every choice; it touches no weight, and writes nothing but the
+    tokenised data where they are worth keeping.
     """
 
     def __init__(
@@ -82,13 +84,13 @@ class Trainer:
 
         Raises:
             ValueError: the configuration, the data or the model cannot be used, or another run is in the workdir;
-                nothing has been changed.
+                nothing has been changed; `data/` may hold the tokenised data.
         """
         self.config, self.workdir = config, Path(workdir)
         self._extra, stop = tuple(extra), stop or preemption.StopRequest()
         with distributed.together():
             workdir_lock.peek(self.workdir)
-            inputs = run_inputs.prepare(config)
+            inputs = run_inputs.prepare(config, workdir=self.workdir)
         self._fingerprints = run_workdir.fingerprints(inputs)
         compiled_step.keep_compiled(config.train.compilation_cache)
         distributed.agree(run_workdir.identity(config) | self._fingerprints)

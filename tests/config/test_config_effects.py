@@ -73,6 +73,7 @@ FIELDS = {
     "data.layout": ALWAYS,
     "data.row_length": (64, {}, "is not used by data.layout='padded'"),
     "data.buckets": ((9, 2048), {"data.layout": "packed"}, "is not used by data.layout='packed'"),
+    "data.cache_dir": EVEN_SO + "data are kept there, however few",
     "data.shuffle": ALWAYS,
     "data.last_batch": EVEN_SO + "a last batch may or may not be ragged",
     "loss.name": ALWAYS,

@@ -1,0 +1,167 @@
+"""Time and memory of a run's data: its first start, which tokenises, and a restart, which maps what the first one kept.
+
+    python -m benchmarks.prepared_data --shape hh --rows SOURCE.jsonl.gz --tokenizer FILE --count 1000000 --folder F
+
+Writes `count` records, those of the source over and over, each with a number in its prompt; then runs each phase in a
+process of its own and prints a line of JSON for it:
+
+    first      digest of the source, reading, tokenising, writing, reading back
+    restart    digest of the source, verification, and the fingerprint as the trainer asks for it
+    memory     without a folder: everything in memory at every start, as it is for small sets
+    datasets   `datasets.load_dataset` and `.map` alone, tokenising both completions in as many processes
+
+`peak` is VmHWM, mapped pages of files included, which several processes share; `anonymous` the peak of RssAnon, sampled
+every 10 ms; `worker` the peak of the largest child. The folder is left for another start; remove it afterwards.
+"""
+
+import argparse
+import gzip
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+from fpo_jax import config as configuration
+from fpo_jax import models
+from fpo_jax.data import worker_pool
+from fpo_jax.trainer import run_inputs
+
+PHASES = ("first", "restart", "memory", "datasets")
+SHAPES = {
+    "ultrafeedback": {"format": "chat_pairs", "rule": "chat", "max_length": 2048, "max_prompt_length": 1800},
+    "hh": {"format": "hh", "rule": "raw", "max_length": 512, "max_completion_length": 256},
+}
+
+
+def write_records(options: argparse.Namespace, path: Path) -> None:
+    """Write the records, unless they are there."""
+    if path.exists():
+        return
+    with gzip.open(options.rows, "rt") as file:
+        drawn = [json.loads(line) for line in file]
+    with path.open("w") as file:
+        for number in range(options.count):
+            row = drawn[number % len(drawn)]
+            if options.shape == "hh":
+                row = {key: text.replace("Human: ", f"Human: {number}: ", 1) for key, text in row.items()}
+            else:
+                sides = {key: [dict(turn) for turn in row[key]] for key in ("chosen", "rejected")}
+                for turns in sides.values():
+                    turns[0]["content"] = f"{number}: {turns[0]['content']}"
+                row = {**row, **sides}
+            file.write(json.dumps(row) + "\n")
+
+
+def config_of(options: argparse.Namespace, path: Path) -> configuration.Config:
+    """Return a configuration that reads the records."""
+    c = configuration.default()
+    c.data.train, c.data.on_bad_row = str(path), "skip"
+    c.tokenizer.path, c.tokenizer.eos_token = str(options.tokenizer), options.eos_token
+    c.data.update(SHAPES[options.shape])
+    return c
+
+
+def read(options: argparse.Namespace, path: Path, *, cache: bool) -> dict:
+    """Read the data as a run does."""
+    c = config_of(options, path)
+    c.data.cache_dir = str(options.folder / "cache") if cache else ""
+    encoder = run_inputs.read_encoder(c, options.folder)
+    size = max(len(encoder.tokenizer), 1)
+    model_config = models.ModelConfig(
+        family="llama", vocab_size=size, width=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn=8, max_positions=4096,
+        bos_id=1, eos_ids=(2,), pad_id=0, initializer_range=0.02,
+    )  # fmt: skip
+    train, _ = run_inputs.read_data(c, encoder, model_config)
+    found = {"groups": train.prepared.groups, "tokens": train.audit.tokens}
+    return found | {"fingerprint": train.prepared.fingerprint()[:12]}
+
+
+def map_alone(options: argparse.Namespace, path: Path) -> dict:
+    """Tokenise with the library `datasets` alone, and nothing checked, cut or audited."""
+    import datasets
+
+    c = config_of(options, path)
+    tokenizer = run_inputs.read_encoder(c, options.folder).tokenizer
+
+    def tokenise(rows: dict) -> dict:
+        sides = {}
+        for key in ("chosen", "rejected"):
+            texts = rows[key]
+            if options.shape != "hh":
+                texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in texts]
+            sides[f"{key}_ids"] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return sides
+
+    cache = str(options.folder / "hf")
+    table = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
+    table = table.map(tokenise, batched=True, num_proc=worker_pool.cpus(), remove_columns=table.column_names)
+    return {"groups": len(table)}
+
+
+def measured(options: argparse.Namespace, path: Path, phase: str) -> None:
+    """Run one phase and print what it took."""
+    peak = {"anonymous": 0}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak["anonymous"] = max(peak["anonymous"], _status("RssAnon"))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    baseline, start = _status("VmRSS"), time.perf_counter()
+    found = map_alone(options, path) if phase == "datasets" else read(options, path, cache=phase != "memory")
+    seconds = time.perf_counter() - start
+    done.set()
+    watching.join()
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    mib = 2**20
+    report = {
+        "phase": phase,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime, 1),
+        "baseline_mib": baseline // mib,
+        "peak_mib": _status("VmHWM") // mib,
+        "anonymous_mib": peak["anonymous"] // mib,
+        "worker_mib": children.ru_maxrss // 1024,
+        "kib_a_pair": round((peak["anonymous"] - baseline) / options.count / 1024, 2),
+    }
+    print(json.dumps(report | found), flush=True)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def main() -> int:
+    """Measure what the command line says."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--rows", type=Path, required=True, help="gzipped JSON Lines to draw the records from")
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--eos_token", default="")
+    parser.add_argument("--count", type=int, default=60_000)
+    parser.add_argument("--folder", type=Path, required=True, help="for records and results; not removed")
+    parser.add_argument("--phases", default=",".join(PHASES))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    path = options.folder / f"{options.shape}-{options.count}.jsonl"
+    write_records(options, path)
+    print(json.dumps({"records": options.count, "bytes": path.stat().st_size, "cpus": worker_pool.cpus()}), flush=True)
+    for phase in options.phases.split(","):
+        process = multiprocessing.get_context("spawn").Process(target=measured, args=(options, path, phase))
+        process.start()
+        process.join()
+        if process.exitcode:
+            return process.exitcode
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())
