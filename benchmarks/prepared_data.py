@@ -8,6 +8,8 @@ process of its own and prints a line of JSON for it:
     first      digest of the source, reading, tokenising, writing, reading back
     restart    digest of the source, verification, and the fingerprint as the trainer asks for it
     memory     without a folder: everything in memory at every start, as it is for small sets
+    tiled      tokenises nothing: the rows of a first start of --of records are written --count / --of times, so that
+               the restart of a million pairs can be measured without a first start of them
     datasets   `datasets.load_dataset` and `.map` alone, tokenising both completions in as many processes
 
 `peak` is VmHWM, mapped pages of files included, which several processes share; `anonymous` the peak of RssAnon, sampled
@@ -23,24 +25,29 @@ import resource
 import sys
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fpo_jax import config as configuration
-from fpo_jax import models
-from fpo_jax.data import worker_pool
-from fpo_jax.trainer import run_inputs
+import numpy as np
 
-PHASES = ("first", "restart", "memory", "datasets")
+from fpo_jax import config as configuration
+from fpo_jax import data, models, tokenization
+from fpo_jax.data import dataset_folder, growing_array, tokenized, worker_pool
+from fpo_jax.io import atomic_io, json_digest
+from fpo_jax.trainer import dataset_cache, run_inputs
+
+PHASES = ("first", "restart", "memory", "datasets")  # "tiled" is asked for
 SHAPES = {
     "ultrafeedback": {"format": "chat_pairs", "rule": "chat", "max_length": 2048, "max_prompt_length": 1800},
     "hh": {"format": "hh", "rule": "raw", "max_length": 512, "max_completion_length": 256},
 }
 
 
-def write_records(options: argparse.Namespace, path: Path) -> None:
-    """Write the records, unless they are there."""
+def records_of(options: argparse.Namespace) -> Path:
+    """Return the file of the records, which are written unless they are there."""
+    path = options.folder / f"{options.shape}-{options.count}.jsonl"
     if path.exists():
-        return
+        return path
     with gzip.open(options.rows, "rt") as file:
         drawn = [json.loads(line) for line in file]
     with path.open("w") as file:
@@ -54,6 +61,7 @@ def write_records(options: argparse.Namespace, path: Path) -> None:
                     turns[0]["content"] = f"{number}: {turns[0]['content']}"
                 row = {**row, **sides}
             file.write(json.dumps(row) + "\n")
+    return path
 
 
 def config_of(options: argparse.Namespace, path: Path) -> configuration.Config:
@@ -65,17 +73,58 @@ def config_of(options: argparse.Namespace, path: Path) -> configuration.Config:
     return c
 
 
-def read(options: argparse.Namespace, path: Path, *, cache: bool) -> dict:
-    """Read the data as a run does."""
+def readers(
+    options: argparse.Namespace, path: Path, *, cache: bool
+) -> tuple[configuration.Config, tokenization.Encoder, models.ModelConfig]:
+    """Return what `run_inputs.read_data` takes."""
     c = config_of(options, path)
     c.data.cache_dir = str(options.folder / "cache") if cache else ""
     encoder = run_inputs.read_encoder(c, options.folder)
-    size = max(len(encoder.tokenizer), 1)
     model_config = models.ModelConfig(
-        family="llama", vocab_size=size, width=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn=8, max_positions=4096,
-        bos_id=1, eos_ids=(2,), pad_id=0, initializer_range=0.02,
+        family="llama", vocab_size=len(encoder.tokenizer), width=8, layers=1, heads=1, kv_heads=1, head_dim=8, ffn=8,
+        max_positions=4096, bos_id=1, eos_ids=(2,), pad_id=0, initializer_range=0.02,
     )  # fmt: skip
-    train, _ = run_inputs.read_data(c, encoder, model_config)
+    return c, encoder, model_config
+
+
+def tile(options: argparse.Namespace, path: Path) -> dict:
+    """Write the folder of `count` records by repeating the rows of `of` records."""
+    times = options.count // options.of
+    few = argparse.Namespace(**{**vars(options), "count": options.of})
+    train, _ = run_inputs.read_data(*readers(few, records_of(few), cache=True))
+    c, encoder, model_config = readers(options, path, cache=True)
+    found = dataset_cache.sources(c, "train")
+    assert found is not None and times * options.of == options.count
+    parts = dataset_cache.parts(c, "train", found, encoder, model_config, reward_pad_id=None)
+
+    def repeated(places: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{path}:{number * options.of + line}" for number in range(times) for line in range(len(places)))
+
+    def listed(reasons: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+        return {reason: repeated(places) for reason, places in reasons.items()}
+
+    folder = options.folder / "cache" / f"train-{json_digest.of(parts)[:16]}"
+    with atomic_io.writing_folder(folder) as new:
+        tokens = growing_array.GrowingArray(new / dataset_folder.TOKENS)
+        for _ in range(times):
+            tokens.append(train.prepared.tokens_S)
+        lengths_N = np.tile(train.prepared.lengths_N, times)
+        prepared = train.prepared._replace(
+            tokens_S=tokens.finish(),
+            starts_N=tokenized.starts(lengths_N),
+            lengths_N=lengths_N,
+            prompt_lengths_N=np.tile(train.prepared.prompt_lengths_N, times),
+            rewards_BK=np.tile(train.prepared.rewards_BK, (times, 1)),
+            sources=repeated(train.prepared.sources),
+        )
+        audit = train.audit._replace(dropped=listed(train.audit.dropped), noted=listed(train.audit.noted))
+        dataset_folder.write(new, data.Dataset(prepared, audit, train.sample), parts)
+    return {"groups": prepared.groups}
+
+
+def read(options: argparse.Namespace, path: Path, *, cache: bool) -> dict:
+    """Read the data as a run does."""
+    train, _ = run_inputs.read_data(*readers(options, path, cache=cache))
     found = {"groups": train.prepared.groups, "tokens": train.audit.tokens}
     return found | {"fingerprint": train.prepared.fingerprint()[:12]}
 
@@ -114,7 +163,10 @@ def measured(options: argparse.Namespace, path: Path, phase: str) -> None:
     watching = threading.Thread(target=watch)
     watching.start()
     baseline, start = _status("VmRSS"), time.perf_counter()
-    found = map_alone(options, path) if phase == "datasets" else read(options, path, cache=phase != "memory")
+    if phase in ("datasets", "tiled"):
+        found = (map_alone if phase == "datasets" else tile)(options, path)
+    else:
+        found = read(options, path, cache=phase != "memory")
     seconds = time.perf_counter() - start
     done.set()
     watching.join()
@@ -146,12 +198,12 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--eos_token", default="")
     parser.add_argument("--count", type=int, default=60_000)
+    parser.add_argument("--of", type=int, default=10_000, help="records of the first start whose rows are tiled")
     parser.add_argument("--folder", type=Path, required=True, help="for records and results; not removed")
     parser.add_argument("--phases", default=",".join(PHASES))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    path = options.folder / f"{options.shape}-{options.count}.jsonl"
-    write_records(options, path)
+    path = records_of(options)
     print(json.dumps({"records": options.count, "bytes": path.stat().st_size, "cpus": worker_pool.cpus()}), flush=True)
     for phase in options.phases.split(","):
         process = multiprocessing.get_context("spawn").Process(target=measured, args=(options, path, phase))
