@@ -37,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, _idle)  # while the imports below run; a run has handlers of its own
     from fpo_jax import checkpoint, distributed  # after the flags: a misspelt option answers at once
     from fpo_jax.distributed import preemption
+    from fpo_jax.perf import hardware
     from fpo_jax.trainer import trainer
 
+    hardware.lend_memory()
     workdir = Path(options.workdir)
     try:
         distributed.start(

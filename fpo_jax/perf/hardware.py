@@ -67,6 +67,13 @@ class Capacity(NamedTuple):
     network: float  # bytes/s that it sends to the others
 
 
+# Of the data sheet's dense bfloat16 rate, what a large product of XLA reached on the one device that was measured: 622
+# of 989 TFLOP/s on an H200 (docs/lab-notes, 2026-11-27).
+REACHED = 0.63
+# Of a GPU's memory, what the programs of this project have JAX take; the rest is for CUDA's context, NCCL's buffers and
+# the workspaces of cuDNN and cuBLAS. JAX alone takes 75 %.
+GPU_SHARE, JAX_SHARE = 0.92, 0.75
+MEMORY_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 _GIB = 2**30
 # GPUs: data sheets of A100 80GB SXM, H100 SXM, H200 SXM, HGX B200 (bfloat16: 36 PFLOP/s with sparsity of eight), GB200
 # NVL72 (360 of 72) and L40S; a link is one direction of NVLink, and of PCIe 4.0 x16 on an L40S, which has no NVLink.
@@ -148,6 +155,19 @@ def larger(target: str) -> str | None:
 def capacity(device: Any) -> Capacity | None:
     """Return what a device can hold and do; None for a kind without an entry (a CPU)."""
     return CAPACITIES.get(device.device_kind)
+
+
+def lend_memory() -> None:
+    """Have JAX take GPU_SHARE of a GPU's memory, unless the environment says another share; before JAX starts."""
+    if not {MEMORY_VARIABLE, "XLA_CLIENT_MEM_FRACTION"} & os.environ.keys():
+        os.environ[MEMORY_VARIABLE] = str(GPU_SHARE)
+
+
+def lent(device: Any, capacity: Capacity) -> int:
+    """Return the bytes of a device that programs get: of a GPU the share that JAX takes at its start."""
+    if device.platform == "tpu":
+        return capacity.memory
+    return int(float(os.environ.get(MEMORY_VARIABLE, JAX_SHARE)) * capacity.memory)
 
 
 def linked(device: Any) -> int:

@@ -17,9 +17,6 @@ from fpo_jax.perf import hardware
 from fpo_jax.plan import compilation, report, suggestions
 from fpo_jax.trainer import batch_shapes
 
-# Of a GPU's memory beside XLA's own: CUDA's context, NCCL's buffers, workspaces of cuDNN and cuBLAS. Assumed.
-GPU_RESERVE = 3 * 2**29
-
 
 class Report(NamedTuple):
     """The answer to `fpo plan`."""
@@ -39,6 +36,7 @@ class Report(NamedTuple):
 
 def main(config: configuration.Config, target: str) -> int:
     """Print the plan; returns the exit code: 0, or 2 where the run does not fit."""
+    hardware.lend_memory()
     if target != hardware.HERE:
         jax.config.update("jax_platforms", "cpu")  # opens no device, and waits for none
     report = run(config, target)
@@ -66,7 +64,7 @@ def run(
     """
     found = devices(target)
     holds = capacity(found[0])
-    limit = None if holds is None else _limit(found[0], holds)
+    limit = None if holds is None else hardware.lent(found[0], holds)
     known = batch_shapes.read(config)
     outcome = compilation.compile_all(config, found, known=known, limit=limit)
     suggestion = remedied = None
@@ -93,8 +91,3 @@ def run(
         target, outcome, capacity=holds, limit=limit, suggestion=suggestion, remedied=remedied, tried=tried
     )
     return Report(outcome, limit, suggestion, remedied, tried, text)
-
-
-def _limit(device: Any, capacity: hardware.Capacity) -> int:
-    """Bytes that programs may use on a device: on a GPU not all of its memory."""
-    return capacity.memory if device.platform == "tpu" else capacity.memory - GPU_RESERVE

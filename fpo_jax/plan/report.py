@@ -1,6 +1,5 @@
 """The answer of a plan as text."""
 
-import math
 from collections.abc import Sequence
 
 from fpo_jax.io import terminal
@@ -8,7 +7,6 @@ from fpo_jax.models import params
 from fpo_jax.perf import flops, hardware
 from fpo_jax.plan import roofline, suggestions
 from fpo_jax.plan.compilation import TRAIN_STEP, Outcome
-from fpo_jax.trainer import kept_logits
 
 _GIB = 2**30
 _CANDIDATES = 8  # that are shown
@@ -102,7 +100,7 @@ def _memory(outcome: Outcome) -> str:
 def _verdict(outcome, capacity, limit, suggestion, remedied, tried) -> str:
     if limit is None:
         return "capacity: unknown for this kind of device"
-    share = "" if outcome.layout.mesh.devices.flat[0].platform == "tpu" else f" of {_gib(capacity.memory)}"
+    share = "" if limit == capacity.memory else f" of {_gib(capacity.memory)}"
     lines = [f"capacity: {_gib(limit)} GiB{share} per device"]
     if too_large := outcome.too_large(limit):
         over = ", ".join(f"{p.name} by {_gib(p.peak - limit)}" for p in outcome.programs if p.name in too_large)
@@ -114,12 +112,6 @@ def _verdict(outcome, capacity, limit, suggestion, remedied, tried) -> str:
             lines.append(f"the first remedy that fits: {suggestion.text}: {_gib(remedied.peak)} GiB")
         return "\n".join(lines)
     lines.append(f"fits: {_gib(outcome.peak)} GiB, {1 - outcome.peak / limit:.0%} free")
-    if share and outcome.peak > kept_logits.PREALLOCATED * capacity.memory:
-        fraction = math.ceil(100 * outcome.peak / capacity.memory + 1) / 100
-        lines.append(
-            f"set XLA_PYTHON_CLIENT_MEM_FRACTION={fraction:.2f}: JAX takes {kept_logits.PREALLOCATED:.0%} of a GPU by"
-            f" default, {_gib(int(kept_logits.PREALLOCATED * capacity.memory))} GiB"
-        )
     return "\n".join(lines)
 
 

@@ -17,13 +17,9 @@ from fpo_jax.plan import links
 from fpo_jax.plan.collectives import of_one_slice
 from fpo_jax.plan.compilation import Outcome
 
-# Of the data sheet's dense bfloat16 rate, what a large product of XLA reached on the one device that was measured: 622
-# of 989 TFLOP/s on an H200 (docs/lab-notes, 2026-11-27).
-REACHED = 0.63
-
 ASSUMPTIONS = (
     "the devices share the matrix products evenly; at best they run at the data sheet's dense bfloat16 rate, else at"
-    f" {REACHED:.0%} of it, what an H200 reached",
+    f" {hardware.REACHED:.0%} of it, what an H200 reached",
     "memory at best: each pass over the layers reads their gathered weights once, each micro-batch adds to the gradient"
     " sums, the optimiser reads and writes its state; else every kernel without a product reads its operands and writes"
     " its results at the data sheet's bandwidth",
@@ -46,7 +42,7 @@ class Estimate(NamedTuple):
     @property
     def products(self) -> float:
         """Matrix products at the rate that is reached."""
-        return self.compute / REACHED
+        return self.compute / hardware.REACHED
 
     @property
     def best(self) -> float:

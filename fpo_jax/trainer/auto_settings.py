@@ -66,6 +66,7 @@ class Candidate(NamedTuple):
     micro_batch: int
     seconds: float  # of a step, estimated
     needed: int  # bytes of a device, estimated from below
+    logits: int = 0  # of them what logits take that stay for the backward pass
     peak: int | None = None  # of the compiled step; None where that was not needed
 
     def described(self) -> str:
@@ -110,7 +111,7 @@ def settle(
             config.data.buckets = _buckets(config.data.max_length)
             choices.append(f"buckets: {config.data.buckets}; a batch takes the smallest that holds its sequences")
     if config.model.remat == "auto" or config.train.micro_batch_per_device is None:
-        candidates = _Search(config, facts, layout, limit, capacity or CPU).run()
+        candidates = _Search(config, facts, layout, limit, capacity).run()
         best, others = candidates[0], candidates[1:]
         config.model.remat, config.train.micro_batch_per_device = best.remat, best.micro_batch
         choices.append(f"{best.described()}, estimated" + (f"; next best: {others[0].described()}" if others else ""))
@@ -126,7 +127,8 @@ def chosen(asked: configuration.Config, settled: configuration.Config) -> dict[s
 def memory_limit(layout: sharding.Layout, capacity: hardware.Capacity | None) -> int:
     """Return the bytes that the programs of a run get of a device: of a CPU a share of the machine's memory."""
     if capacity is not None:
-        return kept_logits.lent(layout, capacity)
+        assert layout.mesh is not None
+        return hardware.lent(layout.mesh.devices.flat[0], capacity)
     return int(_CPU_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count())
 
 
@@ -222,8 +224,12 @@ def _with(config: configuration.Config, micro_batch: int) -> configuration.Confi
 class _Search:
     """Orders the settings that were not given by their time, and takes the first that fits."""
 
-    def __init__(self, config, facts: Facts, layout: sharding.Layout, limit: int | None, rates: hardware.Capacity):
-        self._config, self._facts, self._layout, self._limit, self._rates = config, facts, layout, limit, rates
+    def __init__(
+        self, config, facts: Facts, layout: sharding.Layout, limit: int | None, capacity: hardware.Capacity | None
+    ):
+        self._config, self._facts, self._layout, self._limit = config, facts, layout, limit
+        self._rates, self._keeps_logits = capacity or CPU, capacity is not None
+        self._flops = self._rates.flops * (1 if capacity is None else hardware.REACHED)
         self._adapter = run_inputs.adapter(config, facts.model_config)
         self._shape_of: dict[int, StepShape] = {}
         self._state = self._gradients = 0  # bytes of a device
@@ -233,7 +239,10 @@ class _Search:
         candidates = sorted(self._candidates(), key=lambda one: one.seconds)
         fastest = sorted(candidates, key=lambda one: (math.floor(math.log(one.seconds, _ALIKE)), one.needed))
         best = fastest[0] if self._limit is None else self._first_that_fits(fastest, self._limit)
-        return [best, *(one for one in candidates if one[:2] != best[:2])]
+        others: dict[tuple[str, int], Candidate] = {}
+        for one in candidates:
+            others.setdefault((one.remat, one.micro_batch), one)
+        return [best, *(one for key, one in others.items() if key != (best.remat, best.micro_batch))]
 
     def _first_that_fits(self, candidates: list[Candidate], limit: int) -> Candidate:
         beside, compiled = 0.0, 0  # bytes that a step took beyond what was counted, for each of its micro-batch
@@ -242,7 +251,7 @@ class _Search:
                 continue
             if one.needed < _NEAR * limit or len(candidates) == 1:
                 return one
-            peak, compiled = self._peak(one), compiled + 1
+            peak, compiled = self._peak(one) + one.logits, compiled + 1
             if peak <= limit:
                 return one._replace(peak=peak)
             beside = max(beside, (peak - one.needed) / one.micro_batch)
@@ -264,7 +273,11 @@ class _Search:
                 # The results of matrix products are written, kept or made again; more is only where more is kept.
                 products = micro_batch * self._kept(config, "dots_and_attention", shape.largest.length)
                 seconds = self._seconds(config, shape, max(kept, products))
-                yield Candidate(remat, micro_batch, seconds, self._state + self._gradients + round(kept))
+                needed, logits = self._state + self._gradients + round(kept), self._logits(config, shape)
+                if logits:  # else the choice is not ours, or there is none
+                    yield Candidate(remat, micro_batch, seconds, needed + logits, logits)
+                    seconds += self._head_product(shape)
+                yield Candidate(remat, micro_batch, seconds, needed)
 
     def _shapes(self) -> Iterator[tuple[configuration.Config, StepShape]]:
         """Yield configurations with every micro-batch to try, and what their steps take."""
@@ -291,7 +304,7 @@ class _Search:
         adapted, fsdp, everything = self._adapter is not None, mesh.shape["fsdp"], remat in ("full", "offload")
         again = flops.Work(shape.work.tokens * everything, shape.work.pairs * (everything or remat == "dots"), 0)
         operations = flops.train_step(model, shape.work, extra_forward=self._facts.loss.needs_batch_kl, adapted=adapted)
-        compute = (operations + flops.forward(model, again)) / mesh.size / rates.flops
+        compute = (operations + flops.forward(model, again)) / mesh.size / self._flops
         weights = self._layer_weights(config) / mesh.shape["tensor"]
         reads = weights * (3 + everything)  # forward, again, and two products backward
         sums = 2 * self._gradients if shape.passes > 1 else 0
@@ -300,6 +313,21 @@ class _Search:
         sent += 0 if adapted else 2 * weights * shape.passes  # gradients, scattered in float32
         links = sent * (fsdp - 1) / fsdp / rates.link
         return compute + traffic + max(0.0, links - compute)
+
+    def _head_product(self, shape: StepShape) -> float:
+        """Seconds of the logits' product, which is done again where they are not kept."""
+        assert self._layout.mesh is not None
+        again = flops.forward(self._facts.model_config, flops.Work(0, 0, shape.work.scored))
+        return again / self._layout.mesh.size / self._flops
+
+    def _logits(self, config: configuration.Config, shape: StepShape) -> int:
+        """Bytes of a device that logits take where `kept_logits` keeps them if they fit; 0 where it never does."""
+        model = self._facts.model_config
+        if not self._keeps_logits or config.kernel.kept_logits_mib is not None or self._adapter is not None:
+            return 0
+        if model.width < kept_logits.least_width(self._rates):
+            return 0
+        return forward.kept_logits(config, self._blueprint(shape), self._layout) or 0
 
     def _layer_weights(self, config: configuration.Config) -> int:
         """Bytes of the layers' matrices in the compute dtype."""
@@ -322,17 +350,12 @@ class _Search:
         assert self._layout.mesh is not None
         return of_a_row * (1 if held else config.data.group_size) / self._layout.mesh.shape["tensor"]
 
+    def _blueprint(self, shape: StepShape) -> run_schedule.Blueprint:
+        length, scored = (shape.largest.length,), shape.largest.scored
+        return run_schedule.Blueprint(self._facts.loss, self._facts.model_config, length, scored, 0, 1, self._adapter)
+
     def _steps(self, config: configuration.Config, shape: StepShape) -> steps.Steps:
-        blueprint = run_schedule.Blueprint(
-            self._facts.loss,
-            self._facts.model_config,
-            (shape.largest.length,),
-            shape.largest.scored,
-            0,
-            1,
-            self._adapter,
-        )
-        return steps.build(config, blueprint, self._layout)
+        return steps.build(config, self._blueprint(shape), self._layout)
 
     def _peak(self, one: Candidate) -> int:
         """Of the compiled step."""

@@ -10,6 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from fpo_jax import types
 from fpo_jax.distributed import watchdog
+from fpo_jax.perf import hardware
 
 log = logging.getLogger("fpo_jax")
 
@@ -73,8 +74,8 @@ class CompiledStep:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
         if limit and needed > limit:
             raise ValueError(
-                f"{self.name} needs {mib(needed)} on every device, and a device lends {mib(limit)} (a GPU lends 75 % of"
-                f" its memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more). {_REMEDY}"
+                f"{self.name} needs {mib(needed)} on every device, and a device lends {mib(limit)} (a GPU lends what"
+                f" {hardware.MEMORY_VARIABLE} says, else {hardware.JAX_SHARE:.0%}). {_REMEDY}"
             )
 
     @property

@@ -4,7 +4,6 @@ Kept logits save one of four products (6NDV operations instead of 8NDV) and cost
 device's data sheet; whether they fit follows from the compiled step.
 """
 
-import os
 from typing import Any
 
 import jax
@@ -15,7 +14,6 @@ from fpo_jax.perf import hardware
 from fpo_jax.trainer import compiled_step, forward, run_schedule, steps
 from fpo_jax.trainer.batch_shapes import Shape
 
-PREALLOCATED = 0.75  # of a GPU's memory, which JAX takes unless it is told otherwise
 LOGIT_BYTES = 16  # of traffic: float32, written by the product, read for the maximum, for the sum and for the gradient
 _MIB = 2**20
 
@@ -47,11 +45,12 @@ def steps_of(
     frozen = blueprint.adapter is not None  # needs as few products without
     if config.kernel.kept_logits_mib is not None or wanted is None or capacity is None or frozen:
         return made
-    width = blueprint.model_config.width
-    needed = LOGIT_BYTES * capacity.flops / capacity.bandwidth / 2
-    free = lent(layout, capacity) - made.state.bytes_on_device()
+    width, needed = blueprint.model_config.width, least_width(capacity)
+    assert layout.mesh is not None
+    lent = hardware.lent(layout.mesh.devices.flat[0], capacity)
+    free = lent - made.state.bytes_on_device()
     if width >= needed and wanted < free:
-        free = lent(layout, capacity) - peak(made, config, largest, accumulation)
+        free = lent - peak(made, config, largest, accumulation)
     again = "logits: computed again in the backward pass;"
     if width < needed:
         made.choices.append(
@@ -71,13 +70,9 @@ def steps_of(
     return made
 
 
-def lent(layout: sharding.Layout, capacity: hardware.Capacity) -> int:
-    """Bytes of a device that programs get in a run: of a GPU the share that JAX takes at its start."""
-    assert layout.mesh is not None
-    if layout.mesh.devices.flat[0].platform == "tpu":
-        return capacity.memory
-    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", PREALLOCATED))
-    return int(share * capacity.memory)
+def least_width(capacity: hardware.Capacity) -> float:
+    """Return the width D of a model from which on a product that is not computed again outweighs the traffic."""
+    return LOGIT_BYTES * capacity.flops / capacity.bandwidth / 2
 
 
 def abstract_batch(

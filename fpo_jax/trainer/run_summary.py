@@ -1,12 +1,14 @@
 """What the first lines of a run say, before anything expensive: what a reader needs to trust it or to stop it."""
 
 import logging
+import os
 
 from fpo_jax import config as configuration
 from fpo_jax import data, distributed, losses
 from fpo_jax.data import group_packing
 from fpo_jax.distributed import watchdog
 from fpo_jax.models import params
+from fpo_jax.perf import hardware
 from fpo_jax.trainer import compiled_step, run_inputs, run_schedule, steps
 
 log = logging.getLogger("fpo_jax")
@@ -40,6 +42,10 @@ def log_summary(
     log.info("mesh: %s over %d %s devices%s", shape, mesh.size, mesh.devices.flat[0].device_kind, processes)
     count, state = params.count(inputs.model_config), compiled_step.mib(compiled.state.bytes_on_device())
     log.info("model: %s, %s parameters, %s of state per device", inputs.source, f"{count:,}", state)
+    device = mesh.devices.flat[0]
+    if device.platform == "gpu":
+        share = float(os.environ.get(hardware.MEMORY_VARIABLE, hardware.JAX_SHARE))
+        log.info("memory: JAX takes %.0f %% of each GPU; %s sets another share", 100 * share, hardware.MEMORY_VARIABLE)
     for choice in compiled.choices:
         log.info(choice)
     for name, dataset in (("train", inputs.train), ("eval", inputs.evaluation)):

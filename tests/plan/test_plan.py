@@ -12,7 +12,7 @@ import pytest
 from fpo_jax import models, plan, sharding
 from fpo_jax.models import params
 from fpo_jax.perf import flops, hardware
-from fpo_jax.plan import compilation, planner, report, roofline, suggestions
+from fpo_jax.plan import compilation, report, roofline, suggestions
 from fpo_jax.plan.collectives import Collective
 from fpo_jax.trainer import batch_shapes, run_inputs
 from tests import tiny
@@ -125,7 +125,7 @@ def test_the_text_has_everything(planned):
     for part in (
         "plan for here: 8 x cpu; mesh data 4, fsdp 2, tensor 1",
         "step: 8 groups x 2 = 16 rows of T=40",
-        "capacity: 2.50 GiB of 4.00 per device",
+        "capacity: 3.00 GiB of 4.00 per device",
         "fits: 0.00 GiB, 100% free",
         "collectives of a step",
         "GiB sent per device",
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_said_with_the_first_remedy_that_does(folder):
     )
 
     def at_most(peak):
-        held = HELD._replace(memory=peak + planner.GPU_RESERVE)
+        held = HELD._replace(memory=math.ceil(peak / hardware.JAX_SHARE))
         return plan.run(config, "here", devices=lambda _: jax.devices()[:2], capacity=lambda _: held)
 
     whole = at_most(10**9)
@@ -191,7 +191,7 @@ def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
     report = plan.run(config, "h100:4", devices=lambda _: jax.devices(), capacity=lambda _: HELD)
     assert not report.fits and report.suggestion is None
     assert seen[0] == (2, "none", False, 8) and seen[-1] == (1, "none", False, 8)
-    assert "does not fit: step by 2.50 GiB" in report.text and "nothing that was tried fits" in report.text
+    assert "does not fit: step by 2.00 GiB" in report.text and "nothing that was tried fits" in report.text
     assert (
         "nor does --target h100:4 --config.train.micro_batch_per_device=1 --config.model.remat=full: 5.00"
         in report.text
