@@ -264,3 +264,41 @@ def test_two_starts_at_once_make_them_once_and_a_killed_one_leaves_nothing_that_
     assert "they are tokenised, and kept in" in log and "they are tokenised, and kept in" not in log_2
     assert "waiting for the process that writes" in log_2 or time.monotonic() - began > 3, "a slow import waited for it"
     assert [path.name for path in tmp_path.iterdir()] == [left.name.removeprefix(".").removesuffix(".partial")]
+
+
+def test_a_hub_data_set_a_saved_one_and_a_folder_are_known_by_their_files(root, tmp_path, monkeypatch):
+    import datasets
+
+    def write(folder, first):
+        rows = [{"prompt": f"{number}?", "chosen": " a", "rejected": " b"} for number in range(first, first + 20)]
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / folder)
+        return datasets.load_from_disk(tmp_path / folder)
+
+    found = {"train": write("one", 0), "test": write("two", 5)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, **_: found[split])
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    pairs = tiny.write_pairs(folder / "train-0.jsonl", count=9)
+    tiny.write_pairs(folder / "test-0.jsonl", count=9)
+    ways = [{"data__train": "some/set", "data__train_split": split} for split in ("train", "test")]
+    ways += [{"data__train": str(tmp_path / "one")}, {"data__train": str(folder), "data__train_split": "train"}]
+    digests = [[of(root, **way)["sources"] for way in ways]]
+    assert len({json.dumps(one) for one in digests[0]}) == 4
+    for way in ways:
+        made = read(root, tmp_path / "cache", data__eval="", **way).train
+        same(read(root, tmp_path / "cache", data__eval="", **way).train, made)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    found["train"] = write("three", 6)
+    pairs.write_text(pairs.read_text().replace("0: ", "1: ", 1))
+    (folder / "test-0.jsonl").write_text("another split")
+    digests.append([of(root, **way)["sources"] for way in ways])
+    assert [one == other for one, other in zip(*digests, strict=True)] == [False, True, True, False]
+
+
+def test_what_no_file_holds_is_not_kept(root, tmp_path, monkeypatch):
+    import datasets
+
+    rows = [{"prompt": f"{number}?", "chosen": " a", "rejected": " b"} for number in range(20)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: datasets.Dataset.from_list(rows))
+    found = read(root, tmp_path / "cache", data__eval="", data__train="some/set", data__train_split="train").train
+    assert found.prepared.groups == 20 and not (tmp_path / "cache").exists()
