@@ -12,8 +12,8 @@ process of its own and prints a line of JSON for it:
                the restart of a million pairs can be measured without a first start of them
     datasets   `datasets.load_dataset` and `.map` alone, tokenising both completions in as many processes
 
-`peak` is VmHWM, mapped pages of files included, which several processes share; `anonymous` the peak of RssAnon, sampled
-every 10 ms; `worker` the peak of the largest child. The folder is left for another start; remove it afterwards.
+`peak` is VmHWM of the process, mapped pages of files included, which several processes share; `anonymous` the peak of
+RssAnon, sampled every 10 ms; `kib_a_pair` what that grew by. The folder is left for another start; remove it afterwards.
 """
 
 import argparse
@@ -179,7 +179,6 @@ def measured(options: argparse.Namespace, path: Path, phase: str) -> None:
         "baseline_mib": baseline // mib,
         "peak_mib": _status("VmHWM") // mib,
         "anonymous_mib": peak["anonymous"] // mib,
-        "worker_mib": children.ru_maxrss // 1024,
         "kib_a_pair": round((peak["anonymous"] - baseline) / options.count / 1024, 2),
     }
     print(json.dumps(report | found), flush=True)
