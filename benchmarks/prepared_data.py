@@ -13,7 +13,7 @@ process of its own and prints a line of JSON for it:
     datasets   `datasets.load_dataset` and `.map` alone, tokenising both completions in as many processes
 
 `peak` is VmHWM of the process, mapped pages of files included, which several processes share; `anonymous` the peak of
-RssAnon, sampled every 10 ms; `kib_a_pair` what that grew by. The folder is left for another start; remove it afterwards.
+RssAnon, sampled every 10 ms; `kib_a_pair` what that grew by. The folder is left for another start: remove it.
 """
 
 import argparse
@@ -117,7 +117,9 @@ def tile(options: argparse.Namespace, path: Path) -> dict:
             rewards_BK=np.tile(train.prepared.rewards_BK, (times, 1)),
             sources=repeated(train.prepared.sources),
         )
-        audit = train.audit._replace(dropped=listed(train.audit.dropped), noted=listed(train.audit.noted))
+        audit = train.audit._replace(
+            tokens=train.audit.tokens * times, dropped=listed(train.audit.dropped), noted=listed(train.audit.noted)
+        )
         dataset_folder.write(new, data.Dataset(prepared, audit, train.sample), parts)
     return {"groups": prepared.groups}
 

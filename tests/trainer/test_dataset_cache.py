@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -157,8 +158,9 @@ def test_a_byte_of_source_benchmark_tokenizer_or_template_makes_other_data(root,
         (bench, b"one", b"One"),
         (tmp_path / "model" / "chat_template.jinja", b"<{{", b"[{{"),
         (tmp_path / "model" / "tokenizer.json", b'"add_prefix_space":false', b'"add_prefix_space":true'),
+        (tmp_path / "model" / "tokenizer.json", b'"trim_offsets":true', b'"trim_offsets":false'),  # of no id
     ):
-        content = path.read_bytes().replace(b'"add_prefix_space": ', b'"add_prefix_space":')
+        content = re.sub(rb'": (true|false)', rb'":\1', path.read_bytes())
         assert content.count(before), path
         path.write_bytes(content.replace(before, after, 1))
         seen.append(of(tmp_path, **options))
