@@ -78,6 +78,16 @@ class Layout:
 
     mesh: Mesh | None = None
     gather: str = "layer"  # a key of GATHER
+    within_replica: bool = False  # inside a `shard_map` over `data`, where rows are those of one replica
+
+    @property
+    def rules(self) -> Rules:
+        """Where logical axes live: RULES, within a replica without `data`."""
+        return RULES | {"rows": self._batch_axes} if self.within_replica else RULES
+
+    @property
+    def _batch_axes(self) -> tuple[str, ...]:
+        return ("fsdp",) if self.within_replica else BATCH_AXES
 
     @property
     def on_one_device(self) -> bool:
@@ -93,23 +103,24 @@ class Layout:
         """State where an activation with these logical axes lives; one that the mesh does not divide stays whole."""
         if self.mesh is None or self.on_one_device:
             return x
-        places = [self.place(axis, size) for axis, size in zip(axes, x.shape, strict=True)]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*places)))
+        spec = PartitionSpec(*(self.place(axis, size) for axis, size in zip(axes, x.shape, strict=True)))
+        # Within a replica the mesh is that of the surrounding `shard_map`.
+        return jax.lax.with_sharding_constraint(x, spec if self.within_replica else NamedSharding(self.mesh, spec))
 
     def ways(self, axis: str) -> int:
         """Ways that a logical axis is cut."""
-        return 1 if self.mesh is None else _ways(self.mesh, RULES[axis])
+        return 1 if self.mesh is None else _ways(self.mesh, self.rules[axis])
 
     def place(self, axis: str, size: int) -> str | tuple[str, ...] | None:
         """Mesh axes that a logical axis of an activation is cut over; None where they do not divide its size."""
-        return None if size % self.ways(axis) else RULES[axis]
+        return None if size % self.ways(axis) else self.rules[axis]
 
     @property
     def head(self) -> specs.Placement | None:
         """Where the rows of a batch and the LM head live; None on one device."""
         if self.mesh is None or self.on_one_device:
             return None
-        return specs.Placement(self.mesh, tokens=BATCH_AXES, vocab="tensor", width="fsdp")
+        return specs.Placement(self.mesh, tokens=self._batch_axes, vocab="tensor", width="fsdp")
 
 
 ONE_DEVICE = Layout()

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from fpo_jax import sharding, types
+from fpo_jax.kernels.lm_head import spec as specs
 
 
 def on_each_device(
@@ -44,7 +45,7 @@ def on_each_device(
     # Values that differ between devices are told apart here, by in_specs and out_specs, not by the type system.
     sharded = jax.shard_map(
         on_device,
-        mesh=mesh,
+        **specs.mesh_or_rest(mesh),
         in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(rows, None)),
         out_specs=q_spec,
         check_vma=False,

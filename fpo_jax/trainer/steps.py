@@ -1,5 +1,6 @@
 """The jitted steps of a run, built once from its configuration before any weight is read."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -66,6 +67,10 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
     forward_fn, choices = forward.for_steps(config, blueprint, layout)
     eval_forward_fn, reference_forward_fn, notes = forward.for_passes(config, blueprint, layout, forward_fn)
     state = train_state.StateSharding(config, blueprint, mesh, optimizer)
+    replicas = _replicas(layout, forward_fn, state)
+    if mesh.shape["data"] > 1:
+        reason = "after every micro-batch, as mesh.tensor is not 1" if replicas is None else "once a step"
+        notes.append(f"gradients: summed over data {reason}")
     train = functools.partial(
         train_step.train_step,
         forward_fn=forward_fn,
@@ -73,6 +78,7 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         optimizer=optimizer,
         rate=rate,
         resharding=_resharding(blueprint.model_config, layout, state, compute_dtype=dtype),
+        replicas=replicas,
         skip_rule=skip_rule,
     )
     evaluate = functools.partial(train_step.eval_step, forward_fn=eval_forward_fn, loss=blueprint.loss)
@@ -103,6 +109,26 @@ def _resharding(
         gather_params=gather,
         shard_grads=lambda grads: jax.lax.with_sharding_constraint(grads, state.params),
         load_opt_state=lambda opt_state: jax.tree.map(jax.device_put, opt_state, on_device),
+    )
+
+
+def _replicas(
+    layout: sharding.Layout, forward_fn: forward.AnyForward, state: train_state.StateSharding
+) -> train_step.Replicas | None:
+    """The replicas along `data`, where there are several and none of them is cut over `tensor`.
+
+    XLA's partitioner ends the process where it partitions the embedding's gather over `tensor` inside a `shard_map`
+    over `data` ("Check failed" in ExpandDeviceGroupsWithIota, jaxlib 0.10.2 and 0.12.0.1).
+    """
+    assert layout.mesh is not None
+    if layout.mesh.shape["data"] == 1 or layout.mesh.shape["tensor"] > 1:
+        return None
+    within = dataclasses.replace(layout, within_replica=True)
+    specs = jax.tree.map(lambda place: place.spec, state.params)
+    return train_step.Replicas(
+        layout.mesh,
+        dataclasses.replace(forward_fn, layout=within),
+        lambda grads: jax.lax.with_sharding_constraint(grads, specs),
     )
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from fpo_jax import logprobs, losses, sharding, types
 from fpo_jax.models import params as trees
@@ -30,6 +30,14 @@ class Resharding(NamedTuple):
     load_opt_state: Callable  # optimiser state -> the devices, from the host where it is kept there
 
 
+class Replicas(NamedTuple):
+    """Copies of the model along the mesh axis `data`: each sums the gradients of its rows before all are added once."""
+
+    mesh: Mesh
+    forward_fn: forward.AnyForward  # of one of them
+    shard_grads: Callable  # as that of `Resharding`, within one of them
+
+
 def train_step(
     state: types.TrainState,
     batch: types.Batch,
@@ -39,6 +47,7 @@ def train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     rate: Callable,
     resharding: Resharding | None = None,
+    replicas: Replicas | None = None,
     skip_rule: skip_step.SkipRule | None = None,
 ) -> tuple[types.TrainState, metrics.Pairs]:
     """Apply one step of the A micro-batches in `batch` (every leaf has a leading A).
@@ -55,6 +64,7 @@ def train_step(
         optimizer: from `adamw.optimizer`.
         rate: the schedule in it, for the metrics.
         resharding: where the intermediate results live; None on one device.
+        replicas: of the model on the mesh; None where there is one.
         skip_rule: what is not applied besides; it needs `state.skipped`. None = nothing.
 
     Returns:
@@ -68,47 +78,20 @@ def train_step(
             weights = resharding.gather_params(weights)
         else:
             frozen = resharding.gather_params(frozen)
-    whole = (lambda trained: trained) if frozen is None else (lambda trained: trees.union(frozen, trained))
-    batch_kl = (
-        _batch_kl(whole(weights), batch, forward_fn=forward_fn, weight=totals[0]) if loss.needs_batch_kl else None
-    )
+    batch_kl = None
+    if loss.needs_batch_kl:
+        batch_kl = _batch_kl(_whole(weights, frozen), batch, forward_fn=forward_fn, weight=totals[0])
     key = jax.random.fold_in(jax.random.key(_DROPOUT_STREAM), state.step) if _drops(forward_fn) else None
 
-    def objective(trained, micro, number, *, totals, batch_kl):
-        own = None if key is None else jax.random.fold_in(key, number)
-        return _objective(
-            whole(trained), micro, totals=totals, batch_kl=batch_kl, forward_fn=forward_fn, loss=loss, dropout_key=own
-        )
-
-    differentiate = jax.value_and_grad(objective, has_aux=True)
-
-    def add(carry, micro, number):
-        (value, pairs), grads = differentiate(weights, micro, number, totals=totals, batch_kl=batch_kl)
-        grads = resharding.shard_grads(grads) if resharding else grads
-        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs))
-
-    def accumulate(carry, numbered):
-        micro, number = numbered
-        if micro.slots_NR is None:
-            return add(carry, micro, number), None
-        # Groups fill more rows in one step than in another; what is left of them costs nothing.
-        filled = jnp.any(micro.weight_B > 0)
-        return jax.lax.cond(filled, add, lambda carry, micro, number: carry, carry, micro, number), None
-
-    if batch.weight_B.shape[0] == 1:  # nothing to add up: no second tree of gradients
-        (value, pairs), grads = differentiate(
-            weights, jax.tree.map(lambda leaf: leaf[0], batch), jnp.int32(0), totals=totals, batch_kl=batch_kl
-        )
-        value, grads, pairs = jax.tree.map(_wide, (value, grads, pairs))
+    filled_A = jnp.any(batch.weight_B > 0, axis=1)
+    operands = _Operands(weights, frozen, batch, filled_A, totals, batch_kl, key)
+    shard_grads = resharding.shard_grads if resharding else lambda grads: grads
+    if replicas is None:
+        value, grads, pairs = _gradients(operands, forward_fn=forward_fn, loss=loss, shard_grads=shard_grads)
     else:
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
-            _carry_shapes(differentiate, weights, batch, totals, batch_kl),
-        )
-        numbers = jnp.arange(batch.weight_B.shape[0])
-        (value, grads, pairs), _ = jax.lax.scan(accumulate, zeros, (batch, numbers))
+        value, grads, pairs = _over_replicas(operands, replicas=replicas, loss=loss)
     with jax.named_scope("optimizer"):
-        grads = resharding.shard_grads(grads) if resharding else grads
+        grads = shard_grads(grads)
         old_state = resharding.load_opt_state(state.opt_state) if resharding else state.opt_state
         applied = adamw.steps_applied(old_state)
         grad_norm = optax.global_norm(grads)
@@ -199,6 +182,78 @@ _DROPOUT_STREAM = 2  # keeps what adapters drop independent of other noise
 
 def _drops(forward_fn: forward.AnyForward) -> bool:
     return forward_fn.adapter is not None and forward_fn.adapter.dropout > 0
+
+
+class _Operands(NamedTuple):
+    """What the gradients of a step are computed from."""
+
+    weights: types.PyTree
+    frozen: types.PyTree
+    batch: types.Batch
+    filled_A: types.Array  # whether a micro-batch holds groups on any device
+    totals: types.PyTree
+    batch_kl: types.PyTree
+    key: types.PyTree  # of drop-out; None without
+
+
+def _over_replicas(operands: _Operands, *, replicas: Replicas, loss: losses.Loss) -> tuple:
+    """What `_gradients` returns, summed over the replicas once, after all micro-batches."""
+    everywhere = PartitionSpec()
+    specs = _Operands(*(everywhere for _ in operands))._replace(batch=PartitionSpec(None, "data"))
+
+    def of_one(operands: _Operands):
+        if operands.key is not None:  # rows of different replicas drop different entries
+            operands = operands._replace(key=jax.random.fold_in(operands.key, jax.lax.axis_index("data")))
+        sums = _gradients(operands, forward_fn=replicas.forward_fn, loss=loss, shard_grads=replicas.shard_grads)
+        return jax.lax.psum(sums, "data")
+
+    return jax.shard_map(
+        of_one, mesh=replicas.mesh, in_specs=(specs,), out_specs=everywhere, axis_names={"data"}, check_vma=False
+    )(operands)
+
+
+def _gradients(
+    operands: _Operands, *, forward_fn: forward.AnyForward, loss: losses.Loss, shard_grads: Callable
+) -> tuple:
+    """The objective, its gradients and the metrics, summed over the micro-batches in float32."""
+    weights, frozen, batch, filled_A, totals, batch_kl, key = operands
+
+    def objective(trained, micro, number, *, totals, batch_kl):
+        own = None if key is None else jax.random.fold_in(key, number)
+        params = _whole(trained, frozen)
+        return _objective(
+            params, micro, totals=totals, batch_kl=batch_kl, forward_fn=forward_fn, loss=loss, dropout_key=own
+        )
+
+    differentiate = jax.value_and_grad(objective, has_aux=True)
+
+    def add(carry, micro, number):
+        (value, pairs), grads = differentiate(weights, micro, number, totals=totals, batch_kl=batch_kl)
+        grads = shard_grads(grads)
+        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), carry, (value, grads, pairs))
+
+    def accumulate(carry, numbered):
+        micro, number, filled = numbered
+        if micro.slots_NR is None:
+            return add(carry, micro, number), None
+        # Groups fill more rows in one step than in another; what is left of them costs nothing.
+        return jax.lax.cond(filled, add, lambda carry, micro, number: carry, carry, micro, number), None
+
+    if batch.weight_B.shape[0] == 1:  # nothing to add up: no second tree of gradients
+        (value, pairs), grads = differentiate(
+            weights, jax.tree.map(lambda leaf: leaf[0], batch), jnp.int32(0), totals=totals, batch_kl=batch_kl
+        )
+        return jax.tree.map(_wide, (value, grads, pairs))
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+        _carry_shapes(differentiate, weights, batch, totals, batch_kl),
+    )
+    numbers = jnp.arange(batch.weight_B.shape[0])
+    return jax.lax.scan(accumulate, zeros, (batch, numbers, filled_A))[0]
+
+
+def _whole(trained: types.PyTree, frozen: types.PyTree) -> types.PyTree:
+    return trained if frozen is None else trees.union(frozen, trained)
 
 
 def _objective(

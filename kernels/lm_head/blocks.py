@@ -205,7 +205,8 @@ def on_mesh(function: Callable, args: tuple, spec: specs.HeadSpec, *, in_specs, 
     if spec.placement is None:
         return function(*args)
     # Values that differ between devices are told apart here, by in_specs and out_specs, not by the type system.
-    sharded = jax.shard_map(function, mesh=spec.placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    where = specs.mesh_or_rest(spec.placement.mesh)
+    sharded = jax.shard_map(function, **where, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return sharded(*args)
 
 

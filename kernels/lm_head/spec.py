@@ -10,7 +10,7 @@ Letters in this folder: N tokens (rows of the scored completions, flattened), D 
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +153,12 @@ def axes(spec: HeadSpec) -> Axes:
     place, sizes = spec.placement, spec.placement.mesh.shape
     vocab, width = (axis if axis and sizes[axis] > 1 else None for axis in (place.vocab, place.width))
     return Axes(tuple(axis for axis in place.tokens if sizes[axis] > 1), vocab, width)
+
+
+def mesh_or_rest(mesh: Mesh) -> dict[str, Any]:
+    """Return the arguments of `jax.shard_map` that say where: the mesh, or inside another one the axes that it left."""
+    taken = jax.sharding.get_abstract_mesh().manual_axes
+    return {"axis_names": set(mesh.axis_names) - set(taken)} if taken else {"mesh": mesh}
 
 
 def shards(spec: HeadSpec, axis: str | tuple[str, ...] | None) -> int:
