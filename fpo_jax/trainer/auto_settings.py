@@ -101,12 +101,17 @@ def settle(
         capacity: of a device; None = a CPU's.
 
     Raises:
-        ValueError: the batch or the parameters do not divide over the mesh; an implementation cannot run.
+        ValueError: the batch or the parameters do not divide over the mesh; an implementation cannot run;
+            `data.row_length` would not be used.
     """
     config, choices, candidates = config.copy_and_resolve_references(), [], []
     if config.data.layout == "auto":
         config.data.layout, why = _layout(config, facts, layout)
         choices.append(f"layout: {config.data.layout}; {why}")
+        if config.data.layout == "padded" and config.data.row_length is not None:
+            raise ValueError(
+                f"data.row_length={config.data.row_length} is not used: data.layout=auto is padded here ({why}); unset it."
+            )
         if config.data.layout == "padded" and not (config.data.packing or config.data.buckets):
             config.data.buckets = _buckets(config.data.max_length)
             choices.append(f"buckets: {config.data.buckets}; a batch takes the smallest that holds its sequences")

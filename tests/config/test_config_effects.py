@@ -71,7 +71,7 @@ FIELDS = {
     "data.on_identical": SHARED + "of one completion there are no identical ones (pythia_hh_sft)",
     "data.packing": (True, {}, "is for stage 'sft', not 'align'; unset it"),
     "data.layout": ALWAYS,
-    "data.row_length": (64, {}, "is not used by data.layout='padded'"),
+    "data.row_length": (64, {"data.layout": "padded"}, "is not used by data.layout='padded'"),
     "data.buckets": ((9, 2048), {"data.layout": "packed"}, "is not used by data.layout='packed'"),
     "data.cache_dir": EVEN_SO + "data are kept there, however few",
     "data.shuffle": ALWAYS,

@@ -59,6 +59,11 @@ def test_layout_follows_from_the_stage_and_what_was_asked_for(folder, case):
     assert reason in found.choices[0] and found.choices[0].startswith(f"layout: {layout}; ")
 
 
+def test_a_length_that_no_sequence_has_is_refused(folder):
+    with pytest.raises(ValueError, match=r"data.row_length=64 is not used: data.layout=auto is padded here"):
+        settled(configured(folder, data__row_length=64, data__buckets=(20, 40)))
+
+
 def test_sequences_that_no_kernel_takes_are_padded_to_one_of_a_few_lengths(folder):
     """The frequencies of dynamic rope, and the kernels of a device that is not here."""
     config = configured(folder, data__max_length=1024)
