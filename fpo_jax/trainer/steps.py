@@ -118,7 +118,7 @@ def _replicas(
     """The replicas along `data`, where there are several and none of them is cut over `tensor`.
 
     XLA's partitioner ends the process where it partitions the embedding's gather over `tensor` inside a `shard_map`
-    over `data` ("Check failed" in ExpandDeviceGroupsWithIota, jaxlib 0.10.2 and 0.12.0.1).
+    over `data` (jaxlib 0.10.2 and 0.12.0.1: "Check failed" in ExpandDeviceGroupsWithIota).
     """
     assert layout.mesh is not None
     if layout.mesh.shape["data"] == 1 or layout.mesh.shape["tensor"] > 1:
