@@ -80,10 +80,10 @@ _GIB = 2**30
 # The bandwidth of B200 and GB200 is what XLA records, where the data sheet rounds up to 8 TB/s. The network is that of
 # the DGX A100, H100/H200, B200 and GB200: one adapter of 200 or 400 Gb/s per GPU; for the L40S that of NVIDIA's
 # reference servers for PCIe cards (2-8-5), 200 Gb/s per GPU.
-# TPUs: cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x; a link is one direction of all of a chip's ICI ports, the
-# network is the data centre's ("DCN bandwidth per chip": 50, 100 and 100 Gb/s of v5p, v6e and TPU7x; v5e: 6.4 Tb/s of
-# 256). The memory is what libtpu 0.0.50 lets a program use: it prints it when a program asks for more. A v7x chip is
-# two devices.
+# TPUs: cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x; a link is one direction of all of a chip's ICI ports, of which
+# a slice may wire fewer (`plan.links`); the network is the data centre's ("DCN bandwidth per chip": 50, 100 and 100
+# Gb/s of v5p, v6e and TPU7x; v5e: 6.4 Tb/s of 256). The memory is what libtpu 0.0.50 lets a program use: it prints it
+# when a program asks for more. A v7x chip is two devices.
 CAPACITIES = {  # device_kind -> Capacity
     "NVIDIA A100-SXM4-80GB": Capacity(85_095_874_560, 312e12, 2039e9, 300e9, 25e9),
     "NVIDIA H100 80GB HBM3": Capacity(84_978_434_048, 989e12, 3352e9, 450e9, 50e9),

@@ -2,7 +2,9 @@
 
 planner      `run(config, "h100:4")` -> `Report`
 compilation  every program of the run, compiled for absent devices
-collectives, roofline  what the programs communicate; what bounds their time
+hlo, execution, trip_counts  what the compiled programs run, and how often
+collectives, links, traffic  what they communicate, how fast, and what their kernels move
+roofline     how long a step takes: at best, predicted, without overlap
 suggestions  what to change where a run does not fit
 report       the text
 """
