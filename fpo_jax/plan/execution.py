@@ -75,4 +75,5 @@ def inside(instruction: hlo.Instruction, computations: hlo.Computations) -> Iter
     for name in instruction.called:
         for inner in computations[name].instructions.values():
             yield inner, name
-            yield from inside(inner, computations)
+            if inner.opcode == "fusion":
+                yield from inside(inner, computations)
