@@ -61,9 +61,30 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def timed(act: Callable[..., object], found: list[float]) -> Callable[..., None]:
-    """Have every call add its seconds to a list."""
-    return lambda *arguments: found.append(seconds(lambda: act(*arguments)))
+class Digests:
+    """Counts the bytes that this process reads for digests, and the seconds in which at least one file is read."""
+
+    def __init__(self) -> None:
+        """Count from now on, in any thread."""
+        self._calls: list[tuple[float, float, int]] = []
+        digest = integrity.digest
+
+        def counted(path: Path, algorithm: str) -> dict:
+            started = time.perf_counter()
+            found = digest(path, algorithm)
+            self._calls.append((started, time.perf_counter(), found["bytes"]))
+            return found
+
+        integrity.digest = counted
+
+    def since(self) -> dict[str, float]:
+        """Return what came since the last call."""
+        calls, self._calls = sorted(self._calls), []
+        busy = end = 0.0
+        for started, ended, _ in calls:
+            busy += max(0.0, ended - max(started, end))
+            end = max(end, ended)
+        return {"files": len(calls), "bytes": sum(count for *_, count in calls), "seconds": round(busy, 3)}
 
 
 def measure(megabytes: int, repeats: int) -> dict:
@@ -72,6 +93,7 @@ def measure(megabytes: int, repeats: int) -> dict:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), values)
     parts = (values.params, values.opt_state)
     times: dict[str, list[float]] = {name: [] for name in ("save", "save bare", "restore", "restore bare", "digests")}
+    digests, acts = Digests(), {"digest_own": integrity.digest_own, "seal": integrity.seal}
     with tempfile.TemporaryDirectory() as folder:
         workdir, number = Path(folder), 0
         steps = workdir / checkpoint.FOLDER
@@ -81,18 +103,16 @@ def measure(megabytes: int, repeats: int) -> dict:
                 sides = ("save", "save bare")
                 for name in sides if turn % 2 else sides[::-1]:
                     number += 1
-                    digests: list[float] = []
-                    parts = {part: timed(getattr(integrity, part), digests) for part in ("digest_own", "seal")}
-                    if name == "save bare":
-                        parts = dict.fromkeys(parts, lambda *_: None)
+                    act = acts if name == "save" else dict.fromkeys(acts, lambda *_: None)
                     os.sync()  # what the save before it left to write would be this one's
-                    with mock.patch.multiple(integrity, **parts):
+                    with mock.patch.multiple(integrity, **act):
                         times[name].append(seconds(lambda: (one.save(number, values, {}), one.wait())))  # noqa: B023
                     if name == "save":
-                        times["digests"].append(sum(digests))
+                        times["digests"].append(digests.since()["seconds"])
                         real = sum(path.stat().st_size for path in (steps / str(number)).rglob("*") if path.is_file())
                     else:  # both sides estimate the next save by a sealed step
                         integrity.seal(steps / str(number))
+                        digests.since()
                     estimates["next"] = disk_space.estimate(steps, parts)
         for _ in range(repeats + 1):
             for name, faults in (("restore", integrity.faults), ("restore bare", lambda step, **_: "")):
@@ -133,32 +153,6 @@ def table(found: dict) -> str:
     alone = f"digests alone {took['digests']:.2f} s, {found['digests_of_save']:.1%} of a save without"
     off = f"estimate {error['first']:+.2%} before the first save, {error['next']:+.2%} after it (goal 5 %)"
     return "\n".join([disk, *rows, alone, off])
-
-
-class Digests:
-    """Counts the bytes that this process reads for digests, and the seconds in which at least one file is read."""
-
-    def __init__(self) -> None:
-        """Count from now on, in any thread."""
-        self._calls: list[tuple[float, float, int]] = []
-        digest = integrity.digest
-
-        def counted(path: Path, algorithm: str) -> dict:
-            started = time.perf_counter()
-            found = digest(path, algorithm)
-            self._calls.append((started, time.perf_counter(), found["bytes"]))
-            return found
-
-        integrity.digest = counted
-
-    def since(self) -> dict[str, float]:
-        """Return what came since the last call."""
-        calls, self._calls = sorted(self._calls), []
-        busy = end = 0.0
-        for started, ended, _ in calls:
-            busy += max(0.0, ended - max(started, end))
-            end = max(end, ended)
-        return {"files": len(calls), "bytes": sum(count for *_, count in calls), "seconds": round(busy, 3)}
 
 
 def take_part(folder: Path, megabytes: int, address: str, count: int, index: int) -> None:

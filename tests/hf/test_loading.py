@@ -305,7 +305,11 @@ from fpo_jax.hf import load
 from fpo_jax.models import params
 load._STACKED_ON_HOST_BYTES = 2000  # norms at once, matrices by layer
 cut, held = load._cut, []
-load._cut = lambda *args, **kwargs: held.append([box.nbytes for box in (boxes := cut(*args, **kwargs))]) or boxes
+def recorded(*args, **kwargs):
+    boxes = cut(*args, **kwargs)
+    held.extend(box.nbytes for box in boxes)
+    return boxes
+load._cut = recorded
 config = hf.read_config(Path(source))
 mesh = sharding.make_mesh(data=1, fsdp=2, tensor=2, devices=jax.devices())
 places = params.shardings(config, mesh=mesh)
@@ -313,7 +317,7 @@ tree = hf.load_params(Path(source), config, dtype="bfloat16", shardings=places)
 rename = Path.rename
 Path.rename = lambda *paths: (time.sleep(1), rename(*paths))  # the other process has to wait for the directory
 hf.export(tree, config, out_dir=Path(out), source_dir=Path(source), dtype="bfloat16", max_shard_bytes=9000)
-print(json.dumps({"held": sum(map(sum, held)), "there": Path(out).is_dir()}))
+print(json.dumps({"held": sum(held), "there": Path(out).is_dir()}))
 """
 
 
