@@ -12,7 +12,7 @@ from pathlib import Path
 from fpo_jax import distributed
 from fpo_jax.checkpoint import integrity
 from fpo_jax.hf import hub
-from fpo_jax.io import file_identity
+from fpo_jax.io import file_identity, json_digest
 
 _ALGORITHM = "sha256"
 
@@ -40,8 +40,8 @@ def weights_fingerprints(directories: Mapping[str, Path]) -> dict[str, str]:
         files = {name: _files(directory) for name, directory in directories.items()}
         paths = [path for found in files.values() for path in found]
         identities = [file_identity.of(path) for path in paths]
-    text = json.dumps(identities)
-    peers = [index for index, other in enumerate(distributed.share(text)) if other == text]
+    seen = json_digest.of(identities)
+    peers = [index for index, other in enumerate(distributed.share(seen)) if other == seen]
     sizes = {str(place): identity.bytes for place, identity in enumerate(identities)}
     mine = distributed.balanced(sizes, count=len(peers))[peers.index(distributed.process_index())]
     with distributed.together():
