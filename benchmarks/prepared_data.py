@@ -128,7 +128,7 @@ def read(options: argparse.Namespace, path: Path, *, cache: bool) -> dict:
     """Read the data as a run does."""
     train, _ = run_inputs.read_data(*readers(options, path, cache=cache))
     found = {"groups": train.prepared.groups, "tokens": train.audit.tokens}
-    return found | {"fingerprint": train.prepared.fingerprint()[:12]}
+    return found | {"fingerprint": train.fingerprint()[:12]}
 
 
 def map_alone(options: argparse.Namespace, path: Path) -> dict:

@@ -42,6 +42,11 @@ class Dataset(NamedTuple):
     prepared: Prepared
     audit: Audit
     sample: str
+    digest: str = ""  # fingerprint of the rows where it was compared a moment ago; a million pairs take seconds
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the rows."""
+        return self.digest or self.prepared.fingerprint()
 
 
 class Damaged(ValueError):
@@ -114,7 +119,7 @@ def read(folder: Path, parts: Mapping[str, Any]) -> Dataset:
         found[kind][reason] = FlatTexts(places["places"], places["place_ends"], numbers)
         begin += count
     audit = audits.from_dict(content["audit"])._replace(**found, example=content["example"])
-    return Dataset(prepared, audit, content["sample"])
+    return Dataset(prepared, audit, content["sample"], content["fingerprint"])
 
 
 def _content(folder: Path) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
     if inputs.reference is not None:
         directories["reference"] = inputs.reference.source
     return {
-        "train data": inputs.train.prepared.fingerprint(),
-        "eval data": "" if inputs.evaluation is None else inputs.evaluation.prepared.fingerprint(),
+        "train data": inputs.train.fingerprint(),
+        "eval data": "" if inputs.evaluation is None else inputs.evaluation.fingerprint(),
     } | hf.weights_fingerprints(directories)
 
 

@@ -69,7 +69,7 @@ def same(one: data.Dataset, other: data.Dataset) -> None:
         assert mine is None or mine.dtype == theirs.dtype, name
     assert one.prepared.pad_id == other.prepared.pad_id
     assert tuple(one.prepared.sources) == tuple(other.prepared.sources)
-    assert one.prepared.fingerprint() == other.prepared.fingerprint()
+    assert one.fingerprint() == one.prepared.fingerprint() == other.prepared.fingerprint()
     assert one.audit == other.audit and list(one.audit.dropped) == list(other.audit.dropped)
     assert one.audit.as_dict() == other.audit.as_dict() and one.audit.text() == other.audit.text()
     assert one.sample == other.sample
