@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
 from fpo_jax import config as configuration
 from fpo_jax import data, models, tokenization
@@ -135,22 +136,32 @@ def map_alone(options: argparse.Namespace, path: Path) -> dict:
     """Tokenise with the library `datasets` alone, and nothing checked, cut or audited."""
     import datasets
 
+    from benchmarks import prepared_data  # by this name its function is sent to processes by name
+
     c = config_of(options, path)
     tokenizer = run_inputs.read_encoder(c, options.folder).tokenizer
 
-    def tokenise(rows: dict) -> dict:
-        sides = {}
-        for key in ("chosen", "rejected"):
-            texts = rows[key]
-            if options.shape != "hh":
-                texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in texts]
-            sides[f"{key}_ids"] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return sides
-
     cache = str(options.folder / "hf")
     table = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
-    table = table.map(tokenise, batched=True, num_proc=worker_pool.cpus(), remove_columns=table.column_names)
+    table = table.map(
+        prepared_data.tokenise,
+        batched=True,
+        num_proc=worker_pool.cpus(),
+        remove_columns=table.column_names,
+        fn_kwargs={"tokenizer": tokenizer, "chat": options.shape != "hh"},
+    )
     return {"groups": len(table)}
+
+
+def tokenise(rows: dict, *, tokenizer: PreTrainedTokenizerFast, chat: bool) -> dict:
+    """Return the tokens of both completions of some rows."""
+    sides = {}
+    for key in ("chosen", "rejected"):
+        texts = rows[key]
+        if chat:
+            texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in texts]
+        sides[f"{key}_ids"] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return sides
 
 
 def measured(options: argparse.Namespace, path: Path, phase: str) -> None:
