@@ -175,7 +175,7 @@ def measured(options: argparse.Namespace, path: Path, phase: str) -> None:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    baseline, start = _status("VmRSS"), time.perf_counter()
+    baseline, start = _status("RssAnon"), time.perf_counter()
     if phase in ("datasets", "tiled"):
         found = (map_alone if phase == "datasets" else tile)(options, path)
     else:
