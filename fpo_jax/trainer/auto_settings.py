@@ -110,7 +110,8 @@ def settle(
         choices.append(f"layout: {config.data.layout}; {why}")
         if config.data.layout == "padded" and config.data.row_length is not None:
             raise ValueError(
-                f"data.row_length={config.data.row_length} is not used: data.layout=auto is padded here ({why}); unset it."
+                f"data.row_length={config.data.row_length} is not used: data.layout=auto is padded here ({why}); unset"
+                " it."
             )
         if config.data.layout == "padded" and not (config.data.packing or config.data.buckets):
             config.data.buckets = _buckets(config.data.max_length)
