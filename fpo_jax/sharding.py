@@ -83,7 +83,7 @@ class Layout:
     @property
     def rules(self) -> Rules:
         """Where logical axes live: RULES, within a replica without `data`."""
-        return RULES | {"rows": self._batch_axes} if self.within_replica else RULES
+        return {**RULES, "rows": self._batch_axes} if self.within_replica else RULES
 
     @property
     def _batch_axes(self) -> tuple[str, ...]:

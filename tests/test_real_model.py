@@ -190,6 +190,7 @@ def rows_of(run):
     config = configuration.default()
     settings = json.loads((run / "config.json").read_text())
     del settings[run_workdir.RESOLVED_LOSS]
+    settings.pop(run_workdir.SETTLED, None)
     for name, value in configuration.flatten(settings).items():
         *parents, last = name.split(".")
         setattr(configuration.value_at(config, ".".join(parents)) if parents else config, last, value)

@@ -34,7 +34,8 @@ READERS = 8  # files that are read at a time
 _OWN = "ocdbt.process_"  # begins the name of the folder of an item in which orbax has one process write
 NAMED = 3  # files, and leaves of a file, that a message names; the rest are counted
 
-_F, _T = TypeVar("_F"), TypeVar("_T")
+_F = TypeVar("_F")
+_T = TypeVar("_T")
 Compare = Callable[[Path, Mapping[str, Mapping[str, Any]]], dict[str, str]]
 _ITEMS = ("meta/metadata", "params/manifest.ocdbt", "optimizer/manifest.ocdbt")  # without which nothing is a checkpoint
 

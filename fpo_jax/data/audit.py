@@ -148,10 +148,11 @@ class Audit(NamedTuple):
 def from_dict(found: Mapping[str, Any]) -> Audit:
     """Return the audit of which `Audit.as_dict` made this, as JSON gives it back; without the example."""
     places = {kind: {reason: tuple(listed) for reason, listed in found[kind].items()} for kind in ("dropped", "noted")}
-    lengths = {
-        name: Lengths(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
-        for name, one in found["lengths"].items()
-    }
+
+    def tuples(one: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in one.items()}
+
+    lengths = {name: Lengths(**tuples(one)) for name, one in found["lengths"].items()}
     return Audit(
         **{
             **found,

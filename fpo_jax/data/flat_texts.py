@@ -28,8 +28,8 @@ class FlatTexts(Sequence[str]):
     def __getitem__(self, index: slice) -> tuple[str, ...]: ...
     def __getitem__(self, index):
         if isinstance(index, slice):
-            return tuple(self._text(place) for place in self.index_N[index])
-        return self._text(self.index_N[index])
+            return tuple(self._text(place) for place in self.index_N[index].tolist())
+        return self._text(int(self.index_N[index]))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):

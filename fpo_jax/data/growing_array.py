@@ -30,7 +30,8 @@ class GrowingArray:
         self._file.seek(0)
         self._write_header()
         self._file.close()
-        return np.load(self._path, mmap_mode="r")
+        assert self._path is not None
+        return np.load(self._path, mmap_mode="r", allow_pickle=False)
 
     def _write_header(self) -> None:
         if self._file is not None:  # NumPy leaves room in a header for its first axis to grow

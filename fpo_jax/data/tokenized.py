@@ -76,7 +76,7 @@ class Prepared(NamedTuple):
         rows_N = (groups_B[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
         lengths_N = self.lengths_N[rows_N]
         return self._replace(
-            tokens_S=np.concatenate([self.row(row)[0] for row in rows_N]),
+            tokens_S=np.concatenate([self.row(row)[0] for row in rows_N.tolist()]),
             starts_N=starts(lengths_N),
             lengths_N=lengths_N,
             prompt_lengths_N=self.prompt_lengths_N[rows_N],

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 from fpo_jax.plan import hlo
 
@@ -46,7 +47,8 @@ class Scope:
     def __init__(self, computations: hlo.Computations, name: str, arguments: Sequence[_Value] = ()):
         """Evaluate nothing yet."""
         self._computations, self._computation = computations, computations[name]
-        self._arguments, self._known = arguments, {}
+        self._arguments = arguments
+        self._known: dict[str, _Value] = {}
 
     @property
     def root(self) -> _Value:
@@ -153,15 +155,17 @@ def _at(value: _Value, place: int) -> _Value:
     return value[place] if isinstance(value, tuple) and place < len(value) else None
 
 
-def _is_constant(value: _Value) -> bool:
+def _is_constant(value: _Value) -> TypeGuard[Integer]:
     return isinstance(value, Integer) and value.element is None
 
 
 def _combined(instruction: hlo.Instruction, operands: list[_Value]) -> _Value:
     """Sum, difference or comparison of two integers."""
-    if len(operands) != 2 or not all(isinstance(one, Integer) for one in operands):
+    if len(operands) != 2:
         return None
     left, right = operands
+    if not isinstance(left, Integer) or not isinstance(right, Integer):
+        return None
     if instruction.opcode == "compare":
         return _Compare(instruction.attribute("direction"), left, right)
     if instruction.opcode == "add" and None in (left.element, right.element):

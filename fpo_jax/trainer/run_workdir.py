@@ -112,7 +112,9 @@ def claim_workdir(
     elif workdir.is_dir() and (workdir / checkpoint.FOLDER).exists():
         raise ValueError(f"{workdir} holds checkpoints but no config.json; use another --workdir.")
     workdir.mkdir(parents=True, exist_ok=True)
-    atomic_io.write(path, json.dumps(mine | {RESOLVED_LOSS: loss, SETTLED: settled}, indent=2) + "\n")
+    atomic_io.write(
+        path, json.dumps(mine | {RESOLVED_LOSS: loss} | ({SETTLED: settled} if settled else {}), indent=2) + "\n"
+    )
     audits = {"train": inputs.train.audit.as_dict()}
     if inputs.evaluation is not None:
         audits["eval"] = inputs.evaluation.audit.as_dict()

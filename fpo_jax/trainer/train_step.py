@@ -9,7 +9,7 @@ but rounding. A step whose loss, gradient or reference is not finite leaves the 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -199,7 +199,7 @@ class _Operands(NamedTuple):
 def _over_replicas(operands: _Operands, *, replicas: Replicas, loss: losses.Loss) -> tuple:
     """What `_gradients` returns, summed over the replicas once, after all micro-batches."""
     everywhere = PartitionSpec()
-    specs = _Operands(*(everywhere for _ in operands))._replace(batch=PartitionSpec(None, "data"))
+    specs: Any = [PartitionSpec(None, "data") if name == "batch" else everywhere for name in _Operands._fields]
 
     def of_one(operands: _Operands):
         if operands.key is not None:  # rows of different replicas drop different entries
@@ -208,7 +208,12 @@ def _over_replicas(operands: _Operands, *, replicas: Replicas, loss: losses.Loss
         return jax.lax.psum(sums, "data")
 
     return jax.shard_map(
-        of_one, mesh=replicas.mesh, in_specs=(specs,), out_specs=everywhere, axis_names={"data"}, check_vma=False
+        of_one,
+        mesh=replicas.mesh,
+        in_specs=(_Operands(*specs),),
+        out_specs=everywhere,
+        axis_names={"data"},
+        check_vma=False,
     )(operands)
 
 

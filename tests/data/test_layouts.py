@@ -340,7 +340,7 @@ def test_a_reward_model_trains_on_shared_prompts(root, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"data__layout": "dense"}, "data.layout='dense' is not one of padded, packed, shared"),
+        ({"data__layout": "dense"}, "data.layout='dense' is not one of auto, padded, packed, shared"),
         ({"data__row_length": 64}, "data.row_length=64 is not used by data.layout='padded'"),
         ({"data__layout": "shared", "data__buckets": (40,)}, "data.buckets=.* is not used by data.layout='shared'"),
         ({"data__layout": "packed", "data__packing": True}, "data.packing=True and data.layout='packed' exclude"),

@@ -378,6 +378,8 @@ class TestPower:
         with forgetful_disk.Disk(tmp_path / "disk", monkeypatch) as disk:
             run(inputs, tmp_path / "disk" / "w")
             left = disk.rebuild(len(disk.syncs), tmp_path / "left") / "w"
+        claim = json.loads((left / workdir_lock.FILE).read_text())  # of a process that the cut ended; this one lives on
+        (left / workdir_lock.FILE).write_text(json.dumps(claim | {"started": "before the cut"}))
         assert (left / "metrics.jsonl").read_bytes() == (tmp_path / "disk" / "w" / "metrics.jsonl").read_bytes()
         assert resuming.outcome(left) == resuming.outcome(tmp_path / "disk" / "w")
         run(inputs, left)
