@@ -36,7 +36,7 @@ def of(path: Path) -> Identity:
 def _mounted(device: str) -> list[str]:
     """Return type and source of the network file system that a device number stands for; empty where it is none."""
     try:
-        lines = _MOUNTS.read_text().splitlines()
+        lines = _MOUNTS.read_text().removesuffix("\n").split("\n")
     except OSError:
         return []
     for line in lines:  # 36 35 0:98 /root /where options tags - type source options

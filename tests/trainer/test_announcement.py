@@ -25,7 +25,7 @@ def lines(caplog, folder, name, data="pairs.jsonl", **changed):
     inputs, plan, programs = tiny.built(config)
     caplog.clear()
     with caplog.at_level("INFO", logger="fpo_jax"):
-        run_summary.log_summary(config, inputs, plan, programs)
+        run_summary.log_summary(config, config, inputs, plan, programs)
     return caplog.text
 
 
