@@ -120,6 +120,7 @@ class Trainer:
                 self._sample_completions = sample_completions.SampleCompletions(
                     config, self.workdir, inputs, layout=steps.layout
                 )
+        distributed.agree(self._settled)  # where one has less memory than the others
         meter = profiler.Meter(
             inputs.model_config,
             devices=steps.mesh.size,
