@@ -18,6 +18,7 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # of every operation: a tw
 # Flags of yours come last and win.
 os.environ["XLA_FLAGS"] = f"{compiling.flags(devices=8)} {os.environ.get('XLA_FLAGS', '')}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)  # plans and limits are those of the default
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -37,6 +38,13 @@ def pytest_configure(config):
     compiling.collect_seldom()
     if config.getoption("markexpr") != "faults":
         shapecheck.install("fpo_jax")
+
+
+@pytest.fixture(autouse=True)
+def forgotten_share():
+    """The share of a GPU that a program sets for its process, and a test that runs one here for those after it."""
+    yield
+    os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
 
 
 @pytest.fixture(scope="module")
