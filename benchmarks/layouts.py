@@ -21,7 +21,9 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -85,30 +87,48 @@ def padding(run: Updates, number: int) -> float:
     return float(1 - data.row_sizes(run.plan.schedule, number).texts.sum() / run.work(number).tokens)
 
 
-def compare(name: str, folder: Path, *, updates: int) -> list[dict]:
-    """Return a row for each layout."""
-    of = SETS[name]
-    runs, inputs = {}, None
+def sides(name: str, folder: Path, settings: Mapping[Any, dict], *, updates: int) -> dict[Any, Updates]:
+    """Return a run of one of the SETS for each of some settings, all with the same small model and inputs.
+
+    Args:
+        name: of the set.
+        folder: of the SETS' files.
+        settings: of each run, the layout and what replaces the set's entries.
+        updates: steps.
+    """
+    of, inputs, runs = SETS[name], None, {}
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         tiny.write_model(
             model, vocab_size=of["vocab"], width=512, layers=2, heads=8, kv_heads=8, head_dim=64, ffn=1376,
             max_positions=2048, initializer_range=0.02,
         )  # fmt: skip
-        for layout in LAYOUTS:
-            config = configured(of, folder, model, layout=layout, updates=updates)
+        for key, changes in settings.items():
+            config = configured(of | changes, folder, model, layout=changes["layout"], updates=updates)
             inputs = inputs or run_inputs.Inputs(
                 run_inputs.check(config),
                 model,
                 hf.read_config(model),
                 *run_inputs.read_data(config, run_inputs.read_encoder(config, model), hf.read_config(model)),
             )
-            runs[layout] = Updates(config, inputs, model)
-    assert inputs is not None
-    seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
+            runs[key] = Updates(config, inputs, model)
+    return runs
+
+
+def in_turns(name: str, runs: Mapping[Any, Updates], *, updates: int) -> dict[Any, list[float]]:
+    """Return the seconds of every step of each run; they take turns, and each turn is printed as it ends."""
+    seconds: dict[Any, list[float]] = {key: [] for key in runs}
     for number in range(updates):
-        for layout, run in runs.items():
-            seconds[layout].append(timed(run, number))
+        for key, run in runs.items():
+            seconds[key].append(timed(run, number))
+        print(f"{name} step {number + 1}: " + ", ".join(f"{times[-1]:.2f}" for times in seconds.values()), flush=True)
+    return seconds
+
+
+def compare(name: str, folder: Path, *, updates: int) -> list[dict]:
+    """Return a row for each layout."""
+    runs = sides(name, folder, {layout: {"layout": layout} for layout in LAYOUTS}, updates=updates)
+    seconds = in_turns(name, runs, updates=updates)
     rows = []
     for layout, run in runs.items():
         np.testing.assert_allclose(run.losses, runs["padded"].losses, rtol=LOSS_RTOL)

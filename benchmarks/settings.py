@@ -10,17 +10,12 @@ are asserted equal first. A share below 1 says how much of the best hand-chosen 
 import argparse
 import itertools
 import statistics
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks import layouts
-from benchmarks.updates import Updates
-from fpo_jax import hf
 from fpo_jax.io import atomic_io
-from fpo_jax.trainer import run_inputs
-from tests import tiny
 
 HAND = (
     *itertools.product(("shared",), ("none", "dots_and_attention"), (1, 4)),
@@ -31,31 +26,12 @@ HAND = (
 
 def compare(name: str, folder: Path, *, updates: int) -> list[dict]:
     """Return a row for each setting of one of the SETS, the automatic one first."""
-    of = layouts.SETS[name]
-    runs: dict[tuple, Updates] = {}
-    inputs = None
-    with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch) / "model"
-        tiny.write_model(
-            model, vocab_size=of["vocab"], width=512, layers=2, heads=8, kv_heads=8, head_dim=64, ffn=1376,
-            max_positions=2048, initializer_range=0.02,
-        )  # fmt: skip
-        for layout, remat, micro in (("auto", "auto", None), *HAND):
-            asked = of | {"remat": remat, "micro": micro}
-            config = layouts.configured(asked, folder, model, layout=layout, updates=updates)
-            described = hf.read_config(model)
-            inputs = inputs or run_inputs.Inputs(
-                run_inputs.check(config),
-                model,
-                described,
-                *run_inputs.read_data(config, run_inputs.read_encoder(config, model), described),
-            )
-            runs[layout, remat, micro] = Updates(config, inputs, model)
-    seconds: dict[tuple, list[float]] = {setting: [] for setting in runs}
-    for number in range(updates):
-        for setting, run in runs.items():
-            seconds[setting].append(layouts.timed(run, number))
-        print(f"{name} step {number + 1}: " + ", ".join(f"{times[-1]:.2f}" for times in seconds.values()), flush=True)
+    settings = {
+        (layout, remat, micro): {"layout": layout, "remat": remat, "micro": micro}
+        for layout, remat, micro in (("auto", "auto", None), *HAND)
+    }
+    runs = layouts.sides(name, folder, settings, updates=updates)
+    seconds = layouts.in_turns(name, runs, updates=updates)
     auto, *hand = runs
     for setting in hand:
         np.testing.assert_allclose(runs[setting].losses, runs[auto].losses, rtol=layouts.LOSS_RTOL)

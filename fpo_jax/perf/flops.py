@@ -53,16 +53,20 @@ def work(lengths_N, loss_tokens_N, *, contexts: npt.ArrayLike = 0, sliding_windo
     return Work(int(lengths_N.sum()), int(pairs_N.sum()), int(np.sum(loss_tokens_N)))
 
 
+def layer_weights(config: models.ModelConfig) -> int:
+    """Return the number of weights of the layers' matrices."""
+    return sum(math.prod(entry.shape) for entry in params.entries(config) if entry.stacked and entry.decay)
+
+
 def forward(config: models.ModelConfig, done: Work) -> int:
     """Return the operations of a forward pass to the log-probs, such as the reference pass.
 
     2 P tokens + 4 L H C pairs + 2 D V scored, with P the weights of the layers' matrices; a reward model's head costs
     nothing that counts.
     """
-    matrices = sum(math.prod(entry.shape) for entry in params.entries(config) if entry.stacked and entry.decay)
     attention = 4 * config.layers * config.heads * config.head_dim
     head = 0 if config.reward_head else 2 * config.width * config.vocab_size * done.scored
-    return 2 * matrices * done.tokens + attention * done.pairs + head
+    return 2 * layer_weights(config) * done.tokens + attention * done.pairs + head
 
 
 def head_cost(config: models.ModelConfig) -> float:

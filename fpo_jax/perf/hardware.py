@@ -167,7 +167,12 @@ def lent(device: Any, capacity: Capacity) -> int:
     """Return the bytes of a device that programs get: of a GPU the share that JAX takes at its start."""
     if device.platform == "tpu":
         return capacity.memory
-    return int(float(os.environ.get(MEMORY_VARIABLE, JAX_SHARE)) * capacity.memory)
+    return int(memory_share() * capacity.memory)
+
+
+def memory_share() -> float:
+    """Return the share of a GPU's memory that JAX takes at its start."""
+    return float(os.environ.get(MEMORY_VARIABLE, JAX_SHARE))
 
 
 def linked(device: Any) -> int:

@@ -6,13 +6,11 @@ predicted = work + exposed + max(links - exposed - work, 0) what the schedule hi
 most      = work + links                                    nothing overlaps
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 
-from fpo_jax.models import params
-from fpo_jax.perf import hardware
+from fpo_jax.perf import flops, hardware
 from fpo_jax.plan import links
 from fpo_jax.plan.collectives import of_one_slice
 from fpo_jax.plan.compilation import Outcome
@@ -81,8 +79,11 @@ def memory_traffic(outcome: Outcome) -> int:
     """Return the bytes that a step moves through a device's memory at least: no activations."""
     assert outcome.layout.mesh is not None
     config, model_config = outcome.config, outcome.sizes.blueprint.model_config
-    matrices = sum(math.prod(entry.shape) for entry in params.entries(model_config) if entry.stacked and entry.decay)
-    weights = matrices * jax.numpy.dtype(config.model.compute_dtype).itemsize // outcome.layout.mesh.shape["tensor"]
+    weights = (
+        flops.layer_weights(model_config)
+        * jax.numpy.dtype(config.model.compute_dtype).itemsize
+        // outcome.layout.mesh.shape["tensor"]
+    )
     passes = 3 if config.model.remat == "none" else 4  # forward, again, and two products per weight backward
     per_micro_batch = passes * weights + 2 * outcome.gradients
     micro_batches = outcome.accumulation * outcome.sizes.filled

@@ -311,7 +311,7 @@ class _Search:
         again = flops.Work(shape.work.tokens * everything, shape.work.pairs * (everything or remat == "dots"), 0)
         operations = flops.train_step(model, shape.work, extra_forward=self._facts.loss.needs_batch_kl, adapted=adapted)
         compute = (operations + flops.forward(model, again)) / mesh.size / self._flops
-        weights = self._layer_weights(config) / mesh.shape["tensor"]
+        weights = flops.layer_weights(model) * jnp.dtype(config.model.compute_dtype).itemsize / mesh.shape["tensor"]
         reads = weights * (3 + everything)  # forward, again, and two products backward
         sums = 2 * self._gradients if shape.passes > 1 else 0
         traffic = shape.passes * (reads + sums + 2 * written) / rates.bandwidth
@@ -334,12 +334,6 @@ class _Search:
         if model.width < kept_logits.least_width(self._rates):
             return 0
         return forward.kept_logits(config, self._blueprint(shape), self._layout) or 0
-
-    def _layer_weights(self, config: configuration.Config) -> int:
-        """Bytes of the layers' matrices in the compute dtype."""
-        entries = params.entries(self._facts.model_config)
-        numbers = sum(math.prod(entry.shape) for entry in entries if entry.stacked and entry.decay)
-        return numbers * jnp.dtype(config.model.compute_dtype).itemsize
 
     def _kept(self, config: configuration.Config, remat: str, length: int) -> float:
         """Bytes of a device that a micro-batch of one keeps of the layers for its backward pass."""

@@ -1,7 +1,6 @@
 """What the first lines of a run say, before anything expensive: what a reader needs to trust it or to stop it."""
 
 import logging
-import os
 
 from fpo_jax import config as configuration
 from fpo_jax import data, distributed, losses
@@ -44,8 +43,8 @@ def log_summary(
     log.info("model: %s, %s parameters, %s of state per device", inputs.source, f"{count:,}", state)
     device = mesh.devices.flat[0]
     if device.platform == "gpu":
-        share = float(os.environ.get(hardware.MEMORY_VARIABLE, hardware.JAX_SHARE))
-        log.info("memory: JAX takes %.0f %% of each GPU; %s sets another share", 100 * share, hardware.MEMORY_VARIABLE)
+        taken, variable = 100 * hardware.memory_share(), hardware.MEMORY_VARIABLE
+        log.info("memory: JAX takes %.0f %% of each GPU; %s sets another share", taken, variable)
     for choice in compiled.choices:
         log.info(choice)
     for name, dataset in (("train", inputs.train), ("eval", inputs.evaluation)):
