@@ -109,7 +109,7 @@ class Layout:
 
     def ways(self, axis: str) -> int:
         """Ways that a logical axis is cut."""
-        return 1 if self.mesh is None else _ways(self.mesh, self.rules[axis])
+        return 1 if self.mesh is None else ways(self.mesh, self.rules[axis])
 
     def place(self, axis: str, size: int) -> str | tuple[str, ...] | None:
         """Mesh axes that a logical axis of an activation is cut over; None where they do not divide its size."""
@@ -216,14 +216,14 @@ def param_shardings(
     def place(path, shape, axes):
         mesh_axes = [None if axis is None else rules[axis] for axis in axes]
         for index, (size, logical, axis) in enumerate(zip(shape.shape, axes, mesh_axes, strict=True)):
-            if size % _ways(mesh, axis) == 0:
+            if size % ways(mesh, axis) == 0:
                 continue
             if logical in WHOLE_WHERE_INDIVISIBLE:
                 mesh_axes[index] = None
             else:
                 problems.append(
                     f"{jax.tree_util.keystr(path)}: {logical} has {size} entries, mesh axis {axis} has"
-                    f" {_ways(mesh, axis)} devices; choose a divisor of {size}."
+                    f" {ways(mesh, axis)} devices; choose a divisor of {size}."
                 )
         return NamedSharding(mesh, PartitionSpec(*mesh_axes))
 
@@ -256,6 +256,7 @@ def _arranged(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
         return plain
 
 
-def _ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Return the number of parts that mesh axes cut an array's axis into."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))

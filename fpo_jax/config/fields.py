@@ -37,6 +37,8 @@ class Field(NamedTuple):
 MACHINE = "machine"  # fits a run to its devices; the last bits of a sum may change, and what lora.dropout drops
 HOST = "host"  # changes no number of any step
 DTYPES = ("float32", "bfloat16")
+STATE_DTYPES = (*DTYPES, "int8")
+MATMUL_DTYPES = ("compute_dtype", "fp8")
 FORMATS = ("hh", "chat_pairs", "chat_groups", "json", "tldr", "tldr_sft", "imdb", "messages", "demonstrations")
 STAGES = ("sft", "reward", "align")
 REMAT = ("auto", "none", "dots_and_attention", "dots", "full", "offload")
@@ -53,6 +55,13 @@ FIELDS = (
     Field("model.revision", str, "", "Hub commit; empty = the hub's main."),
     Field("model.param_dtype", str, "float32", "Master weights; bfloat16 ones are rounded stochastically.", DTYPES),
     Field("model.compute_dtype", str, "bfloat16", "Matmul operands; softmax, norms and losses are float32.", DTYPES),
+    Field(
+        "model.matmul_dtype",
+        str,
+        "compute_dtype",
+        "Of the layers' products with weights; fp8: 8-bit floating point, a scale per array, for H100 and later.",
+        MATMUL_DTYPES,
+    ),
     Field(
         "model.remat",
         str,
@@ -251,7 +260,13 @@ FIELDS = (
     Field("optim.eps", float, 1e-8, "AdamW's, beside the root of the second moment."),
     Field("optim.weight_decay", float, 0.0, "Decoupled; never on norms and biases."),
     Field("optim.clip_norm", float, 1.0, "Largest global gradient norm; 0 = off."),
-    Field("optim.state_dtype", str, "float32", "AdamW's moments; bfloat16 ones are rounded stochastically.", DTYPES),
+    Field(
+        "optim.state_dtype",
+        str,
+        "float32",
+        "AdamW's moments; bfloat16 ones are rounded stochastically, int8 has a scale per block of 256.",
+        STATE_DTYPES,
+    ),
     Field("optim.offload", bool, False, "Keep the moments in the host's memory between steps.", resumes=MACHINE),
     Field("train.batch_size", int, 128, "Groups (with data.packing sequences) per step, over all devices."),
     Field(

@@ -34,6 +34,7 @@ def hidden_states(
     adapter: Adapter | None = None,
     dropout_key: jax.Array | None = None,
     segments: types.Segments | None = None,
+    fp8: bool = False,
 ) -> Float[jax.Array, "N T D"]:
     """Run the decoder up to and including its final norm.
 
@@ -58,6 +59,7 @@ def hidden_states(
         dropout_key: of what the adapter drops in this pass; None = nothing, as in every evaluation.
         segments: of packed rows: who sees whom, and where each token stands in its own conversation. The rotary
             frequencies must not depend on the length of a text (rope type dynamic).
+        fp8: whether the products of the layers with their weights are of 8-bit floating-point numbers (models.fp8).
 
     Returns:
         hidden_NTD in compute_dtype.
@@ -80,6 +82,7 @@ def hidden_states(
             layout=layout,
             dropout_key=dropout_key,
             segments=segments,
+            fp8=fp8,
         )
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from fpo_jax import attention, sharding, types
-from fpo_jax.models import config, kv_cache, rope
+from fpo_jax.models import config, fp8, kv_cache, rope
 
 
 class RMSNorm(nnx.Module):
@@ -73,6 +73,7 @@ class Context(NamedTuple):
     dropout_key: jax.Array | None = None  # of the layer; None = nothing is dropped
     segments: types.Segments | None = None  # of packed rows
     slot: kv_cache.Recorder | kv_cache.Slot | None = None  # the layer's place in a cache, where there is one
+    fp8: bool = False  # products with weights in 8 bits, see models.fp8
 
     def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
         """Rotate queries and keys, then attend."""
@@ -99,7 +100,8 @@ class Context(NamedTuple):
 
         Every matmul with a weight of a layer goes through here; so does what an adapter adds to it.
         """
-        out = jnp.einsum(equation, x, getattr(module, name)[...].astype(x.dtype))
+        multiply = fp8.einsum if self.fp8 else jnp.einsum
+        out = multiply(equation, x, getattr(module, name)[...].astype(x.dtype))
         if self.adapter is not None and hasattr(module, f"{name}_lora_a"):
             out += self._adapted(equation, x, module, name)
         bias = getattr(module, f"{name}_bias", None)

@@ -80,10 +80,11 @@ class Decoder(nnx.Module):
         layout: sharding.Layout,
         dropout_key: jax.Array | None = None,
         segments: types.Segments | None = None,
+        fp8: bool = False,
     ) -> Float[jax.Array, "N T D"]:
         """Return the hidden states after the final norm, in compute_dtype."""
         positions_XT = jnp.arange(tokens_NT.shape[1])[None] if segments is None else jnp.asarray(segments.positions_NT)
-        context = self._context(positions_XT, valid_NT, choice, layout)._replace(segments=segments)
+        context = self._context(positions_XT, valid_NT, choice, layout)._replace(segments=segments, fp8=fp8)
         graphdef, layers = nnx.split(self.layers)
 
         def apply_layer(x_NTD, layer, *, window):

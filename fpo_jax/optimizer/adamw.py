@@ -1,6 +1,7 @@
 """The learning-rate schedule and the optax chain: clip by global norm, then AdamW.
 
-Moments and weights may be kept in bfloat16 between updates; they are then rounded stochastically.
+Moments and weights may be kept in bfloat16 between updates; they are then rounded stochastically. Moments may be kept
+in eight bits (`eight_bits`).
 
 The schedule is that of the trainers whose recipes we run (Hugging Face's): update i (from 0) uses the rate at i, so
 that the first update of a warm-up has rate 0.
@@ -14,6 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from fpo_jax import types
+from fpo_jax.optimizer import eight_bits
 
 Keep = Bool[Array, ""] | bool  # whether an update is applied
 
@@ -76,12 +78,14 @@ def optimizer(
         weight_decay: applied where decay_mask is True.
         clip_norm: largest global gradient norm.
         decay_mask: tree of bool like the parameters (params.decay_mask).
-        state_dtype: of the moments between updates; an update itself is float32.
+        state_dtype: of the moments between updates, "int8" for eight bits with a scale per block; an update itself is
+            float32.
     """
     clip = _clip(clip_norm) if clip_norm else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, decay_mask)
     adamw = optax.chain(_adam(b1, b2, eps), decay, _keeping(optax.scale_by_learning_rate(rate)))
-    return _stored_in(optax.chain(clip, adamw), jnp.dtype(state_dtype))
+    whole = optax.chain(clip, adamw)
+    return _in_eight_bits(whole) if state_dtype == "int8" else _stored_in(whole, jnp.dtype(state_dtype))
 
 
 def kept(fresh: types.PyTree, old: types.PyTree, keep: Keep) -> types.PyTree:
@@ -178,6 +182,41 @@ def _stored_in(inner: optax.GradientTransformationExtraArgs, dtype: jnp.dtype) -
         return updates, _stored(exact, wanted(state, dtype), key)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _in_eight_bits(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """Keep the moments of `inner` in eight bits between updates, small arrays apart, and hand them to it in float32."""
+
+    def each_moment(change, state):
+        def one(node):
+            if not isinstance(node, optax.ScaleByAdamState):
+                return node
+            mu, nu = (
+                jax.tree.map(lambda x, signed=signed: change(x, signed), moment, is_leaf=_is_eight_bits)
+                for moment, signed in ((node.mu, True), (node.nu, False))
+            )
+            return node._replace(mu=mu, nu=nu)
+
+        return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
+
+    def narrow(x, signed):
+        return eight_bits.encode(x, signed=signed) if eight_bits.worth(x) else x
+
+    def wide(x, signed):
+        return eight_bits.decode(x, signed=signed) if _is_eight_bits(x) else x
+
+    def init(params):
+        return each_moment(lambda x, signed: narrow(x.astype(jnp.float32), signed), inner.init(params))
+
+    def update(grads, state, params=None, **extra):
+        updates, exact = inner.update(grads, each_moment(wide, state), params, **extra)
+        return updates, each_moment(narrow, exact)
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _is_eight_bits(node: object) -> bool:
+    return isinstance(node, eight_bits.EightBits)
 
 
 _STATE_STREAM = 1  # keeps the rounding of states independent of that of weights

@@ -88,7 +88,7 @@ def train_step(config: models.ModelConfig, done: Work, *, extra_forward: bool = 
     return (3 - adapted + extra_forward) * forward(config, done)
 
 
-def traced(jaxpr: core.Jaxpr, *, sliding_window: int | None = None) -> int:
+def traced(jaxpr: core.Jaxpr, *, sliding_window: int | None = None, fp8: bool = False) -> int:
     """Return the operations of a program over all its devices, from its jaxpr.
 
     The body of a scan counts as often as it runs; what `jax.checkpoint` recomputes stands in the jaxpr; the body of a
@@ -97,23 +97,27 @@ def traced(jaxpr: core.Jaxpr, *, sliding_window: int | None = None) -> int:
     Args:
         jaxpr: of the whole program, after differentiation (`jitted.trace(...).jaxpr`).
         sliding_window: of the model; a kernel skips what lies beyond.
+        fp8: count only products of 8-bit floating-point numbers.
 
     Raises:
         ValueError: a matrix product in a loop of unknown length, or a kernel that KERNELS does not have.
     """
-    return sum(_equation(equation, sliding_window) for equation in jaxpr.eqns)
+    return sum(_equation(equation, sliding_window, fp8) for equation in jaxpr.eqns)
 
 
-def _equation(equation: core.JaxprEqn, window: int | None) -> int:
+def _equation(equation: core.JaxprEqn, window: int | None, fp8: bool) -> int:
     name = equation.primitive.name
     called = str(equation.params.get("name", ""))
     if called.startswith("chunked_attention") and any(len(_shape(variable)) == 6 for variable in equation.invars):
-        return _kernel(called, equation, window)  # without queries it is what differentiation moved out of the loops
+        return (
+            0 if fp8 else _kernel(called, equation, window)
+        )  # without queries it is what differentiation moved out of the loops
     if name == "dot_general":
-        return _product(equation)
+        narrow = all(variable.aval.dtype.itemsize == 1 and _is_float(variable) for variable in equation.invars)
+        return _product(equation) if narrow or not fp8 else 0
     if name in _OPAQUE:
-        return _kernel(called or name, equation, window)
-    inner = [traced(nested, sliding_window=window) for nested in _nested(list(equation.params.values()))]
+        return 0 if fp8 else _kernel(called or name, equation, window)
+    inner = [traced(nested, sliding_window=window, fp8=fp8) for nested in _nested(list(equation.params.values()))]
     if name == "cond":
         return max(inner)
     total = sum(inner)

@@ -65,6 +65,11 @@ class Capacity(NamedTuple):
     bandwidth: float  # of its memory, bytes/s
     link: float  # bytes/s that it sends to the devices that links reach, see `linked`
     network: float  # bytes/s that it sends to the others
+    fp8_flops: float | None = None  # products of 8-bit floating point, dense; None = it has none
+
+    def seconds(self, operations: float, *, fp8: float = 0.0) -> float:
+        """Return the seconds of matrix products at the data sheet's rates; `fp8` of them are of 8-bit numbers."""
+        return (operations - fp8) / self.flops + fp8 / (self.fp8_flops or self.flops)
 
 
 # Of the data sheet's dense bfloat16 rate, what a large product of XLA reached on the one device that was measured: 622
@@ -79,22 +84,22 @@ _GIB = 2**30
 # NVL72 (360 of 72) and L40S; a link is one direction of NVLink, and of PCIe 4.0 x16 on an L40S, which has no NVLink.
 # The bandwidth of B200 and GB200 is what XLA records, where the data sheet rounds up to 8 TB/s. The network is that of
 # the DGX A100, H100/H200, B200 and GB200: one adapter of 200 or 400 Gb/s per GPU; for the L40S that of NVIDIA's
-# reference servers for PCIe cards (2-8-5), 200 Gb/s per GPU.
+# reference servers for PCIe cards (2-8-5), 200 Gb/s per GPU. Dense FP8 products run at twice the bfloat16 rate.
 # TPUs: cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x; a link is one direction of all of a chip's ICI ports, of which
 # a slice may wire fewer (`plan.links`); the network is the data centre's ("DCN bandwidth per chip": 50, 100 and 100
 # Gb/s of v5p, v6e and TPU7x; v5e: 6.4 Tb/s of 256). The memory is what libtpu 0.0.50 lets a program use: it prints it
 # when a program asks for more. A v7x chip is two devices.
 CAPACITIES = {  # device_kind -> Capacity
     "NVIDIA A100-SXM4-80GB": Capacity(85_095_874_560, 312e12, 2039e9, 300e9, 25e9),
-    "NVIDIA H100 80GB HBM3": Capacity(84_978_434_048, 989e12, 3352e9, 450e9, 50e9),
-    "NVIDIA H200": Capacity(150_120_000_000, 989e12, 4800e9, 450e9, 50e9),
-    "NVIDIA B200": Capacity(191_514_411_008, 2250e12, 7672e9, 900e9, 50e9),
-    "NVIDIA GB200": Capacity(197_897_748_480, 2500e12, 7928e9, 900e9, 50e9),
-    "NVIDIA L40S": Capacity(47_674_000_000, 362e12, 864e9, 32e9, 25e9),
+    "NVIDIA H100 80GB HBM3": Capacity(84_978_434_048, 989e12, 3352e9, 450e9, 50e9, 1979e12),
+    "NVIDIA H200": Capacity(150_120_000_000, 989e12, 4800e9, 450e9, 50e9, 1979e12),
+    "NVIDIA B200": Capacity(191_514_411_008, 2250e12, 7672e9, 900e9, 50e9, 4500e12),
+    "NVIDIA GB200": Capacity(197_897_748_480, 2500e12, 7928e9, 900e9, 50e9, 5000e12),
+    "NVIDIA L40S": Capacity(47_674_000_000, 362e12, 864e9, 32e9, 25e9, 733e12),
     "TPU v5 lite": Capacity(int(15.75 * _GIB), 197e12, 819e9, 200e9, 3.125e9),
     "TPU v5": Capacity(int(95.73 * _GIB), 459e12, 2765e9, 600e9, 6.25e9),
     "TPU v6 lite": Capacity(int(31.24 * _GIB), 918e12, 1638e9, 400e9, 12.5e9),
-    "TPU7x": Capacity(int(94.74 * _GIB), 2307e12 / 2, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2),
+    "TPU7x": Capacity(int(94.74 * _GIB), 2307e12 / 2, 7380e9 / 2, 600e9 / 2, 12.5e9 / 2, 4614e12 / 2),
 }
 # chips -> arrangement of a slice
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}

@@ -57,6 +57,7 @@ class Outcome(NamedTuple):
     programs: list[Program]
     collectives: list[Collective]  # of a step
     operations: int  # of a mean step over all devices, recomputation included
+    fp8_operations: int  # of them, products of 8-bit floating-point numbers
     scoring_operations: int  # of one batch of the reference pass; 0 without
     moved: int  # bytes that the step's kernels without a matrix product read and write on each device
     candidates: list[auto_settings.Candidate]  # that were chosen from, the chosen one first
@@ -118,7 +119,7 @@ def compile_all(
     moments = made.state.bytes_on_device() - parameters
     found: list[Program] = []
     links: list[Collective] = []
-    operations = scoring_operations = moved = 0
+    operations = fp8_operations = scoring_operations = moved = 0
     for name, program, first, batch, beside in _runs(config, sizes, made, state, accumulation, moments):
         model_config = sizes.blueprint.model_config
         if name in (REFERENCE, REFERENCE_EVAL):
@@ -131,6 +132,7 @@ def compile_all(
         operations = round(counted * sizes.filled) if name == TRAIN_STEP else operations
         scoring_operations = counted if name == REFERENCE else scoring_operations
         if name == TRAIN_STEP and row.compiled:
+            fp8_operations = round(sizes.filled * flops.traced(traced.jaxpr.jaxpr, fp8=True))
             links, moved = collectives(text, mesh=made.mesh), traffic.moved(text)
         too_large = not row.compiled or (limit is not None and row.peak > limit)
         if name == TRAIN_STEP and too_large and not rest:
@@ -147,6 +149,7 @@ def compile_all(
         found,
         links,
         operations,
+        fp8_operations,
         scoring_operations,
         moved,
         settled.candidates,

@@ -16,7 +16,7 @@ from fpo_jax.plan.collectives import of_one_slice
 from fpo_jax.plan.compilation import Outcome
 
 ASSUMPTIONS = (
-    "the devices share the matrix products evenly; at best they run at the data sheet's dense bfloat16 rate, else at"
+    "the devices share the matrix products evenly; at best they run at the data sheet's dense rate, else at"
     f" {hardware.REACHED:.0%} of it, what an H200 reached",
     "memory at best: each pass over the layers reads their gathered weights once, each micro-batch adds to the gradient"
     " sums, the optimiser reads and writes its state; else every kernel without a product reads its operands and writes"
@@ -67,7 +67,7 @@ def estimate(outcome: Outcome, capacity: hardware.Capacity) -> Estimate:
     sent = sum(row.sent / rate for row, rate in zip(outcome.collectives, rates, strict=True))
     hidden = sum(row.hidden / rate for row, rate in zip(outcome.collectives, rates, strict=True))
     return Estimate(
-        compute=outcome.operations / outcome.layout.mesh.size / capacity.flops,
+        compute=capacity.seconds(outcome.operations, fp8=outcome.fp8_operations) / outcome.layout.mesh.size,
         memory=memory_traffic(outcome) / capacity.bandwidth,
         links=sent * filled,
         kernels=outcome.moved * filled / capacity.bandwidth,

@@ -235,7 +235,7 @@ class _Search:
     ):
         self._config, self._facts, self._layout, self._limit = config, facts, layout, limit
         self._rates, self._keeps_logits = capacity or CPU, capacity is not None
-        self._flops = self._rates.flops * (1 if capacity is None else hardware.REACHED)
+        self._reached = 1 if capacity is None else hardware.REACHED
         self._adapter = run_inputs.adapter(config, facts.model_config)
         self._shape_of: dict[int, StepShape] = {}
         self._state = self._gradients = 0  # bytes of a device
@@ -309,8 +309,13 @@ class _Search:
         assert mesh is not None
         adapted, fsdp, everything = self._adapter is not None, mesh.shape["fsdp"], remat in ("full", "offload")
         again = flops.Work(shape.work.tokens * everything, shape.work.pairs * (everything or remat == "dots"), 0)
-        operations = flops.train_step(model, shape.work, extra_forward=self._facts.loss.needs_batch_kl, adapted=adapted)
-        compute = (operations + flops.forward(model, again)) / mesh.size / self._flops
+        extra = self._facts.loss.needs_batch_kl
+        operations = flops.train_step(model, shape.work, extra_forward=extra, adapted=adapted)
+        operations += flops.forward(model, again)
+        fp8 = 0
+        if config.model.matmul_dtype == "fp8":
+            fp8 = 2 * flops.layer_weights(model) * ((3 - adapted + extra) * shape.work.tokens + again.tokens)
+        compute = rates.seconds(operations, fp8=fp8) / mesh.size / self._reached
         weights = flops.layer_weights(model) * jnp.dtype(config.model.compute_dtype).itemsize / mesh.shape["tensor"]
         reads = weights * (3 + everything)  # forward, again, and two products backward
         sums = 2 * self._gradients if shape.passes > 1 else 0
@@ -324,7 +329,7 @@ class _Search:
         """Seconds of the logits' product, which is done again where they are not kept."""
         assert self._layout.mesh is not None
         again = flops.forward(self._facts.model_config, flops.Work(0, 0, shape.work.scored))
-        return again / self._layout.mesh.size / self._flops
+        return self._rates.seconds(again) / self._layout.mesh.size / self._reached
 
     def _logits(self, config: configuration.Config, shape: StepShape) -> int:
         """Bytes of a device that logits take where `kept_logits` keeps them if they fit; 0 where it never does."""
@@ -344,6 +349,7 @@ class _Search:
             self._adapter,
             remat,
             config.model.compute_dtype,
+            config.model.matmul_dtype == "fp8",
             length,
             "xla" if attends == "xla" else "chunked",  # keeps what every flash attention keeps
         )
@@ -366,7 +372,13 @@ class _Search:
 
 @functools.lru_cache(maxsize=32)
 def _residual_bytes(
-    model_config: models.ModelConfig, adapter: models.Adapter | None, remat: str, dtype: str, length: int, kernel: str
+    model_config: models.ModelConfig,
+    adapter: models.Adapter | None,
+    remat: str,
+    dtype: str,
+    fp8: bool,
+    length: int,
+    kernel: str,
 ) -> int:
     """Bytes that the backward pass of the layers needs of one sequence, on one device: of two less those of one."""
     trained, frozen = (
@@ -385,6 +397,7 @@ def _residual_bytes(
                 remat=remat,
                 attention=attention.Selection(kernel, "to count what is kept"),
                 adapter=adapter,
+                fp8=fp8,
             )
 
         return jax.vjp(hidden_states, trained)[1]

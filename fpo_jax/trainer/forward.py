@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from fpo_jax import attention, logprobs, losses, models, sharding, types
 from fpo_jax import config as configuration
+from fpo_jax.perf import hardware
 from fpo_jax.trainer import run_schedule
 
 
@@ -29,6 +30,7 @@ class _Forward:
     attention: attention.Selection
     layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
     adapter: models.Adapter | None = None
+    fp8: bool = False  # products of the layers with their weights in 8 bits
 
     def _hidden_states(self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None) -> jax.Array:
         with jax.named_scope("model"):
@@ -44,6 +46,7 @@ class _Forward:
                 adapter=self.adapter,
                 dropout_key=dropout_key,
                 segments=batch.segments,
+                fp8=self.fp8,
             )
 
 
@@ -153,9 +156,12 @@ def for_steps(
     attends = attention_of(config, model_config, blueprint.lengths, layout)
     gathered = f"weights: {sharding.GATHER[layout.gather]}"
     attended = f"attention: {attends.implementation} ({attends.reason})"
-    choices = [gathered, attended, *_left_out(model_config)]
+    fp8 = config.model.matmul_dtype == "fp8"
+    choices = [gathered, attended, *_products(layout, fp8=fp8), *_left_out(model_config)]
     if model_config.reward_head:
-        forward_fn = RewardForward(model_config, dtype, config.model.remat, attends, layout, adapter=blueprint.adapter)
+        forward_fn = RewardForward(
+            model_config, dtype, config.model.remat, attends, layout, adapter=blueprint.adapter, fp8=fp8
+        )
         return forward_fn, [*choices, "head: one score at the last token of a row, float32"]
     head, kept = _head(config, blueprint, model_config, layout), config.kernel.kept_logits_mib
     sizes = {
@@ -177,6 +183,7 @@ def for_steps(
         temperature=blueprint.loss.temperature,
         layout=layout,
         adapter=blueprint.adapter,
+        fp8=fp8,
     )
     return forward_fn, [*choices, explained]
 
@@ -186,6 +193,15 @@ def kept_logits(config: configuration.Config, blueprint: run_schedule.Blueprint,
     if blueprint.model_config.reward_head:
         return None
     return logprobs.kept_if_unlimited(**_head(config, blueprint, blueprint.model_config, layout))
+
+
+def _products(layout: sharding.Layout, *, fp8: bool) -> list[str]:
+    """Say that matrices are multiplied in 8 bits, and where that is slower and not faster."""
+    assert layout.mesh is not None
+    device = layout.mesh.devices.flat[0]
+    native = hardware.capacity(device) is not None and hardware.capacity(device).fp8_flops is not None
+    where = "" if native else f"; emulated, and slow: a {device.device_kind} multiplies no 8-bit floating-point numbers"
+    return [f"products of the layers: fp8, e4m3 forward and e5m2 for gradients{where}"] if fp8 else []
 
 
 def _left_out(model_config: models.ModelConfig) -> list[str]:

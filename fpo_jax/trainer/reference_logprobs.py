@@ -88,6 +88,8 @@ class ReferencePass:
             "param_dtype": config.model.param_dtype,
             "compute_dtype": config.model.compute_dtype,
         }
+        if config.model.matmul_dtype != "compute_dtype":  # keeps the name of the files of before
+            parts["matmul_dtype"] = config.model.matmul_dtype
         path = self._folder / f"{name}-{fingerprint(parts)[:16]}.safetensors"
         positions = self._steps.batches.positions(batches.parts)
 
@@ -103,7 +105,8 @@ class ReferencePass:
             mine = load(path) if distributed.is_main_process() else np.zeros(prepared.rewards_BK.shape, np.float32)
         stored = distributed.from_first(mine)
         again = scored(verification_steps(batches.steps_per_epoch))
-        off = verify(stored, again, rtol=REFERENCE_RTOL[config.model.compute_dtype], path=path)
+        coarse = config.model.compute_dtype if config.model.matmul_dtype == "compute_dtype" else "bfloat16"
+        off = verify(stored, again, rtol=REFERENCE_RTOL[coarse], path=path)
         log.info("reference log-probs of %s: %s, verified to %.2g nats", name, path.name, off)
         return stored
 

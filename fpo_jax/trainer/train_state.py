@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from fpo_jax import config as configuration
 from fpo_jax import hf, sharding, types
 from fpo_jax.models import params
+from fpo_jax.optimizer import eight_bits
 from fpo_jax.trainer import run_schedule
 
 
@@ -124,10 +125,11 @@ class StateSharding:
         alone = sharding.replicated(self._mesh)
         moments = optax.tree_utils.tree_map_params(
             self._optimizer,
-            lambda _, place: place.with_memory_kind(sharding.HOST) if offload else place,
+            lambda moment, place: _places(moment, place.with_memory_kind(sharding.HOST) if offload else place),
             jax.eval_shape(self._optimizer.init, self._abstract(self._trained)),
             self.params,
             transform_non_params=lambda _: alone,
+            is_leaf=_is_eight_bits,
         )
         frozen = None if self._adapter is None else self._placed(self._frozen)
         return types.TrainState(self.params, moments, alone, frozen, alone)
@@ -140,6 +142,24 @@ class StateSharding:
     def _placed(self, entries: Sequence[params.Entry]) -> types.PyTree:
         axes = params.nest({entry.path: entry.axes for entry in entries})
         return sharding.param_shardings(axes, self._abstract(entries), mesh=self._mesh)
+
+
+def _is_eight_bits(node: object) -> bool:
+    return isinstance(node, eight_bits.EightBits)
+
+
+def _places(moment: types.PyTree, place: jax.sharding.NamedSharding) -> types.PyTree:
+    """Where a moment lives: as its parameter; the scales of its blocks too, but along axes that they do not fill."""
+    if not _is_eight_bits(moment):
+        return place
+    shape = moment.scales.shape
+    axes = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+    cut = [
+        axis if size % sharding.ways(place.mesh, axis) == 0 else None for size, axis in zip(shape, axes, strict=True)
+    ]
+    spec = jax.sharding.PartitionSpec(*cut)
+    scales = jax.sharding.NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)
+    return eight_bits.EightBits(place, scales)
 
 
 def bytes_on_device(tree: types.PyTree) -> int:

@@ -29,6 +29,7 @@ FIELDS = {
     "model.revision": CHECKED + "a revision of a directory",
     "model.param_dtype": ALWAYS,
     "model.compute_dtype": ALWAYS,
+    "model.matmul_dtype": ALWAYS,
     "model.dropout": SHARED + "a model may name no drop-out (tests/models/test_dropout.py)",
     "model.remat": ALWAYS,
     "model.attention": ALWAYS,

@@ -182,7 +182,7 @@ def test_what_cannot_fit_is_said_with_what_was_tried(folder, monkeypatch):
     def refuse(config, devices, **options):
         seen.append((config.train.micro_batch_per_device, config.model.remat, config.optim.offload, len(devices)))
         program = compilation.Program("step", 100, 5 * GIB - 100, 0, 0, 1.0, compiled=False)
-        return compilation.Outcome(config, layout, found, 1, [], 1, 1, 1, [program], [], 0, 0, 0, [])
+        return compilation.Outcome(config, layout, found, 1, [], 1, 1, 1, [program], [], 0, 0, 0, 0, [])
 
     config = bare(folder, train__micro_batch_per_device=2, train__batch_size=16)
     layout = sharding.make_layout(**config.mesh, devices=jax.devices())

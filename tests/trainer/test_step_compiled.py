@@ -14,6 +14,7 @@ from fpo_jax import logprobs, losses, models, sharding, types
 from fpo_jax.models import params
 from fpo_jax.optimizer import adamw
 from fpo_jax.perf import hardware
+from fpo_jax.plan import hlo
 from fpo_jax.trainer import batch_shapes, kept_logits, steps, train_step
 from tests import batches
 
@@ -74,20 +75,14 @@ def test_the_training_step_runs_the_kernel_by_default(target, sizes, kernel):
     assert kernel in text and "group_loss" in text
 
 
-TENSOR = {"mesh.fsdp": 1, "mesh.tensor": 8}
-
-
-@pytest.mark.parametrize("layout", ["padded", "shared"])
-@pytest.mark.parametrize(("target", "changes"), [("h100:8", {}), ("v5p-8", {}), ("v6e-8", TENSOR)], ids=str)
-@pytest.mark.parametrize("recipe", ["llama3_base", "pythia_hh_rw"])
-def test_the_update_of_a_recipe_holds_the_loss_kernel(recipe, target, changes, layout, tmp_path):
-    compiler = "jax_cuda13_plugin" if target.startswith("h") else "libtpu"
+def traced_step(recipe, target, folder, changes):
+    """Return the traced step of a recipe, at micro-batches of two, and its mesh."""
+    compiler = "libtpu" if "-" in target else "jax_cuda13_plugin"
     pytest.importorskip(compiler, reason=f"the compiler for {target} is not installed (make test-deviceless)")
     config = importlib.import_module(f"fpo_jax.configs.{recipe}").get_config()
     described = json.dumps(models.to_hf_config(plans.MODELS[plans.RECIPES[recipe]]))
-    tmp_path.joinpath("config.json").write_text(described)
-    changes = {**changes, "model.path": str(tmp_path), "data.layout": layout, "plan.groups": 1000}
-    changes |= {"model.remat": "full", "train.micro_batch_per_device": 2}
+    folder.joinpath("config.json").write_text(described)
+    changes = {**changes, "model.path": str(folder), "plan.groups": 1000, "train.micro_batch_per_device": 2}
     with config.unlocked():
         config.update_from_flattened_dict(changes)
     mesh = sharding.make_layout(**config.mesh, devices=hardware.all_devices(target))
@@ -95,7 +90,39 @@ def test_the_update_of_a_recipe_holds_the_loss_kernel(recipe, target, changes, l
     made = steps.build(config, found.blueprint, mesh)
     per_device = config.train.micro_batch_per_device
     batch = kept_logits.abstract_batch(made, config, found.train_step, per_device, accumulation=found.accumulation)
-    update = kept_logits.traced(made.train, made.state.abstract(), batch)
+    return kept_logits.traced(made.train, made.state.abstract(), batch), made.mesh
+
+
+TENSOR = {"mesh.fsdp": 1, "mesh.tensor": 8}
+
+
+@pytest.mark.parametrize("layout", ["padded", "shared"])
+@pytest.mark.parametrize(("target", "changes"), [("h100:8", {}), ("v5p-8", {}), ("v6e-8", TENSOR)], ids=str)
+@pytest.mark.parametrize("recipe", ["llama3_base", "pythia_hh_rw"])
+def test_the_update_of_a_recipe_holds_the_loss_kernel(recipe, target, changes, layout, tmp_path):
+    update, _ = traced_step(recipe, target, tmp_path, changes | {"data.layout": layout, "model.remat": "full"})
     platform = "cuda" if target.startswith("h") else "tpu"
     text = update.lower(lowering_platforms=(platform,)).as_text()
     assert "group_loss" in text and ("mosaic_gpu" if platform == "cuda" else "token_stats") in text
+
+
+@pytest.mark.parametrize("target", ["h100:8", "b200:8"])
+def test_the_layers_multiply_8_bit_numbers_and_gather_them(target, tmp_path):
+    changes = {"data.layout": "shared", "model.remat": "dots", "model.matmul_dtype": "fp8"}
+    update, mesh = traced_step("llama3_base", target, tmp_path, changes)
+    computations, _ = hlo.parse(hardware.compile_traced(update, mesh).as_text())
+    instructions = [
+        (instruction, computation)
+        for computation in computations.values()
+        for instruction in computation.instructions.values()
+    ]
+    products = [
+        sorted(computation.instructions[name].result.split("[")[0] for name in instruction.operands)
+        for instruction, computation in instructions
+        if instruction.opcode == "dot"
+    ]
+    matrices = 7  # of a layer
+    assert products.count(["f8e4m3fn", "f8e4m3fn"]) == matrices
+    assert products.count(["f8e4m3fn", "f8e5m2"]) == 2 * matrices
+    gathered = [instruction.result for instruction, _ in instructions if instruction.opcode == "all-gather-start"]
+    assert sum("f8e4m3fn" in result for result in gathered) >= 2  # forward and backward, one or several at once
