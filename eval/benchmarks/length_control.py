@@ -184,8 +184,8 @@ def _regress(features_NF: np.ndarray, targets_N: np.ndarray, weights_N: np.ndarr
         from sklearn import linear_model, model_selection
     except ImportError as error:
         raise ValueError(
-            "length control fits a logistic regression with scikit-learn, which is not installed: pip install"
-            " 'fpo_jax[eval]'."
+            "length control fits a logistic regression with scikit-learn, which is not installed; run pip"
+            " install 'scikit-learn>=1.8'."
         ) from error
     count = len(targets_N)
     features_MF = np.concatenate([features_NF, features_NF])  # M = 2 N

@@ -75,7 +75,7 @@ def _write(options: Options, summaries: list[dict[str, Any]], out: Path) -> Path
 def require_matplotlib() -> None:
     """Raise ValueError where the plots could not be drawn, before anything else is done."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("the report's plots need matplotlib; pip install 'fpo_jax[report]'.")
+        raise ValueError("the report's plots need matplotlib; run pip install matplotlib.")
 
 
 def audit(parts: dict[str, Any]) -> Table:

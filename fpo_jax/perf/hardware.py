@@ -200,7 +200,7 @@ def tpu_devices(target: str) -> list[Any]:
         raise ValueError(f"target {target!r}: there is no {name} slice of {count}; use one of {_list(sizes)}")
     if times and (not slices.isdigit() or int(slices) < 1):
         raise ValueError(f"target {target!r} does not say how many slices of {count}; write {name}-2x{count} for two")
-    require("libtpu", "tpu", target)
+    require("libtpu", "jax[tpu]", target)
     options: dict[str, Any] = {"chips_per_host_bounds": [1, 1, 1]} if sizes[int(count)] == "1x1" else {}
     if slices not in ("", "1"):
         options["num_slices"] = int(slices)
@@ -225,7 +225,7 @@ def gpu_devices(target: str) -> list[Any]:
         raise ValueError(
             f"target {target!r} does not end in a number of GPUs; write {name}:8, or {name}:2x8 for two hosts"
         )
-    require("jax_plugins.xla_cuda13", "cuda", target)
+    require("jax_plugins.xla_cuda13", "jax[cuda13]", target)
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin looks for a driver otherwise
     return topologies.get_topology_desc(
         platform="cuda",
@@ -235,7 +235,7 @@ def gpu_devices(target: str) -> list[Any]:
     ).devices
 
 
-def require(module: str, extra: str, target: str) -> None:
+def require(module: str, package: str, target: str) -> None:
     """Raise ValueError where the compiler for a target is not installed."""
     try:
         found = importlib.util.find_spec(module)
@@ -243,7 +243,7 @@ def require(module: str, extra: str, target: str) -> None:
         found = None
     if found is None:
         raise ValueError(
-            f"target {target!r} needs its compiler, and {module} is not installed; run pip install 'fpo_jax[{extra}]'"
+            f"target {target!r} needs its compiler, and {module} is not installed; run pip install '{package}'"
         )
 
 

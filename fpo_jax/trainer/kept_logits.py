@@ -101,7 +101,7 @@ def traced(program: compiled_step.CompiledStep, first: Any, batch: Any) -> jax.s
         if "cuDNN" not in str(error):
             raise
         raise ValueError(
-            f"cuDNN attention needs cuDNN's library to be compiled ({error}); run pip install 'fpo_jax[cuda]', or set"
+            f"cuDNN attention needs cuDNN's library to be compiled ({error}); run pip install 'jax[cuda13]', or set"
             " model.attention=xla for another memory and speed."
         ) from error
 

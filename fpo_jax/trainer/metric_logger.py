@@ -88,7 +88,7 @@ class Writers:
                 import wandb  # pyright: ignore[reportMissingImports]
             except ImportError:
                 raise ValueError(
-                    f"logging.wandb_project={wandb_project!r} needs the wandb package; install fpo_jax[wandb] or unset"
+                    f"logging.wandb_project={wandb_project!r} needs the wandb package; run pip install wandb, or unset"
                     " it."
                 ) from None
             self._wandb = wandb.init(

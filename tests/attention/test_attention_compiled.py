@@ -29,14 +29,14 @@ needs_mosaic = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the GP
 
 
 def needs_compiler(target):
-    name, extra = ("libtpu", "tpu") if "-" in target else ("jax_cuda13_plugin", "cuda")
-    pytest.importorskip(name, reason=f"the compiler for {target} is not installed (pip install 'fpo_jax[{extra}]')")
+    name, extra = ("libtpu", "tpu") if "-" in target else ("jax_cuda13_plugin", "cuda13")
+    pytest.importorskip(name, reason=f"the compiler for {target} is not installed (pip install 'jax[{extra}]')")
 
 
 def needs_cudnn(target):
     needs_compiler(target)
     if importlib.util.find_spec("nvidia.cudnn") is None:
-        pytest.skip("cuDNN is not installed (pip install 'fpo_jax[cuda]'): JAX asks for its version")
+        pytest.skip("cuDNN is not installed (pip install 'jax[cuda13]'): JAX asks for its version")
 
 
 def make_layout(target, sizes):

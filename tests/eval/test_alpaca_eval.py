@@ -342,7 +342,7 @@ def test_length_control_refuses_what_it_cannot_tell(synthetic, tmp_path):
 def test_scikit_learn_is_asked_for_where_it_is_missing(synthetic, monkeypatch):
     gamed, annotations, _ = synthetic
     monkeypatch.setitem(__import__("sys").modules, "sklearn", None)
-    with pytest.raises(ValueError, match=r"not installed: pip install 'fpo_jax\[eval\]'"):
+    with pytest.raises(ValueError, match=r"not installed; run pip install 'scikit-learn>=1.8'"):
         controlled(annotations, gamed)
 
 

@@ -38,7 +38,7 @@ def _numbers(pattern, text):
     ],
 )
 def test_kernels_fit_in_registers_and_shared_memory(C, dtype, segments, window, tmp_path, monkeypatch):
-    pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is not installed (pip install 'fpo_jax[cuda]')")
+    pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is not installed (pip install 'jax[cuda13]')")
     for what in ("PTX", "PTXAS", "RESOURCES"):
         monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{what}", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))

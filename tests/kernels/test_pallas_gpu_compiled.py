@@ -29,7 +29,7 @@ SIZES = [(4096, 32000, {}), (4096, 128256, {}), (3584, 256000, {"softcap": 30.0}
 @pytest.fixture
 def compile_for_h100(tmp_path, monkeypatch):
     """Compile a function of arrays with these (shape, dtype); what ptxas says goes to `tmp_path`."""
-    pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is not installed (pip install 'fpo_jax[cuda]')")
+    pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is not installed (pip install 'jax[cuda13]')")
     for what in ("PTX", "PTXAS", "RESOURCES"):
         monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{what}", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))

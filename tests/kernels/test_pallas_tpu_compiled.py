@@ -24,7 +24,7 @@ BACKWARD_BYTES = 512 * MIB
 
 @pytest.fixture(autouse=True)
 def compiler():
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install 'fpo_jax[tpu]')")
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed (pip install 'jax[tpu]')")
 
 
 def arrays(target, *shapes_and_dtypes):

@@ -35,7 +35,7 @@ WINDOW = (((), jnp.int32),) * 2
 @pytest.fixture
 def compile_for(tmp_path):
     """Compile a function for a GPU, of arrays with these (shape, dtype); what its kernels take goes to `tmp_path`."""
-    pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is not installed (pip install 'fpo_jax[cuda]')")
+    pytest.importorskip("jax_cuda13_plugin", reason="the CUDA compiler is not installed (pip install 'jax[cuda13]')")
 
     def compile_(gpu, function, *arrays):
         here = NamedSharding(hardware.mesh(f"{gpu}:1"), PartitionSpec())

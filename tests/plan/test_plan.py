@@ -319,12 +319,16 @@ def test_unknown_targets(folder, target, message):
         plan.run(bare(folder), target)
 
 
-@pytest.mark.parametrize(("target", "module", "extra"), [("v5e-16", "libtpu", "tpu"), ("h100:4", "xla_cuda13", "cuda")])
-def test_a_missing_compiler_names_the_extra(folder, target, module, extra, monkeypatch):
+@pytest.mark.parametrize(
+    ("target", "module", "extra"), [("v5e-16", "libtpu", "tpu"), ("h100:4", "xla_cuda13", "cuda13")]
+)
+def test_a_missing_compiler_names_what_pip_can_install(folder, target, module, extra, monkeypatch):
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     hardware.tpu_devices.cache_clear()
     hardware.gpu_devices.cache_clear()
-    with pytest.raises(ValueError, match=rf"needs its compiler, and .*{module} is not installed; .*fpo_jax\[{extra}\]"):
+    with pytest.raises(
+        ValueError, match=rf"needs its compiler, and .*{module} is not installed; run pip install 'jax\[{extra}\]"
+    ):
         plan.run(bare(folder), target)
 
 
