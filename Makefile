@@ -4,6 +4,7 @@
 # make test-faults   inject faults: flipped bits, full disks, killed runs (minutes)
 # make test-lowest   install the lowest releases that pyproject.toml allows, into an environment of their own; a smoke test
 # make lock          renew requirements/, the releases that are installed here;  LOCK= installs the newest instead
+# make docs          build the site of docs/ into build/site; a broken link fails it
 # make test-deviceless   compile the kernels for TPUs and GPUs that are not here (installs their compilers, 2.1 GB)
 PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 LOCK ?= $(wildcard requirements/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
 
-.PHONY: quickstart test tests test-all test-faults test-lowest lock test-deviceless lint format clean
+.PHONY: quickstart test tests test-all test-faults test-lowest lock docs test-deviceless lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m eval.quickstart.quickstart --workdir $(WORKDIR)
@@ -37,6 +38,10 @@ lock: $(VENV)/installed-test
 	for version in 3.11 3.12 3.13; do $(BIN)/uv pip compile --quiet --upgrade --generate-hashes --no-annotate \
 	  --custom-compile-command "make lock" --python-version $$version --extra report --extra eval --extra tensorboard \
 	  pyproject.toml --output-file requirements/python$$version.txt || exit 1; done
+
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 # The two compilers cannot meet in one process: each has a folder of its own, outside of the environment.
 test-deviceless: $(VENV)/installed-compilers
@@ -64,6 +69,10 @@ $(VENV)/installed: pyproject.toml $(LOCK)
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 $(VENV)/installed-compilers: $(VENV)/installed-test

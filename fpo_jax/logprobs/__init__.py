@@ -2,7 +2,7 @@
 
 sequence_logprobs  `completion_logps`, and `completion_losses` one step further
 dispatch           which kernel runs, and why
-coverage           the table of targets, meshes and layouts that the READMEs show: `python -m fpo_jax.logprobs.coverage`
+coverage           what runs where: the table of docs/performance.md, `python -m fpo_jax.logprobs.coverage`
 """
 
 from fpo_jax.kernels.lm_head.head_loss import sum_slots

@@ -1,6 +1,6 @@
 """What runs where, as a table: the answers of `select`, for every accelerator and mesh.
 
-python -m fpo_jax.logprobs.coverage          the table of README.md and kernels/README.md
+python -m fpo_jax.logprobs.coverage          the table of docs/performance.md and kernels/README.md
 python -m fpo_jax.logprobs.coverage --full   one line for each target, mesh and layout
 """
 

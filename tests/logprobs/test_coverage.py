@@ -1,4 +1,4 @@
-"""What the READMEs say runs where is what `select` answers, and the loss is inside where it has to be."""
+"""What the pages say runs where is what `select` answers, and the loss is inside where it has to be."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from fpo_jax.logprobs import coverage
 from tests.paths import REPO
 
 
-@pytest.mark.parametrize("name", ["README.md", "kernels/README.md"])
+@pytest.mark.parametrize("name", ["docs/performance.md", "kernels/README.md"])
 def test_the_table_of_the_readme_is_what_choose_answers(name):
     text = REPO.joinpath(name).read_text()
     begin, end = "<!-- what runs where: python -m fpo_jax.logprobs.coverage -->\n", "\n<!-- end of what runs where -->"
