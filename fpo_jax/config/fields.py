@@ -39,7 +39,9 @@ HOST = "host"  # changes no number of any step
 DTYPES = ("float32", "bfloat16")
 STATE_DTYPES = (*DTYPES, "int8")
 MATMUL_DTYPES = ("compute_dtype", "fp8")
-FORMATS = ("hh", "chat_pairs", "chat_groups", "json", "tldr", "tldr_sft", "imdb", "messages", "demonstrations")
+FORMATS = ("auto", "hh", "chat_pairs", "chat_groups", "json", "tldr", "tldr_sft", "imdb", "messages", "demonstrations")
+FORMATS += ("sharegpt", "alpaca", "text", "labelled", "liked", "rankings", "scored_pairs", "text_pairs")
+FORMATS += ("transcript_chats",)
 STAGES = ("sft", "reward", "align")
 REMAT = ("auto", "none", "dots_and_attention", "dots", "full", "offload")
 ATTENTION = ("auto", "xla", "chunked", "cudnn", "mosaic", "splash")
@@ -87,7 +89,13 @@ FIELDS = (
     Field("tokenizer.chat_template", str, "", "Named key, Jinja file or Jinja text; empty = the tokenizer's."),
     Field("tokenizer.chat_template_kwargs", str, "", 'JSON object of template variables: {"enable_thinking": false}.'),
     Field("tokenizer.eos_token", str, "", "Spelling; empty = the tokenizer's."),
-    Field("data.format", str, "json", "What the examples look like.", FORMATS),
+    Field(
+        "data.format",
+        str,
+        "auto",
+        "What the examples look like; auto: what their columns say (docs/datasets.md).",
+        FORMATS,
+    ),
     Field("data.train", str, "", "File, directory or hub name."),
     Field("data.train_split", str, "", "Split of a hub or saved data set; empty for a file."),
     Field("data.train_rows", str, "", "Slice of the examples, 0:1600; empty = all."),

@@ -1,7 +1,9 @@
 """Examples -> tokenised groups -> batches. NumPy on the host; no JAX arrays, no torch.
 
 loading            files, saved data sets and hub names -> rows; tabular_files and columns read and name them
-formats            rows of a named format -> `Records`; hh_rlhf and imdb are two of them
+formats            rows of a named format -> `Records`; hh_rlhf and imdb are two of them, common_formats has what other
+                   trainers read; values checks what a row holds
+auto_format        which format a source has, by its columns
 mixture            several sources as one
 decontamination    records that repeat a benchmark are dropped
 record_file        records on disk while a large set is tokenised

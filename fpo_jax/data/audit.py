@@ -78,6 +78,7 @@ class Audit(NamedTuple):
     packed: Packed | None = None
     left_out: int = 0  # sound groups that `prepare` was told not to keep
     example: dict[str, Any] | None = None  # a conversation and its ids, by which an export is checked
+    format: str = ""  # of the rows, and why, where it was found and not named
 
     def with_packed(self, rows: int, *, length: int) -> "Audit":
         """Return the audit of the same texts packed into so many rows."""
@@ -103,6 +104,7 @@ class Audit(NamedTuple):
             f"data audit, rule {self.rule}: {self.rows_read:,} rows read, {self.groups:,} groups of {self.group_size} "
             f"kept{self._left_out()}, {self.tokens:,} tokens, {self.scored_tokens:,} scored"
         ]
+        lines += [f"  format {self.format}"] if self.format else []
         lines.append(f"  prompt format: {self.prompt_format}")
         lines += [f"  warning: {warning}" for warning in self.warnings]
         lines += [_reason("dropped", name, sources) for name, sources in self.dropped.items()]
@@ -177,6 +179,7 @@ def audit(
     buckets: Sequence[int],
     left_out: int = 0,
     example: dict[str, Any] | None = None,
+    format: str = "",
 ) -> Audit:
     """Count everything worth knowing about prepared rows.
 
@@ -191,6 +194,7 @@ def audit(
         buckets: row lengths for the padding share.
         left_out: sound groups that were not kept.
         example: a conversation of the rows, with its ids.
+        format: of the rows, and why, where it was found.
     """
     shape_BK = prepared.rewards_BK.shape
     prompt_cut_N, completion_cut_N, merged_N = facts_N4[:, 1], facts_N4[:, 2], facts_N4[:, 3]
@@ -230,6 +234,7 @@ def audit(
         buckets=_buckets(prepared.lengths_N.reshape(shape_BK), buckets),
         left_out=left_out,
         example=example,
+        format=format,
     )
 
 

@@ -112,7 +112,7 @@ def clean(records: Records, benchmarks: Iterable[str], *, workers: int = 1) -> R
         repeating |= found.keys()
         dropped += found.values()
     rows = record_file.take(records.rows, [number for number in range(count) if number not in repeating])
-    return Records(rows, {**records.dropped, **({REASON: dropped} if dropped else {})}, records.noted)
+    return records._replace(rows=rows, dropped={**records.dropped, **({REASON: dropped} if dropped else {})})
 
 
 def _repeating(state: tuple[Sequence[Record], Mapping[int, set[str]]], numbers: range) -> dict[int, str]:

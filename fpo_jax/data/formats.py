@@ -15,6 +15,8 @@ their rewards and the file and line it came from, beside a list of what was drop
                 came before, so that all of them are trained on
     demonstrations  columns prompt and completion (or chosen), texts or messages
     prompts     column prompt: for generation, without completions
+    sharegpt, alpaca, text, labelled, liked, rankings, scored_pairs, text_pairs, transcript_chats: see `common_formats`
+    auto        the one of them that fits the columns of the first rows, under other names too: see `auto_format`
 
 Demonstrations have one completion and are for fine-tuning (data.group_size=1); every other format serves it too, with
 the best completion of each record.
@@ -28,8 +30,7 @@ empty, identical or too long is the business of `prepare`.
 
 import array
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerFast
 
 from fpo_jax.config import choices
-from fpo_jax.data import columns, hh_rlhf, imdb, loading, record_file
+from fpo_jax.data import auto_format, columns, common_formats, hh_rlhf, imdb, loading, record_file, values
 from fpo_jax.data.record_file import Message, Record
 from fpo_jax.io.jsonl import BadRow
 
@@ -47,15 +48,16 @@ _WRITTEN = 1000  # records in memory before they are written, where they are
 
 
 class Records(NamedTuple):
-    """What a reader made of a source: the records, and the rows it dropped or remarked on, by reason."""
+    """What a reader made of a source: the records, the rows it dropped or remarked on, by reason, and the format."""
 
     rows: Sequence[Record]
     dropped: Mapping[str, Sequence[str]] = MappingProxyType({})  # reason -> sources
     noted: Mapping[str, Sequence[str]] = MappingProxyType({})  # odd, dropped or not
+    format: str = ""  # that was found, and why; "" where it was named
 
 
 def read(
-    source: str | Path,
+    source: str | Path | Iterable[Mapping[str, Any]],
     *,
     format: str,
     split: str | None = None,
@@ -67,13 +69,16 @@ def read(
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
     writer: record_file.Writer | None = None,
+    wants: str = "any",
+    rule: str = "",
+    name: str = "rows",
 ) -> Records:
     """Read preference records.
 
     Args:
         source: a file; a directory (its files of one kind in the order of their names; where it has none, those in
             folders below it, as in a copy of a hub data set; or what `datasets.save_to_disk` wrote); or a hub name
-            `owner/name`. A path that does not exist is an error.
+            `owner/name`; or rows in memory, of which each is a mapping. A path that does not exist is an error.
         format: one of those above.
         split: of a hub name or saved data set; in a directory, the files named `split.*` or `split-*`, or in a folder
             named `split`.
@@ -87,6 +92,9 @@ def read(
         tokenizer: of the model; format `imdb` counts a prompt's tokens with it, and nothing else does.
         writer: of the file that the records stand in while they are used; None = they stay in memory, as those of
             `imdb` do, which are drawn in an order of their own.
+        wants: what the records are for, which decides between formats that `auto` could take; see `auto_format.WANTS`.
+        rule: of the run; see `auto_format.find`.
+        name: of rows in memory, in messages.
 
     Returns:
         The records in the order of the source; reviews in that of `imdb.alternating`, from `start` to `stop` of it.
@@ -95,7 +103,7 @@ def read(
         ValueError: no such source, a damaged file, bad rows (each as "file:line: fact"), no rows at all; no tokenizer
             for reviews.
     """
-    choices.check("format", format, list(_PARSERS))
+    choices.check("format", format, [auto_format.AUTO, *_PARSERS])
     choices.check("hh_split", hh_split, list(hh_rlhf.SPLITS))
     choices.check("on_bad_row", on_bad_row, ["error", "skip"])
     if format != "hh" and hh_split != "last_turn":
@@ -104,8 +112,26 @@ def read(
         raise ValueError(f"start={start}, stop={stop} selects no rows; need 0 <= start < stop")
     if format == "imdb" and tokenizer is None:
         raise ValueError("format='imdb' cuts reviews by a model's tokens, and none is at hand; give a file of prompts")
+    described, found_rows = name, _in_memory(source, name)
+    if isinstance(source, str | Path):
+        described = str(source)
+        found_rows = loading.rows(described, split=split, data_dir=data_dir, revision=revision)
+    settled = None
+    if format == auto_format.AUTO:
+        first = list(itertools.islice(found_rows, auto_format.LOOKED_AT))
+        if not first:
+            raise ValueError(f"{described}: no rows")
+        try:
+            settled = auto_format.find([row for _, row in first], wants=wants, rule=rule)
+        except ValueError as error:
+            raise ValueError(f"{described}: {error}") from error
+        format, found_rows = settled.format, itertools.chain(first, found_rows)
+    if format == "text" and rule == "chat":
+        raise ValueError(
+            f"{described} holds plain texts, and data.rule='chat' renders conversations; set --config.data.rule=raw and"
+            " --config.data.max_completion_length."
+        )
     parse, column_sets = _PARSERS[format]
-    found_rows = loading.rows(str(source), split=split, data_dir=data_dir, revision=revision)
     rows: list[Record] = []
     starts = array.array("q")  # of those in the file
     writer = None if format == "imdb" else writer
@@ -116,7 +142,8 @@ def read(
     for where, row in itertools.islice(imdb.alternating(found_rows) if format == "imdb" else found_rows, start, stop):
         count += 1
         try:
-            used = columns.used(_columns(row), column_sets)
+            row = values.columns_of(row if settled is None else settled.row(row))
+            used = columns.used(row, column_sets)
             found = _with_system(parse(used, hh_split), row.get("system"))
         except BadRow as problem:
             problems.append(f"{where}: {problem}")
@@ -129,9 +156,9 @@ def read(
         if isinstance(found, hh_rlhf.Dropped):
             dropped.setdefault(found.reason, []).append(where)
             continue
-        described = ["system"] if _says(found.prompt, row.get("system")) else []
-        for name in columns.unused(row, *used, *described):
-            noted.setdefault(columns.NOT_USED + name, []).append(where)
+        also = ["system"] if _says(found.prompt, row.get("system")) else []
+        for column in columns.unused(row, *used, *also):
+            noted.setdefault(columns.NOT_USED + column, []).append(where)
         if found.more:
             parts = [found, *found.more]
             rows += [Record(*part[:3], f"{where}#{number}") for number, part in enumerate(parts)]
@@ -141,32 +168,30 @@ def read(
             writer.write(rows, starts)
             rows = []
     _check_problems(problems, count, on_bad_row)
-    columns.warn(str(source), format, noted)
+    columns.warn(described, format, noted)
     if count == 0:
-        raise ValueError(f"{source}: no rows" + (f" from row {start} on" if start else ""))
+        raise ValueError(f"{described}: no rows" + (f" from row {start} on" if start else ""))
+    why = "" if settled is None else f"{format}: {settled.why}"
     if format == "imdb" and tokenizer is not None:
         rows = _cut_reviews(rows, tokenizer, dropped)
     if writer is None:
-        return Records(rows, dropped, noted)
+        return Records(rows, dropped, noted, why)
     writer.write(rows, starts)
-    return Records(writer.records(starts), dropped, noted)
+    return Records(writer.records(starts), dropped, noted, why)
 
 
-class _Parsed(NamedTuple):
-    prompt: str | list[Message]
-    completions: Sequence[str | Message]
-    rewards: Sequence[float]
-    note: str = ""
-    more: Sequence["_Parsed"] = ()  # other records of the same row
+def _in_memory(rows: Any, name: str) -> Iterator[tuple[str, Any]]:
+    for index, row in enumerate(rows):
+        yield f"{name}[{index}]", dict(row) if isinstance(row, Mapping) else row
 
 
-def _with_system(found: _Parsed | hh_rlhf.Dropped, system: Any) -> _Parsed | hh_rlhf.Dropped:
+def _with_system(found: values.Parsed | hh_rlhf.Dropped, system: Any) -> values.Parsed | hh_rlhf.Dropped:
     """Open prompts of messages without a system turn with the text of the row's column `system`."""
     if isinstance(found, hh_rlhf.Dropped) or not isinstance(system, str) or not system.strip():
         return found
     if isinstance(found.prompt, str) or any(turn["role"] == "system" for turn in found.prompt):
         return found
-    first = {"role": "system", "content": _text(system, "system")}
+    first = {"role": "system", "content": values.text(system, "system")}
     opened, *more = (part._replace(prompt=[first, *part.prompt]) for part in (found, *found.more))
     return opened._replace(more=more)
 
@@ -176,8 +201,8 @@ def _says(prompt: str | list[Message], system: Any) -> bool:
     return isinstance(prompt, list) and {"role": "system", "content": system} in prompt
 
 
-def _parse_hh(row: dict[str, Any], hh_split: str) -> _Parsed | hh_rlhf.Dropped:
-    chosen, rejected = _text(row["chosen"], "chosen"), _text(row["rejected"], "rejected")
+def _parse_hh(row: dict[str, Any], hh_split: str) -> values.Parsed | hh_rlhf.Dropped:
+    chosen, rejected = values.text(row["chosen"], "chosen"), values.text(row["rejected"], "rejected")
     try:
         pair = hh_rlhf.SPLITS[hh_split](chosen, rejected)
     except ValueError as error:
@@ -185,21 +210,21 @@ def _parse_hh(row: dict[str, Any], hh_split: str) -> _Parsed | hh_rlhf.Dropped:
     note = "odd_turns" if hh_rlhf.has_odd_turns(chosen) or hh_rlhf.has_odd_turns(rejected) else ""
     if isinstance(pair, hh_rlhf.Dropped):
         return pair._replace(note=note)
-    return _Parsed(pair.prompt, [pair.chosen, pair.rejected], [1.0, 0.0], note)
+    return values.Parsed(pair.prompt, [pair.chosen, pair.rejected], [1.0, 0.0], note)
 
 
-def _parse_chat_pairs(row: dict[str, Any], _: str) -> _Parsed | hh_rlhf.Dropped:
-    chosen, rejected = (_messages(row[name], name) for name in ("chosen", "rejected"))
+def _parse_chat_pairs(row: dict[str, Any], _: str) -> values.Parsed | hh_rlhf.Dropped:
+    chosen, rejected = (values.messages(row[name], name) for name in ("chosen", "rejected"))
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             roles = ", ".join(turn["role"] for turn in turns)
             raise BadRow(f"{name} must be a prompt and one assistant turn last, but its turns are {roles}")
     if chosen[:-1] != rejected[:-1]:
         return hh_rlhf.Dropped("prompts_differ")
-    return _Parsed(chosen[:-1], [chosen[-1], rejected[-1]], [1.0, 0.0])
+    return values.Parsed(chosen[:-1], [chosen[-1], rejected[-1]], [1.0, 0.0])
 
 
-def _parse_json(row: dict[str, Any], _: str) -> _Parsed:
+def _parse_json(row: dict[str, Any], _: str) -> values.Parsed:
     if "completions" in row:
         completions, rewards = row["completions"], row["rewards"]
         if not isinstance(completions, list) or not isinstance(rewards, list) or len(completions) != len(rewards):
@@ -208,15 +233,16 @@ def _parse_json(row: dict[str, Any], _: str) -> _Parsed:
             raise BadRow(f"{len(completions)} completions; a group needs at least 2")
     else:
         completions, rewards = [row["chosen"], row["rejected"]], [1.0, 0.0]
-    prompt = row["prompt"]
-    prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
-    read_completions = [_completion(completion, prompt, index) for index, completion in enumerate(completions)]
+    prompt = values.prompt(row["prompt"])
+    read_completions = [values.completion(completion, prompt, index) for index, completion in enumerate(completions)]
     if len({type(completion) for completion in read_completions}) > 1:
         raise BadRow("some completions are texts and some are messages")
-    return _Parsed(prompt, read_completions, [_reward(reward, index) for index, reward in enumerate(rewards)])
+    return values.Parsed(
+        prompt, read_completions, [values.reward(reward, index) for index, reward in enumerate(rewards)]
+    )
 
 
-def _parse_chat_groups(row: dict[str, Any], _: str) -> _Parsed:
+def _parse_chat_groups(row: dict[str, Any], _: str) -> values.Parsed:
     return _parse_json(
         {"prompt": row["prompt"], "completions": row["all_generated_responses"], "rewards": row["all_rm_scores"]}, _
     )
@@ -224,39 +250,41 @@ def _parse_chat_groups(row: dict[str, Any], _: str) -> _Parsed:
 
 def _tldr_prompt(post: dict[str, Any], name: str) -> str:
     columns.require(post, "subreddit", "title", "post")
-    subreddit, title, text = (_text(post[key], f"{name}{key}") for key in ("subreddit", "title", "post"))
+    subreddit, title, text = (values.text(post[key], f"{name}{key}") for key in ("subreddit", "title", "post"))
     return f"SUBREDDIT: r/{subreddit}\nTITLE: {title}\nPOST: {text}\nTL;DR:"
 
 
-def _parse_tldr(row: dict[str, Any], _: str) -> _Parsed | hh_rlhf.Dropped:
+def _parse_tldr(row: dict[str, Any], _: str) -> values.Parsed | hh_rlhf.Dropped:
     """Summaries follow the prompt after one space, stripped."""
     summaries, choice = row["summaries"], row["choice"]
     if not isinstance(row["info"], dict):
-        raise BadRow(f"info must be an object, not {_kind(row['info'])}")
+        raise BadRow(f"info must be an object, not {values.kind(row['info'])}")
     if row["info"].get("post") is None:  # news articles of the same set have none
         return hh_rlhf.Dropped("no_post")
     if not isinstance(summaries, list) or len(summaries) != 2 or not all(isinstance(one, dict) for one in summaries):
         raise BadRow("summaries must be a list of two objects with text")
     if type(choice) is not int or choice not in (0, 1):
         raise BadRow(f"choice must be 0 or 1, not {choice!r}")
-    texts = [" " + _text(one.get("text"), f"summaries[{index}].text").strip() for index, one in enumerate(summaries)]
-    return _Parsed(_tldr_prompt(row["info"], "info."), [texts[choice], texts[1 - choice]], [1.0, 0.0])
+    texts = [
+        " " + values.text(one.get("text"), f"summaries[{index}].text").strip() for index, one in enumerate(summaries)
+    ]
+    return values.Parsed(_tldr_prompt(row["info"], "info."), [texts[choice], texts[1 - choice]], [1.0, 0.0])
 
 
-def _parse_tldr_sft(row: dict[str, Any], _: str) -> _Parsed:
+def _parse_tldr_sft(row: dict[str, Any], _: str) -> values.Parsed:
     """The summary follows after one space, as in the comparisons; the original adds none."""
-    note = "leading_space" if _text(row["summary"], "summary").startswith(" ") else ""
-    return _Parsed(_tldr_prompt(row, ""), [" " + row["summary"].strip()], [1.0], note)
+    note = "leading_space" if values.text(row["summary"], "summary").startswith(" ") else ""
+    return values.Parsed(_tldr_prompt(row, ""), [" " + row["summary"].strip()], [1.0], note)
 
 
-def _parse_imdb(row: dict[str, Any], _: str) -> _Parsed | hh_rlhf.Dropped:
+def _parse_imdb(row: dict[str, Any], _: str) -> values.Parsed | hh_rlhf.Dropped:
     """The whole review is the completion until `_cut_reviews` cuts it."""
-    text, label = imdb.clean(_text(row["text"], "text")), row["label"]
+    text, label = imdb.clean(values.text(row["text"], "text")), row["label"]
     if type(label) is int and label == imdb.UNLABELLED:
         return hh_rlhf.Dropped("unlabelled")
     if type(label) not in (int, str) or label not in imdb.LABELS:
         raise BadRow(f"label must be 0, 1, neg or pos, not {label!r}")
-    return _Parsed("", [text], [imdb.LABELS[label]])
+    return values.Parsed("", [text], [imdb.LABELS[label]])
 
 
 def _cut_reviews(
@@ -274,30 +302,22 @@ def _cut_reviews(
     return cut
 
 
-def _parse_messages(row: dict[str, Any], _: str) -> _Parsed:
-    turns = _messages(row["messages"], "messages")
-    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if not answers or answers[0] == 0:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise BadRow(f"messages must be a prompt and an assistant turn after it, but its turns are {roles}")
-    first, *more = (_Parsed(turns[:index], [turns[index]], [1.0]) for index in answers)
-    return first._replace(more=more)
+def _parse_messages(row: dict[str, Any], _: str) -> values.Parsed:
+    return common_formats.demonstrations(values.messages(row["messages"], "messages"))
 
 
-def _parse_demonstrations(row: dict[str, Any], _: str) -> _Parsed:
+def _parse_demonstrations(row: dict[str, Any], _: str) -> values.Parsed:
     name = "completion" if "completion" in row else "chosen"
-    prompt = row["prompt"]
-    prompt = _text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt")
-    return _Parsed(prompt, [_completion(row[name], prompt, 0)], [1.0])
+    prompt = values.prompt(row["prompt"])
+    return values.Parsed(prompt, [values.completion(row[name], prompt, 0)], [1.0])
 
 
-def _parse_prompts(row: dict[str, Any], _: str) -> _Parsed:
-    prompt = row["prompt"]
-    return _Parsed(_text(prompt, "prompt") if isinstance(prompt, str) else _messages(prompt, "prompt"), [], [])
+def _parse_prompts(row: dict[str, Any], _: str) -> values.Parsed:
+    return values.Parsed(values.prompt(row["prompt"]), [], [])
 
 
 class _Parser(NamedTuple):
-    parse: Callable[[dict[str, Any], str], _Parsed | hh_rlhf.Dropped]  # is given these columns and no other
+    parse: Callable[[dict[str, Any], str], values.Parsed | hh_rlhf.Dropped]  # is given these columns and no other
     columns: Sequence[tuple[str, ...]]  # sets of columns; the first of which a row has all says what it is
 
 
@@ -311,67 +331,20 @@ _PARSERS: dict[str, _Parser] = {
     "imdb": _Parser(_parse_imdb, [("text", "label")]),
     "messages": _Parser(_parse_messages, [("messages",)]),
     "demonstrations": _Parser(_parse_demonstrations, [("prompt", "completion"), ("prompt", "chosen")]),
+    "sharegpt": _Parser(common_formats.sharegpt, [("conversations",)]),
+    "alpaca": _Parser(common_formats.alpaca, [("instruction", "input", "output"), ("instruction", "output")]),
+    "text": _Parser(common_formats.plain_text, [("text",)]),
+    "labelled": _Parser(common_formats.labelled, [("prompt", "completion", "label")]),
+    "liked": _Parser(common_formats.liked, [("prompt", "completion", "label")]),
+    "rankings": _Parser(common_formats.rankings, [("prompt", "completions", "ranks")]),
+    "scored_pairs": _Parser(
+        common_formats.scored_pairs, [("prompt", "chosen", "rejected", "score_chosen", "score_rejected")]
+    ),
+    "text_pairs": _Parser(common_formats.text_pairs, [("chosen", "rejected")]),
+    "transcript_chats": _Parser(common_formats.transcript_chats, [("chosen", "rejected")]),
     "prompts": _Parser(_parse_prompts, [("prompt",)]),
 }
-FORMATS = tuple(name for name in _PARSERS if name != "prompts")  # that one can train on
-
-
-def _columns(row: Any) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise BadRow(f"a row must be a JSON object, not {_kind(row)}")
-    return row
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadRow(f"{name} must be a text, not {_kind(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise BadRow(f"{name} holds half a surrogate pair at character {error.start + 1}") from error
-    return value
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    if not isinstance(value, list) or not value:
-        raise BadRow(f"{name} must be a list of messages, not {_kind(value)}")
-    return [_message(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
-
-
-def _message(turn: Any, name: str) -> Message:
-    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
-        keys = f" with the keys {', '.join(turn)}" if isinstance(turn, dict) else ""
-        raise BadRow(f"{name} must be an object with role and content, not {_kind(turn)}{keys}")
-    if extra := [key for key, field in turn.items() if key not in ("role", "content") and field is not None]:
-        raise BadRow(f"{name} carries {', '.join(extra)}, which no template here would show; drop it first")
-    return {key: _text(turn[key], f"{name}.{key}") for key in ("role", "content")}
-
-
-def _completion(value: Any, prompt: str | list[Message], index: int) -> str | Message:
-    """A completion is a text, an assistant message, or a conversation that ends in one."""
-    name = f"completion {index}"
-    if isinstance(value, str):
-        return _text(value, name)
-    turns = _messages(value if isinstance(value, list) else [value], name)
-    opening = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if len(turns) > 1 and turns[:-1] != opening:
-        raise BadRow(f"{name} is a conversation that does not begin with the prompt")
-    if turns[-1]["role"] != "assistant":
-        raise BadRow(f"{name} must be an assistant turn, not one of role {turns[-1]['role']!r}")
-    return turns[-1]
-
-
-def _reward(value: Any, index: int) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow(f"reward {index} must be a number, not {_kind(value)}")
-    try:
-        reward = float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        reward = math.inf
-    if not math.isfinite(reward):
-        raise BadRow(f"reward {index} is {reward}; rewards must be finite")
-    return reward
+FORMATS = (auto_format.AUTO, *(name for name in _PARSERS if name != "prompts"))  # that one can train on
 
 
 def _check_problems(problems: list[str], count: int, on_bad_row: str) -> None:
@@ -386,13 +359,3 @@ def _check_problems(problems: list[str], count: int, on_bad_row: str) -> None:
         else (f"{len(problems)} of {count} rows are bad, and on_bad_row='skip' allows {MAX_BAD_FRACTION:.1%}")
     )
     raise ValueError("\n  ".join([f"{head}:", *problems[:MAX_PROBLEMS]]))
-
-
-def _kind(value: Any) -> str:
-    """Name what a value is; a fault found while parsing speaks for itself."""
-    if isinstance(value, BadRow):
-        raise value
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true/false", type(None): "null"}
-    if isinstance(value, list) and not value:
-        return "an empty list"
-    return names.get(type(value), "a number")

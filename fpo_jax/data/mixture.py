@@ -53,6 +53,7 @@ def mixture(parts: Sequence[Part], read: Callable[[Part], Records]) -> Records:
         ValueError: a part keeps no row.
     """
     kept_rows, dropped, noted = [], {}, {}
+    formats: dict[str, None] = {}
     for part in parts:
         found = read(part)
         kept = int(fractions.Fraction(repr(part.fraction)) * len(found.rows))  # repr is the shortest decimal
@@ -62,9 +63,10 @@ def mixture(parts: Sequence[Part], read: Callable[[Part], Records]) -> Records:
                 " leave the source out."
             )
         kept_rows.append(found.rows[:kept])
+        formats |= {found.format: None} if found.format else {}
         for mine, theirs in ((dropped, found.dropped), (noted, found.noted)):
             for reason, places in theirs.items():
                 mine.setdefault(reason, []).extend(places)
     rows = record_file.join(kept_rows)
     order_N = sampler.order(len(rows), seed=ORDER_SEED, epoch=0)
-    return Records(record_file.take(rows, order_N), dropped, noted)
+    return Records(record_file.take(rows, order_N), dropped, noted, "; ".join(formats))

@@ -90,6 +90,9 @@ def _tokenised(
         if isinstance(rows, completion_texts.Refused):
             dropped[1].setdefault(rows.reason, []).append(group.source)
             continue
+        if not group.prompt and len(rows) == 1 and rows[0].prompt_length == 0:
+            # nothing predicts the first token of a plain text that no BOS opens
+            rows = [rows[0]._replace(prompt_length=1)]
         if job.reward_pad_id is not None:
             rows = [reward_row(row, job.encoder, job.reward_pad_id) for row in rows]
         fault = _row_fault(group, rows, job.policies, job.options["max_length"])
@@ -232,6 +235,8 @@ def _example(group: Group, row: tokenization.Row, encoder: tokenization.Encoder)
     prompt, completion = group.prompt, group.completions[0]
     spoken = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     spelt = [*spoken, *_texts(group)]
+    if not prompt:  # a plain text, whose first token may stand for the prompt
+        return None
     odd = any(map(encoder.pattern.search, spelt)) or any(map(thinking.held, spelt))
     if odd or row.prompt_cut or row.completion_cut or row.merged:
         return None

@@ -141,6 +141,7 @@ def prepare(
         noted=noted,
         buckets=buckets or (max_length,),
         left_out=sound_groups - prepared.groups,
+        format=records.format,
     )
     return prepared, report
 

@@ -5,8 +5,10 @@ Nothing is written but tokenised data that are worth keeping (`dataset_cache`).
 
 import dataclasses
 import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from fpo_jax import config as configuration
 from fpo_jax import data, hf, losses, models, tokenization
@@ -34,14 +36,37 @@ class Inputs(NamedTuple):
     evaluation: Dataset | None
     reference: Reference | None = None  # None = the model of `source`, or none needed
     encoder: tokenization.Encoder | None = None  # tokenizer and prompt format; None where rows were made without
+    rows: Mapping[str, Iterable[Mapping[str, Any]]] = MappingProxyType({})  # train or eval -> its rows in memory
 
 
-def prepare(config: configuration.Config, *, workdir: Path | None = None) -> Inputs:
+Rows = Mapping[str, Iterable[Mapping[str, Any]]]  # train or eval -> rows in memory, of which each has its columns
+
+
+def with_rows(config: configuration.Config, rows: Rows) -> configuration.Config:
+    """Return the configuration of a run on rows in memory, which names them where a source would stand.
+
+    Raises:
+        ValueError: the configuration names a source too.
+    """
+    config = config.copy_and_resolve_references()
+    for name in rows:
+        named = [key for key in (name, f"{name}_split") if config.data[key] not in ("", IN_MEMORY)]
+        named += ["mixer"] if name == "train" and config.data.mixer else []
+        if named:
+            raise ValueError(
+                f"{name}_dataset is given, and so is data.{named[0]}={config.data[named[0]]!r}; unset one of them."
+            )
+        config.data[name] = IN_MEMORY
+    return config
+
+
+def prepare(config: configuration.Config, *, workdir: Path | None = None, rows: Rows = MappingProxyType({})) -> Inputs:
     """Check the configuration and read model config, tokenizer and data; touches no device.
 
     Args:
-        config: of the run.
+        config: of the run; of one on rows in memory, from `with_rows`.
         workdir: where large tokenised data are kept; None = nothing is written, unless `data.cache_dir` is set.
+        rows: in memory.
     """
     loss = check(config)
     source = hf.local_dir(config.model.path, revision=config.model.revision or None)
@@ -55,9 +80,8 @@ def prepare(config: configuration.Config, *, workdir: Path | None = None) -> Inp
             reference = Reference(other, read_reference(config, other))
             hf.check_weights(*reference)
     encoder = read_encoder(config, source)
-    inputs = Inputs(
-        loss, source, model_config, *read_data(config, encoder, model_config, workdir=workdir), reference, encoder
-    )
+    read = read_data(config, encoder, model_config, workdir=workdir, rows=rows)
+    inputs = Inputs(loss, source, model_config, *read, reference, encoder, rows)
     check_reference_ids(inputs)
     reward_labels.check(loss, inputs.train.prepared, None if inputs.evaluation is None else inputs.evaluation.prepared)
     return inputs
@@ -179,6 +203,7 @@ def _check_rows(config: configuration.Config, source: Path, model_config: models
 
 
 PARALLEL_FROM = 4000  # records; to start processes takes as long as to tokenise so many
+IN_MEMORY = "<rows in memory>"  # in the place of a source
 LIMITS = ("max_length", "max_prompt_length", "max_completion_length", "truncation")
 
 
@@ -215,12 +240,13 @@ def read_data(
     model_config: models.ModelConfig,
     *,
     workdir: Path | None = None,
+    rows: Rows = MappingProxyType({}),
 ) -> tuple[Dataset, Dataset | None]:
-    """Read the training and the evaluation data with the run's tokenizer and prompt format; `workdir` as `prepare`."""
+    """Read the training and the evaluation data with the run's tokenizer and prompt format; the rest as `prepare`."""
     hf.check_vocabulary(len(encoder.tokenizer), model_config)
     kept = dataset_cache.place(config, workdir)
-    train = _dataset(config, "train", encoder, model_config, kept)
-    evaluation = _dataset(config, "eval", encoder, model_config, kept) if config.data.eval else None
+    train = _dataset(config, "train", encoder, model_config, kept, rows)
+    evaluation = _dataset(config, "eval", encoder, model_config, kept, rows) if config.data.eval else None
     return train, evaluation
 
 
@@ -238,14 +264,17 @@ def _dataset(
     encoder: tokenization.Encoder,
     model_config: models.ModelConfig,
     kept: Path | None,
+    rows: Rows,
 ) -> Dataset:
     """Return the train or eval data, from the folder where they are kept if they are, or may be."""
     reward_pad = reward_pad_id(encoder, model_config) if config.stage == "reward" else None
+    if (config.data[name] == IN_MEMORY) != (name in rows):
+        raise ValueError(f"data.{name}={IN_MEMORY!r} stands for {name}_dataset of fpo_jax.Trainer; give both or none.")
 
     def make(folder: Path | None) -> Dataset:
-        return _made(config, name, encoder, model_config.vocab_size, reward_pad, folder)
+        return _made(config, name, encoder, model_config.vocab_size, reward_pad, folder, rows.get(name))
 
-    sources = None if kept is None else dataset_cache.sources(config, name)
+    sources = None if kept is None or name in rows else dataset_cache.sources(config, name)
     if kept is None or sources is None or not dataset_cache.is_kept(config, sources):
         return make(None)
     parts = dataset_cache.parts(config, name, sources, encoder, model_config, reward_pad_id=reward_pad)
@@ -259,6 +288,7 @@ def _made(
     vocab_size: int,
     reward_pad: int | None,
     folder: Path | None,
+    given: Iterable[Mapping[str, Any]] | None = None,
 ) -> Dataset:
     """Read and tokenise the train or eval data; what is large goes into the folder where there is one."""
     options, tokenizer = config.data, encoder.tokenizer
@@ -267,7 +297,7 @@ def _made(
 
     def read(part: data.Part) -> data.Records:
         return data.read(
-            part.source,
+            part.source if given is None else given,
             format=options.format,
             split=part.split or None,
             hh_split=options.hh_split,
@@ -278,6 +308,9 @@ def _made(
             revision=options.revision or None,
             tokenizer=tokenizer,
             writer=writer,
+            wants=wanted(config),
+            rule=options.rule,
+            name=f"{name}_dataset",
         )
 
     if name == "train" and options.mixer:
@@ -318,6 +351,16 @@ def _made(
         prepared = data.pack(prepared, length=options.max_length)
         audit = audit.with_packed(prepared.groups, length=options.max_length)
     return Dataset(prepared, audit, sample)
+
+
+def wanted(config: configuration.Config) -> str:
+    """Return what the run trains on, one of `auto_format.WANTS`."""
+    loss = losses.resolve(config.loss.name, **configuration.loss_options(config))
+    if config.stage == "sft":
+        return "demonstrations"
+    if config.stage == "reward" and loss.minimum_completions == 1:
+        return "labels"
+    return "rewards" if loss.options.get("target") == "rewards" else "pairs"
 
 
 def _workers(records: data.Records) -> int:

@@ -65,7 +65,7 @@ class SampleCompletions:
                 f"completions.max_new_tokens={options.max_new_tokens} leaves no room for a prompt in"
                 f" data.max_length={window} tokens; lower it."
             )
-        self._prompts = _prompts(config, encoder)
+        self._prompts = _prompts(config, encoder, inputs.rows)
         ids = tokenization.generation_prompts(encoder, self._prompts)
         self._ids = [tokenization.keep_end(encoder, whole, room=room) for whole in ids]
         self._window = window
@@ -177,12 +177,14 @@ def _table(lines: list[dict]) -> Table:
     return header, rows
 
 
-def _prompts(config: configuration.Config, encoder: tokenization.Encoder) -> list[str | list[dict[str, str]]]:
+def _prompts(
+    config: configuration.Config, encoder: tokenization.Encoder, given: run_inputs.Rows
+) -> list[str | list[dict[str, str]]]:
     """Return the first distinct prompts, without those that the template refuses where data.on_bad_row says skip."""
     options, own = config.data, config.completions.prompts
     rows = configuration.row_slice("" if own else options.eval_rows)
     records = data.read(
-        own or options.eval,
+        own or given.get("eval", options.eval),
         format="prompts" if own else options.format,
         split=None if own else options.eval_split or None,
         hh_split="last_turn" if own else options.hh_split,
@@ -192,6 +194,9 @@ def _prompts(config: configuration.Config, encoder: tokenization.Encoder) -> lis
         data_dir=None if own else options.subfolder or None,
         revision=None if own else options.revision or None,
         tokenizer=encoder.tokenizer,
+        wants="any" if own else run_inputs.wanted(config),
+        rule=options.rule,
+        name="eval_dataset",
     )
     kept: dict[str, str | list[dict[str, str]]] = {}
     for record in records.rows:

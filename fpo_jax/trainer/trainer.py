@@ -11,8 +11,9 @@ import functools
 import logging
 import math
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -71,6 +72,8 @@ class Trainer:
         profile: range = range(0),
         stop: preemption.StopRequest | None = None,
         extra: Sequence[callbacks.Callback] = (),
+        train_dataset: Iterable[Mapping[str, Any]] | None = None,
+        eval_dataset: Iterable[Mapping[str, Any]] | None = None,
     ):
         """Read the inputs, make the mesh, and jit the steps.
 
@@ -81,16 +84,26 @@ class Trainer:
             profile: numbers of the steps to trace into `workdir/profile`.
             stop: what turns signals into a request, entered by the caller; None = signals end the process.
             extra: callbacks of your own, called after ours.
+            train_dataset: rows with the columns of a data format, as a list of dicts or a `datasets.Dataset`, in the
+                place of `data.train`; a run resumes when their content is the same.
+            eval_dataset: the same in the place of `data.eval`.
 
         Raises:
             ValueError: the configuration, the data or the model cannot be used, or another run is in the workdir;
                 nothing has been changed; `data/` may hold the tokenised data.
         """
+        given = {"train": train_dataset, "eval": eval_dataset}
+        rows = {
+            name: list(found) if isinstance(found, Iterator) else found
+            for name, found in given.items()
+            if found is not None
+        }
+        config = run_inputs.with_rows(config, rows) if rows else config
         self.config, self.workdir = config, Path(workdir)
         self._extra, stop = tuple(extra), stop or preemption.StopRequest()
         with distributed.together():
             workdir_lock.peek(self.workdir)
-            inputs = run_inputs.prepare(config, workdir=self.workdir)
+            inputs = run_inputs.prepare(config, workdir=self.workdir, rows=rows)
         self._fingerprints = run_workdir.fingerprints(inputs)
         compiled_step.keep_compiled(config.train.compilation_cache)
         distributed.agree(run_workdir.identity(config) | self._fingerprints)

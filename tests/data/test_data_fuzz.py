@@ -26,6 +26,15 @@ SOUND = {
     "messages": {"messages": [*TURNS, *TURNS]},
     "demonstrations": {"prompt": "Hi", "completion": "Yo"},
     "prompts": {"prompt": TURNS[:1]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+    "alpaca": {"instruction": "Add", "input": "1 and 2", "output": "3"},
+    "text": {"text": "a text of some length"},
+    "labelled": {"prompt": "Hi", "completion": "Yo", "label": True},
+    "liked": {"prompt": "Hi", "completion": "Yo", "label": True},
+    "rankings": {"prompt": "Hi", "completions": ["a", "b"], "ranks": [1, 2]},
+    "scored_pairs": {"prompt": "Hi", "chosen": "a", "rejected": "b", "score_chosen": 1.0, "score_rejected": 0.5},
+    "text_pairs": {"chosen": "Say it: yes", "rejected": "Say it: no"},
+    "transcript_chats": {"chosen": "\n\nHuman: Hi\n\nAssistant: Yo", "rejected": "\n\nHuman: Hi\n\nAssistant: No"},
 }
 
 LEAVES = st.one_of(

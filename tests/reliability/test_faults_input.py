@@ -25,7 +25,8 @@ from tests.paths import shared_data
 SEED = int(os.environ.get("FPO_FAULT_SEED", "0"))
 SCALE = int(os.environ.get("FPO_FAULT_TRIALS", "100")) / 100
 FILES = 200
-FORMATS = sorted(set(SOUND) - {"imdb"})  # reviews need a tokenizer; their reader is the same
+# reviews need a tokenizer; a score may be any number
+FORMATS = sorted(set(SOUND) - {"imdb", "scored_pairs"})
 
 
 def replay(seed):
@@ -44,7 +45,9 @@ def wanted(format, row):
 
 def column(format, row, random):
     # of two names that a column may have, the reader asks for the other one where this one is gone
-    either = {"json": ("completions", "rewards"), "demonstrations": ("completion",)}.get(format, ())
+    either = {"json": ("completions", "rewards"), "demonstrations": ("completion",), "alpaca": ("input",)}.get(
+        format, ()
+    )
     names = [name for name in wanted(format, row) if name not in either]
     return names[random.integers(len(names))]
 
