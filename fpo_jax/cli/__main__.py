@@ -8,6 +8,7 @@ from fpo_jax.cli import process
 from fpo_jax.io import terminal
 
 PROGRAMS = {  # name -> module, what it does
+    "init": ("fpo_jax.cli.init", "a config for your own data: says what they are, shows an example, writes a file"),
     "train": ("fpo_jax.cli.train", "train a model: SFT, a reward model, or a preference loss"),
     "plan": ("fpo_jax.cli.plan", "memory, communication and time of a run on devices that need not be here"),
     "config": ("fpo_jax.cli.config", "every config field with type, default and meaning"),

@@ -6,7 +6,8 @@ A field whose default is None or "" is unset; setting a loss option that the cho
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -179,7 +180,8 @@ FIELDS = (
         "data.group_size",
         int,
         2,
-        "K: completions per group; examples with more are cut in consecutive groups; 1 = the best one.",
+        "K: completions per group; examples with more are cut in consecutive groups; 1 = the best one. Unless set,"
+        " stage sft has 1.",
     ),
     Field("data.on_empty_completion", str, "drop", "Groups with an empty completion.", ("drop", "error")),
     Field("data.on_long_prompt", str, "truncate", "Groups with a long prompt.", ("truncate", "drop", "error")),
@@ -223,7 +225,13 @@ FIELDS = (
     Field("data.shuffle", bool, True, "Draw a new order of the groups for every epoch."),
     Field("data.last_batch", str, "drop", "The ragged last batch of an epoch.", ("drop", "pad")),
     # An unset option takes the loss's own default; setting one that the loss does not use is an error.
-    Field("loss.name", str, "alpha", "What is minimised; `fpo losses` lists names, aliases and options."),
+    Field(
+        "loss.name",
+        str,
+        "alpha",
+        "What is minimised; `fpo losses` lists names, aliases and options. Unless set, stage sft has sft, stage reward"
+        " bradley_terry.",
+    ),
     Field("loss.temperature", float, None, "Logits, the reference's too, are divided by it before the log-softmax."),
     Field("loss.sft_weight", float, None, "Weight of an added token-mean NLL of the chosen completion."),
     Field("loss.target", str, "", "Where q comes from: preference | rewards."),
@@ -240,7 +248,7 @@ FIELDS = (
     Field("loss.beta_pi", float, None, "Scale of the log-ratio score."),
     Field("loss.beta_r", float, None, "Temperature of the reward target; unit of a reward."),
     Field("loss.log_clamp", float, None, "Floor of log q in nats; -inf = none."),
-    Field("loss.beta", float, None, "Scale of a log-prob without reference."),
+    Field("loss.beta", float, None, "β of any loss that has one: beta_pi with a reference, tau of IPO."),
     Field("loss.gamma_beta_ratio", float, None, "gamma/beta, nats per token taken off the chosen one before beta."),
     Field("loss.label_smoothing", float, None, "CPO, R-DPO, ...; the divergences have epsilon and normalize."),
     Field("loss.tau", float, None, "IPO's regularisation."),
@@ -389,6 +397,8 @@ FIELDS = (
 )
 FITTING = frozenset(field.name for field in FIELDS if field.resumes == MACHINE)
 RESUMABLE = frozenset(field.name for field in FIELDS if field.resumes)
+# field -> stage -> its default there
+OF_STAGE = {"loss.name": {"sft": "sft", "reward": "bradley_terry"}, "data.group_size": {"sft": 1}}
 _PAGE = """# Config fields
 
 `--config NAME_OR_FILE` takes a recipe, and `--config.FIELD=VALUE` changes one field of it; `=None` unsets a field whose
@@ -408,8 +418,25 @@ def default() -> Config:
                 place[part] = ml_collections.ConfigDict()
             place = place[part]
         place[name] = config_dict.placeholder(field.kind) if field.default is None else field.default
+    for path, defaults in OF_STAGE.items():  # they follow the stage until they are set
+        section, _, name = path.partition(".")
+        otherwise = config[section][name]
+        follow = _Follow(functools.partial(_at_stage, defaults), (config.get_ref("stage"),))
+        del config[section][name]
+        config[section][name] = config_dict.FieldReference(otherwise, op=follow)
     config.lock()
     return config
+
+
+class _Follow(NamedTuple):
+    """How a reference of ml_collections gets its value, until one is set."""
+
+    fn: Callable[[Any, str], Any]
+    args: tuple[Any, ...]
+
+
+def _at_stage(defaults: dict[str, Any], otherwise: Any, stage: str) -> Any:
+    return defaults.get(stage, otherwise)
 
 
 def page() -> str:

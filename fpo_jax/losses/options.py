@@ -69,7 +69,9 @@ _ROWS = (
     Option("beta_r", float, "(0, inf)", 0.5, "temperature of the rewards in q; unit of a reward"),
     Option("log_clamp", float, "[-inf, 0]", f_divergences.AUTHORS_LOG_CLAMP, "floor of log q, nats; -inf = none"),
     Option("beta_pi", float, "(0, inf)", 0.5, "scale of a log-ratio to the reference; DPO's β"),
-    Option("beta", float, "(0, inf)", 2.0, "scale of a log-prob without reference"),
+    Option(
+        "beta", float, "(0, inf)", 2.0, "scale of a log-prob without reference; of other losses their beta_pi or tau"
+    ),
     Option("gamma_beta_ratio", float, "[0, inf)", 0.25, "γ/β, nats per token taken off the chosen completion before β"),
     Option(
         "label_smoothing", float, "[0, 0.5)", 0.0, "probability of a wrong label; divergences: epsilon and normalize"

@@ -58,13 +58,18 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 
+BETA = "beta"  # also stands for what a loss has instead of an option of that name
+_BETAS = ("beta_pi", "tau")  # DPO's β, scale of a log-ratio; IPO's, which TRL calls β
+
+
 def resolve(name: str, **options: object) -> Loss:
     """Return the loss of that name with every option filled in.
 
     Args:
         name: a key of PRESETS: a row of DIVERGENCES or OBJECTIVES, an alias, or a name of the original code.
         **options: rows of OPTIONS; None counts as not given. Divergences take `target` ("preference" | "rewards") and
-            `score` ("log_ratio" | "mean_logp"), and the options of those two.
+            `score` ("log_ratio" | "mean_logp"), and the options of those two. `beta` is the β of any loss that has
+            one: `beta_pi` with a reference, `tau` of IPO.
 
     Raises:
         ValueError: unknown name; or a numbered list of all problems: unknown options, options that this loss does not
@@ -83,6 +88,11 @@ def resolve(name: str, **options: object) -> Loss:
     settings = {**preset.defaults, **parsed, **preset.fixed}
     choices = {key: str(settings[key]) for key in ("target", "score") if key in settings}
     defaults = options_of(preset.name, **choices)
+    own = _own_beta(defaults)
+    if BETA in parsed and own not in (BETA, None):
+        if own in parsed:
+            problems.append(f"beta={parsed[BETA]!r} is {own} of {name!r}, which is given too; leave one out")
+        parsed[own] = settings[own] = parsed.pop(BETA)
     for key, value in parsed.items():
         if key not in defaults:
             problems.append(_unused(name, key, defaults))
@@ -97,6 +107,11 @@ def resolve(name: str, **options: object) -> Loss:
         lines = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(problems, start=1))
         raise ValueError(f"loss {name!r}, {len(problems)} problem{'s' * (len(problems) > 1)}:{lines}")
     return Loss(preset.name, MappingProxyType(filled))
+
+
+def _own_beta(defaults: Mapping[str, Value]) -> str | None:
+    """Return the option that is the β of a loss with these options; None where it has none."""
+    return next((key for key in (BETA, *_BETAS) if key in defaults), None)
 
 
 def carried_over(options: Mapping[str, object], *, of: str, to: str) -> dict[str, Value]:
@@ -119,7 +134,8 @@ def carried_over(options: Mapping[str, object], *, of: str, to: str) -> dict[str
     {}
     """
     own, preset = resolve(of, **options), _preset(to)
-    given = {key: own.options[key] for key, value in options.items() if value is not None}
+    named = {key: _own_beta(own.options) or key if key == BETA else key for key in options}
+    given = {named[key]: own.options[named[key]] for key, value in options.items() if value is not None}
     if to == of:
         return given
     choices: dict[str, Value] = {}

@@ -28,7 +28,7 @@ def test_every_program_has_a_help(name, monkeypatch, capsys):
 
 def test_an_unknown_program_is_refused_with_those_there_are():
     done = ran("trian")
-    assert done.returncode == 2 and done.stderr.startswith("fpo: 'trian' is not one of train, plan, config, export")
+    assert done.returncode == 2 and done.stderr.startswith("fpo: 'trian' is not one of init, train, plan, config, export")
     assert all(name in ran("--help").stdout for name in fpo.PROGRAMS)
     assert ran("--version").stdout == f"fpo_jax {fpo_jax.__version__}\n"
 

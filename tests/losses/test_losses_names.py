@@ -278,6 +278,8 @@ def test_every_option_changes_the_loss_or_is_an_error(loss):
     assert set(OTHER_VALUE) == set(losses.OPTIONS)
     for key, other in OTHER_VALUE.items():
         value = other[loss.options[key]] if isinstance(other, dict) and key in loss.options else other
+        if key == "beta" and {"beta_pi", "tau"} & loss.options.keys():  # theirs: test_beta_is_the_beta_of_every_loss
+            continue
         if key not in loss.options:
             value = next(iter(value)) if isinstance(value, dict) else value
             first = "no option" if loss.of_scores else "temperature, "
@@ -351,3 +353,21 @@ def test_every_loss_takes_what_any_other_gives_it(of):
     own = {key: value for key, value in losses.resolve(of).options.items() if key not in losses.PRESETS[of].fixed}
     for to in losses.PRESETS:
         losses.resolve(to, **losses.carried_over(own, of=of, to=to))
+
+
+@each_loss
+def test_beta_is_the_beta_of_every_loss_that_has_one(loss):
+    settings = {key: loss.options[key] for key in ("target", "score") if key in loss.options}
+    own = next((key for key in ("beta", "beta_pi", "tau") if key in loss.options), None)
+    if own is None:
+        with pytest.raises(ValueError, match=f"'beta' is not used by '{loss.name}'"):
+            losses.resolve(loss.name, beta=0.7, **settings)
+        return
+    assert losses.resolve(loss.name, beta=0.7, **settings) == losses.resolve(loss.name, **{own: 0.7}, **settings)
+    if own != "beta":
+        with pytest.raises(ValueError, match=rf"beta=0.7 is {own} of '{loss.name}', which is given too; leave one out"):
+            losses.resolve(loss.name, **{"beta": 0.7, own: 0.5}, **settings)
+
+
+def test_beta_is_carried_over_under_its_own_name():
+    assert losses.carried_over({"beta": 0.35}, of="exo-pref", to="alphapo-pref") == {"beta_pi": 0.35}

@@ -386,7 +386,7 @@ def local_data(folder, c):
     return path
 
 
-RECIPES = [path.stem for path in sorted((REPO / "configs").glob("*.py")) if path.stem != "quickstart"]
+RECIPES = [path.stem for path in sorted((REPO / "configs").glob("[!o]*.py")) if path.stem != "quickstart"]
 
 
 def shrunk(name, inputs, folder):
