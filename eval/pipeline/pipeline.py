@@ -331,7 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal.log_to_stderr()
     keys = "the recipe's file in configs/pipelines/, with configs/pipelines/common.py,"
     try:
-        config = overrides.parse(values, arguments, keys=keys, about=__doc__)
+        config = overrides.parse(values, arguments, keys=keys, about=__doc__, pipeline=True)
         if not values.workdir:
             raise ValueError("--workdir is missing; give the folder of the pipeline, new or to be gone on with.")
         with preemption.StopRequest(begun=False):  # where no stage has one of its own

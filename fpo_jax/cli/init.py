@@ -106,7 +106,9 @@ def _settled(options: Options) -> tuple[list[Field], str]:
 
     from fpo_jax import data, hf, tokenization
     from fpo_jax.data import loading
+    from fpo_jax.perf import hardware
 
+    hardware.require_devices()
     source = (
         str(Path(options.data).expanduser().absolute()) if Path(options.data).expanduser().exists() else options.data
     )

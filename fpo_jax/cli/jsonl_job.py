@@ -34,7 +34,8 @@ class JobFile:
         self._job_path = path.with_name(path.name + ".job.json")
         self.repaired = ""  # what was cut off, for the log
         job = json.loads(json.dumps(job))
-        if self._job_path.exists():
+        begun = path.exists() or (self._part.exists() and self._part.stat().st_size > 0)
+        if self._job_path.exists() and begun:  # one that was refused before its first line keeps nobody out
             changed = configuration.difference(atomic_io.read_json(self._job_path), job)
             if changed:
                 raise ValueError(
@@ -42,7 +43,7 @@ class JobFile:
                     + "\n  ".join(changed)
                     + "\ngive another file, or delete it with its .job.json to start over."
                 )
-        elif path.exists() or self._part.exists():
+        elif begun:
             raise ValueError(f"{path} exists and has no {self._job_path.name}; give another file, or delete it.")
         atomic_io.write(self._job_path, json.dumps(job, indent=2) + "\n")
         self.finished = path.exists()

@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     values = overrides.flag_values(arguments)
     flags.DEFINE_string("target", "here", "h100:4, h100:2x8, v5e-16, v5p-2x8, ..., here.", flag_values=values)
     try:
-        config = overrides.parse(values, arguments, keys="`fpo config`", about=__doc__)
+        config = overrides.parse(values, arguments, keys="`fpo config`", about=__doc__, pipeline=False)
         from fpo_jax import plan  # after the flags: a misspelt option answers at once
 
         return plan.main(config, values.target)

@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not distributed.is_main_process():  # process 0 speaks for all; warnings say whose they are
             terminal.log_to_stderr(prefix=f"process {distributed.process_index()}: ")
             logging.getLogger("fpo_jax").setLevel(logging.WARNING)
+        hardware.require_devices()
         with distributed.guard():
             trainer.run(config, workdir, profile=profiled)
         code = 0
@@ -84,7 +85,7 @@ def _parse(arguments: list[str]) -> tuple[object, flags.FlagValues, range]:
     flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process is dead.", 1, **of)
     flags.DEFINE_string("profile", "", "first:last, e.g. 10:13 traces steps 10 to 12 into WORKDIR/profile.", **of)
     try:
-        config = overrides.parse(values, arguments, keys=_KEYS, about=__doc__)
+        config = overrides.parse(values, arguments, keys=_KEYS, about=__doc__, pipeline=False)
         if not values.workdir:
             raise ValueError("--workdir is missing; give the folder of the run, new or to be resumed.")
         return config, values, _profiled(values.profile)

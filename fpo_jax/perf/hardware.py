@@ -162,6 +162,23 @@ def capacity(device: Any) -> Capacity | None:
     return CAPACITIES.get(device.device_kind)
 
 
+def require_devices() -> None:
+    """Refuse what JAX cannot run on, such as JAX_PLATFORMS=cuda on a host without CUDA; opens the devices.
+
+    Raises:
+        ValueError: JAX finds no device of the platforms asked for.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax asserts where a plugin is not installed
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"JAX_PLATFORMS={asked} names what JAX finds no device of{f' ({cause})' if cause else ''}; unset it, set it"
+            " to cpu, or install JAX for that device (fpo_jax[cuda], fpo_jax[tpu])."
+        ) from None
+
+
 def lend_memory() -> None:
     """Have JAX take GPU_SHARE of a GPU's memory, unless the environment says another share; before JAX starts."""
     if not {MEMORY_VARIABLE, "XLA_CLIENT_MEM_FRACTION"} & os.environ.keys():

@@ -5,7 +5,7 @@ Nothing is written but tokenised data that are worth keeping (`dataset_cache`).
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from fpo_jax import config as configuration
 from fpo_jax import data, hf, losses, models, tokenization
 from fpo_jax.data import Dataset, dataset_folder, decontamination, record_file, worker_pool
 from fpo_jax.models import params
-from fpo_jax.trainer import best_checkpoint, dataset_cache, reward_labels
+from fpo_jax.trainer import best_checkpoint, dataset_cache, reward_labels, start_checks
 
 log = logging.getLogger("fpo_jax")
 
@@ -68,7 +68,7 @@ def prepare(config: configuration.Config, *, workdir: Path | None = None, rows: 
         workdir: where large tokenised data are kept; None = nothing is written, unless `data.cache_dir` is set.
         rows: in memory.
     """
-    loss = check(config)
+    loss = check(config, extra=[] if workdir is None else start_checks.problems(config, workdir))
     source = hf.local_dir(config.model.path, revision=config.model.revision or None)
     model_config = read_model(config, source)
     adapter(config, model_config)
@@ -87,13 +87,17 @@ def prepare(config: configuration.Config, *, workdir: Path | None = None, rows: 
     return inputs
 
 
-def check(config: configuration.Config) -> losses.Loss:
+def check(config: configuration.Config, *, extra: Sequence[str] = ()) -> losses.Loss:
     """Return the loss of a configuration.
+
+    Args:
+        config: of the run.
+        extra: problems that others found.
 
     Raises:
         ValueError: with everything that is wrong with the configuration.
     """
-    problems, loss = [], None
+    problems, loss = [*extra], None
     try:
         loss = losses.resolve(config.loss.name, **configuration.loss_options(config))
     except ValueError as error:

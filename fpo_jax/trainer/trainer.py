@@ -35,6 +35,7 @@ from fpo_jax.trainer import (
     run_summary,
     run_workdir,
     sample_completions,
+    start_checks,
     train_step,
 )
 from fpo_jax.trainer.callbacks import NonFinite
@@ -102,7 +103,8 @@ class Trainer:
         self.config, self.workdir = config, Path(workdir)
         self._extra, stop = tuple(extra), stop or preemption.StopRequest()
         with distributed.together():
-            workdir_lock.peek(self.workdir)
+            if not start_checks.place_problems("--workdir", self.workdir):  # else it is told with all the others
+                workdir_lock.peek(self.workdir)
             inputs = run_inputs.prepare(config, workdir=self.workdir, rows=rows)
         self._fingerprints = run_workdir.fingerprints(inputs)
         compiled_step.keep_compiled(config.train.compilation_cache)

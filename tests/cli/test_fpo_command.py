@@ -28,7 +28,9 @@ def test_every_program_has_a_help(name, monkeypatch, capsys):
 
 def test_an_unknown_program_is_refused_with_those_there_are():
     done = ran("trian")
-    assert done.returncode == 2 and done.stderr.startswith("fpo: 'trian' is not one of init, train, plan, config, export")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "fpo: 'trian' is not one of init, train, plan, config, export"
+    )
     assert all(name in ran("--help").stdout for name in fpo.PROGRAMS)
     assert ran("--version").stdout == f"fpo_jax {fpo_jax.__version__}\n"
 
@@ -63,8 +65,12 @@ def test_a_recipe_is_found_by_its_name_and_by_its_file():
 @pytest.mark.parametrize(
     ("recipe", "changes", "message"),
     [
-        ("mistral_bse", [], "--config=mistral_bse is neither a file nor one of imdb_reward"),
-        ("mistral_base", ["loss.bta=3"], 'Did you mean "beta"'),
+        (
+            "mistral_bse",
+            [],
+            "--config=mistral_bse is neither a file nor one of imdb_reward, .*; did you mean mistral_base",
+        ),
+        ("mistral_base", ["loss.bta=3"], "did you mean --config.loss.beta"),
         ("mistral_base", ["seed=None"], "this field always has a value"),
     ],
 )

@@ -212,8 +212,8 @@ def test_imdb_recipes_to_the_digit(name):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--config.optim.learning_rat=1", 'Did you mean "learning_rate"'),
-        ("--config.train.batch_size=many", "invalid literal"),
+        ("--config.optim.learning_rat=1", "did you mean --config.optim.learning_rate?"),
+        ("--config.train.batch_size=many", "--config.train.batch_size=many: 'many' is not a whole number"),
         ("--confg.seed=1", "Unknown command line flag"),
         ("stray", "unexpected arguments"),
         ("--profile=9:1", "--profile=9:1 is not first:last"),

@@ -103,8 +103,11 @@ def test_two_configurations_share_no_field():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--config.align.mesh.tenser=2", 'Did you mean "tensor"'),
-        ("--config.align.mesh.tensor=two", "invalid literal"),
+        (
+            "--config.align.mesh.tenser=2",
+            "--config.align.mesh.tenser is no config field; did you mean --config.align.mesh.tensor?",
+        ),
+        ("--config.align.mesh.tensor=two", "'two' is not a whole number"),
         ("--config.align.train.batch_size=None", "config.align.train.batch_size=None: this field always has a value"),
         ("stray", "unexpected arguments"),
     ],

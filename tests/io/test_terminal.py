@@ -162,7 +162,9 @@ class TestOneSentence:
         code, said = answered(
             train.main, ["--config", "pythia_hh_pref", "--workdir", tmp_path / workdir, *flags], capfd
         )
-        assert code == 2 and said.rpartition("\n")[0].rpartition("\n")[2].count(" cannot be locked: ") == 1, said
+        assert code == 2 and said.rpartition("\n")[0].rpartition("\n")[2].count(" is no folder; give a folder") == 1, (
+            said
+        )
 
     def test_a_disk_that_is_full_while_prompts_are_answered(self, folder, tmp_path, capfd, monkeypatch):
         (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
