@@ -1,5 +1,8 @@
 """Train a model: `fpo train --config mistral_base --workdir runs/mistral [--config.key=value ...]`.
 
+A finished run goes on to more steps with a larger train.epochs or train.max_steps: as it is where its learning rate is
+constant, else with --extend, under the learning rates of the longer run.
+
 On several hosts run the same command on each: see docs/hosts.md. `fpo plan` says beforehand what a run needs.
 
 Exit codes: 0 finished; 1 loss or gradient not finite, a checkpoint could not be written, or a fault of the program; 2
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             logging.getLogger("fpo_jax").setLevel(logging.WARNING)
         hardware.require_devices()
         with distributed.guard():
-            trainer.run(config, workdir, profile=profiled)
+            trainer.run(config, workdir, profile=profiled, extend=options.extend)
         code = 0
     except (ValueError, OSError) as error:
         _say(error)
@@ -83,6 +86,7 @@ def _parse(arguments: list[str]) -> tuple[object, flags.FlagValues, range]:
     flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0; or JAX_PROCESS_ID.", **of)
     flags.DEFINE_integer("start_timeout", 300, "Seconds that processes wait for each other at the start.", 1, **of)
     flags.DEFINE_integer("heartbeat_timeout", 100, "Seconds of silence after which a process is dead.", 1, **of)
+    flags.DEFINE_bool("extend", False, "Go on to more steps than the workdir's run was to make.", **of)
     flags.DEFINE_string("profile", "", "first:last, e.g. 10:13 traces steps 10 to 12 into WORKDIR/profile.", **of)
     try:
         config = overrides.parse(values, arguments, keys=_KEYS, about=__doc__, pipeline=False)

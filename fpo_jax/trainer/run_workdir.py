@@ -15,6 +15,7 @@ from fpo_jax.trainer.run_inputs import Inputs
 # Keys of config.json beside the configuration.
 RESOLVED_LOSS = "resolved_loss"  # the loss with all its options
 SETTLED = "settled"  # what was settled for fields that are automatic
+LENGTH = frozenset({"train.epochs", "train.max_steps"})  # fields that a run which is extended may change
 
 log = logging.getLogger("fpo_jax")
 
@@ -67,7 +68,13 @@ def keep_source(config: configuration.Config, workdir: Path, inputs: Inputs) -> 
 
 
 def claim_workdir(
-    config: configuration.Config, workdir: Path, inputs: Inputs, *, settled: dict[str, object] | None = None
+    config: configuration.Config,
+    workdir: Path,
+    inputs: Inputs,
+    *,
+    settled: dict[str, object] | None = None,
+    steps: int = 0,
+    extend: bool = False,
 ) -> None:
     """Write the run's identity into the workdir, or check that it is the same run's.
 
@@ -76,6 +83,8 @@ def claim_workdir(
         workdir: of the run.
         inputs: of the run.
         settled: automatic fields and their values in this start.
+        steps: of the run as it is configured.
+        extend: whether the run may go on to more steps where its learning rates change with that.
 
     Raises:
         ValueError: the workdir belongs to another configuration, or its loss had other defaults; lists what differs.
@@ -85,7 +94,8 @@ def claim_workdir(
     if path.exists():
         before = atomic_io.read_json(path)
         loss_before, settled_before = before.pop(RESOLVED_LOSS, None), before.pop(SETTLED, {})
-        changed = configuration.difference(before, mine, ignore=configuration.RESUMABLE)
+        longer = _extended(before, mine, workdir, steps=steps, extend=extend)
+        changed = configuration.difference(before, mine, ignore=configuration.RESUMABLE | longer)
         if loss_before is None:
             log.info("%s does not say which loss ran with which defaults; they are now those named below", path)
         elif not changed:  # the same settings, of which another version may make another loss
@@ -95,11 +105,17 @@ def claim_workdir(
             raise ValueError(
                 f"{workdir} holds a run with another configuration:\n  "
                 + "\n  ".join(changed)
-                + "\nuse another --workdir, or give the old values to go on with that run."
+                + "\nuse another --workdir, or give the old values to go on with that run"
+                + (
+                    "; --extend goes on to more steps, with the learning rates of the longer run."
+                    if _of_length(changed)
+                    else "."
+                )
             )
         for line in configuration.difference(before, mine):
-            known = line.partition(":")[0] in configuration.FITTING
-            log.info("this start has %s%s", line, "; sums may round differently" if known else "")
+            field = line.partition(":")[0]
+            remark = "; sums may round differently" if field in configuration.FITTING else ""
+            log.info("this start has %s%s", line, f"; the run goes on to {steps} steps" if field in LENGTH else remark)
         for field in settled_before.keys() & settled.keys():
             if settled_before[field] != settled[field]:
                 log.info(
@@ -119,3 +135,30 @@ def claim_workdir(
     if inputs.evaluation is not None:
         audits["eval"] = inputs.evaluation.audit.as_dict()
     atomic_io.write(workdir / "audit.json", json.dumps(audits, indent=2) + "\n")
+
+
+def _extended(before: dict, mine: dict, workdir: Path, *, steps: int, extend: bool) -> frozenset[str]:
+    """Return the fields that say how long a run is, where it may become longer; none where they have not changed.
+
+    Under a constant learning rate the steps that were made are those that the longer run would have made.
+
+    Raises:
+        ValueError: the run has made more steps already.
+    """
+    if not configuration.difference(before, mine, ignore=frozenset(configuration.flatten(mine)) - LENGTH):
+        return frozenset()
+    same_rates = mine["optim"]["schedule"] == "constant" and not mine["optim"]["warmup_fraction"]
+    if not (extend or same_rates):
+        return frozenset()
+    made = [int(folder.name) for folder in (workdir / checkpoint.FOLDER).glob("*") if folder.name.isdigit()]
+    if steps < max(made, default=0):
+        raise ValueError(
+            f"{workdir} holds step {max(made)}, and this start would end at step {steps}; raise train.epochs or"
+            " train.max_steps."
+        )
+    return LENGTH
+
+
+def _of_length(changed: list[str]) -> bool:
+    """Whether nothing but the length of a run has changed."""
+    return all(line.partition(":")[0] in LENGTH for line in changed)

@@ -46,11 +46,16 @@ log = logging.getLogger("fpo_jax")
 
 
 def run(
-    config: configuration.Config, workdir: Path, *, devices: Sequence | None = None, profile: range = range(0)
+    config: configuration.Config,
+    workdir: Path,
+    *,
+    devices: Sequence | None = None,
+    profile: range = range(0),
+    extend: bool = False,
 ) -> None:
     """Train as configured, stopping for SIGTERM and SIGINT with everything saved; arguments and errors of `Trainer`."""
     with preemption.StopRequest(begun=False) as stop:
-        Trainer(config, workdir, devices=devices, profile=profile, stop=stop).train()
+        Trainer(config, workdir, devices=devices, profile=profile, stop=stop, extend=extend).train()
 
 
 class Trainer:
@@ -75,6 +80,7 @@ class Trainer:
         extra: Sequence[callbacks.Callback] = (),
         train_dataset: Iterable[Mapping[str, Any]] | None = None,
         eval_dataset: Iterable[Mapping[str, Any]] | None = None,
+        extend: bool = False,
     ):
         """Read the inputs, make the mesh, and jit the steps.
 
@@ -88,6 +94,7 @@ class Trainer:
             train_dataset: rows with the columns of a data format, as a list of dicts or a `datasets.Dataset`, in the
                 place of `data.train`; a run resumes when their content is the same.
             eval_dataset: the same in the place of `data.eval`.
+            extend: go on to more steps than the workdir's run was to make, also where that changes its learning rates.
 
         Raises:
             ValueError: the configuration, the data or the model cannot be used, or another run is in the workdir;
@@ -101,6 +108,7 @@ class Trainer:
         }
         config = run_inputs.with_rows(config, rows) if rows else config
         self.config, self.workdir = config, Path(workdir)
+        self._extend = extend
         self._extra, stop = tuple(extra), stop or preemption.StopRequest()
         with distributed.together():
             if not start_checks.place_problems("--workdir", self.workdir):  # else it is told with all the others
@@ -234,7 +242,8 @@ class Trainer:
                 if distributed.is_main_process():
                     held.enter_context(workdir_lock.hold(self.workdir))
                     run_workdir.keep_source(self.config, self.workdir, run.inputs)
-                    run_workdir.claim_workdir(self.config, self.workdir, run.inputs, settled=self._settled)
+                    length = {"steps": run.schedule.steps, "extend": self._extend}
+                    run_workdir.claim_workdir(self.config, self.workdir, run.inputs, settled=self._settled, **length)
             distributed.check_shared(self.workdir)
             run.stop.connect(run.steps.mesh)
             run_summary.log_summary(self.config, run.config, run.inputs, run.schedule, run.steps)
