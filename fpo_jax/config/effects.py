@@ -87,6 +87,11 @@ IDLE = (
         " on_long_prompt='truncate'",
     ),
     Idle(
+        ("data.assistant_turns",),
+        lambda c: c.stage != "sft",
+        "by stage={stage!r}, which compares the last answers; unset it or use stage='sft'",
+    ),
+    Idle(
         ("data.hh_split",),
         lambda c: c.data.format != "hh",
         "by data.format={data.format!r}, only by 'hh'; unset it (last_turn)",

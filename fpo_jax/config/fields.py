@@ -163,6 +163,13 @@ FIELDS = (
         "BOS first where the tokenizer opens texts with it and the template does not (original).",
     ),
     Field(
+        "data.assistant_turns",
+        str,
+        "all",
+        "Stage sft: which answers of a conversation are trained, each given what came before it.",
+        ("all", "last"),
+    ),
+    Field(
         "data.thoughts",
         str,
         "refuse",

@@ -71,6 +71,7 @@ def read(
     writer: record_file.Writer | None = None,
     wants: str = "any",
     rule: str = "",
+    turns: str = "all",
     name: str = "rows",
 ) -> Records:
     """Read preference records.
@@ -94,6 +95,7 @@ def read(
             `imdb` do, which are drawn in an order of their own.
         wants: what the records are for, which decides between formats that `auto` could take; see `auto_format.WANTS`.
         rule: of the run; see `auto_format.find`.
+        turns: which assistant turns of a conversation are demonstrations, `all` or the `last`.
         name: of rows in memory, in messages.
 
     Returns:
@@ -106,6 +108,7 @@ def read(
     choices.check("format", format, [auto_format.AUTO, *_PARSERS])
     choices.check("hh_split", hh_split, list(hh_rlhf.SPLITS))
     choices.check("on_bad_row", on_bad_row, ["error", "skip"])
+    choices.check("turns", turns, ["all", "last"])
     if format != "hh" and hh_split != "last_turn":
         raise ValueError(f"hh_split={hh_split!r} applies to format='hh' only, and format is {format!r}; leave it out")
     if start < 0 or (stop is not None and stop <= start):
@@ -156,6 +159,8 @@ def read(
         if isinstance(found, hh_rlhf.Dropped):
             dropped.setdefault(found.reason, []).append(where)
             continue
+        if turns == "last" and found.more:
+            found = found.more[-1]
         also = ["system"] if _says(found.prompt, row.get("system")) else []
         for column in columns.unused(row, *used, *also):
             noted.setdefault(columns.NOT_USED + column, []).append(where)

@@ -314,6 +314,7 @@ def _made(
             writer=writer,
             wants=wanted(config),
             rule=options.rule,
+            turns=options.assistant_turns,
             name=f"{name}_dataset",
         )
 

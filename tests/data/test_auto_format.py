@@ -114,6 +114,13 @@ def test_transcripts_are_conversations_where_the_rule_is_chat_and_text_where_it_
     assert shown(data.read(path, format="auto", rule="raw")) == [(asked, [" y", " n"], [1, 0])]
 
 
+@pytest.mark.parametrize("row", [{"messages": [USER, YES, USER, NO]}, {"conversations": [*SAID, *SAID]}])
+def test_all_answers_of_a_conversation_are_trained_or_the_last(row):
+    records = {turns: data.read([row], format="auto", turns=turns).rows for turns in ("all", "last")}
+    assert [len(one.prompt) for one in records["all"]] == [1, 3]
+    assert [one[:3] for one in records["last"]] == [records["all"][1][:3]]
+
+
 def test_what_is_labelled_false_is_no_demonstration(tmp_path):
     rows = [{"prompt": "Hi", "completion": text, "label": text == "y"} for text in "yn"]
     found = data.read(write(tmp_path / "d.jsonl", rows), format="auto", wants="demonstrations")
