@@ -175,7 +175,7 @@ def require_devices() -> None:
         cause = " ".join(str(error).split())[:200]
         raise ValueError(
             f"JAX_PLATFORMS={asked} names what JAX finds no device of{f' ({cause})' if cause else ''}; unset it, set it"
-            " to cpu, or install JAX for that device (fpo_jax[cuda], fpo_jax[tpu])."
+            " to cpu, or install JAX for that device (pip install 'jax[cuda13]' or 'jax[tpu]')."
         ) from None
 
 

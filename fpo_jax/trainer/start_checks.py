@@ -40,7 +40,7 @@ def wandb_problems(project: str) -> list[str]:
         return []
     option = f"--config.logging.wandb_project={project}"
     if importlib.util.find_spec("wandb") is None:
-        return [f"{option} needs the package wandb; install fpo_jax[wandb], or unset it."]
+        return [f"{option} needs the package wandb; run pip install wandb, or unset it."]
     host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     if os.environ.get("WANDB_API_KEY") or _has_login(host):
         return []
