@@ -107,7 +107,7 @@ def write_peft(
         "lora_dropout": adapter.dropout,
         "target_modules": sorted({re.sub(r".*\{layer\}\.", "", module) for module in modules}),
         "modules_to_save": ["score"] if config.reward_head else None,
-        "fan_in_fan_out": config.family == "gpt2",
+        "fan_in_fan_out": config.of_family.transposed,
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,

@@ -126,6 +126,13 @@ def sample(
             f" window={window} and the model has {config.max_positions}; shorten the prompts, lower max_new_tokens, or"
             " choose a window between the two."
         )
+    for one in config.ropes:
+        if one.type == "longrope" and needed > (one.original_max_position_embeddings or 0):
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens={decoding.max_new_tokens} need {needed} positions,"
+                f" and beyond {one.original_max_position_embeddings} the rotary frequencies (rope type 'longrope') of"
+                " all positions change while a text is written; shorten the prompts or lower max_new_tokens."
+            )
     numbers = range(len(prompts)) if numbers is None else numbers
     together = min(num_return, max(1, batch_size // layout.data_parallel_degree))  # returns of a prompt in one pass
     per_pass = max(

@@ -1,10 +1,11 @@
-"""What the decoder families share: norms, and the context of one forward pass.
+"""What the layers of all decoders share: norms, and the context of one forward pass.
 
-No module here or in a family's file states the shape of a parameter: the entries of `param_table` do, and
+No module here or in decoder_layer states the shape of a parameter: the entries of `param_table` do, and
 `transformer.Decoder` hangs each at its path.
 """
 
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,17 +18,17 @@ from fpo_jax.models import config, fp8, kv_cache, rope
 
 
 class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis, float32 inside, dtype kept."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axes, float32 inside, dtype kept."""
 
     scale: nnx.Param
 
-    def __init__(self, eps: float):
-        self.eps = eps
+    def __init__(self, eps: float, axes: tuple[int, ...] = (-1,)):
+        self.eps, self.axes = eps, axes
 
     def __call__(self, x: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
-        """Normalise the last axis."""
+        """Normalise."""
         wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        mean_square = jnp.mean(jnp.square(wide), axis=self.axes, keepdims=True)
         return (wide * jax.lax.rsqrt(mean_square + self.eps) * self._factor()).astype(x.dtype)
 
     def _factor(self) -> jax.Array:
@@ -42,21 +43,31 @@ class OffsetRMSNorm(RMSNorm):
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over D, float32 inside, dtype kept."""
+    """(x - mean(x)) / sqrt(var(x) + eps) * scale + bias over the last axes, float32 inside, dtype kept."""
 
     scale: nnx.Param
     bias: nnx.Param
 
-    def __init__(self, eps: float):
-        self.eps = eps
+    def __init__(self, eps: float, axes: tuple[int, ...] = (-1,)):
+        self.eps, self.axes = eps, axes
 
-    def __call__(self, x_NTD: Float[jax.Array, "N T D"]) -> Float[jax.Array, "N T D"]:
-        """Normalise the last axis."""
-        wide_NTD = x_NTD.astype(jnp.float32)
-        centred_NTD = wide_NTD - jnp.mean(wide_NTD, axis=-1, keepdims=True)
-        variance_NT1 = jnp.mean(jnp.square(centred_NTD), axis=-1, keepdims=True)
-        scaled_NTD = centred_NTD * jax.lax.rsqrt(variance_NT1 + self.eps) * self.scale[...].astype(jnp.float32)
-        return (scaled_NTD + self.bias[...].astype(jnp.float32)).astype(x_NTD.dtype)
+    def __call__(self, x: Float[jax.Array, "*batch D"]) -> Float[jax.Array, "*batch D"]:
+        """Normalise."""
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=self.axes, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=self.axes, keepdims=True)
+        scaled = centred * jax.lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)
+        bias = getattr(self, "bias", None)
+        return (scaled if bias is None else scaled + bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+# Family.norm -> module; which of them have a bias and where scales start, says param_table
+NORMS: dict[str, Callable] = {
+    "rms": RMSNorm,
+    "offset_rms": OffsetRMSNorm,
+    "layer": LayerNorm,
+    "layer_scale": LayerNorm,  # without a bias
+}
 
 
 class Context(NamedTuple):
@@ -74,11 +85,15 @@ class Context(NamedTuple):
     segments: types.Segments | None = None  # of packed rows
     slot: kv_cache.Recorder | kv_cache.Slot | None = None  # the layer's place in a cache, where there is one
     fp8: bool = False  # products with weights in 8 bits, see models.fp8
+    interleaved: bool = False  # rotary pairs are neighbours
+    divisor: jax.Array | None = None  # of the layer's attention logits
 
     def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
         """Rotate queries and keys, then attend."""
         if self.rotation is not None:
-            q_NTHC, k_NTGC = (rope.rotate(x, *self.rotation) for x in (q_NTHC, k_NTGC))
+            q_NTHC, k_NTGC = (rope.rotate(x, *self.rotation, interleaved=self.interleaved) for x in (q_NTHC, k_NTGC))
+        if self.divisor is not None:
+            q_NTHC = (q_NTHC / self.divisor).astype(q_NTHC.dtype)
         options = {"scale": self.scale, "sliding_window": self.sliding_window, "soft_cap": self.soft_cap}
         if isinstance(self.slot, kv_cache.Slot):
             return self.slot.attend(q_NTHC, k_NTGC, v_NTGC, **options)

@@ -75,4 +75,4 @@ def frozen_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...]
 def _inputs_and_outputs(entry: Entry, config: ModelConfig) -> tuple[str, str]:
     """Return the letters of a matrix's input and output axes; GPT-2's lie on disk the other way round."""
     outside, inside = groups(entry.hf_letters)
-    return (outside, inside) if config.family == "gpt2" else (inside, outside)
+    return (outside, inside) if config.of_family.transposed else (inside, outside)

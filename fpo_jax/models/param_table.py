@@ -8,7 +8,7 @@ parentheses joining axes: "(HC)D" = [H*C, D].
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from fpo_jax.models.config import ModelConfig
 
@@ -20,8 +20,9 @@ AXES = {
     "C": "head_dim",
     "F": "mlp",
     "V": "vocab",
-}  # P, learned positions, is whole on every device
+}  # P, learned positions, is whole on every device, and J, heads of queries, keys and values in a row
 _NO_PARENTHESES = str.maketrans("", "", "()")
+_OF_ATTENTION = ("query", "key", "value", "qkv", "out")  # matrices; the others are the MLP's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,32 +87,33 @@ def _entries(config: ModelConfig) -> tuple[Entry, ...]:
         "F": config.ffn,
         "V": config.vocab_size,
         "P": config.max_positions,
+        "J": config.heads + 2 * config.kv_heads,
     }
-    table = _FAMILIES[config.family](config)
     return tuple(
         dataclasses.replace(
             entry, shape=tuple(sizes.get(letter) or int(letter) for letter in entry.letters), axes=_logical_axes(entry)
         )
-        for entry in table
+        for entry in _table(config)
     )
 
 
 def ignored_hf_names(config: ModelConfig) -> frozenset[str]:
     """Return tensor names that published files hold and that carry no weights: rotary tables and causal masks."""
     return frozenset(
-        template.format(layer=layer) for template in _BUFFERS[config.family] for layer in range(config.layers)
+        template.format(layer=layer) for template in config.of_family.buffers for layer in range(config.layers)
     )
 
 
 def hf_head_name(config: ModelConfig) -> str:
     """Return the head's name on disk; files of tied models may hold it as a copy of the embedding."""
-    return "embed_out.weight" if config.family == "gpt_neox" else "lm_head.weight"
+    return f"{config.of_family.head}.weight"
 
 
 def full_hf_name(name: str, config: ModelConfig) -> str:
     """Return a tensor's name with the prefix that the files of the first GPT-2 models leave out."""
-    bare = config.family == "gpt2" and name.split(".")[0] in ("wte", "wpe", "h", "ln_f")
-    return f"transformer.{name}" if bare else name
+    prefix = config.of_family.bare_prefix
+    bare = prefix and not name.startswith((prefix, f"{config.of_family.head}.", "score."))
+    return f"{prefix}{name}" if bare else name
 
 
 def groups(letters: str) -> Iterator[str]:
@@ -129,105 +131,56 @@ def _bias(path: str, letters: str, hf_name: str, hf_letters: str) -> Entry:
     return Entry(path, letters, hf_name, hf_letters, init="zeros", decay=False)
 
 
-def _scale(path: str, letters: str, hf_name: str) -> Entry:
-    return Entry(path, letters, hf_name, "D", init="ones", decay=False)
+def _table(config: ModelConfig) -> list[Entry]:
+    """List a decoder's parameters, from what its family's record says."""
+    family = config.of_family
+    table = [_matrix("embed", "VD", f"{family.embed}.weight", "VD")]
+    if family.learned_positions:
+        table.append(_matrix("positions", "PD", f"{family.positions}.weight", "PD"))
+    for part in ("attention", "mlp"):
+        table += _placed_norm(config, f"{part}_norm")
+        for name, on_disk in family.matrices.items():
+            if (name in _OF_ATTENTION) == (part == "attention"):
+                table += _linear(config, f"layers/{part}/{name}", name, family.layer + on_disk)
+        table += _placed_norm(config, f"{part}_out_norm")
+    if family.query_key_norm is not None and config.query_key_norm:
+        for name, heads in (("query", "H"), ("key", "G")):
+            letters = f"L{heads}C" if "H" in family.query_key_norm else "LC"
+            disk = f"({heads}C)" if family.query_key_norm == "HC" else letters.removeprefix("L")
+            table += _norm(
+                config, f"layers/attention/{name}_norm", letters, f"{family.layer}self_attn.{name[0]}_norm", disk
+            )
+    return [*table, *_norm(config, "final_norm", "D", family.final_norm), *_head(config)]
 
 
-def _llama(config: ModelConfig) -> list[Entry]:
-    at = "model.layers.{layer}."
-    table = [
-        _matrix("embed", "VD", "model.embed_tokens.weight", "VD"),
-        _scale("layers/attention_norm/scale", "LD", at + "input_layernorm.weight"),
-        _matrix("layers/attention/query", "LDHC", at + "self_attn.q_proj.weight", "(HC)D"),
-        _matrix("layers/attention/key", "LDGC", at + "self_attn.k_proj.weight", "(GC)D"),
-        _matrix("layers/attention/value", "LDGC", at + "self_attn.v_proj.weight", "(GC)D"),
-        _matrix("layers/attention/out", "LHCD", at + "self_attn.o_proj.weight", "D(HC)"),
-        _scale("layers/mlp_norm/scale", "LD", at + "post_attention_layernorm.weight"),
-        _matrix("layers/mlp/gate", "LDF", at + "mlp.gate_proj.weight", "FD"),
-        _matrix("layers/mlp/up", "LDF", at + "mlp.up_proj.weight", "FD"),
-        _matrix("layers/mlp/down", "LFD", at + "mlp.down_proj.weight", "DF"),
-        _scale("final_norm/scale", "D", "model.norm.weight"),
-    ]
-    return [*table, *_head(config)]
+def _norm(config: ModelConfig, path: str, letters: str, hf_name: str, disk: str = "D") -> list[Entry]:
+    """A norm's scale, which starts at the value that leaves a normalised input as it is, and its bias."""
+    init = "zeros" if config.of_family.norm.startswith("offset") else "ones"
+    found = [Entry(f"{path}/scale", letters, f"{hf_name}.weight", disk, init=init, decay=False)]
+    return (
+        [*found, _bias(f"{path}/bias", letters, f"{hf_name}.bias", disk)] if config.of_family.norm == "layer" else found
+    )
 
 
-def _qwen2(config: ModelConfig) -> list[Entry]:
-    at = "model.layers.{layer}.self_attn."
-    biases = [
-        _bias("layers/attention/query_bias", "LHC", at + "q_proj.bias", "(HC)"),
-        _bias("layers/attention/key_bias", "LGC", at + "k_proj.bias", "(GC)"),
-        _bias("layers/attention/value_bias", "LGC", at + "v_proj.bias", "(GC)"),
-    ]
-    return [*_llama(config), *biases]
+def _placed_norm(config: ModelConfig, place: str) -> list[Entry]:
+    """A layer's norm, where the family has one in that place."""
+    family = config.of_family
+    return _norm(config, f"layers/{place}", "LD", family.layer + family.norms[place]) if place in family.norms else []
 
 
-def _qwen3(config: ModelConfig) -> list[Entry]:
-    at = "model.layers.{layer}.self_attn."
-    norms = [
-        Entry("layers/attention/query_norm/scale", "LC", at + "q_norm.weight", "C", init="ones", decay=False),
-        Entry("layers/attention/key_norm/scale", "LC", at + "k_norm.weight", "C", init="ones", decay=False),
-    ]
-    return [*_llama(config), *norms]
+def _linear(config: ModelConfig, path: str, name: str, hf_name: str) -> list[Entry]:
+    """A matrix of a layer, and its bias where it has one."""
+    family = config.of_family
+    inputs, outputs = family.matrix(name)
+    first, second = (_joined(inputs), _joined(outputs)) if family.transposed else (_joined(outputs), _joined(inputs))
+    found = [_matrix(path, f"L{inputs}{outputs}", f"{hf_name}.weight", first + second)]
+    biased = name in config.biased
+    return [*found, _bias(f"{path}_bias", f"L{outputs}", f"{hf_name}.bias", _joined(outputs))] if biased else found
 
 
-def _gemma2(config: ModelConfig) -> list[Entry]:
-    """Scales count from one, so that they start at zero."""
-    at = "model.layers.{layer}."
-    names = {
-        "layers/attention_norm/scale": at + "input_layernorm.weight",
-        "layers/attention_out_norm/scale": at + "post_attention_layernorm.weight",
-        "layers/mlp_norm/scale": at + "pre_feedforward_layernorm.weight",
-        "layers/mlp_out_norm/scale": at + "post_feedforward_layernorm.weight",
-        "final_norm/scale": "model.norm.weight",
-    }
-    norms = [_bias(path, "LD" if path.startswith("layers") else "D", name, "D") for path, name in names.items()]
-    return [*(entry for entry in _llama(config) if entry.path not in names), *norms]
-
-
-def _gpt2(config: ModelConfig) -> list[Entry]:
-    """Matrices lie on disk as they are multiplied: input axis first."""
-    at = "transformer.h.{layer}."
-    table = [
-        _matrix("embed", "VD", "transformer.wte.weight", "VD"),
-        _matrix("positions", "PD", "transformer.wpe.weight", "PD"),
-        _scale("layers/attention_norm/scale", "LD", at + "ln_1.weight"),
-        _bias("layers/attention_norm/bias", "LD", at + "ln_1.bias", "D"),
-        _matrix("layers/attention/qkv", "LD3HC", at + "attn.c_attn.weight", "D(3HC)"),
-        _bias("layers/attention/qkv_bias", "L3HC", at + "attn.c_attn.bias", "(3HC)"),
-        _matrix("layers/attention/out", "LHCD", at + "attn.c_proj.weight", "(HC)D"),
-        _bias("layers/attention/out_bias", "LD", at + "attn.c_proj.bias", "D"),
-        _scale("layers/mlp_norm/scale", "LD", at + "ln_2.weight"),
-        _bias("layers/mlp_norm/bias", "LD", at + "ln_2.bias", "D"),
-        _matrix("layers/mlp/up", "LDF", at + "mlp.c_fc.weight", "DF"),
-        _bias("layers/mlp/up_bias", "LF", at + "mlp.c_fc.bias", "F"),
-        _matrix("layers/mlp/down", "LFD", at + "mlp.c_proj.weight", "FD"),
-        _bias("layers/mlp/down_bias", "LD", at + "mlp.c_proj.bias", "D"),
-        _scale("final_norm/scale", "D", "transformer.ln_f.weight"),
-        _bias("final_norm/bias", "D", "transformer.ln_f.bias", "D"),
-    ]
-    return [*table, *_head(config)]
-
-
-def _gpt_neox(config: ModelConfig) -> list[Entry]:
-    at = "gpt_neox.layers.{layer}."
-    table = [
-        _matrix("embed", "VD", "gpt_neox.embed_in.weight", "VD"),
-        _scale("layers/attention_norm/scale", "LD", at + "input_layernorm.weight"),
-        _bias("layers/attention_norm/bias", "LD", at + "input_layernorm.bias", "D"),
-        _matrix("layers/attention/qkv", "LDH3C", at + "attention.query_key_value.weight", "(H3C)D"),
-        _bias("layers/attention/qkv_bias", "LH3C", at + "attention.query_key_value.bias", "(H3C)"),
-        _matrix("layers/attention/out", "LHCD", at + "attention.dense.weight", "D(HC)"),
-        _bias("layers/attention/out_bias", "LD", at + "attention.dense.bias", "D"),
-        _scale("layers/mlp_norm/scale", "LD", at + "post_attention_layernorm.weight"),
-        _bias("layers/mlp_norm/bias", "LD", at + "post_attention_layernorm.bias", "D"),
-        _matrix("layers/mlp/up", "LDF", at + "mlp.dense_h_to_4h.weight", "FD"),
-        _bias("layers/mlp/up_bias", "LF", at + "mlp.dense_h_to_4h.bias", "F"),
-        _matrix("layers/mlp/down", "LFD", at + "mlp.dense_4h_to_h.weight", "DF"),
-        _bias("layers/mlp/down_bias", "LD", at + "mlp.dense_4h_to_h.bias", "D"),
-        _scale("final_norm/scale", "D", "gpt_neox.final_layer_norm.weight"),
-        _bias("final_norm/bias", "D", "gpt_neox.final_layer_norm.bias", "D"),
-    ]
-    return [*table, *_head(config)]
+def _joined(letters: str) -> str:
+    """Return the axis on disk that holds these axes."""
+    return letters if len(letters) == 1 else f"({letters})"
 
 
 def _head(config: ModelConfig) -> list[Entry]:
@@ -235,31 +188,6 @@ def _head(config: ModelConfig) -> list[Entry]:
     if config.reward_head:  # starts as torch starts a linear layer
         return [Entry("score", "1D", "score.weight", "1D", init="uniform", decay=True)]
     return [] if config.tied_head else [_matrix("head", "VD", hf_head_name(config), "VD")]
-
-
-_FAMILIES: dict[str, Callable[[ModelConfig], list[Entry]]] = {
-    "llama": _llama,
-    "mistral": _llama,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "gemma2": _gemma2,
-    "gpt_neox": _gpt_neox,
-    "gpt2": _gpt2,
-}
-_LLAMA_BUFFERS = ("model.layers.{layer}.self_attn.rotary_emb.inv_freq",)
-_BUFFERS = {
-    "llama": _LLAMA_BUFFERS,
-    "mistral": _LLAMA_BUFFERS,
-    "qwen2": _LLAMA_BUFFERS,
-    "qwen3": _LLAMA_BUFFERS,
-    "gemma2": _LLAMA_BUFFERS,
-    "gpt2": ("transformer.h.{layer}.attn.bias", "transformer.h.{layer}.attn.masked_bias"),
-    "gpt_neox": (
-        "gpt_neox.layers.{layer}.attention.rotary_emb.inv_freq",
-        "gpt_neox.layers.{layer}.attention.bias",
-        "gpt_neox.layers.{layer}.attention.masked_bias",
-    ),
-}
 
 
 def _logical_axes(entry: Entry) -> tuple[str | None, ...]:

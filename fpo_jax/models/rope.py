@@ -2,14 +2,16 @@
 
     angle(t, p) = t * inverse_frequency(p),   pair (x_p, x_{p+P}) is turned by it,   p in [0, P)
 
-P is the number of rotated pairs, half the rotated share of the head dimension. The scalings (linear, dynamic, llama3,
-yarn) change the inverse frequencies only; yarn also scales cos and sin. Frequencies are float32 and computed in the
+P is the number of rotated pairs, half the rotated share of the head dimension. In some families pairs are neighbours,
+(x_2p, x_2p+1). The scalings (linear, dynamic, llama3, yarn, longrope) change the inverse frequencies only; yarn and
+longrope also scale cos and sin. Frequencies are float32 and computed in the
 order in which transformers computes them, so that both agree to 2 units in the last place.
 """
 
 import dataclasses
 import math
 import sys
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +26,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
+    "longrope": (("short_factor", "long_factor", "original_max_position_embeddings"), ("factor", "attention_factor")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (
         ("factor", "original_max_position_embeddings"),
@@ -51,6 +54,10 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = (
+        None  # longrope: a divisor of each pair's frequency, in texts of the original length
+    )
+    long_factor: tuple[float, ...] | None = None  # the same in longer texts
 
     def __post_init__(self):
         """Raise ValueError naming every field that does not fit the type."""
@@ -63,7 +70,13 @@ class Rope:
         problems += [
             f"{name}={getattr(self, name)} must be finite"
             for name in SCALING_FIELDS
-            if not abs(getattr(self, name) or 0) <= sys.float_info.max  # also an int that no float holds
+            if name not in _PER_PAIR
+            and not abs(getattr(self, name) or 0) <= sys.float_info.max  # also an int that no float holds
+        ]
+        problems += [
+            f"{name} must be a list of positive numbers"
+            for name in _PER_PAIR
+            if not all(type(one) in (int, float) and 0 < one <= sys.float_info.max for one in getattr(self, name) or ())
         ]
         if not 0 < self.theta <= sys.float_info.max:
             problems.append(f"rope_theta={self.theta} must be positive and finite")
@@ -75,6 +88,7 @@ class Rope:
             raise ValueError(f"rope type {self.type!r}: " + "; ".join(problems) + ".")
 
 
+_PER_PAIR = ("short_factor", "long_factor")
 SCALING_FIELDS = tuple(
     field.name for field in dataclasses.fields(Rope) if field.name not in ("type", "theta", "fraction")
 )
@@ -90,7 +104,9 @@ def type_problems(record: type, values: Mapping[str, Any], *, names: Mapping[str
     """
     problems = []
     for field in dataclasses.fields(record):
-        allowed = typing.get_args(field.type) or (field.type,)
+        union = isinstance(field.type, types.UnionType)
+        allowed = typing.get_args(field.type) if union else (field.type,)
+        allowed = tuple(typing.get_origin(kind) or kind for kind in allowed)  # of what a tuple holds, nothing is said
         accepted = (*allowed, int) if float in allowed else allowed
         if field.name in values and type(values[field.name]) not in accepted:
             wanted = " or ".join(
@@ -100,14 +116,14 @@ def type_problems(record: type, values: Mapping[str, Any], *, names: Mapping[str
     return problems
 
 
-def from_hf(parameters: dict[str, Any], *, theta: Any, fraction: Any, max_positions: Any) -> Rope:
+def from_hf(parameters: dict[str, Any], *, theta: Any, fraction: Any, original: Any) -> Rope:
     """Read a `rope_parameters` (transformers 5) or `rope_scaling` (transformers 4) dict, types checked here.
 
     Args:
         parameters: the dict; its own rope_theta and partial_rotary_factor come before the two arguments.
         theta: base given outside the dict.
         fraction: rotated share given outside the dict.
-        max_positions: stands in for an absent original_max_position_embeddings, as in transformers.
+        original: original_max_position_embeddings, of the types that have one.
 
     Raises:
         ValueError: unknown type or key, missing key, wrong type or range.
@@ -118,13 +134,16 @@ def from_hf(parameters: dict[str, Any], *, theta: Any, fraction: Any, max_positi
     kind = kind or legacy or "default"
     theta = values.pop("rope_theta", theta)
     fraction = values.pop("partial_rotary_factor", fraction)
+    values |= {name: tuple(values[name]) for name in _PER_PAIR if isinstance(values.get(name), list)}
     if unknown := sorted(set(values) - set(SCALING_FIELDS)):
         raise ValueError(f"rope type {kind!r}: {', '.join(unknown)} is not supported.")
     names = {"theta": "rope_theta", "fraction": "partial_rotary_factor"}
+    if kind == "dynamic":  # its window is max_position_embeddings, whatever stands here
+        values.pop("original_max_position_embeddings", None)
+    if kind in _KEYS and "original_max_position_embeddings" in _KEYS[kind][0]:
+        values["original_max_position_embeddings"] = original
     if wrong := type_problems(Rope, values | {"theta": theta, "fraction": fraction}, names=names):
         raise ValueError(f"rope type {kind!r}: {'; '.join(wrong)}.")
-    if kind in _KEYS and "original_max_position_embeddings" in _KEYS[kind][0]:
-        values.setdefault("original_max_position_embeddings", max_positions)
     return Rope(type=kind, theta=theta, fraction=fraction, **values)
 
 
@@ -133,6 +152,7 @@ def to_hf(rope: Rope) -> dict[str, Any] | None:
     if rope.type == "default":
         return None
     scaling = {name: getattr(rope, name) for name in SCALING_FIELDS if getattr(rope, name) is not None}
+    scaling |= {name: list(scaling[name]) for name in _PER_PAIR if name in scaling}
     return {"rope_type": rope.type, **scaling}
 
 
@@ -152,6 +172,26 @@ def rotated_pairs(rope: Rope, *, head_dim: int) -> int:
     return rotated // 2
 
 
+def check(rope: Rope, *, head_dim: int) -> None:
+    """Check that the description fits heads of a size.
+
+    Raises:
+        ValueError: what rotated_pairs raises, or factors of longrope that are not one for each pair.
+    """
+    pairs = rotated_pairs(rope, head_dim=head_dim)
+    for name in _PER_PAIR:
+        factors = getattr(rope, name)
+        if factors is not None and len(factors) != pairs:
+            raise ValueError(f"{name} has {len(factors)} entries, and {pairs} pairs of dimensions are rotated.")
+
+
+def depends_on_length(rope: Rope, *, longest: int) -> bool:
+    """Whether texts of up to `longest` tokens are not all rotated by the same frequencies."""
+    if rope.type == "longrope":
+        return longest > (rope.original_max_position_embeddings or 0)
+    return rope.type == "dynamic"
+
+
 def rotation(
     rope: Rope,
     *,
@@ -162,10 +202,10 @@ def rotation(
 ) -> tuple[Float[jax.Array, "Y T P"], Float[jax.Array, "Y T P"]]:
     """Return cos and sin of every angle.
 
-    Dynamic scaling depends on how long the text is. Here that is the row's own number of valid tokens, so that
-    neither padding nor the other rows of the batch change a row. transformers takes the padded length of the batch
-    and, beyond max_position_embeddings, keeps the longest it has seen so far; both agree on a fresh model given one
-    row without padding.
+    Dynamic scaling and longrope depend on how long the text is. Here that is the row's own number of valid tokens, so
+    that neither padding nor the other rows of the batch change a row. transformers takes the padded length of the
+    batch and, with dynamic scaling beyond max_position_embeddings, keeps the longest it has seen so far; both agree on
+    a fresh model given one row without padding.
 
     Args:
         rope: the description.
@@ -175,12 +215,15 @@ def rotation(
         positions_XT: of the tokens, from 0; one row for all, or one for each.
 
     Returns:
-        cos and sin, float32, times yarn's attention factor; [N, T, P] for dynamic scaling, else [X, T, P].
+        cos and sin, float32, times the attention factor of yarn and longrope; [N, T, P] where frequencies depend on the
+        row's length, else [X, T, P].
     """
     pairs = rotated_pairs(rope, head_dim=head_dim)
     if rope.type == "dynamic":
         frequencies_XP = _dynamic(rope, pairs, max_positions, lengths_N)
         magnitude = 1.0
+    elif rope.type == "longrope":
+        frequencies_XP, magnitude = _longrope(rope, pairs, max_positions, lengths_N, positions_XT.shape[1])
     else:
         frequencies_P, magnitude = inverse_frequencies(rope, pairs=pairs)
         frequencies_XP = jnp.asarray(frequencies_P)[None]
@@ -189,21 +232,34 @@ def rotation(
 
 
 def rotate(
-    x_NTHC: Float[jax.Array, "N T H C"], cos_XTP: Float[jax.Array, "X T P"], sin_XTP: Float[jax.Array, "X T P"]
+    x_NTHC: Float[jax.Array, "N T H C"],
+    cos_XTP: Float[jax.Array, "X T P"],
+    sin_XTP: Float[jax.Array, "X T P"],
+    *,
+    interleaved: bool = False,
 ) -> Float[jax.Array, "N T H C"]:
-    """Turn the first 2P dimensions of every head; dimension p is paired with p + P. float32 inside, dtype kept."""
+    """Turn the first 2P dimensions of every head: p with p + P, interleaved 2p with 2p + 1.
+
+    float32 inside, dtype kept.
+    """
     pairs = cos_XTP.shape[-1]
     cos, sin = cos_XTP[:, :, None, :], sin_XTP[:, :, None, :]
-    first = x_NTHC[..., :pairs].astype(jnp.float32)
-    second = x_NTHC[..., pairs : 2 * pairs].astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    places = (
+        (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(pairs), slice(pairs, 2 * pairs))
+    )
+    first, second = (x_NTHC[..., place].astype(jnp.float32) for place in places)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if interleaved:
+        turned = jnp.stack(parts, axis=-1).reshape(*x_NTHC.shape[:-1], 2 * pairs)
+    else:
+        turned = jnp.concatenate(parts, axis=-1)
     return jnp.concatenate([turned.astype(x_NTHC.dtype), x_NTHC[..., 2 * pairs :]], axis=-1)
 
 
 def inverse_frequencies(rope: Rope, *, pairs: int) -> tuple[Float[np.ndarray, " P"], float]:
     """Return the inverse frequencies (float32, radians per position) and the factor on cos and sin.
 
-    For every type but dynamic, whose frequencies depend on the row.
+    For every type but dynamic and longrope, whose frequencies depend on the row.
     """
     exponents_P = np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(2 * pairs)
     periods_P = np.float32(rope.theta) ** exponents_P
@@ -278,3 +334,22 @@ def _dynamic(rope: Rope, pairs: int, max_positions: int, lengths_N: jax.Array) -
     base_N = rope.theta * stretch_N ** (2 * pairs / (2 * pairs - 2))
     exponents_P = np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(2 * pairs)
     return 1.0 / base_N[:, None] ** exponents_P[None, :]
+
+
+def _longrope(
+    rope: Rope, pairs: int, max_positions: int, lengths_N: jax.Array, longest: int
+) -> tuple[jax.Array, float]:
+    """LongRoPE [X, P], arXiv 2402.13753: each pair has a divisor of its own, another one in long texts."""
+    original, short, long = rope.original_max_position_embeddings, rope.short_factor, rope.long_factor
+    assert original and short and long
+    exponents_P = np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(2 * pairs)
+    periods_P = np.float32(rope.theta) ** exponents_P
+    short_P, long_P = (np.float32(1) / (np.asarray(factors, np.float32) * periods_P) for factors in (short, long))
+    frequencies_XP = jnp.asarray(short_P)[None]
+    if longest > original:
+        frequencies_XP = jnp.where((lengths_N > original)[:, None], long_P, short_P)
+    factor = max_positions / original if rope.factor is None else rope.factor
+    magnitude = rope.attention_factor
+    if magnitude is None:
+        magnitude = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return frequencies_XP, magnitude

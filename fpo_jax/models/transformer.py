@@ -5,6 +5,7 @@ The module tree of `Decoder` is the tree of parameters: `layers` is one layer wh
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,20 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from fpo_jax import attention, sharding, types
-from fpo_jax.models import config, gemma2, gpt2, gpt_neox, kv_cache, layers, llama, lora, param_table, rope
+from fpo_jax.models import config, decoder_layer, kv_cache, layers, lora, param_table, rope
 
-# family -> (one layer, the norm after the last layer)
-_FAMILIES: dict[str, tuple[Callable, Callable]] = {
-    "llama": (llama.Layer, layers.RMSNorm),
-    "mistral": (llama.Layer, layers.RMSNorm),
-    "qwen2": (llama.Layer, layers.RMSNorm),
-    "qwen3": (llama.Layer, layers.RMSNorm),
-    "gemma2": (gemma2.Layer, layers.OffsetRMSNorm),
-    "gpt_neox": (gpt_neox.Layer, layers.LayerNorm),
-    "gpt2": (gpt2.Layer, layers.LayerNorm),
-}
 _LAYER_INPUT = "layer_input"
 _CACHED = attention.Selection("cached", "one query against the cache")
+_LONGEST_PERIOD = 16  # of kinds of layers that is looked for
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)  # scan already keeps the recomputation apart
 # What the backward pass keeps of a layer, from most memory and fewest FLOPs to the least memory.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -60,10 +52,9 @@ class Decoder(nnx.Module):
     positions: nnx.Param
 
     def __init__(self, config: config.ModelConfig, adapter: config.Adapter | None = None):
-        layer, norm = _FAMILIES[config.family]
         self.config, self.adapter = config, adapter
-        self.layers = layer(config)
-        self.final_norm = norm(config.norm_eps)
+        self.layers = decoder_layer.Layer(config)
+        self.final_norm = layers.NORMS[config.of_family.norm](config.norm_eps)
         for entry in param_table.entries(config) + lora.adapter_entries(config, adapter):
             *parents, name = entry.path.split("/")
             module = functools.reduce(getattr, parents, self)
@@ -84,22 +75,20 @@ class Decoder(nnx.Module):
     ) -> Float[jax.Array, "N T D"]:
         """Return the hidden states after the final norm, in compute_dtype."""
         positions_XT = jnp.arange(tokens_NT.shape[1])[None] if segments is None else jnp.asarray(segments.positions_NT)
-        context = self._context(positions_XT, valid_NT, choice, layout)._replace(segments=segments, fp8=fp8)
+        context_of = self._contexts(positions_XT, valid_NT, choice, layout, segments, fp8=fp8)
         graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(x_NTD, layer, *, window):
-            own = context._replace(sliding_window=window)
+        def apply_layer(x_NTD, layer, *, kind):
+            layer, number = layer
+            own = context_of(kind, number)
             if dropout_key is not None:
-                layer, number = layer
                 own = own._replace(dropout_key=jax.random.fold_in(dropout_key, number))
             return nnx.merge(graphdef, layer)(checkpoint_name(x_NTD, _LAYER_INPUT), own), None
 
         # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless.
-        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, context, compute_dtype)
-        if dropout_key is not None:
-            layers = (layers, jnp.arange(self.config.layers))
-        x_NTD, _ = self._scan(lambda window: REMAT[remat](functools.partial(apply_layer, window=window)), x_NTD, layers)
-        return layout.constrain(self.final_norm(x_NTD), "rows", "positions", "width")
+        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, layout, compute_dtype)
+        x_NTD, _ = self._scan(lambda kind: REMAT[remat](functools.partial(apply_layer, kind=kind)), x_NTD, layers)
+        return layout.constrain(self._normed(x_NTD), "rows", "positions", "width")
 
     def prefill(
         self,
@@ -112,19 +101,20 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[jax.Array, "N T D"], kv_cache.Cache]:
         """Return the hidden states and the keys and values of all positions."""
         positions_XT = jnp.arange(tokens_NT.shape[1])[None]
-        context = self._context(positions_XT, valid_NT, choice, layout)
+        context_of = self._contexts(positions_XT, valid_NT, choice, layout)
         graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(x_NTD, layer, *, window):
+        def apply_layer(x_NTD, layer, *, kind):
+            layer, number = layer
             recorder = kv_cache.Recorder()
-            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context._replace(slot=recorder, sliding_window=window))
+            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context_of(kind, number)._replace(slot=recorder))
             return x_NTD, (recorder.keys_NTGC, recorder.values_NTGC)
 
-        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, context, compute_dtype)
+        x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, layout, compute_dtype)
         x_NTD, (keys_LNTGC, values_LNTGC) = self._scan(
-            lambda window: functools.partial(apply_layer, window=window), x_NTD, layers
+            lambda kind: functools.partial(apply_layer, kind=kind), x_NTD, layers
         )
-        return self.final_norm(x_NTD), kv_cache.Cache(keys_LNTGC, values_LNTGC)
+        return self._normed(x_NTD), kv_cache.Cache(keys_LNTGC, values_LNTGC)
 
     def decode(
         self,
@@ -137,65 +127,153 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[jax.Array, "N D"], kv_cache.Cache]:
         """Return the hidden state of one more token of each row, and the cache with it."""
         valid_NT = jnp.ones((tokens_N.shape[0], 1), bool)
-        context = self._context(positions_N[:, None], valid_NT, _CACHED, layout)
+        context_of = self._contexts(positions_N[:, None], valid_NT, _CACHED, layout)
         graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(carry, layer, *, window):
-            x_NTD, cache, number = carry
+        def apply_layer(carry, layer, *, kind):
+            (x_NTD, cache), (layer, number) = carry, layer
             slot = kv_cache.Slot(cache, number, positions_N)
-            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context._replace(slot=slot, sliding_window=window))
-            return (x_NTD, slot.cache, number + 1), None
+            x_NTD = nnx.merge(graphdef, layer)(x_NTD, context_of(kind, number)._replace(slot=slot))
+            return (x_NTD, slot.cache), None
 
-        x_NTD = self._embedded(tokens_N[:, None], positions_N[:, None], context, compute_dtype)
-        (x_NTD, cache, _), _ = self._scan(
-            lambda window: functools.partial(apply_layer, window=window), (x_NTD, cache, jnp.int32(0)), layers
-        )
-        return self.final_norm(x_NTD)[:, 0], cache
+        x_NTD = self._embedded(tokens_N[:, None], positions_N[:, None], layout, compute_dtype)
+        (x_NTD, cache), _ = self._scan(lambda kind: functools.partial(apply_layer, kind=kind), (x_NTD, cache), layers)
+        return self._normed(x_NTD)[:, 0], cache
 
     def _scan(self, layer_of: Callable, carry, layers):
-        """Scan over the layers; where kinds of them alternate, over groups of one of each kind.
+        """Scan over the layers; where their kinds alternate, over groups of one of each kind, run by run.
 
-        `layer_of(window)` gives the body of a layer with that sliding window.
+        `layer_of(kind)` gives the body of a layer of that kind, which is handed the layer and its number.
         """
-        bodies = [layer_of(window) for window in self.config.windows]
-        if len(bodies) == 1:
-            return jax.lax.scan(bodies[0], carry, layers)
-        grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, len(bodies), *leaf.shape[1:]), layers)
+        layers = (layers, jnp.arange(self.config.layers))
+        found = []
+        for run in runs(self.config.kinds):
+            whole = run.period * run.repeats == self.config.layers
+            part = layers if whole else jax.tree.map(lambda leaf: leaf[run.start : run.stop], layers)  # noqa: B023
+            carry, one = _scan_run([layer_of(kind) for kind in run.kinds], carry, part)
+            found.append(one)
+        return carry, found[0] if len(found) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
-        def apply_group(carry, group):
-            found = []
-            for index, body in enumerate(bodies):
-                carry, one = body(carry, jax.tree.map(lambda leaf: leaf[index], group))  # noqa: B023
-                found.append(one)
-            return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *found)
-
-        carry, found = jax.lax.scan(apply_group, carry, grouped)
-        return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
-
-    def _context(self, positions_XT, valid_NT, choice: attention.Selection, layout: sharding.Layout) -> layers.Context:
-        config, rotation = self.config, None
-        if not config.learned_positions:
-            rotation = rope.rotation(
-                config.rope,
+    def _contexts(
+        self, positions_XT, valid_NT, choice: attention.Selection, layout: sharding.Layout, segments=None, *, fp8=False
+    ) -> Callable[[config.LayerKind, jax.Array], layers.Context]:
+        """Return the context of a layer by its kind and its number."""
+        config = self.config
+        if segments is None:
+            lengths_N = jnp.sum(valid_NT, axis=1, dtype=jnp.int32)
+        else:
+            lengths_N = jnp.max(positions_XT, axis=1) + 1  # of the longest text in the row
+        rotations = {
+            one: rope.rotation(
+                one,
                 head_dim=config.head_dim,
                 max_positions=config.max_positions,
-                lengths_N=jnp.sum(valid_NT, axis=1, dtype=jnp.int32),
+                lengths_N=lengths_N,
                 positions_XT=positions_XT,
             )
+            for one in config.ropes
+        }
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        return layers.Context(valid_NT, rotation, scale, None, config.attention_soft_cap, choice, layout, self.adapter)
+        shared = layers.Context(
+            valid_NT,
+            None,
+            scale,
+            None,
+            config.attention_soft_cap,
+            choice,
+            layout,
+            self.adapter,
+            segments=segments,
+            fp8=fp8,
+            interleaved=config.of_family.interleaved,
+        )
 
-    def _embedded(self, tokens_NT, positions_XT, context: layers.Context, compute_dtype) -> jax.Array:
+        def of(kind, number: jax.Array) -> layers.Context:
+            divisor = (number + 1).astype(jnp.float32) if config.inverse_layer_scale else None
+            rotation = None if kind.rope is None else rotations[kind.rope]
+            return shared._replace(rotation=rotation, sliding_window=kind.window, divisor=divisor)
+
+        return of
+
+    def _embedded(self, tokens_NT, positions_XT, layout: sharding.Layout, compute_dtype) -> jax.Array:
         """The cast follows the gather: its gradient, a scatter-add, then sums in the parameters' own dtype.
 
         Ids outside the vocabulary give NaN.
         """
         x_NTD = jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype)
-        if self.config.family == "gemma2":
-            x_NTD *= jnp.asarray(self.config.width**0.5, compute_dtype)
+        scale = self.config.width**0.5 if self.config.of_family.sqrt_width_embedding else self.config.embedding_scale
+        if scale is not None:
+            x_NTD *= jnp.asarray(scale, compute_dtype)
         if self.config.learned_positions:
             x_NTD += jnp.take(self.positions[...], positions_XT, axis=0, mode="clip").astype(compute_dtype)
-        return context.constrain_stream(x_NTD)
+        return layout.constrain(x_NTD, "rows", "stream", "width")
+
+    def _normed(self, x_NTD: jax.Array) -> jax.Array:
+        """Apply the final norm, and the factor that the LM head's logits have; a reward model's scores have none."""
+        hidden_NTD = self.final_norm(x_NTD)
+        scale = None if self.config.reward_head else self.config.logit_scale
+        return hidden_NTD if scale is None else hidden_NTD * jnp.asarray(scale, hidden_NTD.dtype)
+
+
+class Run(NamedTuple):
+    """Layers in a row whose kinds repeat with a period."""
+
+    start: int
+    period: int
+    repeats: int
+    kinds: tuple[config.LayerKind, ...]  # of one period
+
+    @property
+    def stop(self) -> int:
+        """Number of the layer after the last."""
+        return self.start + self.period * self.repeats
+
+
+@functools.lru_cache(maxsize=32)
+def runs(kinds: tuple[config.LayerKind, ...]) -> tuple[Run, ...]:
+    """Cut layers into runs, so that as few layers as possible are compiled: their kinds stand once per period.
+
+    >>> a, b = config.LayerKind(4, None), config.LayerKind(None, None)
+    >>> [(run.start, run.period, run.repeats) for run in runs((a, a, b, a, a, b, a, a))]
+    [(0, 1, 2), (2, 3, 2)]
+    """
+    count, longest = len(kinds), min(len(kinds), _LONGEST_PERIOD)
+    if len(set(kinds)) == 1:
+        return (Run(0, 1, count, kinds[:1]),)
+    same = {period: [0] * (count + 1) for period in range(1, longest + 1)}  # layers from here on that repeat
+    best: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * (count + 1)  # compiled layers, runs, period, repeats
+    for start in reversed(range(count)):
+        options = []
+        for period in range(1, min(longest, count - start) + 1):
+            again = start + period < count and kinds[start] == kinds[start + period]
+            same[period][start] = same[period][start + 1] + 1 if again else 0
+            repeats = 1 + same[period][start] // period
+            compiled, cuts, *_ = best[start + period * repeats]
+            options.append((period + compiled, 1 + cuts, period, repeats))
+        best[start] = min(options)
+    found, start = [], 0
+    while start < count:
+        _, _, period, repeats = best[start]
+        found.append(Run(start, period, repeats, kinds[start : start + period]))
+        start = found[-1].stop
+    return tuple(found)
+
+
+def _scan_run(bodies: list[Callable], carry, layers):
+    """Scan over layers of one kind, or over groups of one layer of each kind."""
+    if len(bodies) == 1:
+        return jax.lax.scan(bodies[0], carry, layers)
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, len(bodies), *leaf.shape[1:]), layers)
+
+    def apply_group(carry, group):
+        found = []
+        for index, body in enumerate(bodies):
+            carry, one = body(carry, jax.tree.map(lambda leaf: leaf[index], group))  # noqa: B023
+            found.append(one)
+        return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+
+    carry, found = jax.lax.scan(apply_group, carry, grouped)
+    return carry, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found)
 
 
 @functools.lru_cache(maxsize=32)

@@ -9,6 +9,7 @@ what causality and windows mask, and scores only the positions that a batch scor
 counts valid tokens, fed with the padded length all of them.
 """
 
+import collections
 import math
 from typing import Any, NamedTuple
 
@@ -25,32 +26,41 @@ class Work(NamedTuple):
     """What the operations of a pass over some rows are proportional to."""
 
     tokens: int  # through the layers
-    pairs: int  # of a query and a key it attends to, per head and layer
+    pairs: int  # of a query and a key it attends to, per head and layer, the mean where layers differ
     scored: int  # positions through the LM head
 
 
-def work(lengths_N, loss_tokens_N, *, contexts: npt.ArrayLike = 0, sliding_window: int | None) -> Work:
+Window = int | None | tuple[int | None, ...]
+
+
+def work(lengths_N, loss_tokens_N, *, contexts: npt.ArrayLike = 0, sliding_window: Window) -> Work:
     """Sum up rows, or texts.
 
     Args:
         lengths_N: tokens of each row.
         loss_tokens_N: scored positions of each row, or of all.
         contexts: tokens that each of them follows without computing them: of a prompt that others share.
-        sliding_window: positions a query sees, itself included; None = all before it.
+        sliding_window: positions a query sees, itself included; None = all before it; of each layer, where they differ.
 
     >>> work([3, 1], [2, 0], sliding_window=2)  # the first row's queries see 1, 2 and 2 keys
     Work(tokens=4, pairs=6, scored=2)
     >>> work([3, 1], [2, 0], contexts=[0, 3], sliding_window=None)  # 1 + 2 + 3, and 4
     Work(tokens=4, pairs=10, scored=2)
+    >>> work([3], [0], sliding_window=(1, None)).pairs  # the mean of two layers' 3 and 6, rounded down
+    4
     """
     lengths_N, contexts_N = np.asarray(lengths_N, np.int64), np.asarray(contexts, np.int64)
 
-    def pairs(lengths_N):
-        reach_N = lengths_N if sliding_window is None else np.minimum(lengths_N, sliding_window)
+    def pairs(lengths_N, window):
+        reach_N = lengths_N if window is None else np.minimum(lengths_N, window)
         return reach_N * (reach_N + 1) // 2 + (lengths_N - reach_N) * reach_N
 
-    pairs_N = pairs(contexts_N + lengths_N) - pairs(contexts_N)
-    return Work(int(lengths_N.sum()), int(pairs_N.sum()), int(np.sum(loss_tokens_N)))
+    layers = collections.Counter(sliding_window if isinstance(sliding_window, tuple) else (sliding_window,))
+    total = sum(
+        count * int((pairs(contexts_N + lengths_N, window) - pairs(contexts_N, window)).sum())
+        for window, count in layers.items()
+    )
+    return Work(int(lengths_N.sum()), total // layers.total(), int(np.sum(loss_tokens_N)))
 
 
 def layer_weights(config: models.ModelConfig) -> int:
@@ -88,7 +98,7 @@ def train_step(config: models.ModelConfig, done: Work, *, extra_forward: bool = 
     return (3 - adapted + extra_forward) * forward(config, done)
 
 
-def traced(jaxpr: core.Jaxpr, *, sliding_window: int | None = None, fp8: bool = False) -> int:
+def traced(jaxpr: core.Jaxpr, *, sliding_window: Window = None, fp8: bool = False) -> int:
     """Return the operations of a program over all its devices, from its jaxpr.
 
     The body of a scan counts as often as it runs; what `jax.checkpoint` recomputes stands in the jaxpr; the body of a
@@ -96,7 +106,7 @@ def traced(jaxpr: core.Jaxpr, *, sliding_window: int | None = None, fp8: bool = 
 
     Args:
         jaxpr: of the whole program, after differentiation (`jitted.trace(...).jaxpr`).
-        sliding_window: of the model; a kernel skips what lies beyond.
+        sliding_window: of the model, or of its layers, which are then counted alike; a kernel skips what lies beyond.
         fp8: count only products of 8-bit floating-point numbers.
 
     Raises:
@@ -105,7 +115,7 @@ def traced(jaxpr: core.Jaxpr, *, sliding_window: int | None = None, fp8: bool = 
     return sum(_equation(equation, sliding_window, fp8) for equation in jaxpr.eqns)
 
 
-def _equation(equation: core.JaxprEqn, window: int | None, fp8: bool) -> int:
+def _equation(equation: core.JaxprEqn, window: Window, fp8: bool) -> int:
     name = equation.primitive.name
     called = str(equation.params.get("name", ""))
     if called.startswith("chunked_attention") and any(len(_shape(variable)) == 6 for variable in equation.invars):
@@ -166,7 +176,7 @@ KERNELS = {
 }
 
 
-def _kernel(name: str, equation: core.JaxprEqn, window: int | None) -> int:
+def _kernel(name: str, equation: core.JaxprEqn, window: Window) -> int:
     row = next((row for start, row in KERNELS.items() if name.startswith(start)), None)
     if row is None:
         raise ValueError(f"the kernel {name!r} has no formula; flops.KERNELS knows {', '.join(KERNELS)}.")

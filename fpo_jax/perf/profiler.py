@@ -95,7 +95,7 @@ class Meter:
         return {"run_seconds": self._seconds, **self._utilisation(self._operations, self._seconds, "run_")}
 
     def _count(self, batches: Iterable[data.RowSizes], operations_of: Callable, seconds: float) -> dict[str, float]:
-        tokens, operations, window = {"valid": 0, "padded": 0}, {"valid": 0, "padded": 0}, self._config.sliding_window
+        tokens, operations, window = {"valid": 0, "padded": 0}, {"valid": 0, "padded": 0}, self._config.windows
         held = 0
         for rows in batches:
             work = {

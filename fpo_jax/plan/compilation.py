@@ -126,7 +126,7 @@ def compile_all(
             model_config = sizes.blueprint.reference or model_config
         start = time.perf_counter()
         traced = kept_logits.traced(program, first, batch)
-        counted = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.sliding_window)
+        counted = flops.traced(traced.jaxpr.jaxpr, sliding_window=model_config.windows)
         row, text = _compile(name, traced, first, batch, beside, start)
         found.append(row)
         operations = round(counted * sizes.filled) if name == TRAIN_STEP else operations

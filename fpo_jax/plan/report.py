@@ -169,7 +169,7 @@ def _model_operations(outcome: Outcome) -> dict[str, int]:
     model_config, loss = sizes.blueprint.model_config, sizes.blueprint.loss
     rows = round(_rows(outcome) * sizes.filled)
     lengths, scored = [sizes.train_step.length] * rows, [sizes.train_step.scored] * rows
-    done = {"padded": flops.work(lengths, scored, sliding_window=model_config.sliding_window)}
+    done = {"padded": flops.work(lengths, scored, sliding_window=model_config.windows)}
     if sizes.valid is not None:
         done["valid"] = sizes.valid
     options = {"extra_forward": loss.needs_batch_kl, "adapted": sizes.blueprint.adapter is not None}

@@ -140,7 +140,7 @@ def memory_limit(layout: sharding.Layout, capacity: hardware.Capacity | None) ->
 
 def measured(inputs: run_inputs.Inputs, *, ways: int) -> Facts:
     """Return the facts of a run whose data are read; batches are cut `ways` ways over the mesh."""
-    window = inputs.model_config.sliding_window
+    window = inputs.model_config.windows
 
     @functools.cache
     def sizes_of(layout: str) -> group_packing.Sizes | None:
@@ -182,7 +182,7 @@ def bounded(known: batch_shapes.Known, *, ways: int) -> Facts:
         sequences = found.accumulation * config.train.micro_batch_per_device * ways
         sequences *= config.data.group_size if config.data.layout == "padded" else 1
         length, scored, _ = found.train_step
-        window = known.model_config.sliding_window
+        window = known.model_config.windows
         work = flops.work([length] * sequences, [scored] * sequences, sliding_window=window)
         return StepShape(found.train_step, found.accumulation, float(found.accumulation), work)
 
@@ -195,7 +195,7 @@ def _layout(config: configuration.Config, facts: Facts, layout: sharding.Layout)
         return "padded", "data.packing makes the sequences"
     if config.data.buckets:
         return "padded", "data.buckets are lengths of sequences that hold one completion"
-    if facts.model_config.rope.type == "dynamic":
+    if facts.model_config.rotation_depends_on_length(config.data.max_length):
         return "padded", "the rotary frequencies depend on a sequence's length"
     held = "shared" if config.data.group_size > 1 else "packed"
 

@@ -102,7 +102,7 @@ def sizes(config: configuration.Config, known: Known, *, ways: int) -> Sizes:
         filled = float(np.mean(used)) / plan.schedule.parts
         found, everything = plan.schedule.rows.packing.sizes, np.arange(rows.groups)
         texts, contexts = group_packing.texts(found, everything, texts, group_size=rows.group_size)
-    total = flops.work(texts, rows.loss_tokens_N, contexts=contexts, sliding_window=known.model_config.sliding_window)
+    total = flops.work(texts, rows.loss_tokens_N, contexts=contexts, sliding_window=known.model_config.windows)
     return Sizes(
         run_schedule.blueprint(config, inputs, plan),
         largest(plan.schedule, plan.steps),

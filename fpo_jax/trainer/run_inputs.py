@@ -194,10 +194,11 @@ def check_reference_ids(inputs: Inputs) -> None:
 
 def _check_rows(config: configuration.Config, source: Path, model_config: models.ModelConfig) -> None:
     """Refuse a model that cannot run the rows as they are laid out."""
-    if (config.data.packing or config.data.layout not in ("auto", "padded")) and model_config.rope.type == "dynamic":
+    depends = model_config.rotation_depends_on_length(config.data.max_length)
+    if (config.data.packing or config.data.layout not in ("auto", "padded")) and depends:
         raise ValueError(
-            f"the rotary frequencies of {source} depend on a row's length (rope type 'dynamic'), which packed texts"
-            " share; set data.packing=False and data.layout='padded'."
+            f"the rotary frequencies of {source} depend on a row's length (rope type {model_config.rope.type!r}), which"
+            " packed texts share; set data.packing=False and data.layout='padded'."
         )
     if config.data.max_length > model_config.max_positions:
         raise ValueError(

@@ -1,11 +1,12 @@
 """Hugging Face configs in and out: published models, both generations of keys, and every refusal."""
 
 import dataclasses
+import json
 
 import pytest
 
 from fpo_jax import models
-from fpo_jax.models import params
+from fpo_jax.models import families, hf_config, params
 
 LLAMA2_7B = {
     "architectures": ["LlamaForCausalLM"],
@@ -202,17 +203,34 @@ def test_an_absent_original_context_is_the_whole_context():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "bert"}, r"model_type 'bert' is not supported; supported: llama, mistral, qwen2"),
-        ({"hidden_act": "relu2"}, r"activation 'relu2' is none of silu, swish, gelu"),
-        ({"attention_bias": True}, r"attention_bias=True is not supported \(supported: None, False\)"),
-        ({"mlp_bias": True}, r"mlp_bias=True is not supported"),
+        ({"model_type": "bert"}, r"model_type 'bert' is not supported; supported: llama, mistral, ministral"),
+        ({"hidden_act": "xielu"}, r"activation 'xielu' is none of silu, swish, gelu"),
+        ({"attention_bias": 1}, r"attention_bias=1 must be bool"),
+        ({"is_encoder_decoder": True}, r"is_encoder_decoder=True is not supported \(supported: None, False\)"),
+        ({"use_sliding_window": True}, r"use_sliding_window=True is not supported"),
         ({"attention_dropout": 1.5}, r"attention_dropout=1\.5 must be a share in \[0, 1\)"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not supported"),
         ({"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\] is not supported"),
         ({"is_causal": False}, r"is_causal=False is not supported"),
         (
-            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
-            r"rope type 'longrope' is not supported; supported: def",
+            {"rope_scaling": {"type": "proportional", "factor": 2.0}},
+            r"rope type 'proportional' is not supported; supported: def",
+        ),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, r"short_factor is missing; long_factor is missing"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1, 2], "long_factor": [1, 0]}},
+            r"long_factor must be a list of positive numbers",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1, 2], "long_factor": [1, 2]}},
+            r"short_factor has 2 entries, and 64 pairs of dimensions are rotated",
+        ),
+        (
+            {
+                "original_max_position_embeddings": 32,
+                "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+            },
+            r"original_max_position_embeddings in the rope dict=64; original_max_position_embeddings=32 disagree",
         ),
         ({"rope_scaling": {"type": "linear"}}, r"rope type 'linear': factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, r"factor=0\.5 must be at least 1"),
@@ -232,7 +250,7 @@ def test_an_absent_original_context_is_the_whole_context():
             r"rope_parameters and rope_scaling disagree; keep one",
         ),
         ({"rope_theta": -1.0}, r"rope_theta=-1\.0 must be positive"),
-        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 has no meaning for llama"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5 has no meaning for llama: transformers"),
         ({"num_key_value_heads": 5}, r"32 query heads are not a multiple of 5 key/value heads"),
         ({"hidden_size": 4097}, r"hidden_size=4097 is not a multiple of num_attention_heads=32 and no head_dim"),
         ({"hidden_size": "4096"}, r"hidden_size='4096' must be int"),
@@ -257,7 +275,7 @@ def test_refusals(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bias": False}, r"attention_bias=False is not supported \(supported: None, True\)"),
+        ({"mlp_bias": True}, r"mlp_bias=True is not supported \(supported: None, False\)"),
         ({"hidden_dropout": "0.1"}, r"hidden_dropout='0\.1' must be a share in \[0, 1\)"),
         ({"rotary_pct": 0.0}, r"rotated share of the head dimension is 0\.0"),
         ({"rotary_pct": 0.03}, r"= 2 dimensions|dynamic rope needs more than 2 rotated"),
@@ -271,8 +289,8 @@ def test_refusals_of_gpt_neox(change, message):
 
 def test_all_problems_come_at_once():
     broken = {key: value for key, value in LLAMA3_8B.items() if key not in ("vocab_size", "hidden_size")}
-    with pytest.raises(ValueError, match=r"mlp_bias=True .*; vocab_size is missing; hidden_size is missing; rope type"):
-        models.from_hf_config(broken | {"mlp_bias": True, "rope_scaling": {"type": "longrope"}})
+    with pytest.raises(ValueError, match=r"is_causal=False .*; vocab_size is missing; hidden_size is missing; rope"):
+        models.from_hf_config(broken | {"is_causal": False, "rope_scaling": {"type": "longrope"}})
 
 
 @pytest.mark.parametrize(
@@ -281,7 +299,7 @@ def test_all_problems_come_at_once():
         ({"sliding_window": 0}, r"sliding_window=0 must be positive or None"),
         ({"family": "llama", "sliding_window": 4}, r"sliding_window=4 has no meaning for llama"),
         ({"parallel_residual": True}, r"parallel_residual has no meaning for mistral"),
-        ({"family": "bert"}, r"family 'bert' is none of llama, mistral, qwen2"),
+        ({"family": "bert"}, r"family 'bert' is none of llama, mistral, ministral"),
         ({"family": "gpt_neox", "sliding_window": None}, r"gpt_neox has kv_heads = heads and head_dim = width / heads"),
     ],
 )
@@ -294,3 +312,111 @@ def test_configs_are_hashable_and_compare_by_value():
     first, second = models.from_hf_config(LLAMA32_1B), models.from_hf_config(LLAMA32_1B)
     assert first == second and hash(first) == hash(second)
     assert dataclasses.replace(first, norm_eps=1e-4) != second
+
+
+# --- every family
+
+MIXED = {
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2, "layer_types": None},
+    "smollm3": {"no_rope_layers": [1, 0, 0, 1, 1], "use_sliding_window": True, "sliding_window": 5},
+    "exaone4": {"sliding_window_pattern": "LLG"},
+    "gemma3_text": {"layer_types": ["full_attention"] * 4 + ["sliding_attention"]},
+}
+
+
+def least(family, **changed):
+    """The config.json of a family with the sizes alone."""
+    keys = families.FAMILIES[family].keys
+    sizes = {"vocab_size": 64, "width": 32, "ffn": 48, "layers": 5, "heads": 4, "kv_heads": 4, "head_dim": 8}
+    return {"model_type": family} | {keys[field]: size for field, size in sizes.items() if field in keys} | changed
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_writing_is_the_inverse_of_reading_in_every_family(family):
+    for changed in ({}, MIXED.get(family, {})):
+        config = models.from_hf_config(least(family, **changed))
+        assert models.from_hf_config(models.to_hf_config(config)) == config
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_absent_keys_mean_in_every_family_what_they_mean_in_transformers(family):
+    """And what transformers writes is read back: every field that it knows stands in the tables."""
+    auto = pytest.importorskip("transformers").models.auto.configuration_auto
+    given = least(family)
+    theirs = auto.CONFIG_MAPPING[family](**{key: value for key, value in given.items() if key != "model_type"})
+    written = json.loads(theirs.to_json_string(use_diff=False))
+    unknown = {key for key in written if key not in hf_config.known_keys(family)}
+    assert not unknown
+    explicit, ours = models.from_hf_config(written), models.from_hf_config(given)
+    tokens = {name: getattr(explicit, name) for name in ("bos_id", "eos_ids", "pad_id")}
+    assert dataclasses.replace(ours, **tokens) == explicit
+
+
+def test_a_field_of_transformers_that_is_not_known_here_is_refused_by_name(monkeypatch):
+    """As of a later version: a field of the config class that stands in no table."""
+    known = hf_config.known_keys
+    monkeypatch.setattr(hf_config, "known_keys", lambda family: known(family) - {"mlp_bias", "residual_multiplier"})
+    config = least("granite")
+    assert models.from_hf_config(config | {"a_note_of_the_author": 7}) == models.from_hf_config(config)
+    assert models.from_hf_config(config | {"mlp_bias": False}).biases is None
+    with pytest.raises(
+        ValueError, match=r"mlp_bias=True is not supported \(transformers reads it, and has False by def"
+    ):
+        models.from_hf_config(config | {"mlp_bias": True})
+    with pytest.raises(
+        ValueError, match=r"residual_multiplier=0\.5 is not supported \(transformers reads it, and has 1"
+    ):
+        models.from_hf_config(config | {"residual_multiplier": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("gemma2", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=True is not supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, r"attn_logit_softcapping=50\.0 is not supported"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_type": "linear"}},
+            r"must have full_attention and sliding_attention",
+        ),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 5}, r"layers that slide, and there is no sliding window"),
+        ("qwen3", {"layer_types": ["full_attention"] * 4}, r"supported: 5 of full_attention and sliding_attention"),
+        ("smollm3", {"no_rope_layers": [1, 1]}, r"no_rope_layers=\[1, 1\] must be 0 or 1 for each of 5 layers"),
+        ("granite", {"embedding_multiplier": -1.0}, r"embedding_scale=-1\.0 must be positive and finite"),
+        ("granite", {"architectures": ["GraniteForSequenceClassification"], "num_labels": 1}, r"no class of granite"),
+        ("cohere2", {"head_dim": 16}, r"cohere2 has head_dim = width / heads"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope type 'linear' is none of phi3's"),
+    ],
+)
+def test_refusals_of_other_families(family, change, message):
+    with pytest.raises(ValueError, match=message):
+        models.from_hf_config(least(family, **change))
+
+
+def test_layers_of_several_kinds_are_told_from_the_config():
+    config = models.from_hf_config(least("gemma3_text", num_hidden_layers=8, sliding_window=9))
+    assert config.windows == (9, 9, 9, 9, 9, None, 9, 9)
+    assert [kind.rope.theta for kind in config.kinds] == [1e4] * 5 + [1e6] + [1e4] * 2
+    config = models.from_hf_config(least("smollm3"))
+    assert [kind.rope is not None for kind in config.kinds] == [True, True, True, False, True]
+    config = models.from_hf_config(least("qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=3))
+    assert config.windows == (None, None, None, 3, 3)
+    assert models.from_hf_config(least("qwen2", use_sliding_window=True, max_window_layers=5)).sliding_window is None
+
+
+def test_the_text_tower_of_a_multimodal_checkpoint_is_the_language_model():
+    text = least("gemma3_text")
+    whole = {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": {key: value for key, value in text.items() if key != "vocab_size"},
+        "vision_config": {"hidden_size": 1152},
+        "eos_token_id": [1, 106],
+    }
+    config = models.from_hf_config(whole)
+    assert config == models.from_hf_config(text | {"vocab_size": 262208, "eos_token_id": [1, 106]})
+    assert models.text_config(whole)["architectures"] == ["Gemma3ForCausalLM"]
+    assert "vision tower" in models.left_out(whole) and not models.left_out(text)
+    with pytest.raises(ValueError, match=r"a gemma3 model has no text_config"):
+        models.from_hf_config({"model_type": "gemma3"})
