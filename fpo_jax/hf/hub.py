@@ -107,6 +107,15 @@ def read_config(directory: Path) -> models.ModelConfig:
     return models.from_hf_config(read_json(directory / "config.json"))
 
 
+def left_out(directory: Path) -> str:
+    """Say what else than its language model a multimodal checkpoint holds; empty for any other.
+
+    Raises:
+        ValueError: config.json is missing or broken.
+    """
+    return models.left_out(read_json(directory / "config.json"))
+
+
 def copy_companions(source_dir: Path, target_dir: Path, *, leave_out: Sequence[str] = ()) -> None:
     """Copy config, generation config, tokenizer files, chat templates and prompt format into an existing directory."""
     left_out = {path for pattern in leave_out for path in source_dir.glob(pattern)}

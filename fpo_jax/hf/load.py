@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from fpo_jax import models, types
 from fpo_jax.hf import hub as directories
 from fpo_jax.models import params
+
+log = logging.getLogger("fpo_jax")
 
 Index = tuple[slice, ...]
 
@@ -100,6 +103,8 @@ def load_params(
     """
     on_disk = stored(directory, config)
     tensors = located(directory, on_disk)
+    if others := directories.left_out(directory):
+        log.warning("%s also holds %s, which are left out: its language model alone is read.", directory, others)
     _check_tied_head(directory, on_disk, tensors)
     places = {} if shardings is None else params.flatten(shardings)
     flat = {}
@@ -245,8 +250,10 @@ def located(directory: Path, config: models.ModelConfig) -> dict[str, Tensor]:
         except (safetensors.SafetensorError, HeaderError) as error:
             problems.append(f"{path.name} is damaged or cut short ({error}); fetch it again")
     tensors: dict[str, Tensor] = {}
+    towers = bool(directories.left_out(directory))
     for path, header in headers.items():
-        header = {params.full_hf_name(name, config): tensor for name, tensor in header.items()}
+        named = ((models.text_tensor(name) if towers else name, tensor) for name, tensor in header.items())
+        header = {params.full_hf_name(name, config): tensor for name, tensor in named if name is not None}
         problems += [
             f"{name} stands in several files, one of them {path.name}"
             for name in sorted(header.keys() & tensors.keys())

@@ -84,10 +84,15 @@ def write_peft(
         source_dir: tokenizer, chat template and prompt format of the training are copied from here.
 
     Raises:
-        ValueError: out_dir is in use, a value is not finite, or transformers would not render a conversation as
-            source_dir records it.
+        ValueError: out_dir is in use, a value is not finite, the base is multimodal, or transformers would not render a
+            conversation as source_dir records it.
     """
     out_dir = atomic_io.vacant(out_dir)
+    if (source_dir / "config.json").exists() and (others := directories.left_out(source_dir)):
+        raise ValueError(
+            f"{source_dir} also holds {others}, beside which PEFT names the matrices differently; export the merged"
+            " model."
+        )
     own, tensors = params.flatten(adapter_params), {}
     for entry in params.adapter_entries(config, adapter):
         for layer, name in enumerate(entry.hf_names()):

@@ -200,9 +200,10 @@ def _fetch(parameter: Any, index: int | slice) -> np.ndarray:
 def _exported_config(source_dir: Path, config: models.ModelConfig, dtype: np.dtype) -> dict[str, Any]:
     """Return the source's config with the dtype of the new weights, and without pointers to code that stays behind.
 
-    A reward model says so, and names a pad token: transformers scores the last token that is none.
+    A reward model says so, and names a pad token: transformers scores the last token that is none. Of a multimodal
+    source it is that of the language model.
     """
-    source = directories.read_json(source_dir / "config.json")
+    source = models.text_config(directories.read_json(source_dir / "config.json"))
     source.pop("auto_map", None)
     keys = [key for key in ("dtype", "torch_dtype") if key in source] or ["torch_dtype"]  # transformers 5, 4
     source |= dict.fromkeys(keys, dtype.name)

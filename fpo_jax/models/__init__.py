@@ -10,7 +10,15 @@ kv_cache     what sampling keeps
 
 from fpo_jax.models.causal_lm import COMPUTE_DTYPES, decode, head, hidden_states, logits, prefill, scores
 from fpo_jax.models.config import FAMILIES, Adapter, ModelConfig
-from fpo_jax.models.hf_config import from_hf_config, head_keys, left_out, pad_token_id, text_config, to_hf_config
+from fpo_jax.models.hf_config import (
+    from_hf_config,
+    head_keys,
+    left_out,
+    pad_token_id,
+    text_config,
+    text_tensor,
+    to_hf_config,
+)
 from fpo_jax.models.rope import Rope
 
 __all__ = [
@@ -30,5 +38,6 @@ __all__ = [
     "prefill",
     "scores",
     "text_config",
+    "text_tensor",
     "to_hf_config",
 ]

@@ -186,6 +186,19 @@ def left_out(config: dict[str, Any]) -> str:
     return families.WITH_TEXT_TOWER.get(config.get("model_type", ""), "")
 
 
+def text_tensor(name: str) -> str | None:
+    """Return the name that a tensor of a multimodal checkpoint has in the language model's own; None = of a tower.
+
+    >>> [text_tensor(name) for name in ("language_model.model.norm.weight", "model.language_model.norm.weight")]
+    ['model.norm.weight', 'model.norm.weight']
+    """
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    if name.startswith(("language_model.", "lm_head.", "score.")):
+        return name.removeprefix("language_model.")
+    return None
+
+
 def known_keys(name: str) -> set[str]:
     """Return the keys of a family's config.json that are read, checked or passed over as without effect."""
     family = families.FAMILIES[name]

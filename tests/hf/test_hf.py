@@ -18,6 +18,7 @@ from numpy.testing import assert_array_equal
 
 from fpo_jax import hf, models, sharding
 from fpo_jax.models import params
+from tests.models import test_model_configuration
 
 LLAMA = models.ModelConfig(
     family="llama",
@@ -469,3 +470,68 @@ def test_transformers_opens_the_export_and_writes_the_same_tensors_back(tmp_path
     assert hf.read_config(tmp_path / "theirs") == config
     tree = hf.load_params(tmp_path / "theirs", config, dtype="bfloat16")
     jax.tree.map(assert_array_equal, tree, load(source, config, "bfloat16"))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("named", ["model.language_model.{rest}", "language_model.model.{rest}"])
+def test_the_text_tower_of_a_multimodal_checkpoint_is_read_and_exported_alone(tmp_path, named, caplog):
+    """As transformers 5 and 4 name its tensors; the export opens as a language model with the same logits."""
+    torch = pytest.importorskip("torch", reason="torch, the other side of the parity tests, is not installed")
+    transformers = pytest.importorskip("transformers")
+    text = transformers.Gemma3TextConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=7, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=4, query_pre_attn_scalar=8, max_position_embeddings=64,
+    )  # fmt: skip
+    twin = transformers.Gemma3ForCausalLM(text).eval()
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {}}
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(whole | {"text_config": json.loads(text.to_json_string())}))
+    own = {name: tensor.detach().numpy() for name, tensor in twin.named_parameters()}
+    tensors = {named.format(rest=name.removeprefix("model.")): tensor for name, tensor in own.items()}
+    towers = {name: np.ones((2, 3), np.float32) for name in ("vision_tower.a", "model.multi_modal_projector.b")}
+    safetensors.numpy.save_file(tensors | towers, source / "model.safetensors", metadata={"format": "pt"})
+    config = hf.read_config(source)
+    tree = hf.load_params(source, config, dtype="float32")
+    assert "also holds the vision tower and its projector, which are left out" in caplog.text
+    hf.export(tree, config, out_dir=tmp_path / "out", source_dir=source, dtype="float32")
+    exported = read_all(tmp_path / "out")
+    assert {name: tensor.tobytes() for name, tensor in exported.items()} == {
+        name: tensor.tobytes() for name, tensor in own.items()
+    }
+    opened, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype="float32", output_loading_info=True
+    )
+    assert type(opened).__name__ == "Gemma3ForCausalLM"
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = torch.arange(3, 23)[None]
+    assert torch.equal(opened(tokens).logits, twin(tokens).logits)
+    assert hf.read_config(tmp_path / "out") == config
+    adapter = params.adapter(config, rank=2, alpha=2.0, dropout=0.0, modules="q_proj")
+    with pytest.raises(ValueError, match="which PEFT names the matrices differently; export the merged model"):
+        hf.write_peft({}, config, adapter, out_dir=tmp_path / "a", base_name="b", revision=None, source_dir=source)
+
+
+@pytest.mark.sampled(5)
+@pytest.mark.parity
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_every_family_goes_in_and_out_bit_identical(tmp_path, family):
+    """Made by transformers, read and written here, opened there again."""
+    torch = pytest.importorskip("torch", reason="torch, the other side of the parity tests, is not installed")
+    transformers = pytest.importorskip("transformers")
+    described = test_model_configuration.least(family)
+    source = tmp_path / "source"
+    made = transformers.AutoConfig.for_model(**described)
+    made.pad_token_id, made.bos_token_id, made.eos_token_id = None, 1, 2
+    theirs = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    theirs.save_pretrained(source)
+    config = hf.read_config(source)
+    tree = hf.load_params(source, config, dtype="bfloat16")
+    hf.export(tree, config, out_dir=tmp_path / "out", source_dir=source, dtype="bfloat16")
+    before, after = read_all(source), read_all(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.tobytes() == after[name].tobytes(), name
+    opened, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(opened).__name__ == config.of_family.architecture
