@@ -29,7 +29,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (None, False),
     "is_encoder_decoder": (None, False),
     "per_layer_config": (None, {}),
-    "use_sliding_window": (None, False),
 }
 # keys that change no number
 _PASSED_OVER = {
@@ -161,9 +160,9 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a multimodal model_type without a text_config.
     """
-    kind = config.get("model_type")
-    if kind not in families.WITH_TEXT_TOWER:
+    if not left_out(config):
         return config
+    kind = config["model_type"]
     text = config.get("text_config")
     if not isinstance(text, dict):
         raise ValueError(f"config.json of a {kind} model has no text_config; fetch it again.")
@@ -171,8 +170,8 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in text.items() if value is not None or key not in whole}
     text = whole | {"model_type": _TOWER_TYPES[kind]} | own
     rewards = any(str(name).endswith(_REWARD) for name in config.get("architectures") or ())
-    family = families.FAMILIES.get(text["model_type"])
-    if family is not None:
+    if text["model_type"] in FAMILIES:
+        family = families.FAMILIES[text["model_type"]]
         text["architectures"] = [family.reward_architecture if rewards else family.architecture]
     labels = {key: config[key] for key in ("id2label", "label2id", "num_labels") if rewards and key in config}
     return text | labels
@@ -183,7 +182,8 @@ _TOWER_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}  # where text_co
 
 def left_out(config: dict[str, Any]) -> str:
     """Say what else a multimodal checkpoint holds than the language model that is read; empty for any other."""
-    return families.WITH_TEXT_TOWER.get(config.get("model_type", ""), "")
+    kind = config.get("model_type")
+    return families.WITH_TEXT_TOWER.get(kind, "") if isinstance(kind, str) else ""
 
 
 def text_tensor(name: str) -> str | None:
@@ -228,16 +228,24 @@ def _check_kinds(config: dict[str, Any]) -> None:
         "no_rope_layer_interval": (int,),
         "layer_types": (list,),
         "sliding_window_pattern": (int, str),
+        "_sliding_window_pattern": (int, str),
         "rope_local_base_freq": number,
         "original_max_position_embeddings": (int,),
     }
     wrong = [key for key, kind in kinds.items() if config.get(key) is not None and type(config[key]) not in kind]
+    elements = {"layer_types": str, "no_rope_layers": int}
+    wrong += [key for key, kind in elements.items() if key not in wrong and not _all_are(config.get(key), kind)]
+    wrong += [key for key in ("sliding_window_pattern", "_sliding_window_pattern") if config.get(key) == ""]
     for key, default in (("query_pre_attn_scalar", 256), ("logits_scaling", 1), ("rope_local_base_freq", 1)):
         scalar = config.get(key, default)
         if not wrong and not (scalar is not None and 0 < scalar <= sys.float_info.max):
             wrong.append(key)
     if wrong:
         raise ValueError("config.json: " + "; ".join(f"{key}={config[key]!s:.80} cannot be" for key in wrong) + ".")
+
+
+def _all_are(listed: list[Any] | None, kind: type) -> bool:
+    return all(type(one) is kind for one in listed or ())
 
 
 def _refusals(config: dict[str, Any], family: families.Family) -> list[str]:
@@ -356,9 +364,10 @@ def _layer_types(config: dict[str, Any], family: families.Family, values: dict[s
     types = [family.hf_layer_types[name] for name in listed]
     if rotates is not None:
         types = [name if on else f"{name}_unrotated" for name, on in zip(types, rotates, strict=False)]
-    if window is None and families.FULL_UNROTATED in family.hf_layer_types.values():
-        types = [families.FULL] * count  # full layers are unrotated beside layers that slide
-    if window is None or not any(name.startswith(families.SLIDING) for name in types):
+    by_window = families.FULL_UNROTATED in family.hf_layer_types.values()  # whether full layers are rotated
+    if window is None and by_window:
+        types = [families.FULL] * count
+    if window is None or not (by_window or any(name.startswith(families.SLIDING) for name in types)):
         window = None  # of no layer
         types, default = (
             [name.replace(families.SLIDING, families.FULL) for name in names] for names in (types, default)
@@ -447,8 +456,9 @@ def _rope(config: dict[str, Any], family: families.Family, max_positions: Any) -
         (f"{key} in the rope dict", parameters.get(key)),
         (key, config.get(key, family.original_positions)),
     )
-    kind = {name: parameters[name] for name in ("rope_type", "type") if parameters.get(name) in family.rope_names}
-    parameters = parameters | {name: family.rope_names[value] for name, value in kind.items()}
+    for name in ("rope_type", "type"):
+        if isinstance(kind := parameters.get(name), str):
+            parameters = parameters | {name: family.rope_names.get(kind, kind)}
     named = parameters.get("rope_type") or parameters.get("type") or "default"
     if family.rope_types and named not in family.rope_types:
         raise ValueError(f"rope type {named!r} is none of {config['model_type']}'s: {', '.join(family.rope_types)}")

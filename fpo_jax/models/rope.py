@@ -82,6 +82,10 @@ class Rope:
             problems.append(f"rope_theta={self.theta} must be positive and finite")
         if not 0 < self.fraction <= 1:
             problems.append(f"the rotated share of the head dimension is {self.fraction}, it must lie in (0, 1]")
+        if self.original_max_position_embeddings is not None and self.original_max_position_embeddings < 2:
+            problems.append(
+                f"original_max_position_embeddings={self.original_max_position_embeddings} must be at least 2"
+            )
         if self.factor is not None and not self.factor >= 1:
             problems.append(f"factor={self.factor} must be at least 1")
         if problems:

@@ -25,6 +25,21 @@ FAMILIES = {
     "gemma2": {"sliding_window": 6, "attention_soft_cap": 20.0, "final_soft_cap": 15.0, "query_scale": 0.3},
     "gpt_neox": {"kv_heads": 4, "activation": "gelu", "parallel_residual": True},
     "gpt2": {"kv_heads": 4, "activation": "gelu_new", "tied_head": True},
+    "gemma3_text": {
+        "sliding_window": 6,
+        "layer_types": ("sliding", "full", "sliding"),
+        "layers": 3,
+        "sliding_rope": models.Rope(theta=100.0),
+    },
+    "phi3": {  # the rows hold more than 32 tokens, no text does
+        "rope": models.Rope(
+            type="longrope", short_factor=(1.0, 1.5), long_factor=(3.0, 4.0), original_max_position_embeddings=32
+        )
+    },
+    "olmo3": {"sliding_window": 6, "layer_types": ("sliding", "full")},
+    "granite": {"query_scale": 0.4, "embedding_scale": 2.0, "residual_scale": 0.5, "logit_scale": 0.7},
+    "smollm3": {"layer_types": ("full", "full_unrotated")},
+    "cohere2": {"sliding_window": 6, "layer_types": ("sliding", "full_unrotated"), "logit_scale": 0.7},
 }
 
 

@@ -1,5 +1,6 @@
 """Packing: which texts share a row, what a packed row is, and that no number of a run depends on it."""
 
+import contextlib
 import functools
 from typing import Any
 
@@ -191,6 +192,13 @@ def test_what_cannot_be_packed_is_refused(root):
     tiny.write_model(root / "dynamic", layers=1, rope=models.Rope(type="dynamic", factor=2.0))
     with pytest.raises(ValueError, match="depend on a row's length .* set data.packing=False"):
         run_inputs.read_model(packed_config(root), root / "dynamic")
+    for original, refused in ((40, False), (39, True)):
+        pairs = {"short_factor": (1.0, 1.5), "long_factor": (2.0, 3.0), "original_max_position_embeddings": original}
+        tiny.write_model(
+            root / "longrope", layers=1, head_dim=4, rope=models.Rope(type="longrope", **pairs), family="phi3"
+        )
+        with pytest.raises(ValueError, match="rope type 'longrope'") if refused else contextlib.nullcontext():
+            run_inputs.read_model(packed_config(root), root / "longrope")
 
 
 @pytest.mark.slow  # four runs

@@ -19,7 +19,13 @@ from tests.models import test_model
 
 FAMILIES = {
     "llama": test_model.LLAMA, "mistral": test_model.MISTRAL, "qwen2": test_model.QWEN2, "qwen3": test_model.QWEN3,
-    "gemma2": test_model.GEMMA2, "gpt_neox": test_model.NEOX, "gpt2": test_model.GPT2,
+    "gemma2": test_model.GEMMA2, "gpt_neox": test_model.NEOX, "gpt2": test_model.GPT2, "gemma": test_model.GEMMA,
+    "gemma3_text": test_model.GEMMA3, "phi3": test_model.PHI3, "olmo2": test_model.OLMO2, "olmo3": test_model.OLMO3,
+    "granite": test_model.GRANITE, "smollm3": test_model.SMOLLM3, "ministral": test_model.MINISTRAL,
+    "arcee": test_model.ARCEE, "internlm3": test_model.INTERNLM3, "seed_oss": test_model.SEED_OSS,
+    "exaone4": test_model.EXAONE4, "helium": test_model.HELIUM, "glm": test_model.GLM,
+    "glm4": test_model.VARIANTS["glm4"], "cohere": test_model.COHERE, "cohere2": test_model.COHERE2,
+    "starcoder2": test_model.STARCODER2,
 }  # fmt: skip
 TOKENS_NT = jnp.array(np.random.default_rng(0).integers(0, test_model.V, (2, 11)))
 
@@ -33,6 +39,7 @@ def test_every_family_is_here():
     assert set(FAMILIES) == set(models.FAMILIES)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_a_flax_module_with_the_logits_of_transformers(family, tmp_path):
     model = drawn(family)

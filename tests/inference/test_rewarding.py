@@ -384,6 +384,22 @@ def test_the_update_of_fine_tuning_is_the_token_mean_over_all_of_it(base):
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["llama GQA", "mistral window", "qwen2", "qwen3", "gemma2", "gpt2", "neox parallel"])
 def test_scores_of_every_family_equal_transformers(name, tmp_path):
+    check_scores(name, tmp_path)
+
+
+LATER = ["gemma", "gemma3", "phi3 window", "olmo2", "olmo3", "smollm3", "ministral", "arcee", "internlm3", "seed_oss"]
+LATER += ["exaone4", "helium", "glm", "glm4", "starcoder2"]
+
+
+@pytest.mark.sampled(7)
+@pytest.mark.parity
+@pytest.mark.parametrize("name", LATER)
+def test_scores_of_later_families_equal_transformers(name, tmp_path):
+    check_scores(name, tmp_path)
+
+
+def check_scores(name, tmp_path):
+    """Compare the scores of rows of different lengths."""
     torch = pytest.importorskip("torch", reason="PyTorch is absent")
     import transformers
 

@@ -70,6 +70,8 @@ def logits(tree, tokens_NT, key=None, *, config, adapter):
 
 
 FAMILIES = ["llama GQA", "mistral window", "qwen2", "qwen3", "gemma2", "gpt2", "neox parallel"]
+LATER = ["llama biases", "gemma", "gemma3", "phi3", "olmo2", "olmo3", "granite tied", "smollm3 sliding", "ministral"]
+LATER += ["arcee", "internlm3", "seed_oss", "exaone4", "helium", "glm", "glm4", "cohere", "cohere2", "starcoder2"]
 TOKENS_NT = np.random.default_rng(0).integers(3, 30, size=(2, 9)).astype(np.int32)
 
 
@@ -77,6 +79,18 @@ TOKENS_NT = np.random.default_rng(0).integers(3, 30, size=(2, 9)).astype(np.int3
 @pytest.mark.parity
 @pytest.mark.parametrize("name", FAMILIES)
 def test_peft_reads_the_adapter_and_gives_the_same_logits_and_gradients(name, tmp_path):
+    check_peft(name, tmp_path)
+
+
+@pytest.mark.sampled(7)
+@pytest.mark.parity
+@pytest.mark.parametrize("name", LATER)
+def test_peft_reads_the_adapter_of_later_families(name, tmp_path):
+    check_peft(name, tmp_path)
+
+
+def check_peft(name, tmp_path):
+    """Compare the logits and the gradients of an adapter of all matrices with PEFT's."""
     torch = pytest.importorskip("torch", reason="PyTorch is absent")
     peft = pytest.importorskip("peft", reason="peft is absent")
     c, adapter = adapter_of(test_model.VARIANTS[name])
@@ -108,6 +122,17 @@ def test_peft_reads_the_adapter_and_gives_the_same_logits_and_gradients(name, tm
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merged_equals_unmerged(name, tmp_path):
+    check_merged(name, tmp_path)
+
+
+@pytest.mark.sampled(7)
+@pytest.mark.parametrize("name", LATER)
+def test_merged_equals_unmerged_in_later_families(name, tmp_path):
+    check_merged(name, tmp_path)
+
+
+def check_merged(name, tmp_path):
+    """Compare a base and an adapter of some matrices with the model that both are together."""
     published = test_model.VARIANTS[name]
     c, adapter = adapter_of(published, modules="q_proj|qkv|query_key_value|c_attn|down_proj|c_proj|4h_to_h")
     tree, added = test_model.random_params(c), random_adapter(c, adapter)

@@ -207,7 +207,7 @@ def test_an_absent_original_context_is_the_whole_context():
         ({"hidden_act": "xielu"}, r"activation 'xielu' is none of silu, swish, gelu"),
         ({"attention_bias": 1}, r"attention_bias=1 must be bool"),
         ({"is_encoder_decoder": True}, r"is_encoder_decoder=True is not supported \(supported: None, False\)"),
-        ({"use_sliding_window": True}, r"use_sliding_window=True is not supported"),
+        ({"layer_types": [["full_attention"]]}, r"layer_types=\[\['full_attention'\]\] cannot be"),
         ({"attention_dropout": 1.5}, r"attention_dropout=1\.5 must be a share in \[0, 1\)"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not supported"),
         ({"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\] is not supported"),
@@ -215,6 +215,10 @@ def test_an_absent_original_context_is_the_whole_context():
         (
             {"rope_scaling": {"type": "proportional", "factor": 2.0}},
             r"rope type 'proportional' is not supported; supported: def",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
+            r"original_max_position_embeddings=0 must be at least 2",
         ),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, r"short_factor is missing; long_factor is missing"),
         (

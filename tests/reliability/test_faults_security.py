@@ -160,7 +160,8 @@ def test_whatever_stands_in_a_config_is_read_or_refused(sound):
     keys |= {"layer_types": None, "rope_theta": 1e4, "id2label": {}, "num_labels": 1, "query_pre_attn_scalar": 256}
     odd = [None, True, -1, 0, 10**12, 10**400, 1.5, float("inf"), float("nan"), "", "x", [], [1], [[]], {}, {"a": 1}]
     start, outcomes = time.process_time(), collections.Counter()
-    for family in ("llama", "gemma2", "gpt2"):
+    keys |= {"no_rope_layers": None, "sliding_window_pattern": 3, "rope_parameters": None, "use_sliding_window": True}
+    for family in ("llama", "gemma2", "gemma3_text", "smollm3", "phi3", "gpt2"):
         for key, value in itertools.product(keys, odd):
             try:
                 models.from_hf_config(keys | {"model_type": family, key: value})
