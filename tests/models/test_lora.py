@@ -128,10 +128,10 @@ def test_merged_equals_unmerged(name, tmp_path):
 @pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", LATER)
 def test_merged_equals_unmerged_in_later_families(name, tmp_path):
-    check_merged(name, tmp_path)
+    check_merged(name, tmp_path, atol=tolerances.MERGED_LARGER)
 
 
-def check_merged(name, tmp_path):
+def check_merged(name, tmp_path, *, atol=tolerances.MERGED):
     """Compare a base and an adapter of some matrices with the model that both are together."""
     published = test_model.VARIANTS[name]
     c, adapter = adapter_of(published, modules="q_proj|qkv|query_key_value|c_attn|down_proj|c_proj|4h_to_h")
@@ -144,7 +144,7 @@ def check_merged(name, tmp_path):
     read = hf.load_params(tmp_path / "merged", c, dtype="float32")
     ours = logits(params.union(tree, added), jnp.asarray(TOKENS_NT), config=c, adapter=adapter)
     merged = logits(read, jnp.asarray(TOKENS_NT), config=c, adapter=None)
-    assert_allclose(merged, ours, rtol=0, atol=tolerances.MERGED)
+    assert_allclose(merged, ours, rtol=0, atol=atol)
     untouched = [entry.path for entry in params.entries(c) if f"{entry.path}_lora_a" not in params.flatten(added)]
     for path in untouched:
         np.testing.assert_array_equal(params.flatten(read)[path], params.flatten(tree)[path], err_msg=path)
