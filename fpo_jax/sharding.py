@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fpo_jax import types
 from fpo_jax.config import choices
@@ -256,7 +256,7 @@ def _arranged(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
         return plain
 
 
-def ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def ways(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """Return the number of parts that mesh axes cut an array's axis into."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return int(np.prod([mesh.shape[name] for name in names], dtype=int))

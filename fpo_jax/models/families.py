@@ -100,9 +100,8 @@ class Family:
     keys: Mapping[str, str] = dataclasses.field(default_factory=lambda: dict(_KEYS))
     absent: Mapping[str, Any] = dataclasses.field(default_factory=lambda: dict(_ABSENT))
     bias_keys: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # key -> matrices it gives one
-    absent_biases: Mapping[str, bool] = dataclasses.field(
-        default_factory=dict
-    )  # key of bias_keys -> absent; else False
+    # key of bias_keys -> what an absent one means, where that is not False
+    absent_biases: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     neutral: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)  # key -> values without effect
     consumed: tuple[str, ...] = ()  # keys that hf_config reads itself: query_pre_attn_scalar, window patterns, ...
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other name of a key -> the key
@@ -138,8 +137,9 @@ class Family:
 
 def _llama(name: str, **changed: Any) -> Family:
     """Describe a family by what differs from Llama, under the names that transformers gives the classes of `name`."""
-    classes = {"architecture": f"{name}ForCausalLM", "reward_architecture": f"{name}ForSequenceClassification"}
-    return Family(**(classes | changed))
+    options: dict[str, Any] = {"architecture": f"{name}ForCausalLM"}
+    options["reward_architecture"] = f"{name}ForSequenceClassification"
+    return Family(**(options | changed))
 
 
 _SANDWICH = {

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     """Return `jnp.einsum(equation, x, weight)` of both rounded to 8 bits, in the dtype of x.
 
@@ -31,6 +30,11 @@ def einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         x: bfloat16 or float32.
         weight: any float dtype.
     """
+    return jnp.asarray(_einsum(equation, x, weight))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
     return _forward(equation, x, weight)[0]
 
 
@@ -52,7 +56,7 @@ def _backward(equation: str, kept, gradient: jax.Array):
     )
 
 
-einsum.defvjp(_forward, _backward)
+_einsum.defvjp(_forward, _backward)
 
 
 def _quantised(x: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:

@@ -13,11 +13,11 @@ And a square that is not zero never becomes zero, for a moment divided by the ro
 size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 BLOCK = 256  # entries that share a scale, along the last axis
 SMALLEST = 4096  # entries of an array from which on it is kept in eight bits
@@ -26,8 +26,8 @@ SMALLEST = 4096  # entries of an array from which on it is kept in eight bits
 class EightBits(NamedTuple):
     """An array of floats; beside its codes it takes 4 / BLOCK bytes an entry."""
 
-    codes: UInt8[jax.Array, "*rest n"]
-    scales: Float[jax.Array, "*rest blocks"]  # value of the largest magnitude of a block
+    codes: Any  # [*rest, n], uint8; in a tree of shapes or of places, one of those
+    scales: Any  # [*rest, blocks], float32: value of the largest magnitude of a block
 
 
 def encode(x: Float[jax.Array, "*rest n"], *, signed: bool) -> EightBits:

@@ -123,7 +123,7 @@ def _equation(equation: core.JaxprEqn, window: Window, fp8: bool) -> int:
             0 if fp8 else _kernel(called, equation, window)
         )  # without queries it is what differentiation moved out of the loops
     if name == "dot_general":
-        narrow = all(variable.aval.dtype.itemsize == 1 and _is_float(variable) for variable in equation.invars)
+        narrow = all(_is_float(variable) and jnp.finfo(_dtype(variable)).bits == 8 for variable in equation.invars)
         return _product(equation) if narrow or not fp8 else 0
     if name in _OPAQUE:
         return 0 if fp8 else _kernel(called or name, equation, window)
@@ -200,8 +200,12 @@ def _shape(variable: Any) -> tuple[int, ...]:
     return variable.aval.shape
 
 
+def _dtype(variable: Any) -> Any:
+    return variable.aval.dtype
+
+
 def _is_float(variable: Any) -> bool:
-    return jnp.issubdtype(variable.aval.dtype, jnp.floating)
+    return jnp.issubdtype(_dtype(variable), jnp.floating)
 
 
 def _nested(value: Any) -> list[core.Jaxpr]:

@@ -199,7 +199,8 @@ def _products(layout: sharding.Layout, *, fp8: bool) -> list[str]:
     """Say that matrices are multiplied in 8 bits, and where that is slower and not faster."""
     assert layout.mesh is not None
     device = layout.mesh.devices.flat[0]
-    native = hardware.capacity(device) is not None and hardware.capacity(device).fp8_flops is not None
+    capacity = hardware.capacity(device)
+    native = capacity is not None and capacity.fp8_flops is not None
     where = "" if native else f"; emulated, and slow: a {device.device_kind} multiplies no 8-bit floating-point numbers"
     return [f"products of the layers: fp8, e4m3 forward and e5m2 for gradients{where}"] if fp8 else []
 
