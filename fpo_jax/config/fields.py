@@ -266,6 +266,8 @@ FIELDS = (
     Field("loss.desirable_weight", float, None, "KTO's, of chosen completions."),
     Field("loss.undesirable_weight", float, None, "KTO's, of rejected completions."),
     Field("loss.reward_alpha", float, None, "α of AlphaPO (arXiv 2501.03884)."),
+    Field("loss.basu_lambda", float, None, "λ of BPO's divergence."),
+    Field("loss.gradient_scale", float, None, "What BPO's loss is divided by."),
     Field("loss.constraint_alpha", float, None, "α of f-DPO's constraint."),
     Field("optim.learning_rate", float, 1e-6, "Peak."),
     Field("optim.schedule", str, "cosine", "After a linear warm-up from 0.", SCHEDULES),

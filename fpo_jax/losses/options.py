@@ -84,6 +84,8 @@ _ROWS = (
     Option("desirable_weight", float, "[0, inf)", 1.0, "KTO's λ of the chosen completion"),
     Option("undesirable_weight", float, "[0, inf)", 1.0, "KTO's λ of the others"),
     Option("reward_alpha", float, "(-inf, inf)", 0.25, "AlphaPO's α (arXiv 2501.03884); 0 is SimPO"),
+    Option("basu_lambda", float, "(-1, inf)", 1.0, "BPO's λ of Basu's power divergence; -0.5 is nearest to DPO"),
+    Option("gradient_scale", float, "(0, inf)", 4.0, "BPO's s, which divides the loss; 4 has DPO's slope at the start"),
     Option("constraint_alpha", float, "[0, inf)", 0.5, "f-DPO's α of the constraint on π/π_ref; TRL's is 1 - α"),
 )
 

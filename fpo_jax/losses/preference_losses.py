@@ -166,6 +166,22 @@ def kto_link(
     return desirable_weight * jax.nn.sigmoid(-chosen) + undesirable_weight * jax.nn.sigmoid(other)
 
 
+def bregman_link(
+    margins: Float[Array, "*shape"], *, basu_lambda: float, gradient_scale: float
+) -> Float[jax.Array, "..."]:
+    """Return (R^(λ+1)/(λ+1) - (R^-λ - 1)/λ) / s with R = exp(-m): BPO with scaled Basu's power divergence.
+
+    Its slope at m is -(R^(λ+1) + R^-λ)/s; s = 4 gives it the slope of -log σ(m) at 0. λ and -1 - λ are the same loss;
+    λ = 0 is KLIEP's R + log R. The paper's formula lacks the constant 1/(sλ), which keeps λ = 0 finite. Powers of R
+    saturate (`numerics.saturating_exp`).
+
+    >>> round(float(bregman_link(jnp.array(0.0), basu_lambda=1.0, gradient_scale=4.0)), 4)
+    0.125
+    """
+    shrinking = numerics.saturating_exp(-(basu_lambda + 1.0) * margins) / (basu_lambda + 1.0)
+    return (shrinking - numerics.box_cox(margins, power=basu_lambda)) / gradient_scale
+
+
 def _log_ratio(c):
     return c.logps_BK - c.reference_logps_BK
 
@@ -336,6 +352,18 @@ _ROWS = (
         pair=_log_sigmoid,
         length_normalized=True,
         family="mean_logp",
+    ),
+    Objective(
+        name="bpo",
+        source="BPO with scaled Basu's power divergence (SBA), arXiv 2505.19601",
+        equation="(R^(λ+1)/(λ+1) - (R^-λ - 1)/λ)/s, R = exp(-β(Δ_w - Δ_l))",
+        options={"beta_pi": 0.1, "basu_lambda": 1.0, "gradient_scale": 4.0},
+        score=lambda c, chosen_BK, o: o["beta_pi"] * _log_ratio(c),
+        reward=SCORES["log_ratio"].reward,
+        pair=lambda win, lose, o: bregman_link(
+            win - lose, basu_lambda=o["basu_lambda"], gradient_scale=o["gradient_scale"]
+        ),
+        needs_reference=True,
     ),
     _f_dpo("reverse_kl", "log u + 1 (this is DPO)", lambda log_u, o: log_u),
     _f_dpo("forward_kl", "-1/u", lambda log_u, o: -numerics.saturating_exp(-log_u)),

@@ -266,6 +266,8 @@ OTHER_VALUE = {
     "desirable_weight": 0.3,
     "undesirable_weight": 0.3,
     "reward_alpha": 0.7,
+    "basu_lambda": 0.3,
+    "gradient_scale": 2.0,
     "constraint_alpha": 0.2,
 }
 

@@ -26,6 +26,12 @@ def published(name, o, w, lo, z):
     def odds(mean):
         return np.log(np.exp(mean) / (1 - np.exp(mean)))
 
+    def bregman(ratio, power):
+        """The paper's formula, and its constant that keeps λ = 0 finite."""
+        if not power:
+            return ratio + np.log(ratio)
+        return ratio ** (power + 1) / (power + 1) - ratio**-power / power + 1 / power
+
     def f_prime(delta):
         u, a = np.exp(delta), o.get("constraint_alpha")
         return {
@@ -54,6 +60,7 @@ def published(name, o, w, lo, z):
         "rrhf": lambda: max(0, mean_l - mean_w) - o["chosen_nll_weight"] * lw,
         "cpo": lambda: smooth(o["beta"] * (lw - ll)) - o["chosen_nll_weight"] * lw,
         "orpo": lambda: -mean_w - o["odds_weight"] * oracle.log_sigmoid(odds(mean_w) - odds(mean_l)),
+        "bpo": lambda: bregman(np.exp(-o["beta_pi"] * (delta_w - delta_l)), o["basu_lambda"]) / o["gradient_scale"],
         "r_dpo": lambda: smooth(o["beta_pi"] * (delta_w - delta_l) + o["length_penalty"] * (nw - nl)),
     }[name]()
 
@@ -80,6 +87,8 @@ def published_group(name, o, completions):
 OBJECTIVE_CASES = [
     *((name, {}) for name in losses.OBJECTIVES),
     *((name, {"label_smoothing": 0.2}) for name, row in losses.OBJECTIVES.items() if "label_smoothing" in row.options),
+    ("bpo", {"basu_lambda": 0.0}),
+    ("bpo", {"basu_lambda": -0.5, "gradient_scale": 2.0}),
     ("f_dpo_alpha", {"constraint_alpha": 0.0}),
     ("alphapo_length", {"reward_alpha": 0.0}),
     ("alphapo_length", {"reward_alpha": -0.5}),
@@ -163,3 +172,19 @@ def test_implied_rewards_carry_no_gradient():
         )
         assert np.any(np.asarray(rewards_of(groups().logps_BK)) != 0)
         assert_array_equal(jax.grad(lambda x: jnp.sum(rewards_of(x)))(jnp.asarray(groups().logps_BK)), 0)  # noqa: B023
+
+
+def test_bpo_starts_with_the_slope_of_dpo_whatever_its_lambda_and_is_symmetric_in_it():
+    at_start = losses.Completions(
+        *(np.array([[-3.0, -7.0]]) for _ in range(2)), np.array([[4.0, 5.0]]), np.eye(2)[:1], 0.0
+    )
+    slopes = {
+        power: in_float64(value_and_grad, losses.resolve("bpo", basu_lambda=power), at_start)[1]
+        for power in (-0.75, -0.25, 0.0, 1.0, 2.0)
+    }
+    (_, dpo) = in_float64(value_and_grad, losses.resolve("dpo", beta_pi=0.1), at_start)
+    for power, slope in slopes.items():
+        assert_allclose(slope, dpo, rtol=1e-9, err_msg=str(power))
+    away = groups(np.float64)
+    one, other = (in_float64(value_and_grad, losses.resolve("bpo", basu_lambda=x), away)[1] for x in (-0.75, -0.25))
+    assert_allclose(one, other, rtol=1e-9)
