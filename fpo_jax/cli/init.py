@@ -261,9 +261,11 @@ def text(fields: Sequence[Field], options: Options, *, loss: bool) -> str:
         name = next(field.value for field in fields if field.name == "loss.name")
         signature, last = f'loss: str = "{name}"', "    recipes.use_loss(c, loss)  # FILE:LOSS takes another one\n"
         use = "from fpo_jax import recipes\n"
+    sources = f"Train {options.model} on {options.data}", f"Command   {_command(options)}"
+    about, command = (line.replace("\\", "\\\\").replace('"', '\\"') for line in sources)  # it stands in a docstring
     return (
-        f'"""Train {options.model} on {options.data}; `fpo init` wrote it, and every field may be changed.\n\n'
-        f"Command   {_command(options)}\n"
+        f'"""{about}; `fpo init` wrote it, and every field may be changed.\n\n'
+        f"{command}\n"
         "Fields    `fpo config` has them all; --config.FIELD=VALUE changes one for a run\n"
         "Adapters  --config.lora.rank=16 trains adapters instead of the weights\n"
         '"""\n\n'

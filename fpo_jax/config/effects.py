@@ -112,6 +112,7 @@ IDLE = (
 def idle_problems(config: Config) -> list[str]:
     """List the fields that are set to something else than their default and have no effect beside the others."""
     initial = default()
+    initial.stage, initial.data.max_length = config.stage, config.data.max_length  # others follow these
     return [
         f"{path}={value_at(config, path)!r} is not used {entry.why.format_map(config)}."
         for entry in IDLE

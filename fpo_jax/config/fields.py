@@ -121,7 +121,12 @@ FIELDS = (
     ),
     Field("data.rule", str, "chat", "Completions by a chat template, or as plain text.", ("chat", "raw")),
     Field("data.max_length", int, 2048, "Tokens of prompt and completion."),
-    Field("data.max_prompt_length", int, 1800, "Tokens kept of a prompt when the sequence is too long (rule chat)."),
+    Field(
+        "data.max_prompt_length",
+        int,
+        1800,
+        "Tokens kept of a prompt when the sequence is too long (rule chat); where max_length is short, 7/8 of it.",
+    ),
     Field("data.max_completion_length", int, None, "Tokens of a completion with its EOS (rule raw)."),
     Field("data.truncation", str, "keep_end", "What stays of an over-long prompt.", ("keep_end", "keep_start")),
     Field(
@@ -427,14 +432,19 @@ def default() -> Config:
                 place[part] = ml_collections.ConfigDict()
             place = place[part]
         place[name] = config_dict.placeholder(field.kind) if field.default is None else field.default
-    for path, defaults in OF_STAGE.items():  # they follow the stage until they are set
-        section, _, name = path.partition(".")
-        otherwise = config[section][name]
-        follow = _Follow(functools.partial(_at_stage, defaults), (config.get_ref("stage"),))
-        del config[section][name]
-        config[section][name] = config_dict.FieldReference(otherwise, op=follow)
+    for path, defaults in OF_STAGE.items():
+        _follow(config, path, functools.partial(_at_stage, defaults), config.get_ref("stage"))
+    _follow(config, "data.max_prompt_length", _prompt_length, config.data.get_ref("max_length"))
     config.lock()
     return config
+
+
+def _follow(config: Config, path: str, fn: Callable[[Any, Any], Any], reference: Any) -> None:
+    """Let a field be `fn(its default, another field)` until it is set."""
+    section, _, name = path.partition(".")
+    otherwise = config[section][name]
+    del config[section][name]
+    config[section][name] = config_dict.FieldReference(otherwise, op=_Follow(fn, (reference,)))
 
 
 class _Follow(NamedTuple):
@@ -446,6 +456,11 @@ class _Follow(NamedTuple):
 
 def _at_stage(defaults: dict[str, Any], otherwise: Any, stage: str) -> Any:
     return defaults.get(stage, otherwise)
+
+
+def _prompt_length(otherwise: int, max_length: int) -> int:
+    """Leave an eighth of short sequences to the completion."""
+    return otherwise if max_length > otherwise else max_length * 7 // 8
 
 
 def page() -> str:

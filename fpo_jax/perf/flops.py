@@ -119,9 +119,8 @@ def _equation(equation: core.JaxprEqn, window: Window, fp8: bool) -> int:
     name = equation.primitive.name
     called = str(equation.params.get("name", ""))
     if called.startswith("chunked_attention") and any(len(_shape(variable)) == 6 for variable in equation.invars):
-        return (
-            0 if fp8 else _kernel(called, equation, window)
-        )  # without queries it is what differentiation moved out of the loops
+        # without queries it is what differentiation moved out of the loops
+        return 0 if fp8 else _kernel(called, equation, window)
     if name == "dot_general":
         narrow = all(_is_float(variable) and jnp.finfo(_dtype(variable)).bits == 8 for variable in equation.invars)
         return _product(equation) if narrow or not fp8 else 0

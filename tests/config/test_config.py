@@ -322,3 +322,16 @@ def test_loss_and_group_follow_the_stage_until_they_are_set():
     c.loss.name, c.data.group_size = "binary_cross_entropy", 1
     c.stage = "align"
     assert (c.loss.name, c.data.group_size) == ("binary_cross_entropy", 1)
+
+
+def test_the_prompts_limit_follows_short_sequences_until_it_is_set():
+    c = valid()
+    assert c.data.max_prompt_length == 1800
+    c.data.max_length = 512
+    assert c.data.max_prompt_length == 448 and not config.problems(c)
+    c.data.max_prompt_length = 100
+    c.data.max_length = 1024
+    assert c.data.max_prompt_length == 100
+    raw = valid()
+    raw.data.rule, raw.data.max_length, raw.data.max_completion_length = "raw", 64, 16
+    assert not config.problems(raw)  # nothing was set that the rule would not read
