@@ -36,6 +36,7 @@ RULES: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": None,
     "vocab": "tensor",
     # batches and activations, which also have heads, kv_heads, head_dim and mlp
     "rows": BATCH_AXES,

@@ -22,7 +22,9 @@ LEGEND = {
     "H": "query heads",
     "G": "key/value heads",
     "C": "head dimension",
-    "F": "feed-forward width",
+    "F": "feed-forward width, of one expert where there are several",
+    "E": "experts of a mixture",
+    "S": "feed-forward width of the expert that sees every token",
 }
 
 Array = jax.Array | np.ndarray

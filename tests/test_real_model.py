@@ -300,8 +300,8 @@ def by_their_names(tree, config):
     flat = params.flatten(tree)
     for entry in params.entries(config):
         array = np.asarray(flat[entry.path])
-        for layer, name in enumerate(entry.hf_names()):
-            yield name, params.to_hf(entry, array[layer] if entry.stacked else array)
+        for name, place in entry.tensors():
+            yield name, params.to_hf(entry, array[place])
 
 
 @pytest.fixture(scope="module")

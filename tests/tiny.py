@@ -44,9 +44,9 @@ def write_model(folder: Path, *, seed: int = 0, family: str = "llama", **changed
     weights = params.flatten(params.init(config, jax.random.key(seed), "float32"))
     tensors = {}
     for entry in params.entries(config):
-        for layer, name in enumerate(entry.hf_names()):
-            array = np.asarray(weights[entry.path])
-            tensors[name] = np.ascontiguousarray(params.to_hf(entry, array[layer] if entry.stacked else array))
+        array = np.asarray(weights[entry.path])
+        for name, place in entry.tensors():
+            tensors[name] = np.ascontiguousarray(params.to_hf(entry, array[place]))
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return config
 

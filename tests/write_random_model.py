@@ -55,9 +55,11 @@ def plan(config: models.ModelConfig, *, dtype: str, shard_bytes: int) -> list[di
     of_layer = [[entry for entry in entries if entry.stacked]] * config.layers
     names = [(entry.hf_name, entry.hf_shape) for entry in entries if not entry.stacked and entry.path == "embed"]
     names += [
-        (entry.hf_name.format(layer=layer), entry.hf_shape)
+        (name, entry.hf_shape)
         for layer, stacked in enumerate(of_layer)
         for entry in stacked
+        for name, place in entry.tensors()
+        if place[0] == layer
     ]
     names += [(entry.hf_name, entry.hf_shape) for entry in entries if not entry.stacked and entry.path != "embed"]
     for name, shape in names:

@@ -115,7 +115,7 @@ def load_params(
             assert key is not None
             flat[entry.path] = jax.device_put(params.initial(entry, config, key).astype(dtype), place)
             continue
-        layers = [tensors[name] for name in entry.hf_names()]
+        layers = [(tensors[name], at) for name, at in entry.tensors()]
         if entry.stacked and entry.size * np.dtype(dtype).itemsize > _STACKED_ON_HOST_BYTES:
             flat[entry.path] = _layer_by_layer(entry, layers, np.dtype(dtype), place)
         else:
@@ -130,38 +130,39 @@ def stored(directory: Path, config: models.ModelConfig) -> models.ModelConfig:
     return dataclasses.replace(config, reward_head=directories.read_config(directory).reward_head)
 
 
-def _at_once(entry: params.Entry, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+_Placed = tuple[Tensor, tuple[int, ...]]  # a tensor, and where in the stacked axes of its parameter it stands
+
+
+def _at_once(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype, place: Sharding | None) -> jax.Array:
     """Read a small parameter, or one without layers, in our layout."""
-    ours = entry.letters.removeprefix("L")
+    ours = entry.inner_letters
     turn = [entry.disk_letters.index(letter) for letter in ours]
     on_disk = [ours.index(letter) for letter in entry.disk_letters]
 
     def read(indices: list[Index]) -> list[np.ndarray]:
         if not entry.stacked:
             cut = [tuple(index[axis] for axis in on_disk) for index in indices]
-            return [box.transpose(turn) for box in _cut(layers[0], entry.disk_shape, cut, dtype)]
-        boxes = [np.empty([part.stop - part.start for part in index], dtype) for index in indices]
-        for number, layer in enumerate(layers):
-            held = [
-                (box[number - rows.start], tuple(index[axis] for axis in on_disk))
-                for box, (rows, *index) in zip(boxes, indices, strict=True)
-                if rows.start <= number < rows.stop
-            ]
-            cut = _cut(layer, entry.disk_shape, [index for _, index in held], dtype)
-            for (target, _), box in zip(held, cut, strict=True):
-                target[...] = box.transpose(turn)
-        return boxes
+            return [box.transpose(turn) for box in _cut(tensors[0][0], entry.disk_shape, cut, dtype)]
+        stacked = len(tensors[0][1])
+        cut = [(*index[:stacked], *(index[stacked + axis] for axis in on_disk)) for index in indices]
+        boxes = _stacked(tensors, entry.disk_shape, cut, dtype)
+        return [box.transpose([*range(stacked), *(stacked + axis for axis in turn)]) for box in boxes]
 
     return _place(read, entry.shape, place)
 
 
-def _layer_by_layer(entry: params.Entry, layers: list[Tensor], dtype: np.dtype, place: Sharding | None) -> jax.Array:
-    """Read a stacked parameter: each layer goes to the devices as it lies on disk and is turned and stacked there."""
+def _layer_by_layer(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+    """Read a stacked parameter: each layer goes to the devices as it lies on disk and is turned and stacked there.
+
+    A layer of experts is all of its experts.
+    """
     stacks_on, layer_on = _device_places(entry, place)
     stacked = jnp.zeros(entry.shape, dtype, device=stacks_on)
-    for layer, tensor in enumerate(layers):
-        read = functools.partial(_cut, tensor, entry.disk_shape, dtype=dtype)
-        placed = _place(read, entry.disk_shape, layer_on)
+    each = len(tensors) // entry.shape[0]
+    for layer in range(entry.shape[0]):
+        own = [(tensor, at[1:]) for tensor, at in tensors[layer * each : (layer + 1) * each]]
+        read = functools.partial(_stacked, own, entry.disk_shape, dtype=dtype)
+        placed = _place(read, (*entry.shape[1 : len(tensors[0][1])], *entry.disk_shape), layer_on)
         stacked = _set_layer(stacked, placed, np.int32(layer), entry=entry, place=stacks_on)
         del placed  # else it is held while the next layer is read
         stacked.block_until_ready()  # else the host runs ahead and holds the layers that wait
@@ -177,14 +178,17 @@ def _device_places(entry: params.Entry, place: Sharding | None) -> tuple[Shardin
     if not isinstance(place, NamedSharding):
         return place, place
     axes = dict(zip(entry.letters, (*place.spec, *[None] * len(entry.letters)), strict=False))
-    return place, NamedSharding(place.mesh, PartitionSpec(*(axes[letter] for letter in entry.disk_letters)))
+    letters = "E" * entry.of_experts + entry.disk_letters
+    return place, NamedSharding(place.mesh, PartitionSpec(*(axes[letter] for letter in letters)))
 
 
 @functools.partial(jax.jit, static_argnames=("entry", "place"), donate_argnums=0)
 def _set_layer(
     stacked: jax.Array, tensor: jax.Array, layer: jax.Array, *, entry: params.Entry, place: Sharding | None
 ) -> jax.Array:
-    updated = jax.lax.dynamic_update_index_in_dim(stacked, params.from_hf(entry, tensor), layer, 0)
+    turn = functools.partial(params.from_hf, entry)
+    turned = jax.vmap(turn)(tensor) if entry.of_experts else turn(tensor)
+    updated = jax.lax.dynamic_update_index_in_dim(stacked, turned, layer, 0)
     return updated if place is None else jax.lax.with_sharding_constraint(updated, place)
 
 
@@ -207,6 +211,24 @@ def _place(
         for device in devices:
             shards[device] = jax.device_put(box, SingleDeviceSharding(device, memory_kind=place.memory_kind))
     return jax.make_array_from_single_device_arrays(shape, place, [shards[device] for device in indices])
+
+
+def _stacked(
+    tensors: list[_Placed], shape: tuple[int, ...], indices: Sequence[Index], dtype: np.dtype
+) -> list[np.ndarray]:
+    """Read tensors of one shape, each once, and copy slices out of the array in which they stand; see `_cut`."""
+    if not tensors[0][1]:
+        return _cut(tensors[0][0], shape, indices, dtype)
+    boxes = [np.empty([part.stop - part.start for part in index], dtype) for index in indices]
+    for tensor, at in tensors:
+        held = []
+        for box, index in zip(boxes, indices, strict=True):
+            stacked = list(zip(at, index, strict=False))
+            if all(part.start <= number < part.stop for number, part in stacked):
+                held.append((box[tuple(number - part.start for number, part in stacked)], index[len(at) :]))
+        for (target, _), part in zip(held, _cut(tensor, shape, [index for _, index in held], dtype), strict=True):
+            target[...] = part
+    return boxes
 
 
 def _cut(tensor: Tensor, shape: tuple[int, ...], indices: Sequence[Index], dtype: np.dtype) -> list[np.ndarray]:

@@ -21,19 +21,24 @@ from fpo_jax.models import params
 class _Stored:
     """One parameter of a directory, read where it is asked for, with what an adapter adds."""
 
-    def __init__(self, entry: params.Entry, layers: list[load.Tensor], pair: tuple[Any, Any] | None, scale: float):
+    def __init__(
+        self,
+        entry: params.Entry,
+        tensors: dict[tuple[int, ...], load.Tensor],
+        pair: tuple[Any, Any] | None,
+        scale: float,
+    ):
         self.shape = entry.shape
-        self._entry, self._layers, self._pair, self._scale = entry, layers, pair, scale
+        self._entry, self._tensors, self._pair, self._scale = entry, tensors, pair, scale
 
-    def __getitem__(self, index: int | slice) -> np.ndarray:
-        if not self._entry.stacked:
-            view = params.from_hf(self._entry, self._layers[0].mapped(self._entry.disk_shape))
-            return np.array(view[index])
-        assert isinstance(index, int)
-        base = params.from_hf(self._entry, self._layers[index].mapped(self._entry.disk_shape))
+    def __getitem__(self, index: tuple[int, ...] | slice) -> np.ndarray:
+        place = index if isinstance(index, tuple) else ()
+        base = params.from_hf(self._entry, self._tensors[place].mapped(self._entry.disk_shape))
+        if isinstance(index, slice):
+            return np.array(base[index])
         if self._pair is None:
             return np.array(base)
-        a, b = (np.asarray(part[index], np.float32) for part in self._pair)
+        a, b = (np.asarray(part[place], np.float32) for part in self._pair)
         added = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)
         return np.asarray(base, np.float32) + self._scale * added.reshape(base.shape)  # our matrices' inputs come first
 
@@ -57,8 +62,8 @@ def merged(
             found[entry.path] = own[entry.path]
             continue
         a, b = own.get(f"{entry.path}_lora_a"), own.get(f"{entry.path}_lora_b")
-        layers = [tensors[name] for name in entry.hf_names()]
-        found[entry.path] = _Stored(entry, layers, None if a is None else (a, b), adapter.scale)
+        located = {place: tensors[name] for name, place in entry.tensors()}
+        found[entry.path] = _Stored(entry, located, None if a is None else (a, b), adapter.scale)
     return params.nest(found)
 
 
@@ -95,8 +100,8 @@ def write_peft(
         )
     own, tensors = params.flatten(adapter_params), {}
     for entry in params.adapter_entries(config, adapter):
-        for layer, name in enumerate(entry.hf_names()):
-            tensors[name] = np.ascontiguousarray(params.to_hf(entry, np.asarray(own[entry.path][layer])))
+        for name, place in entry.tensors():
+            tensors[name] = np.ascontiguousarray(params.to_hf(entry, np.asarray(own[entry.path][place])))
     if config.reward_head:
         tensors["base_model.model.score.weight"] = np.asarray(own["score"])
     if bad := [name for name, array in tensors.items() if not np.isfinite(array).all()]:

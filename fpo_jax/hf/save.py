@@ -31,7 +31,7 @@ class _Piece(NamedTuple):
 
     name: str
     entry: params.Entry
-    layer: int | None  # None = the parameter has no layers
+    place: tuple[int, ...]  # layer, or layer and expert; () = the parameter has no layers
 
     @property
     def size(self) -> int:
@@ -133,8 +133,8 @@ def _shards(config: models.ModelConfig, dtype: np.dtype, limit: int) -> list[lis
     shards: list[list[_Piece]] = [[]]
     filled = 0
     for entry in params.entries(config):
-        for layer, name in enumerate(entry.hf_names()):
-            piece = _Piece(name, entry, layer if entry.stacked else None)
+        for name, place in entry.tensors():
+            piece = _Piece(name, entry, place)
             size = piece.size * dtype.itemsize
             if shards[-1] and filled + size > limit:
                 shards.append([])
@@ -157,16 +157,16 @@ def _header(shard: list[_Piece], dtype: np.dtype) -> bytes:
 
 
 def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor, checked: one layer whole, a parameter without layers in blocks of rows.
+    """Yield the bytes of a tensor, checked: one of a layer whole, a parameter without layers in blocks of rows.
 
     Rows come in the order of the disk, because layouts without layers start with the same axis on both sides.
     """
     entry = piece.entry
-    if piece.layer is None:
+    if not piece.place:
         total, rows = entry.shape[0], max(1, _BLOCK_VALUES * entry.shape[0] // entry.size)
         indices = [slice(start, min(start + rows, total)) for start in range(0, total, rows)]
     else:
-        indices = [piece.layer]
+        indices = [piece.place]
     for index in indices:
         fetched = _fetch(parameter, index)
         with np.errstate(over="ignore"):
@@ -180,21 +180,27 @@ def _blocks(parameter: Any, piece: _Piece, dtype: np.dtype) -> Iterator[memoryvi
         yield turned.reshape(-1).view(np.uint8).data
 
 
-def _fetch(parameter: Any, index: int | slice) -> np.ndarray:
-    """Bring one layer, or some rows, to the host; what lies on devices of several processes comes to each of them."""
+def _fetch(parameter: Any, index: tuple[int, ...] | slice) -> np.ndarray:
+    """Bring one layer, or an expert of it, or some rows, to the host; what several processes have comes to each."""
     if not isinstance(parameter, jax.Array):
         return np.asarray(parameter[index])
     if not parameter.is_fully_addressable:
         return multihost_utils.process_allgather(parameter[index], tiled=True)
-    rows = slice(index, index + 1) if isinstance(index, int) else index
-    block = np.empty((rows.stop - rows.start, *parameter.shape[1:]), parameter.dtype)
+    wanted = [slice(at, at + 1) for at in index] if isinstance(index, tuple) else [index]
+    rest = parameter.shape[len(wanted) :]
+    block = np.empty((*(part.stop - part.start for part in wanted), *rest), parameter.dtype)
     for shard in parameter.addressable_shards:
-        first, last, _ = shard.index[0].indices(parameter.shape[0])
-        start, stop = max(first, rows.start), min(last, rows.stop)
-        if shard.replica_id == 0 and start < stop:  # cut on its device: all of it would be too much for the host
-            part = shard.data[index - first] if isinstance(index, int) else shard.data[start - first : stop - first]
-            block[start - rows.start : stop - rows.start, *shard.index[1:]] = np.asarray(part)
-    return block[0] if isinstance(index, int) else block
+        first = [part.indices(size)[0] for part, size in zip(shard.index, parameter.shape, strict=True)]
+        found = [
+            (max(low, part.start), min(low + size, part.stop))
+            for low, size, part in zip(first, shard.data.shape, wanted, strict=False)
+        ]
+        if shard.replica_id == 0 and all(start < stop for start, stop in found):
+            of_shard = tuple(slice(start - low, stop - low) for (start, stop), low in zip(found, first, strict=False))
+            of_block = (slice(s - part.start, e - part.start) for (s, e), part in zip(found, wanted, strict=True))
+            # cut on its device: all of it would be too much for the host
+            block[*of_block, *shard.index[len(wanted) :]] = np.asarray(shard.data[of_shard])
+    return block.reshape(rest) if isinstance(index, tuple) else block
 
 
 def _exported_config(source_dir: Path, config: models.ModelConfig, dtype: np.dtype) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from fpo_jax import attention as attention_module
 from fpo_jax import sharding, types
-from fpo_jax.models import kv_cache, transformer
+from fpo_jax.models import kv_cache, routing, transformer
 from fpo_jax.models.config import Adapter, ModelConfig
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -36,6 +36,38 @@ def hidden_states(
     segments: types.Segments | None = None,
     fp8: bool = False,
 ) -> Float[jax.Array, "N T D"]:
+    """Run the decoder up to and including its final norm: `hidden_states_and_routing` without the second result."""
+    return hidden_states_and_routing(
+        params,
+        tokens_NT,
+        valid_NT,
+        config=config,
+        compute_dtype=compute_dtype,
+        remat=remat,
+        attention=attention,
+        layout=layout,
+        adapter=adapter,
+        dropout_key=dropout_key,
+        segments=segments,
+        fp8=fp8,
+    )[0]
+
+
+def hidden_states_and_routing(
+    params: types.PyTree,
+    tokens_NT: Int[jax.Array, "N T"],
+    valid_NT: Bool[jax.Array, "N T"],
+    *,
+    config: ModelConfig,
+    compute_dtype: jax.typing.DTypeLike,
+    remat: str = "none",
+    attention: attention_module.Selection | None = None,
+    layout: sharding.Layout = sharding.ONE_DEVICE,
+    adapter: Adapter | None = None,
+    dropout_key: jax.Array | None = None,
+    segments: types.Segments | None = None,
+    fp8: bool = False,
+) -> tuple[Float[jax.Array, "N T D"], routing.Routing | None]:
     """Run the decoder up to and including its final norm.
 
     Every row starts at position 0, in packed rows every text of it, and rows are right-padded; what stands in the
@@ -62,7 +94,7 @@ def hidden_states(
         fp8: whether the products of the layers with their weights are of 8-bit floating-point numbers (models.fp8).
 
     Returns:
-        hidden_NTD in compute_dtype.
+        hidden_NTD in compute_dtype, and the routing of a mixture of experts; None of another model.
 
     Raises:
         ValueError: unknown compute_dtype or remat.

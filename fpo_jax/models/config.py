@@ -48,6 +48,12 @@ class ModelConfig:
     residual_scale: float | None = None  # factor on what attention and MLP add to the residual stream
     logit_scale: float | None = None  # factor on the logits of the LM head
     biases: tuple[str, ...] | None = None  # matrices of a layer that have one, sorted; None = the family's
+    experts: int = 0  # E, in families that have them; `ffn` is then the width of one
+    experts_per_token: int = 0  # that the router sends a token to
+    shared_ffn: int = 0  # S, of the expert that sees every token
+    normalize_top_k: bool = True  # whether the weights of a token's experts sum to one
+    router_aux_weight: float = 0.0  # of the load-balancing loss, in training
+    router_aux_loss: bool = False  # whether the checkpoint asks for that loss
     parallel_residual: bool = False  # attention and MLP read the same input, where the family leaves it open
     tied_head: bool = False  # the LM head is the embedding
     reward_head: bool = False  # a score of each position instead of an LM head
@@ -157,6 +163,12 @@ _OPTIONAL = {
         "embedding_scale",
         "residual_scale",
         "logit_scale",
+        "experts",
+        "experts_per_token",
+        "shared_ffn",
+        "normalize_top_k",
+        "router_aux_weight",
+        "router_aux_loss",
         "parallel_residual",
     )
 }
@@ -208,7 +220,7 @@ def _problems(config: ModelConfig) -> list[str]:
         problems.append(f"a reward head, for which transformers has no class of {config.family}")
     if problems:
         return problems
-    return [*_factors(config), *_names(config, family), *_heads(config, family)]
+    return [*_factors(config), *_names(config, family), *_heads(config, family), *_mixture(config, family)]
 
 
 def _factors(config: ModelConfig) -> list[str]:
@@ -229,6 +241,21 @@ def _names(config: ModelConfig, family: families.Family) -> list[str]:
         optional = {name for names in family.bias_keys.values() for name in names}
         wrong = sorted(set(config.biases) - {*family.biases, *optional} | set(family.biases) - set(config.biases))
         problems += [f"a bias of {name} is not optional in {config.family}" for name in wrong]
+    return problems
+
+
+def _mixture(config: ModelConfig, family: families.Family) -> list[str]:
+    if family.mlp != "moe":
+        return []
+    problems = [
+        f"{name}={getattr(config, name)} must be between 1 and {LARGEST}"
+        for name in ("experts", "experts_per_token", "shared_ffn")
+        if name in family.keys and not 1 <= getattr(config, name) <= LARGEST
+    ]
+    if config.experts_per_token > config.experts:
+        problems.append(f"a token has {config.experts_per_token} experts, and there are {config.experts}")
+    if not 0 <= config.router_aux_weight < math.inf:
+        problems.append(f"router_aux_weight={config.router_aux_weight} must be 0 or larger, and finite")
     return problems
 
 

@@ -13,7 +13,7 @@ import jax
 from flax import nnx
 from jaxtyping import Float
 
-from fpo_jax.models import activations, config, layers
+from fpo_jax.models import activations, config, layers, mixture
 
 
 class Attention(nnx.Module):
@@ -89,7 +89,8 @@ class PlainMLP(nnx.Module):
         return context.project("NTF,FD->NTD", active_NTF, self, "down")
 
 
-MLPS: dict[str, Callable] = {"gated": GatedMLP, "plain": PlainMLP}  # Family.mlp -> module
+# Family.mlp -> module
+MLPS: dict[str, Callable] = {"gated": GatedMLP, "plain": PlainMLP, "moe": mixture.MixtureMLP}
 
 
 class Layer(nnx.Module):

@@ -21,12 +21,20 @@ MATRICES = {
     "up": ("D", "F"),
     "gate_up": ("D", "2F"),
     "down": ("F", "D"),
+    # of a mixture of experts; gate, up and down are there one per expert, where "{expert}" stands in their names
+    "router": ("D", "E"),
+    "shared_gate": ("D", "S"),
+    "shared_up": ("D", "S"),
+    "shared_down": ("S", "D"),
+    "shared_share": ("D", "1"),
 }
 _QKV = ("query", "key", "value")
 _ATTENTION = (*_QKV, "out")
 _SEPARATE = {name: f"self_attn.{letter}_proj" for name, letter in zip(_ATTENTION, "qkvo", strict=True)}
 _GATED = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 _PLAIN = {name: f"mlp.{name}_proj" for name in ("up", "down")}
+_ROUTED = {"router": "mlp.gate"} | {name: f"mlp.experts.{{expert}}.{name}_proj" for name in ("gate", "up", "down")}
+_SHARED_EXPERT = {f"shared_{name}": f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")}
 
 # field of ModelConfig -> key of config.json, for the fields that are copied as they are
 _SHARED_KEYS = {
@@ -122,7 +130,9 @@ class Family:
 
     @property
     def mlp(self) -> str:
-        """The kind of the MLP: "gated" or "plain"."""
+        """The kind of the MLP: "moe", "gated" or "plain"."""
+        if "router" in self.matrices:
+            return "moe"
         return "gated" if {"gate", "gate_up"} & {*self.matrices} else "plain"
 
     @property
@@ -155,6 +165,26 @@ _FUSED = {
     "gate_up": "mlp.gate_up_proj",
     "down": "mlp.down_proj",
 }
+# of a mixture; `router_aux_weight` is read, and used where the second key or a config field says so
+_MIXTURE_KEYS = {
+    "experts_per_token": "num_experts_per_tok",
+    "router_aux_weight": "router_aux_loss_coef",
+    "router_aux_loss": "output_router_logits",
+}
+_MIXTURE_ABSENT = {"router_aux_loss_coef": 0.001, "output_router_logits": False}
+_QWEN_MIXTURE = {
+    "keys": _KEYS
+    | _MIXTURE_KEYS
+    | {"ffn": "moe_intermediate_size", "experts": "num_experts", "normalize_top_k": "norm_topk_prob"},
+    # every layer has experts: `intermediate_size`, of layers without, is read by none
+    "neutral": {
+        "decoder_sparse_step": (1,),
+        "mlp_only_layers": (None, []),
+        "use_sliding_window": (None, False),
+    },
+    "consumed": ("intermediate_size", "sliding_window", "max_window_layers"),
+}
+_QWEN_MIXTURE_ABSENT = _ABSENT | _MIXTURE_ABSENT | {"max_position_embeddings": 32768, "norm_topk_prob": False}
 _MIXED = {"full_attention": FULL, "sliding_attention": SLIDING}
 _MIXED_UNROTATED = {"full_attention": FULL_UNROTATED, "sliding_attention": SLIDING}
 _QWEN = {
@@ -220,6 +250,56 @@ FAMILIES: dict[str, Family] = {
         query_key_norm="C",
         bias_keys=_ONE_BIAS_KEY,
         **_QWEN | {"absent": _QWEN["absent"] | {"head_dim": 128}},
+    ),
+    "mixtral": _llama(
+        "Mixtral",
+        matrices=_SEPARATE
+        | {"router": "block_sparse_moe.gate"}
+        | {
+            name: f"block_sparse_moe.experts.{{expert}}.w{number}"
+            for name, number in (("gate", 1), ("up", 3), ("down", 2))
+        },
+        layer_types=(SLIDING,),
+        keys=_KEYS | _WINDOW | _MIXTURE_KEYS | {"experts": "num_local_experts"},
+        absent=_ABSENT
+        | _MIXTURE_ABSENT
+        | {
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 8,
+            "bos_token_id": 1,
+        },
+        neutral={"router_jitter_noise": (None, 0.0)},
+        aliases={"num_experts": "num_local_experts"},
+        theta=1e6,
+    ),
+    "qwen2_moe": _llama(
+        "Qwen2Moe",
+        matrices=_SEPARATE | _ROUTED | _SHARED_EXPERT | {"shared_share": "mlp.shared_expert_gate"},
+        bias_keys={"qkv_bias": _QKV},
+        absent_biases={"qkv_bias": True},
+        **_QWEN_MIXTURE | {"keys": _QWEN_MIXTURE["keys"] | {"shared_ffn": "shared_expert_intermediate_size"}},
+        absent=_QWEN_MIXTURE_ABSENT
+        | {
+            "num_key_value_heads": 16,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts_per_tok": 4,
+            "num_experts": 60,
+        },
+    ),
+    "qwen3_moe": _llama(
+        "Qwen3Moe",
+        matrices=_SEPARATE | _ROUTED,
+        query_key_norm="C",
+        bias_keys=_ONE_BIAS_KEY,
+        aliases={"num_local_experts": "num_experts"},  # as transformers 5 writes it
+        **_QWEN_MIXTURE,
+        absent=_QWEN_MIXTURE_ABSENT
+        | {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128},
     ),
     "gemma": _llama(
         "Gemma",

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from fpo_jax import attention, sharding, types
-from fpo_jax.models import config, fp8, kv_cache, rope
+from fpo_jax.models import config, fp8, kv_cache, rope, routing
 
 
 class RMSNorm(nnx.Module):
@@ -87,6 +87,7 @@ class Context(NamedTuple):
     fp8: bool = False  # products with weights in 8 bits, see models.fp8
     interleaved: bool = False  # rotary pairs are neighbours
     divisor: jax.Array | None = None  # of the layer's attention logits
+    routes: routing.Recorder | None = None  # what a mixture of experts writes into; None = nobody reads it
 
     def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
         """Rotate queries and keys, then attend."""

@@ -21,14 +21,25 @@ def adapter(config: ModelConfig, *, rank: int, alpha: float, dropout: float, mod
             in "model.layers.0.self_attn.q_proj"); "all-linear" = all of them.
 
     Raises:
-        ValueError: no matrix of that name; lists those there are.
+        ValueError: no matrix of that name; lists those there are. A router, or matrices of experts, by name.
     """
-    matrices = [entry for entry in entries(config) if entry.stacked and entry.decay]
+    every = [entry for entry in entries(config) if entry.stacked and entry.decay]
+    matrices = [entry for entry in every if not _is_routed(entry)]  # transformers has no linear layers of the others
+    refused = [entry for entry in every if _is_routed(entry) and modules != "all-linear"]
+    if wrong := [entry.hf_name for entry in refused if re.search(modules, entry.hf_name)]:
+        raise ValueError(
+            f"lora.modules={modules!r} is in the name {wrong[0]}, and the router and the experts have no adapter; name"
+            " others, self_attn for all matrices of attention."
+        )
     chosen = [entry for entry in matrices if modules == "all-linear" or re.search(modules, entry.hf_name)]
     if not chosen:
         names = sorted({entry.hf_name.removesuffix(".weight").rpartition(".")[2] for entry in matrices})
         raise ValueError(f"lora.modules={modules!r} is in no name of this model's matrices: {', '.join(names)}.")
     return Adapter(rank, alpha, dropout, tuple(entry.path for entry in chosen))
+
+
+def _is_routed(entry: Entry) -> bool:
+    return entry.of_experts or entry.path.endswith("/router")
 
 
 def adapter_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...]:

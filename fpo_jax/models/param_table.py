@@ -2,11 +2,13 @@
 
 Nothing else in the project names a parameter of a model. Layouts are spelled in the letters of types.py, a digit being
 a literal size. `letters` is our array, stacked: "LDHC" = [L, D, H, C]. `hf_letters` is one layer's tensor on disk,
-parentheses joining axes: "(HC)D" = [H*C, D].
+parentheses joining axes: "(HC)D" = [H*C, D]. Of a mixture of experts "LEDF" is stacked twice: a tensor on disk is one
+expert's.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -19,6 +21,8 @@ AXES = {
     "G": "kv_heads",
     "C": "head_dim",
     "F": "mlp",
+    "S": "mlp",
+    "E": "experts",
     "V": "vocab",
 }  # P, learned positions, is whole on every device, and J, heads of queries, keys and values in a row
 _NO_PARENTHESES = str.maketrans("", "", "()")
@@ -31,8 +35,8 @@ class Entry:
 
     path: str  # "layers/attention/query": keys of the nested dict
     letters: str  # layout here
-    hf_name: str  # "{layer}" stands for the layer's number
-    hf_letters: str  # layout of one layer on disk
+    hf_name: str  # "{layer}" stands for the layer's number, "{expert}" for the expert's
+    hf_letters: str  # layout of one tensor on disk
     # "normal" (standard deviation config.initializer_range), "uniform" (1/sqrt(its inputs)), "ones" or "zeros"
     init: str
     decay: bool  # whether weight decay applies: matrices yes, norms and biases no
@@ -45,8 +49,18 @@ class Entry:
         return self.letters.startswith("L")
 
     @property
+    def of_experts(self) -> bool:
+        """Whether an E axis follows it, of matrices that lie on disk one by one."""
+        return "{expert}" in self.hf_name
+
+    @property
+    def inner_letters(self) -> str:
+        """Axes here of what is one tensor on disk: "DF" of "LDF" and of "LEDF" with experts."""
+        return self.letters[self.stacked + self.of_experts :]
+
+    @property
     def hf_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor on disk (of one layer where stacked)."""
+        """Shape of a tensor on disk (of one layer where stacked, of one expert where there are experts)."""
         sizes = dict(zip(self.letters, self.shape, strict=True))
         return tuple(math.prod(sizes[letter] for letter in group) for group in groups(self.hf_letters))
 
@@ -66,9 +80,16 @@ class Entry:
         """Number of values, of all layers."""
         return math.prod(self.shape)
 
+    def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Tensors on disk, by name and by place in our array: one, or one per layer, or per layer and expert."""
+        return [
+            (self.hf_name.format(**dict(zip(("layer", "expert"), place, strict=False))), place)
+            for place in itertools.product(*map(range, self.shape[: self.stacked + self.of_experts]))
+        ]
+
     def hf_names(self) -> list[str]:
-        """Names on disk: one, or one per layer."""
-        return [self.hf_name.format(layer=layer) for layer in range(self.shape[0])] if self.stacked else [self.hf_name]
+        """Names on disk: one, or one per layer, or one per layer and expert."""
+        return [name for name, _ in self.tensors()]
 
 
 def entries(config: ModelConfig) -> tuple[Entry, ...]:
@@ -85,6 +106,8 @@ def _entries(config: ModelConfig) -> tuple[Entry, ...]:
         "G": config.kv_heads,
         "C": config.head_dim,
         "F": config.ffn,
+        "E": config.experts,
+        "S": config.shared_ffn,
         "V": config.vocab_size,
         "P": config.max_positions,
         "J": config.heads + 2 * config.kv_heads,
@@ -173,7 +196,8 @@ def _linear(config: ModelConfig, path: str, name: str, hf_name: str) -> list[Ent
     family = config.of_family
     inputs, outputs = family.matrix(name)
     first, second = (_joined(inputs), _joined(outputs)) if family.transposed else (_joined(outputs), _joined(inputs))
-    found = [_matrix(path, f"L{inputs}{outputs}", f"{hf_name}.weight", first + second)]
+    stacked = "LE" if "{expert}" in hf_name else "L"
+    found = [_matrix(path, f"{stacked}{inputs}{outputs}", f"{hf_name}.weight", first + second)]
     biased = name in config.biased
     return [*found, _bias(f"{path}_bias", f"L{outputs}", f"{hf_name}.bias", _joined(outputs))] if biased else found
 

@@ -99,18 +99,18 @@ def count(config: ModelConfig) -> int:
 
 
 def from_hf(entry: Entry, tensor: _Array) -> _Array:
-    """Rearrange one tensor of the disk (one layer's where stacked) into our layout; a view of a NumPy array.
+    """Rearrange one tensor of the disk into our layout, without the axes that are stacked; a view of a NumPy array.
 
     >>> entry = Entry("out", "HCD", "o_proj.weight", "D(HC)", "normal", True, shape=(2, 3, 5))
     >>> from_hf(entry, np.zeros((5, 6))).shape
     (2, 3, 5)
     """
-    ours = entry.letters.removeprefix("L")
-    return tensor.reshape(entry.disk_shape).transpose([entry.disk_letters.index(letter) for letter in ours])
+    turn = [entry.disk_letters.index(letter) for letter in entry.inner_letters]
+    return tensor.reshape(entry.disk_shape).transpose(turn)
 
 
 def to_hf(entry: Entry, array: np.ndarray) -> np.ndarray:
-    """Rearrange our array (one layer's where stacked) into the layout of the disk; the inverse of from_hf."""
+    """Rearrange our array, at one of `entry.tensors()`, into the layout of the disk; the inverse of from_hf."""
     disk = np.empty(entry.disk_shape, array.dtype)
     ours = from_hf(entry, disk)
     for start in range(0, len(ours), _SLAB):

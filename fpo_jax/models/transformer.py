@@ -14,23 +14,29 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from fpo_jax import attention, sharding, types
-from fpo_jax.models import config, decoder_layer, kv_cache, layers, lora, param_table, rope
+from fpo_jax.models import config, decoder_layer, kv_cache, layers, lora, param_table, rope, routing
 
 _LAYER_INPUT = "layer_input"
 _CACHED = attention.Selection("cached", "one query against the cache")
 _LONGEST_PERIOD = 16  # of kinds of layers that is looked for
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)  # scan already keeps the recomputation apart
+
+
+def _keeps_products(primitive, *operands, **parameters) -> bool:
+    """Keep the results of matmuls with weights, those of experts among them."""
+    of_weights = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return primitive.name == "ragged_dot_general" or bool(of_weights(primitive, *operands, **parameters))
+
+
 # What the backward pass keeps of a layer, from most memory and fewest FLOPs to the least memory.
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda layer: layer,  # everything
     "dots_and_attention": functools.partial(  # as dots, and of flash attention what its backward pass reads
         _checkpoint,
-        policy=jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.dots_with_no_batch_dims_saveable, attention.keeps_results
-        ),
+        policy=jax.checkpoint_policies.save_from_both_policies(_keeps_products, attention.keeps_results),
     ),
     "dots": functools.partial(  # the results of its matmuls with weights; attention, norms and activations run again
-        _checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        _checkpoint, policy=_keeps_products
     ),
     "full": _checkpoint,  # the layer's input alone
     "offload": functools.partial(  # the layer's input, in the host's memory
@@ -72,8 +78,8 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
         segments: types.Segments | None = None,
         fp8: bool = False,
-    ) -> Float[jax.Array, "N T D"]:
-        """Return the hidden states after the final norm, in compute_dtype."""
+    ) -> tuple[Float[jax.Array, "N T D"], routing.Routing | None]:
+        """Return the hidden states after the final norm, in compute_dtype, and where the router sent the tokens."""
         positions_XT = jnp.arange(tokens_NT.shape[1])[None] if segments is None else jnp.asarray(segments.positions_NT)
         context_of = self._contexts(positions_XT, valid_NT, choice, layout, segments, fp8=fp8)
         graphdef, layers = nnx.split(self.layers)
@@ -83,12 +89,14 @@ class Decoder(nnx.Module):
             own = context_of(kind, number)
             if dropout_key is not None:
                 own = own._replace(dropout_key=jax.random.fold_in(dropout_key, number))
-            return nnx.merge(graphdef, layer)(checkpoint_name(x_NTD, _LAYER_INPUT), own), None
+            routes = routing.Recorder()
+            own = own._replace(routes=routes)
+            return nnx.merge(graphdef, layer)(checkpoint_name(x_NTD, _LAYER_INPUT), own), routes.found
 
         # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless.
         x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, layout, compute_dtype)
-        x_NTD, _ = self._scan(lambda kind: REMAT[remat](functools.partial(apply_layer, kind=kind)), x_NTD, layers)
-        return layout.constrain(self._normed(x_NTD), "rows", "positions", "width")
+        x_NTD, routes = self._scan(lambda kind: REMAT[remat](functools.partial(apply_layer, kind=kind)), x_NTD, layers)
+        return layout.constrain(self._normed(x_NTD), "rows", "positions", "width"), routes
 
     def prefill(
         self,

@@ -64,8 +64,14 @@ def work(lengths_N, loss_tokens_N, *, contexts: npt.ArrayLike = 0, sliding_windo
 
 
 def layer_weights(config: models.ModelConfig) -> int:
-    """Return the number of weights of the layers' matrices."""
-    return sum(math.prod(entry.shape) for entry in params.entries(config) if entry.stacked and entry.decay)
+    """Return the number of weights of the layers' matrices that a token is multiplied by: of its own experts alone."""
+    return sum(
+        math.prod(entry.shape)
+        * (config.experts_per_token if entry.of_experts else 1)
+        // (config.experts if entry.of_experts else 1)
+        for entry in params.entries(config)
+        if entry.stacked and entry.decay
+    )
 
 
 def forward(config: models.ModelConfig, done: Work) -> int:
@@ -124,6 +130,8 @@ def _equation(equation: core.JaxprEqn, window: Window, fp8: bool) -> int:
     if name == "dot_general":
         narrow = all(_is_float(variable) and jnp.finfo(_dtype(variable)).bits == 8 for variable in equation.invars)
         return _product(equation) if narrow or not fp8 else 0
+    if name == "ragged_dot_general":
+        return 0 if fp8 else _grouped_product(equation)
     if name in _OPAQUE:
         return 0 if fp8 else _kernel(called or name, equation, window)
     inner = [traced(nested, sliding_window=window, fp8=fp8) for nested in _nested(list(equation.params.values()))]
@@ -145,6 +153,15 @@ def _product(equation: core.JaxprEqn) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
     return 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+
+
+def _grouped_product(equation: core.JaxprEqn) -> int:
+    """The same where each row of M meets one of the groups: with M contracted, each group has its own result."""
+    dimensions = equation.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = dimensions.dot_dimension_numbers
+    left, result = _shape(equation.invars[0]), _shape(equation.outvars[0])
+    groups = 1 if dimensions.rhs_group_dimensions else _shape(equation.invars[2])[0]
+    return 2 * math.prod(result) * math.prod(left[axis] for axis in contracted) // groups
 
 
 # Primitives whose inside is not a program of whole arrays.

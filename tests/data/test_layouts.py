@@ -39,6 +39,8 @@ FAMILIES = {
     "olmo3": {"sliding_window": 6, "layer_types": ("sliding", "full")},
     "granite": {"query_scale": 0.4, "embedding_scale": 2.0, "residual_scale": 0.5, "logit_scale": 0.7},
     "smollm3": {"layer_types": ("full", "full_unrotated")},
+    "mixtral": {"experts": 5, "experts_per_token": 2, "sliding_window": 6},
+    "qwen2_moe": {"experts": 5, "experts_per_token": 2, "shared_ffn": 20, "normalize_top_k": False},
     "cohere2": {"sliding_window": 6, "layer_types": ("sliding", "full_unrotated"), "logit_scale": 0.7},
 }
 

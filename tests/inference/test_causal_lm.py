@@ -25,7 +25,8 @@ FAMILIES = {
     "arcee": test_model.ARCEE, "internlm3": test_model.INTERNLM3, "seed_oss": test_model.SEED_OSS,
     "exaone4": test_model.EXAONE4, "helium": test_model.HELIUM, "glm": test_model.GLM,
     "glm4": test_model.VARIANTS["glm4"], "cohere": test_model.COHERE, "cohere2": test_model.COHERE2,
-    "starcoder2": test_model.STARCODER2,
+    "starcoder2": test_model.STARCODER2, "mixtral": test_model.MIXTRAL, "qwen2_moe": test_model.QWEN2_MOE,
+    "qwen3_moe": test_model.QWEN3_MOE,
 }  # fmt: skip
 TOKENS_NT = jnp.array(np.random.default_rng(0).integers(0, test_model.V, (2, 11)))
 

@@ -72,6 +72,7 @@ def logits(tree, tokens_NT, key=None, *, config, adapter):
 FAMILIES = ["llama GQA", "mistral window", "qwen2", "qwen3", "gemma2", "gpt2", "neox parallel"]
 LATER = ["llama biases", "gemma", "gemma3", "phi3", "olmo2", "olmo3", "granite tied", "smollm3 sliding", "ministral"]
 LATER += ["arcee", "internlm3", "seed_oss", "exaone4", "helium", "glm", "glm4", "cohere", "cohere2", "starcoder2"]
+LATER += ["mixtral", "qwen2_moe", "qwen3_moe"]
 TOKENS_NT = np.random.default_rng(0).integers(3, 30, size=(2, 9)).astype(np.int32)
 
 
@@ -114,8 +115,8 @@ def check_peft(name, tmp_path):
     flat = params.flatten(gradient)
     named = {key.replace(".default", ""): value for key, value in wrapped.named_parameters()}
     for entry in params.adapter_entries(c, adapter):
-        for layer, key in enumerate(entry.hf_names()):
-            found = params.to_hf(entry, np.asarray(flat[entry.path][layer]))
+        for key, place in entry.tensors():
+            found = params.to_hf(entry, np.asarray(flat[entry.path][place]))
             wanted = named[key].grad.numpy()
             assert_allclose(found, wanted, rtol=0, atol=tolerances.PARITY_GRADIENT * np.abs(wanted).max(), err_msg=key)
 
@@ -134,7 +135,9 @@ def test_merged_equals_unmerged_in_later_families(name, tmp_path):
 def check_merged(name, tmp_path, *, atol=tolerances.MERGED):
     """Compare a base and an adapter of some matrices with the model that both are together."""
     published = test_model.VARIANTS[name]
-    c, adapter = adapter_of(published, modules="q_proj|qkv|query_key_value|c_attn|down_proj|c_proj|4h_to_h")
+    c, adapter = adapter_of(
+        published, modules="q_proj|qkv|query_key_value|c_attn|(mlp|_expert).down_proj|c_proj|4h_to_h"
+    )
     tree, added = test_model.random_params(c), random_adapter(c, adapter)
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "config.json").write_text(json.dumps(published))
@@ -307,3 +310,19 @@ def test_an_adapter_of_no_adapter_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "restore_params", lambda workdir, step: (tree, meta))
     with pytest.raises(ValueError, match="trained no adapter"):
         export.export(run, tmp_path / "a", step=None, dtype=None, lora="adapter")
+
+
+@pytest.mark.parametrize(
+    ("modules", "named"), [("down_proj", "experts"), ("gate$|q_proj", "mlp.gate"), ("mlp", "mlp.gate")]
+)
+def test_an_adapter_of_the_router_or_the_experts_is_refused_by_name(modules, named):
+    modules = modules.replace("gate$", r"gate\.weight")
+    with pytest.raises(ValueError, match=rf"is in the name .*{named}.*the router and the experts have no adapter"):
+        adapter_of(test_model.QWEN3_MOE, modules=modules)
+
+
+def test_an_adapter_of_all_linear_layers_leaves_out_the_router_and_the_experts():
+    _, adapter = adapter_of(test_model.QWEN3_MOE)
+    assert adapter.targets == tuple(f"layers/attention/{name}" for name in ("query", "key", "value", "out"))
+    _, adapter = adapter_of(test_model.QWEN2_MOE)
+    assert adapter.targets[4:] == tuple(f"layers/mlp/shared_{name}" for name in ("gate", "up", "down", "share"))

@@ -134,6 +134,19 @@ GLM = LLAMA | {"model_type": "glm", "pad_token_id": None, "eos_token_id": 2}
 COHERE = SANS_HEAD_DIM | {"model_type": "cohere", "layer_norm_eps": 1e-5, "logit_scale": 0.7, "use_qk_norm": True}
 COHERE2 = SANS_HEAD_DIM | {"model_type": "cohere2", "num_hidden_layers": 5, "sliding_window": 7, "logit_scale": 0.7}
 STARCODER2 = SANS_HEAD_DIM | {"model_type": "starcoder2", "sliding_window": 7, "norm_epsilon": 1e-5}
+MIXTURE = {
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.02,
+}
+MIXTRAL = LLAMA | MIXTURE | {"model_type": "mixtral", "num_local_experts": 5, "rope_theta": 1e6}
+QWEN3_MOE = LLAMA | MIXTURE | {"model_type": "qwen3_moe", "num_experts": 5, "moe_intermediate_size": 16}
+QWEN2_MOE = SANS_HEAD_DIM | MIXTURE
+QWEN2_MOE |= {
+    "model_type": "qwen2_moe",
+    "num_experts": 5,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 20,
+}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 7, "num_hidden_layers": 4, "max_window_layers": 3}
 VARIANTS = {
     "llama MHA": LLAMA | {"num_key_value_heads": 4, "head_dim": None},
@@ -220,6 +233,12 @@ LATER = {
     "cohere without norms": COHERE | {"use_qk_norm": False, "attention_bias": True, "tie_word_embeddings": False},
     "cohere2": COHERE2,
     "starcoder2": STARCODER2,
+    "mixtral": MIXTRAL,
+    "mixtral window": MIXTRAL | {"sliding_window": 7, "num_experts_per_tok": 3, "tie_word_embeddings": True},
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe normalized": QWEN3_MOE | {"norm_topk_prob": True, "attention_bias": True},
+    "qwen2_moe": QWEN2_MOE,
+    "qwen2_moe without biases": QWEN2_MOE | {"norm_topk_prob": True, "qkv_bias": False},
     "starcoder2 without biases": STARCODER2 | {"use_bias": False, "tie_word_embeddings": False},
 }
 VARIANTS |= LATER
@@ -254,6 +273,9 @@ WITH_GRADIENT = {
     "cohere": "none",
     "cohere2": "full",
     "starcoder2": "none",
+    "mixtral": "dots_and_attention",
+    "qwen3_moe": "full",
+    "qwen2_moe": "none",
 }
 
 
@@ -350,6 +372,28 @@ def test_parity_of_later_families_with_transformers(tmp_path, name):
     check_parity(tmp_path, name)
 
 
+def one_by_one(theirs, config):
+    """Take apart what transformers 5 holds of all experts together, into tensors as on disk."""
+    found = {}
+    on_disk = {entry.path.rpartition("/")[2]: entry.hf_name for entry in params.entries(config)}
+    for name, array in theirs.items():
+        layer = name.removeprefix("model.layers.").partition(".")[0]
+        if name.endswith(".mlp.gate.weight") and config.experts:
+            found[on_disk["router"].format(layer=layer)] = array
+        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            parts = (
+                {"down": array}
+                if "down" in name
+                else dict(zip(("gate", "up"), np.split(array, 2, axis=1), strict=True))
+            )
+            for part, stacked in parts.items():
+                for expert, matrix in enumerate(stacked):
+                    found[on_disk[part].format(layer=layer, expert=expert)] = matrix
+        else:
+            found[name] = array
+    return found
+
+
 def check_parity(tmp_path, name):
     """Compare logits, and of some variants the gradient of the log-probs of all tokens."""
     config = models.from_hf_config(VARIANTS[name])
@@ -364,14 +408,16 @@ def check_parity(tmp_path, name):
         return
     total.backward()
     theirs = {name: tensor.grad.numpy() for name, tensor in twin.named_parameters()}
+    theirs = one_by_one(theirs, config)
     if "lm_head.weight" in theirs and config.family == "gpt_neox":
         theirs["embed_out.weight"] = theirs.pop("lm_head.weight")  # transformers 5 renames it in memory, not on disk
     differentiate = jax.jit(jax.value_and_grad(next_token_logps), static_argnums=(1, 2), compiler_options=QUICK)
     value, grads = differentiate(tree, config, WITH_GRADIENT[name])
     assert_allclose(value, total.item(), rtol=tolerances.PARITY_GRADIENT)
     for entry in params.entries(config):
-        layers = [params.from_hf(entry, theirs.pop(hf_name)) for hf_name in entry.hf_names()]
-        expected_grad = np.stack(layers) if entry.stacked else layers[0]
+        expected_grad = np.empty(entry.shape, np.float32)
+        for hf_name, place in entry.tensors():
+            expected_grad[place] = params.from_hf(entry, theirs.pop(hf_name))
         found_grad = np.asarray(params.flatten(grads)[entry.path])
         scale = np.abs(expected_grad).max()
         assert scale > 0

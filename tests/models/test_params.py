@@ -23,6 +23,8 @@ CONFIGS = {
     "gpt_neox": dataclasses.replace(
         LLAMA, family="gpt_neox", heads=3, kv_heads=3, head_dim=4, parallel_residual=True, activation="gelu"
     ),
+    "mixtral": dataclasses.replace(LLAMA, family="mixtral", experts=5, experts_per_token=2),
+    "qwen2_moe": dataclasses.replace(LLAMA, family="qwen2_moe", experts=5, experts_per_token=2, shared_ffn=14),
     "gpt_neox tied": dataclasses.replace(LLAMA, family="gpt_neox", heads=3, kv_heads=3, head_dim=4, tied_head=True),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -98,7 +100,7 @@ def test_decay_is_for_matrices_only(config):
 def test_import_after_export_is_the_identity(config):
     rng = np.random.default_rng(0)
     for entry in params.entries(config):
-        ours = rng.normal(size=entry.shape[1:] if entry.stacked else entry.shape)
+        ours = rng.normal(size=entry.shape[len(entry.shape) - len(entry.inner_letters) :])
         disk = params.to_hf(entry, ours)
         assert disk.shape == entry.hf_shape
         assert disk.flags.c_contiguous

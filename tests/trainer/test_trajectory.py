@@ -141,8 +141,7 @@ def test_twenty_updates_match_pytorch(name, tmp_path):
     assert theirs[-2] < theirs[0]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerances.TRAJECTORY_LOSS)
     for entry in params.entries(config):
-        for layer, hf_name in enumerate(entry.hf_names()):
-            array = np.asarray(our_weights[entry.path])
-            ours_hf = params.to_hf(entry, array[layer] if entry.stacked else array)
+        for hf_name, place in entry.tensors():
+            ours_hf = params.to_hf(entry, np.asarray(our_weights[entry.path])[place])
             error = np.abs(ours_hf - their_weights[hf_name]).max() / np.abs(their_weights[hf_name]).max()
             assert error < tolerances.TRAJECTORY_WEIGHTS, (hf_name, error)

@@ -1,0 +1,67 @@
+"""Where the tokens of a mixture of experts went: sums over a forward pass, the loss that evens them out, metrics.
+
+    per layer: probs_E, counts_E, tokens ──► balancing_loss      added to the objective, with a weight
+                                         ──► metrics             share of the busiest expert, entropy of the router
+
+Padding counts nowhere. Mixture layers record into `layers.Context.routes`; a layer without experts records nothing.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Routing(NamedTuple):
+    """Sums over the valid tokens of a batch, of every layer, float32."""
+
+    probs_LE: jax.Array  # of the router's probabilities
+    counts_LE: jax.Array  # tokens that each expert has
+    entropy_L: jax.Array  # of the router's probabilities, in nats
+    tokens_L: jax.Array
+
+    def summed(self, axis_name: str) -> "Routing":
+        """Add up what the replicas along a mesh axis have."""
+        return jax.lax.psum(self, axis_name)
+
+
+class Recorder:
+    """Takes the routing of one layer while it is traced."""
+
+    found: Routing | None = None
+
+    def record(self, probs_NTE: jax.Array, chosen_NTU: jax.Array, valid_NT: jax.Array) -> None:
+        """Sum up the probabilities and choices of the valid tokens; U experts of each."""
+        valid_NT1 = valid_NT[..., None]
+        chosen_NTE = jnp.sum(jax.nn.one_hot(chosen_NTU, probs_NTE.shape[-1], dtype=jnp.float32), axis=-2)
+        logs_NTE = jnp.log(jnp.maximum(probs_NTE, jnp.finfo(jnp.float32).tiny))
+        entropy_NT = -jnp.sum(probs_NTE * logs_NTE, axis=-1)
+        self.found = Routing(
+            jnp.sum(jnp.where(valid_NT1, probs_NTE, 0.0), axis=(0, 1)),
+            jnp.sum(jnp.where(valid_NT1, chosen_NTE, 0.0), axis=(0, 1)),
+            jax.lax.stop_gradient(jnp.sum(jnp.where(valid_NT, entropy_NT, 0.0))),
+            jnp.sum(valid_NT, dtype=jnp.float32),
+        )
+
+
+def balancing_loss(routing: Routing) -> jax.Array:
+    """Return E sum_e f_e P_e over the tokens of all layers together, float32; 0 without tokens.
+
+    f_e is the share of tokens that have the expert, P_e the mean of its probability: Switch Transformer (arXiv
+    2101.03961), eq. 4 to 6, as transformers' `load_balancing_loss_func` has it. It is the number of experts of a token
+    where all experts have equally many, and greater elsewhere.
+    """
+    tokens = jnp.maximum(jnp.sum(routing.tokens_L), 1.0)
+    shares_E, probs_E = (jnp.sum(x_LE, axis=0) / tokens for x_LE in (routing.counts_LE, routing.probs_LE))
+    return shares_E.shape[0] * jnp.sum(jax.lax.stop_gradient(shares_E) * probs_E)
+
+
+def metrics(routing: Routing) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Return the router's metrics as (sum, count) over the tokens of all layers."""
+    tokens = jnp.sum(routing.tokens_L)
+    busiest = jnp.sum(jnp.max(routing.counts_LE, axis=-1))
+    return {
+        "router/busiest_expert": (busiest, tokens),
+        "router/entropy": (jnp.sum(routing.entropy_L), tokens),
+        "router/balancing_loss": (balancing_loss(routing) * tokens, tokens),
+    }
