@@ -81,6 +81,12 @@ FIELDS = (
         ("refuse", "off"),
         HOST,
     ),
+    Field(
+        "model.router_aux_weight",
+        float,
+        None,
+        "Weight of a mixture of experts' load-balancing loss; unset: config.json's, if it has output_router_logits.",
+    ),
     Field("model.attention", str, "auto", "Implementation of attention.", ATTENTION, MACHINE),
     Field("lora.rank", int, 0, "r of the adapters that are trained instead of the weights; 0 = train the weights."),
     Field("lora.alpha", float, 16.0, "What an adapter adds is scaled by alpha / rank."),

@@ -96,7 +96,8 @@ def apply_experts(
         out_MD = jax.lax.ragged_dot(activations.activate(activation, gate_MF, up_MF), down_EFD, sizes_E)
         back_M = jnp.argsort(order_M)
         out_NTUD = jnp.take(out_MD, back_M, axis=0, unique_indices=True).reshape(*chosen_NTU.shape, width)
-        return jnp.einsum("NTUD,NTU->NTD", out_NTUD.astype(jnp.float32), weights_NTU).astype(x_NTD.dtype)
+        weighted_NTUD = out_NTUD.astype(jnp.float32) * weights_NTU[..., None]
+        return jnp.sum(weighted_NTUD, axis=-2).astype(x_NTD.dtype)
 
     operands = (x_NTD, chosen_NTU, weights_NTU, gate_EDF, up_EDF, down_EFD)
     if layout.mesh is None or layout.on_one_device:

@@ -22,6 +22,7 @@ from fpo_jax.models.param_table import Entry, entries, full_hf_name, hf_head_nam
 __all__ = [
     "Entry",
     "abstract",
+    "active",
     "adapter",
     "adapter_entries",
     "check",
@@ -37,6 +38,7 @@ __all__ = [
     "init",
     "initial",
     "logical_axes",
+    "met",
     "nest",
     "shardings",
     "to_hf",
@@ -96,6 +98,16 @@ def decay_mask(config: ModelConfig) -> types.PyTree:
 def count(config: ModelConfig) -> int:
     """Return the number of parameters; a tied head counts once."""
     return sum(entry.size for entry in entries(config))
+
+
+def active(config: ModelConfig) -> int:
+    """Return the number of parameters that a token meets: all, but of a mixture's experts its own."""
+    return sum(met(entry, config) for entry in entries(config))
+
+
+def met(entry: Entry, config: ModelConfig) -> int:
+    """Return the number of an entry's values that a token meets."""
+    return entry.size * config.experts_per_token // config.experts if entry.of_experts else entry.size
 
 
 def from_hf(entry: Entry, tensor: _Array) -> _Array:

@@ -49,7 +49,7 @@ def balancing_loss(routing: Routing) -> jax.Array:
 
     f_e is the share of tokens that have the expert, P_e the mean of its probability: Switch Transformer (arXiv
     2101.03961), eq. 4 to 6, as transformers' `load_balancing_loss_func` has it. It is the number of experts of a token
-    where all experts have equally many, and greater elsewhere.
+    where all experts have equally many, and mostly greater elsewhere.
     """
     tokens = jnp.maximum(jnp.sum(routing.tokens_L), 1.0)
     shares_E, probs_E = (jnp.sum(x_LE, axis=0) / tokens for x_LE in (routing.counts_LE, routing.probs_LE))

@@ -65,13 +65,7 @@ def work(lengths_N, loss_tokens_N, *, contexts: npt.ArrayLike = 0, sliding_windo
 
 def layer_weights(config: models.ModelConfig) -> int:
     """Return the number of weights of the layers' matrices that a token is multiplied by: of its own experts alone."""
-    return sum(
-        math.prod(entry.shape)
-        * (config.experts_per_token if entry.of_experts else 1)
-        // (config.experts if entry.of_experts else 1)
-        for entry in params.entries(config)
-        if entry.stacked and entry.decay
-    )
+    return sum(params.met(entry, config) for entry in params.entries(config) if entry.stacked and entry.decay)
 
 
 def forward(config: models.ModelConfig, done: Work) -> int:

@@ -40,12 +40,14 @@ def _run(target: str, outcome: Outcome) -> str:
     assert mesh is not None
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     rows = _rows(outcome)
-    count = params.count(sizes.blueprint.model_config)
+    model_config = sizes.blueprint.model_config
+    count = f"{params.count(model_config):,} parameters"
+    count += f" ({params.active(model_config):,} for each token)" if model_config.experts else ""
     shape = sizes.train_step
     filled = "" if sizes.filled == 1 else f" in the largest, {sizes.filled:.0%} of them in the mean"
     lines = [
         f"plan for {target}: {mesh.size} x {mesh.devices.flat[0].device_kind}; mesh {axes}",
-        f"model: {config.model.path}, {count:,} parameters in {config.model.param_dtype}, computed in"
+        f"model: {config.model.path}, {count} in {config.model.param_dtype}, computed in"
         f" {config.model.compute_dtype}; remat {config.model.remat}",
         f"step: {config.train.batch_size} groups x {config.data.group_size} "
         f"{'=' if config.data.layout == 'padded' else 'in'} {rows} rows of T={shape.length} (R="

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from fpo_jax import attention, logprobs, losses, models, sharding, types
 from fpo_jax import config as configuration
+from fpo_jax.models import routing
 from fpo_jax.perf import hardware
 from fpo_jax.trainer import run_schedule
 
@@ -31,10 +32,13 @@ class _Forward:
     layout: sharding.Layout = sharding.ONE_DEVICE  # where activations and the head live on a mesh
     adapter: models.Adapter | None = None
     fp8: bool = False  # products of the layers with their weights in 8 bits
+    router_aux_weight: float = 0.0  # of the load-balancing loss that the train step adds
 
-    def _hidden_states(self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None) -> jax.Array:
+    def _hidden_states(
+        self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, routing.Routing | None]:
         with jax.named_scope("model"):
-            return models.hidden_states(
+            return models.hidden_states_and_routing(
                 params,
                 jnp.asarray(batch.tokens_NT),
                 jnp.asarray(batch.valid_NT),
@@ -63,7 +67,7 @@ class PolicyForward(_Forward):
 
     def __call__(self, params: types.PyTree, batch: types.Batch) -> logprobs.CompletionLogps:
         """Run the model and read the log-probs of the scored tokens, at the sampling temperature."""
-        inputs = self._inputs(params, batch)
+        inputs, _ = self._inputs(params, batch)
         with jax.named_scope("logps"):
             return logprobs.completion_logps(
                 *inputs, slots_NR=batch.slots_NR, slots=slots_per_sequence(batch), **self._options()
@@ -77,11 +81,11 @@ class PolicyForward(_Forward):
         *,
         loss: losses.Loss,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[types.Array, logprobs.CompletionLogps]:
-        """Run the model to the losses [B] of the groups, and the log-probs they come from."""
-        inputs = self._inputs(params, batch, dropout_key)
+    ) -> tuple[types.Array, logprobs.CompletionLogps, routing.Routing | None]:
+        """Run the model to the losses [B] of the groups, the log-probs they come from, and its routing."""
+        inputs, routes = self._inputs(params, batch, dropout_key)
         with jax.named_scope("loss"):
-            return logprobs.completion_losses(
+            losses_B, completion = logprobs.completion_losses(
                 *inputs,
                 operands,
                 group_loss=loss.of_logps,
@@ -90,6 +94,7 @@ class PolicyForward(_Forward):
                 fuse_loss=self.fuse_loss,
                 **self._options(),
             )
+            return losses_B, completion, routes
 
     def _options(self) -> dict:
         return {
@@ -104,31 +109,34 @@ class PolicyForward(_Forward):
 
     def _inputs(
         self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, types.Array, types.Array, types.Array]:
-        """Hidden states, head and scored positions: what every function of `logprobs` starts with."""
-        hidden_NTD = self._hidden_states(params, batch, dropout_key)
+    ) -> tuple[tuple[jax.Array, jax.Array, types.Array, types.Array, types.Array], routing.Routing | None]:
+        """Hidden states, head and scored positions: what every function of `logprobs` starts with; and the routing."""
+        hidden_NTD, routes = self._hidden_states(params, batch, dropout_key)
         head_VD = models.head(params, config=self.config)
-        return hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.loss_mask_NR
+        return (hidden_NTD, head_VD, batch.predictors_NR, batch.targets_NR, batch.loss_mask_NR), routes
 
 
 class RewardForward(_Forward):
     """Everything static about turning a batch into scores; calling it gives them in the place of log-probs."""
 
-    def __call__(
-        self, params: types.PyTree, batch: types.Batch, *, dropout_key: jax.Array | None = None
-    ) -> logprobs.CompletionLogps:
+    def __call__(self, params: types.PyTree, batch: types.Batch) -> logprobs.CompletionLogps:
         """Run the model and read the score of every row in the place of its log-prob."""
+        return self._scored(params, batch, None)[0]
+
+    def _scored(
+        self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None
+    ) -> tuple[logprobs.CompletionLogps, routing.Routing | None]:
         if batch.ends_NP is None:
             last_NP = jnp.max(jnp.where(batch.loss_mask_NR, batch.predictors_NR + 1, 0), axis=1)[:, None]
         else:
             last_NP = jnp.asarray(batch.ends_NP)
-        hidden_NTD = self._hidden_states(params, batch, dropout_key)
+        hidden_NTD, routes = self._hidden_states(params, batch, dropout_key)
         with jax.named_scope("score"):
             scores_NP = models.scores(params, hidden_NTD, last_NP)
         counts_NP = logprobs.sum_slots(
             jnp.asarray(batch.loss_mask_NR, scores_NP.dtype), batch.slots_NR, slots=scores_NP.shape[1]
         )
-        return logprobs.CompletionLogps(scores_NP.reshape(-1), counts_NP.reshape(-1), None)
+        return logprobs.CompletionLogps(scores_NP.reshape(-1), counts_NP.reshape(-1), None), routes
 
     def group_losses(
         self,
@@ -138,11 +146,11 @@ class RewardForward(_Forward):
         *,
         loss: losses.Loss,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[types.Array, logprobs.CompletionLogps]:
-        """Run the model to the losses [B] of the groups, and the scores they come from."""
-        completion = self(params, batch, dropout_key=dropout_key)
+    ) -> tuple[types.Array, logprobs.CompletionLogps, routing.Routing | None]:
+        """Run the model to the losses [B] of the groups, the scores they come from, and its routing."""
+        completion, routes = self._scored(params, batch, dropout_key)
         scores_BK = jnp.asarray(completion.sum_N).reshape(batch.rewards_BK.shape)
-        return loss.of_logps(scores_BK, operands), completion
+        return loss.of_logps(scores_BK, operands), completion, routes
 
 
 AnyForward = PolicyForward | RewardForward
@@ -157,11 +165,11 @@ def for_steps(
     gathered = f"weights: {sharding.GATHER[layout.gather]}"
     attended = f"attention: {attends.implementation} ({attends.reason})"
     fp8 = config.model.matmul_dtype == "fp8"
-    choices = [gathered, attended, *_products(layout, fp8=fp8), *_left_out(model_config)]
+    weight, routed = router_aux_weight(config, model_config, adapted=blueprint.adapter is not None)
+    choices = [gathered, attended, *_products(layout, fp8=fp8), *_left_out(model_config), *routed]
+    shared = {"adapter": blueprint.adapter, "fp8": fp8, "router_aux_weight": weight}
     if model_config.reward_head:
-        forward_fn = RewardForward(
-            model_config, dtype, config.model.remat, attends, layout, adapter=blueprint.adapter, fp8=fp8
-        )
+        forward_fn = RewardForward(model_config, dtype, config.model.remat, attends, layout, **shared)
         return forward_fn, [*choices, "head: one score at the last token of a row, float32"]
     head, kept = _head(config, blueprint, model_config, layout), config.kernel.kept_logits_mib
     sizes = {
@@ -182,8 +190,7 @@ def for_steps(
         **sizes,
         temperature=blueprint.loss.temperature,
         layout=layout,
-        adapter=blueprint.adapter,
-        fp8=fp8,
+        **shared,
     )
     return forward_fn, [*choices, explained]
 
@@ -209,6 +216,27 @@ def _left_out(model_config: models.ModelConfig) -> list[str]:
     """Say which drop-out of config.json is not done; `run_inputs` has refused it where nobody asked for that."""
     named = ", ".join(f"{key}={share:g}" for key, share in model_config.dropout)
     return [f"drop-out: none, by model.dropout=off; config.json names {named}"] if named else []
+
+
+def router_aux_weight(
+    config: configuration.Config, model_config: models.ModelConfig, *, adapted: bool
+) -> tuple[float, list[str]]:
+    """Settle the weight of a mixture's load-balancing loss; returns it and where it is from, as text."""
+    if not model_config.experts:
+        return 0.0, []
+    given, own = config.model.router_aux_weight, model_config.router_aux_weight
+    if given is not None:
+        weight, described = given, f"load-balancing loss with weight {given:g}, by model.router_aux_weight"
+    elif model_config.router_aux_loss:
+        weight, described = own, f"load-balancing loss with weight {own:g}, config.json's router_aux_loss_coef"
+    else:
+        weight, described = (
+            0.0,
+            "no load-balancing loss, as config.json has output_router_logits=false;"
+            f" model.router_aux_weight={own:g} adds it with config.json's router_aux_loss_coef",
+        )
+    without = ["adapter: the router and the experts have none, and are not trained"] if adapted else []
+    return weight, [f"router: {described}", *without]
 
 
 def for_passes(

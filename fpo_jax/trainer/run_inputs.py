@@ -166,6 +166,11 @@ def read_model(config: configuration.Config, source: Path) -> models.ModelConfig
             f"config.json of {source} names drop-out ({named}), and nothing is dropped in training here; set"
             " model.dropout=off to train without it."
         )
+    if config.model.router_aux_weight is not None and not model_config.experts:
+        raise ValueError(
+            f"model.router_aux_weight={config.model.router_aux_weight} is not used by {source}, which has no experts;"
+            " unset it."
+        )
     if model_config.experts and config.model.matmul_dtype == "fp8":
         raise ValueError(
             f"{source} is a mixture of experts, whose grouped products are not done in 8 bits; unset"

@@ -40,7 +40,8 @@ def log_summary(
     processes = "" if distributed.process_count() == 1 else f" of {distributed.process_count()} processes"
     log.info("mesh: %s over %d %s devices%s", shape, mesh.size, mesh.devices.flat[0].device_kind, processes)
     count, state = params.count(inputs.model_config), compiled_step.mib(compiled.state.bytes_on_device())
-    log.info("model: %s, %s parameters, %s of state per device", inputs.source, f"{count:,}", state)
+    used = f" ({params.active(inputs.model_config):,} for each token)" if inputs.model_config.experts else ""
+    log.info("model: %s, %s parameters%s, %s of state per device", inputs.source, f"{count:,}", used, state)
     device = mesh.devices.flat[0]
     if device.platform == "gpu":
         taken, variable = 100 * hardware.memory_share(), hardware.MEMORY_VARIABLE

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fpo_jax import logprobs, losses, sharding, types
 from fpo_jax.models import params as trees
+from fpo_jax.models import routing
 from fpo_jax.optimizer import adamw, skip_step
 from fpo_jax.trainer import forward, metrics
 
@@ -54,7 +55,8 @@ def train_step(
 
     objective = sum_b w_b L_b / sum_b w_b + sft_weight * sum_b NLL_b / sum_b tokens_b  (second sum: chosen completions)
 
-    A loss over tokens (`sft`) has sum_b tokens_b below its own sum as well.
+    A loss over tokens (`sft`) has sum_b tokens_b below its own sum as well. For a mixture of experts with a weight for
+    it, `routing.balancing_loss` of the micro-batches is added, their mean by valid tokens.
 
     Args:
         state: parameters, optimiser state and count.
@@ -265,16 +267,31 @@ def _objective(
     params, batch: types.Batch, *, totals, batch_kl, forward_fn: forward.AnyForward, loss: losses.Loss, dropout_key
 ):
     operands = _operands(batch, batch_kl)
-    losses_B, completion = forward_fn.group_losses(params, batch, operands, loss=loss, dropout_key=dropout_key)
+    losses_B, completion, routes = forward_fn.group_losses(params, batch, operands, loss=loss, dropout_key=dropout_key)
     completions = _completions(batch, completion, batch_kl)
     with jax.named_scope("objective"):
         losses_B = jnp.where(batch.weight_B > 0, losses_B, 0.0)
-        groups, tokens = totals
+        groups, tokens, valid = totals
         value = jnp.sum(batch.weight_B * losses_B) / (tokens if loss.over_tokens else groups)
         pairs = metrics.pairs(batch, completion, completions, losses_B, loss)
         if loss.sft_weight:
             value += loss.sft_weight * pairs["sft_loss"][0] / tokens
+        if routes is not None:
+            of_router, ways = _of_all_replicas(routes, forward_fn)
+            pairs |= routing.metrics(of_router)
+            if forward_fn.router_aux_weight:
+                share = jnp.mean(of_router.tokens_L) / (valid * ways)
+                value += forward_fn.router_aux_weight * share * routing.balancing_loss(of_router)
     return value, jax.lax.stop_gradient(pairs)
+
+
+def _of_all_replicas(routes: routing.Routing, forward_fn: forward.AnyForward) -> tuple[routing.Routing, int]:
+    """Return the routing of the micro-batch on all replicas, and how often it is added up then."""
+    layout = forward_fn.layout
+    if not layout.within_replica:
+        return routes, 1
+    assert layout.mesh is not None
+    return routes.summed("data"), layout.mesh.shape["data"]
 
 
 def _completions(batch: types.Batch, completion: logprobs.CompletionLogps, batch_kl) -> losses.Completions:
@@ -304,8 +321,8 @@ def _lengths_BK(batch: types.Batch) -> jax.Array:
     return lengths_NP.reshape(batch.rewards_BK.shape)
 
 
-def _totals(batch: types.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array]:
-    """Groups and chosen tokens of the whole step: the denominators that make any micro-batch split equal."""
+def _totals(batch: types.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Groups, chosen and valid tokens of the whole step: the denominators of its means."""
     rewards_BK = batch.rewards_BK.reshape(-1, batch.rewards_BK.shape[-1])
     lengths_BK = _lengths_BK(batch).reshape(rewards_BK.shape)
     zeros_BK = jnp.zeros_like(lengths_BK)
@@ -313,7 +330,8 @@ def _totals(batch: types.Batch, loss: losses.Loss) -> tuple[jax.Array, jax.Array
     weight_B = batch.weight_B.reshape(-1)
     groups = jnp.sum(weight_B * loss.counted(rewards_BK))
     tokens = jnp.sum(weight_B[:, None] * chosen_BK * lengths_BK)
-    return jnp.maximum(groups, 1.0), jnp.maximum(tokens, 1.0)
+    valid = jnp.sum(batch.valid_NT, dtype=jnp.float32)
+    return jnp.maximum(groups, 1.0), jnp.maximum(tokens, 1.0), jnp.maximum(valid, 1.0)
 
 
 def _batch_kl(params, batch: types.Batch, *, forward_fn: forward.AnyForward, weight) -> jax.Array:
