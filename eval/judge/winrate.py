@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tqdm
 
 from fpo_jax import config as configuration
 from fpo_jax import data, tokenization
@@ -39,7 +38,7 @@ from fpo_jax.cli import generate, label
 from fpo_jax.cli import openai_client as servers
 from fpo_jax.config import choices
 from fpo_jax.data import formats, hh_rlhf
-from fpo_jax.distributed import preemption, workdir_lock
+from fpo_jax.distributed import preemption, progress, workdir_lock
 from fpo_jax.eval.judge import pairwise_judge
 from fpo_jax.eval.stats import win_rates
 from fpo_jax.io import atomic_io, jsonl, terminal
@@ -321,7 +320,7 @@ def _ask_server(options: Options, questions: list[pairwise_judge.Question]) -> d
 
     with _store(options) as store, preemption.StopRequest() as stop:
         left = [question for question in questions if _wanted(store.get(question.key))]
-        bar = tqdm.tqdm(total=len(left), unit="reply", disable=not preemption.progress_shown(), dynamic_ncols=True)
+        bar = progress.bar(total=len(left), unit="reply", kept=True)
         with bar:
             for question, reply in servers.each(ask, left, workers=options.concurrency, ended=ended, asked=stop.agreed):
                 bar.update(1)

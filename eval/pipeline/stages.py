@@ -2,7 +2,8 @@
 
 `workdir/stages.json` holds, per stage, the inputs (settings, and the sha256 of every file read), the sha256 of what it
 wrote, its time, and its one-line result. A stage that was interrupted has no entry and runs again. `digests.json`
-remembers the sha256 of each file with its size and time of change, so that unchanged weights are hashed once.
+remembers the sha256 of each file with its size and time of change, so that unchanged weights are hashed once. Log lines
+go to `run.log`; on a terminal, progress bars stand below the line of the stage.
 """
 
 import contextlib
@@ -14,10 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
-from fpo_jax.distributed import workdir_lock
-from fpo_jax.io import atomic_io, json_digest, terminal
+from fpo_jax.distributed import progress, workdir_lock
+from fpo_jax.io import atomic_io, json_digest, run_log, terminal
 
 RECORD_FILE = "stages.json"
 DIGESTS_FILE = "digests.json"
@@ -31,9 +32,9 @@ class Stages:
     """Runs stages in order and announces each in one line."""
 
     def __init__(self, workdir: Path, *, total: int, program: str):
-        """Open the record of `workdir`; `total` stages will be announced; the log is `program`.log."""
+        """Open the record of `workdir`; `total` stages will be announced in the name of `program`."""
         self._workdir, self._total, self._number, self._program = workdir, total, 0, program
-        self._log = workdir / f"{program}.log"
+        self._log = workdir / run_log.FILE
         self._record: dict[str, dict[str, Any]] = _read(workdir / RECORD_FILE)
         self._known: dict[str, list] = _read(workdir / DIGESTS_FILE)
 
@@ -88,7 +89,7 @@ class Stages:
 
     def _announce(self, title: str) -> None:
         self._number += 1
-        print(terminal.shown(f"[{self._number}/{self._total}] {title} ... "), end="", flush=True)
+        print(terminal.shown(f"[{self._number}/{self._total}] {title} ... "), end="\n" * progress.shown(), flush=True)
 
     def _timed(self, name: str, work: Callable[[], str]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -169,7 +170,7 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _logged(path: Path) -> Iterator[list[str]]:
-    """Send all log lines and the progress bar to a file, not to the terminal; yields the lines about compilation."""
+    """Send all log lines to a file, not to the terminal, which keeps the bars; yields the lines about compilation."""
     compiled: list[str] = []
 
     class Collect(logging.Handler):
@@ -179,10 +180,9 @@ def _logged(path: Path) -> Iterator[list[str]]:
 
     root, logger = logging.getLogger(), logging.getLogger("fpo_jax")
     handlers, level = root.handlers, logger.level
-    with path.open("a") as file, contextlib.redirect_stderr(file):
-        to_file = logging.StreamHandler(file)
-        to_file.setFormatter(terminal.Formatter("%(asctime)s %(name)s: %(message)s"))
-        root.handlers = [to_file, Collect()]
+    file = run_log.RunLog(path)
+    with contextlib.closing(file), progress.drawn_on(sys.stderr), contextlib.redirect_stderr(cast("TextIO", file)):
+        root.handlers = [file, Collect()]
         logger.setLevel(logging.INFO)
         try:
             yield compiled

@@ -35,7 +35,7 @@ from fpo_jax.cli import args as command_line
 from fpo_jax.cli import generate_args, jsonl_job
 from fpo_jax.cli import openai_client as servers
 from fpo_jax.cli.generate_args import Options, check
-from fpo_jax.distributed import preemption, workdir_lock
+from fpo_jax.distributed import preemption, progress, workdir_lock
 from fpo_jax.inference import sampler
 from fpo_jax.io import json_digest, terminal
 from fpo_jax.models import params
@@ -382,7 +382,7 @@ def _ended(
 
 
 def _bar(left: list[_Prompt]) -> tqdm.tqdm:
-    return tqdm.tqdm(total=len(left), unit="prompt", disable=not preemption.progress_shown(), dynamic_ncols=True)
+    return progress.bar(total=len(left), unit="prompt", kept=True)
 
 
 def _summary(

@@ -15,14 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
 from fpo_jax import config as configuration
 from fpo_jax import hf, models, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import jsonl_job
 from fpo_jax.config import choices
-from fpo_jax.distributed import preemption, workdir_lock
+from fpo_jax.distributed import preemption, progress, workdir_lock
 from fpo_jax.inference import reward_model
 from fpo_jax.io import json_digest, jsonl, terminal
 
@@ -146,7 +144,7 @@ def _score(
     rewarder = reward_model.Rewarder(
         source, max_length=window, compute_dtype=options.compute_dtype, batch_per_device=options.batch_size
     )
-    bar = tqdm.tqdm(total=len(left), unit="prompt", disable=not preemption.progress_shown(), dynamic_ncols=True)
+    bar = progress.bar(total=len(left), unit="prompt", kept=True)
     with bar:
         for start in range(0, len(left), CHUNK):
             chunk = left[start : start + CHUNK]

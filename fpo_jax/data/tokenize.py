@@ -26,6 +26,7 @@ from fpo_jax.data.formats import Records
 from fpo_jax.data.record_chunks import reward_row
 from fpo_jax.data.record_file import Record, RecordFile
 from fpo_jax.data.tokenized import Prepared, starts
+from fpo_jax.distributed import progress
 from fpo_jax.tokenization import completion_texts, truncation
 
 __all__ = ["Prepared", "best_only", "masked_sample", "prepare", "reward_row"]
@@ -208,7 +209,8 @@ def _run(records: Records, job: chunks.Job, workers: int, tokens_file: Path | No
     tokens = growing_array.GrowingArray(tokens_file)
     made: list[chunks.Chunk] = []
     said = time.monotonic()
-    for chunk in worker_pool.in_order(chunks.work, job, tasks, workers=workers):
+    done = worker_pool.in_order(chunks.work, job, tasks, workers=workers)
+    for chunk in progress.bar(done, "tokenising", total=len(tasks), unit="chunk"):
         if chunk is not None:
             tokens.append(chunk.tokens_S)
             made.append(chunk._replace(tokens_S=_NO_TOKENS))

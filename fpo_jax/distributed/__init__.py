@@ -6,6 +6,7 @@ consensus      what the processes tell each other over its key-value store: inpu
 failure        how a process leaves, and what the others do when one is gone
 exit_reporter  a tiny process that outlives this one and says what can be resumed
 preemption     SIGTERM and SIGINT stop a run once its state is saved
+progress       progress bars on the main process's terminal
 watchdog       a run in which nothing moves ends
 workdir_lock   what is written has one writer at a time, and a dead one gives way
 

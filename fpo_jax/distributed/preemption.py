@@ -104,8 +104,3 @@ class StopRequest:
         """Raise Stopped with these words where a signal has arrived; called at the same points as `agreed`."""
         if name := self.agreed():
             raise Stopped(f"{name}: {words}")
-
-
-def progress_shown() -> bool:
-    """Return whether this process has a terminal to draw a progress bar on."""
-    return process.is_main_process() and sys.stderr.isatty()

@@ -25,6 +25,7 @@ import safetensors
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from fpo_jax import models, types
+from fpo_jax.distributed import progress
 from fpo_jax.hf import hub as directories
 from fpo_jax.models import params
 
@@ -107,20 +108,37 @@ def load_params(
         log.warning("%s also holds %s, which are left out: its language model alone is read.", directory, others)
     _check_tied_head(directory, on_disk, tensors)
     places = {} if shardings is None else params.flatten(shardings)
-    flat = {}
     held = {entry.path for entry in params.entries(on_disk)}
+    total = sum(len(entry.hf_names()) for entry in params.entries(config) if entry.path in held)
+    with progress.bar(title="loading weights", total=total, unit="tensor") as bar:
+        flat = _read(config, tensors, held, np.dtype(dtype), places, key, bar.update)
+    return params.nest(flat)
+
+
+def _read(
+    config: models.ModelConfig,
+    tensors: Mapping[str, Tensor],
+    held: set[str],
+    dtype: np.dtype,
+    places: Mapping[str, Sharding],
+    key: jax.Array | None,
+    advance: Callable[[int], object],
+) -> dict[str, jax.Array]:
+    """Read every parameter; `advance` is called with the number of tensors that were read."""
+    flat = {}
     for entry in params.entries(config):
-        place = None if shardings is None else places[entry.path]
+        place = places.get(entry.path)
         if entry.path not in held:
             assert key is not None
             flat[entry.path] = jax.device_put(params.initial(entry, config, key).astype(dtype), place)
             continue
         layers = [(tensors[name], at) for name, at in entry.tensors()]
-        if entry.stacked and entry.size * np.dtype(dtype).itemsize > _STACKED_ON_HOST_BYTES:
-            flat[entry.path] = _layer_by_layer(entry, layers, np.dtype(dtype), place)
+        if entry.stacked and entry.size * dtype.itemsize > _STACKED_ON_HOST_BYTES:
+            flat[entry.path] = _layer_by_layer(entry, layers, dtype, place, advance)
         else:
-            flat[entry.path] = _at_once(entry, layers, np.dtype(dtype), place)
-    return params.nest(flat)
+            flat[entry.path] = _at_once(entry, layers, dtype, place)
+            advance(len(layers))
+    return flat
 
 
 def stored(directory: Path, config: models.ModelConfig) -> models.ModelConfig:
@@ -151,7 +169,13 @@ def _at_once(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype, place
     return _place(read, entry.shape, place)
 
 
-def _layer_by_layer(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+def _layer_by_layer(
+    entry: params.Entry,
+    tensors: list[_Placed],
+    dtype: np.dtype,
+    place: Sharding | None,
+    advance: Callable[[int], object],
+) -> jax.Array:
     """Read a stacked parameter: each layer goes to the devices as it lies on disk and is turned and stacked there.
 
     A layer of experts is all of its experts.
@@ -166,6 +190,7 @@ def _layer_by_layer(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype
         stacked = _set_layer(stacked, placed, np.int32(layer), entry=entry, place=stacks_on)
         del placed  # else it is held while the next layer is read
         stacked.block_until_ready()  # else the host runs ahead and holds the layers that wait
+        advance(1)
     return stacked if place == stacks_on else jax.device_put(stacked, place)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fpo_jax import models, types
+from fpo_jax.distributed import progress
 from fpo_jax.hf import companions, digests
 from fpo_jax.hf import hub as directories
 from fpo_jax.io import atomic_io
@@ -110,6 +111,7 @@ def _write_weights(
     shards = _shards(config, dtype, limit)
     single = len(shards) == 1
     weight_map, files = {}, {}
+    bar = progress.bar(title="writing weights", total=sum(map(len, shards)), unit="tensor")
     for number, shard in enumerate(shards, start=1):
         name = directories.SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {piece.name: name for piece in shard}
@@ -117,7 +119,9 @@ def _write_weights(
             file.header(_header(shard, dtype))
             for piece in shard:
                 file.tensor(_blocks(flat[piece.entry.path], piece, dtype))
+                bar.update()
         files[name] = file
+    bar.close()
     if not single:
         count = params.count(config)
         metadata = {"total_parameters": count, "total_size": count * dtype.itemsize}

@@ -5,16 +5,19 @@ that turn the direction of writing, or that cannot be written at all. They are s
 ESC becomes \x1b. What is longer than anybody reads is cut in its middle.
 """
 
+import contextlib
 import errno
 import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
-from types import TracebackType
+from collections.abc import Iterable, Iterator, Sequence
+from types import MappingProxyType, TracebackType
+from typing import TextIO
 
 LONGEST = 20_000  # characters of one line of the log
 LONGEST_ERROR = 4_000
+DETAIL = MappingProxyType({"detail": True})  # extra= of a record that is for run.log and other handlers, not for stderr
 # control characters but for tab and line feed, ends of lines that only some programs see, turns of direction, and
 # halves of surrogate pairs
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -83,7 +86,8 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 def say(text: object) -> None:
     """Print a result."""
-    print(shown(text, longest=None), flush=True)
+    with _bars_aside(sys.stdout):
+        print(shown(text, longest=None), flush=True)
 
 
 def refuse(program: str, error: object) -> None:
@@ -100,9 +104,27 @@ class Formatter(logging.Formatter):
         return shown(super().format(record))
 
 
+class _BesideBars(logging.StreamHandler):
+    """Writes lines above the progress bars, which are drawn again below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        with _bars_aside(self.stream):
+            super().emit(record)
+
+
+@contextlib.contextmanager
+def _bars_aside(stream: TextIO) -> Iterator[None]:
+    """Take progress bars away while something is written; without tqdm there are none."""
+    tqdm = sys.modules.get("tqdm")
+    with contextlib.nullcontext() if tqdm is None else tqdm.tqdm.external_write_mode(file=stream):
+        yield
+
+
 def log_to_stderr(*, prefix: str = "") -> None:
     """Send the log to the standard error, our own from INFO on, of others the warnings; and what ends the program."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _BesideBars(sys.stderr)
+    handler.addFilter(lambda record: not getattr(record, "detail", False))
     handler.setFormatter(Formatter(f"{prefix}%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("fpo_jax").setLevel(logging.INFO)

@@ -16,7 +16,8 @@ import tqdm
 
 from fpo_jax import checkpoint, data, distributed, types
 from fpo_jax import config as configuration
-from fpo_jax.distributed import preemption, watchdog
+from fpo_jax.distributed import preemption, progress, watchdog
+from fpo_jax.io import terminal
 from fpo_jax.perf import profiler
 from fpo_jax.trainer import (
     best_checkpoint,
@@ -118,9 +119,7 @@ class MetricLogging(Callback):
     def on_step_end(self, run: Run, step: int, pairs: metrics.Pairs) -> None:
         """Write the step before, whose numbers arrived while this one was dispatched."""
         if self._bar is None:
-            hidden = not preemption.progress_shown()
-            total = run.schedule.steps
-            self._bar = tqdm.tqdm(total=total, initial=step - 1, unit="step", disable=hidden, dynamic_ncols=True)
+            self._bar = progress.bar(total=run.schedule.steps, initial=step - 1, unit="step", kept=True)
         self.on_flush(run)
         if self._compilations != run.steps.train.compilations:
             self._compilations = run.steps.train.compilations
@@ -176,10 +175,16 @@ class MetricLogging(Callback):
             self._skipped(run, step, numbers, groups, bad=bad)
         elif step % run.config.train.log_every == 0:
             line = metric_logger.shown(numbers)
-            if self._bar.disable:
-                log.info("step %d/%d  %s  %.2f s", step, run.schedule.steps, line, timing["seconds"])
-            else:
-                self._bar.set_postfix_str(line)
+            log.info(
+                "step %d/%d  %s  %.2f s",
+                step,
+                run.schedule.steps,
+                line,
+                timing["seconds"],
+                extra=None if self._bar.disable else terminal.DETAIL,
+            )
+            if not self._bar.disable:
+                self._bar.set_postfix_str(metric_logger.in_brief(numbers))
 
     def _skipped(self, run: Run, step: int, numbers: dict[str, float], groups: list[int], *, bad: bool) -> None:
         """Say which step was skipped and on which data, and stop the run where it must not go on."""

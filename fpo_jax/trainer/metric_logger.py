@@ -26,6 +26,20 @@ METRICS_FILE = "metrics.jsonl"
 TIMING_FILE = "timing.jsonl"
 WANDB_FILE = "wandb_id.txt"
 SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "grad_norm", "learning_rate")
+# TensorBoard's page "custom scalars": what a reader looks at first, training and evaluation in one chart.
+LAYOUT = {
+    "training": {
+        title: ["Multiline", [f"^train/{name}$", f"^eval/{name}$"]]
+        for title, name in (
+            ("loss", "loss"),
+            ("margins", "rewards/margins"),
+            ("accuracies", "rewards/accuracies"),
+            ("distance to the reference", "reference_kl"),
+            ("gradient norm", "grad_norm"),
+        )
+    },
+    "speed": {"seconds a step": ["Multiline", ["^timing/(seconds|data_seconds|host_seconds)$"]]},
+}
 
 
 def means(pairs: Mapping[str, tuple]) -> dict[str, float]:
@@ -55,6 +69,31 @@ def shown(numbers: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {numbers[name]:.4g}" for name in SHOWN if name in numbers)
 
 
+def in_brief(numbers: Mapping[str, float]) -> str:
+    """The fewest that a reader watches, to stand behind a progress bar on a terminal of 80 columns.
+
+    >>> in_brief({"loss": 0.25, "rewards/accuracies": 0.5, "rewards/margins": 0.012, "grad_norm": 12.0})
+    'loss 0.25 acc 50% margin 0.012'
+    """
+    found = [f"{name} {numbers[name]:.4g}" for name in ("loss", "perplexity") if name in numbers][:1]
+    if "rewards/accuracies" in numbers:
+        found.append(f"acc {numbers['rewards/accuracies']:.0%}")
+    if "rewards/margins" in numbers:
+        found.append(f"margin {numbers['rewards/margins']:.3g}")
+    return " ".join(found)
+
+
+def grouped(name: str, *, timing: bool) -> str:
+    """Return the name of a metric in TensorBoard and W&B, which show `train/`, `eval/` and `timing/` as groups.
+
+    >>> grouped("rewards/margins", timing=False), grouped("eval_loss", timing=False), grouped("seconds", timing=True)
+    ('train/rewards/margins', 'eval/loss', 'timing/seconds')
+    """
+    if timing:
+        return f"timing/{name}"
+    return f"eval/{name.removeprefix('eval_')}" if _of_evaluation(name) else f"train/{name}"
+
+
 class Silent:
     """Writes nothing: the writers of every process but the first."""
 
@@ -82,6 +121,7 @@ class Writers:
             import tensorboardX
 
             self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+            self._tensorboard.add_custom_scalars(LAYOUT)
         self._wandb = None
         if wandb_project is not None:
             try:
@@ -109,7 +149,7 @@ class Writers:
         rows: Sequence[int] | None = None,
         why: str = "nonfinite",
     ) -> None:
-        """Append one line; a number that is not finite is null there and left out elsewhere.
+        """Append one line; a number that is not finite is null there and left out elsewhere, where names are `grouped`.
 
         Args:
             step: steps so far.
@@ -122,7 +162,7 @@ class Writers:
         file = self._files[TIMING_FILE if timing else METRICS_FILE]
         line = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
         jsonl.append(file, {"step": step, **line, **({} if rows is None else {f"{why}_rows": list(rows)})})
-        numbers = {name: number for name, number in numbers.items() if math.isfinite(number)}
+        numbers = {grouped(name, timing=timing): number for name, number in numbers.items() if math.isfinite(number)}
         if self._tensorboard is not None:
             for name, number in numbers.items():
                 self._tensorboard.add_scalar(name, number, step)

@@ -17,11 +17,10 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-import tqdm
 
 from fpo_jax import config as configuration
 from fpo_jax import data, distributed, types
-from fpo_jax.distributed import preemption
+from fpo_jax.distributed import preemption, progress
 from fpo_jax.io import atomic_io, json_digest
 from fpo_jax.perf import profiler
 from fpo_jax.trainer import run_inputs, run_schedule, steps
@@ -139,7 +138,7 @@ class ReferencePass:
             if distributed.is_main_process():
                 save_part(path, known, parts)
 
-        bar = tqdm.tqdm(kept_on_the_way(), f"reference {name}", len(numbers), disable=not preemption.progress_shown())
+        bar = progress.bar(kept_on_the_way(), f"reference {name}", total=len(numbers), unit="batch")
         try:
             computed = compute(iter(bar), groups=prepared.groups, known=known)
         except preemption.Stopped:

@@ -1,11 +1,17 @@
-"""What the first lines of a run say, before anything expensive: what a reader needs to trust it or to stop it."""
+"""What the first lines of a run say, before anything expensive: what a reader needs to trust it or to stop it.
+
+A terminal of 80 columns gets about ten lines; run.log and other handlers also get the whole of each: configuration,
+audit, every choice.
+"""
 
 import logging
+import textwrap
 
 from fpo_jax import config as configuration
 from fpo_jax import data, distributed, losses
 from fpo_jax.data import group_packing
 from fpo_jax.distributed import watchdog
+from fpo_jax.io import terminal
 from fpo_jax.models import params
 from fpo_jax.perf import hardware
 from fpo_jax.trainer import compiled_step, run_inputs, run_schedule, steps
@@ -13,6 +19,8 @@ from fpo_jax.trainer import compiled_step, run_inputs, run_schedule, steps
 log = logging.getLogger("fpo_jax")
 
 _UPDATES = 64  # on which shares are counted
+_WIDTH = 80  # columns of the summary
+_SETTLED = ("layout:", "remat ", "attention:", "log-probs:", "logits:")  # choices that a terminal gets
 _EMPTY = 0.1  # share of rows without a group from which on a remedy is named
 
 
@@ -23,7 +31,7 @@ def log_summary(
     plan: run_schedule.RunSchedule,
     compiled: steps.Steps,
 ) -> None:
-    """Log configuration, loss, mesh, model, choices, data, one row and the plan.
+    """Log the summary, after the details: configuration, loss, mesh, model, choices, data, one row and the plan.
 
     Args:
         config: as it was given.
@@ -32,30 +40,98 @@ def log_summary(
         plan: its steps.
         compiled: its programs.
     """
+    _log_details(config, settled, inputs, plan, compiled)
+    for part in summary(config, inputs, plan, compiled):
+        log.info(part)
+
+
+def summary(
+    config: configuration.Config, inputs: run_inputs.Inputs, plan: run_schedule.RunSchedule, compiled: steps.Steps
+) -> list[str]:
+    """Return the summary for a terminal, in parts of one line or a few; arguments as for `log_summary`."""
+    audit = inputs.train.audit
+    state = compiled_step.mib(compiled.state.bytes_on_device())
+    described = losses.in_words(config.loss.name, inputs.loss).split("\n")
+    used = f" ({params.active(inputs.model_config):,} for each token)" if inputs.model_config.experts else ""
+    micro = f" in {plan.accumulation} micro-batches each" if plan.accumulation > 1 else ""
+    evaluated = "" if inputs.evaluation is None else f", {inputs.evaluation.audit.groups:,} to evaluate"
+    dropped = {reason: len(places) for reason, places in audit.dropped.items() if places}
+    left_out = "; dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) if dropped else ""
+    found = [
+        f"run: {config.stage}, {plan.steps:,} steps of {config.train.batch_size} groups"
+        f" ({plan.schedule.steps_per_epoch:,} an epoch){micro}, warm-up {plan.warmup}",
+        f"model: {inputs.source}, {params.count(inputs.model_config):,} parameters{used}, {state} of state per device",
+        _mesh_in_words(compiled),
+        f"data: {audit.groups:,} groups of {audit.group_size} to train on{evaluated}, {audit.scored_tokens:,} of"
+        f" {audit.tokens:,} tokens trained{left_out}",
+        *([ties_in_words(inputs.loss, audit)] if audit.ties else []),
+        *(f"warning: {warning}" for warning in audit.warnings),
+        f"loss: {described[0]}",
+        *described[1:],
+    ]
+    choices = [choice.split("\n")[0] for choice in compiled.choices if choice.startswith(_SETTLED)]
+    return [*map(_wrapped, found), *map(_shortened, choices), _example(inputs.train.sample)]
+
+
+def _wrapped(line: str) -> str:
+    """Return a line in lines of the summary's width; what is longer than one is whole, as a path must be."""
+    indent = " " * (len(line) - len(line.lstrip()) or 2)
+    first = indent if line.startswith(" ") else ""
+    settings = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(line.strip(), _WIDTH, initial_indent=first, subsequent_indent=indent, **settings)
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 4].rpartition(' ')[0]} ..."
+
+
+def _example(sample: str) -> str:
+    """Return what stands around the first token that is trained, in one line."""
+    before, bracket, after = sample.replace("\n", "↵").partition("⟦")
+    room = _WIDTH - len("example: ... ...")
+    head = before if len(before) <= room // 2 else f"...{before[-(room // 2) :]}"
+    tail = bracket + after
+    room = _WIDTH - len("example: ") - len(head)
+    return f"example: {head}{tail if len(tail) <= room else tail[: room - 4] + ' ...'}"
+
+
+def _mesh_in_words(compiled: steps.Steps) -> str:
     mesh = compiled.mesh
-    changed = configuration.difference(configuration.default().to_dict(), config.to_dict())
-    log.info("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
-    log.info("loss: %s", losses.in_words(config.loss.name, inputs.loss))
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     processes = "" if distributed.process_count() == 1 else f" of {distributed.process_count()} processes"
-    log.info("mesh: %s over %d %s devices%s", shape, mesh.size, mesh.devices.flat[0].device_kind, processes)
-    count, state = params.count(inputs.model_config), compiled_step.mib(compiled.state.bytes_on_device())
-    used = f" ({params.active(inputs.model_config):,} for each token)" if inputs.model_config.experts else ""
-    log.info("model: %s, %s parameters%s, %s of state per device", inputs.source, f"{count:,}", used, state)
+    return f"mesh: {shape} over {mesh.size} {mesh.devices.flat[0].device_kind} devices{processes}"
+
+
+def _log_details(
+    config: configuration.Config,
+    settled: configuration.Config,
+    inputs: run_inputs.Inputs,
+    plan: run_schedule.RunSchedule,
+    compiled: steps.Steps,
+) -> None:
+    """Log the whole; arguments as for `log_summary`."""
+
+    def detail(text: str, *values: object) -> None:
+        log.info(text, *values, extra=terminal.DETAIL)
+
+    mesh = compiled.mesh
+    changed = configuration.difference(configuration.default().to_dict(), config.to_dict())
+    detail("configuration, where it differs from the default:\n  %s", "\n  ".join(changed))
+    detail("loss: %s", losses.in_words(config.loss.name, inputs.loss))
     device = mesh.devices.flat[0]
     if device.platform == "gpu":
         taken, variable = 100 * hardware.memory_share(), hardware.MEMORY_VARIABLE
-        log.info("memory: JAX takes %.0f %% of each GPU; %s sets another share", taken, variable)
+        detail("memory: JAX takes %.0f %% of each GPU; %s sets another share", taken, variable)
     for choice in compiled.choices:
-        log.info(choice)
+        detail(choice)
     for name, dataset in (("train", inputs.train), ("eval", inputs.evaluation)):
         if dataset is not None:
-            log.info("%s: %s", name, dataset.audit.text())
+            detail("%s: %s", name, dataset.audit.text())
     if inputs.train.audit.ties:
-        log.info(ties_in_words(inputs.loss, inputs.train.audit))
-    log.info(watchdog.in_words(config.train.hang_timeout))
-    log.info("one row as the model gets it, scored tokens between ⟦ and ⟧:\n%s", inputs.train.sample)
-    log.info(
+        detail(ties_in_words(inputs.loss, inputs.train.audit))
+    detail(watchdog.in_words(config.train.hang_timeout))
+    detail("one row as the model gets it, scored tokens between ⟦ and ⟧:\n%s", inputs.train.sample)
+    detail(
         "plan: %d steps of %d groups (%d an epoch) in %d micro-batches each; warm-up %d, decay over %d; %d"
         " compilation%s of the step: %s%s",
         plan.steps,

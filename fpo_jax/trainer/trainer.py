@@ -1,9 +1,9 @@
 """Trains a model: reference log-probs, steps, evaluations, checkpoints. The impure end of everything.
 
-The workdir holds: config.json, audit.json, metrics.jsonl, timing.jsonl, reference/, checkpoints/, model_source/,
-and, of large data, data/. Starting again with the same workdir resumes from the newest checkpoint, bit for bit on the
-same devices. Of several processes all compute, and the first alone writes the files, but for its part of the
-checkpoints.
+The workdir holds: config.json, audit.json, metrics.jsonl, timing.jsonl, run.log, reference/, checkpoints/,
+model_source/, and, of large data, data/. Starting again with the same workdir resumes from the newest checkpoint, bit
+for bit on the same devices. Of several processes all compute, and the first alone writes the files, but for its part of
+the checkpoints.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import jax
 from fpo_jax import checkpoint, data, distributed, sharding
 from fpo_jax import config as configuration
 from fpo_jax.distributed import exit_reporter, preemption, watchdog, workdir_lock
+from fpo_jax.io import run_log
 from fpo_jax.perf import hardware, profiler
 from fpo_jax.trainer import (
     auto_settings,
@@ -108,7 +109,21 @@ class Trainer:
         }
         config = run_inputs.with_rows(config, rows) if rows else config
         self.config, self.workdir = config, Path(workdir)
-        self._extend = extend
+        self._extend, self._said = extend, run_log.Collector()
+        with self._said.collecting():
+            self._prepare(config, rows, devices=devices, profile=profile, stop=stop, extra=extra)
+
+    def _prepare(
+        self,
+        config: configuration.Config,
+        rows: run_inputs.Rows,
+        *,
+        devices: Sequence | None,
+        profile: range,
+        stop: preemption.StopRequest | None,
+        extra: Sequence[callbacks.Callback],
+    ) -> None:
+        """Read the inputs, make the mesh, and jit the steps; arguments and errors as those of the class."""
         self._extra, stop = tuple(extra), stop or preemption.StopRequest()
         with distributed.together():
             if not start_checks.place_problems("--workdir", self.workdir):  # else it is told with all the others
@@ -241,12 +256,17 @@ class Trainer:
             with distributed.together():
                 if distributed.is_main_process():
                     held.enter_context(workdir_lock.hold(self.workdir))
+                    collecting = held.enter_context(contextlib.ExitStack())
+                    collecting.enter_context(self._said.collecting())
                     run_workdir.keep_source(self.config, self.workdir, run.inputs)
                     length = {"steps": run.schedule.steps, "extend": self._extend}
                     run_workdir.claim_workdir(self.config, self.workdir, run.inputs, settled=self._settled, **length)
+                    collecting.close()
+                    held.enter_context(run_log.written(self.workdir / run_log.FILE, self._said))
             distributed.check_shared(self.workdir)
             run.stop.connect(run.steps.mesh)
             run_summary.log_summary(self.config, run.config, run.inputs, run.schedule, run.steps)
+            log.info("details: %s, config.json and audit.json beside it", self.workdir / run_log.FILE)
             keep = {"keep": train.keep_checkpoints, "keep_best": bool(train.keep_best)}
             held.enter_context(watchdog.watching(train.hang_timeout, self.workdir / checkpoint.FOLDER))
             checkpointer = held.enter_context(contextlib.closing(checkpoint.Checkpointer(self.workdir, **keep)))

@@ -97,7 +97,7 @@ def test_the_second_time_nothing_is_done(folder, finished, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert sum("done before" in line for line in lines) == 9
     changed = [p for p, t in before.items() if p.stat().st_mtime_ns != t and "report" not in p.parts[-2]]
-    assert [path.name for path in changed] in ([], ["pipeline.log"])
+    assert [path.name for path in changed] in ([], ["run.log"])
 
 
 @pytest.mark.slow

@@ -70,9 +70,9 @@ def test_a_failed_stage_is_named_and_done_again(stages, tmp_path):
         logging.getLogger("fpo_jax").info("about to fail")
         raise ValueError("no digits left")
 
-    with pytest.raises(StageError, match=r"stage 'copy' failed: no digits left\n\(details: .*quickstart.log"):
+    with pytest.raises(StageError, match=r"stage 'copy' failed: no digits left\n\(details: .*run.log"):
         stages(work=fail)
-    assert "about to fail" in (tmp_path / "quickstart.log").read_text()
+    assert "about to fail" in (tmp_path / "run.log").read_text()
     assert stages() == 1
 
     def crash():

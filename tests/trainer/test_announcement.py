@@ -88,3 +88,31 @@ def test_ties_are_said_with_what_the_loss_makes_of_them(caplog, folder, name, ch
         caplog, folder, name, data="ties.jsonl", **one
     )
     assert "reward ties:" not in lines(caplog, folder, name, **one)
+
+
+def test_the_summary_is_read_at_80_columns_in_about_ten_lines(caplog, folder):
+    """What a terminal gets; the whole configuration and the audit are details."""
+    lines(caplog, folder, "dpo", mesh__data=1, mesh__fsdp=1)
+    shown = "\n".join(r.getMessage() for r in caplog.records if not getattr(r, "detail", False)).split("\n")
+    assert 9 <= len(shown) <= 16
+    assert all(len(line) <= 80 or line.startswith("model: ") for line in shown), shown
+    assert [line.partition(":")[0] for line in shown if ": " in line and not line.startswith(" ")] == [
+        "run",
+        "model",
+        "mesh",
+        "data",
+        "loss",
+        "attention",
+        "log-probs",
+        "example",
+    ]
+    text = " ".join(line.strip() for line in shown)
+    assert "Σ q (log q - log p)" in text and "beta_pi=0.5" in text and "⟦" in shown[-1]
+    details = "\n".join(r.getMessage() for r in caplog.records if getattr(r, "detail", False))
+    assert "data.max_length: 2048 -> 40" in details and "data audit, rule raw" in details
+
+
+def test_a_long_example_is_cut_around_its_first_trained_token():
+    shown = run_summary._example("p" * 500 + "⟦" + "c" * 500 + "⟧")
+    assert len(shown) <= 80 and "p⟦c" in shown and shown.endswith(" ...")
+    assert run_summary._example("a\nb⟦c⟧") == "example: a↵b⟦c⟧"

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 import sys
 import types
 
@@ -69,9 +70,34 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
     log = writers(tmp_path, tensorboard=True)
     log.write(1, {"loss": 0.5})
+    log.write(1, {"eval_rewards/margins": 0.5})
+    log.write(1, {"seconds": 0.5}, timing=True)
     log.close()
-    assert list((tmp_path / "tensorboard").iterdir())
-    assert json.loads((tmp_path / metric_logger.METRICS_FILE).read_text()) == {"step": 1, "loss": 0.5}
+    [file] = (tmp_path / "tensorboard").iterdir()
+    for name in (b"train/loss", b"eval/rewards/margins", b"timing/seconds"):
+        assert name in file.read_bytes()
+    lines = (tmp_path / metric_logger.METRICS_FILE).read_text().split("\n")
+    assert json.loads(lines[1]) == {"step": 1, "eval_rewards/margins": 0.5}, "the file's names are as before"
+    assert json.loads(lines[0]) == {"step": 1, "loss": 0.5}
+
+
+def test_tensorboard_has_a_page_with_loss_margins_and_accuracies_first(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the tensorboard extra is not installed")
+    from tensorboardX.proto import layout_pb2
+
+    writers(tmp_path, tensorboard=True).close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    assert b"custom_scalars__config__" in file.read_bytes()
+    from tensorboardX.summary import custom_scalars
+
+    [value] = custom_scalars(metric_logger.LAYOUT).value
+    layout = layout_pb2.Layout.FromString(value.tensor.string_val[0])
+    charts = [(chart.title, list(chart.multiline.tag)) for chart in layout.category[0].chart]
+    assert [title for title, _ in charts[:3]] == ["loss", "margins", "accuracies"]
+    for _, (training, held_out) in charts:
+        name = training.removeprefix("^train/").removesuffix("$")
+        assert re.fullmatch(training, metric_logger.grouped(name, timing=False))
+        assert re.fullmatch(held_out, metric_logger.grouped(f"eval_{name}", timing=False))
 
 
 def test_a_table_reaches_tensorboard_and_no_text_leaves_its_cell(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 
 import fpo_jax
 from fpo_jax import hf
+from fpo_jax.io import run_log
 from fpo_jax.trainer import callbacks, metric_logger
 from tests import tiny
 
@@ -39,7 +40,8 @@ class Told(callbacks.Callback):
 
 
 @pytest.mark.slow  # compiles a run
-def test_what_a_trainer_does_and_tells(inputs, tmp_path):
+def test_what_a_trainer_does_and_tells(inputs, tmp_path, caplog):
+    caplog.set_level("INFO", "fpo_jax")
     described, trainer = Told(), made(inputs, tmp_path / "w")
     start = trainer.evaluate()
     assert not (tmp_path / "w" / metric_logger.METRICS_FILE).exists(), "nothing is logged by an evaluation alone"
@@ -52,6 +54,10 @@ def test_what_a_trainer_does_and_tells(inputs, tmp_path):
     lines = [line for line in metric_logger.read(tmp_path / "w" / metric_logger.METRICS_FILE) if "eval_loss" in line]
     assert [line["step"] for line in lines] == [0, 2, 3]
     assert lines[0] == {"step": 0, **start} and lines[-1] == {"step": 3, **trainer.evaluate()}
+    said = (tmp_path / "w" / run_log.FILE).read_text()
+    assert said.count(" fpo_jax: details: ") == 3, "each start appends its own"
+    for text in (" fpo_jax: train: data audit", " fpo_jax: evaluation at step 2  loss "):
+        assert text in said
     trainer.save_pretrained(tmp_path / "exported", dtype="bfloat16")
     assert hf.read_config(tmp_path / "exported") == hf.read_config(inputs / "model")
     with pytest.raises(ValueError, match="exists and is not an empty directory"):
