@@ -20,7 +20,7 @@ from fpo_jax import config as configuration
 from fpo_jax.cli import args as command_line
 from fpo_jax.distributed import workdir_lock
 from fpo_jax.eval.pipeline import pipeline_report
-from fpo_jax.eval.report import html, report_plots
+from fpo_jax.eval.report import html, model_card, report_plots, verdict
 from fpo_jax.eval.report.html import Block, Heading, Plot, Table, Text, Texts
 from fpo_jax.eval.stats import win_rates
 from fpo_jax.io import atomic_io, jsonl, terminal
@@ -122,33 +122,32 @@ def _of_run(options: Options, summaries: list[dict[str, Any]], out: Path) -> tup
     updates = max(line["step"] for line in lines)
     settings, costs = _settings(config), _costs_of_run(workdir)
     result = _result_of_run(evaluations)
+    parts = {name: part for name, part in atomic_io.read_json(workdir / "audit.json").items() if part}
+    said = verdict.of_run(evaluations, parts, _sampled(workdir), summaries)
     title = f"{workdir.name}: {config['stage']} with {config['loss']['name']}"
-    about = Text(f"{updates:,} steps of {config['train']['batch_size']} from `{_base(config)}`; fpo_jax {__version__}.")
-    blocks: list[Block] = [Heading(title, 1), about, *result, *_rates(summaries)]
+    about = Text(
+        f"{updates:,} steps of {config['train']['batch_size']} from `{model_card.base(config)}`; fpo_jax {__version__}."
+    )
+    blocks: list[Block] = [Heading(title, 1), about, *said, *result, *_rates(summaries)]
     if report_plots.curves(out / "curves.png", lines):
         blocks += [Heading("Curves"), Plot("curves.png", "Training batches (faint: single steps) and evaluations")]
     blocks += _tradeoff_of_run(evaluations, out)
     blocks += _answers_of_run(workdir, options.samples)
     blocks += [
+        Heading("Time and speed"),
+        costs,
         *loss,
         Heading("Configuration"),
         Text("What differs from the default; everything else is as there."),
         settings,
+        Heading("Audit of the data"),
+        audit(parts),
     ]
-    parts = {name: part for name, part in atomic_io.read_json(workdir / "audit.json").items() if part}
-    blocks += [Heading("Audit of the data"), audit(parts), Heading("Time and speed"), costs]
-    card = [Heading(workdir.name, 1), about, *result, *_rates(summaries), *loss, Heading("Training"), settings, costs]
-    return blocks, _front_matter(config) + html.markdown(card)
+    return blocks, model_card.text(workdir, config, parts, [*said, *result, *_rates(summaries), *loss], settings, costs)
 
 
 def _evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if any(name.startswith("eval_") for name in line)]
-
-
-def _base(config: dict[str, Any]) -> str:
-    """Name the model a run started from; of a directory here only the last part is anyone else's business."""
-    path = config["model"]["path"]
-    return Path(path).name if Path(path).is_absolute() or Path(path).exists() else path
 
 
 def _result_of_run(evaluations: list[dict[str, Any]]) -> list[Block]:
@@ -188,9 +187,21 @@ def _with_length(line: dict[str, Any]) -> str:
     return f"{line['step']}" + ("" if length is None else f" ({length:.0f} tokens)")
 
 
-def _answers_of_run(workdir: Path, count: int) -> list[Block]:
+def _sampled_steps(workdir: Path) -> list[int]:
     folder = workdir / sample_completions.FOLDER
-    steps = sorted(int(path.stem) for path in folder.glob("*.jsonl")) if folder.is_dir() else []
+    return sorted(int(path.stem) for path in folder.glob("*.jsonl")) if folder.is_dir() else []
+
+
+def _sampled(workdir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]] | None:
+    """Return the first and the last sample completions."""
+    steps, folder = _sampled_steps(workdir), workdir / sample_completions.FOLDER
+    if len(steps) < 2:
+        return None
+    return sample_completions.read(folder, steps[0]), sample_completions.read(folder, steps[-1])
+
+
+def _answers_of_run(workdir: Path, count: int) -> list[Block]:
+    folder, steps = workdir / sample_completions.FOLDER, _sampled_steps(workdir)
     if not steps or not count:
         return []
     before, after = (sample_completions.read(folder, step) for step in (steps[0], steps[-1]))
@@ -268,16 +279,6 @@ def _costs_of_run(workdir: Path) -> Table:
     return Table(["", "measured"], rows)
 
 
-def _front_matter(config: dict[str, Any]) -> str:
-    """Return the head of a model card as the hub reads it."""
-    base, data = _base(config), config["data"]["train"]
-    lines = ["---", "library_name: transformers", f"base_model: {json.dumps(base)}"]
-    if data and "/" in data and not Path(data).is_absolute() and not Path(data).exists():
-        lines += ["datasets:", f"- {json.dumps(data)}"]
-    tags = ["f-po", "preference-optimization", config["stage"], config["loss"]["name"]]
-    return "\n".join([*lines, "tags:", *(f"- {json.dumps(tag)}" for tag in tags), "---", "", ""])
-
-
 # --- a pipeline
 
 
@@ -291,6 +292,7 @@ def _of_pipeline(options: Options, summaries: list[dict[str, Any]], out: Path) -
             "The judge is the reward model; a win is a higher reward than that of the start's answer."
             " Intervals are of 95 %, over prompts."
         ),
+        *verdict.of_pipeline(found),
         Table(*pipeline_report.cells(found)),
         *_rates(summaries),
     ]
@@ -384,7 +386,7 @@ def _rates(summaries: list[dict[str, Any]]) -> list[Block]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value + 0.0:.4g}"  # -0.0 is 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

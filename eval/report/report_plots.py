@@ -1,5 +1,6 @@
 """The report's plots: metrics of a run, or models of a pipeline, in; PNG files out. Needs matplotlib."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,15 +10,18 @@ from fpo_jax.eval.quickstart.quickstart_plots import AFTER, BEFORE, STYLE, TEXT,
 HELD_OUT = "#d9822b"
 PANELS = (  # metric, title, unit, factor
     ("loss", "Loss", "per group or token", 1),
-    ("rewards/margins", "Margin", "implied reward, chosen − rejected", 1),
-    ("rewards/accuracies", "Reward accuracy", "groups in the right order, %", 100),
-    ("reference_kl", "Log-ratio to the reference", "nats per completion of the data (reference_kl)", 1),
+    ("rewards/margins", "Margin", "chosen − rejected", 1),
+    ("rewards/accuracies", "Reward accuracy", "groups in order, %", 100),
+    ("reference_kl", "Log-ratio to the reference", "nats per completion", 1),
     ("perplexity", "Perplexity", "of held-out completions", 1),
     ("completions/reward", "Reward of the answers", "reward model's score", 1),
     ("completions/win_rate", "Win rate against the start", "%", 100),
     ("completions/length", "Length of the answers", "tokens", 1),
     ("grad_norm", "Gradient norm", "before clipping", 1),
 )
+
+
+_SIDES = ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))  # of a point, for its name
 
 
 class Point(NamedTuple):
@@ -51,10 +55,49 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> bool:
             panel.set_title(title)
             panel.set_ylabel(unit)
             panel.set_xlabel("step")
-        axes[0][0].legend(loc="best")
+            panel.locator_params(axis="x", nbins=5, integer=True)
+        named = [axis.get_legend_handles_labels() for axis in axes.flat]
+        handles = {
+            label: handle for pair in named for handle, label in zip(*pair, strict=True)
+        }  # one of each, above all panels
+        figure.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=2)
         figure.savefig(path)
         plt.close(figure)
     return True
+
+
+def _name(figure, panel, points: Sequence[Point], *, all_of_them: bool) -> None:
+    """Write names beside points, the first's and the last's before the others', none over another.
+
+    Args:
+        figure: whose plot it is.
+        panel: the plot.
+        points: of it.
+        all_of_them: a name that finds no place stands farther off; otherwise it is left out.
+    """
+    figure.canvas.draw()  # now places are known
+    figure.set_layout_engine("none")
+    renderer, taken = figure.canvas.get_renderer(), []
+    places = [panel.transData.transform((one.x, one.y)) for one in points]
+    for number in sorted(range(len(points)), key=lambda number: (number not in (0, len(points) - 1), number)):
+        one = points[number]
+        label = panel.annotate(
+            one.name, (one.x, one.y), xytext=(0, 0), textcoords="offset points", fontsize=8, color=TEXT
+        )
+        rings = range(1, 9 if all_of_them else 2)
+        for right, up, away in ((right, up, away) for away in rings for right, up in _SIDES):
+            label.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[right])
+            label.set_verticalalignment({1: "bottom", 0: "center", -1: "top"}[up])
+            label.xyann = (6 * away * right, 5 * away * up)
+            box = label.get_window_extent(renderer).padded(1)
+            inside = figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+            over = any(box.overlaps(other) for other in taken) or any(box.contains(*place) for place in places)
+            if inside and not over:
+                taken.append(box)
+                break
+        else:
+            if not all_of_them:
+                label.remove()
 
 
 def plane(path: Path, points: Sequence[Point], *, x: str, y: str, joined: bool) -> None:
@@ -77,9 +120,9 @@ def plane(path: Path, points: Sequence[Point], *, x: str, y: str, joined: bool) 
             spread = None if one.low is None or one.high is None else [[one.y - one.low], [one.high - one.y]]
             colour = BEFORE if place == 0 else AFTER
             panel.errorbar(one.x, one.y, yerr=spread, color=colour, marker="o", markersize=5, capsize=3)
-            panel.annotate(one.name, (one.x, one.y), textcoords="offset points", xytext=(6, 5), fontsize=8, color=TEXT)
         panel.margins(0.15)
-        panel.set_xlabel(x)
-        panel.set_ylabel(y)
+        panel.set_xlabel("\n".join(textwrap.wrap(x, 60)))
+        panel.set_ylabel("\n".join(textwrap.wrap(y, 40)))
+        _name(figure, panel, points, all_of_them=not joined)
         figure.savefig(path)
         plt.close(figure)
