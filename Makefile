@@ -1,5 +1,6 @@
 # make quickstart   create the environment and run the main job on a task made here (no download of data or weights)
-# make test         the same, then every test;  PYTHON=python3.12 uses another interpreter and environment
+#                   on a host with an NVIDIA driver JAX for CUDA is installed and used;  ACCELERATOR= keeps to the CPU, ACCELERATOR=tpu
+# make test         the quickstart, then every test;  PYTHON=python3.12 uses another interpreter and environment
 # make test-all     with every case of the tests that the default suite takes samples of
 # make test-faults   inject faults: flipped bits, full disks, killed runs (minutes)
 # make test-lowest   install the lowest releases that pyproject.toml allows, into an environment of their own; a smoke test
@@ -10,12 +11,14 @@ PYTHON ?= python3
 VENV ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
+ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda)
+comma := ,
 LOCK ?= $(wildcard requirements/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
 
 .PHONY: quickstart test tests test-all test-faults test-lowest lock docs test-deviceless lint format clean
 
 quickstart: $(VENV)/installed
-	$(BIN)/python -m eval.quickstart.quickstart --workdir $(WORKDIR)
+	$(BIN)/fpo quickstart --workdir $(WORKDIR)
 
 test: quickstart tests
 
@@ -64,7 +67,7 @@ $(VENV)/installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(if $(LOCK),$(BIN)/python -m pip install --quiet --require-hashes --requirement $(LOCK),@echo "the newest releases are installed")
-	$(BIN)/python -m pip install --quiet --editable '.[report]'
+	$(BIN)/python -m pip install --quiet --editable '.[report$(addprefix $(comma),$(ACCELERATOR))]'
 	@touch $@
 
 $(VENV)/installed-test: $(VENV)/installed

@@ -6,7 +6,8 @@ the rewards. Success on held-out prompts is counted before and after: same promp
 
     data/ start/ ─loop─► sft/ sft_model/ ─sample─► data/*groups.jsonl ─loop─► align-NAME/ ─► export-NAME/ ─► report/
 
-Finished stages are kept: the same command goes on where it was, and another --divergence starts at the alignment.
+The devices are those that JAX finds: a GPU or TPU where its JAX is installed, else the CPU. Finished stages are kept:
+the same command goes on where it was, and another --divergence starts at the alignment.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from fpo_jax import checkpoint, losses
@@ -33,6 +35,7 @@ from fpo_jax.eval.report import report
 from fpo_jax.inference import sampler
 from fpo_jax.io import jsonl, terminal
 from fpo_jax.models import params
+from fpo_jax.perf import hardware
 from fpo_jax.trainer import export, trainer
 
 DEMONSTRATIONS = 2  # per prompt, of one demonstrator
@@ -51,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of task, weights, data order and samples (default 0)")
     parser.add_argument("--divergence", default="alpha", help="a row of `fpo losses` (default alpha)")
     options = parser.parse_args(arguments)
+    hardware.lend_memory()
     try:
+        hardware.require_devices()
+        print(terminal.shown(f"on {jax.device_count()} {jax.devices()[0].device_kind} device(s)"))
         run(options.workdir, seed=options.seed, divergence=options.divergence)
     except (ValueError, OSError, StageError, trainer.NonFinite) as error:
         terminal.refuse("quickstart", error)

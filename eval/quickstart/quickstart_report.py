@@ -4,6 +4,9 @@ What is said is decided here, as blocks; html.py writes them in both formats.
 """
 
 import json
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,10 @@ def closing_lines(summary: dict[str, Any], workdir: Path) -> str:
             f" alignment: {_change(summary)}",
             f"report   {workdir / paths['report'] / 'report.html'}",
             f"model    {workdir / paths['export']}  (Hugging Face directory)",
-            f"next     {next_command(workdir, summary)}",
+            "next:",
+            f"  {next_command(workdir, summary)}",
+            *(f"  {command}" for command in own_data_commands(workdir, summary)),
+            "the last two take this quickstart's samples and model: put your own in their place.",
         ]
     )
 
@@ -58,7 +64,32 @@ def closing_lines(summary: dict[str, Any], workdir: Path) -> str:
 def next_command(workdir: Path, summary: dict[str, Any]) -> str:
     """Return the command that aligns the same model with another divergence."""
     other = "jeffreys" if summary["divergence"] != "jeffreys" else "alpha"
-    return f"fpo quickstart --workdir {workdir} --seed {summary['seed']} --divergence {other}"
+    return f"{_fpo()} quickstart --workdir {_word(workdir)} --seed {summary['seed']} --divergence {other}"
+
+
+def own_data_commands(workdir: Path, summary: dict[str, Any]) -> tuple[str, str]:
+    """Return the commands that look at data, write a config and train with it: here on the samples and the model."""
+    data, model, out = workdir / "data" / "groups.jsonl", workdir / summary["paths"]["export"], workdir / "own.py"
+    return (
+        f"{_fpo()} init --data {_word(data)} --model {_word(model)} --out {_word(out)}",
+        f"{_fpo()} train --config {_word(out)} --workdir {_word(workdir / 'own')}",
+    )
+
+
+def _fpo() -> str:
+    """Return how this environment's `fpo` is called from this shell: by its name, its path, or as a module."""
+    beside = Path(sys.executable).with_name("fpo")
+    found = shutil.which("fpo")
+    if found is not None and Path(found).resolve() == beside.resolve():
+        return "fpo"
+    if not beside.is_file():
+        return f"{_word(Path(sys.executable))} -m fpo_jax.cli"
+    return _word(beside)
+
+
+def _word(path: Path) -> str:
+    """Return a path as a word of a shell, below the current folder without that."""
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def _result(summary: dict[str, Any]) -> list[Block]:
@@ -220,6 +251,8 @@ def _commands(summary: dict[str, Any], workdir: Path) -> list[Block]:
     aligned = workdir / summary["paths"]["alignment"]
     return [
         Heading("Go on"),
+        Text("Own data: these commands take this quickstart's samples and model; put your own in their place:"),
+        Code("\n".join(own_data_commands(workdir, summary))),
         Text("Another divergence on the same samples; everything up to the sampling is kept:"),
         Code(next_command(workdir, summary)),
         Text("The alignment alone, through the trainer, with any field of `fpo config` changed:"),

@@ -83,3 +83,13 @@ def test_the_package_has_no_other_names():
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         fpo_jax.trian  # noqa: B018
     assert all(getattr(fpo_jax, name) for name in fpo_jax.__all__)
+
+
+def test_no_library_warns_that_what_is_not_used_is_not_there():
+    """In the process and in those that it starts: torch is kept out on purpose."""
+    code = (
+        "import subprocess, sys\nfrom fpo_jax.cli import process\nprocess.without_torch()\nimport transformers\n"
+        "subprocess.run([sys.executable, '-c', \"import sys; sys.modules['torch'] = None; import transformers\"])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr

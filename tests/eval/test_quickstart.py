@@ -4,8 +4,10 @@ import collections
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from absl import flags
 
 from fpo_jax import checkpoint, losses, tokenization
 from fpo_jax import config as configuration
+from fpo_jax.cli import init, train
 from fpo_jax.config import overrides
 from fpo_jax.configs import quickstart as recipe
 from fpo_jax.eval.pipeline.stages import StageError
@@ -29,7 +32,8 @@ from fpo_jax.eval.report import html
 from fpo_jax.eval.stats import confidence_intervals
 from fpo_jax.io import jsonl
 from fpo_jax.models import params
-from fpo_jax.trainer import trainer
+from fpo_jax.perf import hardware
+from fpo_jax.trainer import run_inputs, trainer
 from tests import paths, tolerances
 
 TINY = quickstart_configs.Scale(
@@ -367,6 +371,21 @@ def test_the_training_command_of_the_report_gives_the_configuration_that_was_use
 
 
 @pytest.mark.slow
+def test_the_last_lines_are_commands_that_lead_to_own_data(finished, monkeypatch):
+    workdir, summary = finished
+    monkeypatch.chdir(workdir.parent)
+    lines = quickstart_report.closing_lines(summary, workdir).split("\n")
+    again, look, train_on = (shlex.split(line) for line in lines if line.startswith("  "))
+    assert Path(again[0]).exists() and again[0] == look[0] == train_on[0], "the command of this environment"
+    assert [command[1] for command in (again, look, train_on)] == ["quickstart", "init", "train"]
+    assert workdir.name + "/data/groups.jsonl" in look, "below the current folder, without that"
+    assert init.main(look[2:]) == 0
+    config, options, _ = train._parse(train_on[2:])
+    assert options.workdir == f"{workdir.name}/own"
+    assert run_inputs.prepare(config).train.audit.groups > 0
+
+
+@pytest.mark.slow
 def test_the_export_is_the_checkpoint_and_the_start_is_another_model(finished):
     workdir, _ = finished
     trained, _ = checkpoint.restore_params(workdir / "align-alpha", None)
@@ -413,6 +432,22 @@ def test_samples_without_a_preference_are_refused(finished, monkeypatch, tmp_pat
 
 
 # --- bad input
+
+
+def test_it_runs_on_the_devices_that_jax_finds_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "run", lambda *_, **__: None)
+    monkeypatch.setenv(hardware.MEMORY_VARIABLE, "0.5")
+    monkeypatch.delenv(hardware.MEMORY_VARIABLE)
+    assert quickstart.main(["--workdir", str(tmp_path / "w")]) == 0
+    assert capsys.readouterr().out == "on 8 cpu device(s)\n"
+    assert float(os.environ[hardware.MEMORY_VARIABLE]) == hardware.GPU_SHARE, "as fpo train has it"
+
+    def none():
+        raise ValueError("JAX_PLATFORMS=cuda names what JAX finds no device of.")
+
+    monkeypatch.setattr(hardware, "require_devices", none)
+    assert quickstart.main(["--workdir", str(tmp_path / "w")]) == 2
+    assert capsys.readouterr().err == "quickstart: JAX_PLATFORMS=cuda names what JAX finds no device of.\n"
 
 
 def test_bad_options_are_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
