@@ -111,14 +111,16 @@ def _gain(
 ) -> str:
     """Say what improved, by how much and how sure that is: by the answers' rewards, else on the held-out data."""
     first, last = evaluations[0], evaluations[-1]
-    rewards = None if answers is None else [[line.get("reward") for line in part] for part in answers]
+    rewards: list[Any] | None = None
+    if answers is not None:
+        rewards = [[line.get("reward") for line in part] for part in answers]
     if rewards and len(rewards[0]) > 1 and None not in [*rewards[0], *rewards[1]]:
         mean, low, high = confidence_intervals.paired_difference(*rewards)
         return (
             f"**The answers {_direction(low, high)}**: mean reward {mean:+.3g} (95 % interval {low:+.3g} to"
             f" {high:+.3g}) over {len(rewards[0])} prompts, between step {first['step']} and step {last['step']}."
         )
-    accuracies = [line.get("eval_rewards/accuracies") for line in (first, last)]
+    accuracies: list[Any] = [line.get("eval_rewards/accuracies") for line in (first, last)]
     part = audits.get("eval") or {}
     count = part.get("groups", 0) - part.get("ties", 0)
     if None not in accuracies and count > 0:

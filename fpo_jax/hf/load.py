@@ -190,7 +190,7 @@ def _layer_by_layer(
         stacked = _set_layer(stacked, placed, np.int32(layer), entry=entry, place=stacks_on)
         del placed  # else it is held while the next layer is read
         stacked.block_until_ready()  # else the host runs ahead and holds the layers that wait
-        advance(1)
+        advance(each)
     return stacked if place == stacks_on else jax.device_put(stacked, place)
 
 

@@ -76,8 +76,9 @@ class RunLog(logging.handlers.RotatingFileHandler):
     def write(self, text: str) -> int:
         """Append a text."""
         try:
-            self.stream.write(terminal.shown(text))
-            self.stream.flush()
+            if self.stream is not None:
+                self.stream.write(terminal.shown(text))
+                self.stream.flush()
         except OSError:
             self.handleError(logging.makeLogRecord({}))
         return len(text)
@@ -88,6 +89,7 @@ class RunLog(logging.handlers.RotatingFileHandler):
 
     def fileno(self) -> int:
         """Return the number of the open file."""
+        assert self.stream is not None
         return self.stream.fileno()
 
 

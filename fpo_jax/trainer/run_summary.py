@@ -6,6 +6,7 @@ audit, every choice.
 
 import logging
 import textwrap
+from typing import Any
 
 from fpo_jax import config as configuration
 from fpo_jax import data, distributed, losses
@@ -77,7 +78,7 @@ def _wrapped(line: str) -> str:
     """Return a line in lines of the summary's width; what is longer than one is whole, as a path must be."""
     indent = " " * (len(line) - len(line.lstrip()) or 2)
     first = indent if line.startswith(" ") else ""
-    settings = {"break_long_words": False, "break_on_hyphens": False}
+    settings: Any = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.fill(line.strip(), _WIDTH, initial_indent=first, subsequent_indent=indent, **settings)
 
 
