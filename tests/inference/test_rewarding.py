@@ -175,7 +175,7 @@ def test_a_tie_changes_neither_the_update_nor_the_evaluation(base):
         ({"reference__path": "elsewhere"}, "reference.path='elsewhere' is not used by loss 'bradley_terry'"),
         ({"kernel__workspace_mib": 64}, "kernel.workspace_mib=64 is not used by stage 'reward'"),
         (
-            {"stage": "sft", "loss__name": "sft"},
+            {"stage": "sft", "loss__name": "sft", "data__group_size": 2},
             "data.group_size=2: loss 'sft' in stage 'sft' trains on one completion",
         ),
         ({"loss__name": "binary_cross_entropy"}, "data.group_size=2: loss 'binary_cross_entropy' in stage 'reward'"),
