@@ -45,7 +45,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(blockwise, "MAX_BLOCK", 8)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -79,7 +79,7 @@ def test_chunked_takes_every_length(length, small_blocks):
     assert_matches(run(case, arrays, implementation="chunked"), case.oracle(*arrays), dtype="float32")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("length", "window"), [(300, None), (300, 130), pytest.param(1153, 200, marks=pytest.mark.slow)], ids=str
 )
@@ -92,7 +92,7 @@ def test_rows_of_several_blocks(implementation, length, window, monkeypatch):
     assert_matches(run(case, arrays, implementation=implementation), case.oracle(*arrays), dtype="float32")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("segments", ["segments", "shared"])
 @pytest.mark.parametrize("copies", [1, 2, 0])
 def test_every_backward_pass_of_splash(copies, segments, monkeypatch):

@@ -99,7 +99,7 @@ def test_two_configurations_share_no_field():
     assert (one.sft.mesh.tensor, one.reward.mesh.tensor, other.align.mesh.tensor) == (None, None, None)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -195,7 +195,7 @@ def test_work_of_shared_prompts_is_counted_once():
 # --- the same numbers
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("layout", ["packed", "shared"])
 @pytest.mark.parametrize("completions", [2, 4, 5])
 @pytest.mark.parametrize("family", FAMILIES)

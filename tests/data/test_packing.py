@@ -127,7 +127,7 @@ def gradient(config, batch, implementation):
     return float(mean), metric_logger.means(jax.device_get(pairs)), jax.device_get(params.flatten(grads))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "implementation"), [*((name, "xla") for name in FAMILIES), ("llama", "chunked")])
 def test_packed_rows_have_the_loss_and_the_gradient_of_their_texts(name, implementation):
     sizes: dict[str, Any] = {

@@ -94,7 +94,7 @@ def test_every_recipe_is_run_somewhere():
     assert sorted(RECIPES) == sorted([*ELSEWHERE, "hh_pref", "tldr_pref", "tldr_rw", "on_policy_ultrafeedback", "imdb"])
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hh_pref", "tldr_pref", "tldr_rw"])
 def test_recipes_of_pythia_end_in_a_report(root, name):

@@ -519,7 +519,7 @@ def test_the_text_tower_of_a_multimodal_checkpoint_is_read_and_exported_alone(tm
         hf.write_peft({}, config, adapter, out_dir=tmp_path / "a", base_name="b", revision=None, source_dir=source)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parity
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_family_goes_in_and_out_bit_identical(tmp_path, family):

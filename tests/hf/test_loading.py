@@ -84,7 +84,7 @@ def assert_same_model(source, out):
     assert not files
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @each_way
 @each_mesh
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "float32"), ("mistral", "bfloat16"), ("gpt_neox", "bfloat16")])

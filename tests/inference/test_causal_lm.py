@@ -40,7 +40,7 @@ def test_every_family_is_here():
     assert set(FAMILIES) == set(models.FAMILIES)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_a_flax_module_with_the_logits_of_transformers(family, tmp_path):
     model = drawn(family)

@@ -27,14 +27,14 @@ def made(name):
     return config, tree | {"embed": tree["embed"] * (0.02 if config.tied_head else 1.0)}
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens_equal_transformers(name, tmp_path):
     check_greedy(name, tmp_path)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parity
 @pytest.mark.parametrize("name", LATER)
 def test_greedy_tokens_of_later_families_equal_transformers(name, tmp_path):
@@ -59,13 +59,13 @@ def check_greedy(name, tmp_path):
     assert sum(len(set(tokens)) > 1 for (tokens,) in expected) > 1, "texts that vary"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_hidden_states_against_the_cache_are_those_of_whole_rows(name):
     check_cache(name)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("name", LATER)
 def test_hidden_states_of_later_families_against_the_cache_are_those_of_whole_rows(name):
     check_cache(name)

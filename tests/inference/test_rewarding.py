@@ -391,7 +391,7 @@ LATER = ["gemma", "gemma3", "phi3 window", "olmo2", "olmo3", "smollm3", "ministr
 LATER += ["exaone4", "helium", "glm", "glm4", "starcoder2", "mixtral", "qwen2_moe", "qwen3_moe"]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parity
 @pytest.mark.parametrize("name", LATER)
 def test_scores_of_later_families_equal_transformers(name, tmp_path):

@@ -107,7 +107,7 @@ def assert_entries_match_float64(entries: dict[str, losses.Loss], K):
     test_kernels.assert_close(grads[1], exact_grads[1], tolerances.HEAD_LOSS_GRADIENT, "dhead")
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("score", ["log_ratio", "mean_logp"])
 @pytest.mark.parametrize("target", ["preference", "rewards"])
 def test_every_divergence_in_the_kernel_matches_float64(score, target):
@@ -129,7 +129,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("K", [2, 5, 8])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("head_loss_of", [FUSED, COMPOSED], ids=["fused", "composed"])

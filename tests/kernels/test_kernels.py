@@ -95,7 +95,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("V", "options"), CASES, ids=str)
 @pytest.mark.parametrize(("name", "dtype"), [("reference", "float32"), ("chunked", "float32"), ("chunked", "bfloat16")])
 def test_values_and_gradients_match_float64(name, V, options, dtype):

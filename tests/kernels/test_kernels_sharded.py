@@ -41,7 +41,7 @@ def put(args, placement):
     return at(hidden_ND, rows), head_VD, at(targets_N, rows), tuple(at(g_N, rows) for g_N in cotangents)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", ENGINES)
 def test_placements_equal_one_device(name, mesh):

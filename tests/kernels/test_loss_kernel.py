@@ -121,7 +121,7 @@ def assert_close(ours, theirs):
 CASES = list(itertools.product(MESHES, LAYOUTS))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("mesh", "layout"), CASES)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_every_mesh_and_layout_matches_float64(implementation, mesh, layout):
@@ -138,7 +138,7 @@ def test_every_mesh_and_layout_matches_float64(implementation, mesh, layout):
     jax.tree.map(np.testing.assert_array_equal, ours, again)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("mesh", ["one device", "fsdp", "fsdp and tensor"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "logit_scale": 1.25, "vocab_size": 250}], ids=str)
 def test_a_plane_that_is_kept_gives_the_same(mesh, options):
@@ -150,7 +150,7 @@ def test_a_plane_that_is_kept_gives_the_same(mesh, options):
     assert_close(ours, expected(args, slots_N, loss=loss, spec=spec))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "logit_scale": 1.25, "vocab_size": 250}], ids=str)
 def test_a_frozen_head_gives_the_same(mesh, options):

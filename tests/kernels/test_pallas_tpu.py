@@ -28,7 +28,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "TILES", ((128, 128),))
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("V", "options"), CASES, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values_and_gradients_match_float64(V, options, dtype, small_tiles):

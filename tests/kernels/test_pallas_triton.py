@@ -56,7 +56,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize(("block", "options"), CASES, ids=str)
@@ -172,7 +172,7 @@ TOKEN_STATS = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("V", "options"), TOKEN_STATS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "head_dtype"), [("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32")]

@@ -76,14 +76,14 @@ LATER += ["mixtral", "qwen2_moe", "qwen3_moe"]
 TOKENS_NT = np.random.default_rng(0).integers(3, 30, size=(2, 9)).astype(np.int32)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parity
 @pytest.mark.parametrize("name", FAMILIES)
 def test_peft_reads_the_adapter_and_gives_the_same_logits_and_gradients(name, tmp_path):
     check_peft(name, tmp_path)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parity
 @pytest.mark.parametrize("name", LATER)
 def test_peft_reads_the_adapter_of_later_families(name, tmp_path):
@@ -126,7 +126,7 @@ def test_merged_equals_unmerged(name, tmp_path):
     check_merged(name, tmp_path)
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(14)
 @pytest.mark.parametrize("name", LATER)
 def test_merged_equals_unmerged_in_later_families(name, tmp_path):
     check_merged(name, tmp_path, atol=tolerances.MERGED_LARGER)

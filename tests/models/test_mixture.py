@@ -82,7 +82,7 @@ def test_operations_of_a_mixture_are_those_of_a_tokens_own_experts():
 # --- the load-balancing loss
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parity
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_the_load_balancing_loss_and_its_gradients_equal_transformers(tmp_path, name):

@@ -365,7 +365,7 @@ def test_parity_with_transformers(tmp_path, name):
     check_parity(tmp_path, name)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parity
 @pytest.mark.parametrize("name", LATER)
 def test_parity_of_later_families_with_transformers(tmp_path, name):

@@ -89,7 +89,7 @@ def opened(name, sound, tmp_path):
     return case, said
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", hostile.CASES)
 def test_a_hostile_directory_is_refused_or_loads_harmlessly(sound, tmp_path, monkeypatch, name):
     monkeypatch.setattr(template_sandbox, "SECONDS", 0.3)

@@ -205,7 +205,7 @@ def prompts_file(case, tmp_path):
 # --- the matrix
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.slow  # a training of one step for each prompt format
 def test_rows_of_the_training_are_those_of_transformers(case):
     prepared = run_inputs.prepare(case.config).train.prepared
@@ -273,7 +273,7 @@ def test_a_benchmark_asks_in_the_same_way(case, drawn, tmp_path):
     assert drawn[0][0] == [case.opened([{"role": "user", "content": "Go"}])]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["label", "winrate"])
 def test_a_reward_model_reads_what_transformers_reads(case, program, scored, tmp_path):

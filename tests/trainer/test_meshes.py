@@ -46,7 +46,7 @@ def alone(inputs, tmp_path_factory):
     return trained(config(inputs), tmp_path_factory.mktemp("alone"), jax.devices()[:1])
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.slow  # compiles for eight devices
 @pytest.mark.parametrize("name", MESHES)
 def test_twenty_updates_are_those_of_one_device(inputs, alone, tmp_path, name):

@@ -34,7 +34,7 @@ def one_step(c):
     return jax.device_get(made.train(state, made.batches.place(batch, stacked=True)))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "changed",
     [

@@ -115,7 +115,7 @@ def our_trajectory(folder, recipe, options, micro_batches):
     return np.array(curve), params.flatten(state.params), config
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parity
 @pytest.mark.slow  # twenty steps in PyTorch float64 and the compilation of ours: four times 10 s
 @pytest.mark.parametrize("name", RECIPES)

@@ -87,7 +87,7 @@ def assert_same(ours, theirs):
         assert error < tolerances.TRAJECTORY_WEIGHTS, (name, error)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.slow  # compiles and emulates kernels
 @pytest.mark.parametrize(
     ("kernel", "recipe"),
@@ -102,7 +102,7 @@ def test_every_kernel_gives_the_same_trajectory(kernel, recipe, monkeypatch):
     assert_same(trajectory(recipe, **KERNELS[kernel]), expected)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.slow  # compiles and emulates kernels
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (1, 2, 2)], ids=["fsdp=4", "fsdp=2, tensor=2"])
 @pytest.mark.parametrize(("kernel", "recipe"), [("pallas_tpu", "alphapo"), ("pallas_triton", "jspo-pref")])
