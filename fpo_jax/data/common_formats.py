@@ -50,7 +50,7 @@ def said(value: Any, name: str) -> list[Message]:
     for index, turn in enumerate(value):
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise BadRow(f"{name}[{index}] must be an object with from and value, not {values.kind(turn)}")
-        if turn["from"] not in ROLES:
+        if not isinstance(turn["from"], str) or turn["from"] not in ROLES:
             raise BadRow(f"{name}[{index}].from={turn['from']!r} is not one of {', '.join(ROLES)}")
         turns.append({"role": ROLES[turn["from"]], "content": values.text(turn["value"], f"{name}[{index}].value")})
     return turns

@@ -435,7 +435,7 @@ class TestPolicy:
     @pytest.mark.parametrize(
         "options, message",
         [
-            (dict(format="jsonl"), r"format='jsonl' is not one of hh, chat_pairs, chat_groups, json"),
+            (dict(format="jsonl"), r"format='jsonl' is not one of auto, hh, chat_pairs, chat_groups, json"),
             (dict(hh_split="prefix", format="hh"), r"hh_split='prefix' is not one of last_turn, first_difference"),
             (dict(hh_split="first_difference"), r"hh_split='first_difference' applies to format='hh' only"),
             (dict(on_bad_row="ignore"), r"on_bad_row='ignore' is not one of error, skip"),
@@ -625,7 +625,9 @@ ROWS = {  # format -> a row, and the columns beside those that it reads
 
 
 def test_every_format_has_such_a_row():
-    assert {*ROWS, "imdb"} == set(formats._PARSERS)  # imdb is tried in test_reviews
+    common = {"sharegpt", "alpaca", "text", "labelled", "liked", "rankings", "scored_pairs", "text_pairs"}
+    elsewhere = {"imdb", "transcript_chats", *common}  # in test_reviews and test_auto_format
+    assert {*ROWS, *elsewhere} == set(formats._PARSERS)
 
 
 @pytest.mark.parametrize("format", sorted(ROWS))

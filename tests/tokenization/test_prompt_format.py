@@ -55,7 +55,7 @@ FORMATS = {
     "eos set apart": (CLOSED, {"tokenizer__eos_token": "<|other_end|>"}, False),
     "thinking": (THINKING, {"tokenizer__chat_template_kwargs": OFF}, True),
     "refuses system": (REFUSES_SYSTEM, {}, True),
-    "raw": (None, {"data__rule": "raw", "data__max_completion_length": 60, "data__max_prompt_length": 1800}, True),
+    "raw": (None, {"data__rule": "raw", "data__max_completion_length": 60, "data__max_prompt_length": 140}, True),
 }
 CHAT_ROWS = [
     {"prompt": [{"role": "user", "content": q}], "chosen": a, "rejected": b}
