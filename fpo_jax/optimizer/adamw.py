@@ -192,7 +192,7 @@ def _in_eight_bits(inner: optax.GradientTransformationExtraArgs) -> optax.Gradie
             if not isinstance(node, optax.ScaleByAdamState):
                 return node
             mu, nu = (
-                jax.tree.map(lambda x, signed=signed: change(x, signed), moment, is_leaf=_is_eight_bits)
+                jax.tree.map(lambda x, signed=signed: change(x, signed), moment, is_leaf=eight_bits.holds)
                 for moment, signed in ((node.mu, True), (node.nu, False))
             )
             return node._replace(mu=mu, nu=nu)
@@ -203,7 +203,7 @@ def _in_eight_bits(inner: optax.GradientTransformationExtraArgs) -> optax.Gradie
         return eight_bits.encode(x, signed=signed) if eight_bits.worth(x) else x
 
     def wide(x, signed):
-        return eight_bits.decode(x, signed=signed) if _is_eight_bits(x) else x
+        return eight_bits.decode(x, signed=signed) if eight_bits.holds(x) else x
 
     def init(params):
         return each_moment(lambda x, signed: narrow(x.astype(jnp.float32), signed), inner.init(params))
@@ -213,10 +213,6 @@ def _in_eight_bits(inner: optax.GradientTransformationExtraArgs) -> optax.Gradie
         return updates, each_moment(narrow, exact)
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def _is_eight_bits(node: object) -> bool:
-    return isinstance(node, eight_bits.EightBits)
 
 
 _STATE_STREAM = 1  # keeps the rounding of states independent of that of weights

@@ -63,6 +63,11 @@ def decode(x: EightBits, *, signed: bool) -> Float[jax.Array, "*rest n"]:
     return jnp.where(code & 128, -values, values) if signed else values
 
 
+def holds(node: object) -> bool:
+    """Return whether a node of an optimiser's state is an array in eight bits."""
+    return isinstance(node, EightBits)
+
+
 def worth(x: jax.ShapeDtypeStruct | jax.Array) -> bool:
     """Return whether an array is kept in eight bits: not a small one, as its block would be."""
     return x.ndim > 0 and x.size >= SMALLEST

@@ -129,7 +129,7 @@ class StateSharding:
             jax.eval_shape(self._optimizer.init, self._abstract(self._trained)),
             self.params,
             transform_non_params=lambda _: alone,
-            is_leaf=_is_eight_bits,
+            is_leaf=eight_bits.holds,
         )
         frozen = None if self._adapter is None else self._placed(self._frozen)
         return types.TrainState(self.params, moments, alone, frozen, alone)
@@ -144,13 +144,9 @@ class StateSharding:
         return sharding.param_shardings(axes, self._abstract(entries), mesh=self._mesh)
 
 
-def _is_eight_bits(node: object) -> bool:
-    return isinstance(node, eight_bits.EightBits)
-
-
 def _places(moment: types.PyTree, place: jax.sharding.NamedSharding) -> types.PyTree:
     """Where a moment lives: as its parameter; the scales of its blocks too, but along axes that they do not fill."""
-    if not _is_eight_bits(moment):
+    if not eight_bits.holds(moment):
         return place
     shape = moment.scales.shape
     axes = [*place.spec, *[None] * (len(shape) - len(place.spec))]
