@@ -2,6 +2,7 @@
 
 import atexit
 import collections
+import logging
 import os
 import shutil
 import tempfile
@@ -45,6 +46,16 @@ def forgotten_share():
     """The share of a GPU that a program sets for its process, and a test that runs one here for those after it."""
     yield
     os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+
+
+@pytest.fixture(autouse=True)
+def forgotten_log_handlers():
+    """Those that a program adds for its process: the standard error they write to is closed with their test."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in [one for one in root.handlers if one not in before]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="module")

@@ -382,7 +382,7 @@ def test_the_notebook_runs(environment):
     folder, variables = environment
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "'eval_rewards/accuracies':" in done.stdout and 'Did you mean "beta"' in done.stdout
+    assert "'eval_rewards/accuracies':" in done.stdout and "did you mean --config.loss.beta?" in done.stdout
 
 
 def test_the_python_page_has_the_example_of_the_readme():

@@ -147,7 +147,7 @@ def test_a_setting_that_is_given_stays(folder):
 def test_kept_bytes_are_those_of_the_layers(folder):
     described = models.from_hf_config(json.loads((folder / "model" / "config.json").read_text()))
     kept = {
-        remat: auto_settings._residual_bytes(described, None, remat, "float32", 512, "chunked")
+        remat: auto_settings._residual_bytes(described, None, remat, "float32", False, 512, "chunked")
         for remat in ("none", "dots_and_attention", "dots", "full")
     }
     assert sorted(kept.values(), reverse=True) == list(kept.values())
