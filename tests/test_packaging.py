@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
 
+import datasets
+import numpy as np
 import pytest
 
 from tests import compiling, tiny
@@ -113,3 +116,74 @@ def test_the_python_example_of_the_readme_runs(installed, tmp_path):
     changes = repr([*CHANGES, "model.path=model"])
     run(tmp_path, sys.executable, "-c", re.sub(r"\[.*?\]", lambda _: changes, example, count=1, flags=re.DOTALL))
     assert (tmp_path / "exported" / "model.safetensors").exists()
+
+
+def question(number):
+    return [{"role": "user", "content": f"{number} ab?"}]
+
+
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
+ROWS = {  # what a stranger has, by file
+    "pairs.csv": lambda i: {"prompt": f"{i} ab?", "chosen": " cd", "rejected": " e f"},
+    "pairs.parquet": lambda i: {"prompt": f"{i} ab?", "chosen": " cd", "rejected": " e f"},
+    "pairs.jsonl": lambda i: {"question": f"{i} ab?", "chosen": " cd", "rejected": " e f"},
+    "chats.jsonl": lambda i: {"chosen": question(i) + answer(" cd"), "rejected": question(i) + answer(" e f")},
+    "demonstrations.jsonl": lambda i: {"messages": question(i) + answer(" cd")},
+}
+STRANGER = {  # name -> data, more of `fpo init`, more of `fpo train`, and of `fpo export`
+    "DPO": ("pairs.csv", "", "", ""),
+    "alpha": ("pairs.parquet", "", "loss.name=alpha loss.beta=0.2", "--dtype bfloat16"),
+    "chat": ("chats.jsonl", "", "", ""),
+    "SFT": ("demonstrations.jsonl", "", "", ""),
+    "LoRA": ("pairs.jsonl", "", "lora.rank=2", "--lora adapter"),
+    "reward": ("pairs.jsonl", "--stage reward", "", ""),
+}
+
+
+@pytest.mark.sampled(6)  # half a minute each; the first in the default suite
+@pytest.mark.parametrize("name", STRANGER)
+def test_a_stranger_trains_exports_and_loads_own_data_at_the_first_try(installed, tmp_path, name):
+    """With the wheel alone and the commands of the docs; every one ends with 0 at its first call."""
+    data, of_init, of_train, of_export = STRANGER[name]
+    site, run = installed
+    fpo = site / "bin" / "fpo"
+    tiny.write_model(tmp_path / "model", layers=1, max_positions=128)
+    table = datasets.Dataset.from_list([ROWS[data](i) for i in range(44)])
+    {"csv": table.to_csv, "parquet": table.to_parquet, "jsonl": table.to_json}[data.partition(".")[2]](tmp_path / data)
+
+    printed = run(tmp_path, fpo, "init", "--data", data, "--model", "model", "--out", "own.py", *of_init.split())
+    command = shlex.split(printed.strip().split("\n")[-1])
+    assert command[:2] == ["fpo", "train"] and "⟦" in printed
+    few = ("train.max_steps=2", "data.max_length=64", "data.max_prompt_length=32", *of_train.split())
+    run(tmp_path, fpo, *command[1:], *(f"--config.{change}" for change in few))
+    workdir = tmp_path / command[command.index("--workdir") + 1]
+    run(tmp_path, fpo, "report", "--workdir", workdir)
+    run(tmp_path, fpo, "export", "--workdir", workdir, "--out", "exported", *of_export.split())
+    loads_in_transformers(tmp_path, adapter="adapter" in of_export, rewards=name == "reward")
+    if name == "reward":
+        texts = [{"prompt": f"{i} ab?", "completions": [" cd"]} for i in range(8)]
+        for side, more in (("candidate", {}), ("baseline", {"completions": [" e f"]})):
+            lines = "".join(json.dumps(text | more) + "\n" for text in texts)
+            (tmp_path / f"{side}.jsonl").write_text(lines)
+        run(
+            tmp_path, fpo, "winrate", "--candidate", "candidate.jsonl", "--baseline", "baseline.jsonl",
+            "--reward-model", "exported", "--out", "judged",
+        )  # fmt: skip
+        assert json.loads((tmp_path / "judged" / "summary.json").read_text())
+
+
+def loads_in_transformers(folder, *, adapter, rewards):
+    """Read the export as its users do, and compute with it."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    kind = transformers.AutoModelForSequenceClassification if rewards else transformers.AutoModelForCausalLM
+    if adapter:
+        peft = pytest.importorskip("peft")
+        model = peft.PeftModel.from_pretrained(kind.from_pretrained(folder / "model"), folder / "exported")
+    else:
+        model = kind.from_pretrained(folder / "exported")
+    tokens = transformers.AutoTokenizer.from_pretrained(folder / "exported")("3 ab?", return_tensors="pt")
+    with torch.no_grad():
+        assert np.isfinite(model(**tokens).logits.float().numpy()).all()

@@ -1,16 +1,13 @@
-"""`fpo init` and what a stranger does next: own data of every kind, trained by the printed command at the first try."""
+"""`fpo init` on own data of every kind; `tests/test_packaging.py` runs the command that it prints."""
 
 import json
-import shlex
 
 import datasets
-import jax
-import numpy as np
 import pytest
 
-from fpo_jax.cli import init, train
+from fpo_jax.cli import init
 from fpo_jax.config import overrides
-from fpo_jax.trainer import export, run_inputs
+from fpo_jax.trainer import run_inputs
 from tests import tiny
 
 
@@ -68,15 +65,6 @@ def written(place, data, *more, name):
     return init.main(given), out
 
 
-def trained(printed, workdir, *changes):
-    """Run the command that was printed, in float32 and in another workdir, for a step or two."""
-    command = shlex.split(printed.strip().split("\n")[-1])
-    assert command[:2] == ["fpo", "train"]
-    command[command.index("--workdir") + 1] = str(workdir)
-    few = ["train.max_steps=2", "train.eval_every=0", "data.max_length=64", "logging.tensorboard=False"]
-    return train.main([*command[2:], *(f"--config.{change}" for change in (*few, *changes))])
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_the_file_is_what_the_data_ask_for(place, name, capsys):
     _, stage, loss, line = KINDS[name]
@@ -90,37 +78,6 @@ def test_the_file_is_what_the_data_ask_for(place, name, capsys):
     inputs = run_inputs.prepare(c)
     assert inputs.train.prepared.groups >= c.train.batch_size and inputs.evaluation is not None
     assert inputs.train.audit.prompts_cut == inputs.train.audit.completions_cut == 0
-
-
-STRANGER = [  # what they have, more of init, more of train
-    ("pairs.csv", (), ("data.max_prompt_length=32",)),
-    ("pairs.parquet", ("--stage", "reward"), ("data.max_prompt_length=32",)),
-    ("demonstrations.jsonl", (), ("data.max_prompt_length=32", "lora.rank=2")),
-    ("chats.jsonl", (), ("data.max_prompt_length=32", "loss.name=alpha", "loss.beta=0.2")),
-]
-
-
-@pytest.mark.parametrize(
-    ("data", "more", "changes"),
-    [
-        pytest.param(
-            *case, id=case[0], marks=[pytest.mark.slow] if case[0] in ("pairs.csv", "demonstrations.jsonl") else []
-        )
-        for case in STRANGER
-    ],
-)  # two of four compile in the default suite
-def test_a_stranger_trains_at_the_first_try(place, data, more, changes, capsys, tmp_path, monkeypatch):
-    alone = jax.devices()[:1]  # programs for eight take minutes
-    monkeypatch.setattr(jax, "devices", lambda: alone)
-    code, _ = written(place, place / data, *more, name="stranger")
-    assert code == 0
-    assert trained(capsys.readouterr().out, tmp_path / "run", *changes) == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n") if line]
-    assert max(line["step"] for line in lines) == 2 and all(
-        np.isfinite(line["loss"]) for line in lines if "loss" in line
-    )
-    export.export(tmp_path / "run", tmp_path / "out", step=None, dtype=None)
-    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

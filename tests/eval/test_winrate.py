@@ -372,7 +372,7 @@ def test_prompts_that_come_again_are_matched_in_their_order_and_drawn_together(t
         ({"server": "http://h/v1", "baseline_format": "hh", "baseline_hh_split": "x"},
          "--baseline-hh-split='x' is not one of last_turn, first_difference"),
         ({"server": "http://h/v1", "baseline_format": "hh", "baseline_rows": "2"}, "--baseline-rows: '2' is not a row"),
-        ({"server": "http://h/v1", "baseline_format": "x"}, "--baseline-format='x' is not one of answers, hh"),
+        ({"server": "http://h/v1", "baseline_format": "x"}, "--baseline-format='x' is not one of answers, auto, hh"),
     ],
 )  # fmt: skip
 def test_refusals(tmp_path, changed, message):

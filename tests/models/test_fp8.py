@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+import fpo_jax
 from fpo_jax import models
 from fpo_jax.io import jsonl
 from fpo_jax.models import fp8, params
 from fpo_jax.perf import flops
-from fpo_jax.trainer import trainer
 from tests import tiny
 
 CONFIG = models.ModelConfig(
@@ -125,7 +125,8 @@ def test_a_run_learns_as_it_does_in_float32(inputs, tmp_path):
     for dtype in ("compute_dtype", "fp8"):
         config = tiny.config(inputs / "model", inputs / "pairs.jsonl", model__matmul_dtype=dtype)
         config.train.epochs, config.optim.learning_rate = 4, 3e-3
-        trainer.run(config, tmp_path / dtype)
+        config.mesh.data = config.mesh.fsdp = 1
+        fpo_jax.Trainer(config, tmp_path / dtype, devices=jax.devices()[:1]).train()
         losses[dtype] = [row["loss"] for row in jsonl.read(tmp_path / dtype / "metrics.jsonl") if "loss" in row]
     assert losses["fp8"] != losses["compute_dtype"]
     exact, near = (np.array(losses[dtype]) for dtype in ("compute_dtype", "fp8"))

@@ -128,7 +128,7 @@ def folder(tmp_path_factory):
 
 def configured(folder):
     config = tiny.config(folder / "model", folder / "pairs.jsonl", optim__state_dtype="int8")
-    config.train.epochs = 2
+    config.train.epochs, config.data.eval = 2, ""
     return config
 
 
@@ -162,7 +162,6 @@ def test_a_run_on_a_mesh_is_that_of_one_device_and_holds_two_bytes_a_weight(fold
 def test_a_run_resumes_with_its_codes(folder, tmp_path, monkeypatch):
     resuming.compile_once(monkeypatch)
     config = configured(folder)
-    config.data.eval = ""
     resuming.stopped(config, tmp_path / "stopped", monkeypatch, after=3)
     resuming.whole(config, tmp_path / "whole")
     assert resuming.outcome(tmp_path / "stopped") == resuming.outcome(tmp_path / "whole")
