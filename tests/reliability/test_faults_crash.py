@@ -113,7 +113,7 @@ def test_judgements_killed_or_stopped_anywhere_ask_only_for_what_is_missing(site
     with server.served():
 
         def judge(out, fault=None):
-            options = {"--completion": tmp_path / "a.jsonl", "--baseline": tmp_path / "b.jsonl", "--out": out}
+            options = {"--candidate": tmp_path / "a.jsonl", "--baseline": tmp_path / "b.jsonl", "--out": out}
             options |= {"--template": "helpful", "--server": server.url, "--server-model": "m"}
             command = [part for pair in (options | {"--concurrency": workers}).items() for part in pair]
             return site.zygote.run("fpo_jax.eval.judge.winrate", command, site.root / "log", fault)
