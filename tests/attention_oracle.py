@@ -21,6 +21,7 @@ class Case(NamedTuple):
     cap: float | None = None
     segments: bool = False
     shared: bool = False  # of the segments every third is followed by the two behind it
+    sinks: bool = False
     scale: float = 0.3
     lengths: tuple[int, ...] = (21, 13, 0)  # full, padded, nothing but padding
 
@@ -45,12 +46,13 @@ class Case(NamedTuple):
         return types.Segments(*rows) if self.shared else types.Segments(*rows[:2])
 
     def inputs(self, dtype="float32", seed=0):
-        """Queries, keys, values and the cotangent of the output."""
+        """Queries, keys, values, the cotangent of the output and, where there are any, sinks."""
         rng = np.random.default_rng(seed)
         shapes = [(len(self.lengths), self.T, heads, self.C) for heads in (self.H, self.G, self.G, self.H)]
-        return tuple(rng.normal(size=shape).astype(jnp.dtype(dtype)) for shape in shapes)
+        arrays = tuple(rng.normal(size=shape).astype(jnp.dtype(dtype)) for shape in shapes)
+        return (*arrays, rng.normal(size=self.H).astype(np.float32)) if self.sinks else arrays
 
-    def oracle(self, q_NTHC, k_NTGC, v_NTGC, do_NTHC):
+    def oracle(self, q_NTHC, k_NTGC, v_NTGC, do_NTHC, sinks_H=None):
         """Output and gradients of sum(output * do), from the equation and its derivative, in float64."""
         q, k, v, do = (np.asarray(x, np.float64) for x in (q_NTHC, k_NTGC, v_NTGC, do_NTHC))
         R = self.H // self.G
@@ -69,24 +71,31 @@ class Case(NamedTuple):
         logits = raw if self.cap is None else self.cap * np.tanh(raw / self.cap)
         slope = 1 if self.cap is None else 1 - np.tanh(raw / self.cap) ** 2
         logits = np.where(seen, logits, -np.inf)
-        p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        p /= p.sum(axis=-1, keepdims=True)
+        sinks_H11 = (
+            np.full((self.H, 1, 1), -np.inf) if sinks_H is None else np.asarray(sinks_H, np.float64)[:, None, None]
+        )
+        largest = np.maximum(logits.max(axis=-1, keepdims=True), sinks_H11)
+        p, p_sink = np.exp(logits - largest), np.exp(sinks_H11 - largest)
+        total = p.sum(axis=-1, keepdims=True) + p_sink
+        p, p_sink = p / total, p_sink / total
         valid = self.valid_NT[:, :, None, None]
         out, do = np.einsum("NHTS,NSHC->NTHC", p, v) * valid, do * valid
         dp = np.einsum("NTHC,NSHC->NHTS", do, v)
-        dlogits = p * (dp - np.sum(p * dp, axis=-1, keepdims=True)) * slope * self.scale
+        mean = np.sum(p * dp, axis=-1, keepdims=True)
+        dlogits = p * (dp - mean) * slope * self.scale
 
         def grouped(x_NTHC):
             return x_NTHC.reshape(*x_NTHC.shape[:2], self.G, R, self.C).sum(axis=3)
 
         dq = np.einsum("NHTS,NSHC->NTHC", dlogits, k)
         dk, dv = np.einsum("NHTS,NTHC->NSHC", dlogits, q), np.einsum("NHTS,NTHC->NSHC", p, do)
-        return out, dq, grouped(dk), grouped(dv)
+        found = out, dq, grouped(dk), grouped(dv)
+        return found if sinks_H is None else (*found, -np.sum(p_sink * mean, axis=(0, 2, 3)))
 
 
 @functools.cache
 def program(case, implementation, layout):
-    """(queries, keys, values, cotangent) -> output and gradients of `attention.attend`, jitted."""
+    """(queries, keys, values, cotangent, sinks) -> output and gradients of `attention.attend`, jitted."""
     call = functools.partial(
         attention.attend,
         valid_NT=jnp.asarray(case.valid_NT),
@@ -102,8 +111,8 @@ def program(case, implementation, layout):
         layout=layout,
     )
 
-    def both(q, k, v, do):
-        out, pull_back = jax.vjp(call, q, k, v)
+    def both(q, k, v, do, *sinks):
+        out, pull_back = jax.vjp(lambda *given: call(*given[:3], sinks_H=given[3] if sinks else None), q, k, v, *sinks)
         return out, *pull_back(do)
 
     # Compiling takes nearly all of the time of these tests.

@@ -65,6 +65,7 @@ def attend(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    sinks_H: jax.Array | None = None,
     block: int | None = None,
 ) -> jax.Array:
     """Attend causally; the contract of `fpo_jax.attention.attend`, on one device.
@@ -77,6 +78,7 @@ def attend(
         scale: factor on the logits.
         window: positions a query sees, itself included; None = all before it.
         soft_cap: bound on the logits; None for none.
+        sinks_H: one more logit of every query of a head, whose value is zero; None for none.
         block: positions per block; None = as many as fit WORKSPACE_BYTES, up to MAX_BLOCK.
     """
     N, T, H, _ = q_NTHC.shape
@@ -99,7 +101,8 @@ def attend(
             jnp.min(first_NT, axis=(1, 2)) // size,
             jnp.max(last_NT, axis=(1, 2)) // size,
         )
-    out_XNGRQC: jax.Array = _attend(spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed)
+    sinks_GR = None if sinks_H is None else sinks_H.astype(jnp.float32).reshape(G, H // G)
+    out_XNGRQC: jax.Array = _attend(spec, q_XNGRQC, k_XNGSC, v_XNGSC, sinks_GR, packed)
     return jnp.einsum("XNGRQC->NXQGRC", out_XNGRQC).reshape(N, blocks * size, H, -1)[:, :T]
 
 
@@ -116,14 +119,14 @@ def _cut(T: int, block: int) -> tuple[int, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed) -> jax.Array:
-    return chunked_attention_fwd(spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed)[0]
+def _attend(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, sinks_GR, packed) -> jax.Array:
+    return chunked_attention_fwd(spec, q_XNGRQC, k_XNGSC, v_XNGSC, sinks_GR, packed)[0]
 
 
 # The two passes are programs with names, by which `flops` knows them: how often their loops run is not in the jaxpr.
 @functools.partial(jax.jit, static_argnums=0)
-def chunked_attention_fwd(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed):
-    """Return the attended values and the log-sum-exp of every query's logits."""
+def chunked_attention_fwd(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, sinks_GR, packed):
+    """Return the attended values and the log-sum-exp of every query's logits, the sink among them."""
     X, N, G, R, Q, C = q_XNGRQC.shape
     dtype = q_XNGRQC.dtype
 
@@ -143,18 +146,21 @@ def chunked_attention_fwd(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed):
             )
 
         zeros_NGRQ = jnp.zeros((N, G, R, Q), jnp.float32)
-        start = (jnp.zeros((N, G, R, Q, C), jnp.float32), zeros_NGRQ + _MASKED, zeros_NGRQ)
+        statistics = (zeros_NGRQ + _MASKED, zeros_NGRQ)
+        if sinks_GR is not None:  # as if it had been seen, and had the value zero
+            statistics = (zeros_NGRQ + sinks_GR[:, :, None], zeros_NGRQ + 1)
+        start = (jnp.zeros((N, G, R, Q, C), jnp.float32), *statistics)
         out_NGRQC, max_NGRQ, sum_NGRQ = jax.lax.fori_loop(*spec.keys_of(i, packed), see, start)
         return None, ((out_NGRQC / sum_NGRQ[..., None]).astype(dtype), max_NGRQ + jnp.log(sum_NGRQ))
 
     _, (out_XNGRQC, lse_XNGRQ) = jax.lax.scan(attend_block, None, jnp.arange(X))
-    return out_XNGRQC, (q_XNGRQC, k_XNGSC, v_XNGSC, packed, out_XNGRQC, lse_XNGRQ)
+    return out_XNGRQC, (q_XNGRQC, k_XNGSC, v_XNGSC, sinks_GR, packed, out_XNGRQC, lse_XNGRQ)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def chunked_attention_bwd(spec: _Spec, residuals, grad_XNGRQC):
     """Visit the blocks of keys one by one; the gradient of the queries accumulates in float32."""
-    q_XNGRQC, k_XNGSC, v_XNGSC, packed, out_XNGRQC, lse_XNGRQ = residuals
+    q_XNGRQC, k_XNGSC, v_XNGSC, sinks_GR, packed, out_XNGRQC, lse_XNGRQ = residuals
     X, dtype = q_XNGRQC.shape[0], q_XNGRQC.dtype
     # sum_j p_ij dp_ij, of every query
     mean_XNGRQ = jnp.sum(grad_XNGRQC.astype(jnp.float32) * out_XNGRQC.astype(jnp.float32), axis=-1)
@@ -181,11 +187,15 @@ def chunked_attention_bwd(spec: _Spec, residuals, grad_XNGRQC):
 
     start = jnp.zeros(q_XNGRQC.shape, jnp.float32)
     dq_XNGRQC, (dk_XNGSC, dv_XNGSC) = jax.lax.scan(key_block, start, jnp.arange(X))
-    return dq_XNGRQC.astype(dtype), dk_XNGSC, dv_XNGSC, None
+    dsinks_GR = None
+    if sinks_GR is not None:  # its weight p times (0 - mean), as its value is zero
+        p_XNGRQ = jnp.exp(sinks_GR[:, :, None] - lse_XNGRQ)
+        dsinks_GR = -jnp.sum(p_XNGRQ * mean_XNGRQ, axis=(0, 1, 4))
+    return dq_XNGRQC.astype(dtype), dk_XNGSC, dv_XNGSC, dsinks_GR, None
 
 
-def _attend_fwd(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed):
-    out_XNGRQC, (*inputs, _, lse_XNGRQ) = chunked_attention_fwd(spec, q_XNGRQC, k_XNGSC, v_XNGSC, packed)
+def _attend_fwd(spec: _Spec, q_XNGRQC, k_XNGSC, v_XNGSC, sinks_GR, packed):
+    out_XNGRQC, (*inputs, _, lse_XNGRQ) = chunked_attention_fwd(spec, q_XNGRQC, k_XNGSC, v_XNGSC, sinks_GR, packed)
     out_XNGRQC, lse_XNGRQ = checkpoint_name(out_XNGRQC, RESULTS), checkpoint_name(lse_XNGRQ, RESULTS)
     return out_XNGRQC, (*inputs, out_XNGRQC, lse_XNGRQ)
 

@@ -15,6 +15,7 @@ from fpo_jax import sharding
 from fpo_jax.attention import blockwise, mosaic, splash
 
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn", "mosaic", "splash")
+WITH_SINKS = ("chunked", "splash")
 CUDNN_MIN_CAPABILITY = (8, 0)  # docs.nvidia.com/deeplearning/cudnn, Attention: "SM80 (Ampere) or newer"
 CUDNN_MAX_HEAD_DIM = 128  # what every generation from Ampere on takes; Hopper alone takes 256
 CUDNN_MAX_MASKED = 8192  # positions; a row's mask and the gradient that cuDNN gives it are 256 MiB then
@@ -49,6 +50,7 @@ class _Facts(NamedTuple):
     head_dim: int
     positions: Sequence[int]
     soft_cap: float | None
+    sinks: bool
     segments: bool
     shared: bool
     compute_capability: str
@@ -65,6 +67,7 @@ def select(
     positions: Sequence[int],
     sliding_window: int | None,
     soft_cap: float | None,
+    sinks: bool = False,
     segments: bool,
     shared: bool = False,
     compute_capability: str = "",
@@ -82,6 +85,7 @@ def select(
         positions: every padded row length T that will be compiled.
         sliding_window: positions a query sees, itself included; None = all before it. Every implementation has it.
         soft_cap: bound on the magnitude of the logits; None for none.
+        sinks: whether every head has one more logit, of a value that is zero (gpt-oss).
         segments: whether rows hold several texts.
         shared: whether texts of a row follow another one, their prompt.
         compute_capability: of a GPU, as `logprobs.Target` says it: "9.0" of an NVIDIA one, "gfx942" of an AMD one. ""
@@ -104,6 +108,7 @@ def select(
         head_dim,
         positions,
         soft_cap,
+        sinks,
         segments,
         shared,
         compute_capability,
@@ -154,9 +159,15 @@ def _best(facts: _Facts) -> tuple[str, str]:
 
 
 def _no_xla(facts: _Facts) -> str:
+    if facts.sinks:
+        return _no_sinks("XLA")
     if facts.soft_cap is not None:
         return f"XLA attention has no soft-cap, and the model has one of {facts.soft_cap}"
     return ""
+
+
+def _no_sinks(name: str) -> str:
+    return f"{name} attention has no sinks, and every head of the model has one"
 
 
 def _no_cudnn(facts: _Facts) -> str:
@@ -169,6 +180,8 @@ def _no_cudnn(facts: _Facts) -> str:
         return f"cuDNN attention needs bfloat16 or float16, not {facts.dtype}"
     if facts.head_dim % 8 or facts.head_dim > CUDNN_MAX_HEAD_DIM:
         return f"cuDNN attention needs a head_dim divisible by 8 and at most {CUDNN_MAX_HEAD_DIM}, not {facts.head_dim}"
+    if facts.sinks:
+        return _no_sinks("cuDNN")
     odd = [length for length in facts.positions if length % 2]
     if odd:
         return f"cuDNN attention needs rows of an even length to train, not {odd[0]}"
@@ -191,6 +204,8 @@ def _has_cudnn(compute_capability: str) -> bool:
 def _no_mosaic(facts: _Facts) -> str:
     if facts.platform not in ("gpu", "cpu"):
         return f"Mosaic attention needs a Hopper GPU, or a CPU to emulate one, not {facts.platform}"
+    if facts.sinks:
+        return _no_sinks("Mosaic")
     return mosaic.unsupported(
         dtype=facts.dtype,
         head_dim=facts.head_dim,

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from fpo_jax import sharding, types
 from fpo_jax.attention import blockwise, mosaic, sharded, splash
 from fpo_jax.attention import segment_mask as segments_
-from fpo_jax.attention.dispatch import IMPLEMENTATIONS, Selection
+from fpo_jax.attention.dispatch import IMPLEMENTATIONS, WITH_SINKS, Selection
 
 
 def attend(
@@ -29,6 +29,7 @@ def attend(
     sliding_window: int | None,
     soft_cap: float | None = None,
     segments: types.Segments | None = None,
+    sinks_H: Float[jax.Array, " H"] | None = None,
     choice: Selection,
     layout: sharding.Layout,
 ) -> Float[jax.Array, "N T H C"]:
@@ -40,7 +41,9 @@ def attend(
         out_i = 0                                             where row position i is padding
         cap(x) = soft_cap * tanh(x / soft_cap), or x without a soft-cap
 
-    Query head h reads key/value head h // (H / G).
+    Query head h reads key/value head h // (H / G). A sink s_h is one more logit of every query of head h, with a value of
+    zero (gpt-oss, arXiv 2508.10925): out_i is then the above times sigmoid(L_i - s_h), with L_i the log-sum-exp of the
+    query's logits.
 
     Args:
         q_NTHC: queries, already rotated.
@@ -51,6 +54,7 @@ def attend(
         sliding_window: W, positions a query sees, itself included (Mistral); None = all before it.
         soft_cap: bound on the magnitude of the logits (Gemma-2: 50), > 0; None for none.
         segments: who sees whom in packed rows; None = a row is one text.
+        sinks_H: a logit for each query head; None for none.
         choice: from `select`.
         layout: where rows and heads live on a mesh; those that the mesh does not divide stay whole.
 
@@ -64,11 +68,16 @@ def attend(
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"attention implementation {choice.implementation!r} is not one of {known}.")
     window = None if sliding_window is None or sliding_window >= q_NTHC.shape[1] else sliding_window
+    if sinks_H is not None and choice.implementation not in WITH_SINKS:
+        raise ValueError(
+            f"attention implementation {choice.implementation!r} runs without the sinks asked for; take the"
+            " implementation from attention.select."
+        )
     options = {"interpret": True} if choice.interpret else {}
     engine = functools.partial(
         _ENGINES[choice.implementation], scale=scale, window=window, soft_cap=soft_cap, **options
     )
-    out_NTHC = sharded.on_each_device(engine, q_NTHC, k_NTGC, v_NTGC, segments, layout=layout)
+    out_NTHC = sharded.on_each_device(engine, q_NTHC, k_NTGC, v_NTGC, segments, sinks_H, layout=layout)
     # Every query sees at least itself, so the value under the select is finite and so is its gradient.
     return jnp.where(valid_NT[:, :, None, None], out_NTHC, 0)
 

@@ -41,6 +41,7 @@ def attend(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    sinks_H: jax.Array | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Attend causally; the contract of `fpo_jax.attention.attend`, on one device.
@@ -53,6 +54,7 @@ def attend(
         scale: factor on the logits; goes into the queries and is rounded to their dtype, as the kernel has none.
         window: positions a query sees, itself included; None = all before it.
         soft_cap: bound on the logits; None for none.
+        sinks_H: one more logit of every query of a head, whose value is zero; None for none.
         interpret: emulate the kernel.
     """
     T, H = q_NTHC.shape[1:3]
@@ -81,10 +83,13 @@ def attend(
         padded_rows(k_NTGC),
         padded_rows(v_NTGC),
     )
+    sinks_NH = None if sinks_H is None else jnp.broadcast_to(_float32_gradient(sinks_H), (len(q_NTHC), H))
     heads_first = [jnp.einsum("NTHC->NHTC", x_NTHC) for x_NTHC in (q_NTHC, k_NTGC, v_NTGC)]
     if segments is not None and segments.parents_NT is not None:
         mask_NTT = _mask(segments, padded, window=window)
-        out_NHTC = jax.vmap(lambda mask_TT, *qkv: _masked(make(mask_TT[None]))(*qkv))(mask_NTT, *heads_first)
+        out_NHTC = jax.vmap(lambda mask_TT, sinks_H, *qkv: _masked(make(mask_TT[None]))(*qkv, sinks=sinks_H))(
+            mask_NTT, sinks_NH, *heads_first
+        )
     else:
         ids = None
         if segments is not None:
@@ -93,8 +98,18 @@ def attend(
         mask = splash_attention_mask.CausalMask((padded, padded))
         if window is not None:
             mask = splash_attention_mask.LocalMask((padded, padded), (window - 1, 0), offset=0)
-        out_NHTC = jax.vmap(make(splash_attention_mask.MultiHeadMask([mask] * H)))(*heads_first, ids)
+        kernel = make(splash_attention_mask.MultiHeadMask([mask] * H))
+        out_NHTC = jax.vmap(lambda sinks_H, *given: kernel(*given, sinks=sinks_H))(sinks_NH, *heads_first, ids)
     return jnp.einsum("NHTC->NTHC", out_NHTC)[:, :T]
+
+
+@jax.custom_vjp
+def _float32_gradient(x: jax.Array) -> jax.Array:
+    """Return x; its gradient, which the kernel gives for each row in the dtype of the queries, is summed in float32."""
+    return x
+
+
+_float32_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (gradient.astype(jnp.float32),))
 
 
 def _masked(kernel: splash_attention_kernel.SplashAttentionKernel) -> splash_attention_kernel.SplashAttentionKernel:

@@ -62,6 +62,7 @@ class Rewarder:
             positions=self._lengths,
             sliding_window=self.config.sliding_window,
             soft_cap=self.config.attention_soft_cap,
+            sinks=self.config.of_family.sinks,
             segments=False,
             compute_capability=logprobs.Target.of(layout.mesh.devices.flat[0]).compute_capability,
             layout=layout,

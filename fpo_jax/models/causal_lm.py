@@ -215,6 +215,7 @@ def _default_attention(
         positions=[positions],
         sliding_window=config.sliding_window,
         soft_cap=config.attention_soft_cap,
+        sinks=config.of_family.sinks,
         segments=segments,
         compute_capability=str(getattr(jax.devices()[0], "compute_capability", "")),
         layout=layout,

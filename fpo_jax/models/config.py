@@ -220,6 +220,8 @@ def _problems(config: ModelConfig) -> list[str]:
         problems.append(f"a reward head, for which transformers has no class of {config.family}")
     if problems:
         return problems
+    if family.gating and config.activation != "silu":
+        return [f"activation={config.activation} has no meaning for {config.family}"]
     return [*_factors(config), *_names(config, family), *_heads(config, family), *_mixture(config, family)]
 
 

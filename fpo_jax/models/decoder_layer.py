@@ -19,9 +19,12 @@ from fpo_jax.models import activations, config, layers, mixture
 class Attention(nnx.Module):
     """Grouped-query attention: H query heads share G key/value heads. Their matrices are three or one."""
 
+    sinks: nnx.Param
+
     def __init__(self, config: config.ModelConfig):
         family = config.of_family
         self.fused, self.groups = family.qkv, (config.heads, config.kv_heads)
+        self.has_sinks = family.sinks
         self.normalizes = family.query_key_norm is not None and config.query_key_norm
         if self.normalizes:
             axes = (-2, -1) if family.query_key_norm == "HC" else (-1,)
@@ -32,7 +35,8 @@ class Attention(nnx.Module):
         q_NTHC, k_NTGC, v_NTGC = self._projected(x_NTD, context)
         if self.normalizes:
             q_NTHC, k_NTGC = self.query_norm(q_NTHC), self.key_norm(k_NTGC)
-        out_NTHC = context.constrain_heads(context.attend(q_NTHC, k_NTGC, v_NTGC))
+        sinks_H = self.sinks[...] if self.has_sinks else None
+        out_NTHC = context.constrain_heads(context.attend(q_NTHC, k_NTGC, v_NTGC, sinks_H))
         return context.project("NTHC,HCD->NTD", out_NTHC, self, "out")
 
     def _projected(self, x_NTD: jax.Array, context: layers.Context) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fpo_jax.models import activations
+
 FULL, SLIDING, FULL_UNROTATED, SLIDING_UNROTATED = "full", "sliding", "full_unrotated", "sliding_unrotated"
 LAYER_TYPES = (FULL, SLIDING, FULL_UNROTATED, SLIDING_UNROTATED)  # of attention; unrotated = without rotary embedding
 
@@ -21,7 +23,8 @@ MATRICES = {
     "up": ("D", "F"),
     "gate_up": ("D", "2F"),
     "down": ("F", "D"),
-    # of a mixture of experts; gate, up and down are there one per expert, where "{expert}" stands in their names
+    # of a mixture of experts; gate, up and down are there one per expert, where "{expert}" stands in their names or
+    # `stacked_experts` says so
     "router": ("D", "E"),
     "shared_gate": ("D", "S"),
     "shared_up": ("D", "S"),
@@ -89,6 +92,9 @@ class Family:
     matrices: Mapping[str, str] = dataclasses.field(default_factory=lambda: _SEPARATE | _GATED)  # -> name on disk
     qkv: str = ""  # letters of a fused matrix's outputs: "H3C", "3HC", or "JC" with J = H + 2G; "" = three matrices
     transposed: bool = False  # matrices lie on disk as they are multiplied: input axes first
+    stacked_experts: bool = False  # one tensor on disk holds a matrix of all experts, input axes first
+    gating: str = ""  # a key of activations.GATINGS, in place of act(gate) * up with the activation of config.json
+    sinks: bool = False  # every query head has a logit of its own, see attention.attend
     biases: tuple[str, ...] = ()  # matrices that always have one, unless a key of bias_keys says otherwise
     learned_positions: bool = False  # positions are embedded and nothing is rotated
     interleaved: bool = False  # rotary pairs are neighbours (2p, 2p + 1), not (p, p + P)
@@ -118,6 +124,7 @@ class Family:
     extra: tuple[str, ...] = ()  # fields of ModelConfig with a meaning, beside those of `keys`
     theta: float = 10000.0  # base of the rotary frequencies where config.json names none
     sliding_theta: float | None = None  # of sliding layers, which then have a rotary embedding of their own
+    absent_rope: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # scaling where config.json has none
     rotary_share: float = 1.0  # where config.json names none
     partial_rotary: bool = False  # whether transformers reads a rotated share
     theta_key: str = "rope_theta"  # to write them under
@@ -125,6 +132,7 @@ class Family:
     original_positions: int | None = None  # original_max_position_embeddings where config.json names none
     rope_types: tuple[str, ...] = ()  # that transformers allows; () = all
     rope_names: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other name of a rope type -> the type
+    quantised: tuple[str, ...] = ()  # quant_method of quantization_config that is read, as bfloat16
     square_heads: bool = False  # heads * head_dim is the width
     dropout: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(_DROPOUT))  # key -> absent
 
@@ -300,6 +308,55 @@ FAMILIES: dict[str, Family] = {
         **_QWEN_MIXTURE,
         absent=_QWEN_MIXTURE_ABSENT
         | {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "num_experts": 128},
+    ),
+    "gpt_oss": _llama(
+        "GptOss",
+        matrices=_SEPARATE
+        | {"router": "mlp.router", "gate_up": "mlp.experts.gate_up_proj", "down": "mlp.experts.down_proj"},
+        stacked_experts=True,
+        gating="clamped_swiglu",
+        sinks=True,
+        biases=("router", "gate_up", "down"),
+        bias_keys=_ONE_BIAS_KEY,
+        absent_biases={"attention_bias": True},
+        layer_types=(SLIDING, FULL),
+        hf_layer_types=_MIXED,
+        keys={key: name for key, name in _KEYS.items() if key != "activation"}
+        | _WINDOW
+        | _MIXTURE_KEYS
+        | {"experts": "num_local_experts"},
+        absent=_ABSENT
+        | _MIXTURE_ABSENT
+        | {
+            "vocab_size": 201088,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 128,
+            "num_experts_per_tok": 4,
+            "num_local_experts": 128,
+        },
+        neutral={
+            "hidden_act": (None, "silu"),  # transformers reads it nowhere
+            "swiglu_alpha": (activations.SWIGLU_ALPHA,),
+            "swiglu_limit": (activations.SWIGLU_LIMIT,),
+        },
+        aliases={"num_experts": "num_local_experts"},
+        theta=150000.0,
+        absent_rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        quantised=("mxfp4",),
     ),
     "gemma": _llama(
         "Gemma",

@@ -254,9 +254,14 @@ def _refusals(config: dict[str, Any], family: families.Family) -> list[str]:
     problems = [
         f"{key}={config[key]!r} is not supported (supported: {', '.join(map(repr, values))})"
         for key, values in neutral.items()
-        if key in config and config[key] not in values
+        if key in config and config[key] not in values and not _is_read(key, config[key], family)
     ]
     return problems + _unknown(config)
+
+
+def _is_read(key: str, value: Any, family: families.Family) -> bool:
+    """Whether it is a quantisation that the loading of weights undoes."""
+    return key == "quantization_config" and isinstance(value, dict) and value.get("quant_method") in family.quantised
 
 
 def _unknown(config: dict[str, Any]) -> list[str]:
@@ -428,7 +433,7 @@ def _rope(config: dict[str, Any], family: families.Family, max_positions: Any) -
     places = [config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)]
     if len(places) == 2 and places[0] != places[1]:
         raise ValueError("rope_parameters and rope_scaling disagree; keep one")
-    parameters = places[0] if places else {}
+    parameters = places[0] if places else dict(family.absent_rope)
     if not isinstance(parameters, dict):
         raise ValueError(f"rope_scaling must be a dict, not {parameters!r}")
 
@@ -524,7 +529,8 @@ def _written_ropes(config: ModelConfig) -> dict[str, Any]:
     if config.learned_positions:
         return {}
     family, own = config.of_family, config.rope
-    keys: dict[str, Any] = {family.theta_key: own.theta, "rope_scaling": rope.to_hf(own)}
+    plain = {"rope_type": "default"} if family.absent_rope else None  # said where its absence means another
+    keys: dict[str, Any] = {family.theta_key: own.theta, "rope_scaling": rope.to_hf(own) or plain}
     if family.partial_rotary:
         keys[family.share_key] = own.fraction
     if family.original_positions is not None:

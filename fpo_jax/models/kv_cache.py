@@ -52,6 +52,7 @@ class Slot:
         scale: float,
         sliding_window: int | None,
         soft_cap: float | None,
+        sinks_H: Float[jax.Array, " H"] | None = None,
     ) -> Float[jax.Array, "N 1 H C"]:
         """Add the new position and attend to it and those before it; logits and softmax are float32."""
         self.cache = Cache(
@@ -69,7 +70,11 @@ class Slot:
             logits_NGMS = soft_cap * jnp.tanh(logits_NGMS / soft_cap)
         back_NS = self._positions_N[:, None] - jnp.arange(S)
         seen_NS = (back_NS >= 0) & (back_NS < (S if sliding_window is None else sliding_window))
-        weights_NGMS = jax.nn.softmax(jnp.where(seen_NS[:, None, None], logits_NGMS, -jnp.inf), axis=-1)
+        logits_NGMS = jnp.where(seen_NS[:, None, None], logits_NGMS, -jnp.inf)
+        if sinks_H is not None:  # one more place, whose value is zero
+            sinks_NGM1 = jnp.broadcast_to(sinks_H.astype(jnp.float32).reshape(G, -1, 1), (*logits_NGMS.shape[:3], 1))
+            logits_NGMS = jnp.concatenate([logits_NGMS, sinks_NGM1], axis=-1)
+        weights_NGMS = jax.nn.softmax(logits_NGMS, axis=-1)[..., :S]
         values_NSGC = jnp.where(seen_NS[:, :, None, None], values_NSGC, 0)  # 0 * NaN of an unused place is NaN
         out_NGMC = jnp.einsum("NGMS,NSGC->NGMC", weights_NGMS.astype(q_NTHC.dtype), values_NSGC)
         return out_NGMC.reshape(q_NTHC.shape)

@@ -6,7 +6,7 @@ No module here or in decoder_layer states the shape of a parameter: the entries 
 
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,13 +89,16 @@ class Context(NamedTuple):
     divisor: jax.Array | None = None  # of the layer's attention logits
     routes: routing.Recorder | None = None  # what a mixture of experts writes into; None = nobody reads it
 
-    def attend(self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array) -> jax.Array:
+    def attend(
+        self, q_NTHC: jax.Array, k_NTGC: jax.Array, v_NTGC: jax.Array, sinks_H: jax.Array | None = None
+    ) -> jax.Array:
         """Rotate queries and keys, then attend."""
         if self.rotation is not None:
             q_NTHC, k_NTGC = (rope.rotate(x, *self.rotation, interleaved=self.interleaved) for x in (q_NTHC, k_NTGC))
         if self.divisor is not None:
             q_NTHC = (q_NTHC / self.divisor).astype(q_NTHC.dtype)
-        options = {"scale": self.scale, "sliding_window": self.sliding_window, "soft_cap": self.soft_cap}
+        options: dict[str, Any] = {"scale": self.scale, "sliding_window": self.sliding_window}
+        options |= {"soft_cap": self.soft_cap, "sinks_H": sinks_H}
         if isinstance(self.slot, kv_cache.Slot):
             return self.slot.attend(q_NTHC, k_NTGC, v_NTGC, **options)
         if self.slot is not None:

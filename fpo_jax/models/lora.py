@@ -39,7 +39,7 @@ def adapter(config: ModelConfig, *, rank: int, alpha: float, dropout: float, mod
 
 
 def _is_routed(entry: Entry) -> bool:
-    return entry.of_experts or entry.path.endswith("/router")
+    return entry.routed or entry.path.endswith("/router")
 
 
 def adapter_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...]:

@@ -7,7 +7,10 @@
 Tokens are sorted by their experts and multiplied in groups (`jax.lax.ragged_dot`): M = N T U rows, with U experts of a
 token. No array has an axis of tokens, one of experts and one of D or F, except where XLA has no grouped product (CPU).
 On a mesh each device sorts the tokens of its own rows and multiplies by its part of F of every expert.
+Some families have biases, and gate and up in one matrix, or another gating of the two (`activations.GATINGS`).
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,32 +23,46 @@ from fpo_jax.kernels.lm_head import spec as specs
 from fpo_jax.models import activations, config, layers
 
 
+class Linear(NamedTuple):
+    """One matrix of each expert, and what it adds."""
+
+    matrix: jax.Array  # [E, inputs, outputs] in the dtype of the tokens; of gate and up together [E, D, 2, F]
+    bias: jax.Array | None = None  # [E, outputs] in its own dtype, in which its gradient is summed; None = nothing
+
+
 class MixtureMLP(nnx.Module):
     """A router, E gated experts, and where the family has one an expert for all tokens."""
 
     router: nnx.Param
-    gate: nnx.Param
-    up: nnx.Param
     down: nnx.Param
 
     def __init__(self, config: config.ModelConfig):
+        family = config.of_family
         self.activation = config.activation
+        self.gating = family.gating or config.activation
+        self.inwards = ("gate_up",) if "gate_up" in family.matrices else ("gate", "up")
         self.experts_per_token, self.normalizes = config.experts_per_token, config.normalize_top_k
-        self.has_shared = "shared_gate" in config.of_family.matrices
+        self.has_shared = "shared_gate" in family.matrices
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply the experts."""
         chosen_NTU, weights_NTU = self._routed(x_NTD, context)
-        matrices = (module[...].astype(x_NTD.dtype) for module in (self.gate, self.up, self.down))
+        *inwards, down = (self._linear(name, x_NTD.dtype) for name in (*self.inwards, "down"))
         out_NTD = apply_experts(
-            x_NTD, chosen_NTU, weights_NTU, *matrices, activation=self.activation, layout=context.layout
+            x_NTD, chosen_NTU, weights_NTU, tuple(inwards), down, activation=self.gating, layout=context.layout
         )
         return out_NTD + self._shared(x_NTD, context) if self.has_shared else out_NTD
+
+    def _linear(self, name: str, dtype: jnp.dtype) -> Linear:
+        bias = getattr(self, f"{name}_bias", None)
+        return Linear(getattr(self, name)[...].astype(dtype), None if bias is None else bias[...])
 
     def _routed(self, x_NTD: jax.Array, context: layers.Context) -> tuple[jax.Array, jax.Array]:
         """Return the experts of each token and their weights, float32."""
         wide_NTD, router_DE = x_NTD.astype(jnp.float32), self.router[...].astype(jnp.float32)
         logits_NTE = jnp.einsum("NTD,DE->NTE", wide_NTD, router_DE, precision=jax.lax.Precision.HIGHEST)
+        if (bias := getattr(self, "router_bias", None)) is not None:
+            logits_NTE += bias[...].astype(jnp.float32)
         probs_NTE = jax.nn.softmax(logits_NTE)
         weights_NTU, chosen_NTU = jax.lax.top_k(probs_NTE, self.experts_per_token)
         if self.normalizes:
@@ -66,9 +83,8 @@ def apply_experts(
     x_NTD: Float[jax.Array, "N T D"],
     chosen_NTU: Int[jax.Array, "N T U"],
     weights_NTU: Float[jax.Array, "N T U"],
-    gate_EDF: Float[jax.Array, "E D F"],
-    up_EDF: Float[jax.Array, "E D F"],
-    down_EFD: Float[jax.Array, "E F D"],
+    inwards: tuple[Linear, ...],
+    down: Linear,
     *,
     activation: str,
     layout: sharding.Layout,
@@ -79,40 +95,63 @@ def apply_experts(
         x_NTD: the tokens.
         chosen_NTU: their experts, in [0, E), each at most once.
         weights_NTU: of these, float32.
-        gate_EDF: of every expert, in the dtype of x, as the next two.
-        up_EDF: the same.
-        down_EFD: the same.
-        activation: a key of activations.ACTIVATIONS.
+        inwards: gate and up of every expert, [E, D, F] each, or one [E, D, 2, F] that holds both.
+        down: [E, F, D], of every expert.
+        activation: a key of activations.ACTIVATIONS or GATINGS.
         layout: where rows and F live on a mesh.
     """
 
-    def on_rows(x_NTD, chosen_NTU, weights_NTU, gate_EDF, up_EDF, down_EFD):
+    def on_rows(x_NTD, chosen_NTU, weights_NTU, inwards, down, *, has_down_bias=True):
         used, width = chosen_NTU.shape[-1], x_NTD.shape[-1]
         chosen_M = chosen_NTU.reshape(-1)
         order_M = jnp.argsort(chosen_M)
-        sizes_E = jnp.bincount(chosen_M, length=gate_EDF.shape[0]).astype(jnp.int32)
+        expert_M = chosen_M[order_M]
+        sizes_E = jnp.bincount(chosen_M, length=down.matrix.shape[0]).astype(jnp.int32)
+
+        def grouped(rows_MK, linear, *, biased=True):  # [M, outputs], with axes of outputs side by side
+            matrix_EKO = linear.matrix.reshape(*linear.matrix.shape[:2], -1)
+            out_MO = jax.lax.ragged_dot(rows_MK, matrix_EKO, sizes_E)
+            if linear.bias is None:
+                return out_MO
+            bias_EO = linear.bias.reshape(len(linear.bias), -1)
+            bias_MO = jnp.take(bias_EO, expert_M, axis=0, indices_are_sorted=True).astype(out_MO.dtype)
+            return out_MO + jnp.where(biased, bias_MO, 0)
+
         sorted_MD = jnp.take(x_NTD.reshape(-1, width), order_M // used, axis=0)
-        gate_MF, up_MF = (jax.lax.ragged_dot(sorted_MD, matrix, sizes_E) for matrix in (gate_EDF, up_EDF))
-        out_MD = jax.lax.ragged_dot(activations.activate(activation, gate_MF, up_MF), down_EFD, sizes_E)
+        parts = [grouped(sorted_MD, linear) for linear in inwards]
+        gate_MF, up_MF = jnp.split(parts[0], 2, axis=-1) if len(parts) == 1 else parts
+        out_MD = grouped(activations.activate(activation, gate_MF, up_MF), down, biased=has_down_bias)
         back_M = jnp.argsort(order_M)
         out_NTUD = jnp.take(out_MD, back_M, axis=0, unique_indices=True).reshape(*chosen_NTU.shape, width)
         weighted_NTUD = out_NTUD.astype(jnp.float32) * weights_NTU[..., None]
         return jnp.sum(weighted_NTUD, axis=-2).astype(x_NTD.dtype)
 
-    operands = (x_NTD, chosen_NTU, weights_NTU, gate_EDF, up_EDF, down_EFD)
+    operands = (x_NTD, chosen_NTU, weights_NTU, inwards, down)
     if layout.mesh is None or layout.on_one_device:
         return on_rows(*operands)
-    rows, width = layout.place("rows", x_NTD.shape[0]), layout.place("mlp", gate_EDF.shape[-1])
+    rows, width = layout.place("rows", x_NTD.shape[0]), layout.place("mlp", down.matrix.shape[1])
 
     def on_device(*operands):
-        out_NTD = on_rows(*operands)
-        return out_NTD if width is None else jax.lax.psum(out_NTD, width)
+        if width is None:
+            return on_rows(*operands)
+        first = jax.lax.axis_index(width) == 0  # of the devices whose parts are added up, one adds what has no F
+        return jax.lax.psum(on_rows(*operands, has_down_bias=first), width)
 
-    of_rows, inwards = PartitionSpec(rows, None, None), PartitionSpec(None, None, width)
+    def placed(linear, *, inputs=None, outputs=None):  # the last axis of outputs is the one that is cut
+        others = [None] * (linear.matrix.ndim - 3)
+        return Linear(PartitionSpec(None, inputs, *others, outputs), PartitionSpec(None, *others, outputs))
+
+    of_rows = PartitionSpec(rows, None, None)
     return jax.shard_map(
         on_device,
         **specs.mesh_or_rest(layout.mesh),
-        in_specs=(of_rows, of_rows, of_rows, inwards, inwards, PartitionSpec(None, width, None)),
+        in_specs=(
+            of_rows,
+            of_rows,
+            of_rows,
+            tuple(placed(one, outputs=width) for one in inwards),
+            placed(down, inputs=width),
+        ),
         out_specs=of_rows,
         check_vma=False,
     )(*operands)

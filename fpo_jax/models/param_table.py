@@ -3,7 +3,7 @@
 Nothing else in the project names a parameter of a model. Layouts are spelled in the letters of types.py, a digit being
 a literal size. `letters` is our array, stacked: "LDHC" = [L, D, H, C]. `hf_letters` is one layer's tensor on disk,
 parentheses joining axes: "(HC)D" = [H*C, D]. Of a mixture of experts "LEDF" is stacked twice: a tensor on disk is one
-expert's.
+expert's, or that of all experts of a layer.
 """
 
 import dataclasses
@@ -52,6 +52,11 @@ class Entry:
     def of_experts(self) -> bool:
         """Whether an E axis follows it, of matrices that lie on disk one by one."""
         return "{expert}" in self.hf_name
+
+    @property
+    def routed(self) -> bool:
+        """Whether each expert has its part of it, of which a token meets those of its own experts."""
+        return self.letters.startswith("LE") and len(self.letters) > 2  # "LE" is the router's bias
 
     @property
     def inner_letters(self) -> str:
@@ -173,6 +178,9 @@ def _table(config: ModelConfig) -> list[Entry]:
             table += _norm(
                 config, f"layers/attention/{name}_norm", letters, f"{family.layer}self_attn.{name[0]}_norm", disk
             )
+    if family.sinks:
+        name = f"{family.layer}self_attn.sinks"
+        table.append(Entry("layers/attention/sinks", "LH", name, "H", init="normal", decay=False))
     return [*table, *_norm(config, "final_norm", "D", family.final_norm), *_head(config)]
 
 
@@ -196,9 +204,14 @@ def _linear(config: ModelConfig, path: str, name: str, hf_name: str) -> list[Ent
     family = config.of_family
     inputs, outputs = family.matrix(name)
     first, second = (_joined(inputs), _joined(outputs)) if family.transposed else (_joined(outputs), _joined(inputs))
+    biased = name in config.biased
+    if family.stacked_experts and name != "router" and name not in _OF_ATTENTION:
+        on_disk = _joined(outputs[::-1])  # "F2": gate and up lie next to each other
+        found = [_matrix(path, f"LE{inputs}{outputs}", hf_name, f"E{_joined(inputs)}{on_disk}")]
+        bias = _bias(f"{path}_bias", f"LE{outputs}", f"{hf_name}_bias", f"E{on_disk}")
+        return [*found, bias] if biased else found
     stacked = "LE" if "{expert}" in hf_name else "L"
     found = [_matrix(path, f"{stacked}{inputs}{outputs}", f"{hf_name}.weight", first + second)]
-    biased = name in config.biased
     return [*found, _bias(f"{path}_bias", f"L{outputs}", f"{hf_name}.bias", _joined(outputs))] if biased else found
 
 

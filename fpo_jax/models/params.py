@@ -107,7 +107,7 @@ def active(config: ModelConfig) -> int:
 
 def met(entry: Entry, config: ModelConfig) -> int:
     """Return the number of an entry's values that a token meets."""
-    return entry.size * config.experts_per_token // config.experts if entry.of_experts else entry.size
+    return entry.size * config.experts_per_token // config.experts if entry.routed else entry.size
 
 
 def from_hf(entry: Entry, tensor: _Array) -> _Array:

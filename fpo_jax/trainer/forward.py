@@ -292,6 +292,7 @@ def attention_of(
         positions=lengths,
         sliding_window=model_config.sliding_window,
         soft_cap=model_config.attention_soft_cap,
+        sinks=model_config.of_family.sinks,
         segments=config.data.packing or config.data.layout != "padded",
         shared=config.data.layout == "shared",
         compute_capability=target.compute_capability,

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from numpy.testing import assert_allclose, assert_array_equal
 
 from fpo_jax import attention, sharding, types
-from fpo_jax.attention import blockwise, splash
+from fpo_jax.attention import blockwise, dispatch, splash
 from tests import jaxpr_tools, tolerances
 from tests.attention_oracle import Case, program, run
 
@@ -23,17 +23,22 @@ OPTIONS = {
     "cap": {"cap": 0.7},
     "segments": {"segments": True},
     "all": {"window": 5, "cap": 0.7, "segments": True},
+    "sinks": {"sinks": True},
+    "sinks and all": {"window": 5, "cap": 0.7, "shared": True, "sinks": True},
 }
 
 
 def skip_what_is_refused(implementation, case):
     if implementation == "xla" and case.cap is not None:
         pytest.skip("JAX's own attention has no soft-cap; select takes chunked")
+    if case.sinks and implementation not in dispatch.WITH_SINKS:
+        pytest.skip(f"{implementation} has no sinks; select takes another")
 
 
 def assert_matches(results, expected, *, dtype, bounds=tolerances.ATTENTION):
-    for name, got, want in zip(("out", "dq", "dk", "dv"), results, expected, strict=True):
-        assert got.dtype == dtype
+    names = ("out", "dq", "dk", "dv", "dsinks")[: len(expected)]
+    for name, got, want in zip(names, results, expected, strict=True):
+        assert got.dtype == ("float32" if name == "dsinks" else dtype)
         scale = 1.0 if name == "out" else max(np.abs(want).max(), 1.0)
         assert_allclose(np.asarray(got, np.float64), want, rtol=0, atol=bounds[dtype] * scale)
 
@@ -53,6 +58,7 @@ def small_blocks(monkeypatch):
         ("bfloat16", "causal"),
         ("bfloat16", "segments"),
         ("bfloat16", "all"),
+        ("bfloat16", "sinks"),
     ],
 )
 @pytest.mark.parametrize("implementation", ENGINES)
@@ -302,7 +308,7 @@ MESHES = {
 def test_a_mesh_gives_what_the_oracle_gives(implementation, mesh, small_blocks):
     sizes, H, G = MESHES[mesh]
     rows = (21, 13, 0, 5, 21, 1, 8, 9)[: max(4, sizes[0] * sizes[1])]
-    case = Case(H=H, G=G, window=9, segments=True, lengths=rows)
+    case = Case(H=H, G=G, window=9, segments=True, sinks=implementation != "xla", lengths=rows)
     arrays = case.inputs()
     results = run(case, arrays, implementation=implementation, layout=layout(*sizes))
     assert_matches(results, case.oracle(*arrays), dtype="float32")
@@ -330,6 +336,8 @@ def test_chunked_holds_no_logits():
         ("flash", {}, "'flash' is not one of xla, chunked, cudnn, mosaic, splash"),
         ("xla", {"cap": 2.0}, "'xla' runs without the soft-cap 2.0"),
         ("cudnn", {"cap": 2.0}, "'cudnn' runs without the soft-cap 2.0"),
+        ("xla", {"sinks": True}, "'xla' runs without the sinks asked for; take the implementation from"),
+        ("mosaic", {"sinks": True}, "'mosaic' runs without the sinks"),
     ],
 )
 def test_what_an_implementation_lacks_is_refused(implementation, options, message):

@@ -61,6 +61,13 @@ def select(requested, **facts):
             "chunked",
             "cuDNN attention has no soft-cap.* 50.0; Mosaic .*; XLA attention has no",
         ),
+        (
+            {"sinks": True, "positions": [64], "compute_capability": "9.0"},
+            "chunked",
+            "cuDNN attention has no sinks, and every head of the model has one; Mosaic .* no sinks.*; XLA att",
+        ),
+        ({"sinks": True, "platform": "cpu", "positions": [64]}, "chunked", "for a cpu; XLA attention has no sinks"),
+        ({"sinks": True, "platform": "tpu"}, "splash", "flash attention for bfloat16"),
         ({"segments": True, "shared": True, "positions": [64, 8192]}, "cudnn", "flash attention .* not an unknown one"),
         (
             {"segments": True, "compute_capability": "8.0"},
@@ -159,6 +166,13 @@ def test_splash_on_a_cpu_is_an_emulation_and_says_so():
         ("cudnn", {"segments": True, "positions": [9000]}, "at most 8192 positions with several .* memory; set"),
         ("mosaic", {"platform": "tpu"}, "needs a Hopper GPU, or a CPU to emulate one, not tpu; set"),
         ("mosaic", {}, "capability 9.0, not an unknown one; set"),
+        (
+            "cudnn",
+            {"sinks": True},
+            "cuDNN attention has no sinks, and every head of the model has one; set model.attention",
+        ),
+        ("mosaic", {"sinks": True}, "Mosaic attention has no sinks, .*; set model.attention to auto or chunked"),
+        ("xla", {"sinks": True}, "XLA attention has no sinks, .*; set model.attention to auto or chunked"),
         ("xla", {"soft_cap": 50.0}, "XLA attention has no soft-cap, and the model has one of 50.0; set"),
         ("splash", {}, "splash attention needs a TPU, or a CPU to emulate one, not gpu; set"),
         ("splash", {"platform": "tpu", "dtype": "float32"}, "needs bfloat16, not float32: .*; set"),

@@ -40,6 +40,7 @@ FAMILIES = {
     "granite": {"query_scale": 0.4, "embedding_scale": 2.0, "residual_scale": 0.5, "logit_scale": 0.7},
     "smollm3": {"layer_types": ("full", "full_unrotated")},
     "mixtral": {"experts": 5, "experts_per_token": 2, "sliding_window": 6},
+    "gpt_oss": {"experts": 5, "experts_per_token": 2, "sliding_window": 6},
     "qwen2_moe": {"experts": 5, "experts_per_token": 2, "shared_ffn": 20, "normalize_top_k": False},
     "cohere2": {"sliding_window": 6, "layer_types": ("sliding", "full_unrotated"), "logit_scale": 0.7},
 }
@@ -211,7 +212,7 @@ def test_log_probs_and_gradients_are_those_of_rows_of_their_own(family, completi
     prepared = prepared_groups(7, completions, fork=1 if completions == 4 else 0)
     plain, packed, _ = both(prepared, layout)
     assert packed.tokens_NT.size < plain.tokens_NT.size or layout == "packed"
-    implementation = "chunked" if config.attention_soft_cap else "xla"
+    implementation = "chunked" if config.attention_soft_cap or config.of_family.sinks else "xla"
     forward_fn = batches.forward_fn(config, attention=attention.Selection(implementation, "for the test"))
     random = np.random.default_rng(1)
     weight_BK = random.normal(size=(7, completions)).astype(np.float32)

@@ -38,6 +38,9 @@ CONFIGS = {
     "mistral": dataclasses.replace(LLAMA, family="mistral", sliding_window=3),
     "gpt_neox": dataclasses.replace(LLAMA, family="gpt_neox", heads=2, kv_heads=2, parallel_residual=True),
     "mixtral": dataclasses.replace(LLAMA, family="mixtral", width=16, ffn=24, experts=3, experts_per_token=2),
+    "gpt_oss": dataclasses.replace(
+        LLAMA, family="gpt_oss", width=16, ffn=24, experts=3, experts_per_token=2, sliding_window=3
+    ),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 TENSORS = {
@@ -46,6 +49,7 @@ TENSORS = {
     "mistral": 2 * 9 + 3,
     "gpt_neox": 2 * 12 + 4,
     "mixtral": 2 * (6 + 1 + 9) + 3,
+    "gpt_oss": 2 * (2 + 8 + 1 + 2 + 4) + 3,
 }
 DTYPES = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

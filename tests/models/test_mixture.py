@@ -43,7 +43,12 @@ def one_by_one(x_NTD, chosen_NTU, weights_NTU, gate_EDF, up_EDF, down_EFD):
 
 def test_grouped_experts_are_those_one_by_one_with_their_gradients():
     x, chosen, *floats = drawn()
-    run = functools.partial(mixture.apply_experts, activation="silu", layout=sharding.ONE_DEVICE)
+
+    def run(x, chosen, weights, gate, up, down):
+        return mixture.apply_experts(
+            x, chosen, weights, (mixture.Linear(gate), mixture.Linear(up)), mixture.Linear(down), activation="silu",
+            layout=sharding.ONE_DEVICE,
+        )  # fmt: skip
 
     def total(apply, x, *floats):
         return jnp.sum(jnp.sin(apply(x, chosen, *floats)))

@@ -147,6 +147,11 @@ QWEN2_MOE |= {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 20,
 }
+GPT_OSS = (
+    LLAMA | MIXTURE | {"model_type": "gpt_oss", "num_hidden_layers": 4, "num_local_experts": 5, "sliding_window": 7}
+)
+GPT_OSS |= {"rope_theta": 150000.0, "rope_scaling": YARN | {"rope_type": "yarn", "truncate": False, "beta_fast": 2.0}}
+GPT_OSS |= {"swiglu_limit": 7.0, "pad_token_id": None, "router_aux_loss_coef": 0.9}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 7, "num_hidden_layers": 4, "max_window_layers": 3}
 VARIANTS = {
     "llama MHA": LLAMA | {"num_key_value_heads": 4, "head_dim": None},
@@ -239,6 +244,9 @@ LATER = {
     "qwen3_moe normalized": QWEN3_MOE | {"norm_topk_prob": True, "attention_bias": True},
     "qwen2_moe": QWEN2_MOE,
     "qwen2_moe without biases": QWEN2_MOE | {"norm_topk_prob": True, "qkv_bias": False},
+    "gpt_oss": GPT_OSS,
+    "gpt_oss full, without attention biases": GPT_OSS
+    | {"attention_bias": False, "layer_types": ["full_attention"] * 4, "rope_scaling": {"rope_type": "default"}},
     "starcoder2 without biases": STARCODER2 | {"use_bias": False, "tie_word_embeddings": False},
 }
 VARIANTS |= LATER
@@ -276,6 +284,7 @@ WITH_GRADIENT = {
     "mixtral": "dots_and_attention",
     "qwen3_moe": "full",
     "qwen2_moe": "none",
+    "gpt_oss": "dots_and_attention",
 }
 
 
@@ -300,7 +309,9 @@ def forward(tree, tokens_NT, valid_NT, *, config, compute_dtype="float32", layou
         valid_NT,
         config=config,
         compute_dtype=compute_dtype,
-        attention=attention.Selection("xla" if config.attention_soft_cap is None else "chunked", "for the test"),
+        attention=attention.Selection(
+            "chunked" if config.attention_soft_cap or config.of_family.sinks else "xla", "for the test"
+        ),
         layout=layout,
     )
 
@@ -380,7 +391,7 @@ def one_by_one(theirs, config):
         layer = name.removeprefix("model.layers.").partition(".")[0]
         if name.endswith(".mlp.gate.weight") and config.experts:
             found[on_disk["router"].format(layer=layer)] = array
-        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        elif name.endswith(("experts.gate_up_proj", "experts.down_proj")) and not config.of_family.stacked_experts:
             parts = (
                 {"down": array}
                 if "down" in name

@@ -24,6 +24,7 @@ CONFIGS = {
         LLAMA, family="gpt_neox", heads=3, kv_heads=3, head_dim=4, parallel_residual=True, activation="gelu"
     ),
     "mixtral": dataclasses.replace(LLAMA, family="mixtral", experts=5, experts_per_token=2),
+    "gpt_oss": dataclasses.replace(LLAMA, family="gpt_oss", experts=5, experts_per_token=2, sliding_window=3),
     "qwen2_moe": dataclasses.replace(LLAMA, family="qwen2_moe", experts=5, experts_per_token=2, shared_ffn=14),
     "gpt_neox tied": dataclasses.replace(LLAMA, family="gpt_neox", heads=3, kv_heads=3, head_dim=4, tied_head=True),
 }
@@ -92,7 +93,7 @@ def test_attention_kernels_name_their_heads():
 def test_decay_is_for_matrices_only(config):
     for entry in params.entries(config):
         is_matrix = not entry.path.endswith(("/scale", "bias"))
-        assert entry.decay == is_matrix
+        assert entry.decay == (is_matrix and not entry.path.endswith("/sinks"))
         assert entry.init == ("normal" if is_matrix else "ones" if entry.path.endswith("/scale") else "zeros")
 
 
