@@ -41,9 +41,9 @@ def attend(
         out_i = 0                                             where row position i is padding
         cap(x) = soft_cap * tanh(x / soft_cap), or x without a soft-cap
 
-    Query head h reads key/value head h // (H / G). A sink s_h is one more logit of every query of head h, with a value of
-    zero (gpt-oss, arXiv 2508.10925): out_i is then the above times sigmoid(L_i - s_h), with L_i the log-sum-exp of the
-    query's logits.
+    Query head h reads key/value head h // (H / G). A sink s_h is one more logit of every query of head h, with a value
+    of zero (gpt-oss, arXiv 2508.10925): out_i is then the above times sigmoid(L_i - s_h), with L_i the log-sum-exp of
+    the query's logits.
 
     Args:
         q_NTHC: queries, already rotated.

@@ -5,6 +5,7 @@
 hub          files and companions of a model directory, hub downloads
 fingerprint  which weights a directory holds, read by all processes that see the same files
 load         safetensors -> sharded parameters, one layer at a time; the check of names, shapes and dtypes
+mxfp4        experts in four bits, read as bfloat16
 companions   what stands beside the weights, as the training had it, and its check against transformers
 peft         an adapter with its base as one model, or as PEFT's directory
 save         parameters -> safetensors, one tensor at a time

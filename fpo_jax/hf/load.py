@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from fpo_jax import models, types
 from fpo_jax.distributed import progress
 from fpo_jax.hf import hub as directories
+from fpo_jax.hf import mxfp4
 from fpo_jax.models import params
 
 log = logging.getLogger("fpo_jax")
@@ -34,6 +35,7 @@ log = logging.getLogger("fpo_jax")
 Index = tuple[slice, ...]
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_ELEMENTS = _DTYPES | {"U8": np.uint8}  # also of what is no weight by itself
 # Stacked parameters up to this size are stacked on the host: one transfer and nothing to compile for norms and biases,
 # and less memory than one layer of a model that is worth counting.
 _STACKED_ON_HOST_BYTES = 2**26
@@ -50,11 +52,11 @@ class Tensor(NamedTuple):
 
     def mapped(self, shape: tuple[int, ...]) -> np.ndarray:
         """Map the tensor in the given shape; pages count as memory of the process until the last view is gone."""
-        return np.memmap(self.path, np.dtype(_DTYPES[self.dtype]), "r", self.offset, shape)
+        return np.memmap(self.path, np.dtype(_ELEMENTS[self.dtype]), "r", self.offset, shape)
 
     def row_bytes(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of one entry of the first axis, in the given shape."""
-        return math.prod(shape[1:]) * np.dtype(_DTYPES[self.dtype]).itemsize
+        return math.prod(shape[1:]) * np.dtype(_ELEMENTS[self.dtype]).itemsize
 
     def read(self, shape: tuple[int, ...], start: int, stop: int) -> np.ndarray:
         """Read entries of the first axis, in the given shape.
@@ -66,7 +68,10 @@ class Tensor(NamedTuple):
         content = np.fromfile(self.path, np.uint8, (stop - start) * row, offset=self.offset + start * row)
         if content.size != (stop - start) * row:
             raise ValueError(f"{self.path} was cut short while it was read; fetch it again.")
-        return content.view(_DTYPES[self.dtype]).reshape(stop - start, *shape[1:])
+        return content.view(_ELEMENTS[self.dtype]).reshape(stop - start, *shape[1:])
+
+
+Place = Tensor | mxfp4.Tensor
 
 
 def check_weights(directory: Path, config: models.ModelConfig) -> None:
@@ -106,6 +111,12 @@ def load_params(
     tensors = located(directory, on_disk)
     if others := directories.left_out(directory):
         log.warning("%s also holds %s, which are left out: its language model alone is read.", directory, others)
+    if any(isinstance(tensor, mxfp4.Tensor) for tensor in tensors.values()):
+        log.warning(
+            "%s holds its experts in MXFP4: they are read as bfloat16, and exports hold them so or wider, without"
+            " quantization_config.",
+            directory,
+        )
     _check_tied_head(directory, on_disk, tensors)
     places = {} if shardings is None else params.flatten(shardings)
     held = {entry.path for entry in params.entries(on_disk)}
@@ -117,7 +128,7 @@ def load_params(
 
 def _read(
     config: models.ModelConfig,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Place],
     held: set[str],
     dtype: np.dtype,
     places: Mapping[str, Sharding],
@@ -148,7 +159,7 @@ def stored(directory: Path, config: models.ModelConfig) -> models.ModelConfig:
     return dataclasses.replace(config, reward_head=directories.read_config(directory).reward_head)
 
 
-_Placed = tuple[Tensor, tuple[int, ...]]  # a tensor, and where in the stacked axes of its parameter it stands
+_Placed = tuple[Place, tuple[int, ...]]  # a tensor, and where in the stacked axes of its parameter it stands
 
 
 def _at_once(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype, place: Sharding | None) -> jax.Array:
@@ -256,7 +267,7 @@ def _stacked(
     return boxes
 
 
-def _cut(tensor: Tensor, shape: tuple[int, ...], indices: Sequence[Index], dtype: np.dtype) -> list[np.ndarray]:
+def _cut(tensor: Place, shape: tuple[int, ...], indices: Sequence[Index], dtype: np.dtype) -> list[np.ndarray]:
     """Read a tensor in the given shape once, and copy slices out of it; the only place that reads weights for devices.
 
     Args:
@@ -282,7 +293,7 @@ def _cut(tensor: Tensor, shape: tuple[int, ...], indices: Sequence[Index], dtype
     return boxes
 
 
-def located(directory: Path, config: models.ModelConfig) -> dict[str, Tensor]:
+def located(directory: Path, config: models.ModelConfig) -> dict[str, Place]:
     """Map every tensor name to its place, after checking names, shapes, dtypes and files.
 
     Raises:
@@ -296,7 +307,7 @@ def located(directory: Path, config: models.ModelConfig) -> dict[str, Tensor]:
             problems.append(f"{path.name}, named by the index, is missing")
         except (safetensors.SafetensorError, HeaderError) as error:
             problems.append(f"{path.name} is damaged or cut short ({error}); fetch it again")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Place] = {}
     towers = bool(directories.left_out(directory))
     for path, header in headers.items():
         named = ((models.text_tensor(name) if towers else name, tensor) for name, tensor in header.items())
@@ -306,6 +317,9 @@ def located(directory: Path, config: models.ModelConfig) -> dict[str, Tensor]:
             for name in sorted(header.keys() & tensors.keys())
         ]
         tensors |= header
+    if config.of_family.quantised:
+        tensors, wrong = mxfp4.joined(tensors)
+        problems += wrong
     if len(headers) == len(paths):
         problems += _mismatches(tensors, config)
     if problems:
@@ -345,7 +359,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _mismatches(tensors: Mapping[str, Tensor], config: models.ModelConfig) -> list[str]:
+def _mismatches(tensors: Mapping[str, Place], config: models.ModelConfig) -> list[str]:
     expected = {name: entry.hf_shape for entry in params.entries(config) for name in entry.hf_names()}
     head_name = params.hf_head_name(config)
     ignored = params.ignored_hf_names(config) | ({head_name} if config.tied_head else set())
@@ -364,7 +378,7 @@ def _mismatches(tensors: Mapping[str, Tensor], config: models.ModelConfig) -> li
     return problems
 
 
-def _check_tied_head(directory: Path, config: models.ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+def _check_tied_head(directory: Path, config: models.ModelConfig, tensors: Mapping[str, Place]) -> None:
     head_name, embed_name = params.hf_head_name(config), _embed_name(config)
     if not config.tied_head or head_name not in tensors:
         return

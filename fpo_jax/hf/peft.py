@@ -24,7 +24,7 @@ class _Stored:
     def __init__(
         self,
         entry: params.Entry,
-        tensors: dict[tuple[int, ...], load.Tensor],
+        tensors: dict[tuple[int, ...], load.Place],
         pair: tuple[Any, Any] | None,
         scale: float,
     ):

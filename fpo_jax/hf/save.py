@@ -215,6 +215,7 @@ def _exported_config(source_dir: Path, config: models.ModelConfig, dtype: np.dty
     """
     source = models.text_config(directories.read_json(source_dir / "config.json"))
     source.pop("auto_map", None)
+    source.pop("quantization_config", None)  # of weights that were read into floats
     keys = [key for key in ("dtype", "torch_dtype") if key in source] or ["torch_dtype"]  # transformers 5, 4
     source |= dict.fromkeys(keys, dtype.name)
     if config.reward_head:

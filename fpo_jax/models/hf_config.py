@@ -251,17 +251,16 @@ def _all_are(listed: list[Any] | None, kind: type) -> bool:
 def _refusals(config: dict[str, Any], family: families.Family) -> list[str]:
     read = {*family.keys.values(), *family.bias_keys, *family.consumed}
     neutral = {key: values for key, values in (_NEUTRAL | dict(family.neutral)).items() if key not in read}
+    quantised = config.get("quantization_config")
+    if isinstance(quantised, dict) and quantised.get("quant_method") in family.quantised:  # undone as weights are read
+        neutral.pop("quantization_config")
+    also = {"quantization_config": [f"quant_method {name}" for name in family.quantised]}
     problems = [
-        f"{key}={config[key]!r} is not supported (supported: {', '.join(map(repr, values))})"
+        f"{key}={config[key]!r} is not supported (supported: {', '.join([*map(repr, values), *also.get(key, [])])})"
         for key, values in neutral.items()
-        if key in config and config[key] not in values and not _is_read(key, config[key], family)
+        if key in config and config[key] not in values
     ]
     return problems + _unknown(config)
-
-
-def _is_read(key: str, value: Any, family: families.Family) -> bool:
-    """Whether it is a quantisation that the loading of weights undoes."""
-    return key == "quantization_config" and isinstance(value, dict) and value.get("quant_method") in family.quantised
 
 
 def _unknown(config: dict[str, Any]) -> list[str]:

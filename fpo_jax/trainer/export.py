@@ -89,8 +89,9 @@ def _base(meta: dict[str, Any]) -> Path:
 
 
 def _source_dtype(config: dict[str, Any]) -> str:
-    """Return the dtype the source model was published in; float32 where its config does not say."""
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    """Return the dtype of the source model; where its config does not say float32, of a quantised one bfloat16."""
+    absent = "bfloat16" if config.get("quantization_config") else "float32"
+    dtype = config.get("dtype") or config.get("torch_dtype") or absent
     if dtype not in DTYPES:
         raise ValueError(f"the source model's dtype {dtype!r} is not one of {', '.join(DTYPES)}; select with --dtype.")
     return dtype
