@@ -39,7 +39,7 @@ def forward_fn(config, **changed) -> forward.PolicyForward:
     options = {
         "compute_dtype": "float32",
         "remat": "none",
-        "attention": attention.Selection("xla", "for the test"),
+        "attention": attention.Selection("chunked" if config.of_family.sinks else "xla", "for the test"),
         "implementation": "chunked",
     }
     options |= {"workspace_bytes": 2**20, "temperature": 1.0}

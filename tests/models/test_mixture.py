@@ -22,6 +22,10 @@ N, T, D, F, E, U = 3, 7, 6, 10, 5, 2
 MIXTRAL = models.from_hf_config(
     test_model.MIXTRAL | {"hidden_size": 16, "num_local_experts": 4, "vocab_size": 24, "initializer_range": 0.3}
 )
+GPT_OSS = models.from_hf_config(
+    test_model.GPT_OSS | {"hidden_size": 16, "num_local_experts": 4, "vocab_size": 24, "initializer_range": 0.3}
+)
+GPT_OSS = dataclasses.replace(GPT_OSS, layers=1)
 
 
 def drawn(seed=0):
@@ -63,6 +67,43 @@ def test_grouped_experts_are_those_one_by_one_with_their_gradients():
         assert_allclose(ours, theirs, rtol=0, atol=tolerances.SAME_MATHS * np.abs(theirs).max())
 
 
+def test_biases_and_one_matrix_of_gate_and_up_are_those_of_experts_one_by_one_with_their_gradients():
+    """And the clamped gating, whose bounds some of the values pass."""
+    x, chosen, weights, gate, up, down = drawn()
+    random = np.random.default_rng(1)
+    both_ED2F = 3 * jnp.stack([gate, up], axis=2)
+    bias_E2F, bias_ED = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((E, 2, F), (E, D)))
+
+    def grouped(x, weights, both_ED2F, down, bias_E2F, bias_ED):
+        inwards = (mixture.Linear(both_ED2F, bias_E2F),)
+        return mixture.apply_experts(
+            x, chosen, weights, inwards, mixture.Linear(down, bias_ED), activation="clamped_swiglu",
+            layout=sharding.ONE_DEVICE,
+        )  # fmt: skip
+
+    def dense(x, weights, both_ED2F, down, bias_E2F, bias_ED):
+        gate_up = jnp.einsum("NTD,EDSF->NTESF", x, both_ED2F) + bias_E2F
+        gate, up = jnp.where(gate_up[..., 0, :] > 7, 7, gate_up[..., 0, :]), jnp.clip(gate_up[..., 1, :], -7, 7)
+        hidden = (up + 1) * gate / (1 + jnp.exp(-1.702 * gate))
+        out_NTED = jnp.einsum("NTEF,EFD->NTED", hidden, down) + bias_ED
+        return jnp.einsum("NTED,NTUE,NTU->NTD", out_NTED, jax.nn.one_hot(chosen, E), weights)
+
+    operands = (x, weights, both_ED2F, down, bias_E2F, bias_ED)
+    gate_up = jnp.einsum("NTD,EDSF->NTESF", x, both_ED2F) + bias_E2F
+    assert gate_up.max() > 7 and gate_up.min() < -7
+    scale = np.abs(dense(*operands)).max()
+    assert_allclose(grouped(*operands), dense(*operands), rtol=0, atol=tolerances.SAME_MATHS * scale)
+    found, expected = (
+        jax.jit(jax.grad(lambda *given, run=run: jnp.sum(jnp.sin(run(*given) / scale)), argnums=tuple(range(6))))(
+            *operands
+        )
+        for run in (grouped, dense)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(theirs).max() > 0.01
+        assert_allclose(ours, theirs, rtol=0, atol=tolerances.SAME_MATHS * np.abs(theirs).max())
+
+
 def test_no_array_has_tokens_and_experts_and_width():
     jaxpr = test_model.gradient_jaxpr(models.from_hf_config(test_model.QWEN3_MOE | {"num_experts": 11}))
     shapes = {out.aval.shape for equation in test_model.equations(jaxpr) for out in equation.outvars}
@@ -89,7 +130,7 @@ def test_operations_of_a_mixture_are_those_of_a_tokens_own_experts():
 
 @pytest.mark.sampled(4)
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_the_load_balancing_loss_and_its_gradients_equal_transformers(tmp_path, name):
     torch = pytest.importorskip("torch", reason="torch, the other side of the parity tests, is not installed")
     config = models.from_hf_config(test_model.VARIANTS[name])
@@ -112,7 +153,8 @@ def test_the_load_balancing_loss_and_its_gradients_equal_transformers(tmp_path, 
     theirs = {key: p.grad.numpy() for key, p in twin.named_parameters() if p.grad is not None}
     theirs = test_model.one_by_one(theirs, config)
     flat = params.flatten(grads)
-    for path in ("layers/mlp/router", "layers/attention/query", "layers/mlp_norm/scale"):
+    paths = ["layers/mlp/router", "layers/attention/query", "layers/mlp_norm/scale"]
+    for path in paths + ["layers/attention/sinks", "layers/mlp/router_bias"] * config.of_family.sinks:
         entry = next(entry for entry in params.entries(config) if entry.path == path)
         for hf_name, place in entry.tensors():
             wanted = params.from_hf(entry, theirs[hf_name])
@@ -140,17 +182,17 @@ def test_the_metrics_of_the_router_by_hand():
 # --- the step
 
 
-def stepped(batch, *, accumulation=1, mesh=None, layout=sharding.ONE_DEVICE, weight=0.5, steps=2):
+def stepped(batch, *, config=MIXTRAL, accumulation=1, mesh=None, layout=sharding.ONE_DEVICE, weight=0.5, steps=2):
     """Steps of DPO from fixed weights: parameters and metrics."""
-    weights, loss = params.init(MIXTRAL, jax.random.key(0), "float32"), losses.resolve("dpo")
+    weights, loss = params.init(config, jax.random.key(0), "float32"), losses.resolve("dpo")
     rate = adamw.schedule(kind="constant", peak=1e-2, warmup=0, total_steps=9)
     optimizer = adamw.optimizer(
-        rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(MIXTRAL)
+        rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(config)
     )
-    forward_fn = batches.forward_fn(MIXTRAL, layout=layout, router_aux_weight=weight)
+    forward_fn = batches.forward_fn(config, layout=layout, router_aux_weight=weight)
     replicas = None
     if mesh is not None and mesh.shape["data"] > 1 and mesh.shape["tensor"] == 1:
-        specs = jax.tree.map(lambda place: place.spec, params.shardings(MIXTRAL, mesh=mesh))
+        specs = jax.tree.map(lambda place: place.spec, params.shardings(config, mesh=mesh))
         within = dataclasses.replace(layout, within_replica=True)
         replicas = train_step.Replicas(
             mesh,
@@ -163,7 +205,7 @@ def stepped(batch, *, accumulation=1, mesh=None, layout=sharding.ONE_DEVICE, wei
     state = types.TrainState(weights, optimizer.init(weights), jnp.int32(0))
     jitted = jax.jit(update, compiler_options=test_model.QUICK)
     if mesh is not None:
-        places = params.shardings(MIXTRAL, mesh=mesh)
+        places = params.shardings(config, mesh=mesh)
         moments = jax.tree.map(lambda _: sharding.replicated(mesh), state.opt_state)
         jitted = train_step.jit_train_step(
             update, mesh=mesh, state_shardings=types.TrainState(places, moments, sharding.replicated(mesh))
@@ -200,12 +242,17 @@ def test_the_objective_has_the_loss_with_its_weight_and_the_mean_of_the_micro_ba
     assert_allclose(both["loss"] - without["loss"], 0.5 * both["router/balancing_loss"], rtol=1e-5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.slow  # compiles for eight virtual devices
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 8, 1), (2, 2, 2), (2, 4, 1)])
-def test_any_mesh_gives_the_same_steps(data, fsdp, tensor):
+@pytest.mark.parametrize(
+    ("config", "data", "fsdp", "tensor"),
+    [(MIXTRAL, 2, 2, 2), (MIXTRAL, 2, 4, 1), (GPT_OSS, 2, 2, 2), (MIXTRAL, 1, 8, 1)],
+    ids=["all axes", "replicas", "gpt_oss", "fsdp"],
+)
+def test_any_mesh_gives_the_same_steps(config, data, fsdp, tensor):
     mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices())
-    alone, numbers = stepped(batch_of())
-    found, theirs = stepped(batch_of(), mesh=mesh, layout=sharding.Layout(mesh))
+    alone, numbers = stepped(batch_of(), config=config)
+    found, theirs = stepped(batch_of(), config=config, mesh=mesh, layout=sharding.Layout(mesh))
     for one, other in zip(numbers, theirs, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():

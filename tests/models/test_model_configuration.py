@@ -89,6 +89,49 @@ PYTHIA_2_8B = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+GPT_OSS_20B = {  # as published, with two keys that transformers does not read
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "initial_context_length": 4096,
+    "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 8,
+    "num_local_experts": 32,
+    "output_router_logits": False,
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "router_aux_loss_coef": 0.9,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+    "eos_token_id": 200002,
+    "pad_token_id": 199999,
+}
+GPT_OSS_120B = GPT_OSS_20B | {
+    "num_hidden_layers": 36,
+    "num_local_experts": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 18,
+}
 # parameter counts as published with each model
 PUBLISHED = {
     "Llama-2-7B": (LLAMA2_7B, 6_738_415_616),
@@ -96,6 +139,8 @@ PUBLISHED = {
     "Llama-3.2-1B": (LLAMA32_1B, 1_235_814_400),
     "Mistral-7B-v0.1": (MISTRAL_7B, 7_241_732_096),
     "Pythia-2.8B": (PYTHIA_2_8B, 2_775_208_960),
+    "gpt-oss-20b": (GPT_OSS_20B, 20_914_757_184),
+    "gpt-oss-120b": (GPT_OSS_120B, 116_829_156_672),
 }
 
 
@@ -103,6 +148,13 @@ PUBLISHED = {
 def test_published_models_have_their_published_size(name):
     config, count = PUBLISHED[name]
     assert params.count(models.from_hf_config(config)) == count
+
+
+@pytest.mark.parametrize(("described", "billions"), [(GPT_OSS_20B, 3.61), (GPT_OSS_120B, 5.13)])
+def test_gpt_oss_has_the_active_parameters_of_its_model_card(described, billions):
+    """Which counts the LM head and not the embeddings: arXiv 2508.10925, table 1."""
+    config = models.from_hf_config(described)
+    assert round((params.active(config) - config.vocab_size * config.width) / 1e9, 2) == billions
 
 
 def test_llama32_is_read_to_the_last_field():
@@ -391,6 +443,13 @@ def test_a_field_of_transformers_that_is_not_known_here_is_refused_by_name(monke
         ("granite", {"architectures": ["GraniteForSequenceClassification"], "num_labels": 1}, r"no class of granite"),
         ("cohere2", {"head_dim": 16}, r"cohere2 has head_dim = width / heads"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, r"rope type 'linear' is none of phi3's"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, r"swiglu_limit=5\.0 is not supported \(supported: 7\.0\)"),
+        ("gpt_oss", {"swiglu_alpha": 1.0}, r"swiglu_alpha=1\.0 is not supported \(supported: 1\.702\)"),
+        (
+            "gpt_oss",
+            {"layer_types": ["chunked_attention"] * 5},
+            r"supported: 5 of full_attention and sliding_attention",
+        ),
     ],
 )
 def test_refusals_of_other_families(family, change, message):
