@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from fpo_jax import hf, losses, types
+from fpo_jax import hf, losses, models, types
 from fpo_jax.models import params
 from fpo_jax.optimizer import adamw
 from fpo_jax.trainer import train_step
 from tests import batches, tiny, tolerances
+from tests.models import test_model
 
 torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch, which is not installed here")
 transformers = pytest.importorskip("transformers")
@@ -24,6 +25,17 @@ RECIPES = {
     "reference-free": ("alphapo", {"alpha": 0.99, "beta": 2.0, "gamma_beta_ratio": 0.8}, 2),
     "reference-free with an SFT term": ("sigmoid", {"beta": 2.5, "gamma_beta_ratio": 0.3, "sft_weight": 0.1}, 2),
 }
+EXPERTS = {"experts": 5, "experts_per_token": 2}
+YARN = {"type": "yarn", "theta": 15e4, "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False}
+FAMILIES = {
+    "gpt_oss": EXPERTS | {"sliding_window": 6, "rope": models.Rope(**YARN)},
+    "gemma3_text": {
+        "layers": 3, "layer_types": ("sliding", "full", "sliding"), "sliding_window": 6, "query_scale": 0.25,
+        "sliding_rope": models.Rope(theta=100.0), "activation": "gelu_pytorch_tanh",
+    },
+    "mixtral": EXPERTS,
+    "qwen3_moe": EXPERTS | {"normalize_top_k": False},
+}  # fmt: skip
 
 
 def torch_logps(model, batch, temperature):
@@ -63,7 +75,9 @@ def torch_losses(recipe, options, logps, reference, lengths, rewards):
 
 
 def torch_trajectory(folder, recipe, options, micro_batches):
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").double()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager", dtype="float32"
+    ).double()
     temperature = options.get("temperature", 1.0)
     with torch.no_grad():
         references = [[torch_logps(model, micro, temperature)[0] for micro in update] for update in micro_batches]
@@ -86,7 +100,7 @@ def torch_trajectory(folder, recipe, options, micro_batches):
         torch_adamw.step()
         schedule.step()
         curve.append(value)
-    return np.array(curve), {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+    return np.array(curve), {name: tensor.detach().numpy() for name, tensor in model.named_parameters()}
 
 
 def our_trajectory(folder, recipe, options, micro_batches):
@@ -120,8 +134,20 @@ def our_trajectory(folder, recipe, options, micro_batches):
 @pytest.mark.slow  # twenty steps in PyTorch float64 and the compilation of ours: four times 10 s
 @pytest.mark.parametrize("name", RECIPES)
 def test_twenty_updates_match_pytorch(name, tmp_path):
-    recipe, options, completions = RECIPES[name]
-    config = tiny.write_model(tmp_path / "model", seed=1)
+    check_trajectory(tmp_path, *RECIPES[name])
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parity
+@pytest.mark.slow  # as above
+@pytest.mark.parametrize("family", FAMILIES)
+def test_twenty_updates_of_other_families_match_pytorch(family, tmp_path):
+    check_trajectory(tmp_path, *RECIPES["alpha-po with reference"], family=family, **FAMILIES[family])
+
+
+def check_trajectory(tmp_path, recipe, options, completions, **described):
+    """Compare the losses of twenty steps, and the weights after them."""
+    config = tiny.write_model(tmp_path / "model", seed=1, **described)
     random = np.random.default_rng(3)
     different = []  # two steps' worth, repeated: the loss must fall
     for update in range(2):
@@ -140,6 +166,7 @@ def test_twenty_updates_match_pytorch(name, tmp_path):
     ours, our_weights, config = our_trajectory(tmp_path / "model", recipe, options, micro_batches)
     assert theirs[-2] < theirs[0]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerances.TRAJECTORY_LOSS)
+    their_weights = test_model.one_by_one(their_weights, config)
     for entry in params.entries(config):
         for hf_name, place in entry.tensors():
             ours_hf = params.to_hf(entry, np.asarray(our_weights[entry.path])[place])
