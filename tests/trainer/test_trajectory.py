@@ -77,7 +77,9 @@ def torch_losses(recipe, options, logps, reference, lengths, rewards):
 def torch_trajectory(folder, recipe, options, micro_batches):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", experts_implementation="eager", dtype="float32"
-    ).double()
+    )
+    if model.config.model_type != "gemma3_text":  # whose softmax of a padded row, float32, is NaN by a float64 mask
+        model = model.double()
     temperature = options.get("temperature", 1.0)
     with torch.no_grad():
         references = [[torch_logps(model, micro, temperature)[0] for micro in update] for update in micro_batches]
