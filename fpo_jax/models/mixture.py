@@ -4,8 +4,8 @@
     y = sum_u w_u down_u(act(gate_u(x)) * up_u(x))      u the experts of largest p; w_u = p_u, or p_u / sum_u p_u
       + sigmoid(share(x)) shared(x)                     where the family has an expert that sees every token
 
-Tokens are sorted by their experts and multiplied in groups (`jax.lax.ragged_dot`): M = N T U rows, with U experts of a
-token. No array has an axis of tokens, one of experts and one of D or F, except where XLA has no grouped product (CPU).
+Tokens are sorted by their experts and multiplied in groups (`kernels.experts`): M = N T U rows, with U experts of a
+token. No array has an axis of tokens, one of experts and one of D or F, except where there is no grouped product (CPU).
 On a mesh each device sorts the tokens of its own rows and multiplies by its part of F of every expert.
 Some families have biases, and gate and up in one matrix, or another gating of the two (`activations.GATINGS`).
 """
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Float, Int
 
 from fpo_jax import sharding
+from fpo_jax.kernels.experts import grouped_product
 from fpo_jax.kernels.lm_head import spec as specs
 from fpo_jax.models import activations, config, layers
 
@@ -110,7 +111,9 @@ def apply_experts(
 
         def grouped(rows_MK, linear, *, biased=True):  # [M, outputs], with axes of outputs side by side
             matrix_EKO = linear.matrix.reshape(*linear.matrix.shape[:2], -1)
-            out_MO = jax.lax.ragged_dot(rows_MK, matrix_EKO, sizes_E)
+            out_MO = grouped_product.grouped_product(
+                rows_MK, matrix_EKO, sizes_E, implementation=grouped_product.select(rows_MK, matrix_EKO, layout.mesh)
+            )
             if linear.bias is None:
                 return out_MO
             bias_EO = linear.bias.reshape(len(linear.bias), -1)

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from fpo_jax import attention, sharding, types
+from fpo_jax.kernels.experts import grouped_product
 from fpo_jax.models import config, decoder_layer, kv_cache, layers, lora, param_table, rope, routing
 
 _LAYER_INPUT = "layer_input"
@@ -22,10 +23,15 @@ _LONGEST_PERIOD = 16  # of kinds of layers that is looked for
 _checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)  # scan already keeps the recomputation apart
 
 
+_of_weights = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(grouped_product.RESULT),
+)
+
+
 def _keeps_products(primitive, *operands, **parameters) -> bool:
     """Keep the results of matmuls with weights, those of experts among them."""
-    of_weights = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return primitive.name == "ragged_dot_general" or bool(of_weights(primitive, *operands, **parameters))
+    return primitive.name == "ragged_dot_general" or bool(_of_weights(primitive, *operands, **parameters))
 
 
 # What the backward pass keeps of a layer, from most memory and fewest FLOPs to the least memory.

@@ -166,13 +166,15 @@ _OPAQUE = (
     "dot_product_attention_bwd_wrapper",
 )
 
-# beginning of a kernel's name -> (matrix products of its plane, what the plane is): tokens by rows of the head, or the
-# attended pairs of queries laid out as said (X blocks of Q positions are a row of T)
+# beginning of a kernel's name -> (matrix products of its plane, what the plane is): tokens by rows of the head, rows by
+# the matrix of their group, or the attended pairs of queries laid out as said (X blocks of Q positions are a row of T)
 KERNELS = {
     "partial_softmax": (1, "head"),  # pallas_gpu, pallas_triton
     "dlogits": (1, "head"),
     "token_stats": (1, "head"),  # pallas_tpu
     "group_loss": (0, "head"),  # a few numbers per token
+    "grouped_rows": (1, "groups"),  # experts.triton
+    "grouped_gradient": (1, "groups"),
     "dot_product_attention_fwd_wrapper": (2, "NTHC"),
     "dot_product_attention_bwd_wrapper": (5, "NTHC"),  # the scores again, dv, dp, dq, dk
     "chunked_attention_fwd": (2, "XNGRQC"),  # of packed rows a bound: what lies outside a group is passed over
@@ -199,6 +201,8 @@ def _kernel(name: str, equation: core.JaxprEqn, window: Window) -> int:
     if plane == "head":
         (tokens, width), (rows, _) = [shape for shape in arrays if len(shape) == 2][:2]
         return 2 * products * tokens * rows * width
+    if plane == "groups":
+        return 2 * math.prod(arrays[0]) * _shape(equation.outvars[0])[-1]
     axes = len(plane) if plane[0] == "X" else 3  # under vmap or not; of blocks, rows of keys have one axis less
     queries = next(shape for shape in arrays if len(shape) >= axes)
     length = math.prod(queries[place - len(plane)] for place, letter in enumerate(plane) if letter in "TXQ")

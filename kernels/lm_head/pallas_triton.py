@@ -123,7 +123,7 @@ def forward_block(
         the entropy is wanted.
     """
     (tokens, width), rows = hidden_MD.shape, head_WD.shape[0]
-    tile = _tile(hidden_MD, plain=spec.softcap is None and not spec.want_entropy)
+    tile = tile_of(hidden_MD.dtype, plain=spec.softcap is None and not spec.want_entropy)
     pieces, tiles = pl.cdiv(tokens, tile.rows), pl.cdiv(rows, tile.columns)
     splits = _splits(pieces, tiles, tile.rows * width * hidden_MD.dtype.itemsize)
 
@@ -186,7 +186,7 @@ def dlogits_block(
         [M, W] in the dtype of hidden, rounded once, the one-hot included; exactly 0 outside [first, last).
     """
     tokens, rows = hidden_MD.shape[0], head_WD.shape[0]
-    tile = _tile(hidden_MD, plain=spec.softcap is None)
+    tile = tile_of(hidden_MD.dtype, plain=spec.softcap is None)
     pieces, tiles = pl.cdiv(tokens, tile.rows), pl.cdiv(rows, tile.columns)
 
     def locate(program):
@@ -312,9 +312,14 @@ def _clipped(start, size, count):
     return jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), count - 1)
 
 
-def _tile(hidden_MD, *, plain):
-    """The tile for the operands' dtype and the GPU that the program is compiled for; `plain`: logits are products."""
-    if hidden_MD.dtype == jnp.float32:
+def tile_of(dtype: jax.typing.DTypeLike, *, plain: bool) -> Tile:
+    """Return the tile for operands of a dtype on the GPU that the program is compiled for.
+
+    Args:
+        dtype: bfloat16 or float32.
+        plain: whether what is made of the products takes no registers to speak of.
+    """
+    if jnp.dtype(dtype) == jnp.float32:
         return FLOAT32
     kind = _device().device_kind
     wide = (tile for start, tile in WIDE_TILES.items() if kind.startswith(start))

@@ -219,11 +219,11 @@ def test_a_nan_stays_in_its_row(row):
 def test_tiles_are_of_the_gpu_that_is_compiled_for(compile_as_for):
     hidden_MD = jnp.zeros((1, 16), jnp.bfloat16)
     compile_as_for("NVIDIA A100-SXM4-80GB")
-    assert pallas_triton._tile(hidden_MD, plain=True) == pallas_triton.WIDE_TILES["NVIDIA A100"]
-    assert pallas_triton._tile(hidden_MD, plain=False) == pallas_triton.TILE
-    assert pallas_triton._tile(hidden_MD.astype("float32"), plain=True) == pallas_triton.FLOAT32
+    assert pallas_triton.tile_of(hidden_MD.dtype, plain=True) == pallas_triton.WIDE_TILES["NVIDIA A100"]
+    assert pallas_triton.tile_of(hidden_MD.dtype, plain=False) == pallas_triton.TILE
+    assert pallas_triton.tile_of("float32", plain=True) == pallas_triton.FLOAT32
     compile_as_for("NVIDIA L40S")
-    assert pallas_triton._tile(hidden_MD, plain=True) == pallas_triton.TILE
+    assert pallas_triton.tile_of(hidden_MD.dtype, plain=True) == pallas_triton.TILE
 
 
 def test_splits_keep_the_processors_busy(compile_as_for):

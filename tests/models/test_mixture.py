@@ -11,6 +11,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from fpo_jax import losses, models, sharding, types
+from fpo_jax.kernels.experts import grouped_product
 from fpo_jax.models import mixture, params, routing
 from fpo_jax.optimizer import adamw
 from fpo_jax.perf import flops
@@ -65,6 +66,36 @@ def test_grouped_experts_are_those_one_by_one_with_their_gradients():
     for ours, theirs in zip(found, expected, strict=True):
         assert np.abs(theirs).max() > 0.1
         assert_allclose(ours, theirs, rtol=0, atol=tolerances.SAME_MATHS * np.abs(theirs).max())
+
+
+def test_experts_in_the_kernel_are_those_in_xla_on_one_device_and_on_a_mesh(monkeypatch):
+    random = np.random.default_rng(0)
+    shapes = ((4, 3, 16), (4, 3, U), (E, 16, 32), (E, 16, 32), (E, 32, 16))
+    x, weights, gate, up, down = (jnp.asarray(0.3 * random.normal(size=shape), jnp.float32) for shape in shapes)
+    chosen = jnp.asarray(np.argsort(random.normal(size=(4, 3, E)), axis=-1)[..., :U].astype(np.int32))
+
+    def total(layout, x, weights, gate, up, down):
+        inwards = (mixture.Linear(gate), mixture.Linear(up))
+        return jnp.sum(
+            jnp.sin(
+                mixture.apply_experts(
+                    x, chosen, weights, inwards, mixture.Linear(down), activation="silu", layout=layout
+                )
+            )
+        )
+
+    def run(layout):
+        gradients = jax.jit(jax.value_and_grad(functools.partial(total, layout), argnums=(0, 1, 2, 3, 4)))
+        return jax.tree.leaves(gradients(x, weights, gate, up, down))
+
+    mesh = sharding.make_layout(preset="fsdp", data=1, fsdp=2, tensor=2, devices=jax.devices()[:4])
+    expected = run(sharding.ONE_DEVICE)
+    emulated = functools.partial(grouped_product.grouped_product, interpret=True)
+    monkeypatch.setattr(grouped_product, "select", lambda *_: "triton")
+    monkeypatch.setattr(grouped_product, "grouped_product", emulated)
+    for layout in (sharding.ONE_DEVICE, mesh):
+        for ours, theirs in zip(run(layout), expected, strict=True):
+            assert_allclose(ours, theirs, rtol=0, atol=tolerances.SAME_MATHS * np.abs(theirs).max())
 
 
 def test_biases_and_one_matrix_of_gate_and_up_are_those_of_experts_one_by_one_with_their_gradients():
