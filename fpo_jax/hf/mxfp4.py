@@ -7,8 +7,9 @@ A value is E2M1, a sign, two bits of exponent and one of mantissa; a scale is E8
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -103,13 +104,14 @@ class Tensor(NamedTuple):
         return self.read(shape, 0, shape[0])
 
 
-def joined(tensors: dict[str, Stored]) -> tuple[dict[str, Stored], list[str]]:
+def joined(tensors: Mapping[str, Stored]) -> tuple[dict[str, Any], list[str]]:
     """Put blocks and scales together, by name; the rest stays as it is.
 
     Returns:
         Tensors by name, and in words what of them is no MXFP4.
     """
-    found, problems = dict(tensors), []
+    found: dict[str, Any] = dict(tensors)
+    problems: list[str] = []
     for name in [name for name in tensors if name.endswith("_blocks")]:
         stem = name.removesuffix("_blocks")
         blocks, scales = found.pop(name), found.pop(f"{stem}_scales", None)

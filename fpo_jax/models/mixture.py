@@ -102,14 +102,14 @@ def apply_experts(
         layout: where rows and F live on a mesh.
     """
 
-    def on_rows(x_NTD, chosen_NTU, weights_NTU, inwards, down, *, has_down_bias=True):
+    def on_rows(x_NTD, chosen_NTU, weights_NTU, inwards, down, *, has_down_bias: bool | jax.Array = True):
         used, width = chosen_NTU.shape[-1], x_NTD.shape[-1]
         chosen_M = chosen_NTU.reshape(-1)
         order_M = jnp.argsort(chosen_M)
         expert_M = chosen_M[order_M]
         sizes_E = jnp.bincount(chosen_M, length=down.matrix.shape[0]).astype(jnp.int32)
 
-        def grouped(rows_MK, linear, *, biased=True):  # [M, outputs], with axes of outputs side by side
+        def grouped(rows_MK, linear, *, biased: bool | jax.Array = True):  # [M, outputs], with axes of outputs side by side
             matrix_EKO = linear.matrix.reshape(*linear.matrix.shape[:2], -1)
             out_MO = grouped_product.grouped_product(
                 rows_MK, matrix_EKO, sizes_E, implementation=grouped_product.select(rows_MK, matrix_EKO, layout.mesh)
@@ -142,7 +142,7 @@ def apply_experts(
 
     def placed(linear, *, inputs=None, outputs=None):  # the last axis of outputs is the one that is cut
         others = [None] * (linear.matrix.ndim - 3)
-        return Linear(PartitionSpec(None, inputs, *others, outputs), PartitionSpec(None, *others, outputs))
+        return Linear._make([PartitionSpec(None, inputs, *others, outputs), PartitionSpec(None, *others, outputs)])
 
     of_rows = PartitionSpec(rows, None, None)
     return jax.shard_map(

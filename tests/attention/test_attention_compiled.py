@@ -59,6 +59,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
         positions=[T],
         sliding_window=window,
         soft_cap=cap,
+        sinks=bool(options.get("sinks")),
         segments=bool(segments),
         shared=bool(shared),
         compute_capability=logprobs.Target.of(layout.mesh.devices.flat[0]).compute_capability,
@@ -68,7 +69,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
     def put(shape, dtype, *names):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(layout.mesh, PartitionSpec(*names)))
 
-    def both(q, k, v, do, valid_NT, segments_NT):
+    def both(q, k, v, do, valid_NT, segments_NT, sinks_H):
         call = functools.partial(
             attention.attend,
             valid_NT=valid_NT,
@@ -79,7 +80,10 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
             choice=choice,
             layout=layout,
         )
-        out, pull_back = jax.vjp(call, q, k, v)
+        if options.get("sinks"):
+            out, pull_back = jax.vjp(lambda q, k, v, sinks_H: call(q, k, v, sinks_H=sinks_H), q, k, v, sinks_H)
+        else:
+            out, pull_back = jax.vjp(call, q, k, v)
         return out, pull_back(do)
 
     kv_heads = "tensor" if G % sizes[2] == 0 else None
@@ -89,6 +93,7 @@ def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2,
         put((N, T, H, C), dtype, ROWS, None, "tensor"),
         put((N, T), "bool", ROWS),
         put((N, T), "int32", ROWS),
+        put((H,), "float32", "tensor"),
     )
     return choice.implementation, compiled, N * H * T * T * 4 / np.prod(sizes)
 
@@ -116,12 +121,15 @@ OPTIONS = [
     {"shared": True},
     {"shared": True, "window": 512, "cap": 50.0, "H": 32, "N": 1},
     {"shared": True, "T": 8192, "N": 1, "H": 32},
+    {"sinks": True, "window": 128, "C": 64},
+    {"sinks": True, "shared": True, "C": 64},
 ]
 MESHES = [
     ((1, 4, 1), {}),
     ((1, 1, 4), {"segments": True}),
     ((1, 2, 2), {"T": 2000, "window": 512}),
     ((1, 2, 2), {"G": 1}),
+    ((1, 2, 2), {"sinks": True, "segments": True, "C": 64}),
     ((1, 2, 2), {"shared": True}),
 ]
 
@@ -146,7 +154,7 @@ def test_splash_on_a_mesh(target, sizes, options):
     names = SEGMENTED if options.get("segments") else FUSED
     assert_streams(compiled, dense, names=names, share=0.4)  # measured at most 0.31, on v5p with shared heads
     shared = options.get("G", 2) % sizes[2] != 0  # devices that read the same key/value heads add up their gradients
-    assert ("all-reduce" in compiled.as_text()) == shared
+    assert ("all-reduce" in compiled.as_text()) == (shared or "sinks" in options)  # of sinks all rows do
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 512}, {"G": 8}, {"C": 64}, {"C": 80}], ids=str)

@@ -156,6 +156,24 @@ def test_operations_of_a_mixture_are_those_of_a_tokens_own_experts():
     assert traced[0] - traced[1] == 3 * 2 * 3 * test_model.T * config.layers * (expert + router)
 
 
+def test_operations_and_active_parameters_of_gpt_oss_by_hand():
+    """Biases and sinks are no products; a token meets its own experts' biases alone."""
+    D, F, E, U, H, G, C = (
+        getattr(GPT_OSS, name)
+        for name in ("width", "ffn", "experts", "experts_per_token", "heads", "kv_heads", "head_dim")
+    )
+    attention, router, expert = D * C * (2 * H + 2 * G), D * E, 3 * D * F
+    assert flops.layer_weights(GPT_OSS) == attention + router + U * expert
+    biases = C * (H + 2 * G) + D + E
+    others = attention + router + biases + H + 2 * D + D + 2 * GPT_OSS.vocab_size * D
+    assert params.count(GPT_OSS) == others + E * (expert + 2 * F + D)
+    assert params.active(GPT_OSS) == others + U * (expert + 2 * F + D)
+    one, two = (dataclasses.replace(GPT_OSS, experts_per_token=count) for count in (1, 2))
+    with jax.default_matmul_precision("default"):
+        traced = [flops.traced(test_model.gradient_jaxpr(config)) for config in (one, two)]
+    assert traced[1] - traced[0] == 3 * 2 * 3 * test_model.T * expert
+
+
 # --- the load-balancing loss
 
 

@@ -377,6 +377,7 @@ MIXED = {
     "smollm3": {"no_rope_layers": [1, 0, 0, 1, 1], "use_sliding_window": True, "sliding_window": 5},
     "exaone4": {"sliding_window_pattern": "LLG"},
     "gemma3_text": {"layer_types": ["full_attention"] * 4 + ["sliding_attention"]},
+    "gpt_oss": {"rope_scaling": {"rope_type": "default"}, "layer_types": ["full_attention"] * 5},
 }
 
 
@@ -455,6 +456,12 @@ def test_a_field_of_transformers_that_is_not_known_here_is_refused_by_name(monke
 def test_refusals_of_other_families(family, change, message):
     with pytest.raises(ValueError, match=message):
         models.from_hf_config(least(family, **change))
+
+
+def test_a_gating_of_its_own_leaves_no_choice_of_the_activation():
+    config = models.from_hf_config(least("gpt_oss"))
+    with pytest.raises(ValueError, match="activation=gelu has no meaning for gpt_oss"):
+        dataclasses.replace(config, activation="gelu")
 
 
 def test_layers_of_several_kinds_are_told_from_the_config():
