@@ -113,8 +113,7 @@ def load_params(
         log.warning("%s also holds %s, which are left out: its language model alone is read.", directory, others)
     if any(isinstance(tensor, mxfp4.Tensor) for tensor in tensors.values()):
         log.warning(
-            "%s holds its experts in MXFP4: they are read as bfloat16, and exports hold them so or wider, without"
-            " quantization_config.",
+            "%s holds its experts in MXFP4: they are read as bfloat16, and exports hold them without quantisation.",
             directory,
         )
     _check_tied_head(directory, on_disk, tensors)

@@ -109,7 +109,9 @@ def apply_experts(
         expert_M = chosen_M[order_M]
         sizes_E = jnp.bincount(chosen_M, length=down.matrix.shape[0]).astype(jnp.int32)
 
-        def grouped(rows_MK, linear, *, biased: bool | jax.Array = True):  # [M, outputs], with axes of outputs side by side
+        def grouped(
+            rows_MK, linear, *, biased: bool | jax.Array = True
+        ):  # [M, outputs], with axes of outputs side by side
             matrix_EKO = linear.matrix.reshape(*linear.matrix.shape[:2], -1)
             out_MO = grouped_product.grouped_product(
                 rows_MK, matrix_EKO, sizes_E, implementation=grouped_product.select(rows_MK, matrix_EKO, layout.mesh)
