@@ -56,6 +56,7 @@ def problems(config: Config) -> list[str]:
     number("lora.rank", 0)
     number("train.hang_timeout", 0)
     number("lora.alpha", 0.0, exclusive=True)
+    number("lora.loraplus_lr_ratio", 0.0, exclusive=True)
     if not 0 <= config.lora.dropout < 1:
         found.append(f"lora.dropout={config.lora.dropout} must lie in [0, 1).")
     try:

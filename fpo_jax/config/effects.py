@@ -20,7 +20,7 @@ class Idle(NamedTuple):
 
 IDLE = (
     Idle(
-        ("lora.alpha", "lora.dropout", "lora.modules"),
+        tuple(f"lora.{name}" for name in default().lora if name != "rank"),
         lambda c: c.lora.rank == 0,
         "while lora.rank is 0; set lora.rank",
     ),

@@ -1,6 +1,6 @@
 """An adapter beside its base -> one model, or a directory that PEFT reads; layer by layer, never whole on the host.
 
-merged      W + alpha/r B A as array-likes that `save.export` fetches block by block
+merged      W + scale B A as array-likes that `save.export` fetches block by block
 write_peft  adapter_config.json and adapter_model.safetensors
 """
 
@@ -118,6 +118,7 @@ def write_peft(
         "target_modules": sorted({re.sub(r".*\{layer\}\.", "", module) for module in modules}),
         "modules_to_save": ["score"] if config.reward_head else None,
         "fan_in_fan_out": config.of_family.transposed,
+        "use_rslora": adapter.rslora,
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,

@@ -110,18 +110,19 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """Low-rank additions to a decoder's matrices (LoRA, arXiv 2106.09685): y = x W + alpha/rank dropout(x) A B."""
+    """Low-rank additions to a decoder's matrices (LoRA, arXiv 2106.09685): y = x W + scale dropout(x) A B."""
 
     rank: int  # r
     alpha: float
     dropout: float
     # paths of the matrices that have one, from params.adapter
     targets: tuple[str, ...]
+    rslora: bool = False  # rank-stabilised (arXiv 2312.03732)
 
     @property
     def scale(self) -> float:
-        """Factor on A B."""
-        return self.alpha / self.rank
+        """Factor on A B: alpha / rank, rank-stabilised alpha / sqrt(rank)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def family_biases(family: families.Family) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ class Context(NamedTuple):
         return out if bias is None else out + bias[...].astype(x.dtype)
 
     def _adapted(self, equation: str, x: jax.Array, module: nnx.Module, name: str) -> jax.Array:
-        """Return alpha/rank dropout(x) A B, through the rank: no matrix of the size of W is made."""
+        """Return scale dropout(x) A B, through the rank: no matrix of the size of W is made."""
         assert self.adapter is not None
         given, result = equation.split("->")
         read, weight = given.split(",")

@@ -1,6 +1,7 @@
 """Rows of an adapter: which matrices it is beside, its A and B, and what is trained and what is only read.
 
-LoRA, arXiv 2106.09685: W x + (alpha / r) B A x, with A [inputs, r] and B [r, outputs] of each matrix.
+LoRA, arXiv 2106.09685: W x + (alpha / r) B A x, with A [inputs, r] and B [r, outputs] of each matrix. rsLoRA, arXiv
+2312.03732, divides alpha by sqrt(r).
 """
 
 import re
@@ -9,16 +10,19 @@ from fpo_jax.models.config import Adapter, ModelConfig
 from fpo_jax.models.param_table import Entry, entries, groups
 
 
-def adapter(config: ModelConfig, *, rank: int, alpha: float, dropout: float, modules: str) -> Adapter:
+def adapter(
+    config: ModelConfig, *, rank: int, alpha: float, dropout: float, modules: str, use_rslora: bool = False
+) -> Adapter:
     """Describe an adapter of the layers' matrices.
 
     Args:
         config: the architecture.
         rank: r >= 1.
-        alpha: the additions are scaled by alpha / r.
+        alpha: the additions are scaled by alpha / r, or by alpha / sqrt(r).
         dropout: share of the inputs of A that is dropped in training, in [0, 1).
         modules: regular expression over the names that Hugging Face gives the matrices ("q_proj|v_proj", found anywhere
             in "model.layers.0.self_attn.q_proj"); "all-linear" = all of them.
+        use_rslora: divide alpha by sqrt(r) and not by r (rsLoRA).
 
     Raises:
         ValueError: no matrix of that name; lists those there are. A router, or matrices of experts, by name.
@@ -35,7 +39,7 @@ def adapter(config: ModelConfig, *, rank: int, alpha: float, dropout: float, mod
     if not chosen:
         names = sorted({entry.hf_name.removesuffix(".weight").rpartition(".")[2] for entry in matrices})
         raise ValueError(f"lora.modules={modules!r} is in no name of this model's matrices: {', '.join(names)}.")
-    return Adapter(rank, alpha, dropout, tuple(entry.path for entry in chosen))
+    return Adapter(rank, alpha, dropout, tuple(entry.path for entry in chosen), use_rslora)
 
 
 def _is_routed(entry: Entry) -> bool:
@@ -81,6 +85,11 @@ def trained_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...
 def frozen_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...]:
     """Return the entries that training only reads: none, or those below an adapter."""
     return () if of is None else tuple(entry for entry in entries(config) if entry.path != "score")
+
+
+def is_b(path: str) -> bool:
+    """Whether a path is that of an adapter's B, which LoRA+ trains at a rate of its own."""
+    return path.endswith("_lora_b")
 
 
 def _inputs_and_outputs(entry: Entry, config: ModelConfig) -> tuple[str, str]:

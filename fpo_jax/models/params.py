@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from fpo_jax import sharding, types
 from fpo_jax.models.config import ModelConfig
-from fpo_jax.models.lora import adapter, adapter_entries, frozen_entries, trained_entries
+from fpo_jax.models.lora import adapter, adapter_entries, frozen_entries, is_b, trained_entries
 from fpo_jax.models.param_table import Entry, entries, full_hf_name, hf_head_name, ignored_hf_names
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "ignored_hf_names",
     "init",
     "initial",
+    "is_b",
     "logical_axes",
     "met",
     "nest",

@@ -65,6 +65,7 @@ def optimizer(
     clip_norm: float,
     decay_mask: types.PyTree,
     state_dtype: str = "float32",
+    faster: tuple[float, types.PyTree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Return clipping by the global norm (off when clip_norm is 0) followed by AdamW with decoupled weight decay.
 
@@ -80,10 +81,15 @@ def optimizer(
         decay_mask: tree of bool like the parameters (params.decay_mask).
         state_dtype: of the moments between updates, "int8" for eight bits with a scale per block; an update itself is
             float32.
+        faster: a factor on the learning rate, of the decay too, and a tree of bool like the parameters that says where
+            (LoRA+, arXiv 2402.12354: that of an adapter's B); None = one rate.
     """
     clip = _clip(clip_norm) if clip_norm else optax.identity()
     decay = optax.add_decayed_weights(weight_decay, decay_mask)
-    adamw = optax.chain(_adam(b1, b2, eps), decay, _keeping(optax.scale_by_learning_rate(rate)))
+    of_rate = [_keeping(optax.scale_by_learning_rate(rate))]
+    if faster is not None:
+        of_rate.append(optax.masked(optax.scale(faster[0]), faster[1]))
+    adamw = optax.chain(_adam(b1, b2, eps), decay, *of_rate)
     whole = optax.chain(clip, adamw)
     return _in_eight_bits(whole) if state_dtype == "int8" else _stored_in(whole, jnp.dtype(state_dtype))
 

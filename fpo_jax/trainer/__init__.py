@@ -5,6 +5,7 @@ callbacks         what happens beside the steps: logging, profiling, evaluation,
 train_step        the train, evaluation and reference step of one batch: pure functions
 steps             these, jitted for a run: with forward (log-probs or scores of a batch), compiled_step, kept_logits
 train_state, device_batch  where the state and the batches live on the mesh
+adapters          the adapter of a run
 run_inputs, dataset_cache  what a run reads; tokenised data kept between starts
 start_checks      places to write to and W&B's account, before anything expensive
 run_schedule, batch_shapes, run_workdir  its order and sizes, what makes it the same run

@@ -24,7 +24,16 @@ from fpo_jax import config as configuration
 from fpo_jax.data import group_packing
 from fpo_jax.models import params
 from fpo_jax.perf import flops, hardware
-from fpo_jax.trainer import batch_shapes, compiled_step, forward, kept_logits, run_inputs, run_schedule, steps
+from fpo_jax.trainer import (
+    adapters,
+    batch_shapes,
+    compiled_step,
+    forward,
+    kept_logits,
+    run_inputs,
+    run_schedule,
+    steps,
+)
 
 FIELDS = ("data.layout", "model.remat", "train.micro_batch_per_device")
 _REMAT = ("none", "dots_and_attention", "dots", "full")  # from most memory to least
@@ -236,7 +245,7 @@ class _Search:
         self._config, self._facts, self._layout, self._limit = config, facts, layout, limit
         self._rates, self._keeps_logits = capacity or CPU, capacity is not None
         self._reached = 1 if capacity is None else hardware.REACHED
-        self._adapter = run_inputs.adapter(config, facts.model_config)
+        self._adapter = adapters.of_run(config, facts.model_config)
         self._shape_of: dict[int, StepShape] = {}
         self._state = self._gradients = 0  # bytes of a device
 

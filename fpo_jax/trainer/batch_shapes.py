@@ -17,7 +17,7 @@ from fpo_jax import data, losses, models
 from fpo_jax.data import group_packing
 from fpo_jax.io import terminal
 from fpo_jax.perf import flops
-from fpo_jax.trainer import run_inputs, run_schedule
+from fpo_jax.trainer import adapters, run_inputs, run_schedule
 
 log = logging.getLogger("fpo_jax")
 
@@ -189,7 +189,7 @@ def _bounds(config: configuration.Config, known: Known, *, ways: int) -> Sizes:
             shape.scored,
             warmup,
             total_steps,
-            run_inputs.adapter(config, model_config),
+            adapters.of_run(config, model_config),
             reference=None if reference is None else reference.model_config,
         ),
         shape,

@@ -15,7 +15,7 @@ from typing import Any
 from fpo_jax import checkpoint, hf, models, tokenization
 from fpo_jax.distributed import workdir_lock
 from fpo_jax.models import params
-from fpo_jax.trainer import run_inputs
+from fpo_jax.trainer import adapters, run_inputs
 
 log = logging.getLogger("fpo_jax")
 
@@ -57,11 +57,10 @@ def _export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | No
         pad_id = run_inputs.reward_pad_id(tokenization.resolve(Path(meta["model_dir"])), config)
         config = dataclasses.replace(config, reward_head=True, pad_id=pad_id)
     dtype = dtype or _source_dtype(meta["hf_config"])
-    settings = meta["config"].get("lora", {"rank": 0})
-    if lora == "adapter" and not settings["rank"]:
+    adapter = adapters.of_settings(meta["config"].get("lora", {}), config)
+    if lora == "adapter" and adapter is None:
         raise ValueError(f"{workdir} trained no adapter (lora.rank=0); leave --lora out.")
-    if settings["rank"]:
-        adapter = params.adapter(config, **settings)
+    if adapter is not None:
         if lora == "adapter":
             of_base = meta["config"]["model"]
             hf.write_peft(

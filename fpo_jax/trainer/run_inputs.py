@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from fpo_jax import config as configuration
 from fpo_jax import data, hf, losses, models, tokenization
 from fpo_jax.data import Dataset, dataset_folder, decontamination, record_file, worker_pool
-from fpo_jax.models import params
-from fpo_jax.trainer import best_checkpoint, dataset_cache, reward_labels, start_checks
+from fpo_jax.trainer import adapters, best_checkpoint, dataset_cache, reward_labels, start_checks
 
 log = logging.getLogger("fpo_jax")
 
@@ -71,7 +70,7 @@ def prepare(config: configuration.Config, *, workdir: Path | None = None, rows: 
     loss = check(config, extra=[] if workdir is None else start_checks.problems(config, workdir))
     source = hf.local_dir(config.model.path, revision=config.model.revision or None)
     model_config = read_model(config, source)
-    adapter(config, model_config)
+    adapters.of_run(config, model_config)
     hf.check_weights(source, model_config)
     reference = None
     if loss.needs_reference and config.reference.path:
@@ -383,15 +382,6 @@ def _workers(records: data.Records) -> int:
     """Return how many processes shall work on records: several where these are many, and on the disk for all."""
     many = isinstance(records.rows, record_file.RecordFile) and len(records.rows) >= PARALLEL_FROM
     return worker_pool.cpus() if many else 1
-
-
-def adapter(config: configuration.Config, model_config: models.ModelConfig) -> models.Adapter | None:
-    """Return the description of the adapter that is trained, or None.
-
-    Raises:
-        ValueError: the model has no matrix of the names asked for.
-    """
-    return params.adapter(model_config, **config.lora) if config.lora.rank else None
 
 
 def buckets(config: configuration.Config) -> tuple[int, ...]:

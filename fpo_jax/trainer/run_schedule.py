@@ -9,7 +9,8 @@ from fpo_jax import config as configuration
 from fpo_jax.data import group_packing
 from fpo_jax.optimizer import adamw
 from fpo_jax.perf import flops
-from fpo_jax.trainer.run_inputs import Dataset, Inputs, adapter, buckets
+from fpo_jax.trainer import adapters
+from fpo_jax.trainer.run_inputs import Dataset, Inputs, buckets
 
 log = logging.getLogger("fpo_jax")
 
@@ -219,7 +220,7 @@ def blueprint(config: configuration.Config, inputs: Inputs, build: RunSchedule) 
         max(scored for _, scored in build.shapes),
         build.warmup,
         build.total_steps,
-        adapter(config, inputs.model_config),
+        adapters.of_run(config, inputs.model_config),
         evaluation_lengths=passes[0],
         reference_lengths=tuple(sorted({*passes[1], *passes[2]})),
         reference=None if inputs.reference is None else inputs.reference.model_config,

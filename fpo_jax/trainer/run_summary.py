@@ -15,7 +15,7 @@ from fpo_jax.distributed import watchdog
 from fpo_jax.io import terminal
 from fpo_jax.models import params
 from fpo_jax.perf import hardware
-from fpo_jax.trainer import compiled_step, run_inputs, run_schedule, steps
+from fpo_jax.trainer import adapters, compiled_step, run_inputs, run_schedule, steps
 
 log = logging.getLogger("fpo_jax")
 
@@ -51,6 +51,7 @@ def summary(
 ) -> list[str]:
     """Return the summary for a terminal, in parts of one line or a few; arguments as for `log_summary`."""
     audit = inputs.train.audit
+    adapter = compiled.forward_fn.adapter
     state = compiled_step.mib(compiled.state.bytes_on_device())
     described = losses.in_words(config.loss.name, inputs.loss).split("\n")
     used = f" ({params.active(inputs.model_config):,} for each token)" if inputs.model_config.experts else ""
@@ -62,6 +63,7 @@ def summary(
         f"run: {config.stage}, {plan.steps:,} steps of {config.train.batch_size} groups"
         f" ({plan.schedule.steps_per_epoch:,} an epoch){micro}, warm-up {plan.warmup}",
         f"model: {inputs.source}, {params.count(inputs.model_config):,} parameters{used}, {state} of state per device",
+        *([] if adapter is None else [adapters.in_words(config, adapter)]),
         _mesh_in_words(compiled),
         f"data: {audit.groups:,} groups of {audit.group_size} to train on{evaluated}, {audit.scored_tokens:,} of"
         f" {audit.tokens:,} tokens trained{left_out}",

@@ -53,6 +53,7 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
     )
     skip_rule = _skip_rule(config)
     trained = params.trained_entries(blueprint.model_config, blueprint.adapter)
+    ratio = config.lora.loraplus_lr_ratio
     optimizer = adamw.optimizer(
         rate,
         b1=config.optim.b1,
@@ -62,6 +63,7 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         clip_norm=config.optim.clip_norm,
         decay_mask=params.nest({entry.path: entry.decay for entry in trained}),
         state_dtype=config.optim.state_dtype,
+        faster=None if ratio == 1 else (ratio, params.nest({entry.path: params.is_b(entry.path) for entry in trained})),
     )
     optimizer = skip_rule.watching(optimizer)
     forward_fn, choices = forward.for_steps(config, blueprint, layout)
@@ -77,6 +79,7 @@ def build(config: configuration.Config, blueprint: run_schedule.Blueprint, layou
         loss=blueprint.loss,
         optimizer=optimizer,
         rate=rate,
+        ratio_b=ratio,
         resharding=_resharding(blueprint.model_config, layout, state, compute_dtype=dtype),
         replicas=replicas,
         skip_rule=skip_rule,

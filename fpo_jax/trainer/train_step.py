@@ -47,6 +47,7 @@ def train_step(
     loss: losses.Loss,
     optimizer: optax.GradientTransformationExtraArgs,
     rate: Callable,
+    ratio_b: float = 1.0,
     resharding: Resharding | None = None,
     replicas: Replicas | None = None,
     skip_rule: skip_step.SkipRule | None = None,
@@ -65,6 +66,7 @@ def train_step(
         loss: what is minimised.
         optimizer: from `adamw.optimizer`.
         rate: the schedule in it, for the metrics.
+        ratio_b: what the rate of an adapter's B is a multiple of it by, for the same.
         resharding: where the intermediate results live; None on one device.
         replicas: of the model on the mesh; None where there is one.
         skip_rule: what is not applied besides; it needs `state.skipped`. None = nothing.
@@ -116,6 +118,8 @@ def train_step(
         "learning_rate": (rate(applied), one),
         "nonfinite": (1.0 - finite.astype(jnp.float32), one),
     }
+    if ratio_b != 1:
+        pairs["learning_rate_b"] = (ratio_b * rate(applied), one)
     if spike is not None:
         pairs["spike"] = (spike.astype(jnp.float32), one)
     skipped = state.skipped

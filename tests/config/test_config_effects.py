@@ -38,6 +38,8 @@ FIELDS = {
     "lora.alpha": (8.0, {}, NO_LORA),
     "lora.dropout": (0.1, {}, NO_LORA),
     "lora.modules": ("q_proj", {}, NO_LORA),
+    "lora.use_rslora": (True, {}, NO_LORA),
+    "lora.loraplus_lr_ratio": (16.0, {}, NO_LORA),
     "tokenizer.path": ALWAYS,
     "tokenizer.chat_template": ("zephyr", RAW, CONVERSATIONS),
     "tokenizer.chat_template_kwargs": ('{"a": 1}', RAW, CONVERSATIONS),
