@@ -36,6 +36,8 @@ PARITY_GRADIENT = 1e-5
 # AdamW's first step from equal gradients against torch, relative to the largest update: 1 - b2 in float32; measured
 # 7e-6.
 FIRST_STEP = 2e-5
+# Three steps of AdamW at rate 0.01 on one device and on eight, absolute: its first steps turn on the sign of gradients.
+ADAPTER_ON_A_MESH = 2e-4
 # Gradients of packed rows against those of their texts alone, relative to the largest entry of all: the same products
 # summed in another order (measured: gpt_neox 2.6e-7, gpt2 6.7e-7, llama 9.9e-7, mistral with a window 2.3e-6).
 PACKED_GRADIENT = 5e-6

@@ -57,7 +57,7 @@ def problems(config: Config) -> list[str]:
     number("train.hang_timeout", 0)
     number("lora.alpha", 0.0, exclusive=True)
     number("lora.loraplus_lr_ratio", 0.0, exclusive=True)
-    if not 0 <= config.lora.dropout < 1:
+    if config.lora.dropout is not None and not 0 <= config.lora.dropout < 1:
         found.append(f"lora.dropout={config.lora.dropout} must lie in [0, 1).")
     try:
         re.compile(config.lora.modules)
@@ -165,10 +165,11 @@ def _sample_completions_problems(config: Config) -> list[str]:
         found.append(f"completions.count={options.count} needs prompts; set completions.prompts or data.eval.")
     if config.stage == "reward":
         found.append(f"completions.count={options.count}: stage 'reward' trains a model that writes no text; use 0.")
-    if config.lora.rank:
+    if config.lora.rank or config.lora.path:
+        given = f"lora.rank={config.lora.rank}" if config.lora.rank else f"lora.path={config.lora.path}"
         found.append(
-            f"completions.count={options.count}: completions are written by whole models, and"
-            f" lora.rank={config.lora.rank} trains an adapter; use 0, and fpo generate on the export."
+            f"completions.count={options.count}: completions are written by whole models, and {given} trains an"
+            " adapter; use 0, and fpo generate on the export."
         )
     return found
 

@@ -20,9 +20,19 @@ class Idle(NamedTuple):
 
 IDLE = (
     Idle(
-        tuple(f"lora.{name}" for name in default().lora if name != "rank"),
-        lambda c: c.lora.rank == 0,
+        tuple(f"lora.{name}" for name in default().lora if name not in ("rank", "path")),
+        lambda c: c.lora.rank == 0 and not c.lora.path,
         "while lora.rank is 0; set lora.rank",
+    ),
+    Idle(
+        ("reference.adapter",),
+        lambda c: not c.lora.path,
+        "without lora.path, as a new adapter adds nothing; unset it (start)",
+    ),
+    Idle(
+        ("reference.adapter",),
+        lambda c: bool(c.lora.path and c.reference.path),
+        "by reference.path={reference.path!r}; unset one of them",
     ),
     Idle(("train.spike_window",), lambda c: not c.train.skip_spikes, "while train.skip_spikes is 0; set it too"),
     Idle(

@@ -7,7 +7,7 @@ fingerprint  which weights a directory holds, read by all processes that see the
 load         safetensors -> sharded parameters, one layer at a time; the check of names, shapes and dtypes
 mxfp4        experts in four bits, read as bfloat16
 companions   what stands beside the weights, as the training had it, and its check against transformers
-peft         an adapter with its base as one model, or as PEFT's directory
+peft         an adapter with its base as one model, or from and as PEFT's directory
 save         parameters -> safetensors, one tensor at a time
 digests      digests of what was written, and their check: `python -m fpo_jax.hf DIRECTORY`
 
@@ -23,19 +23,23 @@ from fpo_jax.hf.hub import (
     COMPANIONS,
     INDEX,
     SINGLE,
+    adapter_dir,
     check_vocabulary,
     copy_companions,
     local_dir,
     read_config,
 )
 from fpo_jax.hf.load import check_weights, load_params
-from fpo_jax.hf.peft import merged, write_peft
+from fpo_jax.hf.peft import base_of, check_peft, load_peft, merged, read_peft, write_peft
 from fpo_jax.hf.save import export
 
 __all__ = [
     "COMPANIONS",
     "INDEX",
     "SINGLE",
+    "adapter_dir",
+    "base_of",
+    "check_peft",
     "check_vocabulary",
     "check_weights",
     "companions",
@@ -43,9 +47,11 @@ __all__ = [
     "end_ids",
     "export",
     "load_params",
+    "load_peft",
     "local_dir",
     "merged",
     "read_config",
+    "read_peft",
     "weights_fingerprint",
     "weights_fingerprints",
     "write_peft",

@@ -1,4 +1,4 @@
-"""Which weights a model directory holds: one digest of its config and weight files.
+"""Which weights a directory of a model or of an adapter holds: one digest of its config and weight files.
 
 In a run of several processes those that see the same files read a share of them each, and tell each other its digests.
 Hosts with copies of their own read each copy, once a host: only then does a copy that differs show.
@@ -15,6 +15,7 @@ from fpo_jax.hf import hub
 from fpo_jax.io import file_identity, json_digest
 
 _ALGORITHM = "sha256"
+_OF_MODELS = (hub.SINGLE, hub.INDEX)
 
 
 def weights_fingerprint(directory: Path) -> str:
@@ -54,6 +55,9 @@ def weights_fingerprints(directories: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _files(directory: Path) -> list[Path]:
+    adapter = [directory / name for name in (hub.ADAPTER_CONFIG, hub.ADAPTER)]
+    if all(path.is_file() for path in adapter) and not any((directory / name).exists() for name in _OF_MODELS):
+        return adapter
     paths = sorted([*hub.weight_files(directory), directory / "config.json"])
     for path in paths:
         if not path.is_file():

@@ -21,6 +21,7 @@ from fpo_jax.io import terminal
 from fpo_jax.tokenization import prompt_format
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 # what besides the weights makes a model directory complete
 COMPANIONS = (
     "config.json",
@@ -52,6 +53,34 @@ def local_dir(name_or_path: str | os.PathLike[str], *, revision: str | None = No
         ValueError: neither a directory nor reachable, a revision for a directory, no safetensors inside, a link that
             leaves the directory.
     """
+    path = _fetched(name_or_path, revision, _DOWNLOADS)
+    check_links(path)
+    weight_files(path)
+    return path
+
+
+def adapter_dir(name_or_path: str | os.PathLike[str]) -> Path:
+    """Return the local directory of an adapter that PEFT, or an export here, wrote; a hub name is downloaded first.
+
+    Args:
+        name_or_path: an existing directory, or a hub name.
+
+    Raises:
+        ValueError: neither a directory nor reachable, no adapter inside, a link that leaves the directory.
+    """
+    path = _fetched(name_or_path, None, [ADAPTER_CONFIG, ADAPTER, *COMPANIONS, "additional_chat_templates/*"])
+    check_links(path)
+    for name in (ADAPTER_CONFIG, ADAPTER):
+        if not (path / name).is_file():
+            raise ValueError(
+                f"{path} has no {name}; give a directory that PEFT's save_pretrained or fpo export --lora adapter"
+                " wrote, with safetensors."
+            )
+    return path
+
+
+def _fetched(name_or_path: str | os.PathLike[str], revision: str | None, patterns: Sequence[str]) -> Path:
+    """Return the directory, or that of the hub's cache."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -61,7 +90,7 @@ def local_dir(name_or_path: str | os.PathLike[str], *, revision: str | None = No
     else:
         try:
             path = Path(
-                huggingface_hub.snapshot_download(str(name_or_path), revision=revision, allow_patterns=_DOWNLOADS)
+                huggingface_hub.snapshot_download(str(name_or_path), revision=revision, allow_patterns=list(patterns))
             )
         except (OSError, huggingface_hub.errors.HFValidationError) as error:
             at = "" if revision is None else f" at revision {revision}"
@@ -70,8 +99,6 @@ def local_dir(name_or_path: str | os.PathLike[str], *, revision: str | None = No
                 f" ({type(error).__name__}: {terminal.first_line(error)}); check the spelling, the network, HF_TOKEN"
                 " for gated models, or download it elsewhere and give its directory."
             ) from error
-    check_links(path)
-    weight_files(path)
     return path
 
 
@@ -85,7 +112,7 @@ def check_links(directory: Path) -> None:
     homes = [root]
     if root.parent.name == "snapshots":
         homes.append((root.parents[1] / "blobs").resolve())
-    for pattern in (*COMPANIONS, "*.safetensors", INDEX):
+    for pattern in (*COMPANIONS, "*.safetensors", INDEX, ADAPTER_CONFIG):
         for top in directory.glob(pattern):
             for path in [top, *(top.rglob("*") if top.is_dir() else ())]:
                 target = path.resolve()

@@ -34,8 +34,8 @@ log = logging.getLogger("fpo_jax")
 
 Index = tuple[slice, ...]
 
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-_ELEMENTS = _DTYPES | {"U8": np.uint8}  # also of what is no weight by itself
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_ELEMENTS = DTYPES | {"U8": np.uint8}  # also of what is no weight by itself
 # Stacked parameters up to this size are stacked on the host: one transfer and nothing to compile for norms and biases,
 # and less memory than one layer of a model that is worth counting.
 _STACKED_ON_HOST_BYTES = 2**26
@@ -146,7 +146,7 @@ def _read(
         if entry.stacked and entry.size * dtype.itemsize > _STACKED_ON_HOST_BYTES:
             flat[entry.path] = _layer_by_layer(entry, layers, dtype, place, advance)
         else:
-            flat[entry.path] = _at_once(entry, layers, dtype, place)
+            flat[entry.path] = at_once(entry, layers, dtype, place)
             advance(len(layers))
     return flat
 
@@ -161,7 +161,7 @@ def stored(directory: Path, config: models.ModelConfig) -> models.ModelConfig:
 _Placed = tuple[Place, tuple[int, ...]]  # a tensor, and where in the stacked axes of its parameter it stands
 
 
-def _at_once(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+def at_once(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype, place: Sharding | None) -> jax.Array:
     """Read a small parameter, or one without layers, in our layout."""
     ours = entry.inner_letters
     turn = [entry.disk_letters.index(letter) for letter in ours]
@@ -301,21 +301,20 @@ def located(directory: Path, config: models.ModelConfig) -> dict[str, Place]:
     paths, headers, problems = directories.weight_files(directory), {}, []
     for path in paths:
         try:
-            headers[path] = _header(path)
+            headers[path] = header(path)
         except FileNotFoundError:
             problems.append(f"{path.name}, named by the index, is missing")
         except (safetensors.SafetensorError, HeaderError) as error:
             problems.append(f"{path.name} is damaged or cut short ({error}); fetch it again")
     tensors: dict[str, Place] = {}
     towers = bool(directories.left_out(directory))
-    for path, header in headers.items():
-        named = ((models.text_tensor(name) if towers else name, tensor) for name, tensor in header.items())
-        header = {params.full_hf_name(name, config): tensor for name, tensor in named if name is not None}
+    for path, found in headers.items():
+        named = ((models.text_tensor(name) if towers else name, tensor) for name, tensor in found.items())
+        found = {params.full_hf_name(name, config): tensor for name, tensor in named if name is not None}
         problems += [
-            f"{name} stands in several files, one of them {path.name}"
-            for name in sorted(header.keys() & tensors.keys())
+            f"{name} stands in several files, one of them {path.name}" for name in sorted(found.keys() & tensors.keys())
         ]
-        tensors |= header
+        tensors |= found
     if config.of_family.quantised:
         tensors, wrong = mxfp4.joined(tensors)
         problems += wrong
@@ -331,7 +330,7 @@ class HeaderError(ValueError):
     """A header that the library would accept and that cannot be right."""
 
 
-def _header(path: Path) -> dict[str, Tensor]:
+def header(path: Path) -> dict[str, Tensor]:
     """Read where the tensors of a file lie.
 
     The library checks the header against the file: UTF-8, JSON, dtypes, sizes, offsets without a gap or an overlap. It
@@ -342,11 +341,11 @@ def _header(path: Path) -> dict[str, Tensor]:
         if length > directories.LARGEST_JSON:
             raise HeaderError(f"its header claims {length:,} bytes, and at most {directories.LARGEST_JSON:,} are read")
         with safetensors.safe_open(path, framework="np"):
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
-    header.pop("__metadata__", None)
+            content = json.loads(file.read(length), object_pairs_hook=_unique)
+    content.pop("__metadata__", None)
     return {
         name: Tensor(path, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-        for name, entry in header.items()
+        for name, entry in content.items()
     }
 
 
@@ -372,8 +371,8 @@ def _mismatches(tensors: Mapping[str, Place], config: models.ModelConfig) -> lis
         found = tensors[name]
         if found.shape != expected[name]:
             problems.append(f"{name} has shape {found.shape}, the config asks for {expected[name]}")
-        if found.dtype not in _DTYPES:
-            problems.append(f"{name} is stored as {found.dtype}, supported are {', '.join(sorted(_DTYPES))}")
+        if found.dtype not in DTYPES:
+            problems.append(f"{name} is stored as {found.dtype}, supported are {', '.join(sorted(DTYPES))}")
     return problems
 
 

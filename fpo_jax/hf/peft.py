@@ -1,14 +1,18 @@
-"""An adapter beside its base -> one model, or a directory that PEFT reads; layer by layer, never whole on the host.
+"""An adapter beside its base -> one model, or from and to a directory of PEFT; layer by layer, never whole on the host.
 
 merged      W + scale B A as array-likes that `save.export` fetches block by block
 write_peft  adapter_config.json and adapter_model.safetensors
+read_peft   what adapter_config.json says, in the words of our configuration
+load_peft   the tensors, onto the mesh
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from fpo_jax import models, types
@@ -99,11 +103,8 @@ def write_peft(
             " model."
         )
     own, tensors = params.flatten(adapter_params), {}
-    for entry in params.adapter_entries(config, adapter):
-        for name, place in entry.tensors():
-            tensors[name] = np.ascontiguousarray(params.to_hf(entry, np.asarray(own[entry.path][place])))
-    if config.reward_head:
-        tensors["base_model.model.score.weight"] = np.asarray(own["score"])
+    for entry, name, place in _tensors(config, adapter):
+        tensors[name] = np.ascontiguousarray(params.to_hf(entry, np.asarray(own[entry.path][place])))
     if bad := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
         raise ValueError(f"{bad[0]} has values that are not finite; the adapter is broken.")
     modules = sorted({entry.hf_name.split(".lora_")[0] for entry in params.adapter_entries(config, adapter)})
@@ -126,6 +127,160 @@ def write_peft(
     with atomic_io.writing_folder(out_dir) as partial:
         directories.copy_companions(source_dir, partial, leave_out=("config.json", "generation_config.json"))
         companions.check(partial)
-        (partial / "adapter_config.json").write_text(directories.dumps(content))
-        safetensors.numpy.save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        (partial / directories.ADAPTER_CONFIG).write_text(directories.dumps(content))
+        safetensors.numpy.save_file(tensors, partial / directories.ADAPTER, metadata={"format": "pt"})
         digests.write(partial)
+
+
+_PREFIX = "base_model.model."
+# keys of adapter_config.json that change no number of an adapter that is there, or that another key switches on
+_SILENT = frozenset(
+    "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version fan_in_fan_out"
+    " megatron_core qalora_group_size runtime_config target_modules modules_to_save r lora_alpha lora_dropout"
+    " use_rslora".split()
+)
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
+_OF_REWARD = frozenset({"score", "classifier"})  # PEFT adds them to modules_to_save of a sequence classifier
+
+
+def read_peft(directory: Path, config: models.ModelConfig) -> dict[str, Any]:
+    """Read what an adapter is, as fields of the section `lora`: rank, alpha, dropout, modules and its kind.
+
+    Args:
+        directory: from hub.adapter_dir.
+        config: the architecture of the base.
+
+    Raises:
+        ValueError: broken, no LoRA, or a key that changes numbers and is not built, by name; no matrix of this model.
+    """
+    path = directory / directories.ADAPTER_CONFIG
+    content = directories.read_json(path)
+    if content.get("peft_type") != "LORA":
+        raise ValueError(f"{path} is of peft_type={content.get('peft_type')!r}; adapters are LORA here.")
+    if (start := content.get("init_lora_weights")) not in _STARTS:
+        raise ValueError(
+            f"{path} has init_lora_weights={start!r}, which changes the weights below the adapter; convert it with"
+            " PEFT's path_initial_model_for_weight_conversion."
+        )
+    others = content.keys() - _SILENT - {"init_lora_weights"}
+    if unknown := sorted(key for key in others if content[key] not in (None, False, "none", [], {})):
+        named = ", ".join(f"{key}={content[key]!r}" for key in unknown)
+        raise ValueError(f"{path} has {named}, which changes numbers and is not built; train that adapter with PEFT.")
+    if saved := sorted(set(content.get("modules_to_save") or ()) - _OF_REWARD):
+        raise ValueError(f"{path} has modules_to_save={saved!r}, which is not built; leave them out.")
+    return {
+        "rank": _number(content, "r", path, whole=True),
+        "alpha": float(_number(content, "lora_alpha", path)),
+        "dropout": float(_number(content, "lora_dropout", path)),
+        "use_rslora": bool(content.get("use_rslora", False)),
+        "modules": _modules(directory, config),
+    }
+
+
+def base_of(directory: Path) -> str:
+    """Return the name of the base that adapter_config.json has; empty where it has none."""
+    return str(directories.read_json(directory / directories.ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+
+
+def check_peft(directory: Path, config: models.ModelConfig, adapter: models.Adapter) -> None:
+    """Check names, shapes and dtypes of the tensors; reads their header alone.
+
+    Raises:
+        ValueError: missing, unexpected, misshapen or non-float tensors; the first of each.
+    """
+    _located(directory, config, adapter)
+
+
+def load_peft(
+    directory: Path,
+    config: models.ModelConfig,
+    adapter: models.Adapter,
+    *,
+    shardings: types.PyTree | None = None,
+) -> dict[str, Any]:
+    """Read the tensors of an adapter as a tree of what is trained, float32, on its devices.
+
+    Args:
+        directory: from hub.adapter_dir.
+        config: the architecture of the base.
+        adapter: what `read_peft` says.
+        shardings: tree of where each parameter lives; None = the default device.
+
+    Returns:
+        Nested dict of jax.Array; a reward model's new head is not in it, unless the directory has one.
+
+    Raises:
+        ValueError: as check_peft.
+    """
+    tensors = _located(directory, config, adapter)
+    places = {} if shardings is None else params.flatten(shardings)
+    found: dict[str, list[tuple[load.Tensor, tuple[int, ...]]]] = {}
+    entries = {entry.path: entry for entry in params.trained_entries(config, adapter)}
+    for entry, name, place in _tensors(config, adapter):
+        if name in tensors:
+            found.setdefault(entry.path, []).append((tensors[name], place))
+    return params.nest(
+        {
+            path: load.at_once(entries[path], placed, np.dtype(np.float32), places.get(path))
+            for path, placed in found.items()
+        }
+    )
+
+
+def _tensors(
+    config: models.ModelConfig, adapter: models.Adapter
+) -> Iterator[tuple[params.Entry, str, tuple[int, ...]]]:
+    """Yield what is trained, with PEFT's name of each tensor and its place in ours."""
+    for entry in params.trained_entries(config, adapter):
+        for name, place in entry.tensors():
+            yield entry, name if name.startswith(_PREFIX) else _PREFIX + name, place
+
+
+def _located(directory: Path, config: models.ModelConfig, adapter: models.Adapter) -> dict[str, load.Tensor]:
+    tensors = _header(directory)
+    expected = {name: entry.hf_shape for entry, name, _ in _tensors(config, adapter)}
+    optional = {name for entry, name, _ in _tensors(config, adapter) if entry.path == "score"}  # else it is drawn
+    missing = sorted(expected.keys() - tensors.keys() - optional)
+    unexpected = sorted(tensors.keys() - expected.keys())
+    problems = [f"{name} is missing" for name in missing[:1]] + [f"{name} is unexpected" for name in unexpected[:1]]
+    problems += [
+        f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ][:1]
+    problems += [
+        f"{name} is stored as {tensor.dtype}, supported are {', '.join(sorted(load.DTYPES))}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in load.DTYPES
+    ][:1]
+    if problems:
+        raise ValueError(f"the adapter in {directory} does not fit this {config.family} model: {'; '.join(problems)}.")
+    return tensors
+
+
+def _header(directory: Path) -> dict[str, load.Tensor]:
+    path = directory / directories.ADAPTER
+    try:
+        return load.header(path)
+    except (safetensors.SafetensorError, load.HeaderError) as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}); fetch it again.") from None
+
+
+def _number(content: Mapping[str, Any], key: str, path: Path, *, whole: bool = False) -> Any:
+    value = content.get(key, 0 if key == "lora_dropout" else None)
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+        raise ValueError(f"{path} has {key}={value!r}, which is no number; fetch it again.")
+    return value
+
+
+def _modules(directory: Path, config: models.ModelConfig) -> str:
+    """Return the matrices that have an A on disk, as the regular expression that `lora.modules` is."""
+    held = _header(directory)
+    names = []
+    for entry in params.entries(config):
+        module = entry.hf_name.removesuffix(".weight")
+        if entry.stacked and entry.decay and f"{_PREFIX}{module.format(layer=0, expert=0)}.lora_A.weight" in held:
+            names.append(re.escape(module.partition("{layer}.")[2]))
+    if not names:
+        raise ValueError(f"the adapter in {directory} is beside no matrix of this {config.family} model; give its own.")
+    return rf"\.({'|'.join(names)})\.weight$"

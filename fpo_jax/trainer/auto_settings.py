@@ -114,6 +114,7 @@ def settle(
             `data.row_length` would not be used.
     """
     config, choices, candidates = config.copy_and_resolve_references(), [], []
+    config = adapters.settled(config, facts.model_config)
     if config.data.layout == "auto":
         config.data.layout, why = _layout(config, facts, layout)
         choices.append(f"layout: {config.data.layout}; {why}")

@@ -191,6 +191,7 @@ def _bounds(config: configuration.Config, known: Known, *, ways: int) -> Sizes:
             total_steps,
             adapters.of_run(config, model_config),
             reference=None if reference is None else reference.model_config,
+            reference_adapted=adapters.in_reference(config),
         ),
         shape,
         accumulation,

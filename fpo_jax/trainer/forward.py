@@ -259,9 +259,10 @@ def for_passes(
     eval_forward_fn = dataclasses.replace(forward_fn, attention=attends)
     other = blueprint.reference
     described = other or blueprint.model_config
+    adapter = blueprint.adapter if blueprint.reference_adapted else None
     with configuration.about("reference pass" if other is None else "reference.path"):
         attends = of_pass("reference pass", described, blueprint.reference_lengths)
-        reference_forward_fn = dataclasses.replace(forward_fn, config=described, attention=attends, adapter=None)
+        reference_forward_fn = dataclasses.replace(forward_fn, config=described, attention=attends, adapter=adapter)
         if isinstance(reference_forward_fn, PolicyForward) and other is not None:
             head = logprobs.select(**_head(config, blueprint, other, layout), fuse_loss="off")
             if head.implementation != reference_forward_fn.implementation:

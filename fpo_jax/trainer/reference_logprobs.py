@@ -23,7 +23,7 @@ from fpo_jax import data, distributed, types
 from fpo_jax.distributed import preemption, progress
 from fpo_jax.io import atomic_io, json_digest
 from fpo_jax.perf import profiler
-from fpo_jax.trainer import run_inputs, run_schedule, steps
+from fpo_jax.trainer import adapters, run_inputs, run_schedule, steps
 
 log = logging.getLogger("fpo_jax")
 
@@ -56,7 +56,8 @@ class ReferencePass:
         """Return the log-probs of the train and eval groups [groups, K]; None where the run needs none.
 
         Args:
-            weights: of the run's starting model; another one is read where the configuration names it.
+            weights: of the run's starting model, with or without the adapter that it starts from; another one is read
+                where the configuration names it.
             fingerprints: of the files of both, and of the data, from `run_workdir.fingerprints`.
 
         Raises:
@@ -66,6 +67,8 @@ class ReferencePass:
         if not any(self._passes):
             return None, None
         fingerprint, other = fingerprints["model"], self._inputs.reference
+        if adapters.in_reference(self._config):
+            fingerprint = json_digest.of([fingerprint, fingerprints["adapter"]])
         if other is not None:
             weights, fingerprint = self._steps.state.load_reference(other.source), fingerprints["reference"]
         train, evaluation = self._passes

@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
     train: Dataset
     evaluation: Dataset | None
     reference: Reference | None = None  # None = the model of `source`, or none needed
+    adapter: Path | None = None  # directory that it starts from; None = none, or drawn
     encoder: tokenization.Encoder | None = None  # tokenizer and prompt format; None where rows were made without
     rows: Mapping[str, Iterable[Mapping[str, Any]]] = MappingProxyType({})  # train or eval -> its rows in memory
 
@@ -71,6 +72,7 @@ def prepare(config: configuration.Config, *, workdir: Path | None = None, rows: 
     source = hf.local_dir(config.model.path, revision=config.model.revision or None)
     model_config = read_model(config, source)
     adapters.of_run(config, model_config)
+    adapter = adapters.directory_of(config)
     hf.check_weights(source, model_config)
     reference = None
     if loss.needs_reference and config.reference.path:
@@ -80,7 +82,7 @@ def prepare(config: configuration.Config, *, workdir: Path | None = None, rows: 
             hf.check_weights(*reference)
     encoder = read_encoder(config, source)
     read = read_data(config, encoder, model_config, workdir=workdir, rows=rows)
-    inputs = Inputs(loss, source, model_config, *read, reference, encoder, rows)
+    inputs = Inputs(loss, source, model_config, *read, reference, adapter, encoder, rows)
     check_reference_ids(inputs)
     reward_labels.check(loss, inputs.train.prepared, None if inputs.evaluation is None else inputs.evaluation.prepared)
     return inputs
@@ -136,7 +138,9 @@ def _stage_problems(config: configuration.Config, loss: losses.Loss) -> list[str
             f"data.group_size={config.data.group_size}: loss {config.loss.name!r} in stage {config.stage!r} trains on"
             " one completion of each prompt and would ignore the others; use 1."
         )
-    unused = {f"reference.{key}": f"loss {config.loss.name!r}" for key in ("path", "batch_per_device", "cache_dir")}
+    unused = {
+        f"reference.{key}": f"loss {config.loss.name!r}" for key in ("path", "adapter", "batch_per_device", "cache_dir")
+    }
     unused = {} if loss.needs_reference else unused
     if config.stage == "sft":
         unused["loss.tie_policy"] = "stage 'sft'"
@@ -240,11 +244,15 @@ def read_encoder(config: configuration.Config, source: Path) -> tokenization.Enc
         limits={name: options[name] for name in LIMITS},
     )
     encoder = tokenization.encoder(tokenizer, settled, end_ids=hf.end_ids(source))
-    if tokenization.prompt_format.read(source) is not None and not tokenization.render_alike(
-        encoder, before := tokenization.resolve(source)
-    ):
-        described = before.format.text, encoder.format.text
-        log.warning("model.path was trained with another prompt format: %s; this run goes on with: %s", *described)
+    trained = {"model.path": source}
+    if config.lora.path:
+        trained["lora.path"] = hf.adapter_dir(config.lora.path)
+    for name, folder in trained.items():
+        if tokenization.prompt_format.read(folder) is not None and not tokenization.render_alike(
+            encoder, before := tokenization.resolve(folder)
+        ):
+            described = name, before.format.text, encoder.format.text
+            log.warning("%s was trained with another prompt format: %s; this run goes on with: %s", *described)
     return encoder
 
 

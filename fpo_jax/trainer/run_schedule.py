@@ -40,7 +40,8 @@ class Blueprint(NamedTuple):
     adapter: models.Adapter | None = None
     evaluation_lengths: tuple[int, ...] = ()  # T of any batch of an evaluation; () = those of steps
     reference_lengths: tuple[int, ...] = ()  # and of a reference pass
-    reference: models.ModelConfig | None = None  # None = the model below the adapter
+    reference: models.ModelConfig | None = None  # None = the model below the adapter, or with it
+    reference_adapted: bool = False  # with the adapter that the run starts from
 
 
 def build(
@@ -224,6 +225,7 @@ def blueprint(config: configuration.Config, inputs: Inputs, build: RunSchedule) 
         evaluation_lengths=passes[0],
         reference_lengths=tuple(sorted({*passes[1], *passes[2]})),
         reference=None if inputs.reference is None else inputs.reference.model_config,
+        reference_adapted=adapters.in_reference(config),
     )
 
 

@@ -63,7 +63,7 @@ def summary(
         f"run: {config.stage}, {plan.steps:,} steps of {config.train.batch_size} groups"
         f" ({plan.schedule.steps_per_epoch:,} an epoch){micro}, warm-up {plan.warmup}",
         f"model: {inputs.source}, {params.count(inputs.model_config):,} parameters{used}, {state} of state per device",
-        *([] if adapter is None else [adapters.in_words(config, adapter)]),
+        *([] if adapter is None else [adapters.in_words(config, adapter, needs_reference=inputs.loss.needs_reference)]),
         _mesh_in_words(compiled),
         f"data: {audit.groups:,} groups of {audit.group_size} to train on{evaluated}, {audit.scored_tokens:,} of"
         f" {audit.tokens:,} tokens trained{left_out}",

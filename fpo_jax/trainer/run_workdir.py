@@ -25,6 +25,8 @@ def fingerprints(inputs: Inputs) -> dict[str, str]:
     directories = {"model": inputs.source}
     if inputs.reference is not None:
         directories["reference"] = inputs.reference.source
+    if inputs.adapter is not None:
+        directories["adapter"] = inputs.adapter
     return {
         "train data": inputs.train.fingerprint(),
         "eval data": "" if inputs.evaluation is None else inputs.evaluation.fingerprint(),

@@ -17,8 +17,8 @@ from fpo_jax.trainer import compiled_step, device_batch, forward, run_schedule, 
 class Steps(NamedTuple):
     """What a run computes, each step compiled once per batch shape, and where its arrays live.
 
-    Each step has the attention of its own sequences; `logprobs` runs the model below the adapter, or a reference of its
-    own.
+    Each step has the attention of its own sequences; `logprobs` runs the model below the adapter, or with the one that
+    the run starts from, or a reference of its own.
     """
 
     train: compiled_step.CompiledStep  # (state, batch) -> state, metrics

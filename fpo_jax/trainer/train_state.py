@@ -41,6 +41,9 @@ class StateSharding:
         self._reference = blueprint.reference or self._model
         with configuration.about("reference.path"):  # any other model is placed by now
             self.reference = params.shardings(self._reference, mesh=self._mesh)
+        self._reference_adapted = blueprint.reference_adapted
+        if self._reference_adapted:
+            self.reference = params.union(self._placed(self._frozen), self.params)
         self.shardings = self._state_shardings(offload=config.optim.offload)
 
     def load(self, source: Path) -> types.PyTree:
@@ -48,12 +51,18 @@ class StateSharding:
         places, key = params.shardings(self._model, mesh=self._mesh), jax.random.key(self._seed)
         return hf.load_params(source, self._model, dtype=self._dtype, shardings=places, key=key)
 
+    def with_adapter(self, weights: types.PyTree, directory: Path) -> types.PyTree:
+        """Return the weights with the adapter of a directory of PEFT, float32, which is read onto the mesh."""
+        assert self._adapter is not None
+        read = hf.load_peft(directory, self._model, self._adapter, shardings=self.params)
+        return params.nest(params.flatten(weights) | params.flatten(read))
+
     def load_reference(self, source: Path) -> types.PyTree:
         """Read the model of a reference of its own onto the mesh."""
         return hf.load_params(source, self._reference, dtype=self._dtype, shardings=self.reference)
 
     def init(self, weights: types.PyTree) -> types.TrainState:
-        """Return the state before the first step: weights to train, or an adapter that adds nothing yet to them."""
+        """Return the state before the first step: weights to train, or the adapter beside them, else a fresh one."""
         trained, frozen = weights, None
         if self._adapter is not None:
             trained, frozen = self._trained_part(weights), self._frozen_part(weights)
@@ -78,7 +87,7 @@ class StateSharding:
         return jax.device_put(np.int32(number), self.shardings.step)
 
     def _trained_part(self, weights: types.PyTree) -> types.PyTree:
-        """Return what is trained, the adapter drawn anew."""
+        """Return what is trained; an adapter that is not there is drawn, and adds nothing yet."""
         flat, places = params.flatten(weights), params.flatten(self.params)
         new = [row for row in self._trained if row.path not in flat]
 
@@ -104,6 +113,8 @@ class StateSharding:
 
     def abstract_reference(self) -> types.PyTree:
         """Return shapes, dtypes and shardings of the reference's parameters."""
+        if self._reference_adapted:
+            return self.all_params(self.abstract())
         return _placed_shapes(params.abstract(self._reference, self._dtype), self.reference)
 
     def abstract_evaluated(self) -> tuple[types.PyTree, jax.ShapeDtypeStruct]:

@@ -23,6 +23,7 @@ from fpo_jax.distributed import exit_reporter, preemption, watchdog, workdir_loc
 from fpo_jax.io import run_log
 from fpo_jax.perf import hardware, profiler
 from fpo_jax.trainer import (
+    adapters,
     auto_settings,
     batch_shapes,
     callbacks,
@@ -289,14 +290,18 @@ class Trainer:
         with distributed.together():
             checkpointer.check_space(state.abstract())
         weights = state.load(run.inputs.source)
+        start = weights if run.inputs.adapter is None else state.with_adapter(weights, run.inputs.adapter)
         reference = reference_logprobs.ReferencePass(
             run.config, self.workdir, run.inputs, run.schedule, run.steps, run.stop, run.meter
         )
-        run.references = reference(weights, fingerprints=self._fingerprints)
+        scored = start if adapters.in_reference(run.config) else weights
+        run.references = reference(scored, fingerprints=self._fingerprints)
+        del scored
         with watchdog.unhurried():
             if last is None:
-                run.state = state.init(weights)
+                run.state = state.init(start)
             else:
+                del start
                 if not state.adapted:
                     weights = None  # the reference; the policy comes from the checkpoint
                 restored = checkpointer.restore(last, state.abstract())

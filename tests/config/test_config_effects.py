@@ -35,6 +35,7 @@ FIELDS = {
     "model.remat": ALWAYS,
     "model.attention": ALWAYS,
     "lora.rank": ALWAYS,
+    "lora.path": ALWAYS,
     "lora.alpha": (8.0, {}, NO_LORA),
     "lora.dropout": (0.1, {}, NO_LORA),
     "lora.modules": ("q_proj", {}, NO_LORA),
@@ -125,6 +126,7 @@ FIELDS = {
     "completions.batch_per_device": (9, {}, NO_ANSWERS),
     "completions.reward_model": ("r", {}, NO_ANSWERS),
     "reference.path": ("m", FREE, "is not used by loss 'sigmoid'"),
+    "reference.adapter": ("off", {}, "is not used without lora.path, as a new adapter adds nothing"),
     "reference.batch_per_device": (9, FREE, "is not used by loss 'sigmoid'"),
     "reference.cache_dir": ("d", FREE, "is not used by loss 'sigmoid'"),
     "kernel.implementation": ("chunked", REWARD, "is not used by stage 'reward'"),
@@ -142,6 +144,8 @@ FIELDS = {
 REFUSED = {path: entry for path, entry in FIELDS.items() if not isinstance(entry, str)}
 ALSO = [  # other fields under which the same fields change nothing
     ("data.truncation", "keep_start", {"data.on_long_prompt": "error"}, "by data.on_long_prompt='error'"),
+    ("reference.adapter", "off", {"lora.path": "a"} | FREE, "is not used by loss 'sigmoid'"),
+    ("reference.adapter", "off", {"lora.path": "a", "reference.path": "m"}, "is not used by reference.path='m'"),
     ("kernel.workspace_mib", 9, REWARD, "is not used by stage 'reward'"),
     ("kernel.kept_logits_mib", 9, REWARD, "is not used by stage 'reward'"),
     ("kernel.kept_logits_mib", 9, {"kernel.implementation": "reference"}, "which holds all logits at once"),
@@ -162,6 +166,7 @@ USED = [  # beside these, the same values have an effect
     ("data.hh_split", "first_difference", {"data.format": "hh"}),
     ("data.truncation", "keep_start", RAW),
     ("reference.batch_per_device", 9, {"loss.name": "dpo"}),
+    ("lora.alpha", 8.0, {"lora.path": "a"}),
 ]
 
 

@@ -1,17 +1,20 @@
 """Every kind of adapter against PEFT: forward, gradients, one optimizer step, both exports."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy
 from numpy.testing import assert_allclose
 
 from fpo_jax import hf, models
 from fpo_jax.models import params
 from fpo_jax.optimizer import adamw
+from fpo_jax.trainer import adapters
 from tests import tolerances
 from tests.models import test_lora, test_model
 
@@ -114,3 +117,74 @@ def our_step(added, grads, c, adapter):
 def test_a_scale_by_the_root_of_the_rank():
     assert models.Adapter(16, 8.0, 0.0, ()).scale == 0.5
     assert models.Adapter(16, 8.0, 0.0, (), rslora=True).scale == 2.0
+
+
+# --- reading what PEFT wrote
+
+
+@functools.cache
+def written(family: str, kind: str, folder):
+    """Return the base, PEFT's model with a random adapter, and the directory that PEFT saved it in."""
+    published = test_model.VARIANTS[family]
+    c = models.from_hf_config(published)
+    tree = test_model.random_params(c)
+    theirs = test_model.torch_twin(folder, published, tree, c)
+    options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | KINDS[kind]
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**options)).eval()
+    for value in wrapped.parameters():
+        if value.requires_grad:
+            value.data += 0.1 * torch.randn_like(value)
+    wrapped.save_pretrained(folder / "theirs")
+    return c, tree, wrapped, folder / "theirs"
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama GQA", "gpt2"])
+def test_an_adapter_of_peft_is_read(family, kind, tmp_path):
+    c, tree, wrapped, folder = written(family, kind, tmp_path)
+    with torch.no_grad():
+        expected = wrapped(torch.tensor(test_lora.TOKENS_NT).long()).logits.numpy()
+    adapter = adapters.of_settings(hf.read_peft(folder, c), c)
+    added = hf.load_peft(folder, c, adapter)
+    _, ours = mean_square(added, tree, c=c, adapter=adapter)
+    assert_allclose(ours, expected, rtol=0, atol=tolerances.PARITY_LOGITS)
+
+
+CONTENT = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type='LOHA'; adapters are LORA here"),
+        ({"rank_pattern": {"q_proj": 4}}, r"rank_pattern=\{'q_proj': 4\}, which changes numbers and is not built"),
+        ({"lora_bias": True}, "lora_bias=True, which changes numbers"),
+        ({"bias": "all"}, "bias='all', which changes numbers"),
+        ({"a_key_of_tomorrow": 2}, "a_key_of_tomorrow=2, which changes numbers"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which changes the weights below the adapter"),
+        ({"r": "8"}, "r='8', which is no number"),
+        ({}, "is damaged or cut short"),
+    ],
+)
+def test_what_changes_numbers_and_is_not_known_is_refused_by_name(changed, message, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONTENT | changed))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=message):
+        hf.read_peft(tmp_path, models.from_hf_config(test_model.VARIANTS["llama GQA"]))
+
+
+def test_tensors_that_do_not_fit_are_named(tmp_path):
+    c, adapter = test_lora.adapter_of(test_model.VARIANTS["llama GQA"], modules="q_proj")
+    prefix = "base_model.model.model.layers"
+    tensors = {f"{prefix}.0.self_attn.q_proj.lora_A.weight": np.zeros((2, c.width), np.float32)}
+    tensors[f"{prefix}.0.self_attn.v_proj.lora_B.weight"] = np.zeros((4, 3), np.int32)
+    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError) as raised:
+        hf.check_peft(tmp_path, c, adapter)
+    said = str(raised.value)
+    assert f"{prefix}.0.self_attn.q_proj.lora_B.weight is missing" in said
+    assert f"{prefix}.0.self_attn.v_proj.lora_B.weight is unexpected" in said
+    assert f"q_proj.lora_A.weight has shape [2, {c.width}], expected [3, {c.width}]" in said
+    assert "is stored as I32" in said

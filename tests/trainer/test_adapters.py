@@ -1,9 +1,14 @@
 """Runs of every kind of adapter: what they say, meshes, resumption, what they start from and export."""
 
+import jax
 import pytest
+from numpy.testing import assert_allclose
 
-from fpo_jax.trainer import metric_logger, run_summary, trainer
-from tests import tiny
+from fpo_jax import checkpoint
+from fpo_jax.distributed import preemption
+from fpo_jax.models import params
+from fpo_jax.trainer import export, metric_logger, run_inputs, run_summary, trainer
+from tests import tiny, tolerances
 from tests.models import test_lora
 
 RANKED = {"lora__use_rslora": True, "lora__loraplus_lr_ratio": 4.0}
@@ -43,3 +48,109 @@ def test_the_summary_has_scale_and_rate(base):
     said = summary(test_lora.config(base, mesh__data=1, mesh__fsdp=1, **RANKED))
     assert "adapter: LoRA of rank 3 over 7 matrices, scale 3.4641 (alpha/sqrt(rank), rsLoRA)" in said
     assert "B learns at 4 times the rate of A (LoRA+)" in said
+
+
+# --- lora.path
+
+
+@pytest.fixture(scope="module")
+def adapter(ranked, tmp_path_factory):
+    """The adapter of the run as a directory of PEFT."""
+    folder = tmp_path_factory.mktemp("peft") / "adapter"
+    export.export(ranked, folder, step=None, dtype=None, lora="adapter")
+    return folder
+
+
+def further(base, adapter, **changed):
+    unset = {"lora__rank": 0, "lora__alpha": None, "lora__path": str(adapter)}
+    return test_lora.config(base, **(unset | changed))
+
+
+@pytest.fixture(scope="module")
+def second(base, adapter, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("second") / "w"
+    trainer.run(further(base, adapter), workdir)
+    return workdir
+
+
+def test_a_run_starts_where_the_adapter_ended_and_takes_it_as_its_reference(ranked, second):
+    before = metric_logger.read(ranked / metric_logger.METRICS_FILE)[-1]
+    first, *_ = metric_logger.read(second / metric_logger.METRICS_FILE)
+    assert abs(before["eval_reference_kl"]) > 1e-4
+    assert first["eval_reference_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert first["eval_logps/chosen"] == pytest.approx(before["eval_logps/chosen"], rel=1e-5)
+
+
+def test_the_reference_without_the_adapter_is_the_base(base, ranked, adapter, tmp_path):
+    trainer.run(further(base, adapter, reference__adapter="off", train__max_steps=1), tmp_path / "w")
+    before = metric_logger.read(ranked / metric_logger.METRICS_FILE)[-1]
+    first, *_ = metric_logger.read(tmp_path / "w" / metric_logger.METRICS_FILE)
+    assert first["eval_reference_kl"] == pytest.approx(before["eval_reference_kl"], rel=1e-4)
+    assert first["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+
+
+def test_its_checkpoints_say_all_without_the_directory(second, adapter, tmp_path):
+    _, meta = checkpoint.restore_params(second, None)
+    lora = meta["config"]["lora"]
+    assert (lora["rank"], lora["alpha"], lora["use_rslora"], lora["dropout"]) == (3, 6.0, True, 0.0)
+    moved = adapter.rename(tmp_path / "elsewhere")
+    try:
+        said = export.export(second, tmp_path / "out", step=None, dtype=None, lora="adapter")
+    finally:
+        moved.rename(adapter)
+    assert "adapter of rank 3 over 7 matrices, step 3" in said
+
+
+def test_the_summary_says_where_it_starts_and_what_the_reference_is(base, adapter):
+    one = {"mesh__data": 1, "mesh__fsdp": 1}
+    said = summary(further(base, adapter, **one))
+    assert "(alpha/sqrt(rank), rsLoRA); starts from" in said and "whose alpha is 6; " in said
+    assert "the reference is the base with that adapter, by reference.adapter=start" in said
+    assert "the reference is the base without that adapter" in summary(
+        further(base, adapter, reference__adapter="off", **one)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora__rank": 4}, r"lora.rank=4, and the adapter in lora.path=.* has 3; unset lora.rank"),
+        ({"lora__alpha": 3.0}, r"lora.alpha=3.0, and .* has 6.0"),
+        ({"lora__use_rslora": False}, r"lora.use_rslora=False, and .* has True"),
+        ({"lora__modules": "q_proj"}, r"lora.modules='q_proj', and .* has '.*q_proj"),
+    ],
+)
+def test_what_contradicts_the_adapter_is_refused_by_name(base, adapter, changed, message):
+    with pytest.raises(ValueError, match=message):
+        run_inputs.prepare(further(base, adapter, **changed))
+
+
+def test_what_agrees_with_the_adapter_is_taken_and_dropout_may_differ(base, adapter):
+    agreeing = {"lora__rank": 3, "lora__alpha": 6.0, "lora__modules": "all-linear", "lora__dropout": 0.5}
+    inputs, _, made = tiny.built(further(base, adapter, mesh__data=1, mesh__fsdp=1, **agreeing))
+    assert inputs.adapter == adapter and made.forward_fn.adapter.dropout == 0.5
+
+
+def test_a_directory_without_an_adapter_is_refused(base):
+    with pytest.raises(ValueError, match="has no adapter_config.json; give a directory that PEFT's save_pretrained"):
+        run_inputs.prepare(further(base, base / "model"))
+
+
+def test_a_run_that_is_stopped_on_one_device_is_that_of_eight(base, adapter, second, tmp_path, monkeypatch):
+    check_stopped(further(base, adapter), second, tmp_path / "w", monkeypatch)
+
+
+def check_stopped(config, whole, workdir, monkeypatch):
+    """Compare a run on one device that is stopped after its second step and resumed with one on all devices."""
+    config.mesh.data = config.mesh.fsdp = 1
+    answers = iter([None, "SIGTERM"])
+    with monkeypatch.context() as patch:
+        patch.setattr(preemption.StopRequest, "agreed", lambda self: next(answers, None))
+        with pytest.raises(preemption.Stopped):
+            trainer.run(config, workdir, devices=jax.devices()[:1])
+    trainer.run(config, workdir, devices=jax.devices()[:1])
+    assert [line["step"] for line in lines_of(workdir)] == [line["step"] for line in lines_of(whole)]
+    ours, theirs = (params.flatten(checkpoint.restore_params(w, None)[0]) for w in (workdir, whole))
+    assert ours.keys() == theirs.keys()
+    for path, value in theirs.items():
+        assert_allclose(ours[path], value, rtol=0, atol=tolerances.ADAPTER_ON_A_MESH, err_msg=path)
