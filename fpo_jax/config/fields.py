@@ -97,12 +97,19 @@ FIELDS = (
     ),
     Field("lora.alpha", float, None, "What an adapter adds is scaled by alpha / rank; unset = 16."),
     Field("lora.use_rslora", bool, None, "Scale by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)."),
+    Field("lora.use_dora", bool, None, "Train the magnitude of each output too (DoRA, arXiv 2402.09353)."),
     Field("lora.dropout", float, None, "Share of an adapter's inputs that is dropped in training; unset = 0."),
     Field(
         "lora.modules",
         str,
         "",
         "Regular expression over Hugging Face's matrix names: q_proj|v_proj; empty = all-linear, all of a layer.",
+    ),
+    Field(
+        "lora.modules_to_save",
+        tuple,
+        (),
+        "Modules that are trained whole beside the adapter, by ends of their names as in PEFT: embed_tokens, norm.",
     ),
     Field(
         "lora.loraplus_lr_ratio",

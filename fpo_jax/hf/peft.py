@@ -29,22 +29,26 @@ class _Stored:
         self,
         entry: params.Entry,
         tensors: dict[tuple[int, ...], load.Place],
-        pair: tuple[Any, Any] | None,
+        parts: list[Any],
         scale: float,
     ):
         self.shape = entry.shape
-        self._entry, self._tensors, self._pair, self._scale = entry, tensors, pair, scale
+        self._entry, self._tensors, self._parts, self._scale = entry, tensors, parts, scale
 
     def __getitem__(self, index: tuple[int, ...] | slice) -> np.ndarray:
         place = index if isinstance(index, tuple) else ()
         base = params.from_hf(self._entry, self._tensors[place].mapped(self._entry.disk_shape))
         if isinstance(index, slice):
             return np.array(base[index])
-        if self._pair is None:
+        if not self._parts:
             return np.array(base)
-        a, b = (np.asarray(part[place], np.float32) for part in self._pair)
-        added = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)
-        return np.asarray(base, np.float32) + self._scale * added.reshape(base.shape)  # our matrices' inputs come first
+        a, b, *magnitude = (np.asarray(part[place], np.float32) for part in self._parts)
+        added = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)  # our matrices' inputs come first
+        whole = np.asarray(base, np.float32).reshape(added.shape) + self._scale * added
+        for m in magnitude:
+            norm = np.linalg.norm(whole, axis=0)
+            whole *= m.reshape(-1) / np.where(norm > 0, norm, 1)
+        return whole.reshape(base.shape)
 
 
 def merged(
@@ -53,7 +57,7 @@ def merged(
     """Return all parameters of the model that base and adapter are together, float32 where there is an adapter.
 
     Args:
-        adapter_params: A and B of every target, and a reward model's head; array-likes.
+        adapter_params: array-likes of all that was trained: A, B and magnitudes, and what was trained whole.
         base: directory that the training started from.
         config: its architecture.
         adapter: of the training.
@@ -65,9 +69,9 @@ def merged(
         if entry.path in own:
             found[entry.path] = own[entry.path]
             continue
-        a, b = own.get(f"{entry.path}_lora_a"), own.get(f"{entry.path}_lora_b")
+        parts = [own[path] for part in "abm" if (path := f"{entry.path}_lora_{part}") in own]
         located = {place: tensors[name] for name, place in entry.tensors()}
-        found[entry.path] = _Stored(entry, located, None if a is None else (a, b), adapter.scale)
+        found[entry.path] = _Stored(entry, located, parts, adapter.scale)
     return params.nest(found)
 
 
@@ -105,6 +109,9 @@ def write_peft(
     own, tensors = params.flatten(adapter_params), {}
     for entry, name, place in _tensors(config, adapter):
         tensors[name] = np.ascontiguousarray(params.to_hf(entry, np.asarray(own[entry.path][place])))
+    head = _tied_head(config, adapter)
+    if head is not None:
+        tensors[head] = tensors[_PREFIX + params.entries(config)[0].hf_name].copy()
     if bad := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
         raise ValueError(f"{bad[0]} has values that are not finite; the adapter is broken.")
     modules = sorted({entry.hf_name.split(".lora_")[0] for entry in params.adapter_entries(config, adapter)})
@@ -117,9 +124,11 @@ def write_peft(
         "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.dropout,
         "target_modules": sorted({re.sub(r".*\{layer\}\.", "", module) for module in modules}),
-        "modules_to_save": ["score"] if config.reward_head else None,
+        "modules_to_save": _saved_modules(config, adapter) or None,
+        "ensure_weight_tying": head is not None,
         "fan_in_fan_out": config.of_family.transposed,
         "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
         "bias": "none",
         "init_lora_weights": True,
         "inference_mode": True,
@@ -137,7 +146,7 @@ _PREFIX = "base_model.model."
 _SILENT = frozenset(
     "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version fan_in_fan_out"
     " megatron_core qalora_group_size runtime_config target_modules modules_to_save r lora_alpha lora_dropout"
-    " use_rslora".split()
+    " use_rslora use_dora ensure_weight_tying".split()
 )
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base as it is
 _OF_REWARD = frozenset({"score", "classifier"})  # PEFT adds them to modules_to_save of a sequence classifier
@@ -166,14 +175,18 @@ def read_peft(directory: Path, config: models.ModelConfig) -> dict[str, Any]:
     if unknown := sorted(key for key in others if content[key] not in (None, False, "none", [], {})):
         named = ", ".join(f"{key}={content[key]!r}" for key in unknown)
         raise ValueError(f"{path} has {named}, which changes numbers and is not built; train that adapter with PEFT.")
-    if saved := sorted(set(content.get("modules_to_save") or ()) - _OF_REWARD):
-        raise ValueError(f"{path} has modules_to_save={saved!r}, which is not built; leave them out.")
+    saved = [name for name in content.get("modules_to_save") or () if name not in _OF_REWARD]
+    if config.tied_head:  # whose copy in the file `load_peft` compares
+        head = params.hf_head_name(config).removesuffix(".weight")
+        saved = [name for name in saved if not head.endswith(name)]
     return {
         "rank": _number(content, "r", path, whole=True),
         "alpha": float(_number(content, "lora_alpha", path)),
         "dropout": float(_number(content, "lora_dropout", path)),
         "use_rslora": bool(content.get("use_rslora", False)),
+        "use_dora": bool(content.get("use_dora", False)),
         "modules": _modules(directory, config),
+        "modules_to_save": tuple(saved),
     }
 
 
@@ -219,12 +232,37 @@ def load_peft(
     for entry, name, place in _tensors(config, adapter):
         if name in tensors:
             found.setdefault(entry.path, []).append((tensors[name], place))
+    if (head := _tied_head(config, adapter)) is not None:
+        copy, embedding = tensors[head], tensors[_PREFIX + params.entries(config)[0].hf_name]
+        if not np.array_equal(copy.mapped(copy.shape), embedding.mapped(embedding.shape)):
+            raise ValueError(
+                f"the adapter in {directory} has an LM head that is not its embedding, and the model ties the two;"
+                " train it with PEFT's ensure_weight_tying."
+            )
     return params.nest(
         {
             path: load.at_once(entries[path], placed, np.dtype(np.float32), places.get(path))
             for path, placed in found.items()
         }
     )
+
+
+def _saved_modules(config: models.ModelConfig, adapter: models.Adapter) -> list[str]:
+    """Return what is trained whole, as ends of module names that are the ends of no others.
+
+    PEFT's ensure_weight_tying knows embeddings by the name embed_tokens alone; where a tied one has another, its copy
+    as the LM head is named too.
+    """
+    own = [entry for entry in params.trained_entries(config, adapter) if entry.path in (*adapter.saved, "score")]
+    names = {params.module_of(entry).rpartition("{layer}.")[2] for entry in own}
+    return sorted(
+        names if _tied_head(config, adapter) is None else names | {params.hf_head_name(config)[: -len(".weight")]}
+    )
+
+
+def _tied_head(config: models.ModelConfig, adapter: models.Adapter) -> str | None:
+    """Return PEFT's name of the LM head, of which a copy lies beside a trained embedding that it is tied to."""
+    return _PREFIX + params.hf_head_name(config) if config.tied_head and "embed" in adapter.saved else None
 
 
 def _tensors(
@@ -239,6 +277,8 @@ def _tensors(
 def _located(directory: Path, config: models.ModelConfig, adapter: models.Adapter) -> dict[str, load.Tensor]:
     tensors = _header(directory)
     expected = {name: entry.hf_shape for entry, name, _ in _tensors(config, adapter)}
+    if (head := _tied_head(config, adapter)) is not None:
+        expected[head] = params.entries(config)[0].hf_shape
     optional = {name for entry, name, _ in _tensors(config, adapter) if entry.path == "score"}  # else it is drawn
     missing = sorted(expected.keys() - tensors.keys() - optional)
     unexpected = sorted(tensors.keys() - expected.keys())

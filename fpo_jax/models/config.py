@@ -118,6 +118,8 @@ class Adapter:
     # paths of the matrices that have one, from params.adapter
     targets: tuple[str, ...]
     rslora: bool = False  # rank-stabilised (arXiv 2312.03732)
+    dora: bool = False  # weight-decomposed (arXiv 2402.09353): y = m / |W + scale A B| * (x W + scale dropout(x) A B)
+    saved: tuple[str, ...] = ()  # paths of the parameters that are trained whole beside them
 
     @property
     def scale(self) -> float:

@@ -4,6 +4,7 @@ No module here or in decoder_layer states the shape of a parameter: the entries 
 `transformer.Decoder` hangs each at its path.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -123,6 +124,8 @@ class Context(NamedTuple):
         out = multiply(equation, x, getattr(module, name)[...].astype(x.dtype))
         if self.adapter is not None and hasattr(module, f"{name}_lora_a"):
             out += self._adapted(equation, x, module, name)
+            if self.adapter.dora:
+                out *= self._magnified(equation, module, name).astype(x.dtype)
         bias = getattr(module, f"{name}_bias", None)
         return out if bias is None else out + bias[...].astype(x.dtype)
 
@@ -141,6 +144,29 @@ class Context(NamedTuple):
             x = jnp.where(keep, x / (1.0 - self.adapter.dropout), 0).astype(x.dtype)
         low = jnp.einsum(f"{read},{inside}r->{kept}r", x, a)
         return self.adapter.scale * jnp.einsum(f"{kept}r,r{outside}->{result}", low, b)
+
+    def _magnified(self, equation: str, module: nnx.Module, name: str) -> jax.Array:
+        """Return m / |W + scale A B| of each output, float32; the norm over the inputs has no gradient.
+
+        DoRA, arXiv 2402.09353, eq. 5 and section 4.3. By |W|^2 + 2 scale (A'W) B + scale^2 B'(A'A) B no matrix of the
+        size of W is made.
+        """
+        assert self.adapter is not None
+        weight_letters, result = equation.partition(",")[2].split("->")
+        inside = "".join(letter for letter in weight_letters if letter not in result)
+        outside = weight_letters.removeprefix(inside)
+        weight, a, b = (
+            jax.lax.stop_gradient(getattr(module, part)[...]) for part in (name, f"{name}_lora_a", f"{name}_lora_b")
+        )
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        squares = jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=tuple(range(len(inside))))
+        of_weight = einsum(f"{inside}r,{inside}{outside}->r{outside}", a.astype(weight.dtype), weight)
+        of_a = einsum(f"{inside}r,{inside}s->rs", a, a)
+        scale = self.adapter.scale
+        added = scale * (2 * of_weight + scale * einsum(f"rs,s{outside}->r{outside}", of_a, b))
+        squares += jnp.sum(b * added, axis=0)
+        norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))  # an output without weights stays 0
+        return getattr(module, f"{name}_lora_m")[...] / norm
 
     def constrain_stream(self, x_NTD: jax.Array) -> jax.Array:
         """State where the residual stream lives."""

@@ -1,17 +1,30 @@
 """Rows of an adapter: which matrices it is beside, its A and B, and what is trained and what is only read.
 
 LoRA, arXiv 2106.09685: W x + (alpha / r) B A x, with A [inputs, r] and B [r, outputs] of each matrix. rsLoRA, arXiv
-2312.03732, divides alpha by sqrt(r).
+2312.03732, divides alpha by sqrt(r). DoRA, arXiv 2402.09353, has a magnitude m [outputs] too, which takes the place of
+the norms that W + (alpha / r) B A has over its inputs.
 """
 
 import re
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from fpo_jax.models.config import Adapter, ModelConfig
 from fpo_jax.models.param_table import Entry, entries, groups
 
 
 def adapter(
-    config: ModelConfig, *, rank: int, alpha: float, dropout: float, modules: str, use_rslora: bool = False
+    config: ModelConfig,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    modules: str,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    modules_to_save: Sequence[str] = (),
 ) -> Adapter:
     """Describe an adapter of the layers' matrices.
 
@@ -23,9 +36,13 @@ def adapter(
         modules: regular expression over the names that Hugging Face gives the matrices ("q_proj|v_proj", found anywhere
             in "model.layers.0.self_attn.q_proj"); "all-linear" = all of them.
         use_rslora: divide alpha by sqrt(r) and not by r (rsLoRA).
+        use_dora: train the magnitudes of the matrices' outputs too (DoRA).
+        modules_to_save: ends of Hugging Face's names of modules that are trained whole, as PEFT matches them: "norm" is
+            the end of every norm's name, "model.norm" of the last one's.
 
     Raises:
-        ValueError: no matrix of that name; lists those there are. A router, or matrices of experts, by name.
+        ValueError: no matrix or module of that name; lists those there are. A router, or matrices of experts, by name.
+            A module that is to have an adapter and to be trained whole.
     """
     every = [entry for entry in entries(config) if entry.stacked and entry.decay]
     matrices = [entry for entry in every if not _is_routed(entry)]  # transformers has no linear layers of the others
@@ -39,7 +56,42 @@ def adapter(
     if not chosen:
         names = sorted({entry.hf_name.removesuffix(".weight").rpartition(".")[2] for entry in matrices})
         raise ValueError(f"lora.modules={modules!r} is in no name of this model's matrices: {', '.join(names)}.")
-    return Adapter(rank, alpha, dropout, tuple(entry.path for entry in chosen), use_rslora)
+    targets, saved = tuple(entry.path for entry in chosen), _saved(config, modules_to_save)
+    if both := [entry.hf_name for entry in chosen if entry.path in saved]:
+        raise ValueError(
+            f"{both[0]} is named by lora.modules and by lora.modules_to_save, and is trained whole or by an adapter;"
+            " name it in one of them."
+        )
+    return Adapter(rank, alpha, dropout, targets, use_rslora, use_dora, saved)
+
+
+def _saved(config: ModelConfig, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the paths of all parameters of the modules whose names end so."""
+    own = [(module_of(entry), entry) for entry in entries(config) if entry.path != "score"]
+    for name in names:
+        found = [entry for module, entry in own if module.endswith(name)]
+        if routed := [entry for entry in found if _is_routed(entry)]:
+            raise ValueError(
+                f"lora.modules_to_save: {name!r} is the end of {module_of(routed[0])}, and the router and the experts"
+                " are trained by lora.rank=0 alone; name others."
+            )
+        if not found:
+            ends = sorted({module.rpartition(".")[2] for module, entry in own if not _is_routed(entry)})
+            tied = f"; the LM head is {module_of(own[0][1])}" if config.tied_head else ""
+            raise ValueError(
+                f"lora.modules_to_save: {name!r} is the end of no module's name in this model: {', '.join(ends)}{tied}."
+            )
+    return tuple(entry.path for module, entry in own if any(module.endswith(name) for name in names))
+
+
+def module_of(entry: Entry) -> str:
+    """Return the name that Hugging Face gives the module of a parameter: "model.layers.{layer}.mlp.up_proj"."""
+    return entry.hf_name.rpartition(".")[0]
+
+
+def trains_head(config: ModelConfig, of: Adapter | None) -> bool:
+    """Whether the LM head is trained, or the embedding that it is tied to."""
+    return of is None or ("embed" if config.tied_head else "head") in of.saved
 
 
 def _is_routed(entry: Entry) -> bool:
@@ -47,7 +99,10 @@ def _is_routed(entry: Entry) -> bool:
 
 
 def adapter_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...]:
-    """Return the entries of an adapter: A [L, inputs, r] and B [L, r, outputs] of each matrix, under PEFT's names."""
+    """Return the entries of an adapter: A [L, inputs, r] and B [L, r, outputs] of each matrix, under PEFT's names.
+
+    With DoRA also the magnitudes m [L, outputs], which start at the norms of the matrices (`magnitude`).
+    """
     if of is None:
         return ()
     found = []
@@ -56,18 +111,21 @@ def adapter_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...
         name = f"base_model.model.{entry.hf_name.removesuffix('.weight')}"
         sizes = dict(zip(entry.letters, entry.shape, strict=True)) | {"r": of.rank}
         axes = dict(zip(entry.letters, entry.axes, strict=True)) | {"r": None}
-        for part, letters, disk, init in (
-            ("a", f"L{inside}r", f"r({inside})", "uniform"),
-            ("b", f"Lr{outside}", f"({outside})r", "zeros"),
-        ):
+        parts = [
+            ("a", f"L{inside}r", "lora_A.weight", f"r({inside})", "uniform"),
+            ("b", f"Lr{outside}", "lora_B.weight", f"({outside})r", "zeros"),
+        ]
+        if of.dora:
+            parts.append(("m", f"L{outside}", "lora_magnitude_vector", f"({outside})", "magnitude"))
+        for part, letters, own, disk, init in parts:
             found.append(
                 Entry(
                     f"{entry.path}_lora_{part}",
                     letters,
-                    f"{name}.lora_{part.upper()}.weight",
+                    f"{name}.{own}",
                     disk,
                     init,
-                    decay=True,
+                    decay=part != "m",
                     shape=tuple(sizes[letter] for letter in letters),
                     axes=tuple(axes[letter] for letter in letters),
                 )
@@ -76,15 +134,31 @@ def adapter_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...
 
 
 def trained_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...]:
-    """Return the entries that training changes: all of them, or the adapter's and a reward model's head."""
+    """Return the entries that training changes: all, or the adapter's, what is saved beside it and a reward's head."""
     if of is None:
         return entries(config)
-    return (*adapter_entries(config, of), *(entry for entry in entries(config) if entry.path == "score"))
+    return (*adapter_entries(config, of), *(entry for entry in entries(config) if _is_whole(entry, of)))
 
 
 def frozen_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...]:
     """Return the entries that training only reads: none, or those below an adapter."""
-    return () if of is None else tuple(entry for entry in entries(config) if entry.path != "score")
+    return () if of is None else tuple(entry for entry in entries(config) if not _is_whole(entry, of))
+
+
+def _is_whole(entry: Entry, of: Adapter) -> bool:
+    """Whether a parameter of the model is trained itself, beside an adapter."""
+    return entry.path == "score" or entry.path in of.saved
+
+
+def magnitude(weight: Float[Array, "L ..."], like: Entry) -> Float[Array, "L ..."]:
+    """Return the norms [L, outputs] of matrices [L, inputs, outputs] over their inputs, float32.
+
+    Args:
+        weight: the matrices of all layers.
+        like: the entry of the magnitudes.
+    """
+    inputs = tuple(range(1, weight.ndim - len(like.shape) + 1))
+    return jnp.sqrt(jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=inputs))
 
 
 def is_b(path: str) -> bool:

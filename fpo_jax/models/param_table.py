@@ -37,7 +37,8 @@ class Entry:
     letters: str  # layout here
     hf_name: str  # "{layer}" stands for the layer's number, "{expert}" for the expert's
     hf_letters: str  # layout of one tensor on disk
-    # "normal" (standard deviation config.initializer_range), "uniform" (1/sqrt(its inputs)), "ones" or "zeros"
+    # "normal" (standard deviation config.initializer_range), "uniform" (1/sqrt(its inputs)), "ones", "zeros"; of an
+    # adapter also "magnitude", the norms of its matrix
     init: str
     decay: bool  # whether weight decay applies: matrices yes, norms and biases no
     shape: tuple[int, ...] = ()

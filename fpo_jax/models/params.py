@@ -16,7 +16,16 @@ from jax.sharding import Mesh
 
 from fpo_jax import sharding, types
 from fpo_jax.models.config import ModelConfig
-from fpo_jax.models.lora import adapter, adapter_entries, frozen_entries, is_b, trained_entries
+from fpo_jax.models.lora import (
+    adapter,
+    adapter_entries,
+    frozen_entries,
+    is_b,
+    magnitude,
+    module_of,
+    trained_entries,
+    trains_head,
+)
 from fpo_jax.models.param_table import Entry, entries, full_hf_name, hf_head_name, ignored_hf_names
 
 __all__ = [
@@ -39,11 +48,14 @@ __all__ = [
     "initial",
     "is_b",
     "logical_axes",
+    "magnitude",
     "met",
+    "module_of",
     "nest",
     "shardings",
     "to_hf",
     "trained_entries",
+    "trains_head",
     "union",
 ]
 

@@ -85,17 +85,26 @@ def head_cost(config: models.ModelConfig) -> float:
     return one[0] / one[1]
 
 
-def train_step(config: models.ModelConfig, done: Work, *, extra_forward: bool = False, adapted: bool = False) -> int:
+def train_step(
+    config: models.ModelConfig, done: Work, *, extra_forward: bool = False, adapter: models.Adapter | None = None
+) -> int:
     """Return the operations of a step: forward, and twice as many backward; recomputation does not count.
 
     Args:
         config: the architecture.
         done: over all rows of the step.
         extra_forward: the loss needs a statistic of the batch from a pass of its own (KTO).
-        adapted: an adapter alone is trained, whose own operations do not count: the backward pass then computes the
-            gradients of activations, and of no weight.
+        adapter: an adapter is trained, whose own operations do not count: the backward pass then computes the gradients
+            of activations, and of no weight but those that are trained whole beside it.
     """
-    return (3 - adapted + extra_forward) * forward(config, done)
+    if adapter is None:
+        return (3 + extra_forward) * forward(config, done)
+    whole = [entry for entry in params.trained_entries(config, adapter) if entry.path in adapter.saved]
+    saved = 2 * done.tokens * sum(entry.size for entry in whole if entry.stacked and entry.decay)
+    head = 0
+    if params.trains_head(config, adapter) and not config.reward_head:
+        head = 2 * config.width * config.vocab_size * done.scored
+    return (2 + extra_forward) * forward(config, done) + saved + head
 
 
 def traced(jaxpr: core.Jaxpr, *, sliding_window: Window = None, fp8: bool = False) -> int:

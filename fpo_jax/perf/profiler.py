@@ -67,7 +67,7 @@ class Meter:
         devices: int,
         peak: float | None,
         extra_forward: bool = False,
-        adapted: bool = False,
+        adapter: models.Adapter | None = None,
     ):
         """Start with nothing done.
 
@@ -76,10 +76,10 @@ class Meter:
             devices: how many share the work.
             peak: FLOP/s of one of them in the compute dtype; None = unknown, and there is no MFU.
             extra_forward: steps run one more forward pass (`flops.train_step`).
-            adapted: no gradient of the model's own weights is computed.
+            adapter: what is trained instead of the model's own weights.
         """
         self._config, self._peak = config, None if peak is None else devices * peak
-        self._of_step = functools.partial(flops.train_step, extra_forward=extra_forward, adapted=adapted)
+        self._of_step = functools.partial(flops.train_step, extra_forward=extra_forward, adapter=adapter)
         self._operations, self._seconds = {"valid": 0, "padded": 0}, 0.0
 
     def step(self, rows: data.RowSizes, *, seconds: float) -> dict[str, float]:

@@ -174,7 +174,7 @@ def _model_operations(outcome: Outcome) -> dict[str, int]:
     done = {"padded": flops.work(lengths, scored, sliding_window=model_config.windows)}
     if sizes.valid is not None:
         done["valid"] = sizes.valid
-    options = {"extra_forward": loss.needs_batch_kl, "adapted": sizes.blueprint.adapter is not None}
+    options = {"extra_forward": loss.needs_batch_kl, "adapter": sizes.blueprint.adapter}
     return {name: flops.train_step(model_config, work, **options) for name, work in done.items()}
 
 

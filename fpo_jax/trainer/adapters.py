@@ -11,7 +11,14 @@ from fpo_jax.models import params
 
 log = logging.getLogger("fpo_jax")
 
-DEFAULTS = {"alpha": 16.0, "dropout": 0.0, "modules": "all-linear", "use_rslora": False}
+DEFAULTS = {
+    "alpha": 16.0,
+    "dropout": 0.0,
+    "modules": "all-linear",
+    "use_rslora": False,
+    "use_dora": False,
+    "modules_to_save": (),
+}
 
 
 def of_run(config: configuration.Config, model_config: models.ModelConfig) -> models.Adapter | None:
@@ -84,8 +91,11 @@ def in_words(config: configuration.Config, adapter: models.Adapter, *, needs_ref
     """Say which adapter is trained, from what it starts and what the reference is, in a line."""
     scale = "alpha/sqrt(rank), rsLoRA" if adapter.rslora else "alpha/rank"
     parts = [
-        f"adapter: LoRA of rank {adapter.rank} over {len(adapter.targets)} matrices, scale {adapter.scale:g} ({scale})"
+        f"adapter: {'DoRA' if adapter.dora else 'LoRA'} of rank {adapter.rank} over {len(adapter.targets)} matrices,"
+        f" scale {adapter.scale:g} ({scale})"
     ]
+    if adapter.saved:
+        parts.append(f"trained whole beside it: {', '.join(adapter.saved)}")
     if (ratio := config.lora.loraplus_lr_ratio) != 1:
         parts.append(f"B learns at {ratio:g} times the rate of A (LoRA+)")
     if config.lora.path:

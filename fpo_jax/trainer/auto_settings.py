@@ -320,7 +320,7 @@ class _Search:
         adapted, fsdp, everything = self._adapter is not None, mesh.shape["fsdp"], remat in ("full", "offload")
         again = flops.Work(shape.work.tokens * everything, shape.work.pairs * (everything or remat == "dots"), 0)
         extra = self._facts.loss.needs_batch_kl
-        operations = flops.train_step(model, shape.work, extra_forward=extra, adapted=adapted)
+        operations = flops.train_step(model, shape.work, extra_forward=extra, adapter=self._adapter)
         operations += flops.forward(model, again)
         fp8 = 0
         if config.model.matmul_dtype == "fp8":
@@ -344,7 +344,8 @@ class _Search:
     def _logits(self, config: configuration.Config, shape: StepShape) -> int:
         """Bytes of a device that logits take where `kept_logits` keeps them if they fit; 0 where it never does."""
         model = self._facts.model_config
-        if not self._keeps_logits or config.kernel.kept_logits_mib is not None or self._adapter is not None:
+        frozen = not params.trains_head(model, self._adapter)
+        if not self._keeps_logits or config.kernel.kept_logits_mib is not None or frozen:
             return 0
         if model.width < kept_logits.least_width(self._rates):
             return 0

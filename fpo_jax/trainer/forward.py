@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fpo_jax import attention, logprobs, losses, models, sharding, types
 from fpo_jax import config as configuration
-from fpo_jax.models import routing
+from fpo_jax.models import params, routing
 from fpo_jax.perf import hardware
 from fpo_jax.trainer import run_schedule
 
@@ -176,7 +176,7 @@ def for_steps(
         "workspace_bytes": config.kernel.workspace_mib * 2**20,
         "kept_bytes": None if kept is None else kept * 2**20,
     }
-    frozen = blueprint.adapter is not None
+    frozen = not params.trains_head(model_config, blueprint.adapter)
     explained = logprobs.explain(**head, fuse_loss=config.kernel.fuse_loss, frozen=frozen, **sizes)
     choice = logprobs.select(**head, fuse_loss=config.kernel.fuse_loss)
     forward_fn = PolicyForward(

@@ -10,6 +10,7 @@ import jax
 
 from fpo_jax import config as configuration
 from fpo_jax import sharding, types
+from fpo_jax.models import params
 from fpo_jax.perf import hardware
 from fpo_jax.trainer import compiled_step, forward, run_schedule, steps
 from fpo_jax.trainer.batch_shapes import Shape
@@ -42,7 +43,7 @@ def steps_of(
     """
     made = steps.build(config, blueprint, layout)
     wanted = forward.kept_logits(config, blueprint, layout)
-    frozen = blueprint.adapter is not None  # needs as few products without
+    frozen = not params.trains_head(blueprint.model_config, blueprint.adapter)  # needs as few products without
     if config.kernel.kept_logits_mib is not None or wanted is None or capacity is None or frozen:
         return made
     width, needed = blueprint.model_config.width, least_width(capacity)

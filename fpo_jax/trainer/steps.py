@@ -139,13 +139,15 @@ def _gather_layers(
     weights: types.PyTree, *, model_config: models.ModelConfig, mesh: Mesh, compute_dtype: str
 ) -> types.PyTree:
     """Hold the layers' weights whole along fsdp. Matrices are cast first, as every use of them does."""
-    whole = params.shardings(model_config, mesh=mesh, rules=sharding.GATHERED_RULES)
-    is_matrix = params.decay_mask(model_config)
+    whole = params.flatten(params.shardings(model_config, mesh=mesh, rules=sharding.GATHERED_RULES))
+    is_matrix = params.flatten(params.decay_mask(model_config))
 
-    def gathered(x, place, matrix):
-        return jax.lax.with_sharding_constraint(x.astype(compute_dtype) if matrix else x, place)
+    def gathered(path, x):
+        if not path.startswith("layers/"):
+            return x
+        return jax.lax.with_sharding_constraint(x.astype(compute_dtype) if is_matrix[path] else x, whole[path])
 
-    return {**weights, "layers": jax.tree.map(gathered, weights["layers"], whole["layers"], is_matrix["layers"])}
+    return params.nest({path: gathered(path, x) for path, x in params.flatten(weights).items()})
 
 
 def _skip_rule(config: configuration.Config) -> skip_step.SkipRule:

@@ -90,11 +90,19 @@ class StateSharding:
         """Return what is trained; an adapter that is not there is drawn, and adds nothing yet."""
         flat, places = params.flatten(weights), params.flatten(self.params)
         new = [row for row in self._trained if row.path not in flat]
+        below = {row.path: row.path.removesuffix("_lora_m") for row in new if row.init == "magnitude"}
 
-        def draw(key: jax.Array) -> dict[str, jax.Array]:
-            return {row.path: params.initial(row, self._model, key) for row in new}
+        def draw(key: jax.Array, matrices: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            return {
+                row.path: params.magnitude(matrices[row.path], row)
+                if row.path in matrices
+                else params.initial(row, self._model, key)
+                for row in new
+            }
 
-        drawn = jax.jit(draw, out_shardings={row.path: places[row.path] for row in new})(jax.random.key(self._seed))
+        matrices = {path: flat[of] for path, of in below.items()}
+        drawing = jax.jit(draw, out_shardings={row.path: places[row.path] for row in new})
+        drawn = drawing(jax.random.key(self._seed), matrices)
         old = {row.path: flat[row.path].astype(jnp.float32) for row in self._trained if row.path in flat}
         return params.nest(old | drawn)
 

@@ -165,7 +165,7 @@ class Trainer:
             devices=steps.mesh.size,
             peak=None if holds is None or config.model.compute_dtype == "float32" else holds.flops,
             extra_forward=inputs.loss.needs_batch_kl,
-            adapted=steps.state.adapted,
+            adapter=steps.forward_fn.adapter,
         )
         self._trace = trace
         self._positions = steps.batches.positions(schedule.schedule.parts, accumulation=schedule.accumulation)

@@ -40,6 +40,8 @@ FIELDS = {
     "lora.dropout": (0.1, {}, NO_LORA),
     "lora.modules": ("q_proj", {}, NO_LORA),
     "lora.use_rslora": (True, {}, NO_LORA),
+    "lora.use_dora": (True, {}, NO_LORA),
+    "lora.modules_to_save": (("norm",), {}, NO_LORA),
     "lora.loraplus_lr_ratio": (16.0, {}, NO_LORA),
     "tokenizer.path": ALWAYS,
     "tokenizer.chat_template": ("zephyr", RAW, CONVERSATIONS),

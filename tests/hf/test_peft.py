@@ -21,15 +21,21 @@ from tests.models import test_lora, test_model
 torch = pytest.importorskip("torch", reason="PyTorch is absent")
 peft = pytest.importorskip("peft", reason="peft is absent")
 
-KINDS = {"rslora": {"use_rslora": True}}
-RATE, RATIO = 1e-2, 16.0
+SAVED = {"llama GQA": ("norm", "embed_tokens", "lm_head"), "gpt2": ("ln_f", "ln_1")}
+KINDS = {  # kind -> family -> options
+    "rslora": lambda family: {"use_rslora": True},
+    "dora": lambda family: {"use_dora": True},
+    "saved": lambda family: {"modules_to_save": SAVED[family]},
+}
+RATE = 1e-2
+RATIO = {"rslora": 16.0}  # PEFT's LoRA+ also takes what is one-dimensional to B's rate; ours B alone, as the paper
 
 
 @functools.cache
 def both_sides(family: str, kind: str, folder):
     """Return the base, a random adapter of a kind, and the model with it as PEFT reads it from our export."""
     published = test_model.VARIANTS[family]
-    c, adapter = test_lora.adapter_of(published, **KINDS[kind])
+    c, adapter = test_lora.adapter_of(published, **KINDS[kind](family))
     tree = test_model.random_params(c)
     added = test_lora.random_adapter(c, adapter)
     theirs = test_model.torch_twin(folder, published, tree, c)
@@ -64,7 +70,7 @@ def test_logits_gradients_and_a_step_are_those_of_peft(family, kind, tmp_path):
 
     expected.square().mean().backward()
     theirs = {
-        key.replace(".default", "").replace("modules_to_save.", ""): value
+        key.replace(".default", "").replace("modules_to_save.", "").replace("vector.weight", "vector"): value
         for key, value in wrapped.named_parameters()
         if value.requires_grad
     }
@@ -74,14 +80,60 @@ def test_logits_gradients_and_a_step_are_those_of_peft(family, kind, tmp_path):
         wanted = theirs[key].grad.numpy()
         assert_allclose(value, wanted, rtol=0, atol=tolerances.PARITY_GRADIENT * np.abs(wanted).max(), err_msg=key)
 
-    # A step with LoRA+'s rates: from equal gradients, that Adam's first step may turn on the last bit of small ones.
-    given = {key: value.grad for key, value in theirs.items()}
-    torch_step(wrapped)
-    stepped = dict(named(our_step(added, grads_like(added, given, c, adapter), c, adapter), c, adapter))
+    # From equal gradients: Adam's first step is their sign, which the last bit of small ones may turn.
+    given, ratio = {key: value.grad for key, value in theirs.items()}, RATIO.get(kind, 1.0)
+    torch_step(wrapped, ratio)
+    stepped = dict(named(our_step(added, grads_like(added, given, c, adapter), ratio, c, adapter), c, adapter))
     for key, value in stepped.items():
         assert_allclose(
-            value, theirs[key].detach().numpy(), rtol=0, atol=tolerances.FIRST_STEP * RATE * RATIO, err_msg=key
+            value, theirs[key].detach().numpy(), rtol=0, atol=tolerances.FIRST_STEP * RATE * ratio, err_msg=key
         )
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("kind", ["dora", "saved"])
+@pytest.mark.parametrize("family", ["llama GQA", "gpt2"])
+def test_the_merged_model_is_read_by_transformers_with_the_same_logits(family, kind, tmp_path):
+    import transformers
+
+    c, adapter, tree, added, _ = both_sides(family, kind, tmp_path)
+    _, ours = mean_square(added, tree, c=c, adapter=adapter)
+    whole = hf.merged(added, tmp_path / "model", c, adapter)
+    hf.export(whole, c, out_dir=tmp_path / "merged", source_dir=tmp_path / "model", dtype="float32")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32").eval()
+    with torch.no_grad():
+        merged = read(torch.tensor(test_lora.TOKENS_NT).long()).logits.numpy()
+    assert_allclose(ours, merged, rtol=0, atol=tolerances.PARITY_LOGITS)
+
+
+TIED = {"llama tied": ("embed_tokens",), "gpt2": ("wte", "ln_f")}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("family", TIED)
+def test_a_tied_embedding_is_both_in_peft_too_and_read_back(family, tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, "tied", lambda family: {"modules_to_save": TIED[family]})
+    c, adapter, tree, added, wrapped = both_sides(family, "tied", tmp_path)
+    _, ours = mean_square(added, tree, c=c, adapter=adapter)
+    with torch.no_grad():
+        expected = wrapped(torch.tensor(test_lora.TOKENS_NT).long()).logits.numpy()
+    assert_allclose(ours, expected, rtol=0, atol=tolerances.PARITY_LOGITS)
+    again = adapters.of_settings(hf.read_peft(tmp_path / "peft", c), c)
+    assert again == adapter and "embed" in adapter.saved
+    jax.tree.map(np.testing.assert_array_equal, added, jax.device_get(hf.load_peft(tmp_path / "peft", c, again)))
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path):
+    c, adapter = test_lora.adapter_of(test_model.VARIANTS["llama tied"], modules_to_save=("embed_tokens",))
+    added, folder = test_lora.random_adapter(c, adapter), tmp_path / "peft"
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps(test_model.VARIANTS["llama tied"]))
+    hf.write_peft(added, c, adapter, out_dir=folder, base_name="b", revision=None, source_dir=tmp_path / "source")
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] += 1
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="an LM head that is not its embedding, and the model ties the two; train it"):
+        hf.load_peft(folder, c, adapter)
 
 
 def grads_like(added, theirs, c, adapter):
@@ -94,21 +146,21 @@ def grads_like(added, theirs, c, adapter):
     return params.nest(flat)
 
 
-def torch_step(wrapped):
+def torch_step(wrapped, ratio):
     from peft.optimizers import create_loraplus_optimizer
 
     create_loraplus_optimizer(
-        wrapped, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0
+        wrapped, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=ratio, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0
     ).step()
 
 
-def our_step(added, grads, c, adapter):
+def our_step(added, grads, ratio, c, adapter):
     trained = params.trained_entries(c, adapter)
     optimizer = adamw.optimizer(
         adamw.schedule(kind="constant", peak=RATE, warmup=0, total_steps=1),
         b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.0, clip_norm=0.0,
         decay_mask=params.nest({entry.path: entry.decay for entry in trained}),
-        faster=(RATIO, params.nest({entry.path: params.is_b(entry.path) for entry in trained})),
+        faster=(ratio, params.nest({entry.path: params.is_b(entry.path) for entry in trained})),
     )  # fmt: skip
     updates, _ = optimizer.update(grads, optimizer.init(added), added)
     return optax.apply_updates(added, updates)
@@ -129,7 +181,7 @@ def written(family: str, kind: str, folder):
     c = models.from_hf_config(published)
     tree = test_model.random_params(c)
     theirs = test_model.torch_twin(folder, published, tree, c)
-    options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | KINDS[kind]
+    options = {"r": 3, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | KINDS[kind](family)
     torch.manual_seed(0)
     wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**options)).eval()
     for value in wrapped.parameters():

@@ -55,7 +55,7 @@ def random_adapter(c, adapter, seed=1):
     return params.nest(
         {
             entry.path: jnp.asarray(random.normal(size=entry.shape) * 0.2, jnp.float32)
-            for entry in params.adapter_entries(c, adapter)
+            for entry in params.trained_entries(c, adapter)
         }
     )
 
@@ -326,3 +326,57 @@ def test_an_adapter_of_all_linear_layers_leaves_out_the_router_and_the_experts()
     assert adapter.targets == tuple(f"layers/attention/{name}" for name in ("query", "key", "value", "out"))
     _, adapter = adapter_of(test_model.QWEN2_MOE)
     assert adapter.targets[4:] == tuple(f"layers/mlp/shared_{name}" for name in ("gate", "up", "down", "share"))
+
+
+@pytest.mark.parametrize(
+    ("published", "changed", "message"),
+    [
+        (
+            "llama GQA",
+            {"modules_to_save": ("ln_f",)},
+            "'ln_f' is the end of no module's name in this model: .*, norm, ",
+        ),
+        (
+            "llama tied",
+            {"modules_to_save": ("lm_head",)},
+            "'lm_head' is the end of no .*; the LM head is model.embed_tok",
+        ),
+        (
+            "llama GQA",
+            {"modules_to_save": ("down_proj",)},
+            "down_proj.weight is named by lora.modules and by lora.modul",
+        ),
+        (
+            "qwen3_moe",
+            {"modules_to_save": ("mlp.gate",)},
+            "'mlp.gate' is the end of .*, and the router and the experts",
+        ),
+    ],
+)
+def test_modules_to_save_that_cannot_be_are_refused_by_name(published, changed, message):
+    with pytest.raises(ValueError, match=message):
+        adapter_of(test_model.VARIANTS[published], **changed)
+
+
+def test_a_name_is_the_end_of_those_that_peft_would_take():
+    _, adapter = adapter_of(test_model.VARIANTS["llama GQA"], modules_to_save=("norm", "lm_head"))
+    assert adapter.saved == ("layers/attention_norm/scale", "layers/mlp_norm/scale", "final_norm/scale", "head")
+    _, adapter = adapter_of(test_model.VARIANTS["llama GQA"], modules_to_save=("model.norm",))
+    assert adapter.saved == ("final_norm/scale",)
+
+
+def test_the_norms_of_dora_are_those_of_the_whole_matrices():
+    c, adapter = adapter_of(test_model.VARIANTS["llama GQA"], use_dora=True)
+    tree, added = params.flatten(test_model.random_params(c)), params.flatten(random_adapter(c, adapter))
+    module = nnx.Module()
+    for name, value in (
+        ("out", tree["layers/attention/out"]),
+        *((f"out_lora_{part}", added[f"layers/attention/out_lora_{part}"]) for part in "abm"),
+    ):
+        setattr(module, name, nnx.Param(value[0]))
+    context = layers.Context(None, None, 1.0, None, None, None, None, adapter)
+    with jax.default_matmul_precision("highest"):
+        found = context._magnified("NTHC,HCD->NTD", module, "out")
+    whole = module.out[...] + adapter.scale * jnp.einsum("HCr,rD->HCD", module.out_lora_a[...], module.out_lora_b[...])
+    expected = module.out_lora_m[...] / np.linalg.norm(np.asarray(whole).reshape(-1, c.width), axis=0)
+    assert_allclose(found, expected, rtol=1e-5)

@@ -1,17 +1,28 @@
 """Runs of every kind of adapter: what they say, meshes, resumption, what they start from and export."""
 
+import dataclasses
+
 import jax
+import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from fpo_jax import checkpoint
+from fpo_jax import checkpoint, hf
 from fpo_jax.distributed import preemption
 from fpo_jax.models import params
+from fpo_jax.perf import flops
 from fpo_jax.trainer import export, metric_logger, run_inputs, run_summary, trainer
 from tests import tiny, tolerances
 from tests.models import test_lora
 
-RANKED = {"lora__use_rslora": True, "lora__loraplus_lr_ratio": 4.0}
+SAVED = ("norm", "lm_head", "embed_tokens")
+EVERY = {
+    "lora__use_rslora": True,
+    "lora__loraplus_lr_ratio": 4.0,
+    "lora__use_dora": True,
+    "lora__modules_to_save": SAVED,
+}
+ONE = {"mesh__data": 1, "mesh__fsdp": 1}
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +38,15 @@ def lines_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def ranked(base, tmp_path_factory):
-    """A run with rsLoRA and LoRA+ over all devices."""
+def every_kind(base, tmp_path_factory):
+    """A run with every kind at once over all devices."""
     workdir = tmp_path_factory.mktemp("run") / "w"
-    trainer.run(test_lora.config(base, **RANKED), workdir)
+    trainer.run(test_lora.config(base, **EVERY), workdir)
     return workdir
 
 
-def test_a_run_says_its_scale_and_both_rates(ranked):
-    first, *_ = lines_of(ranked)
+def test_a_run_says_its_scale_and_both_rates(every_kind):
+    first, *_ = lines_of(every_kind)
     assert first["learning_rate_b"] == pytest.approx(4 * first["learning_rate"]) and first["learning_rate"] > 0
 
 
@@ -45,8 +56,11 @@ def summary(config):
 
 
 def test_the_summary_has_scale_and_rate(base):
-    said = summary(test_lora.config(base, mesh__data=1, mesh__fsdp=1, **RANKED))
-    assert "adapter: LoRA of rank 3 over 7 matrices, scale 3.4641 (alpha/sqrt(rank), rsLoRA)" in said
+    said = summary(test_lora.config(base, **ONE, **EVERY))
+    assert (
+        "adapter: DoRA of rank 3 over 7 matrices, scale 3.4641 (alpha/sqrt(rank), rsLoRA); trained whole beside it:"
+        in said
+    )
     assert "B learns at 4 times the rate of A (LoRA+)" in said
 
 
@@ -54,10 +68,10 @@ def test_the_summary_has_scale_and_rate(base):
 
 
 @pytest.fixture(scope="module")
-def adapter(ranked, tmp_path_factory):
+def adapter(every_kind, tmp_path_factory):
     """The adapter of the run as a directory of PEFT."""
     folder = tmp_path_factory.mktemp("peft") / "adapter"
-    export.export(ranked, folder, step=None, dtype=None, lora="adapter")
+    export.export(every_kind, folder, step=None, dtype=None, lora="adapter")
     return folder
 
 
@@ -73,26 +87,26 @@ def second(base, adapter, tmp_path_factory):
     return workdir
 
 
-def test_a_run_starts_where_the_adapter_ended_and_takes_it_as_its_reference(ranked, second):
-    before = metric_logger.read(ranked / metric_logger.METRICS_FILE)[-1]
+def test_a_run_starts_where_the_adapter_ended_and_takes_it_as_its_reference(every_kind, second):
+    before = metric_logger.read(every_kind / metric_logger.METRICS_FILE)[-1]
     first, *_ = metric_logger.read(second / metric_logger.METRICS_FILE)
     assert abs(before["eval_reference_kl"]) > 1e-4
     assert first["eval_reference_kl"] == pytest.approx(0.0, abs=1e-5)
     assert first["eval_logps/chosen"] == pytest.approx(before["eval_logps/chosen"], rel=1e-5)
 
 
-def test_the_reference_without_the_adapter_is_the_base(base, ranked, adapter, tmp_path):
-    trainer.run(further(base, adapter, reference__adapter="off", train__max_steps=1), tmp_path / "w")
-    before = metric_logger.read(ranked / metric_logger.METRICS_FILE)[-1]
-    first, *_ = metric_logger.read(tmp_path / "w" / metric_logger.METRICS_FILE)
-    assert first["eval_reference_kl"] == pytest.approx(before["eval_reference_kl"], rel=1e-4)
-    assert first["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+def test_the_reference_without_the_adapter_is_the_base(base, every_kind, adapter, tmp_path):
+    first = trainer.Trainer(further(base, adapter, reference__adapter="off"), tmp_path / "w").evaluate()
+    before = metric_logger.read(every_kind / metric_logger.METRICS_FILE)[-1]
+    for name in ("eval_reference_kl", "eval_loss"):
+        assert first[name] == pytest.approx(before[name], rel=1e-4), name
 
 
 def test_its_checkpoints_say_all_without_the_directory(second, adapter, tmp_path):
     _, meta = checkpoint.restore_params(second, None)
     lora = meta["config"]["lora"]
     assert (lora["rank"], lora["alpha"], lora["use_rslora"], lora["dropout"]) == (3, 6.0, True, 0.0)
+    assert lora["use_dora"] and len(lora["modules_to_save"]) == 5
     moved = adapter.rename(tmp_path / "elsewhere")
     try:
         said = export.export(second, tmp_path / "out", step=None, dtype=None, lora="adapter")
@@ -102,12 +116,11 @@ def test_its_checkpoints_say_all_without_the_directory(second, adapter, tmp_path
 
 
 def test_the_summary_says_where_it_starts_and_what_the_reference_is(base, adapter):
-    one = {"mesh__data": 1, "mesh__fsdp": 1}
-    said = summary(further(base, adapter, **one))
-    assert "(alpha/sqrt(rank), rsLoRA); starts from" in said and "whose alpha is 6; " in said
+    said = summary(further(base, adapter, **ONE))
+    assert "final_norm/scale, head; starts from" in said and "whose alpha is 6; " in said
     assert "the reference is the base with that adapter, by reference.adapter=start" in said
     assert "the reference is the base without that adapter" in summary(
-        further(base, adapter, reference__adapter="off", **one)
+        further(base, adapter, reference__adapter="off", **ONE)
     )
 
 
@@ -127,7 +140,7 @@ def test_what_contradicts_the_adapter_is_refused_by_name(base, adapter, changed,
 
 def test_what_agrees_with_the_adapter_is_taken_and_dropout_may_differ(base, adapter):
     agreeing = {"lora__rank": 3, "lora__alpha": 6.0, "lora__modules": "all-linear", "lora__dropout": 0.5}
-    inputs, _, made = tiny.built(further(base, adapter, mesh__data=1, mesh__fsdp=1, **agreeing))
+    inputs, _, made = tiny.built(further(base, adapter, **ONE, **agreeing))
     assert inputs.adapter == adapter and made.forward_fn.adapter.dropout == 0.5
 
 
@@ -154,3 +167,46 @@ def check_stopped(config, whole, workdir, monkeypatch):
     assert ours.keys() == theirs.keys()
     for path, value in theirs.items():
         assert_allclose(ours[path], value, rtol=0, atol=tolerances.ADAPTER_ON_A_MESH, err_msg=path)
+
+
+# --- DoRA, and modules that are trained whole
+
+
+def test_a_fresh_dora_changes_nothing(every_kind):
+    first, *_, last = metric_logger.read(every_kind / metric_logger.METRICS_FILE)
+    assert first["eval_reference_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(last["eval_reference_kl"]) > 1e-4
+
+
+def test_all_that_is_trained_moves_and_is_in_the_checkpoint_and_nothing_else(base, every_kind):
+    found = params.flatten(checkpoint.restore_params(every_kind, None)[0])
+    before = params.flatten(hf.load_params(base / "model", hf.read_config(base / "model"), dtype="float32"))
+    names = {path for path in found if "_lora_" not in path}
+    assert names == {"embed", "head", "final_norm/scale", "layers/attention_norm/scale", "layers/mlp_norm/scale"}
+    for path in names:
+        assert np.abs(found[path] - np.asarray(before[path])).max() > 1e-3, path
+    assert len(found) == 5 + 3 * 7
+
+
+@pytest.mark.slow  # a second set of compilations
+def test_weights_gathered_once_a_step_and_the_whole_head_give_the_same(base, every_kind, tmp_path):
+    changed = {"mesh__data": 1, "mesh__fsdp": 8, "mesh__preset": "zero2", "kernel__implementation": "reference"}
+    trainer.run(test_lora.config(base, **EVERY, **changed, train__max_steps=1, data__eval=""), tmp_path / "w")
+    ours, theirs = lines_of(tmp_path / "w")[0], lines_of(every_kind)[0]
+    for name in ("loss", "grad_norm"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_the_state_is_counted_with_what_is_trained_whole(base):
+    _, _, made = tiny.built(test_lora.config(base, mesh__data=1, mesh__fsdp=1, **EVERY))
+    c, adapter = made.forward_fn.config, made.forward_fn.adapter
+    trained = sum(entry.size for entry in params.trained_entries(c, adapter))
+    frozen = sum(entry.size for entry in params.frozen_entries(c, adapter))
+    assert made.state.gradient_bytes() == 4 * trained
+    assert 0 <= made.state.bytes_on_device() - 4 * (3 * trained + frozen) < 64, "counters apart"
+    assert frozen + trained == params.count(c) + sum(e.size for e in params.adapter_entries(c, adapter))
+    done = flops.Work(100, 10, 7)
+    plain = dataclasses.replace(adapter, saved=())
+    more = flops.train_step(c, done, adapter=adapter) - flops.train_step(c, done, adapter=plain)
+    assert more == 2 * c.width * c.vocab_size * 7, "the gradient of the head; that of the embedding is a sum of rows"
+    assert not params.trains_head(c, plain) and params.trains_head(c, adapter)
