@@ -1,5 +1,6 @@
 """Every kind of adapter against PEFT: forward, gradients, one optimizer step, both exports."""
 
+import dataclasses
 import functools
 import json
 
@@ -202,6 +203,24 @@ def test_an_adapter_of_peft_is_read(family, kind, tmp_path):
     added = hf.load_peft(folder, c, adapter)
     _, ours = mean_square(added, tree, c=c, adapter=adapter)
     assert_allclose(ours, expected, rtol=0, atol=tolerances.PARITY_LOGITS)
+
+
+def test_the_score_of_a_reward_model_is_read_where_it_is_there(tmp_path):
+    published = test_model.VARIANTS["llama GQA"]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(published))
+    c, adapter = test_lora.adapter_of(published)
+    reward = dataclasses.replace(c, reward_head=True)
+    for name, of in (("language", c), ("reward", reward)):
+        added = test_lora.random_adapter(of, adapter)
+        options = {"base_name": "b", "revision": None, "source_dir": source}
+        hf.write_peft(added, of, adapter, out_dir=tmp_path / name, **options)
+        assert adapters.of_settings(hf.read_peft(tmp_path / name, reward), reward) == adapter
+        read = jax.device_get(hf.load_peft(tmp_path / name, reward, adapter))
+        jax.tree.map(np.testing.assert_array_equal, added, read)
+    with pytest.raises(ValueError, match="base_model.model.score.weight is unexpected"):
+        hf.check_peft(tmp_path / "reward", c, adapter)
 
 
 CONTENT = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": ["q_proj"]}
