@@ -42,6 +42,7 @@ from fpo_jax.distributed import preemption, progress, workdir_lock
 from fpo_jax.eval.judge import pairwise_judge
 from fpo_jax.eval.stats import win_rates
 from fpo_jax.io import atomic_io, jsonl, terminal
+from fpo_jax.tokenization import messages
 
 log = logging.getLogger("fpo_jax")
 
@@ -205,7 +206,7 @@ def _baseline(options: Options) -> list[tuple[Any, list[str]]]:
         revision=options.baseline_revision or None,
     )
     best = data.best_only(found)
-    return [(record.prompt, [_text(completion) for completion in record.completions]) for record in best.rows]
+    return [(record.prompt, list(map(messages.said, record.completions))) for record in best.rows]
 
 
 def _pairs(options: Options) -> tuple[list[pairwise_judge.Pair], int]:
@@ -257,10 +258,6 @@ def _answers(path: Path) -> list[dict[str, Any]]:
     if not lines:
         raise ValueError(f"{path} has no line.")
     return lines
-
-
-def _text(completion: str | dict[str, str]) -> str:
-    return completion if isinstance(completion, str) else completion["content"]
 
 
 def _questions(pair: pairwise_judge.Pair, form: str, judge: dict[str, Any]) -> list[pairwise_judge.Question]:

@@ -71,7 +71,7 @@ class _Prompt:
     """One prompt of the job, with its token ids where a model here answers it."""
 
     def __init__(self, index: int, record: data.Record):
-        self.index, self.text, self.source = index, record.prompt, record.source
+        self.index, self.text, self.source, self.tools = index, record.prompt, record.source, record.tools
         self.ids: list[int] = []
         self.cut = 0
 
@@ -169,6 +169,11 @@ def _placed(config: models.ModelConfig, *, tensor: int) -> tuple[sharding.Layout
 
 
 def _with_server(options: Options, prompts: list[_Prompt], decoding: sampler.Decoding) -> Summary:
+    if offering := next((prompt for prompt in prompts if prompt.tools), None):
+        raise ValueError(
+            f"{offering.source} offers tools, whose calls a server writes in a form of its own; give --model instead of"
+            " --server, or take the column tools away."
+        )
     ended = threading.Event()
     url, key = servers.checked_url(options.server), servers.Secret(options.api_key_env)
     server = servers.Server(url, options.server_model, key, ended)
@@ -242,7 +247,7 @@ def _prompts(options: Options, tokenizer: PreTrainedTokenizerFast | None = None)
     )
     kept, seen, last = [], set(), None
     for record in records.rows:
-        key = json.dumps(record.prompt, sort_keys=True)
+        key = json.dumps([record.prompt, record.tools] if record.tools else record.prompt, sort_keys=True)
         repeated = {"none": False, "consecutive": key == last, "all": key in seen}[options.dedup]
         last = key
         seen.add(key)
@@ -294,11 +299,12 @@ def _refuse_reward(config: models.ModelConfig, source: Path) -> None:
 def _tokenize(prompts: list[_Prompt], encoder: tokenization.Encoder, room: int) -> None:
     """Give every prompt its ids; one too long loses its beginning, but for a BOS that the tokenizer itself adds."""
     try:
-        ids = tokenization.generation_prompts(encoder, [prompt.text for prompt in prompts])
+        texts, tools = [prompt.text for prompt in prompts], [prompt.tools for prompt in prompts]
+        ids = tokenization.generation_prompts(encoder, texts, tools=tools)
     except ValueError:
         for prompt in prompts:  # to name the one that is at fault
             with configuration.about(prompt.source):
-                tokenization.generation_prompts(encoder, [prompt.text])
+                tokenization.generation_prompts(encoder, [prompt.text], tools=[prompt.tools])
         raise
     for prompt, whole in zip(prompts, ids, strict=True):
         if not whole:
@@ -309,7 +315,7 @@ def _tokenize(prompts: list[_Prompt], encoder: tokenization.Encoder, room: int) 
 
 def _job(options: Options, prompts: list[_Prompt]) -> dict[str, Any]:
     """Return everything that the answers depend on, but for the model."""
-    digest = json_digest.of([prompt.text for prompt in prompts])
+    digest = json_digest.of([[prompt.text, prompt.tools] if prompt.tools else prompt.text for prompt in prompts])
     kept = ("max_length", "num_return", "seed", "max_new_tokens", "temperature", "top_k")
     kept += ("top_p", "min_new_tokens", "stop_ids", "stop_strings", "compute_dtype", "keep_ids")
     return {"prompts": f"{len(prompts)} {digest}", **{name: getattr(options, name) for name in kept}}
@@ -325,7 +331,8 @@ def _left(file: jsonl_job.JobFile, prompts: list[_Prompt]) -> list[_Prompt]:
 
 
 def _head(prompt: _Prompt) -> dict[str, Any]:
-    return {"index": prompt.index, "source": prompt.source, "prompt": prompt.text}
+    tools = {"tools": list(prompt.tools)} if prompt.tools else {}
+    return {"index": prompt.index, "source": prompt.source, "prompt": prompt.text, **tools}
 
 
 def _refuse_special(stops: Sequence[str], tokenizer: PreTrainedTokenizerFast, stop_ids: Sequence[int]) -> None:

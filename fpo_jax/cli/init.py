@@ -163,7 +163,9 @@ def _settled(options: Options) -> tuple[list[Field], str]:
         Field("train.epochs", 1.0),
         Field("train.eval_every", max(1, groups // batch // 5), "steps"),
     ]
-    return fields, f"{rows:,} rows"
+    offering = sum(bool(record.tools) for record in records.rows)
+    described = f", tools in {offering:,} of the first {len(records.rows):,} examples" if offering else ""
+    return fields, f"{rows:,} rows{described}"
 
 
 def _splits(source: str, named: str) -> tuple[str, str]:
@@ -188,14 +190,21 @@ def _splits(source: str, named: str) -> tuple[str, str]:
 
 def _lengths(records: Any, tokenizer: Any, window: int, *, plain: bool) -> list[Field]:
     """Choose the rule and the lengths that cut nothing, as far as the model's window goes."""
+    from fpo_jax.tokenization import messages
 
     def tokens(text: Any) -> int:
         turns = text if isinstance(text, list) else [text]
-        spelt = [turn if isinstance(turn, str) else turn["content"] for turn in turns]
+        spelt = [turn if isinstance(turn, str) else messages.said(turn) for turn in turns]
         return sum(len(tokenizer(one, verbose=False)["input_ids"]) + (0 if plain else 16) for one in spelt)
 
     completions = max(tokens(one) for record in records.rows for one in record.completions)
-    longest = max(tokens(record.prompt) + max(map(tokens, record.completions)) for record in records.rows) + 2
+    longest = max(
+        tokens(record.prompt)
+        + (tokens(json.dumps(record.tools, indent=4)) if record.tools else 0)
+        + max(map(tokens, record.completions))
+        for record in records.rows
+    )
+    longest += 2
     length = min(window, -(-longest // 64) * 64)
     completion = min(length - 1, max(completions + 1, length // 2))
     why = "tokens of an example; longer ones are cut" + (f", as the longest of about {longest} is" * (longest > length))

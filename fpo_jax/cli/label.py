@@ -20,6 +20,7 @@ from fpo_jax import hf, models, tokenization
 from fpo_jax.cli import args as command_line
 from fpo_jax.cli import jsonl_job
 from fpo_jax.config import choices
+from fpo_jax.data import values
 from fpo_jax.distributed import preemption, progress, workdir_lock
 from fpo_jax.inference import reward_model
 from fpo_jax.io import json_digest, jsonl, terminal
@@ -134,7 +135,7 @@ def best_worst(line: dict[str, Any]) -> dict[str, Any] | None:
     best, worst = (rewards.index(pick(rewards)) for pick in (max, min))
     if rewards[best] == rewards[worst] or texts[best] == texts[worst]:
         return None
-    head = {key: line[key] for key in ("index", "source", "prompt") if key in line}
+    head = {key: line[key] for key in ("index", "source", "prompt", "tools") if key in line}
     return {**head, "chosen": texts[best], "rejected": texts[worst], "rewards": [rewards[best], rewards[worst]]}
 
 
@@ -149,13 +150,15 @@ def _score(
         for start in range(0, len(left), CHUNK):
             chunk = left[start : start + CHUNK]
             prompts, completions = [line["prompt"] for line in chunk], [line["completions"] for line in chunk]
+            fits = {"pad_id": rewarder.config.pad_id, "window": window}
             try:
-                groups = reward_model.rows(encoder, prompts, completions, pad_id=rewarder.config.pad_id, window=window)
+                tools = [line.get("tools") for line in chunk]
+                groups = reward_model.rows(encoder, prompts, completions, tools=tools, **fits)
             except ValueError:
                 for line in chunk:  # to name the one that is at fault
                     with configuration.about(f"{options.data}:{line['index'] + 1}"):
                         one = [line["prompt"]], [line["completions"]]
-                        reward_model.rows(encoder, *one, pad_id=rewarder.config.pad_id, window=window)
+                        reward_model.rows(encoder, *one, tools=[line.get("tools")], **fits)
                 raise
             scores = iter(rewarder([row.ids for group in groups for row in group]).tolist())
             for line, group in zip(chunk, groups, strict=True):
@@ -183,7 +186,7 @@ def _check(options: Options) -> None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Read prompts with their completions; other keys of a line are dropped but for its number and source."""
+    """Read prompts with their completions; other keys of a line are dropped but for its number, source and tools."""
     found = []
     for number, line in enumerate(jsonl.read(path)):
         texts = line.get("completions")
@@ -191,7 +194,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number + 1}: a line must have a prompt and a list of completions.")
         if not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{path}:{number + 1}: completions must be texts.")
-        head = {key: line[key] for key in ("source",) if key in line}
+        head = {key: line[key] for key in ("source", "tools") if key in line}
+        if "tools" in head:
+            with configuration.about(f"{path}:{number + 1}"):
+                head["tools"] = values.tools(head["tools"])
         found.append({"index": number, **head, "prompt": line["prompt"], "completions": texts})
     if not found:
         raise ValueError(f"{path} has no line.")

@@ -80,6 +80,7 @@ IDLE = (
             "data.append_eos",
             "data.auto_insert_empty_system",
             "data.prepend_bos",
+            "data.assistant_turns",
             "data.thoughts",
         ),
         lambda c: c.data.rule == "raw",
@@ -98,8 +99,8 @@ IDLE = (
     ),
     Idle(
         ("data.assistant_turns",),
-        lambda c: c.stage != "sft",
-        "by stage={stage!r}, which compares the last answers; unset it or use stage='sft'",
+        lambda c: c.stage == "reward",
+        "by stage={stage!r}, whose score stands at the end of a conversation; unset it",
     ),
     Idle(
         ("data.hh_split",),

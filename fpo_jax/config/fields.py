@@ -202,7 +202,7 @@ FIELDS = (
         "data.assistant_turns",
         str,
         "all",
-        "Stage sft: which answers of a conversation are trained, each given what came before it.",
+        "Which assistant turns of a conversation (stage sft), and of completions of several turns, are trained.",
         ("all", "last"),
     ),
     Field(

@@ -66,7 +66,7 @@ class Audit(NamedTuple):
     missing_eos: int  # rows that do not end in an end token
     missing_eos_unexplained: int  # of those, rows that were not cut
     merged: int  # rows in which a token straddles prompt and completion
-    double_eos: int  # rows whose scored part holds more than one end token
+    double_eos: int  # rows whose scored part holds more end tokens than assistant turns
     double_bos: int  # rows with two BOS tokens in a row
     no_bos: int  # rows without, where the tokenizer opens texts with BOS: their prompts lost it
     ties: int  # groups whose highest reward is shared
@@ -199,7 +199,7 @@ def audit(
     shape_BK = prepared.rewards_BK.shape
     prompt_cut_N, completion_cut_N, merged_N = facts_N4[:, 1], facts_N4[:, 2], facts_N4[:, 3]
     no_eos_N, scored_ends_N, bos_N, double_bos_N = _token_counts(prepared, encoder)
-    loss_tokens_N = prepared.lengths_N - prepared.prompt_lengths_N
+    loss_tokens_N = prepared.loss_tokens_N
     return Audit(
         rule=encoder.format.rule,
         rows_read=rows_read,
@@ -219,7 +219,7 @@ def audit(
         missing_eos=int(no_eos_N.sum()),
         missing_eos_unexplained=int((no_eos_N & (completion_cut_N == 0)).sum()),
         merged=int(merged_N.sum()),
-        double_eos=int((scored_ends_N > 1).sum()),
+        double_eos=int((scored_ends_N > _scored_turns(prepared)).sum()),
         double_bos=int(double_bos_N.sum()),
         no_bos=int((bos_N == 0).sum()) if encoder.adds_bos else 0,
         ties=int(((prepared.rewards_BK == prepared.rewards_BK.max(axis=1, keepdims=True)).sum(axis=1) > 1).sum()),
@@ -228,7 +228,7 @@ def audit(
         warnings=tuple(tokenization.warnings(encoder)),
         lengths={
             "prompt": _lengths(prepared.prompt_lengths_N),
-            "completion": _lengths(loss_tokens_N),
+            "completion": _lengths(prepared.lengths_N - prepared.prompt_lengths_N),
             "row": _lengths(prepared.lengths_N),
         },
         buckets=_buckets(prepared.lengths_N.reshape(shape_BK), buckets),
@@ -247,11 +247,21 @@ def _token_counts(prepared: Prepared, encoder: tokenization.Encoder) -> list[np.
         tokens_S = np.asarray(prepared.tokens_S[begin : begin + int(lengths_N.sum())])
         starts_N = prepared.starts_N[rows] - begin
         is_end_S = np.isin(tokens_S, encoder.format.end_ids)
-        ends_so_far = np.concatenate([[0], np.cumsum(is_end_S)])
+        scored_S = True if prepared.scored_S is None else prepared.scored_S[begin : begin + len(tokens_S)]
+        ends_so_far = np.concatenate([[0], np.cumsum(is_end_S & scored_S)])
         scored_ends_N = ends_so_far[starts_N + lengths_N] - ends_so_far[starts_N + prepared.prompt_lengths_N[rows]]
         no_eos_N = ~is_end_S[starts_N + lengths_N - 1]
         counts.append((no_eos_N, scored_ends_N, *_bos_counts(tokens_S, starts_N, encoder)))
     return [np.concatenate(part) for part in zip(*counts, strict=True)]
+
+
+def _scored_turns(prepared: Prepared) -> np.ndarray | int:
+    """Count the assistant turns that are scored in each row: stretches of scored tokens."""
+    if prepared.scored_S is None:
+        return 1
+    begins_S = prepared.scored_S & ~np.concatenate([[False], prepared.scored_S[:-1]])
+    begins_S[prepared.starts_N] = prepared.scored_S[prepared.starts_N]
+    return np.add.reduceat(begins_S.astype(np.int32), prepared.starts_N)
 
 
 def _bos_counts(

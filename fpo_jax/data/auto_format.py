@@ -28,7 +28,7 @@ ALIASES = {
     "messages": ("conversation", "conversations"),
     "conversations": ("conversation",),
 }
-_LISTS = ("messages", "conversations", "completions", "rewards", "ranks", "tools", "tool_calls")
+_LISTS = ("messages", "conversations", "completions", "rewards", "ranks")
 _NUMBERS = ("score_chosen", "score_rejected")
 _CONVERSATIONS = ("prompt", "chosen", "rejected", "completion")
 
@@ -65,6 +65,11 @@ def _is_whole(row: dict[str, Any]) -> bool:
     return all(_is_chat(row[name]) and len(row[name]) > 1 for name in ("chosen", "rejected"))
 
 
+def _are_answers(row: dict[str, Any]) -> bool:
+    """Whether both sides are messages that answer a prompt: of conversations that are whole, a user speaks first."""
+    return all(_is_chat(row[name]) and row[name][0]["role"] == "assistant" for name in ("chosen", "rejected"))
+
+
 def _is_transcript(row: dict[str, Any]) -> bool:
     return all(isinstance(row[name], str) and row[name].startswith(HUMAN) for name in ("chosen", "rejected"))
 
@@ -83,7 +88,8 @@ def _is_sharegpt(row: dict[str, Any]) -> bool:
 
 
 _PAIRS = (
-    _Kind("chat_pairs", ("chosen", "rejected"), "whole conversations whose last turns are compared", _is_whole),
+    _Kind("json", ("prompt", "chosen", "rejected"), "a prompt with two completions", _are_answers),
+    _Kind("chat_pairs", ("chosen", "rejected"), "whole conversations that part in an assistant turn", _is_whole),
     _Kind("json", ("prompt", "chosen", "rejected"), "a prompt with two completions"),
     _Kind("transcripts", ("chosen", "rejected"), "HH transcripts that part in their last answer", _is_transcript),
     _Kind("text_pairs", ("chosen", "rejected"), "texts; the prompt is what both begin with", _are_texts),

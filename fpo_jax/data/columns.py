@@ -14,7 +14,7 @@ log = logging.getLogger("fpo_jax")
 
 NOT_USED = "column_not_used:"  # begins a note; the column's name ends it
 # what other trainers and sets have for the model to see, or weigh a row by
-TELLING = ("system", "system_prompt", "history", "tools", "functions", "documents", "chat_template_kwargs", "margin")
+TELLING = ("system", "system_prompt", "history", "functions", "documents", "chat_template_kwargs", "margin")
 TELLING += ("weight", "image", "images", "audio", "audios", "video", "videos")
 
 
@@ -47,7 +47,7 @@ def require(row: Mapping[str, Any], *names: str) -> None:
 def unused(row: Mapping[str, Any], *used: str) -> list[str]:
     """Return the other columns that say something.
 
-    >>> unused({"prompt": "p", "tools": [], "system": "Be brief.", "margin": None}, "prompt")
+    >>> unused({"prompt": "p", "functions": [], "system": "Be brief.", "margin": None}, "prompt")
     ['system']
     """
     return [name for name, value in row.items() if name not in used and not _is_empty(value)]

@@ -8,9 +8,9 @@ from typing import Any
 
 from fpo_jax.data import values
 from fpo_jax.data.hh_rlhf import HUMAN, Dropped, split_last_turn
-from fpo_jax.data.record_file import Message
 from fpo_jax.data.values import Parsed
 from fpo_jax.io.jsonl import BadRow
+from fpo_jax.tokenization.messages import Message
 
 ROLES = {  # ShareGPT's `from` -> role
     "system": "system",

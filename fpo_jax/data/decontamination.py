@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from fpo_jax.data import loading, record_file, worker_pool
 from fpo_jax.data.formats import Record, Records
+from fpo_jax.tokenization import messages
 
 log = logging.getLogger("fpo_jax")
 
@@ -130,8 +131,9 @@ def _repeats(text: str, runs: Mapping[int, set[str]]) -> bool:
 
 
 def _texts_of(record: Record) -> list[str]:
-    turns = [*(record.prompt if isinstance(record.prompt, list) else [record.prompt]), *record.completions]
-    return [turn if isinstance(turn, str) else turn["content"] for turn in turns]
+    prompt = record.prompt if isinstance(record.prompt, list) else [record.prompt]
+    turns = [turn for one in record.completions for turn in (one if isinstance(one, list) else [one])]
+    return [messages.said(turn) for turn in [*prompt, *turns]]
 
 
 def _long_enough(text: str) -> bool:

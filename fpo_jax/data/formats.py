@@ -4,7 +4,8 @@ What flows in: a source and the name of its format. What flows out: `Records`, e
 their rewards and the file and line it came from, beside a list of what was dropped and why.
 
     hh          columns chosen, rejected: whole transcripts ("\n\nHuman: ...\n\nAssistant: ...")
-    chat_pairs  columns chosen, rejected (and prompt, unused): message lists; the last turn is the completion
+    chat_pairs  columns chosen, rejected (and prompt, unused): message lists; the prompt is what both begin with, the
+                completions begin with the first assistant turn in which they differ
     chat_groups columns prompt, all_generated_responses, all_rm_scores: the answers of princeton-nlp's sets, rewarded
     json        columns prompt, chosen, rejected (a pair), or prompt, completions, rewards (a group): texts or messages;
                 a row that has chosen and rejected is a pair, whatever else it has
@@ -22,7 +23,8 @@ Demonstrations have one completion and are for fine-tuning (data.group_size=1); 
 the best completion of each record.
 
 A text in a column `system` is read by every format whose prompt is messages: it becomes their first turn, unless they
-have a system turn. All other columns are noted as "column_not_used:NAME", with their rows.
+have a system turn. A column `tools` is read by every format: JSON schemas, which the chat template shows. All other
+columns are noted as "column_not_used:NAME", with their rows.
 
 A file is JSON Lines, one JSON list, CSV or TSV (gzipped or not), Parquet or Arrow. Readers judge form only; what is
 empty, identical or too long is the business of `prepare`.
@@ -39,8 +41,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fpo_jax.config import choices
 from fpo_jax.data import auto_format, columns, common_formats, hh_rlhf, imdb, loading, record_file, values
-from fpo_jax.data.record_file import Message, Record
+from fpo_jax.data.record_file import Record
 from fpo_jax.io.jsonl import BadRow
+from fpo_jax.tokenization.messages import Message
 
 MAX_PROBLEMS = 10  # bad rows named before giving up
 MAX_BAD_FRACTION = 0.001  # of the rows read; more than this is a wrong format, not damage
@@ -147,6 +150,7 @@ def read(
         try:
             row = values.columns_of(row if settled is None else settled.row(row))
             used = columns.used(row, column_sets)
+            tools = values.tools(row.get("tools"))
             found = _with_system(parse(used, hh_split), row.get("system"))
         except BadRow as problem:
             problems.append(f"{where}: {problem}")
@@ -162,13 +166,13 @@ def read(
         if turns == "last" and found.more:
             found = found.more[-1]
         also = ["system"] if _says(found.prompt, row.get("system")) else []
-        for column in columns.unused(row, *used, *also):
+        for column in columns.unused(row, *used, *also, "tools"):
             noted.setdefault(columns.NOT_USED + column, []).append(where)
         if found.more:
             parts = [found, *found.more]
-            rows += [Record(*part[:3], f"{where}#{number}") for number, part in enumerate(parts)]
+            rows += [Record(*part[:3], f"{where}#{number}", tools) for number, part in enumerate(parts)]
         else:
-            rows.append(Record(found.prompt, found.completions, found.rewards, where))
+            rows.append(Record(found.prompt, found.completions, found.rewards, where, tools))
         if writer is not None and len(rows) >= _WRITTEN:
             writer.write(rows, starts)
             rows = []
@@ -223,10 +227,13 @@ def _parse_chat_pairs(row: dict[str, Any], _: str) -> values.Parsed | hh_rlhf.Dr
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if len(turns) < 2 or turns[-1]["role"] != "assistant":
             roles = ", ".join(turn["role"] for turn in turns)
-            raise BadRow(f"{name} must be a prompt and one assistant turn last, but its turns are {roles}")
-    if chosen[:-1] != rejected[:-1]:
+            raise BadRow(f"{name} must be a prompt and an assistant turn last, but its turns are {roles}")
+    turns = enumerate(zip(chosen, rejected, strict=False))
+    shared = len(chosen) - 1 if chosen == rejected else next((at for at, (a, b) in turns if a != b), 0)
+    if not shared or {chosen[shared]["role"], rejected[shared]["role"]} != {"assistant"}:
         return hh_rlhf.Dropped("prompts_differ")
-    return values.Parsed(chosen[:-1], [chosen[-1], rejected[-1]], [1.0, 0.0])
+    read = [values.answer(turns[shared:], name) for turns, name in ((chosen, "chosen"), (rejected, "rejected"))]
+    return values.Parsed(chosen[:shared], read, [1.0, 0.0])
 
 
 def _parse_json(row: dict[str, Any], _: str) -> values.Parsed:
@@ -240,7 +247,7 @@ def _parse_json(row: dict[str, Any], _: str) -> values.Parsed:
         completions, rewards = [row["chosen"], row["rejected"]], [1.0, 0.0]
     prompt = values.prompt(row["prompt"])
     read_completions = [values.completion(completion, prompt, index) for index, completion in enumerate(completions)]
-    if len({type(completion) for completion in read_completions}) > 1:
+    if len({isinstance(completion, str) for completion in read_completions}) > 1:
         raise BadRow("some completions are texts and some are messages")
     return values.Parsed(
         prompt, read_completions, [values.reward(reward, index) for index, reward in enumerate(rewards)]

@@ -202,19 +202,19 @@ def assemble(prepared: Prepared, packing: Packing, rows: Sequence[Sequence[int]]
                 ids_NT[n, part] = parents_NT[n, part] = trunk
                 at, segment = at + shared, segment + 1
             for k in range(K):
-                ids, prompt = prepared.row(group * K + k)
+                ids, _ = prepared.row(group * K + k)
                 own, begin = len(ids) - shared, at - shared  # token i of the completion stands at begin + i
                 part = slice(at, at + own)
                 tokens_NT[n, part], positions_NT[n, part] = ids[shared:], np.arange(shared, len(ids))
                 ids_NT[n, part], parents_NT[n, part] = segment, trunk if shared else segment
-                count = len(ids) - prompt
-                to = slice(scored_at, scored_at + count)
-                predictors_NR[n, to] = np.arange(begin + prompt - 1, begin + len(ids) - 1)
-                if prompt == shared:  # the prompt's last token, which stands before all its completions
+                places = prepared.loss_places(group * K + k)
+                to = slice(scored_at, scored_at + len(places))
+                predictors_NR[n, to] = begin + places - 1
+                if places[0] == shared:  # the prompt's last token, which stands before all its completions
                     predictors_NR[n, scored_at] = trunk_at + shared - 1
-                targets_NR[n, to], loss_mask_NR[n, to], slots_NR[n, to] = ids[prompt:], True, place * K + k
+                targets_NR[n, to], loss_mask_NR[n, to], slots_NR[n, to] = ids[places], True, place * K + k
                 ends_NP[n, place * K + k] = at + own - 1
-                at, scored_at, segment = at + own, scored_at + count, segment + 1
+                at, scored_at, segment = at + own, scored_at + len(places), segment + 1
     group_B = group_NS.reshape(-1)
     real_B = group_B >= 0
     return Batch(

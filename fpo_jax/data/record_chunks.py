@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fpo_jax import tokenization
-from fpo_jax.data.record_file import Message, Record
-from fpo_jax.tokenization import completion_texts, thinking
+from fpo_jax.data.record_file import Record
+from fpo_jax.tokenization import completion_texts, messages, thinking
+from fpo_jax.tokenization.messages import Completion, Message, Tool
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -21,9 +22,10 @@ class Group(NamedTuple):
     """A prompt with K completions."""
 
     prompt: str | list[Message]
-    completions: Sequence[str | Message]
+    completions: Sequence[Completion]
     rewards: Sequence[float]
     source: str
+    tools: Sequence[Tool] | None = None
 
 
 class Policies(NamedTuple):
@@ -58,6 +60,7 @@ class Chunk(NamedTuple):
     dropped: tuple[Places, Places]  # for their texts, and for their tokens
     noted: tuple[Places, Places]
     example: dict[str, Any] | None
+    scored_S: np.ndarray | None = None  # bool; None = every token after a prompt is scored
 
 
 def work(job: Job, task: tuple[str, range]) -> Chunk | None:
@@ -112,6 +115,7 @@ def _tokenised(
         dropped=dropped,
         noted=noted,
         example=example,
+        scored_S=np.concatenate([row.scored for row in found]) if any(row.context for row in found) else None,
     )
 
 
@@ -148,6 +152,8 @@ def _groups(record: Record, group_size: int, rule: str) -> list[Group]:
         raise ValueError(
             f"{record.source}: rule='raw' takes plain text, and this record holds messages; use rule='chat'"
         )
+    if rule == "raw" and record.tools:
+        raise ValueError(f"{record.source}: {messages.NO_TOOLS}")
     starts = range(0, count, group_size)
     return [
         Group(
@@ -155,6 +161,7 @@ def _groups(record: Record, group_size: int, rule: str) -> list[Group]:
             record.completions[start : start + group_size],
             record.rewards[start : start + group_size],
             record.source if len(starts) == 1 else f"{record.source}#{number}",
+            record.tools,
         )
         for number, start in enumerate(starts)
     ]
@@ -162,7 +169,7 @@ def _groups(record: Record, group_size: int, rule: str) -> list[Group]:
 
 def _text_fault(group: Group, policies: Policies) -> str:
     texts = _texts(group)
-    empty = [index for index, text in enumerate(texts) if not text.strip()]
+    empty = [index for index, completion in enumerate(group.completions) if _is_empty(completion)]
     if empty and policies.on_empty_completion == "error":
         raise ValueError(
             f"{group.source}: completion {empty[0]} is empty; remove the row, or on_empty_completion='drop'"
@@ -172,15 +179,21 @@ def _text_fault(group: Group, policies: Policies) -> str:
     return "identical" if len(texts) > 1 and len(set(texts)) == 1 else ""
 
 
+def _is_empty(completion: Completion) -> bool:
+    """Whether an assistant turn of a completion says nothing and calls nothing."""
+    spoken = (turn for turn in messages.turns(completion) if turn["role"] == "assistant")
+    return any(not messages.said(turn).strip() for turn in spoken)
+
+
 def _texts(group: Group) -> list[str]:
-    return [completion if isinstance(completion, str) else completion["content"] for completion in group.completions]
+    return [messages.said(completion) for completion in group.completions]
 
 
 def _row_fault(group: Group, rows: Sequence[tokenization.Row], policies: Policies, max_length: int) -> str:
     """Name why a tokenised group cannot be used as it is, or return an empty text."""
     if any(row.prompt_length == 0 for row in rows):
         return "empty_prompt"
-    if any(len(row.ids) <= row.prompt_length + row.header for row in rows):
+    if not all(_has_loss_token(row) for row in rows):
         if policies.on_empty_completion == "error":
             raise ValueError(
                 f"{group.source}: a completion has no token to score; remove the row, or on_empty_completion='drop'"
@@ -196,6 +209,11 @@ def _row_fault(group: Group, rows: Sequence[tokenization.Row], policies: Policie
         return "long_prompt"
     same = all(row.ids == rows[0].ids and row.prompt_length == rows[0].prompt_length for row in rows)
     return "identical_after_cut" if same and len(set(_texts(group))) > 1 else ""
+
+
+def _has_loss_token(row: tokenization.Row) -> bool:
+    begin = row.prompt_length + row.header
+    return bool(row.scored[begin:].any()) if row.context else len(row.ids) > begin
 
 
 def _filed(
@@ -216,8 +234,10 @@ def _build(
     make: Callable[..., list[list[tokenization.Row]]] = {"raw": tokenization.raw_rows, "chat": tokenization.chat_rows}[
         encoder.format.rule
     ]
+    tools = {"tools": [group.tools for group in groups]} if any(group.tools for group in groups) else {}
+    prompts, completions = [group.prompt for group in groups], [group.completions for group in groups]
     try:
-        return make(encoder, [group.prompt for group in groups], [group.completions for group in groups], **options)
+        return make(encoder, prompts, completions, **tools, **options)
     except ValueError as error:
         if len(groups) > 1:
             return [rows for group in groups for rows in _build(encoder, [group], options, policies)]
@@ -233,16 +253,15 @@ def _example(group: Group, row: tokenization.Row, encoder: tokenization.Encoder)
     other ids elsewhere for a reason.
     """
     prompt, completion = group.prompt, group.completions[0]
-    spoken = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-    spelt = [*spoken, *_texts(group)]
-    if not prompt:  # a plain text, whose first token may stand for the prompt
+    if not prompt or isinstance(completion, list):  # a plain text, whose first token may stand for the prompt
         return None
+    spelt = [messages.said(prompt), *_texts(group), *map(str, group.tools or ())]
     odd = any(map(encoder.pattern.search, spelt)) or any(map(thinking.held, spelt))
     if odd or row.prompt_cut or row.completion_cut or row.merged:
         return None
     ids = {"prompt_ids": row.ids[: row.prompt_length], "ids": list(row.ids)}
     if encoder.format.rule == "raw":
         return {"prompt": prompt, "completion": completion, **ids}
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    answer = {"role": "assistant", "content": completion} if isinstance(completion, str) else completion
-    return {"messages": [*messages, answer], **ids}
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    tools = {"tools": list(group.tools)} if group.tools else {}
+    return {"messages": [*asked, *messages.turns(completion)], **tools, **ids}

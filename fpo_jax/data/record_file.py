@@ -12,16 +12,17 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-Message = dict[str, str]
+from fpo_jax.tokenization.messages import Completion, Message, Tool
 
 
 class Record(NamedTuple):
     """One prompt with its completions."""
 
     prompt: str | list[Message]
-    completions: Sequence[str | Message]
+    completions: Sequence[Completion]
     rewards: Sequence[float]  # one per completion; a preference pair carries [1, 0]
     source: str  # "file:line" or "name[index]", for every message about this record
+    tools: Sequence[Tool] | None = None  # that the prompt offers
 
 
 class RecordFile(Sequence[Record]):

@@ -36,9 +36,16 @@ def pack(prepared: Prepared, *, length: int) -> Prepared:
         rewards_BK=prepared.rewards_BK[first],
         sources=tuple(", ".join(prepared.sources[text] for text in member) for member in members),
         pad_id=prepared.pad_id,
-        scored_S=np.concatenate([np.arange(len(ids)) >= prompt for ids, prompt in texts]),
+        scored_S=np.concatenate([_scored(prepared, text) for text in order]),
         segments_S=np.repeat(np.asarray(numbers, np.int32), prepared.lengths_N[order]),
     )
+
+
+def _scored(prepared: Prepared, text: int) -> np.ndarray:
+    """Return which tokens of a text are scored."""
+    scored_T = np.zeros(prepared.lengths_N[text], bool)
+    scored_T[prepared.loss_places(text)] = True
+    return scored_T
 
 
 def bins(lengths: Sequence[int], *, length: int) -> list[list[int]]:

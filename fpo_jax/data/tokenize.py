@@ -7,6 +7,7 @@ token, so no loss ever divides by zero.
 Letters used only here: S tokens of all rows together; B and N count the whole set, not a batch.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ def prepare(
     buckets: Sequence[int] | None = None,
     vocab_size: int | None = None,
     reward_pad_id: int | None = None,
+    assistant_turns: str = "all",
     most: int | None = None,
     workers: int = 1,
     tokens_file: Path | None = None,
@@ -79,6 +81,7 @@ def prepare(
         vocab_size: rows of the model's embedding; a token id outside it is an error. None = not checked.
         reward_pad_id: of a reward model, whose score stands at the last token that is not this one; its rows are the
             whole text without an EOS of ours. None = a language model.
+        assistant_turns: which of a completion of several messages are scored, `all` or the `last`; for `chat` only.
         most: groups to keep, at equal distances, so that they represent a sorted set too; None = all.
         workers: processes that tokenise; they make the same rows, however many they are.
         tokens_file: where the tokens of all rows go, to be mapped and not held; None = they stay in memory.
@@ -102,6 +105,7 @@ def prepare(
     if rule == "chat":
         completion_texts.require_template(encoder)
         options |= {"truncate_together": truncate_together, "ends": reward_pad_id is None}
+        options |= {"assistant_turns": assistant_turns}
     else:
         options |= {"cut_prompts_together": cut_prompts_together}
     if not isinstance(records, Records):
@@ -125,6 +129,7 @@ def prepare(
         rewards_BK=found.rewards_BK,
         sources=found.sources,
         pad_id=_pad_id(encoder, vocab_size),
+        scored_S=found.scored_S,
     )
     if most is not None and most < sound_groups:
         taken_B = np.arange(most) * sound_groups // most
@@ -161,11 +166,19 @@ def _best(record: Record) -> Record:
 def masked_sample(prepared: Prepared, tokenizer: PreTrainedTokenizerFast, group: int = 0) -> str:
     """Decode completion 0 of a group, its scored tokens between ⟦ and ⟧, special tokens spelt out.
 
+    A completion of several turns has a pair of them for each turn that is scored.
+
     What is shown is what the model is given: decoded from the stored ids, not from the record.
     """
     if not 0 <= group < prepared.groups:
         raise ValueError(f"group={group} is outside the {prepared.groups} groups prepared")
     ids, prompt_length = prepared.row(group * prepared.group_size)
+    places = prepared.loss_places(group * prepared.group_size)
+    if len(places) < len(ids) - prompt_length:
+        scored = np.isin(np.arange(len(ids)), places)
+        cuts = [0, *(np.flatnonzero(scored[1:] != scored[:-1]) + 1).tolist(), len(ids)]
+        parts = [(_decode(tokenizer, ids[a:b]), scored[a]) for a, b in itertools.pairwise(cuts)]
+        return "".join(f"⟦{text}⟧" if is_scored else text for text, is_scored in parts)
     whole, prompt = _decode(tokenizer, ids), _decode(tokenizer, ids[:prompt_length])
     if not whole.startswith(prompt):  # the bytes of one character lie on both sides of the boundary
         return f"{prompt}⟦{_decode(tokenizer, ids[prompt_length:])}⟧"
@@ -199,6 +212,7 @@ class _Found(NamedTuple):
     dropped: chunks.Places
     noted: chunks.Places
     example: dict[str, Any] | None
+    scored_S: np.ndarray | None
 
 
 def _run(records: Records, job: chunks.Job, workers: int, tokens_file: Path | None) -> _Found:
@@ -235,7 +249,20 @@ def _run(records: Records, job: chunks.Job, workers: int, tokens_file: Path | No
         dropped=merged[0],
         noted=merged[1],
         example=next((chunk.example for chunk in made if chunk.example is not None), None),
+        scored_S=_scored(made),
     )
+
+
+def _scored(made: Sequence[chunks.Chunk]) -> np.ndarray | None:
+    """Return which tokens are scored; None where that is all after each prompt."""
+    if all(chunk.scored_S is None for chunk in made):
+        return None
+    found = []
+    for chunk in made:
+        ends_N = np.cumsum(chunk.lengths_N, dtype=np.int64)
+        prompts_N = np.repeat(ends_N - chunk.lengths_N + chunk.facts_N4[:, 0], chunk.lengths_N)
+        found.append(np.arange(len(prompts_N)) >= prompts_N if chunk.scored_S is None else chunk.scored_S)
+    return np.concatenate(found)
 
 
 def _pad_id(encoder: tokenization.Encoder, vocab_size: int | None) -> int:

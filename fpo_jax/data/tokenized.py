@@ -16,11 +16,11 @@ class Prepared(NamedTuple):
     tokens_S: np.ndarray  # int32, the rows one after another
     starts_N: np.ndarray  # int64, where each row begins in tokens_S
     lengths_N: np.ndarray  # int32, tokens of each row
-    prompt_lengths_N: np.ndarray  # int32, at least 1; the tokens after it are scored
+    prompt_lengths_N: np.ndarray  # int32, at least 1; the tokens after it are scored, unless scored_S says which
     rewards_BK: np.ndarray  # float32
     sources: Sequence[str]  # of each group, "file:line"
     pad_id: int  # filler beyond a row's end; masks never look at it
-    scored_S: np.ndarray | None = None  # bool, of packed rows: which tokens are scored
+    scored_S: np.ndarray | None = None  # bool, of packed rows and completions of several turns: which are scored
     segments_S: np.ndarray | None = None  # int32, of packed rows: which of the row's texts a token belongs to, from 0
 
     @property
@@ -52,6 +52,13 @@ class Prepared(NamedTuple):
         start = self.starts_N[index]
         return self.tokens_S[start : start + self.lengths_N[index]], int(self.prompt_lengths_N[index])
 
+    def loss_places(self, index: int) -> np.ndarray:
+        """Return the places of one row's scored tokens in the row."""
+        start, length = self.starts_N[index], self.lengths_N[index]
+        if self.scored_S is None:
+            return np.arange(self.prompt_lengths_N[index], length)
+        return np.flatnonzero(self.scored_S[start : start + length])
+
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of the rows and rewards: everything that log-probabilities and losses depend on.
 
@@ -72,11 +79,13 @@ class Prepared(NamedTuple):
 
     def take(self, groups_B: np.ndarray) -> "Prepared":
         """Return some groups of rows that are not packed, in this order."""
-        assert self.scored_S is None
+        assert self.segments_S is None
         rows_N = (groups_B[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
         lengths_N = self.lengths_N[rows_N]
+        parts = [slice(self.starts_N[row], self.starts_N[row] + self.lengths_N[row]) for row in rows_N.tolist()]
         return self._replace(
-            tokens_S=np.concatenate([self.row(row)[0] for row in rows_N.tolist()]),
+            tokens_S=np.concatenate([self.tokens_S[part] for part in parts]),
+            scored_S=None if self.scored_S is None else np.concatenate([self.scored_S[part] for part in parts]),
             starts_N=starts(lengths_N),
             lengths_N=lengths_N,
             prompt_lengths_N=self.prompt_lengths_N[rows_N],

@@ -138,10 +138,12 @@ def _bos(encoder: tokenization.Encoder, prefix: str, example: Mapping[str, Any] 
     A SentencePiece tokenizer puts a space before a text, and none behind a control token in it.
     """
     messages = [{"role": "user", "content": "x"}] if example is None else list(example["messages"])[:-1]
-    [wanted] = tokenization.generation_prompts(encoder, [messages])
+    tools = None if example is None else example.get("tools")
+    [wanted] = tokenization.generation_prompts(encoder, [messages], tools=[tools])
     for opening in ("", "{{ bos_token }}", "{{ bos_token + ' ' }}"):
         template = opening + prefix + encoder.format.chat_template
-        if tokenization.transformers_ids(encoder, messages, add_generation_prompt=True, template=template) == wanted:
+        settings = {"add_generation_prompt": True, "template": template, "tools": tools}
+        if tokenization.transformers_ids(encoder, messages, **settings) == wanted:
             return opening
     return "{{ bos_token }}"
 

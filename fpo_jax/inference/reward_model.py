@@ -17,6 +17,7 @@ import numpy as np
 
 from fpo_jax import attention, data, hf, logprobs, models, sharding, tokenization
 from fpo_jax.models import params
+from fpo_jax.tokenization import messages
 
 _UNCUT = 2**30  # tokens
 
@@ -122,6 +123,7 @@ def rows(
     *,
     pad_id: int | None,
     window: int,
+    tools: Sequence[Any] | None = None,
 ) -> list[list[tokenization.Row]]:
     """Build the rows of completions to prompts as a reward model's training builds them.
 
@@ -131,11 +133,15 @@ def rows(
         completions: of each prompt.
         pad_id: `pad_token_id` of the reward model's config; None = it has none.
         window: tokens of a row; a longer prompt loses its beginning.
+        tools: JSON schemas that each prompt offers, for rule `chat`; None = none does.
 
     Raises:
         tokenization.Refused: a conversation that the template does not render.
+        ValueError: tools under rule `raw`.
     """
     if encoder.format.rule == "raw":
+        if tools is not None and any(tools):
+            raise ValueError(messages.NO_TOOLS)
         longest = window + 1  # the EOS is cut off below
         most = max(1, window - 1)
         groups = tokenization.raw_rows(
@@ -143,7 +149,7 @@ def rows(
         )
     else:
         groups = tokenization.chat_rows(
-            encoder, prompts, completions, max_length=_UNCUT + 1, max_prompt_length=_UNCUT, ends=False
+            encoder, prompts, completions, tools=tools, max_length=_UNCUT + 1, max_prompt_length=_UNCUT, ends=False
         )
     return [[_fit(data.reward_row(row, encoder, pad_id), window) for row in group] for group in groups]
 

@@ -27,15 +27,20 @@ Where even they differ from the originals:
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from fpo_jax.config import choices
 from fpo_jax.tokenization import completion_texts, thinking, truncation
+from fpo_jax.tokenization import messages as spoken
 from fpo_jax.tokenization import tokenizer as tokens
-from fpo_jax.tokenization.completion_texts import Message
+from fpo_jax.tokenization.completion_texts import Turn
+from fpo_jax.tokenization.messages import Completion, Message, Tool
 from fpo_jax.tokenization.tokenizer import Encoder
 from fpo_jax.tokenization.truncation import Row
+
+ASSISTANT_TURNS = ("all", "last")
 
 
 def raw_rows(
@@ -102,21 +107,25 @@ def raw_rows(
 def chat_rows(
     encoder: Encoder,
     prompts: Sequence[str | list[Message]],
-    completions: Sequence[Sequence[str | Message]],
+    completions: Sequence[Sequence[Completion]],
     *,
+    tools: Sequence[Sequence[Tool] | None] | None = None,
     max_length: int,
     max_prompt_length: int,
     max_completion_length: int | None = None,
     truncation_mode: str = "keep_end",
     truncate_together: bool = False,
     ends: bool = True,
+    assistant_turns: str = "all",
 ) -> list[list[Row]]:
     """Build the rows of conversation groups with the tokenizer's chat template.
 
     Args:
         encoder: of a tokenizer with a chat template; its prompt format decides what belongs to the prompt.
         prompts: one conversation per group; a plain text is one user turn.
-        completions: those of each group; a plain text is one assistant turn.
+        completions: those of each group; a plain text is one assistant turn. One of several messages is scored in its
+            assistant turns alone: what users and tools say between them is context.
+        tools: JSON schemas that each prompt offers; None = none does.
         max_length: tokens of a row. A group whose prompt and longest completion exceed it has its prompt cut first.
         max_prompt_length: tokens that a cut prompt keeps.
         max_completion_length: tokens of a completion, its end token included; None = only the two other limits apply.
@@ -125,28 +134,40 @@ def chat_rows(
             `max_length - max_prompt_length` tokens. False: only those that are too long, to the room that is left.
         ends: close each completion with one end token, as a model is taught to. False: leave the template's whole text
             as it is, as a reward model reads it.
+        assistant_turns: which of a completion of several messages are scored, `all` or the `last`.
 
     Returns:
         For each group the rows of its completions.
 
     Raises:
-        completion_texts.Refused: a conversation that cannot be rendered.
+        completion_texts.Refused: a conversation that cannot be rendered, or whose turns have other tokens when more
+            follow.
         ValueError: limits that leave no room, no chat template.
     """
     truncation.check_lengths(
         max_length=max_length, max_prompt_length=max_prompt_length, max_completion_length=max_completion_length
     )
     choices.check("truncation_mode", truncation_mode, truncation.TRUNCATION_MODES)
+    choices.check("assistant_turns", assistant_turns, ASSISTANT_TURNS)
+    offered = [None] * len(prompts) if tools is None else tools
     rendered = [
-        completion_texts.chat_texts(encoder, prompt, group) for prompt, group in zip(prompts, completions, strict=True)
+        completion_texts.chat_texts(encoder, prompt, group, tools=own)
+        for prompt, group, own in zip(prompts, completions, offered, strict=True)
     ]
     headers = _headers(encoder, rendered)
     encoded = _encode_groups(encoder, [one.prompt for one in rendered], [one.wholes for one in rendered])
-    groups, closing = [], encoder.end_ids
-    for header, group in zip(headers, encoded, strict=True):
+    groups = []
+    for header, one, group in zip(headers, rendered, encoded, strict=True):
+        closed = [_Closed(completion) for _, completion, _ in group]
+        if ends:
+            turns = one.turns or [()] * len(group)
+            closed = [
+                _closed(encoder, prompt, completion, header, own, assistant_turns)
+                for (prompt, completion, _), own in zip(group, turns, strict=True)
+            ]
         rows = truncation.fit_chat(
             [_begin(prompt, encoder) for prompt, _, _ in group],
-            [_ended(completion, encoder, header, closing) if ends else completion for _, completion, _ in group],
+            [completion.ids for completion in closed],
             max_length=max_length,
             max_prompt_length=max_prompt_length,
             max_completion_length=max_completion_length,
@@ -154,12 +175,20 @@ def chat_rows(
             truncate_together=truncate_together,
         )
         groups.append(
-            [row._replace(merged=merged, header=header) for row, (_, _, merged) in zip(rows, group, strict=True)]
+            [
+                row._replace(merged=merged, header=header, context=completion.context)
+                for row, (_, _, merged), completion in zip(rows, group, closed, strict=True)
+            ]
         )
     return groups
 
 
-def generation_prompts(encoder: Encoder, prompts: Sequence[str | list[Message]]) -> list[list[int]]:
+def generation_prompts(
+    encoder: Encoder,
+    prompts: Sequence[str | list[Message]],
+    *,
+    tools: Sequence[Sequence[Tool] | None] | None = None,
+) -> list[list[int]]:
     """Return the token ids to continue, as the encoder's prompt format says; nothing is cut.
 
     Under rule `chat` they are those of `transformers.apply_chat_template(..., add_generation_prompt=True)`, with the
@@ -168,15 +197,19 @@ def generation_prompts(encoder: Encoder, prompts: Sequence[str | list[Message]])
     Args:
         encoder: of the tokenizer; of one with a chat template for rule `chat`.
         prompts: plain texts, or conversations for rule `chat`.
+        tools: JSON schemas that each prompt offers, for rule `chat`; None = none does.
 
     Raises:
         completion_texts.Refused: a conversation that cannot be rendered.
-        ValueError: reserved characters in a text, no chat template, messages under rule `raw`.
+        ValueError: reserved characters in a text, no chat template, messages or tools under rule `raw`.
     """
     if encoder.format.rule == "raw":
+        if tools is not None and any(tools):
+            raise ValueError(spoken.NO_TOOLS)
         plain = [tokens.refuse_reserved(prompt) if isinstance(prompt, str) else _no_messages() for prompt in prompts]
         return [_opening(encoder, ids) for ids in tokens.encode(encoder, plain)]
-    return [_begin(ids, encoder) for ids in tokens.encode(encoder, completion_texts.generation_texts(encoder, prompts))]
+    texts = completion_texts.generation_texts(encoder, prompts, tools=tools)
+    return [_begin(ids, encoder) for ids in tokens.encode(encoder, texts)]
 
 
 def keep_end(encoder: Encoder, prompt: list[int], *, room: int) -> list[int]:
@@ -241,12 +274,63 @@ def _headers(encoder: Encoder, rendered: list[completion_texts.Texts]) -> list[i
     return [len(_split(prompt, whole)[1]) for prompt, whole in zip(plain, opened, strict=True)]
 
 
-def _ended(completion: list[int], encoder: Encoder, header: int, ends: frozenset[int]) -> list[int]:
+class _Closed(NamedTuple):
+    """The ids of a completion up to its end, and which of them are not scored (`Row.context`)."""
+
+    ids: list[int]
+    context: tuple[tuple[int, int], ...] = ()
+
+
+def _closed(
+    encoder: Encoder, prompt: list[int], completion: list[int], header: int, turns: Sequence[Turn], assistant_turns: str
+) -> _Closed:
+    """Close a completion behind its last assistant turn, and tell what of it is context."""
+    if not turns:
+        return _Closed(_ended(completion, encoder, header))
+    scored = turns[-1:] if assistant_turns == "last" else turns
+    begins, ends, header = _spans(encoder, [*prompt, *completion], scored)
+    begins, ends = ([place - len(prompt) for place in places] for places in (begins, ends))
+    ids = _ended(completion, encoder, begins[-1] + header)
+    return _Closed(ids, tuple(zip([0, *ends[:-1]], begins, strict=True)))
+
+
+def _spans(encoder: Encoder, whole: list[int], turns: Sequence[Turn]) -> tuple[list[int], list[int], int]:
+    """Return where assistant turns begin and end in the ids of the whole text, and the tokens of the last's header.
+
+    Raises:
+        completion_texts.Refused: a turn has other tokens where the conversation goes on.
+    """
+    texts = [text for turn in turns for text in (turn.before, turn.before + turn.header, turn.through)]
+    encoded, begins, ends, header = iter(tokens.encode(encoder, texts)), [], [], 0
+    for before, opened, through in zip(encoded, encoded, encoded, strict=True):
+        head, said, _ = _split(before, through)
+        header = len(_split(before, opened)[1])
+        end = len(head) + _end(said, encoder, header)
+        if whole[:end] != through[:end]:
+            was, now = (str(encoder.tokenizer.decode(ids[len(head) : end])) for ids in (through, whole))
+            raise completion_texts.Refused(
+                f"the chat template writes an assistant turn otherwise once more turns follow ({was[:60]!r}, then"
+                f" {now[:60]!r}), so it cannot be scored as it was written; set"
+                " data.assistant_turns=last, or take another chat_template",
+                "turn_changes",
+            )
+        begins.append(len(head))
+        ends.append(end)
+    return begins, ends, header
+
+
+def _end(said: list[int], encoder: Encoder, header: int) -> int:
+    """Return how many tokens of a turn it takes to its end token; all, where the template writes none."""
+    closing = encoder.end_ids
+    return next((place + 1 for place in range(header, len(said)) if said[place] in closing), len(said))
+
+
+def _ended(completion: list[int], encoder: Encoder, header: int) -> list[int]:
     """Close a completion with its one end token, or as the original does it."""
     if encoder.format.append_eos == "unless_last":
         return completion if completion[-1:] == [encoder.eos_id] else [*completion, encoder.eos_id]
-    place = next((place for place in range(header, len(completion)) if completion[place] in ends), None)
-    return [*completion, encoder.eos_id] if place is None else completion[: place + 1]
+    kept = completion[: _end(completion, encoder, header)]
+    return kept if kept[-1:] and kept[-1] in encoder.end_ids and len(kept) > header else [*completion, encoder.eos_id]
 
 
 def _begin(prompt: list[int], encoder: Encoder) -> list[int]:

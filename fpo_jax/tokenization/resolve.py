@@ -173,7 +173,12 @@ def render_alike(one: Encoder, other: Encoder) -> bool:
 
 
 def transformers_ids(
-    encoder: Encoder, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, template: str | None = None
+    encoder: Encoder,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    template: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[int]:
     """Return what `transformers` makes of a conversation with this tokenizer and its own template, told nothing else.
 
@@ -183,7 +188,7 @@ def transformers_ids(
     tokenizer = encoder.tokenizer
     [text] = template_sandbox.render(
         template or str(tokenizer.get_chat_template()),
-        [template_sandbox.Conversation(messages, add_generation_prompt)],
+        [template_sandbox.Conversation(messages, add_generation_prompt, tools)],
         variables=tokenizer.special_tokens_map,
     )
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -194,15 +199,15 @@ def example_faults(encoder: Encoder, example: Mapping[str, Any]) -> list[str]:
 
     Args:
         encoder: of the directory that is checked, read anew.
-        example: `messages` or `prompt` and `completion`, with `prompt_ids` and `ids` of the training.
+        example: `messages` (and `tools`) or `prompt` and `completion`, with `prompt_ids` and `ids` of the training.
 
     Returns:
         One sentence for each difference; none where all is well.
     """
     if "messages" in example:
-        conversation = list(example["messages"])
-        opened = transformers_ids(encoder, conversation[:-1], add_generation_prompt=True)
-        whole = transformers_ids(encoder, conversation, add_generation_prompt=False)
+        conversation, tools = list(example["messages"]), example.get("tools")
+        opened = transformers_ids(encoder, conversation[:-1], add_generation_prompt=True, tools=tools)
+        whole = transformers_ids(encoder, conversation, add_generation_prompt=False, tools=tools)
     else:
         opened, whole = (
             encoder.tokenizer(text, verbose=False)["input_ids"]

@@ -28,8 +28,9 @@ _owner = 0  # the process that started it: a fork must not talk into its parent'
 class Conversation(NamedTuple):
     """What a template is asked to render."""
 
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
     add_generation_prompt: bool = False  # what stands before an answer comes last, for the answer to follow
+    tools: Sequence[Mapping[str, Any]] | None = None  # that the model may call, as JSON schemas
 
 
 class Refused(ValueError):

@@ -12,7 +12,7 @@ It imports Jinja alone, so that it starts in a tenth of a second. One line of JS
     {"template", "variables", "conversations", "seconds"}  ->  {"texts"}, or also {"kind", "fact"} of
                                                                the first that failed: refused, broken, limit
 
-A conversation is {"messages", "add_generation_prompt"}.
+A conversation is {"messages", "add_generation_prompt", "tools"}.
 """
 
 import codecs
@@ -94,15 +94,22 @@ def compiled(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
+def _size(value: Any) -> int:
+    """Count the characters of the texts in JSON."""
+    if isinstance(value, dict):
+        return sum(len(key) + _size(item) for key, item in value.items())
+    return sum(map(_size, value)) if isinstance(value, list) else len(value) if isinstance(value, str) else 0
+
+
 def rendered(source: str, variables: dict[str, Any], conversation: dict[str, Any]) -> str:
     """Render one conversation.
 
     Raises:
         MemoryError: too much text.
     """
-    room = SPARE_TEXT + 4 * sum(len(text) for message in conversation["messages"] for text in message.values())
+    room = SPARE_TEXT + 4 * _size(conversation)
     chunks = []
-    stream = compiled(source).generate({"tools": None, "documents": None, **variables, **conversation})
+    stream = compiled(source).generate({"documents": None, **variables, **conversation})
     for chunk in stream:
         room -= len(chunk)
         if room < 0:

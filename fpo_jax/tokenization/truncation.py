@@ -2,11 +2,14 @@
 
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Bool
+
 TRUNCATION_MODES = ("keep_end", "keep_start")
 
 
 class Row(NamedTuple):
-    """One completion as token ids, not yet padded; `ids[prompt_length:]` are the scored ones."""
+    """One completion as token ids, not yet padded; `ids[prompt_length:]` are scored, but for what is context."""
 
     ids: list[int]
     prompt_length: int
@@ -14,6 +17,15 @@ class Row(NamedTuple):
     completion_cut: int = 0  # completion tokens removed, EOS among them
     merged: bool = False  # a token straddles the boundary; it is scored
     header: int = 0  # first scored tokens that are the template's assistant header and no text of the answer
+    context: tuple[tuple[int, int], ...] = ()  # begin and end, counted from the prompt's end, of what is not scored
+
+    @property
+    def scored(self) -> Bool[np.ndarray, " T"]:
+        """Which tokens are scored: those of the completion that are an assistant's."""
+        scored_T = np.arange(len(self.ids)) >= self.prompt_length
+        for begin, end in self.context:
+            scored_T[self.prompt_length + begin : self.prompt_length + end] = False
+        return scored_T
 
 
 def fit_raw(

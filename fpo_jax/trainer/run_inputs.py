@@ -348,6 +348,7 @@ def _made(
     of_rule = {"cut_prompts_together": options.cut_prompts_together}
     if options.rule == "chat":
         of_rule = {"max_prompt_length": options.max_prompt_length, "truncate_together": options.truncate_together}
+        of_rule |= {"assistant_turns": options.assistant_turns}
     prepared, audit = data.prepare(
         records,
         encoder,

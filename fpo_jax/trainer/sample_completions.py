@@ -22,6 +22,7 @@ from fpo_jax import config as configuration
 from fpo_jax import data, distributed, hf, sharding, tokenization, types
 from fpo_jax.inference import reward_model, sampler
 from fpo_jax.io import jsonl
+from fpo_jax.tokenization import messages
 from fpo_jax.trainer import run_inputs
 
 log = logging.getLogger("fpo_jax")
@@ -65,8 +66,10 @@ class SampleCompletions:
                 f"completions.max_new_tokens={options.max_new_tokens} leaves no room for a prompt in"
                 f" data.max_length={window} tokens; lower it."
             )
-        self._prompts = _prompts(config, encoder, inputs.rows)
-        ids = tokenization.generation_prompts(encoder, self._prompts)
+        found = _prompts(config, encoder, inputs.rows)
+        self._prompts = [record.prompt for record in found]
+        self._tools = [record.tools for record in found]
+        ids = tokenization.generation_prompts(encoder, self._prompts, tools=self._tools)
         self._ids = [tokenization.keep_end(encoder, whole, room=room) for whole in ids]
         self._window = window
         self._judge = None
@@ -140,7 +143,7 @@ class SampleCompletions:
     def _rows(self, texts: list[str]) -> list[list[int]]:
         """Build the rows of the reward model, one answer to each prompt."""
         completions, limits = [[text] for text in texts], {"pad_id": self._judge_pad_id, "window": self._judge_window}
-        groups = reward_model.rows(self._judge_encoder, self._prompts, completions, **limits)
+        groups = reward_model.rows(self._judge_encoder, self._prompts, completions, tools=self._tools, **limits)
         return [row.ids for group in groups for row in group]
 
     def _against_the_start(self, number: int, lines: list[dict]) -> dict[str, float]:
@@ -172,15 +175,18 @@ def _table(lines: list[dict]) -> Table:
     header = ["prompt", "answer", *(["reward"] if "reward" in lines[0] else [])]
     rows = []
     for line in lines:
-        turns = [line["prompt"]] if isinstance(line["prompt"], str) else [turn["content"] for turn in line["prompt"]]
-        rows.append(["\n\n".join(turns), line["completion"], *([f"{line['reward']:.4g}"] if "reward" in line else [])])
+        rows.append(
+            [
+                messages.said(line["prompt"]),
+                line["completion"],
+                *([f"{line['reward']:.4g}"] if "reward" in line else []),
+            ]
+        )
     return header, rows
 
 
-def _prompts(
-    config: configuration.Config, encoder: tokenization.Encoder, given: run_inputs.Rows
-) -> list[str | list[dict[str, str]]]:
-    """Return the first distinct prompts, without those that the template refuses where data.on_bad_row says skip."""
+def _prompts(config: configuration.Config, encoder: tokenization.Encoder, given: run_inputs.Rows) -> list[data.Record]:
+    """Return the first records of distinct prompts; what the template refuses is left out where it may be skipped."""
     options, own = config.data, config.completions.prompts
     rows = configuration.row_slice("" if own else options.eval_rows)
     records = data.read(
@@ -198,19 +204,19 @@ def _prompts(
         rule=options.rule,
         name="eval_dataset",
     )
-    kept: dict[str, str | list[dict[str, str]]] = {}
+    kept: dict[str, data.Record] = {}
     for record in records.rows:
         if len(kept) == config.completions.count:
             break
         try:
             with configuration.about(record.source):
-                tokenization.generation_prompts(encoder, [record.prompt])
+                tokenization.generation_prompts(encoder, [record.prompt], tools=[record.tools])
         except ValueError as error:
             if options.on_bad_row != "skip" or not isinstance(error.__cause__, tokenization.Refused):
                 raise
             log.info("no sample completion: %s", error)
             continue
-        kept[json.dumps(record.prompt)] = record.prompt
+        kept[json.dumps([record.prompt, record.tools] if record.tools else record.prompt)] = record
     if not kept:
         raise ValueError("no prompt is left to answer; set completions.prompts.")
     return list(kept.values())

@@ -60,7 +60,7 @@ FIELDS = {
     "data.revision": CHECKED + "a revision of a local source",
     "data.on_bad_row": EVEN_SO + "rows that are bad may or may not be there",
     "data.rule": ALWAYS,
-    "data.assistant_turns": ("last", {}, "is not used by stage='align', which compares the last answers"),
+    "data.assistant_turns": ("last", REWARD, "is not used by stage='reward', whose score stands at the end"),
     "data.max_length": ALWAYS,
     "data.max_prompt_length": (9, RAW, "is not used by data.rule='raw' (prompts get what"),
     "data.max_completion_length": (9, {}, "is not used by data.rule='chat' (completions get"),
@@ -145,6 +145,7 @@ FIELDS = {
 }  # fmt: skip
 REFUSED = {path: entry for path, entry in FIELDS.items() if not isinstance(entry, str)}
 ALSO = [  # other fields under which the same fields change nothing
+    ("data.assistant_turns", "last", RAW, CONVERSATIONS),
     ("data.truncation", "keep_start", {"data.on_long_prompt": "error"}, "by data.on_long_prompt='error'"),
     ("reference.adapter", "off", {"lora.path": "a"} | FREE, "is not used by loss 'sigmoid'"),
     ("reference.adapter", "off", {"lora.path": "a", "reference.path": "m"}, "is not used by reference.path='m'"),
@@ -167,6 +168,7 @@ USED = [  # beside these, the same values have an effect
     ("optim.decay_over", "epochs", {}),
     ("data.hh_split", "first_difference", {"data.format": "hh"}),
     ("data.truncation", "keep_start", RAW),
+    ("data.assistant_turns", "last", {}),
     ("reference.batch_per_device", 9, {"loss.name": "dpo"}),
     ("lora.alpha", 8.0, {"lora.path": "a"}),
 ]

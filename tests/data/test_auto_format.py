@@ -142,7 +142,7 @@ def test_other_columns_are_noted_and_a_margin_is_warned_of(tmp_path, caplog):
         (
             [{"a": 1, "b": 2}],
             "pairs",
-            r"d.jsonl: the columns a, b are none that is known; accepted are chosen \+ rejected; prompt \+ chosen",
+            r"d.jsonl: the columns a, b are none that is known; accepted are prompt \+ chosen \+ rejected; chosen",
         ),
         (
             [{"prompt": "Hi", "completion": "y"}],

@@ -187,11 +187,11 @@ class TestChatPairs:
             ),
             (
                 {"rejected": [TURNS[0], TURNS[1] | {"tool_calls": [1]}]},
-                r"rejected\[1\] carries tool_calls, which no template",
+                r"rejected\[1\]\.tool_calls must be a list of objects, or .*, not a list with something",
             ),
             (
                 {"chosen": [TURNS[1]]},
-                r"chosen must be a prompt and one assistant turn last, but its turns are assistant",
+                r"chosen must be a prompt and an assistant turn last, but its turns are assistant",
             ),
             ({"chosen": [TURNS[1], TURNS[0]]}, r"chosen must be .* but its turns are assistant, user"),
         ],
@@ -609,7 +609,11 @@ def test_the_summary_s_own_leading_space_is_noted_and_news_without_a_post_are_dr
 # --- columns that a format does not read
 
 
-LEFT = {"system": "Answer in French.", "tools": [{"name": "add"}], "chat_template_kwargs": {"enable_thinking": False}}
+LEFT = {
+    "system": "Answer in French.",
+    "functions": [{"name": "add"}],
+    "chat_template_kwargs": {"enable_thinking": False},
+}
 LEFT |= {"margin": 0.5, "images": ["a.png"], "prompt_id": "x"}
 ROWS = {  # format -> a row, and the columns beside those that it reads
     "hh": {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
@@ -632,14 +636,19 @@ def test_every_format_has_such_a_row():
 
 @pytest.mark.parametrize("format", sorted(ROWS))
 def test_columns_that_a_format_does_not_read_are_named_with_their_rows(tmp_path, format, caplog):
-    rows = [ROWS[format], ROWS[format] | LEFT, ROWS[format] | dict.fromkeys(LEFT, None), ROWS[format] | {"tools": []}]
+    rows = [
+        ROWS[format],
+        ROWS[format] | LEFT,
+        ROWS[format] | dict.fromkeys(LEFT, None),
+        ROWS[format] | {"functions": []},
+    ]
     found = read_text(tmp_path, lines(*rows), format=format)
     used = {"system"} if format in ("chat_pairs", "messages") else set()
     assert {reason: numbers(places) for reason, places in found.noted.items()} == {
         f"column_not_used:{name}": [1] for name in LEFT if name not in used
     }
     (warning,) = caplog.messages
-    assert all(f"{name} (1 rows)" in warning for name in sorted({"tools", "margin", "images"} - used))
+    assert all(f"{name} (1 rows)" in warning for name in sorted({"functions", "margin", "images"} - used))
     assert ("system (1 rows)" in warning) == (not used) and "prompt_id" not in warning
 
 
