@@ -25,6 +25,7 @@ from fpo_jax.eval.report.html import Block, Heading, Plot, Table, Text, Texts
 from fpo_jax.eval.stats import win_rates
 from fpo_jax.io import atomic_io, jsonl, terminal
 from fpo_jax.trainer import metric_logger, run_workdir, sample_completions
+from fpo_jax.trainer import model_card as run_card
 
 DISTANCE = "log-ratio to the reference, nats per completion of the data (reference_kl)"
 
@@ -126,7 +127,7 @@ def _of_run(options: Options, summaries: list[dict[str, Any]], out: Path) -> tup
     said = verdict.of_run(evaluations, parts, _sampled(workdir), summaries)
     title = f"{workdir.name}: {config['stage']} with {config['loss']['name']}"
     about = Text(
-        f"{updates:,} steps of {config['train']['batch_size']} from `{model_card.base(config)}`; fpo_jax {__version__}."
+        f"{updates:,} steps of {config['train']['batch_size']} from `{run_card.base(config)}`; fpo_jax {__version__}."
     )
     blocks: list[Block] = [Heading(title, 1), about, *said, *result, *_rates(summaries)]
     if report_plots.curves(out / "curves.png", lines):

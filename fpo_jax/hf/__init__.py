@@ -9,6 +9,7 @@ mxfp4        experts in four bits, read as bfloat16
 companions   what stands beside the weights, as the training had it, and its check against transformers
 peft         an adapter with its base as one model, or from and as PEFT's directory
 save         parameters -> safetensors, one tensor at a time
+upload       a directory -> a repository of the hub
 digests      digests of what was written, and their check: `python -m fpo_jax.hf DIRECTORY`
 
 Weights are safetensors only, one file or shards with an index, and cross through the entries of params; torch and
@@ -16,7 +17,7 @@ pickle are never involved. Every problem of a directory is reported at once, bef
 is never whole on the host, in either direction.
 """
 
-from fpo_jax.hf import companions
+from fpo_jax.hf import companions, upload
 from fpo_jax.hf.companions import end_ids
 from fpo_jax.hf.fingerprint import weights_fingerprint, weights_fingerprints
 from fpo_jax.hf.hub import (
@@ -52,6 +53,7 @@ __all__ = [
     "merged",
     "read_config",
     "read_peft",
+    "upload",
     "weights_fingerprint",
     "weights_fingerprints",
     "write_peft",

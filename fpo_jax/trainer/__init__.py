@@ -13,5 +13,5 @@ auto_settings     layout of rows, remat and micro-batch, where they are left to 
 reference_logprobs  log-probs under the reference: computed once, kept on disk
 evaluator, sample_completions, best_checkpoint, reward_labels  evaluations
 metrics, metric_logger, run_summary  what is observed, where it is written, what a run says first
-export            a checkpoint as a Hugging Face directory
+export, model_card  a checkpoint as a Hugging Face directory, and its card
 """

@@ -14,15 +14,24 @@ from typing import Any
 
 from fpo_jax import checkpoint, hf, models, tokenization
 from fpo_jax.distributed import workdir_lock
+from fpo_jax.io import atomic_io
 from fpo_jax.models import params
-from fpo_jax.trainer import adapters, run_inputs
+from fpo_jax.trainer import adapters, model_card, run_inputs
 
 log = logging.getLogger("fpo_jax")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | None, lora: str = "merged") -> str:
+def export(
+    workdir: Path,
+    out: Path,
+    *,
+    step: int | str | None,
+    dtype: str | None,
+    lora: str = "merged",
+    card: bool = False,
+) -> str:
     """Write the directory and return one line that says what was written.
 
     Args:
@@ -32,6 +41,7 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
         dtype: of the weights on disk; None = the dtype in the config of the model the run started from.
         lora: of a run that trained an adapter: "merged" into the model it started from, or the "adapter" alone, as PEFT
             reads it.
+        card: write a model card too, README.md: that of `fpo report` where the run has one, else a short one.
 
     Raises:
         ValueError: no such run or step, `out` in use or its disk too small, or weights that are not finite in `dtype`.
@@ -42,11 +52,16 @@ def export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | Non
     with workdir_lock.beside(out):
         for left in out.parent.glob(f".{glob.escape(out.name)}.partial*"):  # of exports that were killed
             shutil.rmtree(left)
-        return _export(workdir, out, step=step, dtype=dtype, lora=lora)
+        tree, meta = checkpoint.restore_params(workdir, step)
+        line = _export(workdir, out, tree, meta, dtype=dtype, lora=lora)
+        if card:
+            library = "peft" if lora == "adapter" else "transformers"
+            text = model_card.of_export(workdir, meta["config"], step=meta["step"], library=library)
+            atomic_io.write(out / model_card.FILE, text)
+        return line
 
 
-def _export(workdir: Path, out: Path, *, step: int | str | None, dtype: str | None, lora: str) -> str:
-    tree, meta = checkpoint.restore_params(workdir, step)
+def _export(workdir: Path, out: Path, tree: Any, meta: dict[str, Any], *, dtype: str | None, lora: str) -> str:
     config = models.from_hf_config(meta["hf_config"])
     if tokenization.prompt_format.read(Path(meta["model_dir"])) is None:
         log.warning(

@@ -102,7 +102,8 @@ class TestReading:
     @pytest.mark.parametrize(
         ("chosen", "rejected"),
         [([USER, bot("a")], [AGAIN, bot("a")]), ([USER, bot("a"), USER, bot("b")], [USER, bot("a"), AGAIN, bot("b")]),
-         ([USER, bot("a")], [USER, bot("a"), AGAIN, bot("b")])],
+         ([USER, bot("a")], [USER, bot("a"), AGAIN, bot("b")]),
+         ([bot("a"), AGAIN, bot("b")], [bot("c"), AGAIN, bot("b")])],
     )  # fmt: skip
     def test_conversations_that_do_not_part_in_an_assistant_turn_are_dropped(self, tmp_path, chosen, rejected):
         assert list(read(tmp_path, {"chosen": chosen, "rejected": rejected}).dropped) == ["prompts_differ"]

@@ -8,8 +8,9 @@ import pytest
 
 from fpo_jax import config as configuration
 from fpo_jax import losses
-from fpo_jax.eval.report import html, model_card, report, report_plots, verdict
+from fpo_jax.eval.report import html, report, report_plots, verdict
 from fpo_jax.io import jsonl
+from fpo_jax.trainer import model_card
 from tests.paths import REPO
 
 AUDIT = {"groups": 200, "group_size": 2, "ties": 0, "tokens": 9_000, "dropped": {}, "noted": {}}

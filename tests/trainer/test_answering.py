@@ -1,6 +1,7 @@
 """Answers during training: what is written and measured, the best checkpoint by it, resumption, and refusals."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -213,3 +214,18 @@ def test_what_is_no_run_is_refused(tmp_path, trained):
         report.run(report.Options(workdir=tmp_path))
     with pytest.raises(ValueError, match="summary.json is missing"):
         report.run(report.Options(workdir=trained, winrate=(str(tmp_path),)))
+
+
+def test_an_export_may_carry_its_card(trained, reported, tmp_path):
+    """That of the report where the run has one, else a short one."""
+    export.export(trained, tmp_path / "bare", step=None, dtype=None)
+    assert not (tmp_path / "bare" / "README.md").exists()
+    export.export(trained, tmp_path / "short", step=None, dtype=None, card=True)
+    card = (tmp_path / "short" / "README.md").read_text()
+    assert card.startswith('---\nlibrary_name: transformers\nbase_model: "model"\ntags:\n- "f-po"')
+    assert "`model` after align with the loss `alpha`, β: `beta_pi` = 0.5; trained with fpo_jax" in card
+    assert ", step 6.\n" in card and "@article{han2024fpo" in card and str(trained.parent) not in card
+    shutil.copytree(trained, tmp_path / "w")
+    shutil.copytree(reported, tmp_path / "w" / "report")
+    export.export(tmp_path / "w", tmp_path / "long", step=None, dtype=None, card=True)
+    assert (tmp_path / "long" / "README.md").read_text() == (reported / "model_card.md").read_text()
