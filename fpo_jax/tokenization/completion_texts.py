@@ -239,7 +239,7 @@ def _written_before_an_answer(template: str, variables: str, worded: str) -> str
     return whole[len(opened) :].partition(messages[-1]["content"])[0] if whole.startswith(opened) else ""
 
 
-def _worded(messages: Sequence[Message]) -> str:
+def _worded(messages: Sequence[Mapping[str, Any]]) -> str:
     """Return, as JSON, messages of the same roles, with as many calls, that speak in words of ours.
 
     A short text may stand in what a template itself writes; these words stand there only if it shows what is said.
@@ -248,11 +248,12 @@ def _worded(messages: Sequence[Message]) -> str:
         [
             {
                 **message,
-                "content": None if message["content"] is None else f"fpoturn{number}fpo",
+                "content": f"fpoturn{number}fpo" if message["content"] or not calls else message["content"],
                 **{key: "fpotool00" for key in ("name", "tool_call_id") if key in message},
-                **({"tool_calls": _worded_calls(message["tool_calls"], number)} if "tool_calls" in message else {}),
+                **({"tool_calls": _worded_calls(calls, number)} if calls else {}),
             }
             for number, message in enumerate(messages)
+            for calls in [message.get("tool_calls")]
         ]
     )
 
@@ -270,7 +271,7 @@ def _words(message: Mapping[str, Any]) -> Iterator[str]:
     """Yield what of a message of `_worded` a template has to show."""
     if message["content"]:
         yield message["content"]
-    for call in spoken.calls(dict(message)):
+    for call in spoken.calls(message):
         yield from (call["name"], *call["arguments"])
 
 
@@ -299,9 +300,9 @@ def _render(encoder: Encoder, conversations: Sequence[Conversation]) -> list[str
             given += " (an empty system turn is put first, as data.auto_insert_empty_system says)"
         raise Refused(given, "template_refuses") from error
     for conversation, original, text in zip(asked, conversations, texts, strict=True):
-        passed_over = _passed_over(*settings, _worded([*original.messages]), original.add_generation_prompt)
+        passed_over = _passed_over(*settings, _worded(original.messages), original.add_generation_prompt)
         for number in [*_lost(conversation.messages, text), *passed_over]:
-            message = dict(original.messages[number])
+            message = original.messages[number]
             if spoken.said(message).strip():
                 raise Refused(_left_out(message, original.messages), "text_lost")
         if conversation.tools and conversation.add_generation_prompt:
@@ -321,9 +322,9 @@ def _check_tools(template: str, variables: str, conversation: Conversation, text
         [without] = template_sandbox.render(template, asked, variables=json.loads(variables))
     except template_sandbox.Refused:
         without = ""
-    missing = [name for tool in conversation.tools if (name := spoken.tool_name(dict(tool))) not in text]
+    missing = [name for tool in conversation.tools if (name := spoken.tool_name(tool)) not in text]
     if text == without or missing:
-        named = ", ".join(missing or [spoken.tool_name(dict(tool)) for tool in conversation.tools])
+        named = ", ".join(missing or [spoken.tool_name(tool) for tool in conversation.tools])
         raise Refused(
             f"the chat template does not show the model the tools of this row ({named}); give tokenizer.chat_template"
             " (--chat-template) one that knows tools, or take the column tools away",
@@ -337,8 +338,8 @@ def _lost(messages: Sequence[Mapping[str, Any]], text: str) -> Iterator[int]:
     Earlier thoughts may go.
     """
     for number, message in enumerate(messages):
-        content = spoken.content(dict(message)).strip()
-        called = all(call["name"] in text for call in spoken.calls(dict(message)))
+        content = spoken.content(message).strip()
+        called = all(call["name"] in text for call in spoken.calls(message))
         as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # how some templates write what a tool returned
         if called and (content in text or as_json in text):
             continue
@@ -363,7 +364,7 @@ def _passed_over(template: str, variables: str, worded: str, add_generation_prom
     return tuple(number for number, one in enumerate(messages) if not all(word in text for word in _words(one)))
 
 
-def _left_out(message: Message, messages: Sequence[Mapping[str, Any]]) -> str:
+def _left_out(message: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> str:
     what = "text or a call of a tool" if spoken.calls(message) else "text"
     return (
         f"the chat template leaves out the {what} of a turn of role {message['role']!r}"

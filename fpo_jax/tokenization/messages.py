@@ -6,7 +6,7 @@ messages of which the first and the last are an assistant's.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 NO_TOOLS = "rule='raw' takes plain text, and tools are shown by a chat template; use rule='chat', or leave tools out"
@@ -23,22 +23,22 @@ def turns(completion: Completion) -> list[Message]:
     return [completion] if isinstance(completion, dict) else list(completion)
 
 
-def content(message: Message) -> str:
+def content(message: Mapping[str, Any]) -> str:
     """Return what a message says in words; an empty text where it only calls tools."""
     return message["content"] or ""
 
 
-def calls(message: Message) -> list[dict[str, Any]]:
+def calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the functions that a message calls, each with its name and arguments."""
     return [call.get("function", call) for call in message.get("tool_calls") or ()]
 
 
-def tool_name(tool: Tool) -> str:
+def tool_name(tool: Mapping[str, Any]) -> str:
     """Return what a tool is called by."""
     return tool.get("function", tool)["name"]
 
 
-def said(spoken: str | Message | Sequence[Message]) -> str:
+def said(spoken: str | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     """Return all that a prompt or a completion says, the calls of tools as JSON.
 
     >>> said([{"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": {"a": 1}}]}])
@@ -46,7 +46,7 @@ def said(spoken: str | Message | Sequence[Message]) -> str:
     """
     if isinstance(spoken, str):
         return spoken
-    messages = [spoken] if isinstance(spoken, dict) else spoken
+    messages = [spoken] if isinstance(spoken, Mapping) else spoken
     parts = (
         part
         for message in messages

@@ -94,6 +94,15 @@ class TestTools:
         encoder = toy(TEMPLATE.replace("{{ m.content or '' }}", "{{ m.content | tojson }}"))
         assert '"{\\"sum\\": 2}"' in stretches(encoder, row_of(encoder, SEVERAL))
 
+    def test_a_template_may_write_calls_in_the_place_of_an_empty_text(self):
+        """As Llama-3.1's does, which leaves out the words beside a call."""
+        either = "{% if not m.tool_calls %}{{ m.content }}{% endif %}"
+        encoder = toy(TEMPLATE.replace("{{ m.content or '' }}", either))
+        for content in (None, ""):
+            assert "[call]" in stretches(encoder, row_of(encoder, [CALLS | {"content": content}, RESULT, ANSWER]))
+        with pytest.raises(tokenization.Refused, match=r"role 'assistant' \('Let me see"):
+            row_of(encoder, [CALLS | {"content": "Let me see."}, RESULT, ANSWER])
+
     def test_raw_rows_have_no_tools(self):
         encoder = tokenization.encoder(toy_tokenizers.byte_bpe(), tokenization.PromptFormat(rule="raw"))
         with pytest.raises(ValueError, match="tools are shown by a chat template; use rule='chat'"):
