@@ -1,6 +1,7 @@
 # make quickstart   create the environment and run the main job on a task made here (no download of data or weights)
 #                   on a host with an NVIDIA driver JAX for CUDA is installed and used;  ACCELERATOR= keeps to the CPU, ACCELERATOR=tpu
-# make test         the quickstart, then every test;  PYTHON=python3.12 uses another interpreter and environment
+# make test         the quickstart, then every test, about 17 minutes on two cores;  PYTHON=python3.12 uses another interpreter and environment
+# make test-quick   one case of each light test, about two minutes on two cores: while you work
 # make test-all     with every case of the tests that the default suite takes samples of
 # make test-faults   inject faults: flipped bits, full disks, killed runs (minutes)
 # make test-lowest   install the lowest releases that pyproject.toml allows, into an environment of their own; a smoke test
@@ -15,7 +16,7 @@ ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda)
 comma := ,
 LOCK ?= $(wildcard requirements/python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt)
 
-.PHONY: quickstart test tests test-all test-faults test-lowest lock docs test-deviceless lint format clean
+.PHONY: quickstart test tests test-quick test-all test-faults test-lowest lock docs test-deviceless lint format clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/fpo quickstart --workdir $(WORKDIR)
@@ -24,6 +25,9 @@ test: quickstart tests
 
 tests: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-quick:
+	$(MAKE) tests PYTEST_ARGS="--quick $(PYTEST_ARGS)"
 
 test-all:
 	$(MAKE) tests PYTEST_ARGS="--every-case $(PYTEST_ARGS)"

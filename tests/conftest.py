@@ -30,8 +30,9 @@ from tests import shapecheck
 
 
 def pytest_addoption(parser):
-    """`make test-all` sets it."""
+    """`make test-all` sets the first, `make test-quick` the second."""
     parser.addoption("--every-case", action="store_true", help="run also what tests marked `sampled` leave out")
+    parser.addoption("--quick", action="store_true", help="run one case of each light test; make test-quick sets it")
 
 
 def pytest_configure(config):
@@ -84,7 +85,9 @@ def pytest_collection_modifyitems(config, items):
     """Order the files, and leave out what needs a large machine unless it is asked for."""
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-    if not config.getoption("every_case"):
+    if config.getoption("quick"):
+        _keep_quick(config, items)
+    elif not config.getoption("every_case"):
         _leave_out(config, items)
     if "large" in config.getoption("markexpr"):
         return
@@ -107,3 +110,26 @@ def _leave_out(config, items):
             seen[name] += 1
     if left:
         config.hook.pytest_deselected(items=left)
+
+
+# What `make test-quick` takes: of two minutes the most tests. Of the folders PROCESSES, whose tests start processes and
+# wait for them, none; of a file of LONGEST, where a test takes ten times as long as elsewhere, so many.
+PROCESSES = ("distributed", "reliability")
+OF_LONGEST = 3
+
+
+def _keep_quick(config, items):
+    """Keep the first case of each test that is not marked `slow`, of a file of LONGEST the first OF_LONGEST tests."""
+    taken, counts, kept, left = set(), collections.Counter(), [], []
+    longest = {f"test_{name}" for name in LONGEST}
+    for item in items:
+        name = (item.path, item.cls, item.originalname)
+        heavy = item.path.parent.name in PROCESSES or item.get_closest_marker("slow")
+        if heavy or name in taken or (item.path.stem in longest and counts[item.path] == OF_LONGEST):
+            left.append(item)
+        else:
+            kept.append(item)
+            taken.add(name)
+            counts[item.path] += 1
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)

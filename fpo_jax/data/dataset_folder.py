@@ -1,6 +1,7 @@
 """Tokenised data in a folder: written once, mapped from then on by every process that needs them, verified when read.
 
-    tokens.npy lengths.npy prompt_lengths.npy rewards.npy, of packed rows scored.npy segments.npy      the rows
+    tokens.npy lengths.npy prompt_lengths.npy rewards.npy                                              the rows
+    scored.npy segments.npy      of packed rows; the first also where completions have several turns
     places.npy place_ends.npy sources.npy reasons.npy      where records came from; which were dropped or noted
     dataset.json      what the rows were made from, their fingerprint, the audit, one decoded row; its own digest
 

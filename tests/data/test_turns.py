@@ -206,6 +206,13 @@ class TestRows:
             names.add(json.dumps(found, sort_keys=True))
         assert len(names) == 2
 
+    def test_kept_data_are_read_as_they_were_made(self, root, tmp_path):
+        made = prepared_of(root)
+        for _ in range(2):  # written, then read
+            kept = prepared_of(root, data__cache_dir=str(tmp_path))
+            assert kept.fingerprint() == made.fingerprint() and kept.sample == made.sample
+            assert kept.prepared.loss_places(0).tolist() == made.prepared.loss_places(0).tolist()
+
     def test_packed_demonstrations_have_the_turns_of_padded_ones(self, root):
         write(root / "sft.jsonl", *[{"prompt": "1", "completion": PAIR["rejected"]}] * 3)
         plain = prepared_of(root, "sft.jsonl", **SFT).prepared
