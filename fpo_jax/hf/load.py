@@ -161,7 +161,7 @@ def stored(directory: Path, config: models.ModelConfig) -> models.ModelConfig:
 _Placed = tuple[Place, tuple[int, ...]]  # a tensor, and where in the stacked axes of its parameter it stands
 
 
-def at_once(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype, place: Sharding | None) -> jax.Array:
+def at_once(entry: params.Entry, tensors: Sequence[_Placed], dtype: np.dtype, place: Sharding | None) -> jax.Array:
     """Read a small parameter, or one without layers, in our layout."""
     ours = entry.inner_letters
     turn = [entry.disk_letters.index(letter) for letter in ours]
@@ -181,7 +181,7 @@ def at_once(entry: params.Entry, tensors: list[_Placed], dtype: np.dtype, place:
 
 def _layer_by_layer(
     entry: params.Entry,
-    tensors: list[_Placed],
+    tensors: Sequence[_Placed],
     dtype: np.dtype,
     place: Sharding | None,
     advance: Callable[[int], object],
@@ -249,7 +249,7 @@ def _place(
 
 
 def _stacked(
-    tensors: list[_Placed], shape: tuple[int, ...], indices: Sequence[Index], dtype: np.dtype
+    tensors: Sequence[_Placed], shape: tuple[int, ...], indices: Sequence[Index], dtype: np.dtype
 ) -> list[np.ndarray]:
     """Read tensors of one shape, each once, and copy slices out of the array in which they stand; see `_cut`."""
     if not tensors[0][1]:
