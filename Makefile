@@ -48,7 +48,7 @@ lock: $(VENV)/installed-test
 
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m mkdocs build --strict --quiet
-	@echo "open build/site/index.html"
+	@echo "open build/site/index.html; its search needs a server: python3 -m http.server --directory build/site"
 
 # The two compilers cannot meet in one process: each has a folder of its own, outside of the environment.
 test-deviceless: $(VENV)/installed-compilers

@@ -17,7 +17,7 @@ for name in sys.argv[1:]:
 
 
 def test_every_example_is_true():
-    paths = {path: path for folder in ("fpo_jax", "eval") for path in (REPO / folder).rglob("*.py")}
+    paths = {path: path for folder in ("fpo_jax", "eval", "tools") for path in (REPO / folder).rglob("*.py")}
     paths |= {path: REPO / "fpo_jax" / path.relative_to(REPO) for path in (REPO / "kernels").rglob("*.py")}
     names = [
         ".".join(name.relative_to(REPO).with_suffix("").parts)

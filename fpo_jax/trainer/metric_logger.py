@@ -34,7 +34,7 @@ LAYOUT = {
             ("loss", "loss"),
             ("margins", "rewards/margins"),
             ("accuracies", "rewards/accuracies"),
-            ("distance to the reference", "reference_kl"),
+            ("log-ratio to the reference", "reference_kl"),
             ("gradient norm", "grad_norm"),
         )
     },
