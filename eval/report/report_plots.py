@@ -44,6 +44,7 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> bool:
     rows = -(-len(shown) // 3)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(rows, 3, figsize=(10.5, 3.1 * rows), layout="constrained", squeeze=False)
+        figure.get_layout_engine().set(h_pad=0.12)  # inches, between "step" and the title of the panel below
         for panel in axes.flat[len(shown) :]:
             panel.set_visible(False)
         for panel, (name, title, unit, scale) in zip(axes.flat, shown, strict=False):
@@ -67,31 +68,34 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> bool:
 
 
 def _name(figure, panel, points: Sequence[Point], *, all_of_them: bool) -> None:
-    """Write names beside points, the first's and the last's before the others', none over another.
+    """Write names beside points, the first's and the last's before the others', none over another, a line or the axes.
 
     Args:
         figure: whose plot it is.
         panel: the plot.
         points: of it.
-        all_of_them: a name that finds no place stands farther off; otherwise it is left out.
+        all_of_them: a name that finds no place stands farther off, as the first and the last do; otherwise it is left out.
     """
     figure.canvas.draw()  # now places are known
     figure.set_layout_engine("none")
     renderer, taken = figure.canvas.get_renderer(), []
     places = [panel.transData.transform((one.x, one.y)) for one in points]
-    for number in sorted(range(len(points)), key=lambda number: (number not in (0, len(points) - 1), number)):
+    lines = [line.get_transform().transform_path(line.get_path()) for line in panel.lines if len(line.get_xdata()) > 1]
+    ends = (0, len(points) - 1)
+    for number in sorted(range(len(points)), key=lambda number: (number not in ends, number)):
         one = points[number]
         label = panel.annotate(
             one.name, (one.x, one.y), xytext=(0, 0), textcoords="offset points", fontsize=8, color=TEXT
         )
-        rings = range(1, 9 if all_of_them else 2)
+        rings = range(1, 9 if all_of_them or number in ends else 2)
         for right, up, away in ((right, up, away) for away in rings for right, up in _SIDES):
             label.set_horizontalalignment({1: "left", 0: "center", -1: "right"}[right])
             label.set_verticalalignment({1: "bottom", 0: "center", -1: "top"}[up])
             label.xyann = (6 * away * right, 5 * away * up)
             box = label.get_window_extent(renderer).padded(1)
-            inside = figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+            inside = panel.bbox.contains(box.x0, box.y0) and panel.bbox.contains(box.x1, box.y1)
             over = any(box.overlaps(other) for other in taken) or any(box.contains(*place) for place in places)
+            over = over or any(line.intersects_bbox(box, filled=False) for line in lines)
             if inside and not over:
                 taken.append(box)
                 break
@@ -120,7 +124,7 @@ def plane(path: Path, points: Sequence[Point], *, x: str, y: str, joined: bool) 
             spread = None if one.low is None or one.high is None else [[one.y - one.low], [one.high - one.y]]
             colour = BEFORE if place == 0 else AFTER
             panel.errorbar(one.x, one.y, yerr=spread, color=colour, marker="o", markersize=5, capsize=3)
-        panel.margins(0.15)
+        panel.margins(x=0.25, y=0.15)  # room for the names
         panel.set_xlabel("\n".join(textwrap.wrap(x, 60)))
         panel.set_ylabel("\n".join(textwrap.wrap(y, 40)))
         _name(figure, panel, points, all_of_them=not joined)

@@ -181,7 +181,7 @@ class TestPage:
         path.unlink() if card is None else path.write_text(card)
         assert model_card.base_licence({"path": str(path.parent), "revision": ""}) == {}
 
-    def test_names_in_a_plane_do_not_overlap(self, tmp_path, monkeypatch):
+    def test_names_in_a_plane_overlap_no_name_line_or_axis(self, tmp_path, monkeypatch):
         plt = pytest.importorskip("matplotlib.pyplot", reason="the report extra is not installed")
         drawn = []
         monkeypatch.setattr(plt, "close", drawn.append)
@@ -194,6 +194,12 @@ class TestPage:
             assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
             assert {points[0].name, points[-1].name} <= {label.get_text() for label in labels}
             assert joined or len(labels) == 12
+            panel = figure.axes[0].bbox
+            assert all(panel.contains(box.x0, box.y0) and panel.contains(box.x1, box.y1) for box in boxes)
+            if joined:
+                line = figure.axes[0].lines[0]
+                path = line.get_transform().transform_path(line.get_path())
+                assert not any(path.intersects_bbox(box, filled=False) for box in boxes)
             for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
                 box = axis.label.get_window_extent(renderer)
                 assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
