@@ -43,8 +43,8 @@ def curves(path: Path, lines: Sequence[dict[str, Any]]) -> bool:
         return False
     rows = -(-len(shown) // 3)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, 3, figsize=(10.5, 3.1 * rows), layout="constrained", squeeze=False)
-        figure.get_layout_engine().set(h_pad=0.12)  # inches, between "step" and the title of the panel below
+        figure, axes = plt.subplots(rows, 3, figsize=(10.5, 3.1 * rows), squeeze=False)
+        figure.set_layout_engine("constrained", h_pad=0.12)  # inches, between "step" and the title of the panel below
         for panel in axes.flat[len(shown) :]:
             panel.set_visible(False)
         for panel, (name, title, unit, scale) in zip(axes.flat, shown, strict=False):
@@ -74,7 +74,7 @@ def _name(figure, panel, points: Sequence[Point], *, all_of_them: bool) -> None:
         figure: whose plot it is.
         panel: the plot.
         points: of it.
-        all_of_them: a name that finds no place stands farther off, as the first and the last do; otherwise it is left out.
+        all_of_them: a name that finds no place stands farther off, as the first and the last do; else it is left out.
     """
     figure.canvas.draw()  # now places are known
     figure.set_layout_engine("none")
