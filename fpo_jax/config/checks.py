@@ -57,6 +57,11 @@ def problems(config: Config) -> list[str]:
     number("train.hang_timeout", 0)
     number("lora.alpha", 0.0, exclusive=True)
     number("lora.loraplus_lr_ratio", 0.0, exclusive=True)
+    if config.lora.base_dtype == "nf4" and config.model.remat == "none":
+        found.append(
+            "model.remat=none keeps every matrix as it is multiplied by, and lora.base_dtype=nf4 holds them in four"
+            " bits; use auto, dots or full."
+        )
     if config.lora.dropout is not None and not 0 <= config.lora.dropout < 1:
         found.append(f"lora.dropout={config.lora.dropout} must lie in [0, 1).")
     try:

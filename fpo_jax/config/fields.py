@@ -112,6 +112,14 @@ FIELDS = (
         "Modules that are trained whole beside the adapter, by ends of their names as in PEFT: embed_tokens, norm.",
     ),
     Field(
+        "lora.base_dtype",
+        str,
+        "",
+        "How the frozen matrices of the layers are held: nf4 = in four bits (QLoRA, arXiv 2305.14314); empty = as"
+        " model.param_dtype says.",
+        ("", "nf4"),
+    ),
+    Field(
         "lora.loraplus_lr_ratio",
         float,
         1.0,

@@ -90,6 +90,7 @@ def load_params(
     dtype: jax.typing.DTypeLike,
     shardings: types.PyTree | None = None,
     key: jax.Array | None = None,
+    held_as: Callable[[params.Entry, jax.Array], Any] = lambda _, whole: whole,
 ) -> types.PyTree:
     """Read safetensors into a parameter tree on its devices, layer by layer; several processes read their own parts.
 
@@ -100,9 +101,10 @@ def load_params(
         shardings: tree of NamedSharding or SingleDeviceSharding to place each parameter on, in any memory kind; None =
             the default device.
         key: draws the head of a new reward model, which the directory, a language model's, does not hold.
+        held_as: makes of a parameter that was read what is kept of it, before the next one is read.
 
     Returns:
-        Nested dict of jax.Array.
+        Nested dict of jax.Array, or of what `held_as` makes.
 
     Raises:
         ValueError: what check_weights raises, or a head that differs from the embedding it is tied to.
@@ -121,7 +123,7 @@ def load_params(
     held = {entry.path for entry in params.entries(on_disk)}
     total = sum(len(entry.hf_names()) for entry in params.entries(config) if entry.path in held)
     with progress.bar(title="loading weights", total=total, unit="tensor") as bar:
-        flat = _read(config, tensors, held, np.dtype(dtype), places, key, bar.update)
+        flat = _read(config, tensors, held, np.dtype(dtype), places, key, bar.update, held_as)
     return params.nest(flat)
 
 
@@ -133,7 +135,8 @@ def _read(
     places: Mapping[str, Sharding],
     key: jax.Array | None,
     advance: Callable[[int], object],
-) -> dict[str, jax.Array]:
+    held_as: Callable[[params.Entry, jax.Array], Any],
+) -> dict[str, Any]:
     """Read every parameter; `advance` is called with the number of tensors that were read."""
     flat = {}
     for entry in params.entries(config):
@@ -142,11 +145,12 @@ def _read(
             assert key is not None
             flat[entry.path] = jax.device_put(params.initial(entry, config, key).astype(dtype), place)
             continue
+        # Nothing here holds on to what was read, so that `held_as` may use its memory.
         layers = [(tensors[name], at) for name, at in entry.tensors()]
         if entry.stacked and entry.size * dtype.itemsize > _STACKED_ON_HOST_BYTES:
-            flat[entry.path] = _layer_by_layer(entry, layers, dtype, place, advance)
+            flat[entry.path] = held_as(entry, _layer_by_layer(entry, layers, dtype, place, advance))
         else:
-            flat[entry.path] = at_once(entry, layers, dtype, place)
+            flat[entry.path] = held_as(entry, at_once(entry, layers, dtype, place))
             advance(len(layers))
     return flat
 

@@ -120,6 +120,7 @@ class Adapter:
     rslora: bool = False  # rank-stabilised (arXiv 2312.03732)
     dora: bool = False  # weight-decomposed (arXiv 2402.09353): y = m / |W + scale A B| * (x W + scale dropout(x) A B)
     saved: tuple[str, ...] = ()  # paths of the parameters that are trained whole beside them
+    quantised: tuple[str, ...] = ()  # paths of the frozen matrices that are held in four bits (models.nf4)
 
     @property
     def scale(self) -> float:

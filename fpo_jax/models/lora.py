@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fpo_jax.models import nf4
 from fpo_jax.models.config import Adapter, ModelConfig
 from fpo_jax.models.param_table import Entry, entries, groups
 
@@ -25,6 +26,7 @@ def adapter(
     use_rslora: bool = False,
     use_dora: bool = False,
     modules_to_save: Sequence[str] = (),
+    base_dtype: str = "",
 ) -> Adapter:
     """Describe an adapter of the layers' matrices.
 
@@ -39,10 +41,11 @@ def adapter(
         use_dora: train the magnitudes of the matrices' outputs too (DoRA).
         modules_to_save: ends of Hugging Face's names of modules that are trained whole, as PEFT matches them: "norm" is
             the end of every norm's name, "model.norm" of the last one's.
+        base_dtype: "nf4" holds the frozen matrices of the layers in four bits (QLoRA); "" = as the other weights.
 
     Raises:
         ValueError: no matrix or module of that name; lists those there are. A router, or matrices of experts, by name.
-            A module that is to have an adapter and to be trained whole.
+            A module that is to have an adapter and to be trained whole. A model without a matrix that NF4 can hold.
     """
     every = [entry for entry in entries(config) if entry.stacked and entry.decay]
     matrices = [entry for entry in every if not _is_routed(entry)]  # transformers has no linear layers of the others
@@ -62,7 +65,22 @@ def adapter(
             f"{both[0]} is named by lora.modules and by lora.modules_to_save, and is trained whole or by an adapter;"
             " name it in one of them."
         )
-    return Adapter(rank, alpha, dropout, targets, use_rslora, use_dora, saved)
+    quantised = tuple(
+        entry.path
+        for entry in entries(config)
+        if base_dtype == "nf4" and entry.path not in saved and four_bit_axis(entry, config) is not None
+    )
+    if base_dtype == "nf4" and not quantised:
+        raise ValueError(
+            f"lora.base_dtype=nf4 holds matrices in blocks of {nf4.BLOCK} inputs, and no matrix of this model has a"
+            " multiple of them; unset it."
+        )
+    return Adapter(rank, alpha, dropout, targets, use_rslora, use_dora, saved, quantised)
+
+
+def four_bit_axis(entry: Entry, config: ModelConfig) -> int | None:
+    """Return the axis of a parameter along which NF4 has its blocks; None = NF4 cannot hold it."""
+    return nf4.input_axis(entry, transposed=config.of_family.transposed)
 
 
 def _saved(config: ModelConfig, names: Sequence[str]) -> tuple[str, ...]:

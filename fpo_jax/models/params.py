@@ -19,6 +19,7 @@ from fpo_jax.models.config import ModelConfig
 from fpo_jax.models.lora import (
     adapter,
     adapter_entries,
+    four_bit_axis,
     frozen_entries,
     is_b,
     magnitude,
@@ -39,6 +40,7 @@ __all__ = [
     "decay_mask",
     "entries",
     "flatten",
+    "four_bit_axis",
     "from_hf",
     "frozen_entries",
     "full_hf_name",

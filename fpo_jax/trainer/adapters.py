@@ -18,6 +18,7 @@ DEFAULTS = {
     "use_rslora": False,
     "use_dora": False,
     "modules_to_save": (),
+    "base_dtype": "",
 }
 
 
@@ -96,6 +97,8 @@ def in_words(config: configuration.Config, adapter: models.Adapter, *, needs_ref
     ]
     if adapter.saved:
         parts.append(f"trained whole beside it: {', '.join(adapter.saved)}")
+    if adapter.quantised:
+        parts.append(f"{len(adapter.quantised)} frozen matrices in four bits (NF4), the reference's too")
     if (ratio := config.lora.loraplus_lr_ratio) != 1:
         parts.append(f"B learns at {ratio:g} times the rate of A (LoRA+)")
     if config.lora.path:

@@ -277,6 +277,8 @@ class _Search:
 
     def _candidates(self) -> Iterator[Candidate]:
         remats = _REMAT if self._config.model.remat == "auto" else (self._config.model.remat,)
+        if self._adapter is not None and self._adapter.quantised:  # see config.checks
+            remats = [remat for remat in remats if remat != "none"]
         for config, shape in self._shapes():
             micro_batch = config.train.micro_batch_per_device
             self._shape_of[micro_batch] = shape

@@ -92,6 +92,8 @@ class ReferencePass:
         }
         if config.model.matmul_dtype != "compute_dtype":  # keeps the name of the files of before
             parts["matmul_dtype"] = config.model.matmul_dtype
+        if config.lora.base_dtype and self._inputs.reference is None:
+            parts["base_dtype"] = config.lora.base_dtype
         path = self._folder / f"{name}-{fingerprint(parts)[:16]}.safetensors"
         positions = self._steps.batches.positions(batches.parts)
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from fpo_jax import config as configuration
 from fpo_jax import models, sharding, types
-from fpo_jax.models import params
+from fpo_jax.models import nf4, params
 from fpo_jax.optimizer import adamw, skip_step
 from fpo_jax.trainer import compiled_step, device_batch, forward, run_schedule, train_state, train_step
 
@@ -143,7 +143,7 @@ def _gather_layers(
     is_matrix = params.flatten(params.decay_mask(model_config))
 
     def gathered(path, x):
-        if not path.startswith("layers/"):
+        if not path.startswith("layers/") or isinstance(x, nf4.NF4):  # four bits are gathered where they are read
             return x
         return jax.lax.with_sharding_constraint(x.astype(compute_dtype) if is_matrix[path] else x, whole[path])
 

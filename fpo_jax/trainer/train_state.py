@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from fpo_jax import config as configuration
 from fpo_jax import hf, sharding, types
-from fpo_jax.models import params
+from fpo_jax.models import nf4, params
 from fpo_jax.optimizer import eight_bits
 from fpo_jax.trainer import run_schedule
 
@@ -44,12 +44,16 @@ class StateSharding:
         self._reference_adapted = blueprint.reference_adapted
         if self._reference_adapted:
             self.reference = params.union(self._placed(self._frozen), self.params)
+        elif blueprint.reference is None:
+            self.reference = self._placed(params.entries(self._model))
         self.shardings = self._state_shardings(offload=config.optim.offload)
 
     def load(self, source: Path) -> types.PyTree:
         """Read the run's model from a Hugging Face directory onto the mesh."""
         places, key = params.shardings(self._model, mesh=self._mesh), jax.random.key(self._seed)
-        return hf.load_params(source, self._model, dtype=self._dtype, shardings=places, key=key)
+        return hf.load_params(
+            source, self._model, dtype=self._dtype, shardings=places, key=key, held_as=self._quantised
+        )
 
     def with_adapter(self, weights: types.PyTree, directory: Path) -> types.PyTree:
         """Return the weights with the adapter of a directory of PEFT, float32, which is read onto the mesh."""
@@ -94,7 +98,7 @@ class StateSharding:
 
         def draw(key: jax.Array, matrices: dict[str, jax.Array]) -> dict[str, jax.Array]:
             return {
-                row.path: params.magnitude(matrices[row.path], row)
+                row.path: params.magnitude(matrices[row.path][...], row)
                 if row.path in matrices
                 else params.initial(row, self._model, key)
                 for row in new
@@ -123,6 +127,8 @@ class StateSharding:
         """Return shapes, dtypes and shardings of the reference's parameters."""
         if self._reference_adapted:
             return self.all_params(self.abstract())
+        if self._reference is self._model:
+            return _placed_shapes(self._abstract(params.entries(self._model)), self.reference)
         return _placed_shapes(params.abstract(self._reference, self._dtype), self.reference)
 
     def abstract_evaluated(self) -> tuple[types.PyTree, jax.ShapeDtypeStruct]:
@@ -156,11 +162,36 @@ class StateSharding:
     def _abstract(self, entries: Sequence[params.Entry]) -> types.PyTree:
         """Return shapes and dtypes; what is trained beside frozen weights is float32, whatever they are."""
         dtype = jnp.dtype(jnp.float32) if self._adapter is not None and entries is self._trained else self._dtype
-        return params.nest({entry.path: jax.ShapeDtypeStruct(entry.shape, dtype) for entry in entries})
+        return params.nest(
+            {
+                entry.path: nf4.abstract(entry, axis)
+                if (axis := self._four_bit_axis(entry)) is not None
+                else jax.ShapeDtypeStruct(entry.shape, dtype)
+                for entry in entries
+            }
+        )
 
     def _placed(self, entries: Sequence[params.Entry]) -> types.PyTree:
         axes = params.nest({entry.path: entry.axes for entry in entries})
-        return sharding.param_shardings(axes, self._abstract(entries), mesh=self._mesh)
+        shapes = params.nest({entry.path: jax.ShapeDtypeStruct(entry.shape, self._dtype) for entry in entries})
+        places = params.flatten(sharding.param_shardings(axes, shapes, mesh=self._mesh))
+        for entry in entries:
+            if (axis := self._four_bit_axis(entry)) is not None:
+                places[entry.path] = nf4.placed(places[entry.path], entry.shape, axis)
+        return params.nest(places)
+
+    def _four_bit_axis(self, entry: params.Entry) -> int | None:
+        """Return the axis of the blocks of a matrix that is held in four bits; None of any other parameter."""
+        held = self._adapter is not None and entry.path in self._adapter.quantised
+        return params.four_bit_axis(entry, self._model) if held else None
+
+    def _quantised(self, entry: params.Entry, whole: jax.Array) -> jax.Array | nf4.NF4:
+        """Return a parameter as the state holds it; what was read is given up."""
+        axis = self._four_bit_axis(entry)
+        if axis is None:
+            return whole
+        assert isinstance(whole.sharding, jax.sharding.NamedSharding)
+        return nf4.quantise_layers(whole, axis=axis, place=nf4.placed(whole.sharding, entry.shape, axis))
 
 
 def _places(moment: types.PyTree, place: jax.sharding.NamedSharding) -> types.PyTree:

@@ -42,6 +42,7 @@ FIELDS = {
     "lora.use_rslora": (True, {}, NO_LORA),
     "lora.use_dora": (True, {}, NO_LORA),
     "lora.modules_to_save": (("norm",), {}, NO_LORA),
+    "lora.base_dtype": ("nf4", {}, NO_LORA),
     "lora.loraplus_lr_ratio": (16.0, {}, NO_LORA),
     "tokenizer.path": ALWAYS,
     "tokenizer.chat_template": ("zephyr", RAW, CONVERSATIONS),
