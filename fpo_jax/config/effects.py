@@ -105,7 +105,7 @@ IDLE = (
     Idle(
         ("data.hh_split",),
         lambda c: c.data.format != "hh",
-        "by data.format={data.format!r}, only by 'hh'; unset it (last_turn)",
+        "by data.format={data.format!r}, only by 'hh'; unset it",
     ),
     Idle(
         ("optim.decay_over",),
@@ -124,8 +124,13 @@ def idle_problems(config: Config) -> list[str]:
     """List the fields that are set to something else than their default and have no effect beside the others."""
     initial = default()
     initial.stage, initial.data.max_length = config.stage, config.data.max_length  # others follow these
+
+    def unset(path: str) -> str:
+        value = value_at(initial, path)
+        return "" if value is None or value in ("", ()) else f" ({path}={value!r} is unset)"
+
     return [
-        f"{path}={value_at(config, path)!r} is not used {entry.why.format_map(config)}."
+        f"{path}={value_at(config, path)!r} is not used {entry.why.format_map(config)}{unset(path)}."
         for entry in IDLE
         if entry.where(config)
         for path in entry.fields

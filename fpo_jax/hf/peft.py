@@ -294,7 +294,11 @@ def _located(directory: Path, config: models.ModelConfig, adapter: models.Adapte
         if tensor.dtype not in load.DTYPES
     ][:1]
     if problems:
-        raise ValueError(f"the adapter in {directory} does not fit this {config.family} model: {'; '.join(problems)}.")
+        base = base_of(directory) or "no base in its adapter_config.json"
+        raise ValueError(
+            f"the adapter in {directory} does not fit this {config.family} model: {'; '.join(problems)}; give the model"
+            f" that it was trained on ({base})."
+        )
     return tensors
 
 

@@ -294,7 +294,11 @@ def _render(encoder: Encoder, conversations: Sequence[Conversation]) -> list[str
     try:
         texts = template_sandbox.render(settings[0], asked, variables=json.loads(settings[1]))
     except template_sandbox.Refused as error:
-        roles = ", ".join(message["role"] for message in conversations[error.index].messages)
+        refused = conversations[error.index]
+        if "tool" not in settings[0] and _speaks_of_tools(refused):  # most fail at a call, which has no content
+            names = [*map(spoken.tool_name, refused.tools or ())]
+            raise Refused(_no_tools(names), "tools_lost") from error
+        roles = ", ".join(message["role"] for message in refused.messages)
         given = f"the chat template refuses a conversation of the turns {roles}: {error}"
         if encoder.format.auto_insert_empty_system:
             given += " (an empty system turn is put first, as data.auto_insert_empty_system says)"
@@ -325,11 +329,26 @@ def _check_tools(template: str, variables: str, conversation: Conversation, text
     missing = [name for tool in conversation.tools if (name := spoken.tool_name(tool)) not in text]
     if text == without or missing:
         named = ", ".join(missing or [spoken.tool_name(tool) for tool in conversation.tools])
-        raise Refused(
-            f"the chat template does not show the model the tools of this row ({named}); give tokenizer.chat_template"
-            " (--chat-template) one that knows tools, or take the column tools away",
-            "tools_lost",
+        raise Refused(_no_tools([named]), "tools_lost")
+
+
+def _speaks_of_tools(conversation: Conversation) -> bool:
+    """Whether a conversation offers tools, calls one or holds what one returned."""
+    said = any(message["role"] == "tool" or spoken.calls(message) for message in conversation.messages)
+    return bool(conversation.tools) or said
+
+
+def _no_tools(names: Sequence[str]) -> str:
+    """Say that a template does not know tools, and what to do; `names` are the row's, none where it only calls."""
+    if not names:
+        return (
+            "the chat template knows no tools, and this row has calls of tools or their results; give"
+            " tokenizer.chat_template (--chat-template) one that knows tools, or leave the row out"
         )
+    return (
+        f"the chat template does not show the model the tools of this row ({', '.join(names)}); give"
+        " tokenizer.chat_template (--chat-template) one that knows tools, or take the column tools away"
+    )
 
 
 def _lost(messages: Sequence[Mapping[str, Any]], text: str) -> Iterator[int]:

@@ -76,11 +76,16 @@ def directory_of(config: configuration.Config) -> Path | None:
     if not config.lora.path:
         return None
     directory = hf.adapter_dir(config.lora.path)
-    if (base := hf.base_of(directory)) and base != config.model.path:
+    if (base := hf.base_of(directory)) and not _same_model(base, config.model.path):
         log.warning(
             "lora.path was trained on %s, by its adapter_config.json; model.path is %s", base, config.model.path
         )
     return directory
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two names are of one model: the same name, or two paths to one directory."""
+    return one == other or (Path(one).is_dir() and Path(one).resolve() == Path(other).resolve())
 
 
 def in_reference(config: configuration.Config) -> bool:

@@ -58,7 +58,8 @@ def keep_source(config: configuration.Config, workdir: Path, inputs: Inputs) -> 
             if example is None:
                 log.info(
                     "no conversation of the data can be compared with what transformers makes of it: all are cut,"
-                    " spell control tokens or hold thoughts; the export goes unchecked"
+                    " spell control tokens, hold thoughts or have completions of several turns; the export goes"
+                    " unchecked"
                 )
             hf.companions.write(inputs.source, inputs.encoder, out_dir=temporary, example=example, tokenizer=tokenizer)
         shutil.rmtree(target, ignore_errors=True)  # of a start that was killed before the workdir became its own

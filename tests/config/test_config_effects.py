@@ -3,6 +3,7 @@
 import pytest
 
 from fpo_jax import config
+from fpo_jax.config import effects
 from fpo_jax.trainer import run_inputs, run_schedule
 from tests import tiny
 
@@ -286,3 +287,12 @@ def test_a_run_without_evaluation_says_so(tmp_path, caplog):
         caplog.clear()
         run_schedule.build(c, run_inputs.prepare(c), devices=1)
         assert ("no evaluation: neither data.eval nor completions.count is set" in caplog.text) == said
+
+
+def test_a_field_that_is_not_used_is_told_with_the_value_that_unsets_it():
+    c = config.default()
+    c.data.rule, c.data.max_completion_length, c.data.max_prompt_length = "raw", 16, None
+    [problem] = effects.idle_problems(c)
+    assert problem.endswith("unset it or use rule='chat' (data.max_prompt_length=1800 is unset).")
+    c.data.max_prompt_length = 1800
+    assert not effects.idle_problems(c)

@@ -252,7 +252,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     tensors = {f"{prefix}.0.self_attn.q_proj.lora_A.weight": np.zeros((2, c.width), np.float32)}
     tensors[f"{prefix}.0.self_attn.v_proj.lora_B.weight"] = np.zeros((4, 3), np.int32)
     safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError) as raised:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "another/base"}')
+    with pytest.raises(ValueError, match=r"; give the model that it was trained on \(another/base\)\.$") as raised:
         hf.check_peft(tmp_path, c, adapter)
     said = str(raised.value)
     assert f"{prefix}.0.self_attn.q_proj.lora_B.weight is missing" in said

@@ -86,6 +86,19 @@ class TestTools:
         with pytest.raises(tokenization.Refused, match=message):
             row_of(toy(TEMPLATE.replace(part, other)), completion)
 
+    @pytest.mark.parametrize(
+        ("tools", "message"),
+        [
+            ([ADD], r"does not show the model the tools of this row \(add\); give tokenizer.chat_template"),
+            ((), r"knows no tools, and this row has calls of tools or their results; give tokenizer.chat_template"),
+        ],
+    )
+    def test_a_template_that_fails_at_a_call_is_one_that_does_not_know_tools(self, tools, message):
+        plain = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        with pytest.raises(tokenization.Refused, match=message) as refused:
+            row_of(toy(plain), SEVERAL, tools=tools)
+        assert refused.value.reason == "tools_lost"
+
     def test_the_same_template_takes_rows_without_tools(self):
         encoder = toy(TEMPLATE.replace("{% if tools %}", "{% if false %}"))
         assert stretches(encoder, row_of(encoder, ANSWER, tools=())).endswith("<|assistant|>⟦Two.<|end|>⟧")

@@ -1,6 +1,9 @@
 """Runs of every kind of adapter: what they say, meshes, resumption, what they start from and export."""
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,7 +14,7 @@ from fpo_jax import checkpoint, hf
 from fpo_jax.distributed import preemption
 from fpo_jax.models import params
 from fpo_jax.perf import flops
-from fpo_jax.trainer import export, metric_logger, run_inputs, run_summary, trainer
+from fpo_jax.trainer import adapters, export, metric_logger, run_inputs, run_summary, trainer
 from tests import tiny, tolerances
 from tests.models import test_lora
 
@@ -122,6 +125,20 @@ def test_the_summary_says_where_it_starts_and_what_the_reference_is(base, adapte
     assert "the reference is the base without that adapter" in summary(
         further(base, adapter, reference__adapter="off", **ONE)
     )
+
+
+@pytest.mark.parametrize("written", ["there", "other"])
+def test_a_base_of_another_name_is_told_and_another_path_to_it_is_not(adapter, tmp_path, monkeypatch, caplog, written):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").symlink_to("there")
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "adapter"
+    shutil.copytree(adapter, own)
+    said = json.loads((own / "adapter_config.json").read_text())
+    base = {"base_model_name_or_path": str(tmp_path / written)}
+    (own / "adapter_config.json").write_text(json.dumps(said | base))
+    adapters.directory_of(tiny.config(Path("here"), tmp_path / "unread", lora__path=str(own)))
+    assert ("lora.path was trained on" in caplog.text) == (written == "other")
 
 
 @pytest.mark.parametrize(
