@@ -37,10 +37,16 @@ def parse(kind: type[_Options], arguments: Sequence[str] | None, *, program: str
             parser.add_argument(f"--{field.name.replace('_', '-')}", action="store_true")
             continue
         required = field.default is dataclasses.MISSING
-        settings |= {"required": True} if required else {"default": field.default, "help": f"default {field.default!r}"}
+        settings |= {"required": True} if required else {"default": field.default, "help": _default(field.default)}
         parser.add_argument(f"--{field.name.replace('_', '-')}", **settings)
     found = vars(parser.parse_args(arguments))
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+
+
+def _default(value: Any) -> str:
+    """Say the default of an option as one would type it; one that is unset has none to say."""
+    typed = " ".join(map(str, value)) if isinstance(value, tuple) else "" if value is None else str(value)
+    return f"default {typed}".replace("%", "%%") if typed else "unset by default"
 
 
 def run(

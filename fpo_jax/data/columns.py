@@ -12,6 +12,7 @@ from fpo_jax.io.jsonl import BadRow
 
 log = logging.getLogger("fpo_jax")
 
+MISSING = "missing or null"  # begins what is said of a row that lacks a column
 NOT_USED = "column_not_used:"  # begins a note; the column's name ends it
 # what other trainers and sets have for the model to see, or weigh a row by
 TELLING = ("system", "system_prompt", "history", "functions", "documents", "chat_template_kwargs", "margin")
@@ -36,9 +37,7 @@ def require(row: Mapping[str, Any], *names: str) -> None:
         BadRow: it does, or the value could not be parsed.
     """
     if missing := [name for name in names if row.get(name) is None]:
-        raise BadRow(
-            f"missing or null: {', '.join(missing)}; wanted {', '.join(names)}; found {', '.join(row) or 'none'}"
-        )
+        raise BadRow(f"{MISSING}: {', '.join(missing)}; wanted {', '.join(names)}; found {', '.join(row) or 'none'}")
     for name in names:
         if isinstance(row[name], BadRow):
             raise row[name]

@@ -176,6 +176,11 @@ def read(
         if writer is not None and len(rows) >= _WRITTEN:
             writer.write(rows, starts)
             rows = []
+    if settled is None and format != "prompts" and count > 1 and _all_lack_columns(problems, count):
+        raise ValueError(
+            f"{problems[0]}, and the first {count} rows are alike: the format {format!r} is not theirs; name another,"
+            " or auto, which looks at the columns."
+        )
     _check_problems(problems, count, on_bad_row)
     columns.warn(described, format, noted)
     if count == 0:
@@ -357,6 +362,11 @@ _PARSERS: dict[str, _Parser] = {
     "prompts": _Parser(_parse_prompts, [("prompt",)]),
 }
 FORMATS = (auto_format.AUTO, *(name for name in _PARSERS if name != "prompts"))  # that one can train on
+
+
+def _all_lack_columns(problems: Sequence[str], count: int) -> bool:
+    """Whether each of the rows that were read lacks a column of the format."""
+    return len(problems) == count and all(f": {columns.MISSING}" in problem for problem in problems)
 
 
 def _check_problems(problems: list[str], count: int, on_bad_row: str) -> None:

@@ -421,6 +421,15 @@ class TestPolicy:
             str(number) for number in range(2, 12)
         ]
 
+    def test_a_named_format_that_no_row_has_is_one_sentence(self, tmp_path):
+        found = "missing or null: messages; wanted messages; found prompt, chosen, rejected"
+        with pytest.raises(
+            ValueError, match=f"d.jsonl:1: {found}, and the first 3 rows are alike: the format 'messages' is"
+        ):
+            read_text(tmp_path, lines(PAIR, PAIR, PAIR), format="messages")
+        with pytest.raises(ValueError, match="rows are bad"):
+            read_text(tmp_path, lines(PAIR, PAIR) + self.BAD, format="messages")
+
     def test_skip_drops_and_counts(self, tmp_path):
         records = read_text(tmp_path, lines(*[PAIR] * 1998) + self.BAD + self.BAD, on_bad_row="skip")
         assert len(records.rows) == 1998 and numbers(records.dropped["bad_row"]) == [1998, 1999]
