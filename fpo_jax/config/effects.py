@@ -127,7 +127,7 @@ def idle_problems(config: Config) -> list[str]:
 
     def unset(path: str) -> str:
         value = value_at(initial, path)
-        return "" if value is None or value in ("", ()) else f" ({path}={value!r} is unset)"
+        return "" if value is None or value in ("", ()) else f" (unset means {path}={value!r})"
 
     return [
         f"{path}={value_at(config, path)!r} is not used {entry.why.format_map(config)}{unset(path)}."

@@ -294,7 +294,7 @@ def _located(directory: Path, config: models.ModelConfig, adapter: models.Adapte
         if tensor.dtype not in load.DTYPES
     ][:1]
     if problems:
-        base = base_of(directory) or "no base in its adapter_config.json"
+        base = base_of(directory) or "its adapter_config.json names none"
         raise ValueError(
             f"the adapter in {directory} does not fit this {config.family} model: {'; '.join(problems)}; give the model"
             f" that it was trained on ({base})."

@@ -293,6 +293,6 @@ def test_a_field_that_is_not_used_is_told_with_the_value_that_unsets_it():
     c = config.default()
     c.data.rule, c.data.max_completion_length, c.data.max_prompt_length = "raw", 16, None
     [problem] = effects.idle_problems(c)
-    assert problem.endswith("unset it or use rule='chat' (data.max_prompt_length=1800 is unset).")
+    assert problem.endswith("unset it or use rule='chat' (unset means data.max_prompt_length=1800).")
     c.data.max_prompt_length = 1800
     assert not effects.idle_problems(c)
