@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -19,7 +20,7 @@ from fpo_jax import models, types
 from fpo_jax.hf import companions, digests, load
 from fpo_jax.hf import hub as directories
 from fpo_jax.io import atomic_io
-from fpo_jax.models import params
+from fpo_jax.models import nf4, params
 
 
 class _Stored:
@@ -31,15 +32,19 @@ class _Stored:
         tensors: dict[tuple[int, ...], load.Place],
         parts: list[Any],
         scale: float,
+        four_bit_axis: int | None,
     ):
         self.shape = entry.shape
         self._entry, self._tensors, self._parts, self._scale = entry, tensors, parts, scale
+        self._four_bit_axis = four_bit_axis
 
     def __getitem__(self, index: tuple[int, ...] | slice) -> np.ndarray:
         place = index if isinstance(index, tuple) else ()
         base = params.from_hf(self._entry, self._tensors[place].mapped(self._entry.disk_shape))
         if isinstance(index, slice):
             return np.array(base[index])
+        if self._four_bit_axis is not None:
+            base = np.asarray(nf4.quantise(jnp.asarray(base), self._four_bit_axis)[...])
         if not self._parts:
             return np.array(base)
         a, b, *magnitude = (np.asarray(part[place], np.float32) for part in self._parts)
@@ -56,6 +61,8 @@ def merged(
 ) -> dict[str, Any]:
     """Return all parameters of the model that base and adapter are together, float32 where there is an adapter.
 
+    What the training held in four bits is rounded to them here too, so that the model is the one that was trained.
+
     Args:
         adapter_params: array-likes of all that was trained: A, B and magnitudes, and what was trained whole.
         base: directory that the training started from.
@@ -71,7 +78,8 @@ def merged(
             continue
         parts = [own[path] for part in "abm" if (path := f"{entry.path}_lora_{part}") in own]
         located = {place: tensors[name] for name, place in entry.tensors()}
-        found[entry.path] = _Stored(entry, located, parts, adapter.scale)
+        axis = params.four_bit_axis(entry, config) if entry.path in adapter.quantised else None
+        found[entry.path] = _Stored(entry, located, parts, adapter.scale, axis)
     return params.nest(found)
 
 

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from numpy.testing import assert_allclose, assert_array_equal
 
 import fpo_jax
 from fpo_jax import config as configuration
 from fpo_jax import hf, models
 from fpo_jax.models import nf4, params
-from fpo_jax.trainer import metric_logger, run_summary
+from fpo_jax.trainer import export, metric_logger, run_summary
 from tests import tiny
 from tests.models import test_lora, test_model
 
@@ -107,6 +108,12 @@ def test_a_run_over_four_bits_is_that_over_the_values_they_stand_for(base, tmp_p
     _, whole = run(base, tmp_path / "whole", model="rounded", lora__use_dora=True)
     assert_allclose(four, whole, rtol=1e-5)
     assert len(set(four)) == len(four) > 2
+    exported = {}
+    for name in ("four", "whole"):
+        export.export(tmp_path / name, tmp_path / f"{name} exported", step=None, dtype="float32")
+        exported[name] = safetensors.numpy.load_file(tmp_path / f"{name} exported" / "model.safetensors")
+    for name, tensor in exported["whole"].items():
+        assert_allclose(exported["four"][name], tensor, rtol=0, atol=2e-5, err_msg=name)
     frozen = params.flatten(trainer._run.steps.state.abstract().frozen)
     held = [leaf for leaf in frozen.values() if isinstance(leaf, nf4.NF4)]
     assert len(held) == 7 and all(not leaf.codes.sharding.is_fully_replicated for leaf in held)
