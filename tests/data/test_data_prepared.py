@@ -95,9 +95,9 @@ class TestRows:
         encoder = tokenization.encoder(tokenizer)
         with pytest.raises(ValueError, match=r"^f:2: the chat template leaves out the text of a turn of role 'system'"):
             data.prepare([good, bad, good], encoder, **CHAT)
-        refused = pair(prompt=[{"role": "tool", "content": "t"}], source="f:3")
+        refused = pair(prompt=[{"role": "critic", "content": "c"}], source="f:3")
         with pytest.raises(
-            ValueError, match=r"^f:3: the chat template refuses a conversation of the turns tool: Gemma"
+            ValueError, match=r"^f:3: the chat template refuses a conversation of the turns critic: Gemma"
         ):
             data.prepare([good, refused], encoder, **CHAT)
         prepared, audit = data.prepare([good, bad, refused, good], encoder, on_bad_row="skip", **CHAT)
