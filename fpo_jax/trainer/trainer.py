@@ -193,6 +193,7 @@ class Trainer:
                     saved = "nothing had been updated" if last is None else f"step {last} is saved"
                     check = functools.partial(run.stop.check, f"{saved}; the same command goes on.")
                     evaluating.evaluate(run, last or 0, check)
+                    check()  # the first step may take minutes to compile
                 self._loop(checkpointer)
                 run.writers.write(total, run.meter.overall(), timing=True)
         log.info("since the start: %s", profiler.shown(run.meter.overall()))

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import shutil
 
 import jax
@@ -40,6 +41,8 @@ def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     tiny.write_model(root / "model", layers=1, vocab_size=264)
     tiny.write_pairs(root / "pairs.jsonl", count=16)
+    rows = [{"prompt": f"{i}: ab?", "completion": f" cd {i}", "label": i % 2 == 0} for i in range(16)]
+    (root / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
@@ -52,6 +55,8 @@ def config(inputs, name, **changed):
     if name in ("sft", "binary_cross_entropy"):
         options["data__group_size"] = 1
         changed = {key: "packed" if value == "shared" else value for key, value in changed.items()}
+    if name == "binary_cross_entropy":
+        options |= {"data__train": str(inputs / "labels.jsonl"), "data__format": "labelled"}
     return tiny.config(inputs / "model", inputs / "pairs.jsonl", **(options | changed))
 
 
@@ -158,7 +163,7 @@ def test_a_state_moves_to_another_mesh_bit_for_bit_and_its_next_loss_is_the_same
         assert [line["step"] for line in lines[mesh]] == [1, 2, 3, 4]
         assert recorder.restored == [saved_state] * len(lines), f"on {mesh} the state is not bitwise the same"
         np.testing.assert_allclose(
-            lines[mesh][2]["loss"], lines[saved][2]["loss"], rtol=tolerances.FLOAT32, err_msg=mesh
+            lines[mesh][2]["loss"], lines[saved][2]["loss"], rtol=tolerances.OTHER_MESH, err_msg=mesh
         )
 
 
