@@ -1,6 +1,6 @@
 # make quickstart   create the environment and run the main job on a task made here (no download of data or weights)
 #                   on a host with an NVIDIA driver JAX for CUDA is installed and used;  ACCELERATOR= keeps to the CPU, ACCELERATOR=tpu
-# make test         the quickstart, then every test, about 17 minutes on two cores;  PYTHON=python3.12 uses another interpreter and environment
+# make test         the quickstart, then every test, 12 to 25 minutes on two cores;  PYTHON=python3.12 uses another interpreter and environment
 # make test-quick   one case of each light test, about two minutes on two cores: while you work
 # make test-all     with every case of the tests that the default suite takes samples of
 # make test-faults   inject faults: flipped bits, full disks, killed runs (minutes)

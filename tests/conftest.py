@@ -77,7 +77,8 @@ LONGEST = (
     "loading", "lora", "pallas_tpu", "passes", "pallas_triton", "meshes", "step", "generate", "generate_parity",
     "rewarding", "winrate", "pipeline", "model", "sample", "trajectory", "prompt_format", "packing", "answering",
     "kernels_sharded", "quickstart", "losses_invariances", "server", "golden_losses", "imdb_pipeline", "kernels",
-    "overrides", "benchmark_kernels", "losses", "kernel_options",
+    "overrides", "benchmark_kernels", "losses", "kernel_options", "eight_bits", "nf4", "adapters", "auto_settings",
+    "replicas", "fp8", "mixture", "extend",
 )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def _leave_out(config, items):
 # What `make test-quick` takes: of two minutes the most tests. Of the folders PROCESSES, whose tests start processes and
 # wait for them, none; of a file of LONGEST, where a test takes ten times as long as elsewhere, so many.
 PROCESSES = ("distributed", "reliability")
-OF_LONGEST = 3
+OF_LONGEST = 1
 
 
 def _keep_quick(config, items):
