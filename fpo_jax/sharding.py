@@ -198,6 +198,13 @@ def batch_sharding(mesh: Mesh, *, stacked: bool) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, RULES["rows"]) if stacked else PartitionSpec(RULES["rows"]))
 
 
+def fitted(place: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """Return a sharding for another shape: along axes that the mesh does not divide the array is whole."""
+    axes = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+    spec = (axis if size % ways(place.mesh, axis) == 0 else None for size, axis in zip(shape, axes, strict=True))
+    return NamedSharding(place.mesh, PartitionSpec(*spec), memory_kind=place.memory_kind)
+
+
 def param_shardings(
     logical_axes: types.PyTree, abstract: types.PyTree, *, mesh: Mesh, rules: Rules = RULES
 ) -> types.PyTree:

@@ -15,7 +15,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from fpo_jax import sharding
 from fpo_jax.models.param_table import Entry, groups
@@ -100,12 +100,10 @@ def quantise_layers(weight: jax.Array, *, axis: int, place: NF4) -> NF4:
 
 def placed(place: NamedSharding, shape: tuple[int, ...], axis: int) -> NF4:
     """Return where codes and scales live: as the matrix, but scales whole along axes that do not divide them."""
-    axes = [*place.spec, *[None] * (len(shape) - len(place.spec))]
 
     def cut(size: int) -> NamedSharding:
         sizes = [*shape]
         sizes[axis] = size
-        fits = [one if n % sharding.ways(place.mesh, one) == 0 else None for n, one in zip(sizes, axes, strict=True)]
-        return NamedSharding(place.mesh, PartitionSpec(*fits), memory_kind=place.memory_kind)
+        return sharding.fitted(place, sizes)
 
     return NF4(cut(shape[axis] // 2), cut(shape[axis] // BLOCK), axis)  # type: ignore[arg-type]

@@ -198,14 +198,7 @@ def _places(moment: types.PyTree, place: jax.sharding.NamedSharding) -> types.Py
     """Where a moment lives: as its parameter; the scales of its blocks too, but along axes that they do not fill."""
     if not eight_bits.holds(moment):
         return place
-    shape = moment.scales.shape
-    axes = [*place.spec, *[None] * (len(shape) - len(place.spec))]
-    cut = [
-        axis if size % sharding.ways(place.mesh, axis) == 0 else None for size, axis in zip(shape, axes, strict=True)
-    ]
-    spec = jax.sharding.PartitionSpec(*cut)
-    scales = jax.sharding.NamedSharding(place.mesh, spec, memory_kind=place.memory_kind)
-    return eight_bits.EightBits(place, scales)
+    return eight_bits.EightBits(place, sharding.fitted(place, moment.scales.shape))
 
 
 def bytes_on_device(tree: types.PyTree) -> int:
