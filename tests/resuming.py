@@ -1,5 +1,7 @@
 """Runs on one device that are stopped and go on, in one process."""
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
@@ -18,13 +20,20 @@ def whole(config, workdir):
 
 def stopped(config, workdir, monkeypatch, *, after, then=None):
     """Run, stop as by a signal during step `after`, and run again to the end, as configured `then` or as before."""
+    with signalled(monkeypatch, after=after):
+        whole(config, workdir)
+    whole(then or config, workdir)
+
+
+@contextlib.contextmanager
+def signalled(monkeypatch, *, after):
+    """Send a signal during step `after` of the run in the body; the run ends with that step saved."""
     begun = [0]
     with monkeypatch.context() as patch:
         patch.setattr(profiler.Trace, "before", lambda self, number: begun.append(number))
         patch.setattr(preemption.StopRequest, "agreed", lambda self: "SIGTERM" if begun[-1] >= after else None)
         with pytest.raises(preemption.Stopped, match=f"saved step {after} of "):
-            whole(config, workdir)
-    whole(then or config, workdir)
+            yield
 
 
 def compile_once(monkeypatch):

@@ -7,10 +7,9 @@ import pytest
 
 from fpo_jax.checkpoint import integrity
 from fpo_jax.configs.pipelines import common
-from fpo_jax.distributed import preemption
 from fpo_jax.eval.pipeline import pipeline, pipeline_report, stages
 from fpo_jax.io import jsonl
-from tests import tiny
+from tests import resuming, tiny
 from tests.paths import REPO, shared_data
 
 RECIPES = sorted(path.stem for path in (REPO / "configs" / "pipelines").glob("*.py") if path.stem != "common")
@@ -116,9 +115,7 @@ def test_a_change_does_again_what_depends_on_it_alone(folder, finished, capsys):
 @pytest.mark.slow
 def test_a_stage_that_is_stopped_goes_on(folder, finished, tmp_path, monkeypatch):
     """A signal in the middle of a training: the stage runs again and resumes from its checkpoint."""
-    answers = iter([None, "SIGTERM"])
-    monkeypatch.setattr(preemption.StopRequest, "agreed", lambda self: next(answers, None))
-    with pytest.raises(preemption.Stopped, match="saved step 1 of 2"):
+    with resuming.signalled(monkeypatch, after=1):
         pipeline.Pipeline(small(folder), tmp_path / "w").run()
     (run,) = (tmp_path / "w").glob("sft-*/run/checkpoints")
     assert integrity.steps(run) == [1]

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 from fpo_jax import checkpoint, hf, models
 from fpo_jax.models import layers, params
 from fpo_jax.trainer import export, metric_logger, run_inputs, trainer
-from tests import tiny, tolerances
+from tests import resuming, tiny, tolerances
 from tests.models import test_model
 
 LORA = {"lora__rank": 3, "lora__alpha": 6.0}
@@ -202,13 +202,8 @@ def test_the_base_is_bit_unchanged_and_both_exports_agree(run, base, tmp_path):
 
 
 def test_a_resumed_run_is_that_of_an_uninterrupted_one(base, run, tmp_path, monkeypatch):
-    from fpo_jax.distributed import preemption
-
-    answers = iter([None, "SIGTERM"])
-    with monkeypatch.context() as patch:
-        patch.setattr(preemption.StopRequest, "agreed", lambda self: next(answers, None))
-        with pytest.raises(preemption.Stopped):
-            trainer.run(config(base), tmp_path / "w")
+    with resuming.signalled(monkeypatch, after=2):
+        trainer.run(config(base), tmp_path / "w")
     trainer.run(config(base), tmp_path / "w")
     ours, theirs = (params.flatten(checkpoint.restore_params(w, None)[0]) for w in (tmp_path / "w", run))
     for path in theirs:

@@ -5,17 +5,15 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
 from fpo_jax import checkpoint, hf
-from fpo_jax.distributed import preemption
 from fpo_jax.models import params
 from fpo_jax.perf import flops
 from fpo_jax.trainer import adapters, export, metric_logger, run_inputs, run_summary, trainer
-from tests import tiny, tolerances
+from tests import resuming, tiny, tolerances
 from tests.models import test_lora
 
 SAVED = ("norm", "lm_head", "embed_tokens")
@@ -172,13 +170,7 @@ def test_a_run_that_is_stopped_on_one_device_is_that_of_eight(base, adapter, sec
 
 def check_stopped(config, whole, workdir, monkeypatch):
     """Compare a run on one device that is stopped after its second step and resumed with one on all devices."""
-    config.mesh.data = config.mesh.fsdp = 1
-    answers = iter([None, "SIGTERM"])
-    with monkeypatch.context() as patch:
-        patch.setattr(preemption.StopRequest, "agreed", lambda self: next(answers, None))
-        with pytest.raises(preemption.Stopped):
-            trainer.run(config, workdir, devices=jax.devices()[:1])
-    trainer.run(config, workdir, devices=jax.devices()[:1])
+    resuming.stopped(config, workdir, monkeypatch, after=2)
     assert [line["step"] for line in lines_of(workdir)] == [line["step"] for line in lines_of(whole)]
     ours, theirs = (params.flatten(checkpoint.restore_params(w, None)[0]) for w in (workdir, whole))
     assert ours.keys() == theirs.keys()
