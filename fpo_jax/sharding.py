@@ -1,8 +1,9 @@
 """One mesh with named axes, and one table from logical axes to mesh axes.
 
 Weights (`models/param_table.py`), batches and activations name their logical axes; `RULES` alone decides where they
-live. Rows are cut over (data, fsdp), weights over fsdp and tensor, and between the matmuls of a tensor-parallel layer
-the residual stream is cut along its positions. The same code runs on one CPU device and on many accelerators.
+live. Rows are cut over (data, fsdp, expert); weights over (fsdp, expert) and tensor, those of experts over expert by
+expert. Between the matmuls of a tensor-parallel layer the residual stream is cut along its positions. The same code
+runs on one CPU device and on many accelerators.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ from fpo_jax.kernels.lm_head import spec as specs
 
 log = logging.getLogger("fpo_jax")
 
-MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 HOST = "pinned_host"  # memory kind of what is kept in the host's memory
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -31,12 +32,13 @@ Rules = Mapping[str, str | tuple[str, ...] | None]
 RULES: Rules = {
     # weights
     "layers": None,
-    "embed": "fsdp",  # D of a weight
+    "embed": ("fsdp", "expert"),  # D of a weight
+    "expert_embed": "fsdp",  # of a weight of experts
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "experts": None,
+    "experts": "expert",
     "vocab": "tensor",
     # batches and activations, which also have heads, kv_heads, head_dim and mlp
     "rows": BATCH_AXES,
@@ -56,6 +58,7 @@ class Preset(NamedTuple):
     fsdp: int
     tensor: int
     gather: str  # a key of GATHER
+    expert: int = 1
 
 
 GATHER = {
@@ -88,7 +91,7 @@ class Layout:
 
     @property
     def _batch_axes(self) -> tuple[str, ...]:
-        return ("fsdp",) if self.within_replica else BATCH_AXES
+        return BATCH_AXES[1:] if self.within_replica else BATCH_AXES
 
     @property
     def on_one_device(self) -> bool:
@@ -121,15 +124,23 @@ class Layout:
         """Where the rows of a batch and the LM head live; None on one device."""
         if self.mesh is None or self.on_one_device:
             return None
-        return specs.Placement(self.mesh, tokens=self._batch_axes, vocab="tensor", width="fsdp")
+        return specs.Placement(self.mesh, tokens=self._batch_axes, vocab="tensor", width=("fsdp", "expert"))
 
 
 ONE_DEVICE = Layout()
-# What `Layout.gather` = "step" makes of the layers' weights: whole over fsdp, still cut over tensor.
-GATHERED_RULES: Rules = {**RULES, "embed": None}
+# What `Layout.gather` = "step" makes of the layers' weights: whole over fsdp, still cut over tensor, and by expert.
+GATHERED_RULES: Rules = {**RULES, "embed": None, "expert_embed": None}
 
 
-def make_layout(*, preset: str, data: int | None, fsdp: int | None, tensor: int | None, devices: Sequence) -> Layout:
+def make_layout(
+    *,
+    preset: str,
+    data: int | None,
+    fsdp: int | None,
+    tensor: int | None,
+    expert: int | None = None,
+    devices: Sequence,
+) -> Layout:
     """Arrange the devices as a preset says; an axis that is given replaces the preset's.
 
     Args:
@@ -137,6 +148,7 @@ def make_layout(*, preset: str, data: int | None, fsdp: int | None, tensor: int 
         data: devices along the axis, -1 = all that remain, None = as the preset.
         fsdp: the same.
         tensor: the same.
+        expert: the same.
         devices: all of them, in the order of jax.devices().
 
     Raises:
@@ -144,24 +156,25 @@ def make_layout(*, preset: str, data: int | None, fsdp: int | None, tensor: int 
     """
     choices.check("mesh.preset", preset, PRESETS)
     base = PRESETS[preset]
-    given = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    given = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     sizes = {axis: getattr(base, axis) if size is None else size for axis, size in given.items()}
     if list(sizes.values()).count(-1) > 1:  # the axis that the user gave takes what remains
         sizes |= {axis: 1 for axis, size in given.items() if size is None and sizes[axis] == -1}
     return Layout(make_mesh(**sizes, devices=devices), base.gather)
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence) -> Mesh:
-    """Arrange the devices as (data, fsdp, tensor); one axis may be -1, meaning all devices that remain.
+def make_mesh(*, data: int, fsdp: int, tensor: int, expert: int = 1, devices: Sequence) -> Mesh:
+    """Arrange the devices as (data, fsdp, expert, tensor); one axis may be -1, meaning all devices that remain.
 
-    Neighbours along `tensor` are the closest devices, then those along `fsdp`: on a TPU slice by its physical links,
-    elsewhere in the order of the devices, which go host by host. TPU slices joined by a network split `data`, or
-    `fsdp` where data does not divide.
+    Neighbours along `tensor` are the closest devices, then along `expert`, then `fsdp`: on a TPU slice by its physical
+    links, elsewhere in the order of the devices, which go host by host. TPU slices joined by a network split `data`,
+    or `fsdp` where data does not divide.
 
     Args:
         data: replicas; PER_HOST = one per host, or per slice where there are several slices.
         fsdp: ways that weights and rows are cut.
         tensor: ways that heads, MLP and vocabulary are cut.
+        expert: ways that the experts of a mixture are spread.
         devices: all of them, in the order of jax.devices().
 
     Raises:
@@ -170,22 +183,27 @@ def make_mesh(*, data: int, fsdp: int, tensor: int, devices: Sequence) -> Mesh:
     if data == PER_HOST:
         slices = {getattr(device, "slice_index", 0) for device in devices}
         data = len(slices) if len(slices) > 1 else len({device.process_index for device in devices})
-    sizes = [data, fsdp, tensor]
+    sizes = [data, fsdp, expert, tensor]
+    asked = _named(sizes)
     known = int(np.prod([size for size in sizes if size != -1]))
     count = len(devices)
     if -1 in sizes:
         if count % known:
             raise ValueError(
-                f"mesh data={data} fsdp={fsdp} tensor={tensor}: {count} devices are not divisible by {known}; choose"
+                f"mesh {asked}: {count} devices are not divisible by {known}; choose"
                 f" axes whose product divides {count}."
             )
         sizes[sizes.index(-1)] = count // known
     elif known != count:
         raise ValueError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {known} devices, {count} are present; set one axis to"
-            " -1 to use all that remain."
+            f"mesh {asked} needs {known} devices, {count} are present; set one axis to -1 to use all that remain."
         )
     return Mesh(_arranged(sizes, devices), MESH_AXES)
+
+
+def described(mesh: Mesh) -> str:
+    """Return the axes with their sizes, for people; `expert` where experts are spread."""
+    return ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if axis != "expert" or size > 1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -194,7 +212,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, *, stacked: bool) -> NamedSharding:
-    """Return the sharding of a Batch leaf: rows (or groups) over (data, fsdp); `stacked` leaves have A in front."""
+    """Return the sharding of a Batch leaf: rows (or groups) over BATCH_AXES; `stacked` leaves have A in front."""
     return NamedSharding(mesh, PartitionSpec(None, RULES["rows"]) if stacked else PartitionSpec(RULES["rows"]))
 
 
@@ -248,11 +266,10 @@ def _arranged(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
         return plain
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        data, fsdp, tensor = sizes
-        across = (slices, 1, 1) if data % slices == 0 else (1, slices, 1)
+        across = (slices, 1, 1, 1) if sizes[0] % slices == 0 else (1, slices, 1, 1)
         if sizes[across.index(slices)] % slices:
             raise ValueError(
-                f"mesh data={data} fsdp={fsdp} tensor={tensor} over {slices} TPU slices: neither data nor fsdp is a"
+                f"mesh {_named(sizes)} over {slices} TPU slices: neither data nor fsdp is a"
                 f" multiple of {slices}; set mesh.data={slices}."
             )
         within = [size // ways for size, ways in zip(sizes, across, strict=True)]
@@ -262,6 +279,13 @@ def _arranged(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
     except (NotImplementedError, AssertionError, ValueError) as error:  # part of a slice has no torus
         log.info("mesh: devices in their given order, not by physical links (%s)", str(error).split("\n")[0])
         return plain
+
+
+def _named(sizes: Sequence[int]) -> str:
+    """Write the axes as a user gives them; `expert` where it is given."""
+    return " ".join(
+        f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if axis != "expert" or size != 1
+    )
 
 
 def ways(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:

@@ -114,11 +114,12 @@ def problems(config: Config) -> list[str]:
     number("kernel.workspace_mib", 1)
     number("kernel.kept_logits_mib", 0)
     number("plan.groups", 1)
-    axes = [config.mesh.data, config.mesh.fsdp, config.mesh.tensor]
-    if any(axis is not None and (axis == 0 or axis < -1) for axis in axes) or axes.count(-1) > 1:
+    axes = {axis: config.mesh[axis] for axis in ("data", "fsdp", "expert", "tensor")}
+    given = [size for size in axes.values() if size is not None]
+    if any(size == 0 or size < -1 for size in given) or given.count(-1) > 1:
         found.append(
-            f"mesh data={axes[0]} fsdp={axes[1]} tensor={axes[2]}: each axis is a number of devices, and at most one is"
-            " -1 (all that remain)."
+            f"mesh {' '.join(f'{axis}={size}' for axis, size in axes.items())}: each axis is a number of devices, and"
+            " at most one is -1 (all that remain)."
         )
     return found + idle_problems(config)
 

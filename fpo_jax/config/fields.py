@@ -445,6 +445,13 @@ FIELDS = (
     Field("mesh.preset", str, "fsdp", "Axes of the mesh; those below replace the preset's.", PRESETS, MACHINE),
     Field("mesh.data", int, None, "Devices along data; -1 = all that remain (at most one axis).", resumes=MACHINE),
     Field("mesh.fsdp", int, None, "Devices along fsdp: parameters are sharded.", resumes=MACHINE),
+    Field(
+        "mesh.expert",
+        int,
+        None,
+        "Devices along expert: as fsdp, but each has experts of its own, to which the tokens are sent.",
+        resumes=MACHINE,
+    ),
     Field("mesh.tensor", int, None, "Devices along tensor: heads and MLPs are sharded.", resumes=MACHINE),
     Field(
         "plan.groups",

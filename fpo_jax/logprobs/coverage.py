@@ -57,7 +57,9 @@ def cells() -> Iterator[Cell]:
     for target, described in TARGETS.items():
         for mesh, sizes in MESHES.items():
             devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
-            placement = specs.Placement(Mesh(devices, ("data", "fsdp", "tensor")), ("data", "fsdp"), "tensor", "fsdp")
+            placement = specs.Placement(
+                Mesh(devices, ("data", "fsdp", "tensor")), ("data", "fsdp"), "tensor", ("fsdp",)
+            )
             choice = select(target=described, shapes=SHAPES, dtype="bfloat16", placement=placement, jax_version=JAX)
             for layout in LAYOUTS:  # completions are told by their slots: which layout it is does not enter
                 yield Cell(target, mesh, layout, choice)

@@ -3,7 +3,8 @@
 config       `ModelConfig`, what one checkpoint says; hf_config reads it from a `config.json` and writes it
 families     a record per family: what its layers are made of, its tensors' names, its config.json
 decoder_layer  the layer of every family, on layers, activations and rope; transformer stacks the layers
-mixture      a mixture of experts as its MLP; routing is where the tokens went, with the load-balancing loss
+mixture      a mixture of experts as its MLP; dispatch sends rows to the devices of their experts, routing is where the
+             tokens went, with the load-balancing loss
 causal_lm    hidden states, prefill and decode, logits, a reward model's scores: functions of plain parameter trees
 param_table  an entry per parameter: shape, axes, initialiser, Hugging Face name; params and lora read it
 kv_cache     what sampling keeps

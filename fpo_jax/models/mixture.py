@@ -6,7 +6,8 @@
 
 Tokens are sorted by their experts and multiplied in groups (`kernels.experts`): M = N T U rows, with U experts of a
 token. No array has an axis of tokens, one of experts and one of D or F, except where there is no grouped product (CPU).
-On a mesh each device sorts the tokens of its own rows and multiplies by its part of F of every expert.
+On a mesh each device sorts the tokens of its own rows and multiplies by its part of F of every expert; along the axis
+`expert` each device has some of the experts, and tokens are sent to those of theirs (`dispatch`).
 Some families have biases, and gate and up in one matrix, or another gating of the two (`activations.GATINGS`).
 """
 
@@ -21,7 +22,7 @@ from jaxtyping import Float, Int
 from fpo_jax import sharding
 from fpo_jax.kernels.experts import grouped_product
 from fpo_jax.kernels.lm_head import spec as specs
-from fpo_jax.models import activations, config, layers
+from fpo_jax.models import activations, config, dispatch, layers
 
 
 class Linear(NamedTuple):
@@ -99,57 +100,54 @@ def apply_experts(
         inwards: gate and up of every expert, [E, D, F] each, or one [E, D, 2, F] that holds both.
         down: [E, F, D], of every expert.
         activation: a key of activations.ACTIVATIONS or GATINGS.
-        layout: where rows and F live on a mesh.
+        layout: where rows, experts and F live on a mesh.
     """
+    mesh, count = layout.mesh, down.matrix.shape[0]
+    alone = mesh is None or layout.on_one_device
+    rows, width = layout.place("rows", x_NTD.shape[0]), layout.place("mlp", down.matrix.shape[1])
 
-    def on_rows(x_NTD, chosen_NTU, weights_NTU, inwards, down, *, has_down_bias: bool | jax.Array = True):
-        used, width = chosen_NTU.shape[-1], x_NTD.shape[-1]
-        chosen_M = chosen_NTU.reshape(-1)
-        order_M = jnp.argsort(chosen_M)
-        expert_M = chosen_M[order_M]
-        sizes_E = jnp.bincount(chosen_M, length=down.matrix.shape[0]).astype(jnp.int32)
-
-        def grouped(
-            rows_MK, linear, *, biased: bool | jax.Array = True
-        ):  # [M, outputs], with axes of outputs side by side
+    def products(matrices, rows_MD, experts_M, sizes_E):
+        def grouped(rows_MK, linear):  # [M, outputs], with axes of outputs side by side
             matrix_EKO = linear.matrix.reshape(*linear.matrix.shape[:2], -1)
-            out_MO = grouped_product.grouped_product(
-                rows_MK, matrix_EKO, sizes_E, implementation=grouped_product.select(rows_MK, matrix_EKO, layout.mesh)
-            )
+            chosen = grouped_product.select(rows_MK, matrix_EKO, mesh)
+            out_MO = grouped_product.grouped_product(rows_MK, matrix_EKO, sizes_E, implementation=chosen)
             if linear.bias is None:
                 return out_MO
             bias_EO = linear.bias.reshape(len(linear.bias), -1)
-            bias_MO = jnp.take(bias_EO, expert_M, axis=0, indices_are_sorted=True).astype(out_MO.dtype)
-            return out_MO + jnp.where(biased, bias_MO, 0)
+            return out_MO + jnp.take(bias_EO, experts_M, axis=0, indices_are_sorted=True).astype(out_MO.dtype)
 
-        sorted_MD = jnp.take(x_NTD.reshape(-1, width), order_M // used, axis=0)
-        parts = [grouped(sorted_MD, linear) for linear in inwards]
+        inwards, down = matrices
+        parts = [grouped(rows_MD, linear) for linear in inwards]
         gate_MF, up_MF = jnp.split(parts[0], 2, axis=-1) if len(parts) == 1 else parts
-        out_MD = grouped(activations.activate(activation, gate_MF, up_MF), down, biased=has_down_bias)
-        back_M = jnp.argsort(order_M)
-        out_NTUD = jnp.take(out_MD, back_M, axis=0, unique_indices=True).reshape(*chosen_NTU.shape, width)
-        weighted_NTUD = out_NTUD.astype(jnp.float32) * weights_NTU[..., None]
-        return jnp.sum(weighted_NTUD, axis=-2).astype(x_NTD.dtype)
+        return grouped(activations.activate(activation, gate_MF, up_MF), down)
+
+    def summed(x_NTD, chosen_NTU, weights_NTU, *matrices):
+        tokens = (x_NTD.reshape(-1, x_NTD.shape[-1]), *(a.reshape(-1, a.shape[-1]) for a in (chosen_NTU, weights_NTU)))
+        if alone or layout.ways("experts") == 1:
+            out_SD = dispatch.local(products, *tokens, matrices, count)
+        else:
+            out_SD = dispatch.exchanged(products, *tokens, matrices, count, axis="expert", agree=mesh.axis_names)
+        return out_SD.reshape(x_NTD.shape).astype(x_NTD.dtype)
 
     operands = (x_NTD, chosen_NTU, weights_NTU, inwards, down)
-    if layout.mesh is None or layout.on_one_device:
-        return on_rows(*operands)
-    rows, width = layout.place("rows", x_NTD.shape[0]), layout.place("mlp", down.matrix.shape[1])
+    if alone:
+        return summed(*operands)
 
-    def on_device(*operands):
+    def on_device(x_NTD, chosen_NTU, weights_NTU, inwards, down):
         if width is None:
-            return on_rows(*operands)
-        first = jax.lax.axis_index(width) == 0  # of the devices whose parts are added up, one adds what has no F
-        return jax.lax.psum(on_rows(*operands, has_down_bias=first), width)
+            return summed(x_NTD, chosen_NTU, weights_NTU, inwards, down)
+        if down.bias is not None:  # of the devices whose parts are added up, one adds what has no F
+            down = down._replace(bias=jnp.where(jax.lax.axis_index(width) == 0, down.bias, 0))
+        return jax.lax.psum(summed(x_NTD, chosen_NTU, weights_NTU, inwards, down), width)
 
     def placed(linear, *, inputs=None, outputs=None):  # the last axis of outputs is the one that is cut
-        others = [None] * (linear.matrix.ndim - 3)
-        return Linear._make([PartitionSpec(None, inputs, *others, outputs), PartitionSpec(None, *others, outputs)])
+        expert, others = layout.place("experts", count), [None] * (linear.matrix.ndim - 3)
+        return Linear._make([PartitionSpec(expert, inputs, *others, outputs), PartitionSpec(expert, *others, outputs)])
 
     of_rows = PartitionSpec(rows, None, None)
     return jax.shard_map(
         on_device,
-        **specs.mesh_or_rest(layout.mesh),
+        **specs.mesh_or_rest(mesh),
         in_specs=(
             of_rows,
             of_rows,

@@ -22,9 +22,10 @@ AXES = {
     "C": "head_dim",
     "F": "mlp",
     "S": "mlp",
-    "E": "experts",
     "V": "vocab",
-}  # P, learned positions, is whole on every device, and J, heads of queries, keys and values in a row
+}
+OF_EXPERTS = {"E": "experts", "D": "expert_embed"}  # of what each expert has for itself
+# P, learned positions, and E of the router are whole on every device, and J, heads of queries, keys and values in a row
 _NO_PARENTHESES = str.maketrans("", "", "()")
 _OF_ATTENTION = ("query", "key", "value", "qkv", "out")  # matrices; the others are the MLP's
 
@@ -231,4 +232,5 @@ def _head(config: ModelConfig) -> list[Entry]:
 def _logical_axes(entry: Entry) -> tuple[str | None, ...]:
     """Name the axes; a vector over D stays whole, since cutting a few KiB saves nothing and costs a collective."""
     vector = len(entry.letters.removeprefix("L")) == 1
-    return tuple(None if vector and letter == "D" else AXES.get(letter) for letter in entry.letters)
+    axes = AXES | OF_EXPERTS if entry.routed else AXES
+    return tuple(None if vector and letter == "D" else axes.get(letter) for letter in entry.letters)

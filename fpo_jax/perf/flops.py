@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.extend import core
+from jax.sharding import Mesh
 
 from fpo_jax import models
-from fpo_jax.models import params
+from fpo_jax.models import dispatch, params
 
 
 class Work(NamedTuple):
@@ -68,6 +69,17 @@ def layer_weights(config: models.ModelConfig) -> int:
     return sum(params.met(entry, config) for entry in params.entries(config) if entry.stacked and entry.decay)
 
 
+def weights_on_a_device(config: models.ModelConfig, mesh: Mesh) -> tuple[float, float]:
+    """Return how many weights of the layers' matrices a device multiplies by: those of all tokens, and of experts.
+
+    They are what it holds once what is cut over `fsdp` is gathered.
+    """
+    matrices = [entry for entry in params.entries(config) if entry.stacked and entry.decay]
+    shared, routed = (sum(entry.size for entry in matrices if entry.routed is kind) for kind in (False, True))
+    tensor = mesh.shape["tensor"]
+    return shared / tensor, routed / tensor / mesh.shape["expert"]
+
+
 def forward(config: models.ModelConfig, done: Work) -> int:
     """Return the operations of a forward pass to the log-probs, such as the reference pass.
 
@@ -111,7 +123,8 @@ def traced(jaxpr: core.Jaxpr, *, sliding_window: Window = None, fp8: bool = Fals
     """Return the operations of a program over all its devices, from its jaxpr.
 
     The body of a scan counts as often as it runs; what `jax.checkpoint` recomputes stands in the jaxpr; the body of a
-    shard_map counts once per device. Kernels are opaque and count by KERNELS.
+    shard_map counts once per device. Kernels are opaque and count by KERNELS. Where the rows of a mixture of experts
+    are sent to devices, an even share of them counts in the first round, and none in further ones.
 
     Args:
         jaxpr: of the whole program, after differentiation (`jitted.trace(...).jaxpr`).
@@ -137,10 +150,14 @@ def _equation(equation: core.JaxprEqn, window: Window, fp8: bool) -> int:
         return 0 if fp8 else _grouped_product(equation)
     if name in _OPAQUE:
         return 0 if fp8 else _kernel(called or name, equation, window)
+    if called in dispatch.SELDOM:
+        return 0
     inner = [traced(nested, sliding_window=window, fp8=fp8) for nested in _nested(list(equation.params.values()))]
     if name == "cond":
         return max(inner)
     total = sum(inner)
+    if called == dispatch.ROUND:
+        return round(total / dispatch.ROOM)
     if name == "while" and total:
         raise ValueError("a matrix product inside a while loop: how often it runs is unknown; use lax.scan.")
     if name == "scan":

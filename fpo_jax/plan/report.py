@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fpo_jax import sharding
 from fpo_jax.io import terminal
 from fpo_jax.models import params
 from fpo_jax.perf import flops, hardware
@@ -38,7 +39,6 @@ def text(
 def _run(target: str, outcome: Outcome) -> str:
     config, sizes, mesh = outcome.config, outcome.sizes, outcome.layout.mesh
     assert mesh is not None
-    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     rows = _rows(outcome)
     model_config = sizes.blueprint.model_config
     count = f"{params.count(model_config):,} parameters"
@@ -46,7 +46,7 @@ def _run(target: str, outcome: Outcome) -> str:
     shape = sizes.train_step
     filled = "" if sizes.filled == 1 else f" in the largest, {sizes.filled:.0%} of them in the mean"
     lines = [
-        f"plan for {target}: {mesh.size} x {mesh.devices.flat[0].device_kind}; mesh {axes}",
+        f"plan for {target}: {mesh.size} x {mesh.devices.flat[0].device_kind}; mesh {sharding.described(mesh)}",
         f"model: {config.model.path}, {count} in {config.model.param_dtype}, computed in"
         f" {config.model.compute_dtype}; remat {config.model.remat}",
         f"step: {config.train.batch_size} groups x {config.data.group_size} "

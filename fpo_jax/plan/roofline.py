@@ -79,11 +79,8 @@ def memory_traffic(outcome: Outcome) -> int:
     """Return the bytes that a step moves through a device's memory at least: no activations."""
     assert outcome.layout.mesh is not None
     config, model_config = outcome.config, outcome.sizes.blueprint.model_config
-    weights = (
-        flops.layer_weights(model_config)
-        * jax.numpy.dtype(config.model.compute_dtype).itemsize
-        // outcome.layout.mesh.shape["tensor"]
-    )
+    itemsize = jax.numpy.dtype(config.model.compute_dtype).itemsize
+    weights = itemsize * sum(flops.weights_on_a_device(model_config, outcome.layout.mesh))
     passes = 3 if config.model.remat == "none" else 4  # forward, again, and two products per weight backward
     per_micro_batch = passes * weights + 2 * outcome.gradients
     micro_batches = outcome.accumulation * outcome.sizes.filled

@@ -22,7 +22,7 @@ import numpy as np
 from fpo_jax import attention, data, losses, models, sharding, types
 from fpo_jax import config as configuration
 from fpo_jax.data import group_packing
-from fpo_jax.models import params
+from fpo_jax.models import dispatch, params
 from fpo_jax.perf import flops, hardware
 from fpo_jax.trainer import (
     adapters,
@@ -319,7 +319,7 @@ class _Search:
         """
         mesh, model, rates, remat = self._layout.mesh, self._facts.model_config, self._rates, config.model.remat
         assert mesh is not None
-        adapted, fsdp, everything = self._adapter is not None, mesh.shape["fsdp"], remat in ("full", "offload")
+        adapted, everything = self._adapter is not None, remat in ("full", "offload")
         again = flops.Work(shape.work.tokens * everything, shape.work.pairs * (everything or remat == "dots"), 0)
         extra = self._facts.loss.needs_batch_kl
         operations = flops.train_step(model, shape.work, extra_forward=extra, adapter=self._adapter)
@@ -328,13 +328,18 @@ class _Search:
         if config.model.matmul_dtype == "fp8":
             fp8 = 2 * flops.layer_weights(model) * ((3 - adapted + extra) * shape.work.tokens + again.tokens)
         compute = rates.seconds(operations, fp8=fp8) / mesh.size / self._reached
-        weights = flops.layer_weights(model) * jnp.dtype(config.model.compute_dtype).itemsize / mesh.shape["tensor"]
-        reads = weights * (3 + everything)  # forward, again, and two products backward
+        itemsize, expert = jnp.dtype(config.model.compute_dtype).itemsize, mesh.shape["expert"]
+        dense, routed = (itemsize * count for count in flops.weights_on_a_device(model, mesh))
+        reads = (dense + routed) * (3 + everything)  # forward, again, and two products backward
         sums = 2 * self._gradients if shape.passes > 1 else 0
         traffic = shape.passes * (reads + sums + 2 * written) / rates.bandwidth
-        sent = 2 * weights * (shape.passes if self._layout.gather == "layer" else 1)  # gathered forward and backward
-        sent += 0 if adapted else 2 * weights * shape.passes  # gradients, scattered in float32
-        links = sent * (fsdp - 1) / fsdp / rates.link
+        gathers = 2 * (shape.passes if self._layout.gather == "layer" else 1)  # forward and backward
+        gathers += 0 if adapted else 2 * shape.passes  # gradients, scattered in float32
+        whole = mesh.shape["fsdp"] * expert
+        sent = gathers * (dense * (1 - 1 / whole) + routed * (1 - 1 / mesh.shape["fsdp"]))
+        rows = shape.work.tokens / self._layout.data_parallel_degree * model.experts_per_token * model.layers
+        sent += (4 + 2 * everything) * rows * model.width * itemsize * dispatch.ROOM * (1 - 1 / expert)
+        links = sent / rates.link
         return compute + traffic + max(0.0, links - compute)
 
     def _head_product(self, shape: StepShape) -> float:

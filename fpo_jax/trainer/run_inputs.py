@@ -174,6 +174,11 @@ def read_model(config: configuration.Config, source: Path) -> models.ModelConfig
             f"model.router_aux_weight={config.model.router_aux_weight} is not used by {source}, which has no experts;"
             " unset it."
         )
+    if (config.mesh.expert or 1) != 1 and not model_config.experts:
+        raise ValueError(
+            f"mesh.expert={config.mesh.expert} is not used by {source}, which has no experts; give the devices to"
+            " mesh.fsdp."
+        )
     if model_config.experts and config.model.matmul_dtype == "fp8":
         raise ValueError(
             f"{source} is a mixture of experts, whose grouped products are not done in 8 bits; unset"

@@ -9,7 +9,7 @@ import textwrap
 from typing import Any
 
 from fpo_jax import config as configuration
-from fpo_jax import data, distributed, losses
+from fpo_jax import data, distributed, losses, sharding
 from fpo_jax.data import group_packing
 from fpo_jax.distributed import watchdog
 from fpo_jax.io import terminal
@@ -100,9 +100,8 @@ def _example(sample: str) -> str:
 
 def _mesh_in_words(compiled: steps.Steps) -> str:
     mesh = compiled.mesh
-    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     processes = "" if distributed.process_count() == 1 else f" of {distributed.process_count()} processes"
-    return f"mesh: {shape} over {mesh.size} {mesh.devices.flat[0].device_kind} devices{processes}"
+    return f"mesh: {sharding.described(mesh)} over {mesh.size} {mesh.devices.flat[0].device_kind} devices{processes}"
 
 
 def _log_details(

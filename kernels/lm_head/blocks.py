@@ -211,7 +211,7 @@ def on_mesh(function: Callable, args: tuple, spec: specs.HeadSpec, *, in_specs, 
 
 
 def _operand_specs(axes: specs.Axes):
-    return PartitionSpec(axes.tokens, None), PartitionSpec(axes.vocab, axes.width)
+    return PartitionSpec(axes.tokens, None), PartitionSpec(axes.vocab, axes.width or None)
 
 
 def _product_on_device(hidden_ND, head_VD, *, spec: specs.HeadSpec) -> jax.Array:
@@ -272,7 +272,7 @@ def _scan_head(hidden_MD, targets_M, *, head_VD, share, blocks, spec, block_of):
         return of_block(None, 0, fetch(0))
     nothing = nothing_of(jax.eval_shape(of_block, None, 0, jax.eval_shape(fetch, 0)))
     order = np.arange(blocks.vocab_count, dtype=np.int32)
-    return head_blocks.walk(of_block, fetch, nothing, order, ahead=specs.axes(spec).width is not None)
+    return head_blocks.walk(of_block, fetch, nothing, order, ahead=bool(specs.axes(spec).width))
 
 
 def nothing_of(shapes):
@@ -350,7 +350,7 @@ def _backward_on_device(hidden_ND, head_VD, targets_N, raw_NV, lse_N, dtarget_N,
     fetch = functools.partial(head_blocks.fetch, head_VD, share=share, blocks=blocks, dtype=operand, spec=spec)
     order, ahead = (
         np.arange(blocks.vocab_count, dtype=np.int32)[::-1],
-        axes.width is not None and blocks.vocab_count > 1,
+        bool(axes.width) and blocks.vocab_count > 1,
     )
     carry: tuple = (jnp.zeros_like(hidden_ND, accumulator), jnp.zeros_like(head_VD))
     if ahead:  # a first block of zeros, where the last one will be written

@@ -58,7 +58,7 @@ def kept_tiles(tokens: int, head_rows: int, width: int, head_dtype, dtype, *, sp
     accumulator, operand = specs.accumulator_dtype(dtype), jnp.dtype(dtype)
     axes, limits = specs.axes(spec), (limit, spec.kept_bytes, 0 if spec.placement else spec.workspace_bytes)
     beside = accumulator if spec.softcap else operand
-    copied, gathered = head_dtype != operand or axes.width, axes.width is not None
+    copied, gathered = head_dtype != operand or axes.width, bool(axes.width)
     summed = head_dtype != accumulator or len(axes.tokens) > 0
     of_row = max(
         tokens * (accumulator.itemsize + beside.itemsize) + width * gathered * operand.itemsize,

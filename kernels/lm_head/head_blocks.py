@@ -84,5 +84,5 @@ def sum_over_tokens(dhead_WD, axes: specs.Axes):
     """Add up what the devices' tokens contribute to a block of dhead; each keeps its columns."""
     if axes.width:
         dhead_WD = lax.psum_scatter(dhead_WD, axes.width, scatter_dimension=1, tiled=True)
-    others = tuple(axis for axis in axes.tokens if axis != axes.width)
+    others = tuple(axis for axis in axes.tokens if axis not in axes.width)
     return lax.psum(dhead_WD, others) if others else dhead_WD

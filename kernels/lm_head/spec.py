@@ -47,7 +47,7 @@ class Placement:
         mesh: all its axes are used; the operands are replicated over those not named here.
         tokens: axes that the N tokens are cut over (data parallelism), in order.
         vocab: axis that the V rows of the head are cut over (tensor parallelism); None for none. Not one of `tokens`.
-        width: axis that the D columns of the head are cut over (FSDP); None for none. One of `tokens`.
+        width: axes that the D columns of the head are cut over (FSDP), in order; all of them in `tokens`.
 
     Raises:
         ValueError: axes that the mesh does not have, or that cannot be combined.
@@ -56,10 +56,10 @@ class Placement:
     mesh: Mesh
     tokens: tuple[str, ...]
     vocab: str | None = None
-    width: str | None = None
+    width: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for axis in (*self.tokens, self.vocab, self.width):
+        for axis in (*self.tokens, self.vocab, *self.width):
             if axis is not None and axis not in self.mesh.shape:
                 raise ValueError(f"mesh axis {axis!r} does not exist; use one of {', '.join(self.mesh.shape)}")
         if self.vocab is not None and self.vocab in self.tokens:
@@ -67,19 +67,19 @@ class Placement:
                 f"mesh axis {self.vocab!r} cuts both tokens and vocabulary, so that no device could score a token"
                 " against all entries; use an axis of its own for the vocabulary"
             )
-        if self.width is not None and self.width not in self.tokens:
+        if not set(self.width) <= set(self.tokens):
             raise ValueError(
-                f"mesh axis {self.width!r} cuts the width of the head but not the tokens {self.tokens}; its devices"
-                " would repeat each other's work: add it to tokens, or use None"
+                f"mesh axes {self.width} cut the width of the head and not all of them the tokens {self.tokens}; their"
+                " devices would repeat each other's work: add them to tokens, or use ()"
             )
 
 
 class Axes(NamedTuple):
-    """The axes of a Placement that more than one device lies along; None, and () for tokens, where there is none."""
+    """The axes of a Placement that more than one device lies along; None for vocab where there is none, else ()."""
 
     tokens: tuple[str, ...]
     vocab: str | None
-    width: str | None
+    width: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +149,10 @@ class HeadSpec:
 def axes(spec: HeadSpec) -> Axes:
     """Return the axes of the placement that cut something."""
     if spec.placement is None:
-        return Axes((), None, None)
+        return Axes((), None, ())
     place, sizes = spec.placement, spec.placement.mesh.shape
-    vocab, width = (axis if axis and sizes[axis] > 1 else None for axis in (place.vocab, place.width))
-    return Axes(tuple(axis for axis in place.tokens if sizes[axis] > 1), vocab, width)
+    tokens, width = (tuple(axis for axis in axes if sizes[axis] > 1) for axes in (place.tokens, place.width))
+    return Axes(tokens, place.vocab if place.vocab and sizes[place.vocab] > 1 else None, width)
 
 
 def mesh_or_rest(mesh: Mesh) -> dict[str, Any]:

@@ -284,7 +284,7 @@ def test_padding_changes_nothing_and_gets_no_gradient(implementation, options, s
 
 def layout(data, fsdp, tensor):
     devices = jax.devices()[: data * fsdp * tensor]
-    return sharding.Layout(Mesh(np.array(devices).reshape(data, fsdp, tensor), sharding.MESH_AXES))
+    return sharding.Layout(Mesh(np.array(devices).reshape(data, fsdp, 1, tensor), sharding.MESH_AXES))
 
 
 # (data, fsdp, tensor), query heads, key/value heads

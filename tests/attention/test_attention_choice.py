@@ -184,7 +184,7 @@ def test_a_request_that_cannot_run_is_refused(requested, facts, message):
 
 
 def test_heads_on_a_mesh():
-    mesh = Mesh(np.array(jax.devices()[:8]).reshape(1, 2, 4), sharding.MESH_AXES)
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(1, 2, 1, 4), sharding.MESH_AXES)
     layout = sharding.Layout(mesh)
     assert "key/value" not in select("auto", layout=layout).reason
     assert "2 key/value heads are whole on each of 4 devices" in select("auto", kv_heads=2, layout=layout).reason

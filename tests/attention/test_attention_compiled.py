@@ -41,7 +41,7 @@ def needs_cudnn(target):
 
 def make_layout(target, sizes):
     devices = list(hardware.mesh(target).devices.flat)[: np.prod(sizes)]
-    return sharding.Layout(Mesh(np.array(devices).reshape(sizes), sharding.MESH_AXES))
+    return sharding.Layout(Mesh(np.array(devices).reshape(*sizes[:2], 1, sizes[2]), sharding.MESH_AXES))
 
 
 def program(target, sizes=(1, 1, 1), *, dtype="bfloat16", N=4, T=2048, H=8, G=2, C=128, **options):

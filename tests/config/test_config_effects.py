@@ -141,6 +141,7 @@ FIELDS = {
     "mesh.data": ALWAYS,
     "mesh.fsdp": ALWAYS,
     "mesh.tensor": ALWAYS,
+    "mesh.expert": CHECKED + "a model without experts (tests/models/test_mixture.py)",
     "plan.groups": SHARED + "`fpo plan` alone reads it, and a run may be planned before it is made",
     "logging.tensorboard": ALWAYS,
     "logging.wandb_project": ALWAYS,

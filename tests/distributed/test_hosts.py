@@ -286,7 +286,7 @@ found = refusal(distributed.check_shared, workdir / str(index // 2))
 assert found[0].startswith(f"process 2: {workdir / '1'} is not the folder that process 0 has"), found
 heard = []
 with preemption.StopRequest() as stop:
-    stop.connect(Mesh(np.array(jax.devices()).reshape(3, 1, 1), sharding.MESH_AXES))
+    stop.connect(Mesh(np.array(jax.devices()).reshape(3, 1, 1, 1), sharding.MESH_AXES))
     for call in range(4):
         if index == 1 and call == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -308,7 +308,7 @@ from jax.sharding import Mesh
 from fpo_jax import config, sharding
 from fpo_jax.trainer import device_batch, train_step
 from tests.batches import random_batch
-mesh = Mesh(np.array(jax.devices())[[0, 2, 3, 1]].reshape(2, 2, 1), sharding.MESH_AXES)
+mesh = Mesh(np.array(jax.devices())[[0, 2, 3, 1]].reshape(2, 2, 1, 1), sharding.MESH_AXES)
 one = device_batch.BatchSharding(config.default(), sharding.Layout(mesh))
 assert one._blocks == device_batch.held_blocks(mesh, process=index) == [[0, 3], [1, 2]][index]
 whole = random_batch(groups=24, completions=3, length=11, vocab=50)
@@ -600,7 +600,8 @@ class FakeDevice:
 def fake_mesh(processes):
     """(data, fsdp, tensor) = the shape of the array of process numbers."""
     devices = [FakeDevice(index, process) for index, process in enumerate(np.ravel(processes))]
-    return Mesh(np.array(devices, object).reshape(np.shape(processes)), sharding.MESH_AXES)
+    data, fsdp, tensor = np.shape(processes)
+    return Mesh(np.array(devices, object).reshape(data, fsdp, 1, tensor), sharding.MESH_AXES)
 
 
 class TestBlocks:

@@ -59,7 +59,7 @@ def source_of(folder, config, dtype="bfloat16", shard_bytes=10_000):
 
 def places_of(config, mesh):
     devices = jax.devices()[: math.prod(mesh)]
-    grid = sharding.make_mesh(**dict(zip(sharding.MESH_AXES, mesh, strict=True)), devices=devices)
+    grid = sharding.make_mesh(**dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)), devices=devices)
     return params.shardings(config, mesh=grid)
 
 

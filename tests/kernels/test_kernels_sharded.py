@@ -15,8 +15,15 @@ from fpo_jax.kernels.lm_head.spec import HeadSpec, Placement
 from tests import jaxpr_tools, tolerances
 from tests.kernels import test_kernels
 
-AXES = ("data", "fsdp", "tensor")
-MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 8), "all": (2, 2, 2), "fsdp and tensor": (1, 4, 2)}
+AXES = ("data", "fsdp", "expert", "tensor")
+MESHES = {
+    "data": (8, 1, 1, 1),
+    "fsdp": (1, 8, 1, 1),
+    "tensor": (1, 1, 1, 8),
+    "all": (2, 2, 1, 2),
+    "fsdp and expert": (1, 2, 4, 1),
+    "fsdp, expert and tensor": (1, 2, 2, 2),
+}
 ENGINES = {
     "chunked": chunked.token_stats,
     "pallas_tpu": pallas_tpu.token_stats,
@@ -26,7 +33,7 @@ ENGINES = {
 
 def placed(sizes):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(sizes), AXES)
-    return Placement(mesh, tokens=("data", "fsdp"), vocab="tensor", width="fsdp")
+    return Placement(mesh, tokens=("data", "fsdp", "expert"), vocab="tensor", width=("fsdp", "expert"))
 
 
 def put(args, placement):
@@ -51,7 +58,7 @@ def test_placements_equal_one_device(name, mesh):
     spec = dataclasses.replace(spec, interpret=name != "chunked")
     args = test_kernels.inputs(1256, tokens=40, width=16 if name == "pallas_triton" else 24, vocab_size=1203)
     results = test_kernels.run(ENGINES[name], *put(args, spec.placement), spec=spec)
-    assert results[2].sharding.is_equivalent_to(NamedSharding(spec.placement.mesh, P("tensor", "fsdp")), 2)
+    assert results[2].sharding.is_equivalent_to(NamedSharding(spec.placement.mesh, P("tensor", ("fsdp", "expert"))), 2)
     expected = test_kernels.oracle(*args, spec=spec)
     test_kernels.assert_matches_oracle(
         results, expected, values=tolerances.KERNEL_VALUE, gradients=tolerances.KERNEL_GRADIENT_F32
@@ -125,15 +132,15 @@ def test_reference_ignores_no_placement():
     )
 
 
-MESH = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 2), AXES)
+MESH = Mesh(np.array(jax.devices()[:8]).reshape(2, 2, 1, 2), AXES)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tokens": ("rows",)}, "mesh axis 'rows' does not exist; use one of data, fsdp, tensor"),
+        ({"tokens": ("rows",)}, "mesh axis 'rows' does not exist; use one of data, fsdp, expert, tensor"),
         ({"tokens": ("data",), "vocab": "data"}, "mesh axis 'data' cuts both tokens and vocabulary"),
-        ({"tokens": ("data",), "width": "fsdp"}, "mesh axis 'fsdp' cuts the width of the head but not the tokens"),
+        ({"tokens": ("data",), "width": ("data", "fsdp")}, "cut the width of the head and not all of them the tokens"),
     ],
     ids=str,
 )
@@ -147,19 +154,19 @@ def test_placement_refuses_axes_that_do_not_fit(options, message):
     [
         ({"tokens": 38}, r"38 tokens are not divisible by the 4 devices along \('data', 'fsdp'\); use a multiple of 4"),
         ({"V": 1257}, "1257 rows of the head are not divisible by the 2 devices along 'tensor'"),
-        ({"width": 25}, "25 columns of the head are not divisible by the 2 devices along 'fsdp'"),
+        ({"width": 25}, r"25 columns of the head are not divisible by the 2 devices along \('fsdp',\)"),
     ],
     ids=str,
 )
 def test_sizes_that_the_mesh_does_not_divide_are_refused(shapes, message):
     hidden_ND, head_VD, targets_N, _ = test_kernels.inputs(**{"V": 1256, "tokens": 40, "width": 24, **shapes})
     with pytest.raises(ValueError, match=message):
-        chunked.token_stats(hidden_ND, head_VD, targets_N, spec=HeadSpec(placement=placed((2, 2, 2))))
+        chunked.token_stats(hidden_ND, head_VD, targets_N, spec=HeadSpec(placement=placed((2, 2, 1, 2))))
 
 
 def test_placements_with_one_device_cut_nothing():
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
-    spec = HeadSpec(placement=Placement(mesh, ("data", "fsdp"), "tensor", "fsdp"), vocab_block=128)
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
+    spec = HeadSpec(placement=Placement(mesh, ("data", "fsdp"), "tensor", ("fsdp",)), vocab_block=128)
     args = test_kernels.inputs(257)
     results = test_kernels.run(chunked.token_stats, *args, spec=spec)
     alone = test_kernels.run(chunked.token_stats, *args, spec=HeadSpec(vocab_block=128))

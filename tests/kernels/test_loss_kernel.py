@@ -41,7 +41,7 @@ def placement_of(name: str) -> Placement | None:
     if sizes is None:
         return None
     mesh = Mesh(np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes), ("data", "fsdp", "tensor"))
-    return Placement(mesh, ("data", "fsdp"), "tensor", "fsdp")
+    return Placement(mesh, ("data", "fsdp"), "tensor", ("fsdp",))
 
 
 def inputs(groups_of_row: int, *, seed=0):

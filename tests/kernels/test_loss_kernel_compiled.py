@@ -31,7 +31,7 @@ def compiler(request):
 def place(target, devices):
     """Mesh, placement of a head that is cut over its width, and engine."""
     mesh = Mesh(hardware.mesh(target, devices=devices).devices.reshape(1, devices, 1), ("data", "fsdp", "tensor"))
-    placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp") if devices > 1 else None
+    placement = Placement(mesh, ("data", "fsdp"), "tensor", ("fsdp",)) if devices > 1 else None
     return mesh, placement, logprobs.ENGINES["pallas_tpu" if "-" in target else "pallas_gpu"]
 
 

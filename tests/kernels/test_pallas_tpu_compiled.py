@@ -82,7 +82,7 @@ def test_a_cut_head_is_streamed(kernel, axes, limit):
     """
     devices = hardware.mesh("v5e-8").devices
     mesh = Mesh(np.reshape(devices, axes), ("data", "fsdp", "tensor"))
-    placement = Placement(mesh, ("data", "fsdp"), "tensor", "fsdp")
+    placement = Placement(mesh, ("data", "fsdp"), "tensor", ("fsdp",))
     rows = N * axes[0] * axes[1]
 
     def put(shape, dtype, *names):

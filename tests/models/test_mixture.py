@@ -294,14 +294,23 @@ def test_the_objective_has_the_loss_with_its_weight_and_the_mean_of_the_micro_ba
 @pytest.mark.sampled(2)
 @pytest.mark.slow  # compiles for eight virtual devices
 @pytest.mark.parametrize(
-    ("config", "data", "fsdp", "tensor"),
-    [(MIXTRAL, 2, 2, 2), (MIXTRAL, 2, 4, 1), (GPT_OSS, 2, 2, 2), (MIXTRAL, 1, 8, 1)],
-    ids=["all axes", "replicas", "gpt_oss", "fsdp"],
+    ("config", "steps", "sizes"),
+    [
+        (MIXTRAL, 2, (2, 2, 1, 2)),
+        (MIXTRAL, 2, (2, 4, 1, 1)),
+        (GPT_OSS, 2, (2, 2, 1, 2)),
+        (MIXTRAL, 2, (1, 8, 1, 1)),
+        (MIXTRAL, 20, (1, 2, 4, 1)),
+        (MIXTRAL, 2, (2, 2, 2, 1)),
+        (GPT_OSS, 2, (1, 2, 2, 2)),
+    ],
+    ids=["data, fsdp, tensor", "replicas", "gpt_oss", "fsdp", "experts", "replicas, experts", "gpt_oss, experts"],
 )
-def test_any_mesh_gives_the_same_steps(config, data, fsdp, tensor):
-    mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=jax.devices())
-    alone, numbers = stepped(batch_of(), config=config)
-    found, theirs = stepped(batch_of(), config=config, mesh=mesh, layout=sharding.Layout(mesh))
+def test_any_mesh_gives_the_same_steps(config, steps, sizes):
+    axes = dict(zip(sharding.MESH_AXES, sizes, strict=True))
+    mesh = sharding.make_mesh(**axes, devices=jax.devices())
+    alone, numbers = stepped(batch_of(), config=config, steps=steps)
+    found, theirs = stepped(batch_of(), config=config, steps=steps, mesh=mesh, layout=sharding.Layout(mesh))
     for one, other in zip(numbers, theirs, strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
@@ -339,6 +348,7 @@ def test_the_weight_is_settled_and_said(tmp_path, given, published, weight, said
             {"model__router_aux_weight": 0.1},
             r"router_aux_weight=0\.1 is not used by .*, which has no experts; unset",
         ),
+        ({}, {"mesh__expert": 2}, r"mesh\.expert=2 is not used by .*, which has no experts; give"),
         (
             {"family": "mixtral", "experts": 3, "experts_per_token": 1},
             {"model__matmul_dtype": "fp8"},

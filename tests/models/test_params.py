@@ -75,7 +75,7 @@ def test_axes_are_known_to_sharding_and_vectors_over_width_stay_whole(config):
         else:
             assert [axis for axis, letter in zip(entry.axes, entry.letters, strict=True) if letter == "D"] in (
                 [],
-                ["embed"],
+                ["expert_embed" if entry.routed else "embed"],
             )
 
 
