@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from fpo_jax.models import dispatch
 from fpo_jax.plan import hlo, trip_counts
 
 log = logging.getLogger("fpo_jax")
@@ -52,7 +53,7 @@ def works(instruction: hlo.Instruction) -> bool:
 def run(computations: hlo.Computations, entry: str) -> Iterator[Running]:
     """Yield every computation that runs by control flow; one that several instructions run comes as often.
 
-    A loop whose turns cannot be told counts once, with a warning.
+    A loop whose turns cannot be told counts once, with a warning; further rounds of a mixture of experts count nowhere.
     """
     yield from _run(computations, entry, trip_counts.Scope(computations, entry), 1)
 
@@ -61,6 +62,8 @@ def _run(computations: hlo.Computations, name: str, scope: trip_counts.Scope, ti
     yield Running(computations[name], times)
     for instruction in computations[name].instructions.values():
         if instruction.opcode not in FLOW:
+            continue
+        if any(f"jit({name})" in instruction.text for name in dispatch.SELDOM):
             continue
         turns = scope.trips(instruction) if instruction.opcode == "while" else 1
         if turns is None:

@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 from fpo_jax import sharding
 from fpo_jax.models import dispatch, mixture
 from fpo_jax.perf import flops
+from fpo_jax.plan import collectives
 from tests import tolerances
 
 S, D, F, E, U = 128, 6, 10, 8, 2
@@ -59,7 +60,7 @@ def test_rows_find_their_experts_and_their_way_back_with_gradients(name):
         assert_allclose(ours, theirs, rtol=0, atol=tolerances.SAME_MATHS * np.abs(theirs).max())
 
 
-def test_operations_are_those_of_an_even_share_on_any_mesh():
+def test_operations_and_transfers_are_those_of_an_even_share():
     def total(layout, x, gate, down):
         chosen, weights = (jnp.zeros((8, 16, U), dtype) for dtype in ("int32", "float32"))
         inwards = (mixture.Linear(gate), mixture.Linear(gate))
@@ -71,6 +72,9 @@ def test_operations_are_those_of_an_even_share_on_any_mesh():
     for one in (sharding.ONE_DEVICE, layout):
         program = jax.jit(jax.grad(functools.partial(total, one), argnums=(0, 1, 2))).trace(*operands)
         assert flops.traced(program.jaxpr) == 9 * 2 * 8 * 16 * U * D * F
+    found = collectives.collectives(program.lower().compile().as_text(), mesh=layout.mesh)
+    # rows and their experts there, and the gradients of rows there and back
+    assert {row.kind: row.runs for row in found if "all-to-all" in row.kind} == {"all-to-all": 4}
 
 
 def test_memory_does_not_depend_on_where_the_tokens_go():
