@@ -15,7 +15,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from fpo_jax import attention, hf, models, plan
 from fpo_jax.inference import sampler
-from fpo_jax.models import params
+from fpo_jax.models import families, params
 from fpo_jax.trainer import export, metric_logger, trainer
 from tests import batches, tiny, tolerances
 from tests.data import test_layouts
@@ -34,8 +34,17 @@ def described(family):
     if config.rope.type == "longrope":  # by whose original length frequencies depend on how long a text is
         changed["rope"] = dataclasses.replace(config.rope, original_max_position_embeddings=48)
     changed |= {"dropout": (), "bos_id": 1, "eos_ids": (2,), "pad_id": 0, "initializer_range": 0.2}
+    changed["experts"] = 4 if config.experts else 0  # as many on each of two devices
     changed["vocab_size"] = 264  # the tokenizer has 259, and as Qwen2's one more
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | changed
+
+
+def wide(family):
+    """The same with blocks of 64 inputs, as matrices in four bits have them."""
+    fields = described(family)
+    if fields["heads"] * fields["head_dim"] == fields["width"]:
+        fields["head_dim"] = 64 // fields["heads"]
+    return fields | {"width": 64, "ffn": 64, "shared_ffn": 64 if fields["shared_ffn"] else 0}
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +52,11 @@ def model_of(tmp_path_factory):
     """Family -> a directory with a model of it, written once."""
     root = tmp_path_factory.mktemp("models")
 
-    def written(family):
-        if not (root / family).exists():
-            tiny.write_model(root / family, **described(family))
-        return root / family
+    def written(family, describe=described):
+        folder = root / f"{family}-{describe.__name__}"
+        if not folder.exists():
+            tiny.write_model(folder, **describe(family))
+        return folder
 
     return written
 
@@ -79,6 +89,25 @@ def lora(model, folder):
     """One step of adapters changes their matrices alone, in the merged export."""
     config, changed = changed_by_training(model, folder, lora__rank=2)
     assert changed == set(params.adapter(config, rank=2, alpha=1.0, dropout=0.0, modules="all-linear").targets)
+
+
+def qlora(model, folder):
+    """The same over matrices in four bits, which the merged export has as they were rounded."""
+    config, changed = changed_by_training(model, folder, lora__rank=2, lora__base_dtype="nf4", model__remat="full")
+    adapter = params.adapter(config, rank=2, alpha=1.0, dropout=0.0, modules="all-linear", base_dtype="nf4")
+    assert adapter.quantised and changed == {*adapter.targets, *adapter.quantised}
+
+
+def expert_parallel(model, folder):
+    """Two steps with the experts on two devices are those of one device."""
+    losses = []
+    for expert in (1, 2):
+        workdir = folder / f"{expert}"
+        config = run_of(model, folder, mesh__expert=expert, train__max_steps=2)
+        trainer.run(config, workdir, devices=jax.devices()[:expert])
+        losses.append([line["loss"] for line in metric_logger.read(workdir / metric_logger.METRICS_FILE)])
+    assert len(losses[0]) == 2 and losses[0][0] != losses[0][1]
+    assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
 def rows_that_are_shared(model, layout):
@@ -149,26 +178,33 @@ def planned(model, folder):
 ABILITIES = {
     "train": train,
     "LoRA": lora,
+    "QLoRA": qlora,
+    "experts": expert_parallel,
     "packed": packed,
     "shared": shared,
     "generate": generate,
     "export": exported,
     "plan": planned,
 }
-CASES = [(family, ability) for family in models.FAMILIES for ability in ABILITIES]
+CASES = [
+    (family, ability)
+    for family in models.FAMILIES
+    for ability in ABILITIES
+    if ability != "experts" or "router" in families.FAMILIES[family].matrices
+]
 
 
 @pytest.mark.sampled(41)  # the first family's first ability, another one's last, ...
 @pytest.mark.parametrize(("family", "ability"), CASES)
 def test_a_family_can(family, ability, model_of, tmp_path):
-    ABILITIES[ability](model_of(family), tmp_path)
+    ABILITIES[ability](model_of(family, wide if ability == "QLoRA" else described), tmp_path)
 
 
 def table() -> str:
     """Return the table of docs/models.md: a tick for each case."""
     rows = [["`model_type`", *ABILITIES], ["---"] * (1 + len(ABILITIES))]
     rows += [
-        [f"`{family}`", *("✓" if (family, ability) in CASES else "" for ability in ABILITIES)]
+        [f"`{family}`", *("✓" if (family, ability) in CASES else "–" for ability in ABILITIES)]
         for family in models.FAMILIES
     ]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
