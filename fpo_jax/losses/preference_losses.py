@@ -172,7 +172,9 @@ def bregman_link(
     """Return (R^(λ+1)/(λ+1) - (R^-λ - 1)/λ) / s with R = exp(-m): BPO with scaled Basu's power divergence.
 
     Its slope at m is -(R^(λ+1) + R^-λ)/s; s = 4 gives it the slope of -log σ(m) at 0. λ and -1 - λ are the same loss;
-    λ = 0 is KLIEP's R + log R. The paper's formula lacks the constant 1/(sλ), which keeps λ = 0 finite. Powers of R
+    λ = 0 is KLIEP's R + log R. It is the ratio-matching objective h'(R) R - h(R) - h'(1/R) with Basu's
+    h = (R^(λ+1) - R)/λ, over s (λ + 1); h = (R log R - (1+R) log(1+R))/2 makes the same objective DPO, which is no
+    member of this one. The paper's formula lacks the constant 1/(sλ), which keeps λ = 0 finite. Powers of R
     saturate (`numerics.saturating_exp`).
 
     >>> round(float(bregman_link(jnp.array(0.0), basu_lambda=1.0, gradient_scale=4.0)), 4)

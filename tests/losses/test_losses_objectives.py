@@ -188,3 +188,47 @@ def test_bpo_starts_with_the_slope_of_dpo_whatever_its_lambda_and_is_symmetric_i
     away = groups(np.float64)
     one, other = (in_float64(value_and_grad, losses.resolve("bpo", basu_lambda=x), away)[1] for x in (-0.75, -0.25))
     assert_allclose(one, other, rtol=1e-9)
+
+
+def matched_ratios(h, h_prime, completions, beta):
+    """BPO's objective h'(R) R - h(R) - h'(1/R), R = exp(-β(Δ_w - Δ_l)), which is D_h(R_data ‖ R) but for a constant."""
+    delta_BK = completions.logps_BK - completions.reference_logps_BK
+    rows_B, chosen_B = jnp.arange(len(delta_BK)), jnp.argmax(completions.rewards_BK, axis=1)
+    ratio_B = jnp.exp(-beta * (delta_BK[rows_B, chosen_B] - delta_BK[rows_B, 1 - chosen_B]))
+    return h_prime(ratio_B) * ratio_B - h(ratio_B) - h_prime(1 / ratio_B)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "h", "h_prime"),
+    [
+        # h of logistic regression is DPO; Basu's h over s (λ + 1), which is what the scaling of SBA is, is `bpo`
+        (
+            "dpo",
+            {},
+            lambda r: (r * jnp.log(r) - (1 + r) * jnp.log1p(r)) / 2,
+            lambda r: (jnp.log(r) - jnp.log1p(r)) / 2,
+        ),
+        (
+            "bpo",
+            {"basu_lambda": 1.5},
+            lambda r: (r**2.5 - r) / (1.5 * 2.5 * 4.0),
+            lambda r: (2.5 * r**1.5 - 1) / (1.5 * 2.5 * 4.0),
+        ),
+    ],
+)
+def test_dpo_and_bpo_are_one_ratio_matching_objective_with_two_h(name, options, h, h_prime):
+    """The reduction of arXiv 2505.19601: values up to a constant, gradients exactly."""
+    pairs = groups(np.float64)
+    pairs = pairs._replace(**{field: getattr(pairs, field)[:, :2] for field in pairs._fields if field != "batch_kl"})
+    loss = losses.resolve(name, beta_pi=0.3, **options)
+
+    def objective(completions):
+        return matched_ratios(h, h_prime, completions, 0.3)
+
+    def both(of):
+        return of(pairs), jax.grad(lambda x: jnp.sum(of(pairs._replace(logps_BK=x))))(jnp.asarray(pairs.logps_BK))
+
+    values, slopes = in_float64(both, loss.loss)
+    expected, expected_slopes = in_float64(both, objective)
+    assert_allclose(values - values[0], expected - expected[0], rtol=1e-9, atol=1e-12)
+    assert_allclose(slopes, expected_slopes, rtol=1e-9)
