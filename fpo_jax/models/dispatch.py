@@ -9,7 +9,8 @@ even share. What has no room in the first round goes in a further one, of which 
 needs: none where tokens are spread about evenly, X / ROOM at most. The further rounds keep nothing for the backward
 pass, which computes them again; memory does not depend on where the tokens go.
 
-Letters: S tokens of this device, U experts of a token, M = S U rows, X devices along `expert`, R rows for each of them.
+Letters: S tokens of this device, U experts of a token, M = S U rows, X devices along `expert`, R rows for each of them,
+Q = X R.
 """
 
 import functools
@@ -39,11 +40,53 @@ class Order(NamedTuple):
     sizes_E: jax.Array  # rows of each expert, int32
 
 
+class Places(NamedTuple):
+    """Where each of some rows comes from."""
+
+    index: jax.Array  # of another row
+    exists: jax.Array | None = None  # False: from nowhere, and it is zero; None = all come from somewhere
+
+
 def order(experts_M: Int[jax.Array, " M"], count: int) -> Order:
     """Sort rows by their experts; one of number `count` is no expert, and its rows come last."""
     rows_M = jnp.argsort(experts_M)
     sizes_E = jnp.bincount(experts_M, length=count).astype(jnp.int32)
     return Order(rows_M, jnp.argsort(rows_M), experts_M[rows_M], sizes_E)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def moved(copies: int, rows_PD: Float[jax.Array, "P D"], there: Places, back: Places) -> Float[jax.Array, "Q D"]:
+    """Return rows in other places; its gradient moves them back, where differentiating a gather would scatter and add.
+
+    Args:
+        copies: of each row, that go to places of their own.
+        rows_PD: what is moved; copy u of row p has the number copies * p + u.
+        there: for each place the number that comes to it.
+        back: for each number the place that it comes to.
+    """
+    del back
+    return _from(there, rows_PD, copies)
+
+
+def _from(places: Places, rows_PD: jax.Array, copies: int) -> jax.Array:
+    index = places.index // copies if copies > 1 else places.index
+    found_QD = rows_PD.at[index].get(mode="promise_in_bounds")
+    return found_QD if places.exists is None else jnp.where(places.exists[:, None], found_QD, 0)
+
+
+def _moved_forward(copies, rows_PD, there, back):
+    return moved(copies, rows_PD, there, back), back
+
+
+def _moved_backward(copies, back, gradient_QD):
+    rows_MD = _from(back, gradient_QD, 1)
+    if copies > 1:
+        rows_MUD = rows_MD.reshape(-1, copies, rows_MD.shape[-1])
+        rows_MD = jnp.sum(rows_MUD, axis=1, dtype=jnp.float32).astype(gradient_QD.dtype)
+    return rows_MD, None, None
+
+
+moved.defvjp(_moved_forward, _moved_backward)
 
 
 def local(
@@ -61,9 +104,9 @@ def local(
     """
     used = chosen_SU.shape[-1]
     found = order(chosen_SU.reshape(-1), count)
-    sorted_MD = jnp.take(x_SD, found.rows_M // used, axis=0)
-    out_MD = products(matrices, sorted_MD, found.experts_M, found.sizes_E)
-    out_SUD = jnp.take(out_MD, found.places_M, axis=0, unique_indices=True).reshape(*chosen_SU.shape, -1)
+    rows, places = Places(found.rows_M), Places(found.places_M)
+    out_MD = products(matrices, moved(used, x_SD, rows, places), found.experts_M, found.sizes_E)
+    out_SUD = moved(1, out_MD, places, rows).reshape(*chosen_SU.shape, -1)
     return jnp.sum(out_SUD.astype(jnp.float32) * weights_SU[..., None], axis=-2)
 
 
@@ -116,23 +159,24 @@ def _round(products: Products, number: jax.Array, integers: Any, floats: Any, *,
     rank_XR = number * sent + jnp.broadcast_to(jnp.arange(sent), (devices, sent))
     exists_XR = rank_XR < counts_X[:, None]
     place_XR = jnp.where(exists_XR, starts_X[:, None] + rank_XR, 0)
+    device_M = chosen_SU.reshape(-1) // here
+    rank_M = found.places_M - starts_X[device_M] - number * sent
+    exists_M = (rank_M >= 0) & (rank_M < sent)
+    outbox = Places(found.rows_M[place_XR].reshape(-1), exists_XR.reshape(-1))
+    inbox = Places(jnp.where(exists_M, device_M * sent + rank_M, 0), exists_M)
 
     exchange = functools.partial(lax.all_to_all, axis_name=axis, split_axis=0, concat_axis=0, tiled=True)
-    rows_XRD = jnp.take(x_SD, found.rows_M[place_XR] // used, axis=0)
-    arrived_XRD = exchange(rows_XRD)
+    arrived_QD = exchange(moved(used, x_SD, outbox, inbox))
     experts_XR = exchange(jnp.where(exists_XR, found.experts_M[place_XR] % here, here))
 
     theirs = order(experts_XR.reshape(-1), here)
-    sorted_MD = jnp.take(arrived_XRD.reshape(-1, x_SD.shape[-1]), theirs.rows_M, axis=0, unique_indices=True)
-    out_MD = products(matrices, sorted_MD, jnp.minimum(theirs.experts_M, here - 1), theirs.sizes_E)
-    back_XRD = exchange(jnp.take(out_MD, theirs.places_M, axis=0, unique_indices=True).reshape(rows_XRD.shape))
-
-    device_M = chosen_SU.reshape(-1) // here
-    rank_M = found.places_M - starts_X[device_M] - number * sent
-    returned_M = (rank_M >= 0) & (rank_M < sent)
-    out_MD = jnp.take(back_XRD.reshape(-1, x_SD.shape[-1]), jnp.where(returned_M, device_M * sent + rank_M, 0), axis=0)
-    weights_SU = jnp.where(returned_M.reshape(weights_SU.shape), weights_SU, 0.0)
-    return jnp.sum(out_MD.reshape(*chosen_SU.shape, -1).astype(jnp.float32) * weights_SU[..., None], axis=-2)
+    rows, places = Places(theirs.rows_M), Places(theirs.places_M)
+    out_QD = products(
+        matrices, moved(1, arrived_QD, rows, places), jnp.minimum(theirs.experts_M, here - 1), theirs.sizes_E
+    )
+    back_QD = exchange(moved(1, out_QD, places, rows))
+    out_SUD = moved(1, back_QD, inbox, outbox).reshape(*chosen_SU.shape, -1)
+    return jnp.sum(out_SUD.astype(jnp.float32) * weights_SU[..., None], axis=-2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
