@@ -353,7 +353,7 @@ def _chunks(params: types.PyTree) -> types.PyTree:
     """Cut parameters for the disk, stacked ones by layer, so that export reads a layer without its neighbours."""
 
     def cut(path: tuple, leaf: jax.Array) -> ocp.SaveArgs:
-        layers = path[0].key == "layers"
+        layers = path[0].key in ("layers", "dense_layers")
         return ocp.SaveArgs(shard_axes=(0,) if layers else (), chunk_byte_size=CHUNK_BYTES)
 
     return jax.tree_util.tree_map_with_path(cut, params)

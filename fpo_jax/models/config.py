@@ -52,6 +52,15 @@ class ModelConfig:
     experts_per_token: int = 0  # that the router sends a token to
     shared_ffn: int = 0  # S, of the expert that sees every token
     normalize_top_k: bool = True  # whether the weights of a token's experts sum to one
+    routed_scale: float = 1.0  # factor on the weights of a token's experts
+    expert_groups: int = 1  # the experts of a token are in few groups of neighbours
+    groups_per_token: int = 1  # that many: those with the most probable experts
+    dense_layers: int = 0  # of the first layers, which have an MLP in the place of the experts
+    dense_ffn: int = 0  # the width of that MLP
+    rope_dim: int = 0  # of latent attention: dimensions of a query's or key's head that are rotated, of C
+    value_dim: int = 0  # of latent attention: M, of a value's head, at most C
+    kv_rank: int = 0  # Z, the width of the latent of keys and values
+    query_rank: int | None = None  # Q, the same of queries; None = queries are not compressed
     router_aux_weight: float = 0.0  # of the load-balancing loss, in training
     router_aux_loss: bool = False  # whether the checkpoint asks for that loss
     parallel_residual: bool = False  # attention and MLP read the same input, where the family leaves it open
@@ -87,6 +96,24 @@ class ModelConfig:
     def biased(self) -> tuple[str, ...]:
         """The matrices of a layer that have a bias."""
         return family_biases(self.of_family) if self.biases is None else self.biases
+
+    @property
+    def stacks(self) -> dict[str, range]:
+        """The stacks of layers that have the same parameters, from the first, and the numbers of their layers."""
+        first = {"dense_layers": range(self.dense_layers)} if self.dense_layers else {}
+        return first | {"layers": range(self.dense_layers, self.layers)}
+
+    @property
+    def rotary_dim(self) -> int:
+        """The dimensions of a head that the rotary embedding is given."""
+        return self.rope_dim or self.head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor on the attention logits; of latent attention the square of yarn's magnitude is part of it."""
+        if self.query_scale is not None:
+            return self.query_scale
+        return self.head_dim**-0.5 * (rope.logit_factor(self.rope) if self.of_family.latent else 1.0)
 
     @property
     def parallel(self) -> bool:
@@ -171,6 +198,15 @@ _OPTIONAL = {
         "experts_per_token",
         "shared_ffn",
         "normalize_top_k",
+        "routed_scale",
+        "expert_groups",
+        "groups_per_token",
+        "dense_layers",
+        "dense_ffn",
+        "rope_dim",
+        "value_dim",
+        "kv_rank",
+        "query_rank",
         "router_aux_weight",
         "router_aux_loss",
         "parallel_residual",
@@ -226,7 +262,13 @@ def _problems(config: ModelConfig) -> list[str]:
         return problems
     if family.gating and config.activation != "silu":
         return [f"activation={config.activation} has no meaning for {config.family}"]
-    return [*_factors(config), *_names(config, family), *_heads(config, family), *_mixture(config, family)]
+    return [
+        *_factors(config),
+        *_names(config, family),
+        *_latent(config, family),
+        *_heads(config, family),
+        *_mixture(config, family),
+    ]
 
 
 def _factors(config: ModelConfig) -> list[str]:
@@ -262,6 +304,41 @@ def _mixture(config: ModelConfig, family: families.Family) -> list[str]:
         problems.append(f"a token has {config.experts_per_token} experts, and there are {config.experts}")
     if not 0 <= config.router_aux_weight < math.inf:
         problems.append(f"router_aux_weight={config.router_aux_weight} must be 0 or larger, and finite")
+    if family.dense_matrices and not 0 <= config.dense_layers < config.layers:
+        problems.append(f"dense_layers={config.dense_layers} must be at least 0 and less than layers={config.layers}")
+    if config.dense_layers and not 1 <= config.dense_ffn <= LARGEST:
+        problems.append(f"dense_ffn={config.dense_ffn} must be between 1 and {LARGEST}")
+    if not 0 < config.routed_scale < math.inf:
+        problems.append(f"routed_scale={config.routed_scale} must be positive and finite")
+    groups, kept = config.expert_groups, config.groups_per_token
+    if groups < 1 or config.experts % groups:
+        problems.append(f"expert_groups={groups} does not divide {config.experts} experts")
+    elif not 1 <= kept <= groups or kept * (config.experts // groups) < config.experts_per_token:
+        problems.append(
+            f"groups_per_token={kept} of {groups} groups of {config.experts // groups} experts do not hold"
+            f" {config.experts_per_token} experts of a token"
+        )
+    return problems
+
+
+def _latent(config: ModelConfig, family: families.Family) -> list[str]:
+    if not family.latent:
+        return []
+    problems = [
+        f"{name}={value} must be between 1 and {LARGEST}"
+        for name in ("rope_dim", "value_dim", "kv_rank", "query_rank", "shared_ffn")
+        if (value := getattr(config, name)) is not None and not 1 <= value <= LARGEST
+    ]
+    if config.kv_heads != config.heads:
+        problems.append(f"{config.family} has as many key/value heads as heads, {config.heads}, not {config.kv_heads}")
+    if config.rope_dim >= config.head_dim:
+        problems.append(f"rope_dim={config.rope_dim} leaves nothing of head_dim={config.head_dim} unrotated")
+    if config.value_dim > config.head_dim:
+        problems.append(
+            f"value_dim={config.value_dim} is more than the head_dim of queries and keys, {config.head_dim}"
+        )
+    if config.shared_ffn % config.ffn:
+        problems.append(f"shared_ffn={config.shared_ffn} is not a multiple of ffn={config.ffn}")
     return problems
 
 
@@ -275,7 +352,7 @@ def _heads(config: ModelConfig, family: families.Family) -> list[str]:
         problems.append(f"{config.family} has head_dim = width / heads")
     for one in () if config.learned_positions or problems else config.ropes:
         try:
-            rope.check(one, head_dim=config.head_dim)
+            rope.check(one, head_dim=config.rotary_dim)
         except ValueError as error:
             problems.append(str(error).rstrip("."))
     return problems

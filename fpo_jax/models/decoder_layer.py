@@ -10,10 +10,13 @@ and the scale of the logits come with the context.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float
 
 from fpo_jax.models import activations, config, layers, mixture
+
+_LATENT_EPS = 1e-6  # of the norms of latents, whatever rms_norm_eps is
 
 
 class Attention(nnx.Module):
@@ -61,6 +64,43 @@ class Attention(nnx.Module):
         return q, k, v
 
 
+class LatentAttention(nnx.Module):
+    """Multi-head latent attention (MLA): DeepSeek-V2, arXiv 2405.04434, section 2.1.
+
+    [c | k_r] = x W_kv_down;  [k_n | v] = norm(c) W_kv_up of every head;  k = [rotated k_r | k_n], k_r of all heads
+
+    Queries have the same two parts, from x or from norm(x W_query_down). The rotated part stands last on disk, and first
+    here in queries and keys, whose products do not depend on it. Values are padded with zeros to the size of the keys,
+    which every implementation of attention takes; a cache holds keys and values and not the latent.
+    """
+
+    def __init__(self, config: config.ModelConfig):
+        norm = layers.NORMS[config.of_family.norm]
+        self.compresses_queries = config.query_rank is not None
+        if self.compresses_queries:
+            self.query_norm = norm(_LATENT_EPS)
+        self.kv_norm = norm(_LATENT_EPS)
+        self.rank, self.plain_dim = config.kv_rank, config.head_dim - config.rope_dim
+        self.value_dim, self.padding = config.value_dim, config.head_dim - config.value_dim
+
+    def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
+        """Attend and project back."""
+        if self.compresses_queries:
+            low_NTQ = self.query_norm(context.project("NTD,DQ->NTQ", x_NTD, self, "query_down"))
+            q_NTHC = context.project("NTQ,QHC->NTHC", low_NTQ, self, "query_up")
+        else:
+            q_NTHC = context.project("NTD,DHC->NTHC", x_NTD, self, "query")
+        q_NTHC = jnp.concatenate([q_NTHC[..., self.plain_dim :], q_NTHC[..., : self.plain_dim]], axis=-1)
+        both_NTW = context.project("NTD,DW->NTW", x_NTD, self, "kv_down")
+        latent_NTZ, rotated_NT1P = self.kv_norm(both_NTW[..., : self.rank]), both_NTW[:, :, None, self.rank :]
+        kv_NTHY = context.constrain_heads(context.project("NTZ,ZHY->NTHY", latent_NTZ, self, "kv_up"))
+        rotated_NTHP = jnp.broadcast_to(rotated_NT1P, (*kv_NTHY.shape[:3], rotated_NT1P.shape[-1]))
+        k_NTHC = jnp.concatenate([rotated_NTHP, kv_NTHY[..., : self.plain_dim]], axis=-1)
+        v_NTHC = jnp.pad(kv_NTHY[..., self.plain_dim :], ((0, 0), (0, 0), (0, 0), (0, self.padding)))
+        out_NTHC = context.constrain_heads(context.attend(context.constrain_heads(q_NTHC), k_NTHC, v_NTHC))
+        return context.project("NTHM,HMD->NTD", out_NTHC[..., : self.value_dim], self, "out")
+
+
 class GatedMLP(nnx.Module):
     """down(act(gate(x)) * up(x)) of width F."""
 
@@ -98,13 +138,14 @@ MLPS: dict[str, Callable] = {"gated": GatedMLP, "plain": PlainMLP, "moe": mixtur
 
 
 class Layer(nnx.Module):
-    """One decoder layer."""
+    """One decoder layer; of those without experts where a family has both, `dense`."""
 
-    def __init__(self, config: config.ModelConfig):
+    def __init__(self, config: config.ModelConfig, *, dense: bool = False):
         family = config.of_family
         self.parallel, self.residual_scale = config.parallel, config.residual_scale
         self.shares_norm = config.parallel and "mlp_norm" not in family.norms
-        self.attention, self.mlp = Attention(config), MLPS[family.mlp](config)
+        self.attention = LatentAttention(config) if family.latent else Attention(config)
+        self.mlp = MLPS["gated" if dense else family.mlp](config)
         for name in family.norms:
             setattr(self, name, layers.NORMS[family.norm](config.norm_eps))
 

@@ -30,13 +30,28 @@ MATRICES = {
     "shared_up": ("D", "S"),
     "shared_down": ("S", "D"),
     "shared_share": ("D", "1"),
+    # of multi-head latent attention, whose letters param_table explains; its `out` reads heads of the values' size
+    "query_down": ("D", "Q"),
+    "query_up": ("Q", "HC"),
+    "kv_down": ("D", "W"),
+    "kv_up": ("Z", "HY"),
 }
+_LATENT_OUT = ("HM", "D")
 _QKV = ("query", "key", "value")
 _ATTENTION = (*_QKV, "out")
 _SEPARATE = {name: f"self_attn.{letter}_proj" for name, letter in zip(_ATTENTION, "qkvo", strict=True)}
 _GATED = {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 _PLAIN = {name: f"mlp.{name}_proj" for name in ("up", "down")}
 _ROUTED = {"router": "mlp.gate"} | {name: f"mlp.experts.{{expert}}.{name}_proj" for name in ("gate", "up", "down")}
+_LATENT = {
+    "query": "self_attn.q_proj",  # where queries are not compressed
+    "query_down": "self_attn.q_a_proj",
+    "query_up": "self_attn.q_b_proj",
+    "kv_down": "self_attn.kv_a_proj_with_mqa",
+    "kv_up": "self_attn.kv_b_proj",
+    "out": "self_attn.o_proj",
+}
+_SHARED_EXPERTS = {f"shared_{name}": f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")}
 _SHARED_EXPERT = {f"shared_{name}": f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")}
 
 # field of ModelConfig -> key of config.json, for the fields that are copied as they are
@@ -90,10 +105,12 @@ class Family:
     query_key_norm: str | None = None
     parallel: bool = False  # attention and MLP read the layer's input; without an mlp_norm, the same normalised one
     matrices: Mapping[str, str] = dataclasses.field(default_factory=lambda: _SEPARATE | _GATED)  # -> name on disk
+    dense_matrices: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the MLP of layers without experts
     qkv: str = ""  # letters of a fused matrix's outputs: "H3C", "3HC", or "JC" with J = H + 2G; "" = three matrices
     transposed: bool = False  # matrices lie on disk as they are multiplied: input axes first
     stacked_experts: bool = False  # one tensor on disk holds a matrix of all experts, input axes first
     gating: str = ""  # a key of activations.GATINGS, in place of act(gate) * up with the activation of config.json
+    unnormalized_top_k: bool = False  # the weights of a token's experts are the router's probabilities, in any case
     sinks: bool = False  # every query head has a logit of its own, see attention.attend
     biases: tuple[str, ...] = ()  # matrices that always have one, unless a key of bias_keys says otherwise
     learned_positions: bool = False  # positions are embedded and nothing is rotated
@@ -144,12 +161,19 @@ class Family:
         return "gated" if {"gate", "gate_up"} & {*self.matrices} else "plain"
 
     @property
+    def latent(self) -> bool:
+        """Whether keys and values are made from a compressed latent (MLA, arXiv 2405.04434)."""
+        return "kv_down" in self.matrices
+
+    @property
     def kv_heads_are_heads(self) -> bool:
         """Whether every query head has keys and values of its own."""
         return self.qkv in ("H3C", "3HC")
 
     def matrix(self, name: str) -> tuple[str, str]:
         """Return the letters of a matrix's input and output axes."""
+        if name == "out" and self.latent:
+            return _LATENT_OUT
         return ("D", self.qkv) if name == "qkv" else MATRICES[name]
 
 
@@ -357,6 +381,59 @@ FAMILIES: dict[str, Family] = {
             "original_max_position_embeddings": 4096,
         },
         quantised=("mxfp4",),
+    ),
+    "deepseek_v2": _llama(
+        "DeepseekV2",
+        matrices=_LATENT | _ROUTED | _SHARED_EXPERTS,
+        dense_matrices=_GATED,
+        interleaved=True,
+        unnormalized_top_k=True,
+        bias_keys={"attention_bias": ("query_down", "kv_down", "out")},
+        keys={field: key for field, key in _KEYS.items() if field != "head_dim"}
+        | {
+            "ffn": "moe_intermediate_size",
+            "dense_ffn": "intermediate_size",
+            "dense_layers": "first_k_dense_replace",
+            "experts": "n_routed_experts",
+            "experts_per_token": "num_experts_per_tok",
+            "routed_scale": "routed_scaling_factor",
+            "rope_dim": "qk_rope_head_dim",
+            "value_dim": "v_head_dim",
+            "kv_rank": "kv_lora_rank",
+            "query_rank": "q_lora_rank",
+        },
+        absent=_ABSENT
+        | {
+            "vocab_size": 102400,
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "moe_intermediate_size": 1407,
+            "first_k_dense_replace": 0,
+            "n_routed_experts": 64,
+            "routed_scaling_factor": 1.0,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "bos_token_id": 1,
+        },
+        # transformers reads neither of the first three; DeepSeek's own code normalises by the first and has no other
+        # values of the next two in what is published
+        neutral={"norm_topk_prob": (None, False), "scoring_func": (None, "softmax"), "moe_layer_freq": (None, 1)},
+        # head_dim: transformers overwrites it; output_router_logits: its class has no load-balancing loss to switch on
+        consumed=(
+            "head_dim",
+            "output_router_logits",
+            "qk_nope_head_dim",
+            "n_shared_experts",
+            "topk_method",
+            "n_group",
+            "topk_group",
+        ),
+        extra=("shared_ffn", "expert_groups", "groups_per_token"),
+        aliases={"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"},
     ),
     "gemma": _llama(
         "Gemma",

@@ -93,7 +93,7 @@ def from_hf_config(config: dict[str, Any]) -> ModelConfig:
     dropout, wrong = _dropout(config, family)
     values, missing = _copied(config, family)
     problems += wrong + missing
-    for read in (_scales, _biases, _layer_types, _ropes, _heads):
+    for read in (_scales, _biases, _layer_types, _ropes, _heads, _latent):
         found, wrong = read(config, family, values)
         values |= found
         problems += wrong
@@ -128,7 +128,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     if "logits_scaling" in family.consumed:
         keys["logits_scaling"] = 1.0 if config.logit_scale is None else 1 / config.logit_scale
     keys |= {key: set(names) <= set(config.biased) for key, names in family.bias_keys.items()}
-    keys |= _written_layer_types(config)
+    keys |= _written_layer_types(config) | _written_latent(config)
     keys |= {key: 0.0 for key, absent in family.dropout.items() if absent} | dict(config.dropout)
     return {**keys, **_written_ropes(config), **head_keys(config)}
 
@@ -231,6 +231,10 @@ def _check_kinds(config: dict[str, Any]) -> None:
         "_sliding_window_pattern": (int, str),
         "rope_local_base_freq": number,
         "original_max_position_embeddings": (int,),
+        "qk_nope_head_dim": (int,),
+        "n_shared_experts": (int,),
+        "n_group": (int,),
+        "topk_group": (int,),
     }
     wrong = [key for key, kind in kinds.items() if config.get(key) is not None and type(config[key]) not in kind]
     elements = {"layer_types": str, "no_rope_layers": int}
@@ -502,6 +506,36 @@ def _heads(config: dict[str, Any], family: families.Family, values: dict[str, An
     return found, problems
 
 
+def _latent(config: dict[str, Any], family: families.Family, values: dict[str, Any]) -> _Read:
+    """Add up the parts of a head, say how wide the shared experts are together, and in how many groups the others."""
+    rotated, width = values.get("rope_dim"), values.get("ffn")
+    if not family.latent or type(rotated) is not int or type(width) is not int:
+        return {}, []  # of another type it is refused by name
+    plain, shared = config.get("qk_nope_head_dim", 128), config.get("n_shared_experts", 2)
+    problems = [
+        f"{key}={value} must be positive"
+        for key, value in (("qk_nope_head_dim", plain), ("n_shared_experts", shared))
+        if value is None or value < 1
+    ]
+    method, groups, kept = config.get("topk_method", "greedy"), config.get("n_group"), config.get("topk_group")
+    if method not in _TOP_K:
+        problems.append(f"topk_method={method!r} is not supported (supported: {', '.join(map(repr, _TOP_K))})")
+    elif method == "greedy":  # which reads neither
+        groups = kept = 1
+    elif groups is None or kept is None:
+        problems.append(f"topk_method={method} needs n_group and topk_group")
+    if problems:
+        return {"head_dim": 2}, problems
+    return {
+        "head_dim": plain + rotated,
+        "shared_ffn": shared * width,
+        "expert_groups": groups,
+        "groups_per_token": kept,
+    }, []
+
+
+_TOP_K = ("greedy", "group_limited_greedy")
+
 # --- writing
 
 
@@ -521,6 +555,18 @@ def _written_layer_types(config: ModelConfig) -> dict[str, Any]:
             "sliding_attention" if slides and name.startswith(families.SLIDING) else "full_attention" for name in types
         ]
     return keys
+
+
+def _written_latent(config: ModelConfig) -> dict[str, Any]:
+    if not config.of_family.latent:
+        return {}
+    return {
+        "qk_nope_head_dim": config.head_dim - config.rope_dim,
+        "n_shared_experts": config.shared_ffn // config.ffn,
+        "topk_method": _TOP_K[config.expert_groups > 1],
+        "n_group": config.expert_groups,
+        "topk_group": config.groups_per_token,
+    }
 
 
 def _written_ropes(config: ModelConfig) -> dict[str, Any]:

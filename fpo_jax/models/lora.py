@@ -145,6 +145,7 @@ def adapter_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...
                     init,
                     decay=part != "m",
                     shape=tuple(sizes[letter] for letter in letters),
+                    first_layer=entry.first_layer,
                     axes=tuple(axes[letter] for letter in letters),
                 )
             )

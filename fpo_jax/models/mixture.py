@@ -4,6 +4,8 @@
     y = sum_u w_u down_u(act(gate_u(x)) * up_u(x))      u the experts of largest p; w_u = p_u, or p_u / sum_u p_u
       + sigmoid(share(x)) shared(x)                     where the family has an expert that sees every token
 
+DeepSeek's shared expert has no share, its w_u have a factor, and its u may be limited to few groups of experts.
+
 Tokens are sorted by their experts and multiplied in groups (`kernels.experts`): M = N T U rows, with U experts of a
 token. No array has an axis of tokens, one of experts and one of D or F, except where there is no grouped product (CPU).
 On a mesh each device sorts the tokens of its own rows and multiplies by its part of F of every expert; along the axis
@@ -22,7 +24,7 @@ from jaxtyping import Float, Int
 from fpo_jax import sharding
 from fpo_jax.kernels.experts import grouped_product
 from fpo_jax.kernels.lm_head import spec as specs
-from fpo_jax.models import activations, config, dispatch, layers
+from fpo_jax.models import activations, config, dispatch, layers, routing
 
 
 class Linear(NamedTuple):
@@ -43,8 +45,11 @@ class MixtureMLP(nnx.Module):
         self.activation = config.activation
         self.gating = family.gating or config.activation
         self.inwards = ("gate_up",) if "gate_up" in family.matrices else ("gate", "up")
-        self.experts_per_token, self.normalizes = config.experts_per_token, config.normalize_top_k
+        self.experts_per_token = config.experts_per_token
+        self.normalizes = config.normalize_top_k and not family.unnormalized_top_k
+        self.groups, self.scale = (config.expert_groups, config.groups_per_token), config.routed_scale
         self.has_shared = "shared_gate" in family.matrices
+        self.has_share = "shared_share" in family.matrices
 
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply the experts."""
@@ -66,9 +71,13 @@ class MixtureMLP(nnx.Module):
         if (bias := getattr(self, "router_bias", None)) is not None:
             logits_NTE += bias[...].astype(jnp.float32)
         probs_NTE = jax.nn.softmax(logits_NTE)
-        weights_NTU, chosen_NTU = jax.lax.top_k(probs_NTE, self.experts_per_token)
+        groups, kept = self.groups
+        scores_NTE = probs_NTE if groups == 1 else routing.within_groups(probs_NTE, groups=groups, kept=kept)
+        weights_NTU, chosen_NTU = jax.lax.top_k(scores_NTE, self.experts_per_token)
         if self.normalizes:
             weights_NTU /= jnp.sum(weights_NTU, axis=-1, keepdims=True)
+        if self.scale != 1:
+            weights_NTU *= self.scale
         if context.routes is not None:
             context.routes.record(probs_NTE, chosen_NTU, context.valid_NT)
         return chosen_NTU, weights_NTU
@@ -78,6 +87,8 @@ class MixtureMLP(nnx.Module):
         up_NTS = context.project("NTD,DS->NTS", x_NTD, self, "shared_up")
         gated_NTS = context.constrain_mlp(activations.activate(self.activation, gate_NTS, up_NTS))
         out_NTD = context.project("NTS,SD->NTD", gated_NTS, self, "shared_down")
+        if not self.has_share:
+            return out_NTD
         return jax.nn.sigmoid(context.project("NTD,DX->NTX", x_NTD, self, "shared_share")) * out_NTD
 
 

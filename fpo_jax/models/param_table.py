@@ -3,7 +3,11 @@
 Nothing else in the project names a parameter of a model. Layouts are spelled in the letters of types.py, a digit being
 a literal size. `letters` is our array, stacked: "LDHC" = [L, D, H, C]. `hf_letters` is one layer's tensor on disk,
 parentheses joining axes: "(HC)D" = [H*C, D]. Of a mixture of experts "LEDF" is stacked twice: a tensor on disk is one
-expert's, or that of all experts of a layer.
+expert's, or that of all experts of a layer. Where the first layers have an MLP and the others experts, each kind is a
+stack of its own, "dense_layers" and "layers", and L is the length of the stack.
+
+Letters used only here: P learned positions; J heads of queries, keys and values in a row; of latent attention Q the
+rank of queries, Z that of keys and values, W = Z + the rotated key, M a value's head, Y = M + a key's unrotated head.
 """
 
 import dataclasses
@@ -23,11 +27,22 @@ AXES = {
     "F": "mlp",
     "S": "mlp",
     "V": "vocab",
+    "Q": "embed",  # unless there is a D
+    "Z": "embed",
 }
-OF_EXPERTS = {"E": "experts", "D": "expert_embed"}  # of what each expert has for itself
-# P, learned positions, and E of the router are whole on every device, and J, heads of queries, keys and values in a row
+OF_EXPERTS = {"E": "experts", "D": "expert_embed"}  # of what each expert has for itself; other letters are whole
 _NO_PARENTHESES = str.maketrans("", "", "()")
-_OF_ATTENTION = ("query", "key", "value", "qkv", "out")  # matrices; the others are the MLP's
+_OF_ATTENTION = (
+    "query",
+    "key",
+    "value",
+    "qkv",
+    "query_down",
+    "query_up",
+    "kv_down",
+    "kv_up",
+    "out",
+)  # matrices; the others are the MLP's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +58,7 @@ class Entry:
     init: str
     decay: bool  # whether weight decay applies: matrices yes, norms and biases no
     shape: tuple[int, ...] = ()
+    first_layer: int = 0  # number of the first layer of its stack
     axes: tuple[str | None, ...] = ()  # logical axes for sharding.py, None = every device holds all of it
 
     @property
@@ -90,9 +106,13 @@ class Entry:
     def tensors(self) -> list[tuple[str, tuple[int, ...]]]:
         """Tensors on disk, by name and by place in our array: one, or one per layer, or per layer and expert."""
         return [
-            (self.hf_name.format(**dict(zip(("layer", "expert"), place, strict=False))), place)
+            (self.hf_name.format(**self._numbers(place)), place)
             for place in itertools.product(*map(range, self.shape[: self.stacked + self.of_experts]))
         ]
+
+    def _numbers(self, place: tuple[int, ...]) -> dict[str, int]:
+        numbers = dict(zip(("layer", "expert"), place, strict=False))
+        return numbers | {"layer": self.first_layer + numbers["layer"]} if numbers else numbers
 
     def hf_names(self) -> list[str]:
         """Names on disk: one, or one per layer, or one per layer and expert."""
@@ -107,7 +127,6 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
 @functools.lru_cache(maxsize=32)
 def _entries(config: ModelConfig) -> tuple[Entry, ...]:
     sizes = {
-        "L": config.layers,
         "D": config.width,
         "H": config.heads,
         "G": config.kv_heads,
@@ -117,14 +136,22 @@ def _entries(config: ModelConfig) -> tuple[Entry, ...]:
         "S": config.shared_ffn,
         "V": config.vocab_size,
         "P": config.max_positions,
+        "Q": config.query_rank or 0,
+        "Z": config.kv_rank,
+        "W": config.kv_rank + config.rope_dim,
+        "M": config.value_dim,
+        "Y": config.head_dim - config.rope_dim + config.value_dim,
         "J": config.heads + 2 * config.kv_heads,
     }
-    return tuple(
-        dataclasses.replace(
-            entry, shape=tuple(sizes.get(letter) or int(letter) for letter in entry.letters), axes=_logical_axes(entry)
-        )
-        for entry in _table(config)
-    )
+    found = []
+    for entry in _table(config):
+        stack = entry.path.partition("/")[0]
+        numbers = config.stacks.get(stack, range(0))
+        own = sizes | {"L": len(numbers)} | ({"F": config.dense_ffn} if stack == "dense_layers" else {})
+        shape = tuple(own.get(letter) or int(letter) for letter in entry.letters)
+        first = numbers.start if entry.stacked else 0
+        found.append(dataclasses.replace(entry, shape=shape, first_layer=first, axes=_logical_axes(entry)))
+    return tuple(found)
 
 
 def ignored_hf_names(config: ModelConfig) -> frozenset[str]:
@@ -167,23 +194,46 @@ def _table(config: ModelConfig) -> list[Entry]:
     table = [_matrix("embed", "VD", f"{family.embed}.weight", "VD")]
     if family.learned_positions:
         table.append(_matrix("positions", "PD", f"{family.positions}.weight", "PD"))
-    for part in ("attention", "mlp"):
-        table += _placed_norm(config, f"{part}_norm")
-        for name, on_disk in family.matrices.items():
-            if (name in _OF_ATTENTION) == (part == "attention"):
-                table += _linear(config, f"layers/{part}/{name}", name, family.layer + on_disk)
-        table += _placed_norm(config, f"{part}_out_norm")
+    for stack in config.stacks:
+        table += _layer(config, stack)
+    return [*table, *_norm(config, "final_norm", "D", family.final_norm), *_head(config)]
+
+
+def _layer(config: ModelConfig, stack: str) -> list[Entry]:
+    """List the parameters of the layers of a stack."""
+    family, table = config.of_family, []
+    of_mlp = family.dense_matrices if stack == "dense_layers" else family.matrices
+    for part, matrices in (("attention", family.matrices), ("mlp", of_mlp)):
+        table += _placed_norm(config, stack, f"{part}_norm")
+        for name, on_disk in matrices.items():
+            if (name in _OF_ATTENTION) == (part == "attention") and name not in _absent(config):
+                table += _linear(config, f"{stack}/{part}/{name}", name, family.layer + on_disk)
+        table += _placed_norm(config, stack, f"{part}_out_norm")
+    if family.latent:
+        latents = {"kv_norm": ("Z", "kv_a_layernorm")}
+        if config.query_rank is not None:
+            latents["query_norm"] = ("Q", "q_a_layernorm")
+        for name, (letter, on_disk) in latents.items():
+            hf_name = f"{family.layer}self_attn.{on_disk}"
+            table += _norm(config, f"{stack}/attention/{name}", f"L{letter}", hf_name, letter)
     if family.query_key_norm is not None and config.query_key_norm:
         for name, heads in (("query", "H"), ("key", "G")):
             letters = f"L{heads}C" if "H" in family.query_key_norm else "LC"
             disk = f"({heads}C)" if family.query_key_norm == "HC" else letters.removeprefix("L")
             table += _norm(
-                config, f"layers/attention/{name}_norm", letters, f"{family.layer}self_attn.{name[0]}_norm", disk
+                config, f"{stack}/attention/{name}_norm", letters, f"{family.layer}self_attn.{name[0]}_norm", disk
             )
     if family.sinks:
         name = f"{family.layer}self_attn.sinks"
-        table.append(Entry("layers/attention/sinks", "LH", name, "H", init="normal", decay=False))
-    return [*table, *_norm(config, "final_norm", "D", family.final_norm), *_head(config)]
+        table.append(Entry(f"{stack}/attention/sinks", "LH", name, "H", init="normal", decay=False))
+    return table
+
+
+def _absent(config: ModelConfig) -> tuple[str, ...]:
+    """Return the matrices of latent attention that this model does without."""
+    if not config.of_family.latent:
+        return ()
+    return ("query_down", "query_up") if config.query_rank is None else ("query",)
 
 
 def _norm(config: ModelConfig, path: str, letters: str, hf_name: str, disk: str = "D") -> list[Entry]:
@@ -195,10 +245,10 @@ def _norm(config: ModelConfig, path: str, letters: str, hf_name: str, disk: str 
     )
 
 
-def _placed_norm(config: ModelConfig, place: str) -> list[Entry]:
+def _placed_norm(config: ModelConfig, stack: str, place: str) -> list[Entry]:
     """A layer's norm, where the family has one in that place."""
     family = config.of_family
-    return _norm(config, f"layers/{place}", "LD", family.layer + family.norms[place]) if place in family.norms else []
+    return _norm(config, f"{stack}/{place}", "LD", family.layer + family.norms[place]) if place in family.norms else []
 
 
 def _linear(config: ModelConfig, path: str, name: str, hf_name: str) -> list[Entry]:
@@ -230,7 +280,8 @@ def _head(config: ModelConfig) -> list[Entry]:
 
 
 def _logical_axes(entry: Entry) -> tuple[str | None, ...]:
-    """Name the axes; a vector over D stays whole, since cutting a few KiB saves nothing and costs a collective."""
+    """Name the axes; a vector over D (or Q, Z) stays whole, since cutting a few KiB saves nothing and costs a collective."""
     vector = len(entry.letters.removeprefix("L")) == 1
+    whole = "DQZ" if vector else "QZ" if "D" in entry.letters else ""
     axes = AXES | OF_EXPERTS if entry.routed else AXES
-    return tuple(None if vector and letter == "D" else axes.get(letter) for letter in entry.letters)
+    return tuple(None if letter in whole else axes.get(letter) for letter in entry.letters)

@@ -315,16 +315,22 @@ def _yarn(rope: Rope, periods_P: np.ndarray) -> tuple[np.ndarray, float]:
     return frequencies_P, _yarn_magnitude(rope)
 
 
-def _yarn_magnitude(rope: Rope) -> float:
-    def magnitude(weight: float) -> float:
-        assert rope.factor is not None
-        return 0.1 * weight * math.log(rope.factor) + 1.0
+def logit_factor(rope: Rope) -> float:
+    """Return DeepSeek's factor on the attention logits: (0.1 mscale_all_dim ln(factor) + 1)^2 of yarn, 1 of others."""
+    return _magnitude(rope, rope.mscale_all_dim) ** 2 if rope.mscale_all_dim else 1.0
 
+
+def _magnitude(rope: Rope, weight: float) -> float:
+    assert rope.factor is not None
+    return 0.1 * weight * math.log(rope.factor) + 1.0
+
+
+def _yarn_magnitude(rope: Rope) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
-    return magnitude(1.0)
+        return _magnitude(rope, rope.mscale) / _magnitude(rope, rope.mscale_all_dim)
+    return _magnitude(rope, 1.0)
 
 
 _SCALINGS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}

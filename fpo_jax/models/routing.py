@@ -25,6 +25,18 @@ class Routing(NamedTuple):
         return jax.lax.psum(self, axis_name)
 
 
+def within_groups(scores_NTE: jax.Array, *, groups: int, kept: int) -> jax.Array:
+    """Return the scores with 0 for experts outside of the token's groups: the `kept` ones with the largest scores.
+
+    DeepSeek-V2 (arXiv 2405.04434), section 2.2.2. Groups are experts that are neighbours, equally many in each.
+    """
+    *batch, experts = scores_NTE.shape
+    best_NTG = jnp.max(scores_NTE.reshape(*batch, groups, experts // groups), axis=-1)
+    _, chosen_NTU = jax.lax.top_k(best_NTG, kept)
+    allowed_NTG = jnp.any(jax.nn.one_hot(chosen_NTU, groups, dtype=bool), axis=-2)
+    return jnp.where(jnp.repeat(allowed_NTG, experts // groups, axis=-1), scores_NTE, 0.0)
+
+
 class Recorder:
     """Takes the routing of one layer while it is traced."""
 

@@ -1,6 +1,7 @@
 """Embedding, stacked layers under one scan, final norm: the same for every family. Hidden states, never logits.
 
 The module tree of `Decoder` is the tree of parameters: `layers` is one layer whose parameters carry a leading L axis.
+Where a family's first layers have no experts, `dense_layers` is another such layer and comes first.
 """
 
 import functools
@@ -65,7 +66,8 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: config.ModelConfig, adapter: config.Adapter | None = None):
         self.config, self.adapter = config, adapter
-        self.layers = decoder_layer.Layer(config)
+        for stack in config.stacks:
+            setattr(self, stack, decoder_layer.Layer(config, dense=stack == "dense_layers"))
         self.final_norm = layers.NORMS[config.of_family.norm](config.norm_eps)
         for entry in param_table.entries(config) + lora.adapter_entries(config, adapter):
             *parents, name = entry.path.split("/")
@@ -88,9 +90,8 @@ class Decoder(nnx.Module):
         """Return the hidden states after the final norm, in compute_dtype, and where the router sent the tokens."""
         positions_XT = jnp.arange(tokens_NT.shape[1])[None] if segments is None else jnp.asarray(segments.positions_NT)
         context_of = self._contexts(positions_XT, valid_NT, choice, layout, segments, fp8=fp8)
-        graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(x_NTD, layer, *, kind):
+        def apply_layer(x_NTD, layer, *, kind, graphdef):
             layer, number = layer
             own = context_of(kind, number)
             if dropout_key is not None:
@@ -101,7 +102,7 @@ class Decoder(nnx.Module):
 
         # Padding reads row 0, so that a pad id added beyond the vocabulary is harmless.
         x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, layout, compute_dtype)
-        x_NTD, routes = self._scan(lambda kind: REMAT[remat](functools.partial(apply_layer, kind=kind)), x_NTD, layers)
+        x_NTD, routes = self._scan(lambda **of: REMAT[remat](functools.partial(apply_layer, **of)), x_NTD)
         return layout.constrain(self._normed(x_NTD), "rows", "positions", "width"), routes
 
     def prefill(
@@ -116,18 +117,15 @@ class Decoder(nnx.Module):
         """Return the hidden states and the keys and values of all positions."""
         positions_XT = jnp.arange(tokens_NT.shape[1])[None]
         context_of = self._contexts(positions_XT, valid_NT, choice, layout)
-        graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(x_NTD, layer, *, kind):
+        def apply_layer(x_NTD, layer, *, kind, graphdef):
             layer, number = layer
             recorder = kv_cache.Recorder()
             x_NTD = nnx.merge(graphdef, layer)(x_NTD, context_of(kind, number)._replace(slot=recorder))
             return x_NTD, (recorder.keys_NTGC, recorder.values_NTGC)
 
         x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, layout, compute_dtype)
-        x_NTD, (keys_LNTGC, values_LNTGC) = self._scan(
-            lambda kind: functools.partial(apply_layer, kind=kind), x_NTD, layers
-        )
+        x_NTD, (keys_LNTGC, values_LNTGC) = self._scan(lambda **of: functools.partial(apply_layer, **of), x_NTD)
         return self._normed(x_NTD), kv_cache.Cache(keys_LNTGC, values_LNTGC)
 
     def decode(
@@ -142,31 +140,36 @@ class Decoder(nnx.Module):
         """Return the hidden state of one more token of each row, and the cache with it."""
         valid_NT = jnp.ones((tokens_N.shape[0], 1), bool)
         context_of = self._contexts(positions_N[:, None], valid_NT, _CACHED, layout)
-        graphdef, layers = nnx.split(self.layers)
 
-        def apply_layer(carry, layer, *, kind):
+        def apply_layer(carry, layer, *, kind, graphdef):
             (x_NTD, cache), (layer, number) = carry, layer
             slot = kv_cache.Slot(cache, number, positions_N)
             x_NTD = nnx.merge(graphdef, layer)(x_NTD, context_of(kind, number)._replace(slot=slot))
             return (x_NTD, slot.cache), None
 
         x_NTD = self._embedded(tokens_N[:, None], positions_N[:, None], layout, compute_dtype)
-        (x_NTD, cache), _ = self._scan(lambda kind: functools.partial(apply_layer, kind=kind), (x_NTD, cache), layers)
+        (x_NTD, cache), _ = self._scan(lambda **of: functools.partial(apply_layer, **of), (x_NTD, cache))
         return self._normed(x_NTD)[:, 0], cache
 
-    def _scan(self, layer_of: Callable, carry, layers):
-        """Scan over the layers; where their kinds alternate, over groups of one of each kind, run by run.
+    def _scan(self, layer_of: Callable, carry):
+        """Scan over the layers, stack by stack; where their kinds alternate, over groups of one of each, run by run.
 
-        `layer_of(kind)` gives the body of a layer of that kind, which is handed the layer and its number.
+        `layer_of(kind=, graphdef=)` gives the body of a layer, which is handed the layer and its number. What the
+        bodies return is joined along the layers; those of a stack may return nothing.
         """
-        layers = (layers, jnp.arange(self.config.layers))
         found = []
-        for run in runs(self.config.kinds):
-            whole = run.period * run.repeats == self.config.layers
-            part = layers if whole else jax.tree.map(lambda leaf: leaf[run.start : run.stop], layers)  # noqa: B023
-            carry, one = _scan_run([layer_of(kind) for kind in run.kinds], carry, part)
-            found.append(one)
-        return carry, found[0] if len(found) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
+        for stack, numbers in self.config.stacks.items():
+            graphdef, layers = nnx.split(getattr(self, stack))
+            layers = (layers, jnp.arange(numbers.start, numbers.stop))
+            for run in runs(self.config.kinds[numbers.start : numbers.stop]):
+                whole = run.period * run.repeats == len(numbers)
+                part = layers if whole else jax.tree.map(lambda leaf: leaf[run.start : run.stop], layers)  # noqa: B023
+                bodies = [layer_of(kind=kind, graphdef=graphdef) for kind in run.kinds]
+                carry, one = _scan_run(bodies, carry, part)
+                found += [] if one is None else [one]
+        if len(found) < 2:
+            return carry, found[0] if found else None
+        return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
 
     def _contexts(
         self, positions_XT, valid_NT, choice: attention.Selection, layout: sharding.Layout, segments=None, *, fp8=False
@@ -180,18 +183,17 @@ class Decoder(nnx.Module):
         rotations = {
             one: rope.rotation(
                 one,
-                head_dim=config.head_dim,
+                head_dim=config.rotary_dim,
                 max_positions=config.max_positions,
                 lengths_N=lengths_N,
                 positions_XT=positions_XT,
             )
             for one in config.ropes
         }
-        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         shared = layers.Context(
             valid_NT,
             None,
-            scale,
+            config.attention_scale,
             None,
             config.attention_soft_cap,
             choice,

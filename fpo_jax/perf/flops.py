@@ -83,10 +83,10 @@ def weights_on_a_device(config: models.ModelConfig, mesh: Mesh) -> tuple[float, 
 def forward(config: models.ModelConfig, done: Work) -> int:
     """Return the operations of a forward pass to the log-probs, such as the reference pass.
 
-    2 P tokens + 4 L H C pairs + 2 D V scored, with P the weights of the layers' matrices; a reward model's head costs
-    nothing that counts.
+    2 P tokens + 2 L H (C + M) pairs + 2 D V scored, with P the weights of the layers' matrices and M the size of a
+    value's head, mostly C; a reward model's head costs nothing that counts.
     """
-    attention = 4 * config.layers * config.heads * config.head_dim
+    attention = 2 * config.layers * config.heads * (config.head_dim + (config.value_dim or config.head_dim))
     head = 0 if config.reward_head else 2 * config.width * config.vocab_size * done.scored
     return 2 * layer_weights(config) * done.tokens + attention * done.pairs + head
 

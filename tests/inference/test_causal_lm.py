@@ -27,6 +27,7 @@ FAMILIES = {
     "glm4": test_model.VARIANTS["glm4"], "cohere": test_model.COHERE, "cohere2": test_model.COHERE2,
     "starcoder2": test_model.STARCODER2, "mixtral": test_model.MIXTRAL, "qwen2_moe": test_model.QWEN2_MOE,
     "qwen3_moe": test_model.QWEN3_MOE, "gpt_oss": test_model.GPT_OSS,
+    "deepseek_v2": test_model.DEEPSEEK_V2,
 }  # fmt: skip
 TOKENS_NT = jnp.array(np.random.default_rng(0).integers(0, test_model.V, (2, 11)))
 

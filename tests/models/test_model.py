@@ -152,6 +152,26 @@ GPT_OSS = (
 )
 GPT_OSS |= {"rope_theta": 150000.0, "rope_scaling": YARN | {"rope_type": "yarn", "truncate": False, "beta_fast": 2.0}}
 GPT_OSS |= {"swiglu_limit": 7.0, "pad_token_id": None, "router_aux_loss_coef": 0.9}
+DEEPSEEK_V2 = LLAMA | {
+    "model_type": "deepseek_v2",
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 9,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 1.7,
+    "topk_method": "greedy",
+    "pad_token_id": None,
+    "rope_scaling": YARN | {"mscale": 0.9, "mscale_all_dim": 0.7, "beta_fast": 2.0},
+}
+DEEPSEEK_V2_GROUPS = {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 7, "num_hidden_layers": 4, "max_window_layers": 3}
 VARIANTS = {
     "llama MHA": LLAMA | {"num_key_value_heads": 4, "head_dim": None},
@@ -247,6 +267,10 @@ LATER = {
     "gpt_oss": GPT_OSS,
     "gpt_oss full, without attention biases": GPT_OSS
     | {"attention_bias": False, "layer_types": ["full_attention"] * 4, "rope_scaling": {"rope_type": "default"}},
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v2 groups": DEEPSEEK_V2
+    | DEEPSEEK_V2_GROUPS
+    | {"q_lora_rank": 14, "attention_bias": True, "first_k_dense_replace": 2, "rope_scaling": None, "v_head_dim": 16},
     "starcoder2 without biases": STARCODER2 | {"use_bias": False, "tie_word_embeddings": False},
 }
 VARIANTS |= LATER
@@ -285,6 +309,8 @@ WITH_GRADIENT = {
     "qwen3_moe": "full",
     "qwen2_moe": "none",
     "gpt_oss": "dots_and_attention",
+    "deepseek_v2": "dots_and_attention",
+    "deepseek_v2 groups": "full",
 }
 
 
