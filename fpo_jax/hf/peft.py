@@ -331,7 +331,8 @@ def _modules(directory: Path, config: models.ModelConfig) -> str:
     names = []
     for entry in params.entries(config):
         module = entry.hf_name.removesuffix(".weight")
-        if entry.stacked and entry.decay and f"{_PREFIX}{module.format(layer=entry.first_layer, expert=0)}.lora_A.weight" in held:
+        first = module.format(layer=entry.first_layer, expert=0)
+        if entry.stacked and entry.decay and f"{_PREFIX}{first}.lora_A.weight" in held:
             names.append(re.escape(module.partition("{layer}.")[2]))
     if not names:
         raise ValueError(f"the adapter in {directory} is beside no matrix of this {config.family} model; give its own.")

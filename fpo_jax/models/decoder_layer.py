@@ -69,8 +69,8 @@ class LatentAttention(nnx.Module):
 
     [c | k_r] = x W_kv_down;  [k_n | v] = norm(c) W_kv_up of every head;  k = [rotated k_r | k_n], k_r of all heads
 
-    Queries have the same two parts, from x or from norm(x W_query_down). The rotated part stands last on disk, and first
-    here in queries and keys, whose products do not depend on it. Values are padded with zeros to the size of the keys,
+    Queries have the same two parts, from x or from norm(x W_query_down). On disk the rotated part stands last, here it
+    is first in queries and keys, whose products are the same. Values are padded with zeros to the size of the keys,
     which every implementation of attention takes; a cache holds keys and values and not the latent.
     """
 

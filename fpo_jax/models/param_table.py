@@ -280,7 +280,7 @@ def _head(config: ModelConfig) -> list[Entry]:
 
 
 def _logical_axes(entry: Entry) -> tuple[str | None, ...]:
-    """Name the axes; a vector over D (or Q, Z) stays whole, since cutting a few KiB saves nothing and costs a collective."""
+    """Name the axes; a vector over D, Q or Z stays whole: cutting a few KiB saves nothing and costs a collective."""
     vector = len(entry.letters.removeprefix("L")) == 1
     whole = "DQZ" if vector else "QZ" if "D" in entry.letters else ""
     axes = AXES | OF_EXPERTS if entry.routed else AXES

@@ -227,6 +227,12 @@ def router_aux_weight(
     given, own = config.model.router_aux_weight, model_config.router_aux_weight
     if given is not None:
         weight, described = given, f"load-balancing loss with weight {given:g}, by model.router_aux_weight"
+    elif "router_aux_weight" not in model_config.of_family.keys:
+        name = model_config.family
+        weight, described = (
+            0.0,
+            f"no load-balancing loss: transformers has none of {name}; model.router_aux_weight adds it",
+        )
     elif model_config.router_aux_loss:
         weight, described = own, f"load-balancing loss with weight {own:g}, config.json's router_aux_loss_coef"
     else:

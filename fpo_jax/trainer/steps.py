@@ -143,7 +143,9 @@ def _gather_layers(
     is_matrix = params.flatten(params.decay_mask(model_config))
 
     def gathered(path, x):
-        if path.partition("/")[0] not in model_config.stacks or isinstance(x, nf4.NF4):  # four bits are gathered where they are read
+        if path.partition("/")[0] not in model_config.stacks:
+            return x
+        if isinstance(x, nf4.NF4):  # four bits are gathered where they are read
             return x
         return jax.lax.with_sharding_constraint(x.astype(compute_dtype) if is_matrix[path] else x, whole[path])
 

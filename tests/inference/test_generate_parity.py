@@ -17,7 +17,17 @@ NAMES = ["llama GQA", "llama tied", "llama3 scaling", "mistral window", "neox pa
 NAMES += ["qwen2", "qwen3", "gemma2", "gpt2"]
 LATER = ["gpt2 inverse scale", "qwen2 window", "gemma", "gemma3", "phi3 window", "olmo2", "olmo3", "granite", "smollm3"]
 LATER += ["smollm3 sliding", "ministral", "arcee", "internlm3", "seed_oss", "exaone4", "helium", "glm", "glm4"]
-LATER += ["cohere", "cohere2", "starcoder2", "mixtral window", "qwen2_moe", "qwen3_moe", "gpt_oss"]
+LATER += [
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "mixtral window",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v2 groups",
+]
 
 
 def made(name):

@@ -72,7 +72,7 @@ def logits(tree, tokens_NT, key=None, *, config, adapter):
 FAMILIES = ["llama GQA", "mistral window", "qwen2", "qwen3", "gemma2", "gpt2", "neox parallel"]
 LATER = ["llama biases", "gemma", "gemma3", "phi3", "olmo2", "olmo3", "granite tied", "smollm3 sliding", "ministral"]
 LATER += ["arcee", "internlm3", "seed_oss", "exaone4", "helium", "glm", "glm4", "cohere", "cohere2", "starcoder2"]
-LATER += ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"]
+LATER += ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v2 groups"]
 TOKENS_NT = np.random.default_rng(0).integers(3, 30, size=(2, 9)).astype(np.int32)
 
 
@@ -136,7 +136,7 @@ def check_merged(name, tmp_path, *, atol=tolerances.MERGED):
     """Compare a base and an adapter of some matrices with the model that both are together."""
     published = test_model.VARIANTS[name]
     c, adapter = adapter_of(
-        published, modules="q_proj|qkv|query_key_value|c_attn|(mlp|_expert).down_proj|c_proj|4h_to_h"
+        published, modules="q_proj|qkv|query_key_value|c_attn|(mlp|_experts?).down_proj|c_proj|4h_to_h"
     )
     tree, added = test_model.random_params(c), random_adapter(c, adapter)
     (tmp_path / "source").mkdir()

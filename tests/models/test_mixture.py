@@ -27,6 +27,10 @@ GPT_OSS = models.from_hf_config(
     test_model.GPT_OSS | {"hidden_size": 16, "num_local_experts": 4, "vocab_size": 24, "initializer_range": 0.3}
 )
 GPT_OSS = dataclasses.replace(GPT_OSS, layers=1)
+DEEPSEEK = models.from_hf_config(
+    test_model.DEEPSEEK_V2
+    | {"hidden_size": 16, "n_routed_experts": 4, "vocab_size": 24, "initializer_range": 0.3, "intermediate_size": 24}
+)
 
 
 def drawn(seed=0):
@@ -174,6 +178,36 @@ def test_operations_and_active_parameters_of_gpt_oss_by_hand():
     assert traced[1] - traced[0] == 3 * 2 * 3 * test_model.T * expert
 
 
+def test_operations_and_active_parameters_of_deepseek_by_hand():
+    """Layers of two kinds, latent attention, whose values are padded in the product that is traced."""
+    D, H, C, P, M, Z, F, E, U, S, V = (
+        getattr(DEEPSEEK, name)
+        for name in (
+            "width", "heads", "head_dim", "rope_dim", "value_dim", "kv_rank", "ffn", "experts", "experts_per_token",
+            "shared_ffn", "vocab_size",
+        )
+    )  # fmt: skip
+    attention = D * H * C + D * (Z + P) + Z * H * (C - P + M) + H * M * D
+    dense, shared, expert = 3 * D * DEEPSEEK.dense_ffn, 3 * D * S, 3 * D * F
+    layers = 3 * attention + dense + 2 * (D * E + shared)
+    norms = 3 * (Z + 2 * D) + D
+    assert flops.layer_weights(DEEPSEEK) == layers + 2 * U * expert
+    assert params.count(DEEPSEEK) == layers + norms + 2 * V * D + 2 * E * expert
+    assert params.active(DEEPSEEK) == layers + norms + 2 * V * D + 2 * U * expert
+    work = flops.work([5], [0], sliding_window=None)
+    assert flops.forward(DEEPSEEK, work) == 2 * flops.layer_weights(DEEPSEEK) * 5 + 2 * 3 * H * (C + M) * 15
+    one, two = (dataclasses.replace(DEEPSEEK, experts_per_token=count) for count in (1, 2))
+    with jax.default_matmul_precision("default"):
+        traced = [flops.traced(test_model.gradient_jaxpr(config)) for config in (one, two)]
+    assert traced[1] - traced[0] == 2 * 3 * 2 * 3 * test_model.T * expert
+
+
+def test_experts_outside_of_the_best_groups_have_no_score():
+    scores_NTE = jnp.array([[[0.1, 0.3, 0.05, 0.2, 0.25, 0.1]]])
+    found = routing.within_groups(scores_NTE, groups=3, kept=2)
+    np.testing.assert_array_equal(found, jnp.array([[[0.1, 0.3, 0, 0, 0.25, 0.1]]]))
+
+
 # --- the load-balancing loss
 
 
@@ -303,8 +337,20 @@ def test_the_objective_has_the_loss_with_its_weight_and_the_mean_of_the_micro_ba
         (MIXTRAL, 20, (1, 2, 4, 1)),
         (MIXTRAL, 2, (2, 2, 2, 1)),
         (GPT_OSS, 2, (1, 2, 2, 2)),
+        (DEEPSEEK, 2, (2, 2, 1, 2)),
+        (DEEPSEEK, 2, (1, 2, 2, 2)),
     ],
-    ids=["data, fsdp, tensor", "replicas", "gpt_oss", "fsdp", "experts", "replicas, experts", "gpt_oss, experts"],
+    ids=[
+        "data, fsdp, tensor",
+        "replicas",
+        "gpt_oss",
+        "fsdp",
+        "experts",
+        "replicas, experts",
+        "gpt_oss, experts",
+        "deepseek_v2",
+        "deepseek_v2, experts",
+    ],
 )
 def test_any_mesh_gives_the_same_steps(config, steps, sizes):
     axes = dict(zip(sharding.MESH_AXES, sizes, strict=True))

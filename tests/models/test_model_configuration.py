@@ -132,6 +132,71 @@ GPT_OSS_120B = GPT_OSS_20B | {
     "num_local_experts": 128,
     "layer_types": ["sliding_attention", "full_attention"] * 18,
 }
+DEEPSEEK_V2_LITE = {  # as published, with keys of DeepSeek's own code that transformers does not read
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "pretraining_tp": 1,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+}
+DEEPSEEK_V2 = DEEPSEEK_V2_LITE | {
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "n_group": 8,
+    "n_routed_experts": 160,
+    "num_attention_heads": 128,
+    "num_hidden_layers": 60,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "routed_scaling_factor": 16.0,
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+}
 # parameter counts as published with each model
 PUBLISHED = {
     "Llama-2-7B": (LLAMA2_7B, 6_738_415_616),
@@ -141,6 +206,8 @@ PUBLISHED = {
     "Pythia-2.8B": (PYTHIA_2_8B, 2_775_208_960),
     "gpt-oss-20b": (GPT_OSS_20B, 20_914_757_184),
     "gpt-oss-120b": (GPT_OSS_120B, 116_829_156_672),
+    "DeepSeek-V2-Lite": (DEEPSEEK_V2_LITE, 15_706_484_224),
+    "DeepSeek-V2": (DEEPSEEK_V2, 235_741_434_880),
 }
 
 
@@ -155,6 +222,13 @@ def test_gpt_oss_has_the_active_parameters_of_its_model_card(described, billions
     """Which counts the LM head and not the embeddings: arXiv 2508.10925, table 1."""
     config = models.from_hf_config(described)
     assert round((params.active(config) - config.vocab_size * config.width) / 1e9, 2) == billions
+
+
+@pytest.mark.parametrize(("described", "billions"), [(DEEPSEEK_V2_LITE, 2.4), (DEEPSEEK_V2, 21)])
+def test_deepseek_v2_has_the_active_parameters_of_its_report(described, billions):
+    """arXiv 2405.04434, section 3.1.2 and appendix B, which say it in two digits: 2.45 and 20.9 without embeddings."""
+    config = models.from_hf_config(described)
+    assert abs((params.active(config) - config.vocab_size * config.width) / 1e9 / billions - 1) < 0.025
 
 
 def test_llama32_is_read_to_the_last_field():
@@ -381,11 +455,19 @@ MIXED = {
 }
 
 
+_ALSO = {"deepseek_v2": {"num_experts_per_tok": 6}}  # what the class of transformers leaves unset
+
+
 def least(family, **changed):
     """The config.json of a family with the sizes alone."""
     keys = families.FAMILIES[family].keys
     sizes = {"vocab_size": 64, "width": 32, "ffn": 48, "layers": 5, "heads": 4, "kv_heads": 4, "head_dim": 8}
-    return {"model_type": family} | {keys[field]: size for field, size in sizes.items() if field in keys} | changed
+    return (
+        {"model_type": family}
+        | {keys[field]: size for field, size in sizes.items() if field in keys}
+        | _ALSO.get(family, {})
+        | changed
+    )
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -451,6 +533,21 @@ def test_a_field_of_transformers_that_is_not_known_here_is_refused_by_name(monke
             {"layer_types": ["chunked_attention"] * 5},
             r"supported: 5 of full_attention and sliding_attention",
         ),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, r"topk_method='noaux_tc' is not supported \(supported: 'greedy'"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, r"needs n_group and topk_group"),
+        (
+            "deepseek_v2",
+            {"topk_method": "group_limited_greedy", "n_group": 32, "topk_group": 2},
+            r"groups_per_token=2 of 32 groups of 2 experts do not hold 6 experts of a token",
+        ),
+        ("deepseek_v2", {"norm_topk_prob": True}, r"norm_topk_prob=True is not supported"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, r"scoring_func='sigmoid' is not supported"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, r"moe_layer_freq=2 is not supported"),
+        ("deepseek_v2", {"mlp_bias": True}, r"mlp_bias=True is not supported"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, r"as many key/value heads as heads, 4, not 2"),
+        ("deepseek_v2", {"v_head_dim": 200}, r"value_dim=200 is more than the head_dim of queries and keys, 192"),
+        ("deepseek_v2", {"first_k_dense_replace": 5}, r"dense_layers=5 must be at least 0 and less than layers=5"),
+        ("deepseek_v2", {"n_shared_experts": 0}, r"n_shared_experts=0 must be positive"),
     ],
 )
 def test_refusals_of_other_families(family, change, message):

@@ -26,6 +26,20 @@ CONFIGS = {
     "mixtral": dataclasses.replace(LLAMA, family="mixtral", experts=5, experts_per_token=2),
     "gpt_oss": dataclasses.replace(LLAMA, family="gpt_oss", experts=5, experts_per_token=2, sliding_window=3),
     "qwen2_moe": dataclasses.replace(LLAMA, family="qwen2_moe", experts=5, experts_per_token=2, shared_ffn=14),
+    "deepseek_v2": dataclasses.replace(
+        LLAMA,
+        family="deepseek_v2",
+        kv_heads=LLAMA.heads,
+        rope_dim=2,
+        value_dim=3,
+        kv_rank=7,
+        query_rank=9,
+        experts=6,
+        experts_per_token=2,
+        shared_ffn=LLAMA.ffn,
+        dense_layers=1,
+        dense_ffn=19,
+    ),
     "gpt_neox tied": dataclasses.replace(LLAMA, family="gpt_neox", heads=3, kv_heads=3, head_dim=4, tied_head=True),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
