@@ -422,9 +422,10 @@ FAMILIES: dict[str, Family] = {
         # transformers reads neither of the first three; DeepSeek's own code normalises by the first and has no other
         # values of the next two in what is published
         neutral={"norm_topk_prob": (None, False), "scoring_func": (None, "softmax"), "moe_layer_freq": (None, 1)},
-        # head_dim: transformers overwrites it; output_router_logits: its class has no load-balancing loss to switch on
+        # transformers overwrites the first two; its class has no load-balancing loss for the third to switch on
         consumed=(
             "head_dim",
+            "qk_head_dim",
             "output_router_logits",
             "qk_nope_head_dim",
             "n_shared_experts",

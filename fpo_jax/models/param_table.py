@@ -111,8 +111,10 @@ class Entry:
         ]
 
     def _numbers(self, place: tuple[int, ...]) -> dict[str, int]:
-        numbers = dict(zip(("layer", "expert"), place, strict=False))
-        return numbers | {"layer": self.first_layer + numbers["layer"]} if numbers else numbers
+        if not place:
+            return {}
+        layer, *experts = place
+        return {"layer": self.first_layer + layer, **{"expert": expert for expert in experts}}
 
     def hf_names(self) -> list[str]:
         """Names on disk: one, or one per layer, or one per layer and expert."""

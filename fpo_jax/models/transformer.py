@@ -125,7 +125,9 @@ class Decoder(nnx.Module):
             return x_NTD, (recorder.keys_NTGC, recorder.values_NTGC)
 
         x_NTD = self._embedded(jnp.where(valid_NT, tokens_NT, 0), positions_XT, layout, compute_dtype)
-        x_NTD, (keys_LNTGC, values_LNTGC) = self._scan(lambda **of: functools.partial(apply_layer, **of), x_NTD)
+        x_NTD, recorded = self._scan(lambda **of: functools.partial(apply_layer, **of), x_NTD)
+        assert recorded is not None  # every layer returns its keys and values
+        keys_LNTGC, values_LNTGC = recorded
         return self._normed(x_NTD), kv_cache.Cache(keys_LNTGC, values_LNTGC)
 
     def decode(
