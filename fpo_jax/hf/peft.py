@@ -105,7 +105,7 @@ def write_peft(
         source_dir: tokenizer, chat template and prompt format of the training are copied from here.
 
     Raises:
-        ValueError: out_dir is in use, a value is not finite, the base is multimodal, or transformers would not render a
+        ValueError: out_dir is in use, a value is not finite, the base is multimodal, PEFT reads the adapter otherwise, or transformers would not render a
             conversation as source_dir records it.
     """
     out_dir = atomic_io.vacant(out_dir)
@@ -113,6 +113,11 @@ def write_peft(
         raise ValueError(
             f"{source_dir} also holds {others}, beside which PEFT names the matrices differently; export the merged"
             " model."
+        )
+    if not config.of_family.peft_has_mlp and any("/mlp/" in path for path in adapter.targets):
+        raise ValueError(
+            f"PEFT would take the adapters of the MLPs and shared experts of {config.family} for adapters of its experts;"
+            " export the merged model, or train with lora.modules=self_attn."
         )
     own, tensors = params.flatten(adapter_params), {}
     for entry, name, place in _tensors(config, adapter):

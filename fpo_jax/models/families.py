@@ -111,6 +111,7 @@ class Family:
     stacked_experts: bool = False  # one tensor on disk holds a matrix of all experts, input axes first
     gating: str = ""  # a key of activations.GATINGS, in place of act(gate) * up with the activation of config.json
     unnormalized_top_k: bool = False  # the weights of a token's experts are the router's probabilities, in any case
+    peft_has_mlp: bool = True  # whether PEFT reads adapters of MLPs and shared experts as such, not as of the experts
     sinks: bool = False  # every query head has a logit of its own, see attention.attend
     biases: tuple[str, ...] = ()  # matrices that always have one, unless a key of bias_keys says otherwise
     learned_positions: bool = False  # positions are embedded and nothing is rotated
@@ -388,6 +389,7 @@ FAMILIES: dict[str, Family] = {
         dense_matrices=_GATED,
         interleaved=True,
         unnormalized_top_k=True,
+        peft_has_mlp=False,
         bias_keys={"attention_bias": ("query_down", "kv_down", "out")},
         keys={field: key for field, key in _KEYS.items() if field != "head_dim"}
         | {

@@ -111,10 +111,9 @@ class Entry:
         ]
 
     def _numbers(self, place: tuple[int, ...]) -> dict[str, int]:
-        if not place:
-            return {}
-        layer, *experts = place
-        return {"layer": self.first_layer + layer, **{"expert": expert for expert in experts}}
+        names: tuple[str, ...] = ("layer", "expert")
+        numbers = dict(zip(names, place, strict=False))
+        return numbers | {"layer": self.first_layer + place[0]} if place else numbers
 
     def hf_names(self) -> list[str]:
         """Names on disk: one, or one per layer, or one per layer and expert."""

@@ -11,7 +11,7 @@ from flax import nnx
 from numpy.testing import assert_allclose
 
 from fpo_jax import checkpoint, hf, models
-from fpo_jax.models import layers, params
+from fpo_jax.models import families, layers, params
 from fpo_jax.trainer import export, metric_logger, run_inputs, trainer
 from tests import resuming, tiny, tolerances
 from tests.models import test_model
@@ -94,7 +94,8 @@ def check_peft(name, tmp_path):
     """Compare the logits and the gradients of an adapter of all matrices with PEFT's."""
     torch = pytest.importorskip("torch", reason="PyTorch is absent")
     peft = pytest.importorskip("peft", reason="peft is absent")
-    c, adapter = adapter_of(test_model.VARIANTS[name])
+    mlp = families.FAMILIES[test_model.VARIANTS[name]["model_type"]].peft_has_mlp
+    c, adapter = adapter_of(test_model.VARIANTS[name], **({} if mlp else {"modules": "self_attn"}))
     tree, added = test_model.random_params(c), random_adapter(c, adapter)
     theirs = test_model.torch_twin(tmp_path, test_model.VARIANTS[name], tree, c)
     base = tmp_path / "model"
@@ -119,6 +120,16 @@ def check_peft(name, tmp_path):
             found = params.to_hf(entry, np.asarray(flat[entry.path][place]))
             wanted = named[key].grad.numpy()
             assert_allclose(found, wanted, rtol=0, atol=tolerances.PARITY_GRADIENT * np.abs(wanted).max(), err_msg=key)
+
+
+def test_an_adapter_that_peft_would_take_for_one_of_the_experts_is_not_written_for_it(tmp_path):
+    c, adapter = adapter_of(test_model.DEEPSEEK_V2)
+    added = random_adapter(c, adapter)
+    with pytest.raises(ValueError, match=r"MLPs and shared experts of deepseek_v2 .* export the merged model"):
+        hf.write_peft(
+            added, c, adapter, out_dir=tmp_path / "peft", base_name="base", revision=None, source_dir=tmp_path
+        )
+    assert not (tmp_path / "peft").exists()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -158,7 +158,7 @@ DEEPSEEK_V2 = LLAMA | {
     "num_hidden_layers": 3,
     "first_k_dense_replace": 1,
     "q_lora_rank": None,
-    "kv_lora_rank": 12,
+    "kv_lora_rank": 16,
     "qk_nope_head_dim": 10,
     "qk_rope_head_dim": 6,
     "v_head_dim": 9,
@@ -270,7 +270,7 @@ LATER = {
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v2 groups": DEEPSEEK_V2
     | DEEPSEEK_V2_GROUPS
-    | {"q_lora_rank": 14, "attention_bias": True, "first_k_dense_replace": 2, "rope_scaling": None, "v_head_dim": 16},
+    | {"q_lora_rank": 24, "attention_bias": True, "first_k_dense_replace": 2, "rope_scaling": None, "v_head_dim": 16},
     "starcoder2 without biases": STARCODER2 | {"use_bias": False, "tie_word_embeddings": False},
 }
 VARIANTS |= LATER
