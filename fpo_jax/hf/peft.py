@@ -105,8 +105,8 @@ def write_peft(
         source_dir: tokenizer, chat template and prompt format of the training are copied from here.
 
     Raises:
-        ValueError: out_dir is in use, a value is not finite, the base is multimodal, PEFT reads the adapter otherwise, or transformers would not render a
-            conversation as source_dir records it.
+        ValueError: out_dir is in use, a value is not finite, the base is multimodal, PEFT would read the adapter as
+            another, or transformers would not render a conversation as source_dir records it.
     """
     out_dir = atomic_io.vacant(out_dir)
     if (source_dir / "config.json").exists() and (others := directories.left_out(source_dir)):
@@ -116,7 +116,7 @@ def write_peft(
         )
     if not config.of_family.peft_has_mlp and any("/mlp/" in path for path in adapter.targets):
         raise ValueError(
-            f"PEFT would take the adapters of the MLPs and shared experts of {config.family} for adapters of its experts;"
+            f"PEFT would take the adapters of the MLPs and shared experts of {config.family} for those of its experts;"
             " export the merged model, or train with lora.modules=self_attn."
         )
     own, tensors = params.flatten(adapter_params), {}

@@ -72,7 +72,7 @@ def logits(tree, tokens_NT, key=None, *, config, adapter):
 FAMILIES = ["llama GQA", "mistral window", "qwen2", "qwen3", "gemma2", "gpt2", "neox parallel"]
 LATER = ["llama biases", "gemma", "gemma3", "phi3", "olmo2", "olmo3", "granite tied", "smollm3 sliding", "ministral"]
 LATER += ["arcee", "internlm3", "seed_oss", "exaone4", "helium", "glm", "glm4", "cohere", "cohere2", "starcoder2"]
-LATER += ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v2 groups"]
+LATER += ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2"]
 TOKENS_NT = np.random.default_rng(0).integers(3, 30, size=(2, 9)).astype(np.int32)
 
 
