@@ -111,9 +111,10 @@ class Entry:
         ]
 
     def _numbers(self, place: tuple[int, ...]) -> dict[str, int]:
-        names: tuple[str, ...] = ("layer", "expert")
-        numbers = dict(zip(names, place, strict=False))
-        return numbers | {"layer": self.first_layer + place[0]} if place else numbers
+        numbers: dict[str, int] = {}
+        for name, first, number in zip(("layer", "expert"), (self.first_layer, 0), place, strict=False):
+            numbers[name] = first + number
+        return numbers
 
     def hf_names(self) -> list[str]:
         """Names on disk: one, or one per layer, or one per layer and expert."""
