@@ -43,7 +43,7 @@ def pipeline(*, base: str, align: Any, sft: Any = None, reward: Any = None, rewa
     c.judgements = ml_collections.ConfigDict(dict.fromkeys(SOURCE, ""))  # of the reward model; all "" = as `data`
     for name, section in (("sft", sft), ("reward", reward), ("align", align)):
         if section is not None:
-            c[name] = _trimmed(section, seed=name != "align")
+            c[name] = trimmed(section, seed=name != "align")
     c.lock()
     return c
 
@@ -64,6 +64,11 @@ def sampling(**options: Any) -> Any:
     return c
 
 
+def section(**values: Any) -> Any:
+    """Return a section with these keys."""
+    return ml_collections.ConfigDict(values)
+
+
 def add(c: Any, name: str, section: Any) -> None:
     """Give a locked pipeline one more section."""
     with c.unlocked():
@@ -73,7 +78,7 @@ def add(c: Any, name: str, section: Any) -> None:
 
 def replace_align(c: Any, align: Any) -> None:
     """Give a locked pipeline another alignment on the same data."""
-    add(c, "align", _trimmed(align, seed=False))
+    add(c, "align", trimmed(align, seed=False))
     c.losses, c.seeds = (align.loss.name,), (align.seed,)
 
 
@@ -86,14 +91,14 @@ def _only(section: Any, keys: Sequence[str]) -> Any:
     return c
 
 
-def _trimmed(section: Any, *, seed: bool) -> Any:
+def trimmed(section: Any, *, seed: bool) -> Any:
     """Take out what the pipeline fills in, so that setting it is an error and not ignored."""
-    trimmed = copy.deepcopy(section)  # with the placeholders of unset fields, which know their types
-    with trimmed.unlocked():
+    own = copy.deepcopy(section)  # with the placeholders of unset fields, which know their types
+    with own.unlocked():
         for key in (*SOURCE, *ROWS):
-            del trimmed.data[key]
-        del trimmed.model["path"], trimmed["tokenizer"], trimmed.data["mixer"]
+            del own.data[key]
+        del own.model["path"], own["tokenizer"], own.data["mixer"]
         if not seed:
-            del trimmed["seed"]
-    trimmed.lock()
-    return trimmed
+            del own["seed"]
+    own.lock()
+    return own

@@ -64,8 +64,8 @@ class Pipeline:
         stages = {name: self._section(name, model=c.base) for name in ("sft", "reward") if name in c}
         stages["align"] = self._alignment(c.losses[0], c.seeds[0], model=c.base, sources=dict(c.data.items()))
         pipeline_inputs.check(c, stages)
-        start = self._trained("sft", c.base) if "sft" in c else _place(c.base)
-        judge = self._trained("reward", c.base) if "reward" in c else _place(c.reward_model)
+        start = self._trained("sft", c.base) if "sft" in c else place(c.base)
+        judge = self._trained("reward", c.base) if "reward" in c else place(c.reward_model)
         sources = dict(c.data.items())
         if "sample" in c:
             sources |= self._labelled(start, judge)
@@ -111,14 +111,14 @@ class Pipeline:
                 found.append(f"{name}={tuple(values)} must hold at least one entry and none twice.")
         for name in ("sft", "reward"):
             if name in c:
-                found += [f"{name}: {problem}" for problem in _found(self._section(name, model="model"))]
+                found += [f"{name}: {problem}" for problem in problems_of(self._section(name, model="model"))]
         for loss in c.losses:
             try:
                 config = self._alignment(loss, 0, model="model", sources=dict(c.data.items()))
             except ValueError as error:  # a name that does not exist, or options that the recipe's loss does not take
                 found.append(f"losses: {error}")
             else:
-                found += [f"align with {loss}: {problem}" for problem in _found(config)]
+                found += [f"align with {loss}: {problem}" for problem in problems_of(config)]
         found += pipeline_inputs.problems(c)
         return found
 
@@ -127,11 +127,11 @@ class Pipeline:
         c = self.config
         own = c.demonstrations if name == "sft" else c.judgements
         sources = dict(c.data.items()) | (own.to_dict() if any(own.values()) else {})
-        return _whole(c[name], model=model, data=sources, tokenizer=c.tokenizer)
+        return whole(c[name], model=model, data=sources, tokenizer=c.tokenizer)
 
     def _alignment(self, loss: str, seed: int, *, model: str, sources: dict[str, Any]) -> Any:
         """Return the configuration of one alignment; a loss that is not the recipe's has its own options."""
-        config = _whole(self.config.align, model=model, data=sources, tokenizer=self.config.tokenizer)
+        config = whole(self.config.align, model=model, data=sources, tokenizer=self.config.tokenizer)
         config.seed = seed
         recipes.use_loss(config, loss)
         return config
@@ -145,7 +145,7 @@ class Pipeline:
         export_step = checkpoint.BEST if config.train.keep_best else None
         inputs: dict[str, Any] = {**configuration.flatten(json.loads(config.to_json())), "exported": export_step}
         for key in ("model.path", "data.train", "data.eval"):
-            inputs[key] = _place(inputs[key])
+            inputs[key] = place(inputs[key])
 
         def work(folder: Path) -> str:
             trainer.run(config, folder / "run")
@@ -211,7 +211,7 @@ class Pipeline:
             **configuration.flatten(section.to_dict(), "sampling."),
             **configuration.flatten(c.data.to_dict(), "data."),
             **configuration.flatten(c.tokenizer.to_dict(), "tokenizer."),
-            **{f"data.{split}": _place(c.data[split]) for split in splits},
+            **{f"data.{split}": place(c.data[split]) for split in splits},
         }
 
         def work(folder: Path) -> str:
@@ -293,7 +293,7 @@ def merge(parts: Sequence[Path], out: Path) -> str:
     return f"{len(kept)} prompts of {len(parts)} seeds, {alike} dropped whose answers are all the same"
 
 
-def _whole(section: Any, *, model: str, data: dict[str, Any], tokenizer: Any) -> Any:
+def whole(section: Any, *, model: str, data: dict[str, Any], tokenizer: Any) -> Any:
     """Return a training configuration from a pipeline's section and what the pipeline fills in."""
     c: Any = configuration.default()
     with c.unlocked():
@@ -304,7 +304,7 @@ def _whole(section: Any, *, model: str, data: dict[str, Any], tokenizer: Any) ->
     return c
 
 
-def _found(config: Any) -> list[str]:
+def problems_of(config: Any) -> list[str]:
     """List what is wrong with a training configuration."""
     try:
         run_inputs.check(config)
@@ -313,7 +313,7 @@ def _found(config: Any) -> list[str]:
     return []
 
 
-def _place(name: str | Path) -> Path | str:
+def place(name: str | Path) -> Path | str:
     """Return a Path for what lies here, whose content then counts, and the name itself for what lies on the hub."""
     path = Path(name).expanduser()
     return path if str(name) and path.exists() else str(name)
@@ -321,6 +321,15 @@ def _place(name: str | Path) -> Path | str:
 
 def _files(splits: Sequence[str]) -> list[str]:
     return [f"{split}.jsonl" for split in splits]
+
+
+def program(config: Any) -> type:
+    """Return what runs such a configuration: a study of objectives, or a recipe."""
+    if "objectives" not in config:
+        return Pipeline
+    from fpo_jax.eval.pipeline import divergence_study  # which is made of this module's stages
+
+    return divergence_study.Study
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -335,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not values.workdir:
             raise ValueError("--workdir is missing; give the folder of the pipeline, new or to be gone on with.")
         with preemption.StopRequest(begun=False):  # where no stage has one of its own
-            Pipeline(config, Path(values.workdir)).run()
+            program(config)(config, Path(values.workdir)).run()
         return 0
     except (ValueError, OSError, StageError, trainer.NonFinite, preemption.Stopped) as error:
         terminal.refuse("pipeline", error)

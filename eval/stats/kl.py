@@ -98,6 +98,26 @@ def _run(options: Options) -> Summary:
     return summary(options.out)
 
 
+def completion_logprobs(
+    model: Path, lines: Sequence[dict[str, Any]], *, temperature: float, compute_dtype: str, batch_size: int = 8
+) -> np.ndarray:
+    """Return the summed log-probs [B, K] of completions that any model drew, as ids, under `model`.
+
+    Args:
+        model: Hugging Face directory of a language model.
+        lines: of `fpo generate --keep-ids 1`: `prompt_ids` and K lists of `ids` each.
+        temperature: logits are divided by it.
+        compute_dtype: float32 or bfloat16, of weights and products.
+        batch_size: prompts of a pass, per device.
+
+    Raises:
+        ValueError: fewer than 2 lines, lines of different K, or ids and lengths that do not fit the model.
+    """
+    prepared = _prepared(Path("lines"), lines, hf.read_config(model).vocab_size)
+    settings = {"temperature": temperature, "compute_dtype": compute_dtype}
+    return _logprobs(model, prepared, settings, batch_size)
+
+
 def summary(path: Path) -> Summary:
     """Return the estimate from a file of `run`: the prompt is the unit of the interval."""
     lines = jsonl.read(path)

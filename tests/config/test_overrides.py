@@ -74,7 +74,7 @@ def test_every_field_of_a_pipeline_s_sections_is_set_and_unset(name):
         assert configuration.value_at(made, key) == VALUES[kind][1], key
         assert configuration.value_at(unset, key) is None, key
     for section in sections:
-        whole = pipeline._whole(made[section], model="m", data=dict(made.data.items()), tokenizer=made.tokenizer)
+        whole = pipeline.whole(made[section], model="m", data=dict(made.data.items()), tokenizer=made.tokenizer)
         assert (whole.mesh.tensor, whole.loss.beta, whole.data.max_completion_length) == (3, 0.25, 3)
         assert whole.mesh.get_type("tensor") is int
 
