@@ -52,7 +52,9 @@ def get_config(size: str = "small"):
             learning_rate=(3e-4, 1e-3),  # of adapters
         )
         c.completions = common.section(per_prompt=4, tokens=completion_tokens, prompt_tokens=prompt_tokens, seed=0)
-        c.batch_size = 64  # rows of a pass of sampling and scoring, per device
+        c.batch_size = (
+            64 if full else 24
+        )  # rows of a pass of sampling and scoring, per device; each pass is filled up to it
     c.lock()
     return c
 
@@ -60,14 +62,15 @@ def get_config(size: str = "small"):
 def _section(full: bool, *, tokens: int, align: bool):
     """Return a training section; everything but the loss, β, rate and seed is the same for all objectives."""
     c = configuration.default()
-    c.data.max_length = tokens
+    c.data.max_length = tokens + 1  # with the end token behind a completion that was cut
     c.data.max_prompt_length = tokens * 2 // 3
-    c.data.layout = "shared" if align else "auto"
+    c.data.layout = "shared"
+    c.train.micro_batch_per_device = 8 if full else 4  # sequences that hold groups
     c.data.on_identical = "keep"
     c.model.compute_dtype = "bfloat16" if full else "float32"  # bfloat16 is slower on a CPU
     c.model.remat = "none"
     c.lora.rank = 16 if full else 8
-    c.optim.warmup_fraction = 0.0  # its first step has rate 0, an eighth of a small run
+    c.optim.warmup_fraction = 0.0  # its first step has rate 0, a sixth of a small run
     c.train.eval_every = 0
     c.train.save_every = 1000  # a run is shorter than what a checkpoint would save
     c.train.keep_checkpoints = 1
@@ -77,13 +80,11 @@ def _section(full: bool, *, tokens: int, align: bool):
         c.data.group_size = 4
         c.loss.name, c.loss.alpha = "alpha", 0.1
         c.loss.target, c.loss.beta_r = "rewards", 0.5  # rewards have standard deviation 1
-        c.train.batch_size, c.train.max_steps = (16, 40) if full else (8, 8)
+        c.train.batch_size, c.train.max_steps = (16, 40) if full else (8, 6)
         c.train.epochs = 20.0  # max_steps ends it: runs of pairs have as many steps as those of groups
-        c.train.micro_batch_per_device = 16 if full else 8
     else:
         c.stage, c.seed = "reward", 0
         c.loss.name, c.loss.alpha = "bradley_terry", None
         c.optim.learning_rate = 3e-4
         c.train.batch_size, c.train.epochs = 16, 1.0
-        c.train.micro_batch_per_device = 16
     return c

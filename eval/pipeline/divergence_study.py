@@ -4,9 +4,9 @@
     prompts ─► sample ─────────►┴ label ─► tune (objective x β x rate) ─► choose ─► measure (objective x seed) ─► report
 
 A stage's folder is named by a digest of its inputs, as in every pipeline: a second start does nothing, a killed one
-goes on, and another objective, seed or point of the grid adds its own stages. A trained model is measured and deleted; what
-stays of a run is one JSON file. The point that is chosen has the highest mean training reward of own samples to the
-validation prompts; no test prompt and no held-out reward has a part in it.
+goes on, and another objective, seed or point of the grid adds its own stages. A trained model is measured and deleted;
+what stays of a run is one JSON file. The point that is chosen has the highest mean training reward of own samples to
+the validation prompts; no test prompt and no held-out reward has a part in it.
 """
 
 import itertools
@@ -96,10 +96,11 @@ class Study:
             found.append("grid.beta and grid.beta_without_reference differ in length; budgets must be equal.")
         if c.tuning_seed in c.seeds:
             found.append(f"tuning_seed={c.tuning_seed} is one of seeds; a point must not be chosen on what it reports.")
-        if c.completions.tokens + c.completions.prompt_tokens > c.data.max_length:
+        if c.completions.tokens + c.completions.prompt_tokens >= c.data.max_length:
             found.append(
                 f"completions.prompt_tokens={c.completions.prompt_tokens} and completions.tokens="
-                f"{c.completions.tokens} exceed data.max_length={c.data.max_length}; raise it."
+                f"{c.completions.tokens} leave no room for an end token in data.max_length={c.data.max_length};"
+                " raise it."
             )
         if min(c.sizes.validation, c.sizes.test) < 2:
             found.append("sizes.validation and sizes.test must be at least 2: intervals are over prompts.")
@@ -232,7 +233,10 @@ class Study:
                     for row in kept["train"]
                 ],
             )
-            jsonl.write(folder / "validation.jsonl", kept["validation"])
+            held_out = kept["validation"]
+            for row, logps in zip(held_out, self._pair_logprobs(Path(self.start), held_out), strict=True):
+                row["pair_start_logprobs"] = logps.tolist()
+            jsonl.write(folder / "validation.jsonl", held_out)
             solved = np.mean([x for row in rows["train"] if row["kind"] == study_prompts.TASK for x in row["training"]])
             return f"{len(groups)} of {len(rows['train'])} prompts have a preference; {solved:.0%} of tasks solved"
 
@@ -308,17 +312,18 @@ class Study:
     def _margins(self, model: Path, objective: str, beta: float) -> list[float]:
         """Return the logit of "best beats worst" that the policy implies on each pair of validation samples."""
         rows = jsonl.read(self.groups / "validation.jsonl")
+        logps = self._pair_logprobs(model, rows)
+        if objective == "start" or losses.resolve(objective).needs_reference:
+            found = logps - np.array([row["pair_start_logprobs"] for row in rows])
+        else:
+            found = logps / np.array([[len(ids) for ids in row["pair_ids"]] for row in rows])
+        return [round(float(beta * (one[0] - one[1])), 4) for one in found]
+
+    def _pair_logprobs(self, model: Path, rows: Sequence[dict[str, Any]]) -> np.ndarray:
+        """Return the log-probs [P, 2] of the best and the worst sample of each row."""
         lines = [{"prompt_ids": row["prompt_ids"], "ids": row["pair_ids"]} for row in rows]
         options = {"temperature": 1.0, "compute_dtype": self.config.align.model.compute_dtype}
-        logps = kl.completion_logprobs(model, lines, batch_size=self.config.batch_size // 2, **options)
-        lengths = np.array([[len(ids) for ids in row["pair_ids"]] for row in rows])
-        if objective == "start" or losses.resolve(objective).needs_reference:
-            found = logps - kl.completion_logprobs(
-                Path(self.start), lines, batch_size=self.config.batch_size // 2, **options
-            )
-        else:
-            found = logps / lengths
-        return [round(float(beta * (one[0] - one[1])), 4) for one in found]
+        return kl.completion_logprobs(model, lines, batch_size=self.config.batch_size // 2, **options)
 
     def _answer(self, model: Path | str, split: str, folder: Path, *, per_prompt: int) -> str:
         c = self.config
@@ -348,7 +353,7 @@ class Study:
                     model=str(judge),
                     data=answers,
                     out=folder / f"{split}.{name}.jsonl",
-                    max_length=c.data.max_length + 1,  # an end token behind a completion that was cut
+                    max_length=c.data.max_length,
                     compute_dtype=c.align.model.compute_dtype,
                     batch_size=c.batch_size,
                 )
