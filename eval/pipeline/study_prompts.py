@@ -190,6 +190,6 @@ def _text(completion: Any) -> str:
 
 def _cut(row: dict[str, Any], encoder: tokenization.Encoder, tokens: int) -> dict[str, Any]:
     def begin(text: str) -> str:
-        return encoder.tokenizer.decode(encoder.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens])
+        return str(encoder.tokenizer.decode(encoder.tokenizer(text, add_special_tokens=False)["input_ids"][:tokens]))
 
     return {"prompt": row["prompt"], "chosen": begin(row["chosen"]), "rejected": begin(row["rejected"])}

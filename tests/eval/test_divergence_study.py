@@ -60,7 +60,7 @@ def root(tmp_path_factory):
 def finished(root, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "w"
     found = divergence_study.Study(small(root), workdir).run()
-    assert jax.config.jax_compilation_cache_dir == str(workdir / "compiled")
+    assert any((workdir / "compiled").iterdir()), "all stages share one folder of compiled programs"
     yield workdir, found
     jax.config.update("jax_compilation_cache_dir", None)
 
@@ -188,5 +188,5 @@ def test_checks_of_tasks_accept_and_refuse():
 
 def test_transcripts_that_are_no_conversation_are_left_out():
     turns = study_prompts.messages("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:")
-    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert turns and [turn["role"] for turn in turns] == ["user", "assistant", "user"]
     assert study_prompts.messages("\n\nHuman: a\n\nHuman: c\n\nAssistant:") is None
