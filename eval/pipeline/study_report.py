@@ -161,7 +161,7 @@ def _frontier(path: Path, results: Mapping[str, Any], found: Mapping[str, Any]) 
     names = [name for name in found if name != "start"]
     with plt.rc_context({**quickstart_plots.STYLE, "svg.hashsalt": "study"}):
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-        colours = plt.get_cmap("tab20")(np.linspace(0, 1, max(2, len(names))))
+        colours = plt.get_cmap("tab20")(np.linspace(0, 1, max(2, len(names))))[: len(names)]
         for panel, metric, title in zip(
             axes, ("held_out", "entropy"), ("Held-out reward", "Entropy a token"), strict=True
         ):
