@@ -53,6 +53,7 @@ def problems(config: Config) -> list[str]:
         if config.data[name]:
             found.append(f"data.{name}={config.data[name]!r} and data.mixer exclude each other; unset one.")
     number("model.router_aux_weight", 0.0)
+    number("model.router_z_weight", 0.0)
     number("lora.rank", 0)
     number("train.hang_timeout", 0)
     number("lora.alpha", 0.0, exclusive=True)

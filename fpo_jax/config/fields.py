@@ -87,6 +87,12 @@ FIELDS = (
         None,
         "Weight of a mixture of experts' load-balancing loss; unset: config.json's, if it has output_router_logits.",
     ),
+    Field(
+        "model.router_z_weight",
+        float,
+        None,
+        "Weight of a mixture of experts' router z-loss; unset: config.json's router_z_loss_coef, mostly none.",
+    ),
     Field("model.attention", str, "auto", "Implementation of attention.", ATTENTION, MACHINE),
     Field("lora.rank", int, 0, "r of the adapters that are trained instead of the weights; 0 = train the weights."),
     Field(

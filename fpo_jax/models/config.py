@@ -63,6 +63,7 @@ class ModelConfig:
     query_rank: int | None = None  # Q, the same of queries; None = queries are not compressed
     router_aux_weight: float = 0.0  # of the load-balancing loss, in training
     router_aux_loss: bool = False  # whether the checkpoint asks for that loss
+    router_z_weight: float = 0.0  # of the router z-loss, in training
     parallel_residual: bool = False  # attention and MLP read the same input, where the family leaves it open
     tied_head: bool = False  # the LM head is the embedding
     reward_head: bool = False  # a score of each position instead of an LM head
@@ -209,6 +210,7 @@ _OPTIONAL = {
         "query_rank",
         "router_aux_weight",
         "router_aux_loss",
+        "router_z_weight",
         "parallel_residual",
     )
 }
@@ -302,8 +304,11 @@ def _mixture(config: ModelConfig, family: families.Family) -> list[str]:
     ]
     if config.experts_per_token > config.experts:
         problems.append(f"a token has {config.experts_per_token} experts, and there are {config.experts}")
-    if not 0 <= config.router_aux_weight < math.inf:
-        problems.append(f"router_aux_weight={config.router_aux_weight} must be 0 or larger, and finite")
+    problems += [
+        f"{name}={getattr(config, name)} must be 0 or larger, and finite"
+        for name in ("router_aux_weight", "router_z_weight")
+        if not 0 <= getattr(config, name) < math.inf
+    ]
     if family.dense_matrices and not 0 <= config.dense_layers < config.layers:
         problems.append(f"dense_layers={config.dense_layers} must be at least 0 and less than layers={config.layers}")
     if config.dense_layers and not 1 <= config.dense_ffn <= LARGEST:

@@ -198,13 +198,14 @@ _FUSED = {
     "gate_up": "mlp.gate_up_proj",
     "down": "mlp.down_proj",
 }
-# of a mixture; `router_aux_weight` is read, and used where the second key or a config field says so
+# of a mixture; `router_aux_weight` is read, and used where the key after it or a config field says so
 _MIXTURE_KEYS = {
     "experts_per_token": "num_experts_per_tok",
     "router_aux_weight": "router_aux_loss_coef",
     "router_aux_loss": "output_router_logits",
+    "router_z_weight": "router_z_loss_coef",  # as in ST-MoE and Switch; most mixtures name none
 }
-_MIXTURE_ABSENT = {"router_aux_loss_coef": 0.001, "output_router_logits": False}
+_MIXTURE_ABSENT = {"router_aux_loss_coef": 0.001, "output_router_logits": False, "router_z_loss_coef": 0.0}
 _QWEN_MIXTURE = {
     "keys": _KEYS
     | _MIXTURE_KEYS

@@ -79,7 +79,7 @@ class MixtureMLP(nnx.Module):
         if self.scale != 1:
             weights_NTU *= self.scale
         if context.routes is not None:
-            context.routes.record(probs_NTE, chosen_NTU, context.valid_NT)
+            context.routes.record(logits_NTE, chosen_NTU, context.valid_NT)
         return chosen_NTU, weights_NTU
 
     def _shared(self, x_NTD: jax.Array, context: layers.Context) -> jax.Array:

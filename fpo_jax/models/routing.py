@@ -1,6 +1,7 @@
-"""Where the tokens of a mixture of experts went: sums over a forward pass, the loss that evens them out, metrics.
+"""Where the tokens of a mixture of experts went: sums over a forward pass, the router's losses, metrics.
 
-    per layer: probs_E, counts_E, tokens ──► balancing_loss      added to the objective, with a weight
+    per layer: probs_E, counts_E, tokens ──► balancing_loss      evens the experts out; in the objective, with a weight
+               squares of logsumexp      ──► z_loss              keeps the router's logits small; the same
                                          ──► metrics             share of the busiest expert, entropy of the router
 
 Padding counts nowhere. Mixture layers record into `layers.Context.routes`; a layer without experts records nothing.
@@ -18,6 +19,7 @@ class Routing(NamedTuple):
     probs_LE: jax.Array  # of the router's probabilities
     counts_LE: jax.Array  # tokens that each expert has
     entropy_L: jax.Array  # of the router's probabilities, in nats
+    squares_L: jax.Array  # of the logsumexp of the router's logits
     tokens_L: jax.Array
 
     def summed(self, axis_name: str) -> "Routing":
@@ -42,9 +44,10 @@ class Recorder:
 
     found: Routing | None = None
 
-    def record(self, probs_NTE: jax.Array, chosen_NTU: jax.Array, valid_NT: jax.Array) -> None:
-        """Sum up the probabilities and choices of the valid tokens; U experts of each."""
-        valid_NT1 = valid_NT[..., None]
+    def record(self, logits_NTE: jax.Array, chosen_NTU: jax.Array, valid_NT: jax.Array) -> None:
+        """Sum up the probabilities and choices of the valid tokens, from float32 logits; U experts of each."""
+        valid_NT1, probs_NTE = valid_NT[..., None], jax.nn.softmax(logits_NTE)
+        squares_NT = jnp.square(jax.nn.logsumexp(logits_NTE, axis=-1))
         chosen_NTE = jnp.sum(jax.nn.one_hot(chosen_NTU, probs_NTE.shape[-1], dtype=jnp.float32), axis=-2)
         logs_NTE = jnp.log(jnp.maximum(probs_NTE, jnp.finfo(jnp.float32).tiny))
         entropy_NT = -jnp.sum(probs_NTE * logs_NTE, axis=-1)
@@ -52,6 +55,7 @@ class Recorder:
             jnp.sum(jnp.where(valid_NT1, probs_NTE, 0.0), axis=(0, 1)),
             jnp.sum(jnp.where(valid_NT1, chosen_NTE, 0.0), axis=(0, 1)),
             jax.lax.stop_gradient(jnp.sum(jnp.where(valid_NT, entropy_NT, 0.0))),
+            jnp.sum(jnp.where(valid_NT, squares_NT, 0.0)),
             jnp.sum(valid_NT, dtype=jnp.float32),
         )
 
@@ -68,12 +72,21 @@ def balancing_loss(routing: Routing) -> jax.Array:
     return shares_E.shape[0] * jnp.sum(jax.lax.stop_gradient(shares_E) * probs_E)
 
 
-def metrics(routing: Routing) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Return the router's metrics as (sum, count) over the tokens of all layers."""
+def z_loss(routing: Routing) -> jax.Array:
+    """Return the mean of (log sum_e exp x_e)^2 of the router's logits x, float32; 0 without tokens.
+
+    The router z-loss of ST-MoE (arXiv 2202.08906), eq. 5, over the tokens of all layers together. A compiled program
+    that does not use it does not compute it.
+    """
+    return jnp.sum(routing.squares_L) / jnp.maximum(jnp.sum(routing.tokens_L), 1.0)
+
+
+def metrics(routing: Routing, *, z_weight: float = 0.0) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Return the router's metrics as (sum, count) over the tokens of all layers; the z-loss where it has a weight."""
     tokens = jnp.sum(routing.tokens_L)
     busiest = jnp.sum(jnp.max(routing.counts_LE, axis=-1))
     return {
         "router/busiest_expert": (busiest, tokens),
         "router/entropy": (jnp.sum(routing.entropy_L), tokens),
         "router/balancing_loss": (balancing_loss(routing) * tokens, tokens),
-    }
+    } | ({"router/z_loss": (jnp.sum(routing.squares_L), tokens)} if z_weight else {})

@@ -33,6 +33,7 @@ class _Forward:
     adapter: models.Adapter | None = None
     fp8: bool = False  # products of the layers with their weights in 8 bits
     router_aux_weight: float = 0.0  # of the load-balancing loss that the train step adds
+    router_z_weight: float = 0.0  # of the router z-loss, the same
 
     def _hidden_states(
         self, params: types.PyTree, batch: types.Batch, dropout_key: jax.Array | None
@@ -165,9 +166,9 @@ def for_steps(
     gathered = f"weights: {sharding.GATHER[layout.gather]}"
     attended = f"attention: {attends.implementation} ({attends.reason})"
     fp8 = config.model.matmul_dtype == "fp8"
-    weight, routed = router_aux_weight(config, model_config, adapted=blueprint.adapter is not None)
+    routers, routed = router_weights(config, model_config, adapted=blueprint.adapter is not None)
     choices = [gathered, attended, *_products(layout, fp8=fp8), *_left_out(model_config), *routed]
-    shared = {"adapter": blueprint.adapter, "fp8": fp8, "router_aux_weight": weight}
+    shared = {"adapter": blueprint.adapter, "fp8": fp8, **routers}
     if model_config.reward_head:
         forward_fn = RewardForward(model_config, dtype, config.model.remat, attends, layout, **shared)
         return forward_fn, [*choices, "head: one score at the last token of a row, float32"]
@@ -218,12 +219,12 @@ def _left_out(model_config: models.ModelConfig) -> list[str]:
     return [f"drop-out: none, by model.dropout=off; config.json names {named}"] if named else []
 
 
-def router_aux_weight(
+def router_weights(
     config: configuration.Config, model_config: models.ModelConfig, *, adapted: bool
-) -> tuple[float, list[str]]:
-    """Settle the weight of a mixture's load-balancing loss; returns it and where it is from, as text."""
+) -> tuple[dict[str, float], list[str]]:
+    """Settle the weights of the load-balancing loss and the router z-loss; returns them and their origin, as text."""
     if not model_config.experts:
-        return 0.0, []
+        return {}, []
     given, own = config.model.router_aux_weight, model_config.router_aux_weight
     if given is not None:
         weight, described = given, f"load-balancing loss with weight {given:g}, by model.router_aux_weight"
@@ -241,8 +242,13 @@ def router_aux_weight(
             "no load-balancing loss, as config.json has output_router_logits=false;"
             f" model.router_aux_weight={own:g} adds it with config.json's router_aux_loss_coef",
         )
+    z_weight, origin = config.model.router_z_weight, "model.router_z_weight"
+    if z_weight is None:
+        z_weight, origin = model_config.router_z_weight, "config.json's router_z_loss_coef"
+    of_z = [f"router: z-loss with weight {z_weight:g}, by {origin}"] if z_weight else []
     without = ["adapter: the router and the experts have none, and are not trained"] if adapted else []
-    return weight, [f"router: {described}", *without]
+    weights = {"router_aux_weight": weight, "router_z_weight": z_weight}
+    return weights, [f"router: {described}", *of_z, *without]
 
 
 def for_passes(

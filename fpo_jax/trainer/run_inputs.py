@@ -169,11 +169,11 @@ def read_model(config: configuration.Config, source: Path) -> models.ModelConfig
             f"config.json of {source} names drop-out ({named}), and nothing is dropped in training here; set"
             " model.dropout=off to train without it."
         )
-    if config.model.router_aux_weight is not None and not model_config.experts:
-        raise ValueError(
-            f"model.router_aux_weight={config.model.router_aux_weight} is not used by {source}, which has no experts;"
-            " unset it."
-        )
+    for name in ("router_aux_weight", "router_z_weight"):
+        if config.model[name] is not None and not model_config.experts:
+            raise ValueError(
+                f"model.{name}={config.model[name]} is not used by {source}, which has no experts; unset it."
+            )
     if (config.mesh.expert or 1) != 1 and not model_config.experts:
         raise ValueError(
             f"mesh.expert={config.mesh.expert} is not used by {source}, which has no experts; give the devices to"

@@ -57,7 +57,7 @@ def train_step(
     objective = sum_b w_b L_b / sum_b w_b + sft_weight * sum_b NLL_b / sum_b tokens_b  (second sum: chosen completions)
 
     A loss over tokens (`sft`) has sum_b tokens_b below its own sum as well. For a mixture of experts with a weight for
-    it, `routing.balancing_loss` of the micro-batches is added, their mean by valid tokens.
+    them, `routing.balancing_loss` and `routing.z_loss` of the micro-batches are added, their means by valid tokens.
 
     Args:
         state: parameters, optimiser state and count.
@@ -282,10 +282,13 @@ def _objective(
             value += loss.sft_weight * pairs["sft_loss"][0] / tokens
         if routes is not None:
             of_router, ways = _of_all_replicas(routes, forward_fn)
-            pairs |= routing.metrics(of_router)
-            if forward_fn.router_aux_weight:
-                share = jnp.mean(of_router.tokens_L) / (valid * ways)
-                value += forward_fn.router_aux_weight * share * routing.balancing_loss(of_router)
+            aux_weight, z_weight = forward_fn.router_aux_weight, forward_fn.router_z_weight
+            pairs |= routing.metrics(of_router, z_weight=z_weight)
+            share = jnp.mean(of_router.tokens_L) / (valid * ways)
+            if aux_weight:
+                value += aux_weight * share * routing.balancing_loss(of_router)
+            if z_weight:
+                value += z_weight * share * routing.z_loss(of_router)
     return value, jax.lax.stop_gradient(pairs)
 
 

@@ -33,6 +33,7 @@ FIELDS = {
     "model.matmul_dtype": ALWAYS,
     "model.dropout": SHARED + "a model may name no drop-out (tests/models/test_dropout.py)",
     "model.router_aux_weight": CHECKED + "a model without experts (tests/models/test_mixture.py)",
+    "model.router_z_weight": CHECKED + "a model without experts (tests/models/test_mixture.py)",
     "model.remat": ALWAYS,
     "model.attention": ALWAYS,
     "lora.rank": ALWAYS,

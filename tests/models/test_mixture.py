@@ -246,18 +246,60 @@ def test_the_load_balancing_loss_and_its_gradients_equal_transformers(tmp_path, 
             assert_allclose(flat[path][place] / scale, wanted / scale, rtol=0, atol=tolerances.PARITY_GRADIENT)
 
 
+def test_the_z_loss_and_its_gradients_equal_torch(tmp_path):
+    """ST-MoE (arXiv 2202.08906), eq. 5, on the logits of torch's routers; padding counts nowhere."""
+    torch = pytest.importorskip("torch", reason="torch, the other side of the parity tests, is not installed")
+    config = models.from_hf_config(test_model.MIXTRAL)
+    tree = test_model.random_params(config)
+    twin = test_model.torch_twin(tmp_path, test_model.MIXTRAL, tree, config)
+    logits = []
+    for layer in twin.model.layers:
+        layer.mlp.gate.register_forward_hook(
+            lambda gate, given, _: logits.append(given[0].reshape(-1, config.width) @ gate.weight.T)
+        )
+    tokens, valid = torch.tensor(test_model.TOKENS_NT), torch.tensor(test_model.VALID_NT)
+    twin(input_ids=tokens, attention_mask=valid.long(), use_cache=False)
+    assert len(logits) == config.layers
+    expected = torch.stack([torch.logsumexp(x, dim=-1)[valid.reshape(-1)].square().mean() for x in logits]).mean()
+    expected.backward()
+
+    def z_loss(tree):
+        _, routes = models.hidden_states_and_routing(
+            tree, jnp.asarray(test_model.TOKENS_NT), jnp.asarray(test_model.VALID_NT), config=config,
+            compute_dtype="float32", remat="full",
+        )  # fmt: skip
+        return routing.z_loss(routes)
+
+    value, grads = jax.jit(jax.value_and_grad(z_loss), compiler_options=test_model.QUICK)(tree)
+    assert_allclose(value, expected.item(), rtol=tolerances.PARITY_GRADIENT)
+    theirs = {key: p.grad.numpy() for key, p in twin.named_parameters() if p.grad is not None}
+    theirs, flat = test_model.one_by_one(theirs, config), params.flatten(grads)
+    for entry in params.entries(config):
+        if entry.path in ("layers/mlp/router", "layers/attention/query", "layers/mlp_norm/scale"):
+            for hf_name, place in entry.tensors():
+                wanted = params.from_hf(entry, theirs[hf_name])
+                scale = np.abs(wanted).max()
+                assert scale > 0
+                assert_allclose(
+                    flat[entry.path][place] / scale, wanted / scale, rtol=0, atol=tolerances.PARITY_GRADIENT
+                )
+
+
 def test_the_metrics_of_the_router_by_hand():
     """Two tokens that count and one that does not; a layer that sends all to one expert, and one that spreads them."""
     recorders = [routing.Recorder(), routing.Recorder()]
     even = np.full((1, 3, 4), 0.25, np.float32)
     sure = np.array([[[1, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]]], np.float32)
     valid = jnp.array([[True, True, False]])
-    recorders[0].record(jnp.asarray(sure), jnp.array([[[0], [0], [3]]]), valid)
-    recorders[1].record(jnp.asarray(even), jnp.array([[[1], [2], [3]]]), valid)
+    recorders[0].record(jnp.asarray(100 * sure), jnp.array([[[0], [0], [3]]]), valid)
+    recorders[1].record(jnp.asarray(even - 0.25), jnp.array([[[1], [2], [3]]]), valid)
     whole = jax.tree.map(lambda *layers: jnp.stack(layers), *(one.found for one in recorders))
     found = {name: float(total / count) for name, (total, count) in routing.metrics(whole).items()}
     assert found["router/busiest_expert"] == 0.75
     assert_allclose(found["router/entropy"], math.log(4) / 2, rtol=1e-6)
+    assert "router/z_loss" not in found
+    total, count = routing.metrics(whole, z_weight=0.1)["router/z_loss"]
+    assert_allclose(total / count, (100**2 + math.log(4) ** 2) / 2, rtol=1e-6)
     # shares 1/2, 1/4, 1/4, 0 and mean probabilities 5/8, 1/8, 1/8, 1/8
     assert_allclose(found["router/balancing_loss"], 4 * (5 / 16 + 1 / 32 + 1 / 32), rtol=1e-6)
 
@@ -265,14 +307,16 @@ def test_the_metrics_of_the_router_by_hand():
 # --- the step
 
 
-def stepped(batch, *, config=MIXTRAL, accumulation=1, mesh=None, layout=sharding.ONE_DEVICE, weight=0.5, steps=2):
+def stepped(
+    batch, *, config=MIXTRAL, accumulation=1, mesh=None, layout=sharding.ONE_DEVICE, weight=0.5, z=0.01, steps=2
+):
     """Steps of DPO from fixed weights: parameters and metrics."""
     weights, loss = params.init(config, jax.random.key(0), "float32"), losses.resolve("dpo")
     rate = adamw.schedule(kind="constant", peak=1e-2, warmup=0, total_steps=9)
     optimizer = adamw.optimizer(
         rate, b1=0.9, b2=0.95, eps=1e-3, weight_decay=0.0, clip_norm=1.0, decay_mask=params.decay_mask(config)
     )
-    forward_fn = batches.forward_fn(config, layout=layout, router_aux_weight=weight)
+    forward_fn = batches.forward_fn(config, layout=layout, router_aux_weight=weight, router_z_weight=z)
     replicas = None
     if mesh is not None and mesh.shape["data"] > 1 and mesh.shape["tensor"] == 1:
         specs = jax.tree.map(lambda place: place.spec, params.shardings(config, mesh=mesh))
@@ -308,7 +352,7 @@ def batch_of(groups=8):
 
 def test_the_objective_has_the_loss_with_its_weight_and_the_mean_of_the_micro_batches():
     batch = batch_of(4)
-    (_, (with_it,)), (_, (without,)) = (stepped(batch, weight=weight, steps=1) for weight in (0.5, 0.0))
+    (_, (with_it,)), (_, (without,)) = (stepped(batch, weight=weight, z=0, steps=1) for weight in (0.5, 0.0))
     assert_allclose(with_it["loss"] - without["loss"], 0.5 * with_it["router/balancing_loss"], rtol=1e-5)
     assert with_it["router/balancing_loss"] == without["router/balancing_loss"] > 1
     assert with_it["grad_norm"] != without["grad_norm"]
@@ -320,9 +364,14 @@ def test_the_objective_has_the_loss_with_its_weight_and_the_mean_of_the_micro_ba
     )
     each = [float(routing.balancing_loss(run(weights, half.tokens_NT, half.valid_NT)[1])) for half in halves]
     tokens = [half.valid_NT.sum() for half in halves]
-    (_, (both,)) = stepped(batch, accumulation=2, steps=1)
+    (_, (both,)) = stepped(batch, accumulation=2, z=0, steps=1)
     assert_allclose(both["router/balancing_loss"], np.average(each, weights=tokens), rtol=1e-5)
     assert_allclose(both["loss"] - without["loss"], 0.5 * both["router/balancing_loss"], rtol=1e-5)
+    (_, (of_z,)) = stepped(batch, accumulation=2, weight=0.0, z=0.1, steps=1)
+    each = [float(routing.z_loss(run(weights, half.tokens_NT, half.valid_NT)[1])) for half in halves]
+    assert_allclose(of_z["router/z_loss"], np.average(each, weights=tokens), rtol=1e-5)
+    assert_allclose(of_z["loss"] - without["loss"], 0.1 * of_z["router/z_loss"], rtol=1e-5)
+    assert "router/z_loss" not in without and "router/z_loss" not in both
 
 
 @pytest.mark.sampled(2)
@@ -379,11 +428,33 @@ def test_any_mesh_gives_the_same_steps(config, steps, sizes):
 def test_the_weight_is_settled_and_said(tmp_path, given, published, weight, said):
     config = models.from_hf_config(test_model.MIXTRAL | published)
     run = tiny.config(tmp_path, tmp_path / "pairs.jsonl", model__router_aux_weight=given)
-    found, lines = forward.router_aux_weight(run, config, adapted=True)
-    assert found == weight
+    found, lines = forward.router_weights(run, config, adapted=True)
+    assert found == {"router_aux_weight": weight, "router_z_weight": 0.0}
     with pytest.raises(AssertionError, match=said):  # one line of them
         raise AssertionError("\n".join(lines))
     assert "the router and the experts have none" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "published", "weight", "said"),
+    [
+        (None, {}, 0.0, None),
+        (
+            None,
+            {"router_z_loss_coef": 0.001},
+            0.001,
+            "router: z-loss with weight 0.001, by config.json's router_z_loss_coef",
+        ),
+        (0.1, {"router_z_loss_coef": 0.001}, 0.1, "router: z-loss with weight 0.1, by model.router_z_weight"),
+        (0.0, {"router_z_loss_coef": 0.001}, 0.0, None),
+    ],
+)
+def test_the_weight_of_the_z_loss_is_settled_and_said(tmp_path, given, published, weight, said):
+    config = models.from_hf_config(test_model.MIXTRAL | published)
+    run = tiny.config(tmp_path, tmp_path / "pairs.jsonl", model__router_z_weight=given)
+    found, lines = forward.router_weights(run, config, adapted=False)
+    assert found["router_z_weight"] == weight
+    assert lines[1:] == ([] if said is None else [said])
 
 
 @pytest.mark.parametrize(
@@ -394,6 +465,7 @@ def test_the_weight_is_settled_and_said(tmp_path, given, published, weight, said
             {"model__router_aux_weight": 0.1},
             r"router_aux_weight=0\.1 is not used by .*, which has no experts; unset",
         ),
+        ({}, {"model__router_z_weight": 0.1}, r"router_z_weight=0\.1 is not used by .*, which has no experts; unset"),
         ({}, {"mesh__expert": 2}, r"mesh\.expert=2 is not used by .*, which has no experts; give"),
         (
             {"family": "mixtral", "experts": 3, "experts_per_token": 1},
@@ -419,6 +491,7 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path, family, changed, messa
         ("mixtral", {"num_experts_per_tok": 6}, r"a token has 6 experts, and there are 5"),
         ("mixtral", {"num_local_experts": 0}, r"experts=0 must be between 1 and"),
         ("mixtral", {"router_aux_loss_coef": -1.0}, r"router_aux_weight=-1\.0 must be 0 or larger"),
+        ("mixtral", {"router_z_loss_coef": -1.0}, r"router_z_weight=-1\.0 must be 0 or larger"),
     ],
 )
 def test_what_a_mixture_cannot_be_is_refused_by_name(variant, change, message):
