@@ -109,7 +109,7 @@ FIELDS = (
         "lora.modules",
         str,
         "",
-        "Regular expression over Hugging Face's matrix names: q_proj|v_proj; empty = all-linear, all of a layer.",
+        "Regular expression over Hugging Face's matrix names: q_proj|v_proj, experts; empty = all-linear, of a layer.",
     ),
     Field(
         "lora.modules_to_save",

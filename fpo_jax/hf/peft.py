@@ -41,14 +41,16 @@ class _Stored:
     def __getitem__(self, index: tuple[int, ...] | slice) -> np.ndarray:
         place = index if isinstance(index, tuple) else ()
         base = params.from_hf(self._entry, self._tensors[place].mapped(self._entry.disk_shape))
-        if isinstance(index, slice):
-            return np.array(base[index])
+        base = base[index] if isinstance(index, slice) else base
         if self._four_bit_axis is not None:
             base = np.asarray(nf4.quantise(jnp.asarray(base), self._four_bit_axis)[...])
         if not self._parts:
             return np.array(base)
         a, b, *magnitude = (np.asarray(part[place], np.float32) for part in self._parts)
-        added = a.reshape(-1, a.shape[-1]) @ b.reshape(b.shape[0], -1)  # our matrices' inputs come first
+        a = a[index] if isinstance(index, slice) else a  # of the embedding, whose first axis is A's
+        experts = a.shape[:1] if self._entry.routed and not self._entry.of_experts else ()
+        rank = a.shape[-1]
+        added = a.reshape(*experts, -1, rank) @ b.reshape(*experts, rank, -1)  # our matrices' inputs come first
         whole = np.asarray(base, np.float32).reshape(added.shape) + self._scale * added
         for m in magnitude:
             norm = np.linalg.norm(whole, axis=0)
@@ -122,12 +124,14 @@ def write_peft(
     own, tensors = params.flatten(adapter_params), {}
     for entry, name, place in _tensors(config, adapter):
         tensors[name] = np.ascontiguousarray(params.to_hf(entry, np.asarray(own[entry.path][place])))
+    tensors |= _tensors_of_experts(own, config, adapter)
     head = _tied_head(config, adapter)
     if head is not None:
         tensors[head] = tensors[_PREFIX + params.entries(config)[0].hf_name].copy()
     if bad := [name for name, array in tensors.items() if not np.isfinite(array).all()]:
         raise ValueError(f"{bad[0]} has values that are not finite; the adapter is broken.")
-    modules = sorted({entry.hf_name.split(".lora_")[0] for entry in params.adapter_entries(config, adapter)})
+    plain = [entry for entry in params.adapter_entries(config, adapter) if not entry.routed]
+    modules = {entry.hf_name.split(".lora_")[0].removeprefix(_PREFIX) for entry in plain}
     content = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if config.reward_head else "CAUSAL_LM",
@@ -137,6 +141,7 @@ def write_peft(
         "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.dropout,
         "target_modules": sorted({re.sub(r".*\{layer\}\.", "", module) for module in modules}),
+        **_target_parameters(config, adapter),
         "modules_to_save": _saved_modules(config, adapter) or None,
         "ensure_weight_tying": head is not None,
         "fan_in_fan_out": config.of_family.transposed,
@@ -281,14 +286,78 @@ def _tied_head(config: models.ModelConfig, adapter: models.Adapter) -> str | Non
 def _tensors(
     config: models.ModelConfig, adapter: models.Adapter
 ) -> Iterator[tuple[params.Entry, str, tuple[int, ...]]]:
-    """Yield what is trained, with PEFT's name of each tensor and its place in ours."""
+    """Yield what is trained, with PEFT's name of each tensor and its place in ours; without the experts' A and B."""
     for entry in params.trained_entries(config, adapter):
-        for name, place in entry.tensors():
+        for name, place in () if entry.routed else entry.tensors():
             yield entry, name if name.startswith(_PREFIX) else _PREFIX + name, place
+
+
+# parameter of transformers' experts -> our matrices that may be in it; PEFT's wrapper of the last is the innermost
+_OF_EXPERTS = {"down_proj": ("down",), "gate_up_proj": ("gate_up", "gate", "up")}
+_EXPERTS = "mlp.experts"  # in every mixture of transformers 5
+
+
+def _expert_parameters(config: models.ModelConfig, adapter: models.Adapter) -> dict[str, list[params.Entry]]:
+    """Return the parameters of transformers' experts that have an adapter, and our matrices of them that have one."""
+    chosen = {entry.path.rpartition("/")[2]: entry for entry in params.entries(config)}
+    chosen = {name: entry for name, entry in chosen.items() if entry.routed and entry.path in adapter.targets}
+    found = {key: [chosen[name] for name in names if name in chosen] for key, names in _OF_EXPERTS.items()}
+    return {key: matrices for key, matrices in found.items() if matrices}
+
+
+def _target_parameters(config: models.ModelConfig, adapter: models.Adapter) -> dict[str, Any]:
+    """Return what adapter_config.json says of experts: two matrices in one parameter have twice the rank and alpha."""
+    found = _expert_parameters(config, adapter)
+    twice = [f"{_EXPERTS}.{key}" for key, matrices in found.items() if len(matrices) == 2]
+    if not found:
+        return {}
+    return {
+        "target_parameters": [f"{_EXPERTS}.{key}" for key in found],
+        "rank_pattern": {key: 2 * adapter.rank for key in twice},
+        "alpha_pattern": {key: adapter.alpha * (2**0.5 if adapter.rslora else 2) for key in twice},
+    }
+
+
+def _tensors_of_experts(
+    own: Mapping[str, Any], config: models.ModelConfig, adapter: models.Adapter
+) -> dict[str, np.ndarray]:
+    """Return the experts' adapters as PEFT has them: A [E R, inputs] and B [outputs, R E] of all experts of a layer.
+
+    transformers holds gate and up in one parameter, beside which PEFT has one A and one B. Ours of the two become one
+    of twice the rank: one A below the other, and B in two blocks.
+    """
+    tensors, found = {}, _expert_parameters(config, adapter)
+    for depth, matrices in enumerate(found.values()):
+        name = _PREFIX + "model.layers.{layer}." + _EXPERTS + ".base_layer" * depth
+        for layer in range(config.layers):
+            parts = []
+            for entry in matrices:
+                a_EKr, b = (np.asarray(own[f"{entry.path}_lora_{part}"][layer], np.float32) for part in "ab")
+                if b.ndim == 4:  # gate and up lie next to each other there
+                    b = b.swapaxes(2, 3).reshape(*b.shape[:2], -1)
+                parts.append((entry.path.rpartition("/")[2], a_EKr, b))
+            a_ERK = np.concatenate([a.swapaxes(1, 2) for _, a, _ in parts], axis=1)
+            halves = 2 if parts[0][0] in ("gate", "up") else 1
+            experts, rank, outputs = parts[0][2].shape
+            b_ERO = np.zeros((experts, len(parts) * rank, halves * outputs), np.float32)
+            for number, (part, _, b) in enumerate(parts):
+                start = outputs * (part == "up")
+                b_ERO[:, number * rank : (number + 1) * rank, start : start + outputs] = b
+            where = name.format(layer=layer)
+            tensors[f"{where}.lora_A.weight"] = np.ascontiguousarray(a_ERK.reshape(-1, a_ERK.shape[-1]))
+            tensors[f"{where}.lora_B.weight"] = np.ascontiguousarray(
+                b_ERO.transpose(2, 1, 0).reshape(b_ERO.shape[2], -1)
+            )
+    return tensors
 
 
 def _located(directory: Path, config: models.ModelConfig, adapter: models.Adapter) -> dict[str, load.Tensor]:
     tensors = _header(directory)
+    if copies := [name for name in tensors if name.endswith(".base_layer.weight")]:
+        raise ValueError(
+            f"the adapter in {directory} holds a copy of an embedding, {copies[0]}, which need not be the base's; save"
+            " it by PEFT with save_embedding_layers=False."
+        )
     expected = {name: entry.hf_shape for entry, name, _ in _tensors(config, adapter)}
     if (head := _tied_head(config, adapter)) is not None:
         expected[head] = params.entries(config)[0].hf_shape
@@ -337,6 +406,8 @@ def _modules(directory: Path, config: models.ModelConfig) -> str:
     for entry in params.entries(config):
         module = entry.hf_name.removesuffix(".weight")
         first = module.format(layer=entry.first_layer, expert=0)
+        if entry.path == "embed" and f"{_PREFIX}{module}.lora_embedding_A" in held:
+            names.append(re.escape(module.rpartition(".")[2]))
         if entry.stacked and entry.decay and f"{_PREFIX}{first}.lora_A.weight" in held:
             names.append(re.escape(module.partition("{layer}.")[2]))
     if not names:

@@ -28,7 +28,7 @@ def adapter(
     modules_to_save: Sequence[str] = (),
     base_dtype: str = "",
 ) -> Adapter:
-    """Describe an adapter of the layers' matrices.
+    """Describe an adapter of the layers' matrices, of experts or of the embedding.
 
     Args:
         config: the architecture.
@@ -36,7 +36,8 @@ def adapter(
         alpha: the additions are scaled by alpha / r, or by alpha / sqrt(r).
         dropout: share of the inputs of A that is dropped in training, in [0, 1).
         modules: regular expression over the names that Hugging Face gives the matrices ("q_proj|v_proj", found anywhere
-            in "model.layers.0.self_attn.q_proj"); "all-linear" = all of them.
+            in "model.layers.0.self_attn.q_proj"); "all-linear" = those that all tokens meet,
+            without the embedding.
         use_rslora: divide alpha by sqrt(r) and not by r (rsLoRA).
         use_dora: train the magnitudes of the matrices' outputs too (DoRA).
         modules_to_save: ends of Hugging Face's names of modules that are trained whole, as PEFT matches them: "norm" is
@@ -44,18 +45,16 @@ def adapter(
         base_dtype: "nf4" holds the frozen matrices of the layers in four bits (QLoRA); "" = as the other weights.
 
     Raises:
-        ValueError: no matrix or module of that name; lists those there are. A router, or matrices of experts, by name.
-            A module that is to have an adapter and to be trained whole. A model without a matrix that NF4 can hold.
+        ValueError: no matrix or module of that name; lists those there are. A router, or an embedding that is the LM
+            head too. Drop-out beside experts, magnitudes of them or of the embedding. A module that is to have an
+            adapter and to be trained whole. A model without a matrix that NF4 can hold.
     """
-    every = [entry for entry in entries(config) if entry.stacked and entry.decay]
-    matrices = [entry for entry in every if not _is_routed(entry)]  # transformers has no linear layers of the others
-    refused = [entry for entry in every if _is_routed(entry) and modules != "all-linear"]
-    if wrong := [entry.hf_name for entry in refused if re.search(modules, entry.hf_name)]:
-        raise ValueError(
-            f"lora.modules={modules!r} is in the name {wrong[0]}, and the router and the experts have no adapter; name"
-            " others, self_attn for all matrices of attention."
-        )
-    chosen = [entry for entry in matrices if modules == "all-linear" or re.search(modules, entry.hf_name)]
+    matrices = [entry for entry in entries(config) if entry.decay and (entry.stacked or entry.path == "embed")]
+    if modules == "all-linear":  # transformers has no linear layers of the others
+        chosen = [entry for entry in matrices if entry.stacked and not _is_routed(entry)]
+    else:
+        chosen = [entry for entry in matrices if re.search(modules, entry.hf_name)]
+        _check_named(chosen, config, modules=modules, dropout=dropout, use_dora=use_dora)
     if not chosen:
         names = sorted({entry.hf_name.removesuffix(".weight").rpartition(".")[2] for entry in matrices})
         raise ValueError(f"lora.modules={modules!r} is in no name of this model's matrices: {', '.join(names)}.")
@@ -76,6 +75,27 @@ def adapter(
             " multiple of them; unset it."
         )
     return Adapter(rank, alpha, dropout, targets, use_rslora, use_dora, saved, quantised)
+
+
+def _check_named(chosen: Sequence[Entry], config: ModelConfig, *, modules: str, dropout: float, use_dora: bool) -> None:
+    """Refuse what no adapter is built for, and what PEFT has no counterpart of."""
+    for entry in chosen:
+        named = f"lora.modules={modules!r} is in the name {entry.hf_name}"
+        if entry.path.endswith("/router"):
+            raise ValueError(
+                f"{named}, and the router has no adapter; name others, self_attn for all matrices of attention."
+            )
+        if entry.path == "embed" and config.tied_head and not config.reward_head:
+            raise ValueError(
+                f"{named}, and this embedding is the LM head too, which PEFT's adapter of it leaves as it was until it"
+                " is merged; train it whole by lora.modules_to_save."
+            )
+        if use_dora and (entry.routed or entry.path == "embed"):
+            raise ValueError(f"{named}, and lora.use_dora has no magnitudes of it; unset lora.use_dora or name others.")
+        if dropout and entry.routed:
+            raise ValueError(
+                f"{named}, and lora.dropout={dropout:g} is not built beside experts, nor in PEFT; set it to 0."
+            )
 
 
 def four_bit_axis(entry: Entry, config: ModelConfig) -> int | None:
@@ -119,7 +139,9 @@ def _is_routed(entry: Entry) -> bool:
 def adapter_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...]:
     """Return the entries of an adapter: A [L, inputs, r] and B [L, r, outputs] of each matrix, under PEFT's names.
 
-    With DoRA also the magnitudes m [L, outputs], which start at the norms of the matrices (`magnitude`).
+    Each expert has its own, A [L, E, inputs, r] and B [L, E, r, outputs]. The embedding has A [V, r] and B [r, D], of
+    which A starts at zero. With DoRA also the magnitudes m [L, outputs], which start at the norms of the matrices
+    (`magnitude`).
     """
     if of is None:
         return ()
@@ -129,9 +151,12 @@ def adapter_entries(config: ModelConfig, of: Adapter | None) -> tuple[Entry, ...
         name = f"base_model.model.{entry.hf_name.removesuffix('.weight')}"
         sizes = dict(zip(entry.letters, entry.shape, strict=True)) | {"r": of.rank}
         axes = dict(zip(entry.letters, entry.axes, strict=True)) | {"r": None}
+        stack = "" if not entry.stacked else "LE" if entry.routed else "L"
+        names, starts = (".weight", ("uniform", "zeros")) if entry.stacked else ("", ("zeros", "unit_normal"))
+        middle = "lora" if entry.stacked else "lora_embedding"
         parts = [
-            ("a", f"L{inside}r", "lora_A.weight", f"r({inside})", "uniform"),
-            ("b", f"Lr{outside}", "lora_B.weight", f"({outside})r", "zeros"),
+            ("a", f"{stack}{inside}r", f"{middle}_A{names}", f"r({inside})", starts[0]),
+            ("b", f"{stack}r{outside}", f"{middle}_B{names}", f"({outside})r", starts[1]),
         ]
         if of.dora:
             parts.append(("m", f"L{outside}", "lora_magnitude_vector", f"({outside})", "magnitude"))
@@ -186,6 +211,8 @@ def is_b(path: str) -> bool:
 
 
 def _inputs_and_outputs(entry: Entry, config: ModelConfig) -> tuple[str, str]:
-    """Return the letters of a matrix's input and output axes; GPT-2's lie on disk the other way round."""
-    outside, inside = groups(entry.hf_letters)
-    return (outside, inside) if config.of_family.transposed else (inside, outside)
+    """Return the letters of a matrix's input and output axes; GPT-2's and stacked experts' inputs lie first on disk."""
+    *experts, first, last = groups(entry.hf_letters)
+    inputs_first = config.of_family.transposed or experts or not entry.stacked
+    inside, outside = (first, last) if inputs_first else (last, first)
+    return inside, "".join(letter for letter in entry.letters if letter in outside)

@@ -10,6 +10,7 @@ Tokens are sorted by their experts and multiplied in groups (`kernels.experts`):
 token. No array has an axis of tokens, one of experts and one of D or F, except where there is no grouped product (CPU).
 On a mesh each device sorts the tokens of its own rows and multiplies by its part of F of every expert; along the axis
 `expert` each device has some of the experts, and tokens are sent to those of theirs (`dispatch`).
+An adapter of the experts is two more grouped products, through its rank: x A_e, and that by scale B_e, of each row's e.
 Some families have biases, and gate and up in one matrix, or another gating of the two (`activations.GATINGS`).
 """
 
@@ -32,6 +33,8 @@ class Linear(NamedTuple):
 
     matrix: jax.Array  # [E, inputs, outputs] in the dtype of the tokens; of gate and up together [E, D, 2, F]
     bias: jax.Array | None = None  # [E, outputs] in its own dtype, in which its gradient is summed; None = nothing
+    a: jax.Array | None = None  # [E, inputs, r] of an adapter, in the dtype of the tokens; None = none
+    b: jax.Array | None = None  # [E, r, outputs] of the same, with its scale
 
 
 class MixtureMLP(nnx.Module):
@@ -54,15 +57,19 @@ class MixtureMLP(nnx.Module):
     def __call__(self, x_NTD: Float[jax.Array, "N T D"], context: layers.Context) -> Float[jax.Array, "N T D"]:
         """Apply the experts."""
         chosen_NTU, weights_NTU = self._routed(x_NTD, context)
-        *inwards, down = (self._linear(name, x_NTD.dtype) for name in (*self.inwards, "down"))
+        *inwards, down = (self._linear(name, x_NTD.dtype, context.adapter) for name in (*self.inwards, "down"))
         out_NTD = apply_experts(
             x_NTD, chosen_NTU, weights_NTU, tuple(inwards), down, activation=self.gating, layout=context.layout
         )
         return out_NTD + self._shared(x_NTD, context) if self.has_shared else out_NTD
 
-    def _linear(self, name: str, dtype: jnp.dtype) -> Linear:
+    def _linear(self, name: str, dtype: jnp.dtype, adapter: config.Adapter | None) -> Linear:
         bias = getattr(self, f"{name}_bias", None)
-        return Linear(getattr(self, name)[...].astype(dtype), None if bias is None else bias[...])
+        linear = Linear(getattr(self, name)[...].astype(dtype), None if bias is None else bias[...])
+        if adapter is None or not hasattr(self, f"{name}_lora_a"):
+            return linear
+        a, b = (getattr(self, f"{name}_lora_{part}")[...] for part in "ab")
+        return linear._replace(a=a.astype(dtype), b=(adapter.scale * b).astype(dtype))
 
     def _routed(self, x_NTD: jax.Array, context: layers.Context) -> tuple[jax.Array, jax.Array]:
         """Return the experts of each token and their weights, float32."""
@@ -118,10 +125,15 @@ def apply_experts(
     rows, width = layout.place("rows", x_NTD.shape[0]), layout.place("mlp", down.matrix.shape[1])
 
     def products(matrices, rows_MD, experts_M, sizes_E):
-        def grouped(rows_MK, linear):  # [M, outputs], with axes of outputs side by side
-            matrix_EKO = linear.matrix.reshape(*linear.matrix.shape[:2], -1)
+        def product(rows_MK, matrix):  # [M, outputs], with axes of outputs side by side
+            matrix_EKO = matrix.reshape(*matrix.shape[:2], -1)
             chosen = grouped_product.select(rows_MK, matrix_EKO, mesh)
-            out_MO = grouped_product.grouped_product(rows_MK, matrix_EKO, sizes_E, implementation=chosen)
+            return grouped_product.grouped_product(rows_MK, matrix_EKO, sizes_E, implementation=chosen)
+
+        def grouped(rows_MK, linear):
+            out_MO = product(rows_MK, linear.matrix)
+            if linear.a is not None:
+                out_MO += product(product(rows_MK, linear.a), linear.b)
             if linear.bias is None:
                 return out_MO
             bias_EO = linear.bias.reshape(len(linear.bias), -1)
@@ -153,7 +165,12 @@ def apply_experts(
 
     def placed(linear, *, inputs=None, outputs=None):  # the last axis of outputs is the one that is cut
         expert, others = layout.place("experts", count), [None] * (linear.matrix.ndim - 3)
-        return Linear._make([PartitionSpec(expert, inputs, *others, outputs), PartitionSpec(expert, *others, outputs)])
+        return Linear(
+            PartitionSpec(expert, inputs, *others, outputs),
+            PartitionSpec(expert, *others, outputs),
+            PartitionSpec(expert, inputs, None),
+            PartitionSpec(expert, None, *others, outputs),
+        )
 
     of_rows = PartitionSpec(rows, None, None)
     return jax.shard_map(

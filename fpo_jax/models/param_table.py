@@ -54,7 +54,7 @@ class Entry:
     hf_name: str  # "{layer}" stands for the layer's number, "{expert}" for the expert's
     hf_letters: str  # layout of one tensor on disk
     # "normal" (standard deviation config.initializer_range), "uniform" (1/sqrt(its inputs)), "ones", "zeros"; of an
-    # adapter also "magnitude", the norms of its matrix
+    # adapter also "magnitude", the norms of its matrix, and "unit_normal"
     init: str
     decay: bool  # whether weight decay applies: matrices yes, norms and biases no
     shape: tuple[int, ...] = ()

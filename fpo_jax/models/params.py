@@ -92,6 +92,8 @@ def initial(entry: Entry, config: ModelConfig, key: jax.Array) -> jax.Array:
     if entry.init == "uniform":
         bound = entry.hf_shape[-1] ** -0.5
         return jax.random.uniform(own_key, entry.shape, jnp.float32, -bound, bound)
+    if entry.init == "unit_normal":
+        return jax.random.normal(own_key, entry.shape, jnp.float32)
     return {"ones": jnp.ones, "zeros": jnp.zeros}[entry.init](entry.shape, jnp.float32)
 
 

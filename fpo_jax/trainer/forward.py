@@ -166,7 +166,7 @@ def for_steps(
     gathered = f"weights: {sharding.GATHER[layout.gather]}"
     attended = f"attention: {attends.implementation} ({attends.reason})"
     fp8 = config.model.matmul_dtype == "fp8"
-    routers, routed = router_weights(config, model_config, adapted=blueprint.adapter is not None)
+    routers, routed = router_weights(config, model_config, adapter=blueprint.adapter)
     choices = [gathered, attended, *_products(layout, fp8=fp8), *_left_out(model_config), *routed]
     shared = {"adapter": blueprint.adapter, "fp8": fp8, **routers}
     if model_config.reward_head:
@@ -220,7 +220,7 @@ def _left_out(model_config: models.ModelConfig) -> list[str]:
 
 
 def router_weights(
-    config: configuration.Config, model_config: models.ModelConfig, *, adapted: bool
+    config: configuration.Config, model_config: models.ModelConfig, *, adapter: models.Adapter | None
 ) -> tuple[dict[str, float], list[str]]:
     """Settle the weights of the load-balancing loss and the router z-loss; returns them and their origin, as text."""
     if not model_config.experts:
@@ -246,7 +246,11 @@ def router_weights(
     if z_weight is None:
         z_weight, origin = model_config.router_z_weight, "config.json's router_z_loss_coef"
     of_z = [f"router: z-loss with weight {z_weight:g}, by {origin}"] if z_weight else []
-    without = ["adapter: the router and the experts have none, and are not trained"] if adapted else []
+    without = []
+    if adapter is not None:
+        has = any(entry.routed and entry.path in adapter.targets for entry in params.entries(model_config))
+        frozen = "the router has none, and is" if has else "the router and the experts have none, and are"
+        without = [f"adapter: {frozen} not trained"]
     weights = {"router_aux_weight": weight, "router_z_weight": z_weight}
     return weights, [f"router: {described}", *of_z, *without]
 

@@ -428,11 +428,14 @@ def test_any_mesh_gives_the_same_steps(config, steps, sizes):
 def test_the_weight_is_settled_and_said(tmp_path, given, published, weight, said):
     config = models.from_hf_config(test_model.MIXTRAL | published)
     run = tiny.config(tmp_path, tmp_path / "pairs.jsonl", model__router_aux_weight=given)
-    found, lines = forward.router_weights(run, config, adapted=True)
+    experts = params.adapter(config, rank=2, alpha=4.0, dropout=0.0, modules="experts")
+    plain = params.adapter(config, rank=2, alpha=4.0, dropout=0.0, modules="all-linear")
+    found, lines = forward.router_weights(run, config, adapter=plain)
     assert found == {"router_aux_weight": weight, "router_z_weight": 0.0}
     with pytest.raises(AssertionError, match=said):  # one line of them
         raise AssertionError("\n".join(lines))
     assert "the router and the experts have none" in lines[1]
+    assert "the router has none" in forward.router_weights(run, config, adapter=experts)[1][1]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +455,7 @@ def test_the_weight_is_settled_and_said(tmp_path, given, published, weight, said
 def test_the_weight_of_the_z_loss_is_settled_and_said(tmp_path, given, published, weight, said):
     config = models.from_hf_config(test_model.MIXTRAL | published)
     run = tiny.config(tmp_path, tmp_path / "pairs.jsonl", model__router_z_weight=given)
-    found, lines = forward.router_weights(run, config, adapted=False)
+    found, lines = forward.router_weights(run, config, adapter=None)
     assert found["router_z_weight"] == weight
     assert lines[1:] == ([] if said is None else [said])
 
