@@ -165,12 +165,8 @@ def apply_experts(
 
     def placed(linear, *, inputs=None, outputs=None):  # the last axis of outputs is the one that is cut
         expert, others = layout.place("experts", count), [None] * (linear.matrix.ndim - 3)
-        return Linear(
-            PartitionSpec(expert, inputs, *others, outputs),
-            PartitionSpec(expert, *others, outputs),
-            PartitionSpec(expert, inputs, None),
-            PartitionSpec(expert, None, *others, outputs),
-        )
+        fields = ((inputs, *others, outputs), (*others, outputs), (inputs, None), (None, *others, outputs))
+        return Linear._make([PartitionSpec(expert, *axes) for axes in fields])
 
     of_rows = PartitionSpec(rows, None, None)
     return jax.shard_map(

@@ -220,9 +220,9 @@ class Decoder(nnx.Module):
         """
         x_NTD = jnp.take(self.embed[...], tokens_NT, axis=0, mode="fill").astype(compute_dtype)
         if self.adapter is not None and hasattr(self, "embed_lora_a"):
-            low_NTr = jnp.take(self.embed_lora_a[...], tokens_NT, axis=0, mode="clip").astype(compute_dtype)
-            b_rD = self.embed_lora_b[...].astype(compute_dtype)
-            x_NTD += self.adapter.scale * jnp.einsum("NTr,rD->NTD", low_NTr, b_rD)
+            a_Vr, b_rD = (getattr(self, f"embed_lora_{part}")[...] for part in "ab")
+            low_NTr = jnp.take(a_Vr, tokens_NT, axis=0, mode="clip").astype(compute_dtype)
+            x_NTD += self.adapter.scale * jnp.einsum("NTr,rD->NTD", low_NTr, b_rD.astype(compute_dtype))
         scale = self.config.width**0.5 if self.config.of_family.sqrt_width_embedding else self.config.embedding_scale
         if scale is not None:
             x_NTD *= jnp.asarray(scale, compute_dtype)
