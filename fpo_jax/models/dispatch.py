@@ -54,7 +54,6 @@ def order(experts_M: Int[jax.Array, " M"], count: int) -> Order:
     return Order(rows_M, jnp.argsort(rows_M), experts_M[rows_M], sizes_E)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def moved(copies: int, rows_PD: Float[jax.Array, "P D"], there: Places, back: Places) -> Float[jax.Array, "Q D"]:
     """Return rows in other places; its gradient moves them back, where differentiating a gather would scatter and add.
 
@@ -64,8 +63,7 @@ def moved(copies: int, rows_PD: Float[jax.Array, "P D"], there: Places, back: Pl
         there: for each place the number that comes to it.
         back: for each number the place that it comes to.
     """
-    del back
-    return _from(there, rows_PD, copies)
+    return _moved(copies, rows_PD, there, back)
 
 
 def _from(places: Places, rows_PD: jax.Array, copies: int) -> jax.Array:
@@ -74,8 +72,13 @@ def _from(places: Places, rows_PD: jax.Array, copies: int) -> jax.Array:
     return found_QD if places.exists is None else jnp.where(places.exists[:, None], found_QD, 0)
 
 
+def _move(copies: int, rows_PD: jax.Array, there: Places, back: Places) -> jax.Array:
+    del back
+    return _from(there, rows_PD, copies)
+
+
 def _moved_forward(copies, rows_PD, there, back):
-    return moved(copies, rows_PD, there, back), back
+    return _from(there, rows_PD, copies), back
 
 
 def _moved_backward(copies, back, gradient_QD):
@@ -86,7 +89,8 @@ def _moved_backward(copies, back, gradient_QD):
     return rows_MD, None, None
 
 
-moved.defvjp(_moved_forward, _moved_backward)
+_moved = jax.custom_vjp(_move, nondiff_argnums=(0,))
+_moved.defvjp(_moved_forward, _moved_backward)
 
 
 def local(

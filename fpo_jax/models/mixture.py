@@ -121,7 +121,6 @@ def apply_experts(
         layout: where rows, experts and F live on a mesh.
     """
     mesh, count = layout.mesh, down.matrix.shape[0]
-    alone = mesh is None or layout.on_one_device
     rows, width = layout.place("rows", x_NTD.shape[0]), layout.place("mlp", down.matrix.shape[1])
 
     def products(matrices, rows_MD, experts_M, sizes_E):
@@ -145,15 +144,16 @@ def apply_experts(
         return grouped(activations.activate(activation, gate_MF, up_MF), down)
 
     def summed(x_NTD, chosen_NTU, weights_NTU, *matrices):
-        tokens = (x_NTD.reshape(-1, x_NTD.shape[-1]), *(a.reshape(-1, a.shape[-1]) for a in (chosen_NTU, weights_NTU)))
-        if alone or layout.ways("experts") == 1:
-            out_SD = dispatch.local(products, *tokens, matrices, count)
+        x_SD, chosen_SU, weights_SU = (a.reshape(-1, a.shape[-1]) for a in (x_NTD, chosen_NTU, weights_NTU))
+        operands = (products, x_SD, chosen_SU, weights_SU, matrices, count)
+        if mesh is None or layout.ways("experts") == 1:
+            out_SD = dispatch.local(*operands)
         else:
-            out_SD = dispatch.exchanged(products, *tokens, matrices, count, axis="expert", agree=mesh.axis_names)
+            out_SD = dispatch.exchanged(*operands, axis="expert", agree=mesh.axis_names)
         return out_SD.reshape(x_NTD.shape).astype(x_NTD.dtype)
 
     operands = (x_NTD, chosen_NTU, weights_NTU, inwards, down)
-    if alone:
+    if mesh is None or layout.on_one_device:
         return summed(*operands)
 
     def on_device(x_NTD, chosen_NTU, weights_NTU, inwards, down):

@@ -100,10 +100,10 @@ def test_the_second_time_nothing_is_done_and_another_seed_adds_its_own_stages(ro
 @pytest.mark.slow
 def test_a_stage_that_is_stopped_goes_on(root, finished, monkeypatch):
     workdir, _ = finished
+    c = small(root, objectives=("dpo",), seeds=(3,), align__train__max_steps=2)
     with resuming.signalled(monkeypatch, after=1):
-        found = divergence_study.Study(
-            small(root, objectives=("dpo",), seeds=(3,), align__train__max_steps=2), workdir
-        ).run()
+        divergence_study.Study(c, workdir).run()
+    found = divergence_study.Study(c, workdir).run()
     assert [run["seed"] for run in found["runs"]] == [3]
 
 
