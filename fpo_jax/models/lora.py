@@ -56,7 +56,8 @@ def adapter(
         chosen = [entry for entry in matrices if re.search(modules, entry.hf_name)]
         _check_named(chosen, config, modules=modules, dropout=dropout, use_dora=use_dora)
     if not chosen:
-        names = sorted({entry.hf_name.removesuffix(".weight").rpartition(".")[2] for entry in matrices})
+        named = [entry for entry in matrices if entry.stacked or not config.tied_head]
+        names = sorted({entry.hf_name.removesuffix(".weight").rpartition(".")[2] for entry in named})
         raise ValueError(f"lora.modules={modules!r} is in no name of this model's matrices: {', '.join(names)}.")
     targets, saved = tuple(entry.path for entry in chosen), _saved(config, modules_to_save)
     if both := [entry.hf_name for entry in chosen if entry.path in saved]:
