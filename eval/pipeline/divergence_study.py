@@ -24,7 +24,7 @@ from fpo_jax import config as configuration
 from fpo_jax import data, hf, losses, recipes, tokenization
 from fpo_jax.cli import generate, label
 from fpo_jax.distributed import workdir_lock
-from fpo_jax.eval.pipeline import pipeline, study_prompts, study_report
+from fpo_jax.eval.pipeline import pipeline_report, sections, study_prompts, study_report
 from fpo_jax.eval.pipeline.stages import Stages
 from fpo_jax.eval.stats import kl
 from fpo_jax.io import atomic_io, jsonl, terminal
@@ -63,7 +63,7 @@ class Study:
 
     def _run(self) -> dict[str, Any]:
         c = self.config
-        self.start = pipeline.place(c.base)
+        self.start = sections.place(c.base)
         self.prompts = self._prepared()
         self.judges = [self._judge(name, half) for name, half in zip(JUDGES, "ab", strict=True)]
         self.groups = self._labelled(self._sampled())
@@ -109,15 +109,15 @@ class Study:
                 f"completions.per_prompt={c.completions.per_prompt} must be align.data.group_size="
                 f"{c.align.data.group_size}, and at least 2."
             )
-        judge = pipeline.whole(c.reward, model="model", data=dict(c.data.items()) | _PAIRS, tokenizer=c.tokenizer)
-        found += [f"reward: {problem}" for problem in pipeline.problems_of(judge)]
+        judge = sections.whole(c.reward, model="model", data=dict(c.data.items()) | _PAIRS, tokenizer=c.tokenizer)
+        found += [f"reward: {problem}" for problem in sections.problems_of(judge)]
         for objective in c.objectives:
             try:
                 config = self._alignment(objective, *next(self._points(objective)), 0, model="model", folder=Path("."))
             except (ValueError, StopIteration) as error:
                 found.append(f"objectives: {error}")
             else:
-                found += [f"align with {objective}: {problem}" for problem in pipeline.problems_of(config)]
+                found += [f"align with {objective}: {problem}" for problem in sections.problems_of(config)]
         return found
 
     def _points(self, objective: str) -> Iterator[tuple[float, float]]:
@@ -131,7 +131,7 @@ class Study:
         c = self.config
         on_groups = objective in losses.DIVERGENCES
         files = {"format": "json", "train": str(folder / ("groups.jsonl" if on_groups else "pairs.jsonl"))}
-        config = pipeline.whole(c.align, model=model, data=dict(c.data.items()) | files, tokenizer=c.tokenizer)
+        config = sections.whole(c.align, model=model, data=dict(c.data.items()) | files, tokenizer=c.tokenizer)
         recipes.use_loss(config, objective)
         if not on_groups:
             config.data.group_size = 2
@@ -151,7 +151,7 @@ class Study:
         sizes = study_prompts.Sizes(**c.sizes.to_dict())
         longest = {"prompt_tokens": c.completions.prompt_tokens, "completion_tokens": c.completions.tokens}
         inputs = {"base": self.start, **configuration.flatten(c.sources.to_dict(), "sources."), **sizes._asdict()}
-        inputs |= longest | {"hh": pipeline.place(c.sources.hh), "chats": pipeline.place(c.sources.chats)}
+        inputs |= longest | {"hh": sections.place(c.sources.hh), "chats": sections.place(c.sources.chats)}
         names = [*_SPLITS, "pairs-a", "pairs-b", "pairs-judged"]
 
         def work(folder: Path) -> str:
@@ -176,7 +176,7 @@ class Study:
         c = self.config
         files = {"format": "json", "train": str(self.prompts / f"pairs-{half}.jsonl")}
         files |= {"eval": str(self.prompts / "pairs-judged.jsonl")}
-        config = pipeline.whole(c.reward, model=str(c.base), data=dict(c.data.items()) | files, tokenizer=c.tokenizer)
+        config = sections.whole(c.reward, model=str(c.base), data=dict(c.data.items()) | files, tokenizer=c.tokenizer)
         config.seed += JUDGES.index(name)
         config.train.compilation_cache = str(self.workdir / "compiled")
 
@@ -185,7 +185,7 @@ class Study:
             shutil.rmtree(folder / "model", ignore_errors=True)
             export.export(folder / "run", folder / "model", step=None, dtype="float32")
             atomic_io.write_json(folder / "accuracy.json", _evaluated(folder / "run", "rewards/accuracies"))
-            return pipeline.pipeline_report.training(folder / "run")
+            return pipeline_report.training(folder / "run")
 
         title = f"Train the {name.replace('_', '-')} reward model"
         inputs = self._run_inputs(config)
@@ -374,7 +374,7 @@ class Study:
         found: dict[str, Any] = configuration.flatten(json.loads(config.to_json()))
         for key in ("reference.cache_dir", "train.compilation_cache"):
             del found[key]
-        return found | {key: pipeline.place(found[key]) for key in ("model.path", "data.train", "data.eval")}
+        return found | {key: sections.place(found[key]) for key in ("model.path", "data.train", "data.eval")}
 
     def _measure_inputs(self, split: str) -> dict[str, Any]:
         judges = {f"judge {name}": judge for name, judge in zip(JUDGES, self.judges, strict=True)}

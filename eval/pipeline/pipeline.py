@@ -24,11 +24,11 @@ from fpo_jax import config as configuration
 from fpo_jax.cli import generate, label
 from fpo_jax.config import overrides
 from fpo_jax.distributed import preemption, workdir_lock
-from fpo_jax.eval.pipeline import pipeline_inputs, pipeline_report
+from fpo_jax.eval.pipeline import divergence_study, pipeline_inputs, pipeline_report, sections
 from fpo_jax.eval.pipeline.stages import StageError, Stages
 from fpo_jax.eval.stats import kl
 from fpo_jax.io import jsonl, terminal
-from fpo_jax.trainer import export, run_inputs, trainer
+from fpo_jax.trainer import export, trainer
 
 _EACH = ("completions", "finish", "tokens", "ids")  # of a line of answers: one entry for each of them
 
@@ -64,8 +64,8 @@ class Pipeline:
         stages = {name: self._section(name, model=c.base) for name in ("sft", "reward") if name in c}
         stages["align"] = self._alignment(c.losses[0], c.seeds[0], model=c.base, sources=dict(c.data.items()))
         pipeline_inputs.check(c, stages)
-        start = self._trained("sft", c.base) if "sft" in c else place(c.base)
-        judge = self._trained("reward", c.base) if "reward" in c else place(c.reward_model)
+        start = self._trained("sft", c.base) if "sft" in c else sections.place(c.base)
+        judge = self._trained("reward", c.base) if "reward" in c else sections.place(c.reward_model)
         sources = dict(c.data.items())
         if "sample" in c:
             sources |= self._labelled(start, judge)
@@ -111,14 +111,14 @@ class Pipeline:
                 found.append(f"{name}={tuple(values)} must hold at least one entry and none twice.")
         for name in ("sft", "reward"):
             if name in c:
-                found += [f"{name}: {problem}" for problem in problems_of(self._section(name, model="model"))]
+                found += [f"{name}: {problem}" for problem in sections.problems_of(self._section(name, model="model"))]
         for loss in c.losses:
             try:
                 config = self._alignment(loss, 0, model="model", sources=dict(c.data.items()))
             except ValueError as error:  # a name that does not exist, or options that the recipe's loss does not take
                 found.append(f"losses: {error}")
             else:
-                found += [f"align with {loss}: {problem}" for problem in problems_of(config)]
+                found += [f"align with {loss}: {problem}" for problem in sections.problems_of(config)]
         found += pipeline_inputs.problems(c)
         return found
 
@@ -127,11 +127,11 @@ class Pipeline:
         c = self.config
         own = c.demonstrations if name == "sft" else c.judgements
         sources = dict(c.data.items()) | (own.to_dict() if any(own.values()) else {})
-        return whole(c[name], model=model, data=sources, tokenizer=c.tokenizer)
+        return sections.whole(c[name], model=model, data=sources, tokenizer=c.tokenizer)
 
     def _alignment(self, loss: str, seed: int, *, model: str, sources: dict[str, Any]) -> Any:
         """Return the configuration of one alignment; a loss that is not the recipe's has its own options."""
-        config = whole(self.config.align, model=model, data=sources, tokenizer=self.config.tokenizer)
+        config = sections.whole(self.config.align, model=model, data=sources, tokenizer=self.config.tokenizer)
         config.seed = seed
         recipes.use_loss(config, loss)
         return config
@@ -145,7 +145,7 @@ class Pipeline:
         export_step = checkpoint.BEST if config.train.keep_best else None
         inputs: dict[str, Any] = {**configuration.flatten(json.loads(config.to_json())), "exported": export_step}
         for key in ("model.path", "data.train", "data.eval"):
-            inputs[key] = place(inputs[key])
+            inputs[key] = sections.place(inputs[key])
 
         def work(folder: Path) -> str:
             trainer.run(config, folder / "run")
@@ -211,7 +211,7 @@ class Pipeline:
             **configuration.flatten(section.to_dict(), "sampling."),
             **configuration.flatten(c.data.to_dict(), "data."),
             **configuration.flatten(c.tokenizer.to_dict(), "tokenizer."),
-            **{f"data.{split}": place(c.data[split]) for split in splits},
+            **{f"data.{split}": sections.place(c.data[split]) for split in splits},
         }
 
         def work(folder: Path) -> str:
@@ -293,32 +293,6 @@ def merge(parts: Sequence[Path], out: Path) -> str:
     return f"{len(kept)} prompts of {len(parts)} seeds, {alike} dropped whose answers are all the same"
 
 
-def whole(section: Any, *, model: str, data: dict[str, Any], tokenizer: Any) -> Any:
-    """Return a training configuration from a pipeline's section and what the pipeline fills in."""
-    c: Any = configuration.default()
-    with c.unlocked():
-        c.update(section.copy_and_resolve_references())
-    c.data.update(data)
-    c.tokenizer.update(tokenizer.copy_and_resolve_references())
-    c.model.path = model
-    return c
-
-
-def problems_of(config: Any) -> list[str]:
-    """List what is wrong with a training configuration."""
-    try:
-        run_inputs.check(config)
-    except ValueError as error:
-        return [line.strip() for line in str(error).splitlines()[1:]]
-    return []
-
-
-def place(name: str | Path) -> Path | str:
-    """Return a Path for what lies here, whose content then counts, and the name itself for what lies on the hub."""
-    path = Path(name).expanduser()
-    return path if str(name) and path.exists() else str(name)
-
-
 def _files(splits: Sequence[str]) -> list[str]:
     return [f"{split}.jsonl" for split in splits]
 
@@ -327,8 +301,6 @@ def program(config: Any) -> type:
     """Return what runs such a configuration: a study of objectives, or a recipe."""
     if "objectives" not in config:
         return Pipeline
-    from fpo_jax.eval.pipeline import divergence_study  # which is made of this module's stages
-
     return divergence_study.Study
 
 

@@ -10,7 +10,7 @@ from ml_collections import config_dict
 from fpo_jax import config as configuration
 from fpo_jax.config import overrides
 from fpo_jax.configs.pipelines import common
-from fpo_jax.eval.pipeline import pipeline
+from fpo_jax.eval.pipeline import sections
 from tests.paths import REPO
 
 RECIPES = sorted(path.stem for path in (REPO / "configs").glob("*.py"))
@@ -62,10 +62,10 @@ def test_every_field_of_a_run_is_set_and_unset(name):
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_field_of_a_pipeline_s_sections_is_set_and_unset(name):
-    sections = [section for section in ("sft", "reward", "align") if section in given(f"pipelines/{name}.py")]
+    names = [section for section in ("sft", "reward", "align") if section in given(f"pipelines/{name}.py")]
     keys = {
         f"{section}.{key}": kind
-        for section in sections
+        for section in names
         for key, kind in UNSET.items()
         if key not in {f"data.{row}" for row in common.ROWS}
     } | {"data.max_completion_length": int}
@@ -73,8 +73,8 @@ def test_every_field_of_a_pipeline_s_sections_is_set_and_unset(name):
     for key, kind in keys.items():
         assert configuration.value_at(made, key) == VALUES[kind][1], key
         assert configuration.value_at(unset, key) is None, key
-    for section in sections:
-        whole = pipeline.whole(made[section], model="m", data=dict(made.data.items()), tokenizer=made.tokenizer)
+    for section in names:
+        whole = sections.whole(made[section], model="m", data=dict(made.data.items()), tokenizer=made.tokenizer)
         assert (whole.mesh.tensor, whole.loss.beta, whole.data.max_completion_length) == (3, 0.25, 3)
         assert whole.mesh.get_type("tensor") is int
 
