@@ -83,12 +83,7 @@ def config(model_dir: Path, data: Path, **changed):
     c.train.eval_every, c.train.save_every, c.train.eval_batch_per_device = 4, 2, 1
     c.mesh.fsdp, c.mesh.data = 2, 4
     c.logging.tensorboard = False
-    for key, value in changed.items():
-        *parents, last = key.split("__")
-        node = c
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
+    c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changed.items()})
     return c
 
 

@@ -69,10 +69,5 @@ def ladder(
 def changed(config: configuration.Config, changes: Mapping[str, object]) -> configuration.Config:
     """Return a copy of a configuration with other values for some dotted keys."""
     other = copy.deepcopy(config)
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        node = other
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
+    other.update_from_flattened_dict(changes)
     return other

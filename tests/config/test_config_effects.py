@@ -182,12 +182,7 @@ def configured(changed):
     c = config.default()
     c.model.path = "model"
     c.data.train = "train.jsonl" if "data.mixer" not in changed else ""
-    for path, value in changed.items():
-        *parents, last = path.split(".")
-        node = c
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
+    c.update_from_flattened_dict(changed)
     return c
 
 

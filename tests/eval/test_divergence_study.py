@@ -28,12 +28,7 @@ def small(root, **changed):
         section.train.update({"batch_size": 8, "max_steps": 1, "micro_batch_per_device": 1})
         section.data.layout = "padded"
         section.lora.rank = 2
-    for key, value in changed.items():
-        *parents, last = key.split("__")
-        node = c
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
+    c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changed.items()})
     return c
 
 

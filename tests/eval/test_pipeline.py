@@ -36,12 +36,7 @@ def small(folder, name="hh_rw", **changed):
         c[section].logging.tensorboard = False
     c.sample.update({"max_new_tokens": 8, "batch_size": 4})
     c.generate.update({"max_new_tokens": 8, "num_prompts": 4, "num_return": 2, "batch_size": 4})
-    for key, value in changed.items():
-        *parents, last = key.split("__")
-        node = c
-        for parent in parents:
-            node = node[parent]
-        node[last] = value
+    c.update_from_flattened_dict({key.replace("__", "."): value for key, value in changed.items()})
     return c
 
 
