@@ -28,7 +28,7 @@ from fpo_jax.eval.pipeline import pipeline_report, sections, study_prompts, stud
 from fpo_jax.eval.pipeline.stages import Stages
 from fpo_jax.eval.stats import kl
 from fpo_jax.io import atomic_io, jsonl, terminal
-from fpo_jax.trainer import compiled_step, export, trainer
+from fpo_jax.trainer import compiled_step, export, metric_logger, trainer
 
 JUDGES = ("training", "held_out")
 _SPLITS = study_prompts.SPLITS
@@ -210,17 +210,20 @@ class Study:
             rows = {split: self._rewarded(samples / f"{split}.jsonl", split, folder) for split in _SPLITS[:2]}
             scales = {
                 judge: {
-                    kind: _scale([x for row in rows["train"] if _same_judge(row["kind"], kind) for x in row[judge]])
-                    for kind in ("talk", study_prompts.TASK)
+                    unit: _scale([x for row in rows["train"] if _unit_of(row["kind"]) == unit for x in row[judge]])
+                    for unit in ("talk", study_prompts.TASK)
                 }
                 for judge in JUDGES
             }
             atomic_io.write_json(folder / "scales.json", scales)
             kept = {
-                split: [_unit(row, scales) for row in found if len(set(row["training"])) > 1]
+                split: [
+                    _unit(row, scales)
+                    for row in found
+                    if len(set(row["training"])) > 1 and len(set(row["completions"])) > 1
+                ]
                 for split, found in rows.items()
             }
-            kept = {split: [row for row in found if len(set(row["completions"])) > 1] for split, found in kept.items()}
             groups = [
                 {"prompt": row["prompt"], "completions": row["completions"], "rewards": row["training"]}
                 for row in kept["train"]
@@ -300,7 +303,7 @@ class Study:
         if split == "test":
             found["pair_margins"] = self._margins(model, head["objective"], beta)
         if run is not None:
-            lines = [line for line in jsonl.read(run / "metrics.jsonl") if "loss" in line]
+            lines = [line for line in metric_logger.read(run / metric_logger.METRICS_FILE) if "loss" in line]
             found["loss"] = [round(lines[place]["loss"], 4) for place in (0, -1)]
             found["largest_grad_norm"] = round(max(line["grad_norm"] for line in lines), 3)
         atomic_io.write_json(folder / "result.json", head | {"split": split} | found)
@@ -415,8 +418,9 @@ def distinct(completions: Sequence[Sequence[int]], n: int) -> float:
     return round(len(set(grams)) / max(1, len(grams)), 4)
 
 
-def _same_judge(kind: str, group: str) -> bool:
-    return (kind == study_prompts.TASK) == (group == study_prompts.TASK)
+def _unit_of(kind: str) -> str:
+    """Return which rewards share a unit with those of prompts of a kind: all that a model gives, or a program's."""
+    return study_prompts.TASK if kind == study_prompts.TASK else "talk"
 
 
 def _scale(values: Sequence[float]) -> list[float]:
@@ -426,10 +430,9 @@ def _scale(values: Sequence[float]) -> list[float]:
 
 def _unit(row: dict[str, Any], scales: dict[str, Any]) -> dict[str, Any]:
     """Return a row with rewards in standard deviations of the start's samples, and its best and worst completion."""
-    group = study_prompts.TASK if row["kind"] == study_prompts.TASK else "talk"
     rewards = {}
     for judge in JUDGES:
-        mean, deviation = scales[judge][group]
+        mean, deviation = scales[judge][_unit_of(row["kind"])]
         rewards[judge] = [(reward - mean) / deviation for reward in row[judge]]
     best, worst = (rewards["training"].index(pick(rewards["training"])) for pick in (max, min))
     pair = {
@@ -440,7 +443,8 @@ def _unit(row: dict[str, Any], scales: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluated(run: Path, name: str) -> dict[str, float]:
-    values = [line[f"eval_{name}"] for line in jsonl.read(run / "metrics.jsonl") if f"eval_{name}" in line]
+    lines = metric_logger.read(run / metric_logger.METRICS_FILE)
+    values = [line[f"eval_{name}"] for line in lines if f"eval_{name}" in line]
     return {"before": values[0], "after": values[-1]} if values else {"before": math.nan, "after": math.nan}
 
 
